@@ -1,0 +1,157 @@
+"""Names, units, directions and kinds of everything a run records.
+
+The contract between the one writer of MLflow (`study.tracking`) and its one reader (`analysis.load`). Standard library
+only, so that both sides can import it at no cost.
+
+One MLflow experiment holds one study. Its runs are of three kinds, told apart by the tag `KIND`: a *trial* (one
+configuration, the parent run), a *seed* (one trial × one seed, its child) and at most one *summary* of the experiment.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+SCHEMA_VERSION = 1
+
+STUDY_MANIFEST = "study.json"
+"""File in a study directory: {"schema_version", "name", "uuid", "tracking_uri", "experiment"}; tracking_uri is null
+while the study has been run with tracking off."""
+
+# Tags -----------------------------------------------------------------------------------------------------------------
+
+KIND = "mpo.kind"
+KIND_TRIAL, KIND_SEED, KIND_SUMMARY = "trial", "seed", "summary"
+KEY = "mpo.key"
+"""Identity of a run: the study's UUID, the trial and the seed; writing a key twice changes nothing."""
+STUDY_NAME = "mpo.study"
+STUDY_UUID = "mpo.study_uuid"
+SCHEMA = "mpo.schema_version"
+DUPLICATE_OF = "mpo.duplicate_of"
+"""On a trial (and its runs) whose configuration another trial already has: that trial's number."""
+FAILURE = "mpo.failure"
+"""On a failed seed: why, in one line."""
+FAILURE_STEP = "mpo.failure_step"
+PARENT = "mlflow.parentRunId"
+
+
+def run_key(study_uuid: str, trial: int, seed: int | None = None) -> str:
+    """The value of the tag `KEY` for a trial (`seed` None) or for one of its seeds."""
+    return f"{study_uuid}/{trial}" if seed is None else f"{study_uuid}/{trial}/{seed}"
+
+
+# Fields ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """One recorded quantity.
+
+    `kind` "param": a string in MLflow, `dtype` says what it is read back as; absent where it has no meaning for the
+    family. "curve": a metric logged at every evaluation, step = optimiser step. "final": a metric logged once per seed.
+    "count": a metric logged once, on the trial and on each of its seeds.
+    """
+
+    key: str
+    kind: Literal["param", "curve", "final", "count"]
+    dtype: type
+    label: str
+    unit: str = ""
+    direction: Literal["minimize", "maximize"] | None = None
+
+
+PARAMS = (
+    Field("trial", "param", int, "trial number"),
+    Field("seed", "param", int, "seed (on seed runs only)"),
+    Field("arm", "param", str, "arm of the study file"),
+    Field("family", "param", str, "family of the linear layers: dense, mpo"),
+    Field("start", "param", str, "scratch, or teacher: compressed from a trained dense model, then fine-tuned"),
+    Field("teacher", "param", str, "arm of the teacher"),
+    Field("chi", "param", int, "bond-dimension cap χ"),
+    Field("n_sites", "param", int, "number of sites L asked for"),
+    Field("factorisation", "param", str, "how sizes split over sites"),
+    Field("init", "param", str, "init mode"),
+    Field("learning_rate", "param", float, "peak learning rate"),
+    Field("steps", "param", int, "optimiser steps"),
+    Field("warmup_steps", "param", int, "warm-up steps"),
+    Field("batch_size", "param", int, "sequences per step"),
+    Field("context", "param", int, "context length", "tokens"),
+    Field("vocab_size", "param", int, "vocabulary size V"),
+    Field("d_model", "param", int, "embedding dimension"),
+    Field("n_heads", "param", int, "attention heads"),
+    Field("n_layers", "param", int, "transformer layers"),
+    Field("d_ff", "param", int, "feed-forward dimension"),
+    Field("weight_decay", "param", float, "weight decay"),
+    Field("budget_hash", "param", str, "hash of corpus, evaluation, tokens, schedule shape and tuning trials"),
+    Field("corpus_sha256", "param", str, "SHA-256 of the corpus"),
+)
+
+CURVES = (
+    Field("val_loss", "curve", float, "validation loss, full validation split", "nats", "minimize"),
+    Field("val_acc", "curve", float, "validation token accuracy, full validation split", "fraction", "maximize"),
+    Field("val_loss_sampled", "curve", float, "validation loss, random batches as in the paper", "nats", "minimize"),
+    Field("val_acc_sampled", "curve", float, "validation accuracy, random batches as in the paper", "fraction",
+          "maximize"),
+    Field("train_loss", "curve", float, "training loss, mean since the last evaluation", "nats", "minimize"),
+    Field("learning_rate", "curve", float, "learning rate"),
+    Field("tokens", "curve", int, "training tokens so far", "tokens"),
+)
+
+FINALS = (
+    Field("final/val_loss", "final", float, "validation loss at the last step", "nats", "minimize"),
+    Field("final/val_acc", "final", float, "validation token accuracy at the last step", "fraction", "maximize"),
+    Field("final/val_loss_sampled", "final", float, "sampled validation loss at the last step", "nats", "minimize"),
+    Field("final/val_acc_sampled", "final", float, "sampled validation accuracy at the last step", "fraction",
+          "maximize"),
+    Field("final/train_loss", "final", float, "training loss, mean up to the last step", "nats", "minimize"),
+    Field("best/val_loss", "final", float, "lowest validation loss of any evaluation (optimistic)", "nats", "minimize"),
+    Field("best/val_acc", "final", float, "highest validation accuracy of any evaluation (optimistic)", "fraction",
+          "maximize"),
+    Field("best/step", "final", int, "step of the lowest validation loss", "steps"),
+    Field("train_seconds", "final", float, "wall time of training and evaluation", "s", "minimize"),
+    Field("train_tokens", "final", int, "tokens this run trained on", "tokens"),
+    Field("total_tokens", "final", int, "tokens trained on, the teacher's included", "tokens"),
+)
+
+COUNTS = (
+    Field("n_params", "count", int, "trainable parameters", "parameters", "minimize"),
+    Field("n_params_compressed", "count", int, "parameters of the compressed matrices alone", "parameters",
+          "minimize"),
+    Field("n_params_dense", "count", int, "parameters of the study's own dense model of this shape", "parameters"),
+)
+
+FIELDS = {(field.kind, field.key): field for field in (*PARAMS, *CURVES, *FINALS, *COUNTS)}
+
+
+def mean_key(key: str) -> str:
+    """Metric of a trial run: the mean over its complete seeds of the seed metric `key`."""
+    return f"mean/{key}"
+
+
+def std_key(key: str) -> str:
+    """Metric of a trial run: the sample standard deviation (n - 1) over seeds; absent for one seed."""
+    return f"std/{key}"
+
+
+N_SEEDS = "n_seeds"
+N_FAILED = "n_failed"
+"""Metrics of a trial run: how many seeds its aggregates are over, and how many failed."""
+
+# Relative error of each layer -----------------------------------------------------------------------------------------
+
+WHEN = ("init", "trained", "compressed")
+"""rel_error of a dense seed's layers before and after training; and of a teacher's layers as they were compressed."""
+
+_REL_ERROR = re.compile(r"rel_error/(init|trained|compressed)/chi_(\d+)/(.+)")
+
+
+def rel_error_key(when: str, chi: int, layer: str) -> str:
+    """Metric of a seed run: ‖W − Ŵ‖_F / ‖W‖_F of TT-SVD at cap `chi` on the layer with that module name."""
+    return f"rel_error/{when}/chi_{chi}/{layer}"
+
+
+def parse_rel_error_key(key: str) -> tuple[str, int, str] | None:
+    """(when, chi, layer) of a key made by `rel_error_key`, or None for any other key."""
+    match = _REL_ERROR.fullmatch(key)
+    return (match[1], int(match[2]), match[3]) if match else None
