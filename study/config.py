@@ -1,0 +1,320 @@
+"""The study file: one strict, frozen tree of models, read from YAML.
+
+A *listed* value (`chi: [4, 8]`) gives one trial for each of its elements, whatever the sampler. A *searched* value
+(`chi: {choices: [4, 8]}`, `learning_rate: {low: 1e-4, high: 1e-2, log: true}`) is the sampler's to choose. An arm has
+values of one sort or the other beside its fixed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic.dataclasses import dataclass
+
+
+class Strict(BaseModel):
+    """No unknown keys, no conversions, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+# Values of an arm: fixed, listed or searched --------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+_SEARCHED = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, config=_SEARCHED)  # not a model: those do not pass T on when an alias of them is filled in
+class Choices(Generic[T]):
+    """One of these, chosen by the sampler."""
+
+    choices: Annotated[tuple[T, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=_SEARCHED)
+class Range(Generic[T]):
+    """A number between `low` and `high`, both included, chosen by the sampler."""
+
+    low: T
+    high: T
+    log: Annotated[bool, Field(description="Uniform in the logarithm.")] = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range[T]:
+        if not self.low < self.high:  # type: ignore[operator]
+            raise ValueError(f"`low < high` must hold, but got low={self.low}, high={self.high}")
+        if self.log and self.low <= 0:  # type: ignore[operator]
+            raise ValueError(f"`low` must be positive where `log` is true, but got low={self.low}")
+        return self
+
+
+VALUE_KINDS = ("fixed", "listed", "choices", "range")
+
+
+def _kind_of_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "listed"
+    if isinstance(value, Choices) or (isinstance(value, dict) and "choices" in value):
+        return "choices"
+    if isinstance(value, Range | dict):
+        return "range"
+    return "fixed"
+
+
+Listed = Annotated[tuple[T, ...], Field(min_length=1), Tag("listed")]
+Value = Annotated[
+    Annotated[T, Tag("fixed")] | Listed[T] | Annotated[Choices[T], Tag("choices")], Discriminator(_kind_of_value)
+]
+"""A fixed value, a list of them, or `{choices: [...]}`."""
+Number = Annotated[
+    Annotated[T, Tag("fixed")] | Listed[T] | Annotated[Choices[T], Tag("choices")] | Annotated[Range[T], Tag("range")],
+    Discriminator(_kind_of_value),
+]
+"""A `Value` that may also be `{low: ..., high: ..., log: ...}`."""
+
+Seeds = Annotated[
+    Annotated[int, Field(ge=1), Tag("fixed")] | Listed[Annotated[int, Field(ge=0)]], Discriminator(_kind_of_value)
+]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Sites = Annotated[int, Field(ge=1, le=6)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+# The parts of a study file --------------------------------------------------------------------------------------------
+
+
+class Corpus(Strict):
+    """The text. Tiny Shakespeare unless a path is given."""
+
+    path: str | None = Field(default=None, description="A UTF-8 text file, relative to the study file.")
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        default=None, description="The checksum the file must have."
+    )
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.1, description="Share of the text, from its end, that is held out for validation."
+    )
+
+
+class Model(Strict):
+    """PicoGPT's sizes; the vocabulary comes from the corpus."""
+
+    d_model: PositiveInt = Field(default=128, description="Embedding dimension.")
+    n_heads: PositiveInt = Field(default=4, description="Attention heads; must divide d_model.")
+    n_layers: PositiveInt = Field(default=4, description="Transformer blocks.")
+    context: PositiveInt = Field(default=256, description="Context length in tokens.")
+    d_ff: PositiveInt | None = Field(default=None, description="Feed-forward dimension; 4 × d_model unless given.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Model:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"`n_heads` must divide `d_model`, but got d_model={self.d_model}, n_heads={self.n_heads}")
+        return self
+
+
+class Protocol(Strict):
+    """How a model is trained and evaluated; an arm may override steps, warm-up and learning rate."""
+
+    steps: PositiveInt = Field(default=2000, description="Optimiser steps.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=100, description="Steps of linear warm-up.")
+    batch_size: PositiveInt = Field(default=32, description="Sequences per step.")
+    learning_rate: PositiveFloat = Field(
+        default=3e-4, description="Peak learning rate; cosine decay to 0 at the last step."
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="AdamW's β₁, β₂."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="AdamW's decay, on every parameter.")
+    grad_clip: PositiveFloat = Field(default=1.0, description="Largest norm of the gradient.")
+    eval_every: PositiveInt = Field(
+        default=100, description="Steps between evaluations; the first and last step always are."
+    )
+    sampled_eval_batches: PositiveInt = Field(
+        default=20, description="Random batches of the paper's own validation estimate, recorded beside the full one."
+    )
+    sampled_eval_batch_size: PositiveInt = Field(default=8, description="Sequences in each of those batches.")
+
+    @model_validator(mode="after")
+    def _warmup_within_steps(self) -> Protocol:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"`warmup_steps < steps` must hold, but got warmup_steps={self.warmup_steps}, steps={self.steps}"
+            )
+        return self
+
+
+class _Arm(Strict):
+    name: Name = Field(description="Unique in the study; what figures and tables call it.")
+    learning_rate: Number[PositiveFloat] | None = Field(default=None, description="Overrides the protocol's.")
+    steps: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Overrides the protocol's.")
+
+    def values(self) -> dict[str, Any]:
+        """The fields that may be listed or searched and are given, in the order of the model."""
+        return {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if name in VALUE_FIELDS and getattr(self, name) is not None
+        }
+
+    @property
+    def is_searched(self) -> bool:
+        return any(isinstance(value, Choices | Range) for value in self.values().values())
+
+    @model_validator(mode="after")
+    def _listed_or_searched(self) -> _Arm:
+        listed = [name for name, value in self.values().items() if isinstance(value, tuple)]
+        if listed and self.is_searched:
+            raise ValueError(
+                f"an arm has listed or searched values, not both; write `{listed[0]}: {{choices: [...]}}` "
+                "to let the sampler choose"
+            )
+        for name, value in self.values().items():
+            options = value if isinstance(value, tuple) else value.choices if isinstance(value, Choices) else ()
+            if len(set(options)) != len(options):
+                raise ValueError(f"`{name}` names a value twice: {list(options)}")
+        return self
+
+
+class DenseArm(_Arm):
+    """Plain linear layers: the reference, or a narrower model as a control."""
+
+    family: Literal["dense"]
+    d_model: Number[PositiveInt] | None = Field(
+        default=None, description="Overrides the model's; d_ff follows as 4 × d_model."
+    )
+
+
+class MPOArm(_Arm):
+    """Every linear layer is an MPO."""
+
+    family: Literal["mpo"]
+    chi: Number[PositiveInt] = Field(description="Cap on every bond dimension.")
+    n_sites: Number[Sites] | None = Field(default=None, description="Number of sites L, 1 to 6; with `balanced` only.")
+    factorisation: Value[Literal["paper", "balanced"]] = Field(
+        default="paper", description="How sizes split over sites; `paper` falls back to balanced where it has no entry."
+    )
+    init: Value[Literal["paper", "variance", "tt_svd"]] | None = Field(
+        default=None, description="Init mode of an arm trained from scratch; `variance` unless given."
+    )
+    teacher: Name | None = Field(
+        default=None,
+        description="A dense arm with one trial: compress its trained model of the same seed, then fine-tune.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MPOArm:
+        if self.teacher is not None and self.init is not None:
+            raise ValueError("`init` has no meaning beside `teacher`: the cores come from the teacher's weights")
+        if self.n_sites is not None and self.factorisation != "balanced":
+            raise ValueError("`n_sites` is allowed with `factorisation: balanced` only")
+        return self
+
+
+Arm = Annotated[DenseArm | MPOArm, Field(discriminator="family")]
+VALUE_FIELDS = ("learning_rate", "d_model", "chi", "n_sites", "factorisation", "init")
+
+Objective = Literal["val_loss", "val_acc", "n_params"]
+
+
+class Sampler(Strict):
+    """Who chooses the searched values: one of Optuna's samplers, or `grid`, which has nothing to choose."""
+
+    name: Literal["grid", "random", "tpe", "nsga2"] = "grid"
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Sampler's own seed.")
+
+
+class Budget(Strict):
+    """How much is searched. Listed trials come on top."""
+
+    trials: Annotated[int, Field(ge=0)] = Field(default=0, description="Number of searched trials.")
+
+
+class Execution(Strict):
+    """Where and how units run; may change between two runs of a study."""
+
+    cpus: Annotated[float, Field(gt=0)] = Field(default=1, description="CPU cores, and threads, of one unit.")
+    gpus: Annotated[float, Field(ge=0)] = Field(default=0, description="GPUs of one unit; a fraction shares one.")
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=30, description="Least time between two checkpoints."
+    )
+    keep_weights: bool = Field(
+        default=False, description="Keep every trained model, as safetensors, in storage and MLflow."
+    )
+
+
+class StudyConfig(Strict):
+    """A whole study file."""
+
+    name: Name = Field(description="Names the MLflow experiment and the default folder.")
+    description: str = Field(default="", description="One line for the report.")
+    corpus: Corpus = Corpus()
+    model: Model = Model()
+    protocol: Protocol = Protocol()
+    seeds: Seeds = Field(default=3, description="How many seeds (0, 1, ...), or a list of them.")
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = Field(
+        default=("n_params", "val_loss"), description="What the sampler optimises: means over seeds at the last step."
+    )
+    sampler: Sampler = Sampler()
+    budget: Budget = Budget()
+    execution: Execution = Execution()
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
+
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        return tuple(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+    def arm(self, name: str) -> DenseArm | MPOArm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyConfig:
+        _refuse_repeats("seeds", self.seed_list)
+        _refuse_repeats("objectives", self.objectives)
+        names = [arm.name for arm in self.arms]
+        _refuse_repeats("arms", names)
+        for arm in self.arms:
+            if isinstance(arm, MPOArm) and arm.teacher is not None:
+                self._check_teacher(arm)
+        searched = [arm.name for arm in self.arms if arm.is_searched]
+        if searched and self.sampler.name == "grid":
+            raise ValueError(
+                f"arm {searched[0]} has searched values, which sampler grid cannot choose; list them as [...], "
+                "or use sampler random, tpe or nsga2"
+            )
+        if self.sampler.name != "grid" and not searched:
+            raise ValueError(f"sampler {self.sampler.name} has nothing to choose: no arm has a searched value")
+        if searched and self.budget.trials == 0:
+            raise ValueError(f"`budget.trials` must be at least 1, since arm {searched[0]} has searched values")
+        if not searched and self.budget.trials:
+            raise ValueError("`budget.trials` must be 0 (or absent): no arm has a searched value")
+        if self.sampler.name == "nsga2" and len(searched) > 1:
+            raise ValueError(
+                f"sampler nsga2 cannot search several arms ({', '.join(searched)}), whose values depend on the arm; "
+                "use tpe or random"
+            )
+        return self
+
+    def _check_teacher(self, arm: MPOArm) -> None:
+        candidates = [
+            other.name
+            for other in self.arms
+            if isinstance(other, DenseArm)
+            and not any(isinstance(value, tuple | Choices | Range) for value in other.values().values())
+            and other.d_model in (None, self.model.d_model)
+        ]
+        if arm.teacher not in candidates:
+            raise ValueError(
+                f"arm {arm.name}: `teacher` must name a dense arm of the study's own model with fixed values, one of "
+                f"[{', '.join(candidates)}], but got {arm.teacher}"
+            )
+
+
+def _refuse_repeats(what: str, items: Sequence[Any]) -> None:
+    repeated = sorted({str(item) for item in items if list(items).count(item) > 1})
+    if repeated:
+        raise ValueError(f"`{what}` names {', '.join(repeated)} more than once")

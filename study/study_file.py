@@ -1,0 +1,199 @@
+"""Reading a study file: strict YAML, overrides, and one line for each defect."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from study.config import VALUE_KINDS, Choices, DenseArm, MPOArm, Range, StudyConfig
+from study.errors import StudyError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without its surprises: a repeated key is an error, `3e-4` is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Read YAML strictly; `where` names the source in errors."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        position = f":{mark.line + 1}" if mark is not None else ""
+        raise StudyError(f"{where}{position}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study file and apply `key=value` overrides (dotted keys; an arm by its name: `arms.mpo.chi=8`).
+
+    Raises:
+        StudyError: the file cannot be read or is not a valid study; names file, key and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StudyError(f"{path}: cannot read the study file: {reason}") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise StudyError(f"{path}: a study file is a mapping of keys to values; it begins with `name:`")
+    for override in overrides:
+        _apply_override(data, override)
+    config = validate(data, str(path))
+    if config.corpus.path is not None and not Path(config.corpus.path).is_absolute():
+        absolute = str((path.parent / config.corpus.path).resolve())
+        config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"path": absolute})})
+    return config
+
+
+def validate(data: Any, where: str) -> StudyConfig:
+    """Build the configuration; the first defect becomes a one-line error, with the number of others."""
+    try:
+        # By way of JSON, where strict mode still knows that an array may become a tuple.
+        return StudyConfig.model_validate_json(json.dumps(data, allow_nan=True))
+    except TypeError as error:
+        raise StudyError(f"{where}: {error}") from None
+    except ValidationError as error:
+        messages = [_describe(defect, data) for defect in error.errors()]
+        more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
+        raise StudyError(f"{where}: {messages[0]}{more}") from None
+
+
+def dump_config(config: StudyConfig) -> str:
+    """The resolved study file as YAML: every value that counts, defaults included."""
+    data = config.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise StudyError(f"--set {override}: must have the form key=value, for example protocol.steps=100")
+    keys, node = dotted.split("."), data
+    for depth, key in enumerate(keys[:-1]):
+        node = _child(node, key, ".".join(keys[: depth + 1]), override)
+    value = parse_yaml(text, f"--set {override}")
+    if isinstance(node, list):
+        node[_index(node, keys[-1], dotted, override)] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _child(node: Any, key: str, path: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, path, override)]
+    child = node.setdefault(key, {})
+    if not isinstance(child, dict | list):
+        raise StudyError(f"--set {override}: {path} is a single value, it has no keys")
+    return child
+
+
+def _index(items: list[Any], key: str, path: str, override: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    known = ", ".join(str(name) for name in names if name is not None)
+    raise StudyError(f"--set {override}: {path} is not there; allowed: {known or f'0 to {len(items) - 1}'}")
+
+
+# One line for each defect ---------------------------------------------------------------------------------------------
+
+
+def _describe(defect: Any, data: Any) -> str:
+    path = _path(defect["loc"], data)
+    kind, context, got = defect["type"], defect.get("ctx", {}), _shorten(defect.get("input"))
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        allowed = ", ".join(_allowed_keys(defect["loc"]))
+        return f"{path}: unknown key; allowed: {allowed}"
+    if kind == "missing":
+        return f"{path}: missing, must be given"
+    if kind == "value_error":
+        text = str(context["error"])
+        return f"{path}: {text}" if path else text
+    if kind == "union_tag_invalid" and context["tag"] in VALUE_KINDS:
+        shapes = {
+            "fixed": "a value",
+            "listed": "a list",
+            "choices": "{choices: [...]}",
+            "range": "{low: ..., high: ...}",
+        }
+        expected = [shapes[tag.strip(" '")] for tag in context["expected_tags"].split(",")]
+        return f"{path}: must be {' or '.join(expected)}, but got {got}"
+    if kind == "union_tag_invalid":
+        return f"{path}.family: must be one of {context['expected_tags']}, but got {context['tag']!r}"
+    if kind == "union_tag_not_found":
+        return f"{path}.family: missing, must be one of 'dense', 'mpo'"
+    if kind == "too_short":
+        return f"{path}: must have at least {context['min_length']} items, but got {context['actual_length']}"
+    message = defect["msg"].removeprefix("Input ").removeprefix("should ")
+    message = message[0].lower() + message[1:]
+    return f"{path}: must {message}, but got {got}"
+
+
+def _path(location: tuple[int | str, ...], data: Any) -> str:
+    """The defect's dotted key; list positions are shown by the arm's name where it has one."""
+    parts, node = "", data
+    for key in location:
+        if key in VALUE_KINDS or (key in ("dense", "mpo") and isinstance(node, dict) and key not in node):
+            continue  # branches of our unions, not keys of the file
+        if isinstance(key, str) and key.startswith(("constrained", "function", "tuple", "int")):
+            continue
+        node = _get(node, key)
+        name = node.get("name") if isinstance(key, int) and isinstance(node, dict) else None
+        parts += f"[{name or key}]" if isinstance(key, int) else f".{key}" if parts else key
+    return parts
+
+
+def _get(node: Any, key: int | str) -> Any:
+    try:
+        return node[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _allowed_keys(location: tuple[int | str, ...]) -> Iterator[str]:
+    """The keys of the model in which an unknown key stood."""
+    model: Any = StudyConfig
+    for key in location[:-1]:
+        if key in ("dense", "mpo"):
+            model = DenseArm if key == "dense" else MPOArm
+        elif key in ("choices", "range"):
+            model = Choices if key == "choices" else Range
+        elif isinstance(key, str) and key in model.__pydantic_fields__:
+            annotation = model.__pydantic_fields__[key].annotation
+            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+    yield from model.__pydantic_fields__
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
