@@ -15,6 +15,8 @@ from typing import Literal
 
 SCHEMA_VERSION = 1
 
+Direction = Literal["minimize", "maximize"]
+
 STUDY_MANIFEST = "study.json"
 """File in a study directory: {"schema_version", "name", "uuid", "tracking_uri", "experiment"}; tracking_uri is null
 while the study has been run with tracking off."""
@@ -58,7 +60,7 @@ class Field:
     dtype: type
     label: str
     unit: str = ""
-    direction: Literal["minimize", "maximize"] | None = None
+    direction: Direction | None = None
 
 
 PARAMS = (
@@ -118,7 +120,7 @@ COUNTS = (
     Field("n_params", "count", int, "trainable parameters", "parameters", "minimize"),
     Field("n_params_compressed", "count", int, "parameters of the compressed matrices alone", "parameters",
           "minimize"),
-    Field("n_params_dense", "count", int, "parameters of the study's own dense model of this shape", "parameters"),
+    Field("n_params_dense", "count", int, "parameters of the study's dense reference model", "parameters"),
 )
 
 FIELDS = {(field.kind, field.key): field for field in (*PARAMS, *CURVES, *FINALS, *COUNTS)}

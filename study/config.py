@@ -226,6 +226,9 @@ class Sampler(Strict):
 
     name: Literal["grid", "random", "tpe", "nsga2"] = "grid"
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Sampler's own seed.")
+    population_size: Annotated[int, Field(ge=2)] = Field(
+        default=20, description="Trials in a generation of nsga2; the first generation is drawn at random."
+    )
 
 
 class Budget(Strict):
@@ -296,6 +299,11 @@ class StudyConfig(Strict):
             raise ValueError(
                 f"sampler nsga2 cannot search several arms ({', '.join(searched)}), whose values depend on the arm; "
                 "use tpe or random"
+            )
+        if self.sampler.name == "nsga2" and self.budget.trials <= self.sampler.population_size:
+            raise ValueError(
+                f"`budget.trials` must exceed `sampler.population_size`, or nsga2 draws all at random, but got "
+                f"{self.budget.trials} and {self.sampler.population_size}"
             )
         return self
 

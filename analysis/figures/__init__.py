@@ -1,0 +1,1 @@
+"""frame → Figure: static, for print and screen; and the frame behind each."""

@@ -1,0 +1,184 @@
+"""A final metric against trainable parameters, with the frontier of the means."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.transforms import ScaledTranslation
+
+from analysis import style
+from analysis.figures import labels
+from analysis.frontier import step_line
+from analysis.summary import MIN_SEEDS, Measure, n_statement
+
+_MARKER_SIZE = 5.2
+_AXES_HEIGHT, _ABOVE = 2.6, 0.5
+"""Inches of the axes, and of what stands above them."""
+_FEW = "#8c8c8c"
+"""Colour of a mean over too few seeds."""
+_SEEDS_BESIDE = 5.0
+"""Points between a mean and the dots of its seeds, which it would hide."""
+
+
+def frontier_figure(points: pd.DataFrame, seeds: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
+    """Mean of a measure against trainable parameters, with the frontier of the means.
+
+    Args:
+        points: `data.frontier_points` of the measure; at least one row.
+        seeds: `data.seed_points` of the measure.
+        note: sentence added under the figure.
+    """
+    enough = points.loc[points["n_seeds"] >= MIN_SEEDS, "n_seeds"]
+    statement = (
+        f"Means over complete seeds, {n_statement(enough)}; bars: 95 % t intervals of the mean; dots: seeds, drawn "
+        "beside their mean."
+        if len(enough)
+        else f"No configuration has {MIN_SEEDS} complete seeds: no intervals and no frontier."
+    )
+    with style.context():
+        legend = _legend(points)
+        figure = style.new_figure(_ABOVE + _AXES_HEIGHT + 1)
+        axes = figure.add_axes((0, 0, 1, 1))
+        _lay_out(figure, axes, below=1)
+        _scale_axes(axes, points, seeds, measure)
+        _draw_reference(axes, points)
+        hard, soft = _draw_points(axes, points, seeds)
+        left_out = labels.place_labels(axes, _point_labels(points), hard, soft)
+        missing = f"{left_out} label{'s' * (left_out > 1)} left out for lack of room." if left_out else ""
+        text = style.footer(statement, missing, note)
+        below = 0.46 + 0.165 * -(-len(legend) // 3) + style.footer_height(text)
+        _lay_out(figure, axes, below)
+        figure.legend(
+            handles=legend, loc="upper left", ncols=3, borderaxespad=0, columnspacing=1.8, handlelength=1.6,
+            labelspacing=0.35, bbox_to_anchor=(0.55 / style.WIDTH, (below - 0.38) / figure.get_figheight()),
+        )  # fmt: skip
+        style.add_footer(figure, text)
+    return figure
+
+
+def _lay_out(figure: Figure, axes: Axes, below: float) -> None:
+    """Leave `below` inches under axes whose own size stays the same, so that labels keep their places."""
+    height = _ABOVE + _AXES_HEIGHT + below
+    figure.set_size_inches(style.WIDTH, height)
+    axes.set_position((0.62 / style.WIDTH, below / height, (style.WIDTH - 0.8) / style.WIDTH, _AXES_HEIGHT / height))
+
+
+def _scale_axes(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, measure: Measure) -> None:
+    sizes = points["n_params"].astype("float64")
+    low, high = sizes.min() / 1.25, sizes.max() * 1.25
+    if high / low < 4:
+        middle = np.sqrt(low * high)
+        low, high = middle / 2, middle * 2
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    style.set_log_ticks(axes.xaxis, low, high, style.format_count)
+    half = points["half_width"].fillna(0)
+    values = pd.concat([points["mean"] - half, points["mean"] + half, seeds["value"]])
+    margin = 0.07 * (values.max() - values.min()) or 0.05 * abs(values.max()) or 1.0
+    axes.set_ylim(values.min() - margin, values.max() + margin)
+    axes.set_xlabel("Trainable parameters")
+    axes.set_ylabel(measure.axis_label)
+
+    percent = float((points["percent_of_dense"] / sizes).iloc[0])
+    top = axes.twiny()
+    top.grid(False)
+    top.set_xscale("log")
+    top.set_xlim(low * percent, high * percent)
+    style.set_log_ticks(top.xaxis, low * percent, high * percent, lambda tick: f"{tick:g} %")
+    top.set_xlabel("Share of the dense model's parameters")
+    top.spines["top"].set_visible(True)
+    axes.set_zorder(top.get_zorder() + 1)
+    axes.patch.set_visible(False)
+
+
+def _draw_reference(axes: Axes, points: pd.DataFrame) -> None:
+    for row in points[points["is_reference"]].itertuples():
+        if row.n_seeds >= MIN_SEEDS:
+            axes.axhspan(row.mean - row.half_width, row.mean + row.half_width, color=style.BAND, linewidth=0,
+                         zorder=0.5)
+        axes.axhline(row.mean, color="#444444", linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
+
+
+def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple[labels.Boxes, labels.Boxes]:
+    """Draw seeds, intervals, means and the step line; what labels must not and should not touch."""
+    seeds = seeds[seeds["trial"].isin(points.loc[points["n_seeds"] > 1, "trial"])]
+    x_end = axes.get_xlim()[1]
+    styles = style.group_styles(points["group"])
+    colors = dict(zip(points["trial"], _point_colors(points), strict=True))
+    beside = ScaledTranslation(_SEEDS_BESIDE / 72, 0, axes.get_figure(root=True).dpi_scale_trans)
+    axes.scatter(seeds["n_params"].astype("float64"), seeds["value"], s=3.5, linewidth=0, zorder=2,
+                 transform=axes.transData + beside,
+                 c=[style.tint(colors[trial], 0.35) for trial in seeds["trial"]])
+    frontier = points[points["on_frontier"]]
+    steps_x, steps_y = step_line(frontier["n_params"], frontier["mean"], x_end)
+    axes.plot(steps_x, steps_y, color=style.GREY, linewidth=0.9, zorder=1.5, solid_joinstyle="miter")
+    for row, color in zip(points.itertuples(), _point_colors(points), strict=True):
+        if row.n_seeds >= MIN_SEEDS:
+            axes.errorbar(row.n_params, row.mean, yerr=row.half_width, color=color, linewidth=0.9, zorder=3,
+                          capsize=1.8, capthick=0.9)
+        axes.plot(row.n_params, row.mean, linestyle="none", marker=styles[row.group].marker, markersize=_MARKER_SIZE,
+                  markerfacecolor=color if row.on_frontier else "white", markeredgecolor=color, markeredgewidth=1.0,
+                  zorder=5 if row.on_frontier else 4)
+
+    n_params, mean = points["n_params"].to_numpy(dtype=float), points["mean"].to_numpy()
+    half = points["half_width"].fillna(0).to_numpy()
+    bars = labels.boxes_along(
+        axes, np.column_stack((n_params, mean - half)), np.column_stack((n_params, mean + half)), 1.5
+    )
+    hard = np.vstack((labels.boxes_around(axes, n_params, mean, 0.6 * _MARKER_SIZE), bars))
+    corners = np.column_stack((steps_x, steps_y))
+    soft = [labels.boxes_along(axes, corners[:-1], corners[1:], 0.5)]
+    dots = labels.boxes_around(axes, seeds["n_params"].to_numpy(dtype=float), seeds["value"].to_numpy(), 1.2)
+    soft += [dots + np.array((_SEEDS_BESIDE, 0, _SEEDS_BESIDE, 0))] * 2
+    for y in points.loc[points["is_reference"], "mean"]:
+        ends = np.array(axes.get_xlim())
+        soft.append(labels.boxes_along(axes, np.array([[ends[0], y]]), np.array([[ends[1], y]]), 0.5))
+    return hard, np.vstack(soft)
+
+
+def _point_colors(points: pd.DataFrame) -> list[str]:
+    styles = style.group_styles(points["group"])
+    return [
+        styles[group].color if n_seeds >= MIN_SEEDS else _FEW
+        for group, n_seeds in zip(points["group"], points["n_seeds"], strict=True)
+    ]
+
+
+def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
+    """Those of the frontier first: they are placed best."""
+    ordered = points.assign(color=_point_colors(points)).sort_values(
+        ["on_frontier", "is_reference", "n_params", "mean"], ascending=[False, False, True, True], kind="stable"
+    )
+    return [
+        labels.Label(float(row.n_params), row.mean, row.label, row.color, important=row.on_frontier or row.is_reference)
+        for row in ordered.itertuples()
+    ]
+
+
+def _legend(points: pd.DataFrame) -> list[Line2D | Patch]:
+    def marker(shape: str, color: str, filled: bool, label: str) -> Line2D:
+        return Line2D([], [], linestyle="none", marker=shape, markersize=_MARKER_SIZE, markeredgecolor=color,
+                      markerfacecolor=color if filled else "white", label=label)
+
+    enough = points["n_seeds"] >= MIN_SEEDS
+    handles: list[Line2D | Patch] = []
+    for group, group_style in style.group_styles(points["group"]).items():
+        shown = enough[points["group"] == group].any()
+        handles.append(marker(group_style.marker, group_style.color if shown else _FEW, shown, group))
+    if points["on_frontier"].any():
+        handles.append(Line2D([], [], color=style.GREY, linewidth=0.9, label="frontier of the means (filled)"))
+    if (enough & ~points["on_frontier"]).any():
+        handles.append(marker("o", style.GREY, False, "hollow: dominated"))
+    if not enough.all():
+        handles.append(marker("o", _FEW, False, f"grey: fewer than {MIN_SEEDS} seeds"))
+    if (points["n_seeds"] > 1).any():
+        handles.append(Line2D([], [], linestyle="none", marker="o", markersize=2, color=_FEW, label="one seed"))
+    for row in points[points["is_reference"]].itertuples():
+        handles.append(Line2D([], [], color="#444444", linewidth=0.9, linestyle=(0, (5, 3)), label="mean of dense"))
+        if row.n_seeds >= MIN_SEEDS:
+            handles.append(Patch(color=style.BAND, linewidth=0, label="95 % t interval of dense"))
+    return handles

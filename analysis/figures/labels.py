@@ -1,0 +1,172 @@
+"""Text beside points and at the ends of lines, placed so that nothing overlaps; the same input gives the same place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+
+from analysis.style import ink
+
+_RADII = (4.5, 6.0, 8.0, 10.5, 14.0, 19.0, 25.0)
+_NEAR = 8.0
+"""Points from a point to its label beyond which a line has to lead to it."""
+_ANGLES = np.deg2rad(np.arange(0, 360, 15) + 45)
+_PADDING = 1.5
+_LINE = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
+_HALO = [withStroke(linewidth=1.6, foreground="white")]
+
+Boxes = NDArray[np.float64]
+"""(n, 4): left, bottom, right, top in points from the lower left corner of the figure."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """Text that belongs to the point (x, y) in data coordinates; only an important one may be led to by a line."""
+
+    x: float
+    y: float
+    text: str
+    color: str
+    important: bool = True
+
+
+def points_of(axes: Axes, x: Sequence[float] | NDArray, y: Sequence[float] | NDArray) -> NDArray[np.float64]:
+    """(n, 2) points (1/72 in) of data coordinates."""
+    return axes.transData.transform(np.column_stack((x, y))) * 72 / _figure(axes).dpi
+
+
+def boxes_around(axes: Axes, x: Sequence[float] | NDArray, y: Sequence[float] | NDArray, half: float) -> Boxes:
+    """Squares of 2 × `half` points around data coordinates."""
+    centres = points_of(axes, x, y)
+    return np.hstack((centres - half, centres + half))
+
+
+def boxes_along(axes: Axes, start: NDArray, end: NDArray, half: float) -> Boxes:
+    """Boxes around horizontal or vertical segments from `start` to `end`, each (n, 2) in data coordinates."""
+    a, b = points_of(axes, start[:, 0], start[:, 1]), points_of(axes, end[:, 0], end[:, 1])
+    return np.hstack((np.minimum(a, b) - half, np.maximum(a, b) + half))
+
+
+def text_size(figure: Figure, text: str) -> NDArray[np.float64]:
+    """(width, height) in points of text in the default size."""
+    probe = figure.text(0, 0, text)
+    extent = probe.get_window_extent(cast(FigureCanvasAgg, figure.canvas).get_renderer())
+    probe.remove()
+    return np.array((extent.width, extent.height)) * 72 / figure.dpi
+
+
+def place_labels(axes: Axes, labels: Sequence[Label], hard: Boxes, soft: Boxes) -> int:
+    """Write each label near its point, the first ones first; the number of labels for which there was no room.
+
+    A label never touches a box of `hard`, another label or the edge of the axes, and touches as few of `soft` as it
+    can. The limits of the axes and the figure's layout must be final.
+    """
+    frame = _frame(axes)
+    taken, left_out = hard, 0
+    for label in labels:
+        size = text_size(_figure(axes), label.text)
+        anchor = points_of(axes, [label.x], [label.y])[0]
+        radii = [radius for radius in _RADII if label.important or radius <= _NEAR]
+        place = _best_place(anchor, size, radii, frame, taken, soft)
+        if place is None:
+            left_out += 1
+            continue
+        centre, radius = place
+        taken = np.vstack((taken, _box(anchor + centre, size)))
+        # The line starts at the point of the text that is nearest to the anchor.
+        nearest = np.clip((size / 2 - centre) / size, 0, 1)
+        axes.annotate(
+            label.text, (label.x, label.y), xytext=(centre[0], centre[1]), textcoords="offset points", ha="center",
+            va="center", color=ink(label.color), path_effects=_HALO, zorder=6, annotation_clip=False,
+            arrowprops=None if radius <= _NEAR else {**_LINE, "color": label.color, "relpos": tuple(nearest)},
+        )  # fmt: skip
+    return left_out
+
+
+def label_line_ends(axes: Axes, labels: Sequence[Label]) -> None:
+    """Write labels to the right of the axes at the height of their points, moved apart where they would overlap."""
+    if not labels:
+        return
+    heights = points_of(axes, [label.x for label in labels], [label.y for label in labels])[:, 1]
+    line = max(text_size(_figure(axes), label.text)[1] for label in labels) + 0.5
+    _, bottom, right, top = _frame(axes)
+    for label, height, moved in zip(labels, heights, spread(heights, line, bottom, top), strict=True):
+        end = points_of(axes, [label.x], [label.y])[0, 0]
+        axes.annotate(
+            label.text, (label.x, label.y), xytext=(right - end + 7, moved - height), textcoords="offset points",
+            ha="left", va="center", color=ink(label.color), annotation_clip=False,
+            arrowprops={**_LINE, "color": label.color, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def spread(positions: NDArray, gap: float, low: float, high: float) -> NDArray[np.float64]:
+    """Move positions on a line apart to `gap` or more, in their order, as little as that allows, inside low to high.
+
+    Neighbours that are too close are joined into one stack centred on their mean, until no stacks touch.
+    """
+    order = np.argsort(positions, kind="stable")
+    stacks: list[list[float]] = []
+    for position in np.asarray(positions, dtype=np.float64)[order]:
+        stacks.append([position])
+        while len(stacks) > 1 and _bounds(stacks[-2], gap, low, high)[1] + gap > _bounds(stacks[-1], gap, low, high)[0]:
+            last = stacks.pop()
+            stacks[-1] += last
+    moved = np.empty(len(order))
+    moved[order] = np.concatenate(
+        [_bounds(stack, gap, low, high)[0] + gap * np.arange(len(stack)) for stack in stacks] or [np.empty(0)]
+    )
+    return moved
+
+
+def _figure(axes: Axes) -> Figure:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+def _frame(axes: Axes) -> NDArray[np.float64]:
+    """(left, bottom, right, top) of the axes in points."""
+    return np.asarray(axes.get_window_extent().extents) * 72 / _figure(axes).dpi
+
+
+def _bounds(stack: list[float], gap: float, low: float, high: float) -> tuple[float, float]:
+    length = gap * (len(stack) - 1)
+    bottom = max(low, min(float(np.mean(stack)) - length / 2, high - length))
+    return bottom, bottom + length
+
+
+def _best_place(
+    anchor: NDArray, size: NDArray, radii: Sequence[float], frame: NDArray, hard: Boxes, soft: Boxes
+) -> tuple[NDArray[np.float64], float] | None:
+    """Offset of the label's centre from its anchor, and the gap between them; None if no place is free."""
+    best, lowest = None, np.inf
+    for radius in radii:
+        for angle in _ANGLES:
+            # Around a square rather than a circle, so that a wide label keeps its distance at every angle.
+            direction = np.clip(np.sqrt(2) * np.array((np.cos(angle), np.sin(angle))), -1, 1)
+            centre = (radius + size / 2) * direction
+            box = _box(anchor + centre, size)
+            inside = (box[:2] >= frame[:2]).all() and (box[2:] <= frame[2:]).all()
+            if not inside or _touched(box, hard):
+                continue
+            cost = _touched(box, soft) + radius / 10
+            if cost < lowest:
+                best, lowest = (centre, radius), cost
+    return best
+
+
+def _box(centre: NDArray, size: NDArray) -> NDArray[np.float64]:
+    return np.concatenate((centre - size / 2 - _PADDING, centre + size / 2 + _PADDING))
+
+
+def _touched(box: NDArray, boxes: Boxes) -> int:
+    apart = (box[2:] <= boxes[:, :2]).any(axis=1) | (boxes[:, 2:] <= box[:2]).any(axis=1)
+    return int((~apart).sum())

@@ -1,0 +1,73 @@
+"""Reconstruction error of TT-SVD against the cap χ, for each kind of layer."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from analysis import style
+from analysis.figures import labels
+from analysis.figures.data import EXACT
+from analysis.summary import n_statement
+
+_TITLES = {"init": "Dense weights at initialisation", "trained": "Dense weights after training"}
+
+
+def rel_error_figure(means: pd.DataFrame, note: str = "") -> Figure:
+    """Relative Frobenius error of each kind of layer against χ, before and after training.
+
+    Args:
+        means: `data.rel_error_means`; at least one row. Errors below EXACT are not drawn.
+        note: sentence added under the figure.
+    """
+    panels = [when for when in _TITLES if when in set(means["when"])]
+    drawn = means[means["mean"] > EXACT]
+    low, high = drawn["mean"].min() / 1.15, drawn["mean"].max() * 1.15
+    kinds = drawn.groupby("kind")["mean"].mean().sort_values(ascending=False).index
+    colors = {kind: style.LINE_COLORS[index % len(style.LINE_COLORS)] for index, kind in enumerate(kinds)}
+    text = style.footer(
+        f"TT-SVD of the dense model's layers, means over its blocks; {n_statement(means['n_seeds'])} seeds, "
+        "bars: 95 % t intervals over seeds.",
+        note,
+    )
+    with style.context():
+        foot = style.footer_height(text)
+        figure = style.new_figure(foot + 2.75)
+        height = figure.get_figheight()
+        beside = (max(labels.text_size(figure, kind)[0] for kind in kinds) + 16) / 72
+        width = (style.WIDTH - 0.55 - 0.12 * (len(panels) - 1)) / len(panels) - beside
+        for column, when in enumerate(panels):
+            left = 0.55 + column * (width + beside + 0.12)
+            axes = figure.add_axes((left / style.WIDTH, (foot + 0.42) / height, width / style.WIDTH, 2.08 / height))
+            axes.set_yscale("log")
+            axes.set_ylim(low, high)
+            style.set_log_ticks(axes.yaxis, low, high, lambda tick: f"{tick:g}")
+            _draw_panel(axes, drawn[drawn["when"] == when], colors)
+            axes.set_title(_TITLES[when], loc="left")
+            axes.tick_params(labelleft=column == 0)
+            if column == 0:
+                axes.set_ylabel("Relative error ‖W − Ŵ‖ / ‖W‖")
+        style.add_footer(figure, text)
+    return figure
+
+
+def _draw_panel(axes: Axes, means: pd.DataFrame, colors: dict[str, str]) -> None:
+    chis = sorted(means["chi"].unique())
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(chis[0] / 1.15, chis[-1] * 1.15)
+    axes.xaxis.set_major_locator(FixedLocator(chis))
+    axes.xaxis.set_major_formatter(FixedFormatter([str(chi) for chi in chis]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("Bond-dimension cap χ")
+    ends = []
+    for index, (kind, color) in enumerate(colors.items()):
+        line = means[means["kind"] == kind].sort_values("chi")
+        if line.empty:
+            continue
+        axes.errorbar(line["chi"], line["mean"], yerr=line["half_width"].fillna(0), color=color, linewidth=1.0,
+                      marker="osD^vPX"[index % 7], markersize=3.2, capsize=1.5, elinewidth=0.8, zorder=3)
+        last = line.iloc[-1]
+        ends.append(labels.Label(last["chi"], last["mean"], kind, color))
+    labels.label_line_ends(axes, ends)

@@ -1,0 +1,68 @@
+"""The non-dominated set of two objectives: arrays in, arrays out."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from analysis.run_schema import Direction
+
+
+def frontier_mask(
+    x: ArrayLike, y: ArrayLike, directions: tuple[Direction, Direction] = ("minimize", "minimize")
+) -> NDArray[np.bool_]:
+    """Which points no other point dominates.
+
+    A point dominates another that it is nowhere worse than and somewhere better. Equal points do not dominate each
+    other, so all copies of a frontier point are on the frontier.
+
+    Args:
+        x, y: (n,), finite, in their own units.
+        directions: what is better in x and in y.
+    Returns:
+        (n,) mask, in the order of the input.
+    Raises:
+        ValueError: shapes differ, a value is not finite, or a direction is unknown.
+    Cost: O(n log n), by one sort and a running minimum.
+    Source: Kung, Luccio and Preparata 1975, On finding the maxima of a set of vectors, section 2.
+    """
+    x, y = _checked(x, y)
+    if not set(directions) <= {"minimize", "maximize"}:
+        raise ValueError(f"`directions` must be 'minimize' or 'maximize', but got {directions}")
+    if x.size == 0:
+        return np.zeros(0, dtype=np.bool_)
+    x, y = (-v if direction == "maximize" else v for v, direction in zip((x, y), directions, strict=True))
+    order = np.argsort(x, kind="stable")
+    starts = np.flatnonzero(np.append(True, x[order][1:] != x[order][:-1]))
+    lowest = np.minimum.reduceat(y[order], starts)  # among the points that share one x
+    lowest_before = np.minimum.accumulate(np.concatenate(([np.inf], lowest[:-1])))
+    group = np.repeat(np.arange(starts.size), np.diff(starts, append=x.size))
+    mask = np.empty(x.size, dtype=np.bool_)
+    mask[order] = (y[order] == lowest[group]) & (lowest < lowest_before)[group]
+    return mask
+
+
+def step_line(x: ArrayLike, y: ArrayLike, x_end: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Corners of the line below (or above) which nothing was attained: y holds until the next x reaches a better one.
+
+    Args:
+        x, y: (n,), the points of a frontier, in any order; x is the objective that is minimised.
+        x_end: where the last step ends.
+    Returns:
+        Two arrays of 2n coordinates in drawing order: every point of the frontier, and the corner after it.
+    Raises:
+        ValueError: shapes differ or a value is not finite.
+    """
+    x, y = _checked(x, y)
+    order = np.argsort(x, kind="stable")
+    x, y = x[order], y[order]
+    return np.column_stack((x, np.append(x, x_end)[1:])).ravel(), np.repeat(y, 2)
+
+
+def _checked(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"`x.shape == y.shape == (n,)` must hold, but got {x.shape} and {y.shape}")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("`x` and `y` must be finite, but got a NaN or an infinity")
+    return x, y

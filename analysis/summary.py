@@ -1,0 +1,165 @@
+"""One row per trial, over its complete seeds: what the tables, the figures and the report show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis import run_schema as schema
+from analysis.frontier import frontier_mask
+from analysis.runs import StudyRuns
+from analysis.statistics import mean_interval
+
+MIN_SEEDS = 3
+"""Below this a trial gets no interval, is on no frontier, and no claim is made of it."""
+
+DENSE = "dense"
+SMALLER_DENSE = "dense, smaller"
+MPO_SCRATCH = "MPO from scratch"
+MPO_TUNED = "MPO compressed, then fine-tuned"
+
+AGGREGATED = ("final/val_loss", "final/val_acc", "best/val_loss", "best/val_acc")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A final metric that a frontier is drawn of; `scale` turns the recorded unit into `unit`."""
+
+    name: str
+    key: str
+    title: str
+    unit: str
+    scale: float = 1.0
+
+    @property
+    def direction(self) -> schema.Direction:
+        direction = schema.FIELDS["final", self.key].direction
+        assert direction is not None
+        return direction
+
+    @property
+    def axis_label(self) -> str:
+        return f"{self.title} ({self.unit})"
+
+
+VAL_LOSS = Measure("val_loss", "final/val_loss", "Validation loss", "nats")
+VAL_ACC = Measure("val_acc", "final/val_acc", "Validation token accuracy", "%", scale=100)
+MEASURES = (VAL_LOSS, VAL_ACC)
+
+
+def half_width_key(key: str) -> str:
+    """Column of a summary: half the width of the 95 % t interval of the mean of `key`; NaN below MIN_SEEDS."""
+    return f"half_width/{key}"
+
+
+def frontier_key(measure: Measure) -> str:
+    """Column of a summary: whether the trial is on the frontier of parameters and `measure`."""
+    return f"on_frontier/{measure.name}"
+
+
+def summarise(runs: StudyRuns) -> pd.DataFrame:
+    """The trials frame, sorted by group and size, with these columns more:
+
+    group: the family as a reader tells them apart. label: short and unique in its group. is_reference: the dense model
+    that others are compared with. percent_of_dense: parameters relative to the largest dense model. For each metric of
+    AGGREGATED, its mean, std and half-width over seeds. For each measure, whether the trial is on its frontier.
+    """
+    summary = runs.trials.copy()
+    is_dense = (summary["family"] == "dense") & (summary["start"] == "scratch")
+    dense_sizes = summary.loc[is_dense, "n_params"].dropna()
+    n_params_dense = (dense_sizes if len(dense_sizes) else summary["n_params_dense"]).max()
+    summary["percent_of_dense"] = (100 * summary["n_params"] / n_params_dense).astype("float64")
+    summary["group"] = [
+        _group(family, start, n_params == n_params_dense)
+        for family, start, n_params in zip(
+            summary["family"], summary["start"], summary["n_params"].fillna(0), strict=True
+        )
+    ]
+    summary["label"] = _labels(summary)
+    for key in AGGREGATED:
+        _add_interval(summary, runs.seeds, key)
+    for measure in MEASURES:
+        _add_frontier(summary, measure)
+    candidates = summary.loc[summary["group"] == DENSE, schema.mean_key(VAL_LOSS.key)].dropna()
+    summary["is_reference"] = summary.index == (candidates.idxmin() if len(candidates) else None)
+    order = {group: rank for rank, group in enumerate(group_order(summary["group"]))}
+    summary["rank"] = summary["group"].map(order)
+    return summary.sort_values(["rank", "n_params", "trial"], ignore_index=True).drop(columns="rank")
+
+
+def group_order(groups: Sequence[str] | pd.Series) -> list[str]:
+    """The groups present: the known ones first, then others by name."""
+    known = (DENSE, SMALLER_DENSE, MPO_SCRATCH, MPO_TUNED)
+    present = set(groups)
+    return [group for group in known if group in present] + sorted(present - set(known))
+
+
+def n_statement(counts: pd.Series) -> str:
+    """`n = 3`, or `n = 3 to 5` where trials differ."""
+    low, high = int(counts.min()), int(counts.max())
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def _group(family: str, start: str, largest: bool) -> str:
+    if family == "dense" and start == "scratch":
+        return DENSE if largest else SMALLER_DENSE
+    if family == "mpo":
+        return MPO_SCRATCH if start == "scratch" else MPO_TUNED
+    return f"{family} from scratch" if start == "scratch" else f"{family} compressed, then fine-tuned"
+
+
+def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:
+    values = {trial: group[key].to_numpy() for trial, group in seeds.groupby("trial")}
+    intervals = [mean_interval(values.get(trial, ())) for trial in summary["trial"]]
+    summary[schema.mean_key(key)] = [float(interval.mean) for interval in intervals]
+    summary[schema.std_key(key)] = [float(interval.std) for interval in intervals]
+    summary[half_width_key(key)] = [
+        float(interval.half_width) if interval.n >= MIN_SEEDS else float("nan") for interval in intervals
+    ]
+
+
+def _add_frontier(summary: pd.DataFrame, measure: Measure) -> None:
+    enough = summary["n_seeds"] >= MIN_SEEDS
+    mean = summary.loc[enough, schema.mean_key(measure.key)]
+    summary[frontier_key(measure)] = False
+    summary.loc[enough, frontier_key(measure)] = frontier_mask(
+        summary.loc[enough, "n_params"].astype("float64"), mean, ("minimize", measure.direction)
+    )
+
+
+def _scientific(value: float) -> str:
+    """`3e-4`: as people write learning rates."""
+    mantissa, exponent = f"{value:.6e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+_NAMED = {
+    "d_model": "d_model={}".format, "n_layers": "{} layers".format, "d_ff": "d_ff={}".format,
+    "n_sites": "L={}".format, "factorisation": str, "init": str,
+    "learning_rate": lambda value: f"lr {_scientific(value)}", "steps": "{} steps".format,
+    "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format, "arm": str, "trial": "#{}".format,
+}  # fmt: skip
+"""Params that tell trials apart, in the order in which a label takes them up."""
+
+
+def _labels(summary: pd.DataFrame) -> pd.Series:
+    """χ, or what it is; then whatever tells apart the trials of a group that would otherwise be called the same."""
+    reference_shape = summary.loc[summary["group"] == DENSE, ["d_model", "n_layers", "d_ff"]].head(1)
+
+    def shortest(row: dict) -> str:
+        if pd.notna(row["chi"]):
+            return f"χ={row['chi']}"
+        if row["group"] == SMALLER_DENSE:
+            differing = [key for key in reference_shape.columns if row[key] != reference_shape[key].item()]
+            return _NAMED[differing[0]](row[differing[0]]) if differing else row["arm"]
+        return row["group"] if row["group"] == DENSE else row["arm"]
+
+    labels = pd.Series([shortest(row) for row in summary.to_dict("records")], summary.index, dtype="str")
+    for key, form in _NAMED.items():
+        for _, same in summary.groupby([summary["group"], labels], sort=False):
+            if len(same) > 1 and same[key].nunique(dropna=False) > 1:
+                named = same[key].map(lambda value, form=form: "" if pd.isna(value) else f", {form(value)}")
+                labels.loc[same.index] += named
+    return labels

@@ -1,0 +1,254 @@
+"""The command `mpo-study`: plan, run, status, ui, sync."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from datetime import timedelta
+from enum import StrEnum
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import optuna
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from study.config import StudyConfig
+from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.errors import StudyError
+from study.ledger import read_ledger
+from study.plan import plan as make_plan
+from study.run import TRACKING_OFF, Outcome, run_study, study_corpus
+from study.run import sync as sync_study
+from study.search_space import listed_specs
+from study.study_file import load_config
+from study.trial import TrialSpec
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run studies of compressed transformers: many trials, many seeds, nothing lost.",
+)
+console = Console()
+
+StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (YAML).")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The study's folder, which `run` made.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the study file, e.g. protocol.steps=100."),
+]
+StorageOption = Annotated[
+    str | None, typer.Option(metavar="PATH|URL", help="Checkpoints and weights; DIR/storage unless given.")
+]
+
+
+class Executor(StrEnum):
+    ray = "ray"
+    inline = "inline"
+
+
+@app.command()
+def plan(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads the default, nobody writes it)
+    """Show every trial with its parameters, FLOPs and time on this machine; train nothing."""
+    config = load_config(file, overrides)
+    planned = make_plan(config, study_corpus(config))
+    table = _table(
+        f"{config.name}: {planned.n_seeds} seeds for each trial; FLOPs and time are one seed's",
+        left=("arm", "what"),
+        right=("rate", "steps", "parameters", "of dense", "TFLOP", "time"),
+    )
+    for trial in planned.trials:
+        spec, shape = trial.spec, trial.shape
+        table.add_row(
+            spec.arm,
+            _what(spec),
+            f"{spec.protocol.learning_rate:g}",
+            f"{spec.protocol.steps:,}",
+            f"{shape.n_params:,}",
+            f"{shape.n_params / shape.n_params_dense:.1%}",
+            f"{shape.flops / 1e12:.3g}",
+            _duration(trial.seconds),
+        )
+    console.print(table)
+    if planned.n_searched:
+        console.print(f"and {planned.n_searched} trials that sampler {config.sampler.name} will choose")
+    if planned.trials:
+        slots = max(1, int((os.cpu_count() or 1) / config.execution.cpus))
+        console.print(
+            f"{len(planned.trials) * planned.n_seeds} runs listed: {planned.unit_seconds / 3600:.3g} hours one after "
+            f"another, about {_duration(planned.unit_seconds / slots)} on this machine, {slots} at a time "
+            f"(at {planned.rate / 1e9:.1f} GFLOP/s for each, measured on the CPU just now)."
+        )
+
+
+@app.command()
+def run(
+    file: StudyFile,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIR", help="The study's folder; results/NAME unless given.")
+    ] = None,
+    storage: StorageOption = None,
+    executor: Annotated[Executor, typer.Option(help="Ray Tune, or this process.")] = Executor.ray,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster; $RAY_ADDRESS unless given, else a Ray of its own.")
+    ] = None,
+    tracking: Annotated[
+        str | None, typer.Option(metavar="URI|off", help="MLflow; a database in DIR unless given.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Run a study; run it again to resume it. A complete study is left as it is."""
+    config = load_config(file, overrides)
+    folder = StudyDirectory(directory if directory is not None else Path("results") / config.name)
+    try:
+        outcome = run_study(
+            config,
+            folder,
+            console,
+            storage_url=storage,
+            executor=executor.value,
+            address=address,
+            tracking=tracking,
+        )
+    except KeyboardInterrupt:
+        console.print(f"stopped; what is done is kept. To go on: the same command again ({_show(folder)})")
+        raise typer.Exit(130) from None
+    _print_outcome(outcome, config, folder)
+    if outcome.aborted is not None or outcome.tracking_trouble is not None:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(directory: Folder) -> None:
+    """Show what a study has done and what is left."""
+    folder = StudyDirectory(directory)
+    config = folder.load_config()
+    snapshot = read_ledger(folder.ledger_url, config.name)
+    n_seeds = len(config.seed_list)
+    table = _table(
+        f"{config.name}: {n_seeds} seeds for each trial",
+        left=("trial", "arm", "what"),
+        right=("parameters", "complete", "failed", "val loss"),
+    )
+    for trial in snapshot.trials:
+        results = [result for result in snapshot.results if result.trial == trial.number]
+        losses = [result.final["final/val_loss"] for result in results if result.state == "complete"]
+        repeats = f" (repeats trial {trial.duplicate_of})" if trial.duplicate_of is not None else ""
+        table.add_row(
+            str(trial.number),
+            trial.spec.arm,
+            _what(trial.spec) + repeats,
+            f"{trial.shape.n_params:,}",
+            str(len(losses)),
+            str(len(results) - len(losses)),
+            f"{fmean(losses):.4f}" if losses else "–",
+        )
+    console.print(table)
+    n_trials = len(listed_specs(config)) + config.budget.trials
+    n_repeats = sum(trial.duplicate_of is not None for trial in snapshot.trials)
+    left = (n_trials - n_repeats) * n_seeds - len(snapshot.results)
+    console.print(f"{len(snapshot.results)} runs over, {left} left" if left else "complete")
+
+
+@app.command()
+def ui(
+    directory: Folder,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000,
+) -> None:
+    """Open the study's MLflow UI on 127.0.0.1."""
+    folder = StudyDirectory(directory)
+    folder.load_config()
+    uri = folder.resolve_tracking_uri(folder.tracking_uri() or DEFAULT_TRACKING_URI)
+    if not uri.startswith(("sqlite:", "postgresql:")):
+        console.print(f"this study's runs are at {uri}: open that in a browser")
+        return
+    console.print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1", "--default-artifact-root", folder.artifacts]
+    try:
+        raise typer.Exit(subprocess.run(command, env=os.environ | settings, check=False).returncode)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def sync(
+    directory: Folder,
+    tracking: Annotated[
+        str | None, typer.Option(metavar="URI", help="MLflow; what the last run used unless given.")
+    ] = None,
+    storage: StorageOption = None,
+) -> None:
+    """Write to MLflow whatever of the ledger it lacks: after a run without it, or to repair or move an experiment."""
+    folder = StudyDirectory(directory)
+    config = folder.load_config()
+    if tracking == TRACKING_OFF:
+        raise StudyError("--tracking off: sync writes to MLflow, it needs a tracking URI")
+    n_trials = sync_study(config, folder, storage, tracking)
+    console.print(f"MLflow has all {n_trials} trials of {config.name}. To browse them: mpo-study ui {_show(folder)}")
+
+
+def main() -> None:
+    """Entry point: a user's error is one line and exit code 2."""
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except StudyError as error:
+        Console(stderr=True).print(f"mpo-study: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _print_outcome(outcome: Outcome, config: StudyConfig, folder: StudyDirectory) -> None:
+    failed = f", {outcome.n_failed} failed" if outcome.n_failed else ""
+    console.print(f"{config.name}: {outcome.n_trials} trials, {outcome.n_complete} runs complete{failed}")
+    if outcome.aborted is not None:
+        console.print(
+            f"[red]stopped early[/] with {outcome.n_missing} runs missing: {outcome.aborted}; mend it, then "
+            "give the same command again"
+        )
+    if outcome.tracking_trouble is not None:
+        console.print(
+            f"[red]MLflow lacks some runs[/]: {outcome.tracking_trouble}; once it is back: "
+            f"mpo-study sync {_show(folder)}"
+        )
+    uri = folder.tracking_uri()
+    if uri is None:
+        console.print(f"tracking is off; to write the runs to MLflow: mpo-study sync {_show(folder)}")
+    else:
+        where = folder.path / "mlflow.db" if uri == DEFAULT_TRACKING_URI else uri
+        console.print(f"MLflow:  {where}  (browse: mpo-study ui {_show(folder)})", highlight=False)
+        console.print(f"report:  mpo-analysis report {_show(folder)}", highlight=False)
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in left:
+        table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _what(spec: TrialSpec) -> str:
+    if spec.family == "dense":
+        return f"d_model={spec.model.d_model}"
+    sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
+    return f"χ={spec.chi} {spec.factorisation}{sites}, {f'from {spec.teacher}' if spec.teacher else spec.init}"
+
+
+def _show(folder: StudyDirectory) -> str:
+    return str(folder.path)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))

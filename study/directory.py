@@ -1,0 +1,117 @@
+"""A study's own folder: where its files lie, its lock, and the manifest by which the analysis finds its runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from analysis import run_schema
+from study.config import StudyConfig
+from study.errors import StudyError
+from study.study_file import dump_config, load_config
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+"""In the manifest: the database beside it. The folder may be moved, so the path is relative to it."""
+
+
+class StudyDirectory:
+    """Paths below one folder. It is local to the driver; large things may lie elsewhere."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def study_file(self) -> Path:
+        """The resolved study file of the last run."""
+        return self.path / "study.yaml"
+
+    @property
+    def ledger_url(self) -> str:
+        return f"sqlite:///{(self.path / 'ledger.db').resolve()}"
+
+    @property
+    def storage(self) -> str:
+        return str((self.path / "storage").resolve())
+
+    @property
+    def artifacts(self) -> str:
+        """Where MLflow's artifacts go when its database is the one in this folder."""
+        return (self.path / "mlartifacts").resolve().as_uri()
+
+    def load_config(self) -> StudyConfig:
+        """The study that was last run here.
+
+        Raises:
+            StudyError: there is none.
+        """
+        if not self.study_file.is_file():
+            raise StudyError(f"{self.path}: no study here (no {self.study_file.name}); give a folder that a run made")
+        return load_config(self.study_file)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the study: one driver at a time.
+
+        Raises:
+            StudyError: another driver has it, and is named.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StudyError(f"--dir {self.path}: cannot make the folder: {error.strerror}") from None
+        holder = self.path / "driver.json"
+        lock = FileLock(self.path / "driver.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise StudyError(f"{self.path}: another driver runs this study: {_describe_holder(holder)}") from None
+        try:
+            holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def write(self, config: StudyConfig, uuid: str, tracking_uri: str | None) -> None:
+        """Keep the resolved study file and the manifest."""
+        self._replace(self.study_file, dump_config(config))
+        manifest = {
+            "schema_version": run_schema.SCHEMA_VERSION,
+            "name": config.name,
+            "uuid": uuid,
+            "tracking_uri": tracking_uri,
+            "experiment": config.name,
+        }
+        self._replace(self.path / run_schema.STUDY_MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+    def tracking_uri(self) -> str | None:
+        """The tracking URI of the last run, as the manifest has it; None with tracking off or before any run."""
+        manifest = self.path / run_schema.STUDY_MANIFEST
+        return json.loads(manifest.read_text(encoding="utf-8"))["tracking_uri"] if manifest.is_file() else None
+
+    def resolve_tracking_uri(self, uri: str) -> str:
+        """The URI for MLflow: a relative SQLite path is one from this folder."""
+        prefix = "sqlite:///"
+        if uri.startswith(prefix) and not uri.startswith(f"{prefix}/"):
+            return f"{prefix}{(self.path / uri.removeprefix(prefix)).resolve()}"
+        return uri
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+def _describe_holder(holder: Path) -> str:
+    try:
+        content = json.loads(holder.read_text(encoding="utf-8"))
+        return f"process {content['pid']} on {content['host']}"
+    except (OSError, ValueError, KeyError):
+        return "its name is not on record yet"

@@ -1,0 +1,366 @@
+"""What is asked, running and done: the one source of truth of a study.
+
+One SQL database holds Optuna's own tables (the sampler's memory) and the tables below; results are keyed by
+(trial, seed). Only the driver writes. Ours is the truth: Optuna's side is reconciled with it at every opening.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import uuid as uuid_module
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+import sqlalchemy.exc
+from optuna.trial import TrialState
+
+from study.config import StudyConfig
+from study.errors import StudyError
+from study.search_space import METRIC_OF_OBJECTIVE, directions, listed_specs, make_sampler, suggest
+from study.trial import SeedResult, TrialShape, TrialSpec, now
+
+SCHEMA_VERSION = 1
+
+_metadata = sa.MetaData()
+_study = sa.Table(
+    "mpo_study",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("uuid", sa.String, nullable=False),
+    sa.Column("schema_version", sa.Integer, nullable=False),
+    sa.Column("config", sa.Text, nullable=False),  # JSON of what defines the study: `defining_config`
+    sa.Column("corpus_sha256", sa.String, nullable=False),
+    sa.Column("created", sa.String, nullable=False),
+)
+_result = sa.Table(
+    "mpo_result",
+    _metadata,
+    sa.Column("study_uuid", sa.String, primary_key=True),
+    sa.Column("trial", sa.Integer, primary_key=True),
+    sa.Column("seed", sa.Integer, primary_key=True),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("content", sa.Text, nullable=False),  # JSON of the whole SeedResult
+)
+_driver = sa.Table(
+    "mpo_driver",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study_uuid", sa.String, nullable=False),
+    sa.Column("started", sa.String, nullable=False),
+    sa.Column("environment", sa.Text, nullable=False),  # JSON
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration, its place in Optuna's numbering, and the counts that its shapes give."""
+
+    number: int
+    spec: TrialSpec
+    shape: TrialShape
+    budget_hash: str
+    duplicate_of: int | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the ledger needs to know of a freshly resolved spec."""
+
+    shape: TrialShape
+    budget_hash: str
+
+
+class Ledger:
+    """Open or create the ledger of a study.
+
+    Args:
+        url: SQLAlchemy URL of the database, SQLite or PostgreSQL.
+        config: the study; must define the same study as the one on record.
+        corpus_sha256: must be the one on record.
+        examine: shape and budget of a spec; called once for each new trial.
+
+    Raises:
+        StudyError: the database holds another study under this name, or cannot be opened.
+    """
+
+    def __init__(
+        self, url: str, config: StudyConfig, corpus_sha256: str, examine: Callable[[TrialSpec], Asked]
+    ) -> None:
+        self._config = config
+        self._examine = examine
+        self._engine = open_database(url)
+        _metadata.create_all(self._engine)
+        self.uuid, self.created = self._open_study(corpus_sha256)
+        storage = optuna.storages.RDBStorage(url)
+        self._optuna = optuna.create_study(
+            storage=storage,
+            study_name=_optuna_name(config.name, self.uuid),
+            directions=directions(config),
+            load_if_exists=True,
+        )
+        self.results: dict[tuple[int, int], SeedResult] = {
+            (result.trial, result.seed): result for result in read_results(self._engine, self.uuid)
+        }
+        self.trials: dict[int, Trial] = {}
+        self._by_identity: dict[str, int] = {}
+        self._open: set[int] = set()
+        """Numbers of the trials that Optuna has not been told of."""
+        self._listed = listed_specs(config)
+        self._reconcile()
+
+    # Opening ------------------------------------------------------------------------------------------------------
+
+    def _open_study(self, corpus_sha256: str) -> tuple[str, str]:
+        """UUID and time of creation of the study on record, or of a new one."""
+        config = defining_config(self._config)
+        with self._engine.begin() as connection:
+            row = connection.execute(sa.select(_study).where(_study.c.name == self._config.name)).one_or_none()
+            if row is None:
+                uuid, created = uuid_module.uuid4().hex, now()
+                connection.execute(
+                    _study.insert().values(
+                        name=self._config.name,
+                        uuid=uuid,
+                        schema_version=SCHEMA_VERSION,
+                        config=json.dumps(config),
+                        corpus_sha256=corpus_sha256,
+                        created=created,
+                    )
+                )
+                return uuid, created
+        if row.schema_version != SCHEMA_VERSION:
+            raise StudyError(
+                f"the ledger of study {row.name} has schema version {row.schema_version}, this program knows "
+                f"{SCHEMA_VERSION}"
+            )
+        changed = list(_differences(json.loads(row.config), config))
+        if row.corpus_sha256 != corpus_sha256:
+            changed.append(f"corpus (SHA-256 was {row.corpus_sha256[:12]}…, now {corpus_sha256[:12]}…)")
+        if changed:
+            raise StudyError(
+                f"study {row.name} was begun with another study file; it differs in {', '.join(changed)}; "
+                "undo the change, or begin a new study with another name or --dir"
+            )
+        return row.uuid, row.created
+
+    def _reconcile(self) -> None:
+        """Bring Optuna's tables in line with ours, and enqueue what is listed and not there yet."""
+        listed = set()
+        for frozen in self._optuna.get_trials(deepcopy=False):
+            if "listed" in frozen.user_attrs and ("spec" in frozen.user_attrs or frozen.state == TrialState.WAITING):
+                listed.add(frozen.user_attrs["listed"])
+            if "spec" in frozen.user_attrs:
+                trial = _trial_from(frozen)
+                self._remember(trial)
+                if frozen.state == TrialState.RUNNING:
+                    self._open.add(trial.number)
+            elif frozen.state == TrialState.RUNNING:
+                # The driver died before the trial's parameters were completely written.
+                self._optuna.tell(frozen.number, state=TrialState.FAIL)
+        for index in range(len(self._listed)):
+            if index not in listed:
+                self._optuna.enqueue_trial({}, user_attrs={"listed": index})
+        for number in sorted(self._open):
+            self._tell_if_over(number)
+
+    # Asking -------------------------------------------------------------------------------------------------------
+
+    def ask(self) -> Trial | None:
+        """The next trial of the study, or None where its budget is met."""
+        if self._optuna.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+            self._optuna.sampler = optuna.samplers.RandomSampler(seed=0)  # has nothing to choose in a listed trial
+            asked = self._optuna.ask()
+            spec = self._listed[asked.user_attrs["listed"]]
+        elif self._n_searched() < self._config.budget.trials:
+            next_number = len(self._optuna.get_trials(deepcopy=False))
+            self._optuna.sampler = make_sampler(self._config, next_number)
+            asked = self._optuna.ask()
+            spec = suggest(self._config, asked)
+        else:
+            return None
+        examined = self._examine(spec)
+        trial = Trial(
+            asked.number,
+            spec,
+            examined.shape,
+            examined.budget_hash,
+            duplicate_of=self._by_identity.get(examined.shape.identity),
+        )
+        for key, value in _attributes(trial).items():
+            asked.set_user_attr(key, value)
+        asked.set_user_attr("spec", spec.model_dump(mode="json"))  # last: with it, the trial is completely written
+        self._remember(trial)
+        self._open.add(trial.number)
+        self._tell_if_over(trial.number)
+        return trial
+
+    def _n_searched(self) -> int:
+        return sum(self._config.arm(trial.spec.arm).is_searched for trial in self.trials.values())
+
+    def _remember(self, trial: Trial) -> None:
+        self.trials[trial.number] = trial
+        if trial.duplicate_of is None:
+            self._by_identity[trial.shape.identity] = trial.number
+
+    # Recording ----------------------------------------------------------------------------------------------------
+
+    def record(self, result: SeedResult) -> None:
+        """Write one seed's result; a result that is already there stays as it is."""
+        if (result.trial, result.seed) in self.results:
+            return
+        with self._engine.begin() as connection:
+            connection.execute(
+                _result.insert().values(
+                    study_uuid=self.uuid,
+                    trial=result.trial,
+                    seed=result.seed,
+                    state=result.state,
+                    content=json.dumps(result.__dict__, allow_nan=False),
+                )
+            )
+        self.results[result.trial, result.seed] = result
+        for number in [result.trial, *self._duplicates_of(result.trial)]:
+            self._tell_if_over(number)
+
+    def record_driver(self, environment: Mapping[str, Any]) -> None:
+        """Note a start of the driver, with the versions it runs on."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                _driver.insert().values(study_uuid=self.uuid, started=now(), environment=json.dumps(environment))
+            )
+
+    def first_environment(self) -> dict[str, Any]:
+        """What the study was begun on."""
+        query = sa.select(_driver.c.environment).where(_driver.c.study_uuid == self.uuid).order_by(_driver.c.id)
+        with self._engine.connect() as connection:
+            row = connection.execute(query.limit(1)).one_or_none()
+        return json.loads(row.environment) if row is not None else {}
+
+    def missing_seeds(self, trial: Trial) -> list[int]:
+        """Seeds of the study that this trial has no result for; a duplicate lacks none."""
+        if trial.duplicate_of is not None:
+            return []
+        return [seed for seed in self._config.seed_list if (trial.number, seed) not in self.results]
+
+    def _duplicates_of(self, number: int) -> Iterator[int]:
+        return (trial.number for trial in self.trials.values() if trial.duplicate_of == number)
+
+    def _tell_if_over(self, number: int) -> None:
+        """Tell Optuna the seed means of a trial (or of the trial it repeats) once all its first seeds are in."""
+        if number not in self._open:
+            return
+        trial = self.trials[number]
+        source = self.trials[trial.duplicate_of] if trial.duplicate_of is not None else trial
+        if self.missing_seeds(source):
+            return
+        results = [self.results[source.number, seed] for seed in self._config.seed_list]
+        self._open.remove(number)
+        if any(result.state == "failed" for result in results):
+            self._optuna.tell(number, state=TrialState.FAIL)
+        else:
+            self._optuna.tell(number, [_objective(objective, source, results) for objective in self._config.objectives])
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+
+# Helpers --------------------------------------------------------------------------------------------------------------
+
+
+def open_database(url: str) -> sa.Engine:
+    """An engine for a ledger's URL.
+
+    Raises:
+        StudyError: it cannot be opened; the password, if the URL has one, is not shown.
+    """
+    try:
+        engine = sa.create_engine(url)
+        with engine.connect():
+            return engine
+    except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
+        try:
+            shown = sa.make_url(url).render_as_string(hide_password=True)
+        except sqlalchemy.exc.SQLAlchemyError:
+            shown = "the URL given"
+        raise StudyError(f"cannot open the ledger {shown}: {str(error).splitlines()[0]}") from None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A ledger as it was when it was read."""
+
+    trials: list[Trial]
+    results: list[SeedResult]
+
+
+def read_ledger(url: str, name: str) -> Snapshot:
+    """Read a ledger without changing it, also while a driver writes.
+
+    Raises:
+        StudyError: there is no such study.
+    """
+    engine = open_database(url)
+    try:
+        with engine.connect() as connection:
+            uuid = connection.execute(sa.select(_study.c.uuid).where(_study.c.name == name)).scalar_one()
+    except sqlalchemy.exc.SQLAlchemyError:
+        raise StudyError(f"the ledger holds no study {name}") from None
+    study = optuna.load_study(storage=optuna.storages.RDBStorage(url), study_name=_optuna_name(name, uuid))
+    trials = [_trial_from(frozen) for frozen in study.get_trials(deepcopy=False) if "spec" in frozen.user_attrs]
+    return Snapshot(trials, read_results(engine, uuid))
+
+
+def _optuna_name(name: str, uuid: str) -> str:
+    return f"{name}-{uuid}"
+
+
+def read_results(engine: sa.Engine, study_uuid: str) -> list[SeedResult]:
+    """Every result on record, in the order of (trial, seed)."""
+    query = sa.select(_result.c.content).where(_result.c.study_uuid == study_uuid)
+    with engine.connect() as connection:
+        rows = connection.execute(query.order_by(_result.c.trial, _result.c.seed)).all()
+    return [SeedResult(**json.loads(row.content)) for row in rows]
+
+
+def defining_config(config: StudyConfig) -> dict[str, Any]:
+    """The part of a study file that may not change under a study: all but its words and where it runs."""
+    return config.model_dump(mode="json", exclude={"description", "execution"})
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Dotted keys in which two nested structures differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(one, other, f"{path}[{index}]")
+    elif old != new:
+        yield f"{path} (was {json.dumps(old)}, now {json.dumps(new)})"
+
+
+def _objective(objective: str, trial: Trial, results: list[SeedResult]) -> float:
+    if objective == "n_params":
+        return trial.shape.n_params
+    return statistics.fmean(result.final[METRIC_OF_OBJECTIVE[objective]] for result in results)
+
+
+def _attributes(trial: Trial) -> dict[str, Any]:
+    attributes = {"arm": trial.spec.arm, "shape": trial.shape.__dict__, "budget_hash": trial.budget_hash}
+    return attributes if trial.duplicate_of is None else attributes | {"duplicate_of": trial.duplicate_of}
+
+
+def _trial_from(frozen: optuna.trial.FrozenTrial) -> Trial:
+    attributes = frozen.user_attrs
+    shape = attributes["shape"] | {"bonds": {name: tuple(b) for name, b in attributes["shape"]["bonds"].items()}}
+    return Trial(
+        number=frozen.number,
+        spec=TrialSpec.model_validate_json(json.dumps(attributes["spec"])),
+        shape=TrialShape(**shape),
+        budget_hash=attributes["budget_hash"],
+        duplicate_of=attributes.get("duplicate_of"),
+    )

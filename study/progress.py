@@ -1,0 +1,98 @@
+"""What a running study shows: a live display in a terminal, a line per event elsewhere."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+
+from study.ledger import Ledger
+from study.scheduler.unit import Unit
+from study.trial import SeedResult
+
+
+class StudyProgress:
+    """Counts runs (trial × seed) and weighs what is left by its FLOPs.
+
+    Args:
+        n_trials: how many trials the study will have.
+        n_seeds: seeds of each.
+    """
+
+    def __init__(self, console: Console, ledger: Ledger, n_trials: int, n_seeds: int) -> None:
+        self._console, self._ledger = console, ledger
+        self._n_trials, self._n_seeds = n_trials, n_seeds
+        self._begun = time.monotonic()
+        self._flops_before = self._flops_done()
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[words]}"),
+            console=console,
+            expand=True,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("runs", total=n_trials * n_seeds, words="")
+
+    def __enter__(self) -> StudyProgress:
+        self._bar.start()
+        self.refresh()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    # Events -------------------------------------------------------------------------------------------------------
+
+    def on_evaluation(self, unit: Unit, seed: int, row: dict[str, float]) -> None:
+        """A run passed an evaluation."""
+        if self._console.is_terminal:
+            words = f"trial {unit.trial} seed {seed}: step {row['step']:.0f}/{unit.spec.protocol.steps}"
+            self._bar.update(self._task, words=f"{words}, val loss {row['val_loss']:.3f}")
+
+    def on_result(self, result: SeedResult) -> None:
+        """A run is over."""
+        trial = self._ledger.trials[result.trial]
+        name = f"trial {result.trial} ({trial.spec.arm}{f' χ={trial.spec.chi}' if trial.spec.chi else ''})"
+        if result.state == "failed":
+            self.say(f"[red]failed[/]  {name} seed {result.seed}: {result.failure}")
+        elif not self._console.is_terminal:
+            loss, seconds = result.final["final/val_loss"], result.final["train_seconds"]
+            done = f"{len(self._ledger.results)}/{self._n_trials * self._n_seeds}"
+            self.say(f"{done}  {name} seed {result.seed}: val loss {loss:.4f}, {seconds:.1f} s, {self._time_left()}")
+        self.refresh()
+
+    def say(self, line: str) -> None:
+        """Print a line above the display."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def refresh(self) -> None:
+        """Bring the display up to date with the ledger."""
+        losses = [r.final["final/val_loss"] for r in self._ledger.results.values() if r.state == "complete"]
+        best = f"best loss {min(losses):.3f}, " if losses else ""
+        over = sum(not self._ledger.missing_seeds(trial) for trial in self._ledger.trials.values())
+        words = f"trials {over}/{self._n_trials}, {best}{self._time_left()}"
+        self._bar.update(self._task, completed=len(self._ledger.results), words=words)
+
+    # Time left ----------------------------------------------------------------------------------------------------
+
+    def _flops_done(self) -> float:
+        return sum(self._ledger.trials[trial].shape.flops for trial, _ in self._ledger.results)
+
+    def _time_left(self) -> str:
+        done = self._flops_done()
+        known = [trial.shape.flops for trial in self._ledger.trials.values()]
+        if done <= self._flops_before or not known:
+            return "time left unknown"
+        # Trials that are not asked yet are taken to cost what the known ones do on average.
+        total = sum(known) / len(known) * self._n_trials * self._n_seeds
+        rate = (done - self._flops_before) / (time.monotonic() - self._begun)
+        return f"{timedelta(seconds=round(max(0.0, total - done) / rate))} left"

@@ -1,0 +1,19 @@
+"""The inline executor: the same units in this process, one after another. For debugging, or one GPU without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from study.scheduler.queue import Queue
+from study.scheduler.unit import Unit, run_unit
+
+
+def run_inline(queue: Queue, on_evaluation: Callable[[Unit, int, dict[str, float]], None]) -> None:
+    """Run every unit that the queue issues."""
+    while isinstance(unit := queue.next_unit(), Unit):
+        issued = unit
+        try:
+            queue.complete(run_unit(issued, lambda seed, row, issued=issued: on_evaluation(issued, seed, row)))
+        except OSError as error:
+            queue.put_back(issued)
+            queue.aborted = str(error)

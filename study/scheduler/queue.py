@@ -1,0 +1,132 @@
+"""Which unit comes next: the ledger's missing work, in order, with teachers before what depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from study.config import Choices, MPOArm, Range, StudyConfig
+from study.ledger import Ledger, Trial
+from study.scheduler.unit import Teachers, Unit, checkpoints_of
+from study.storage import Storage
+from study.trial import SeedResult, now
+
+MAX_DEATHS = 3
+"""A unit whose worker died this often, without a result, is recorded as failed."""
+
+Finished = Literal["finished"]
+
+
+@dataclass
+class Queue:
+    """Issues units from the ledger and takes their results back; both executors run on it.
+
+    Args:
+        on_result: called after each recorded result.
+    """
+
+    config: StudyConfig
+    ledger: Ledger
+    storage: Storage
+    corpus_sha256: str
+    on_result: Callable[[SeedResult], None] = lambda result: None
+    aborted: str | None = None
+    """Why no more units are issued although work is left; None while all is well."""
+    _in_flight: set[tuple[int, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._teacher_arms = {arm.teacher for arm in self.config.arms if isinstance(arm, MPOArm)} - {None}
+        self._rel_error_chis = study_chis(self.config)
+
+    def next_unit(self) -> Unit | Finished | None:
+        """The next unit; None where all that is left waits for units in flight; "finished" where nothing is left."""
+        if self.aborted is not None:
+            return "finished"
+        while True:
+            for trial in list(self.ledger.trials.values()):
+                for seed in self.ledger.missing_seeds(trial):
+                    if (trial.number, seed) in self._in_flight or not self._is_ready(trial, seed):
+                        continue
+                    self._in_flight.add((trial.number, seed))
+                    return self._unit(trial, (seed,))
+            if self.ledger.ask() is None:
+                break
+        return None if self._in_flight else "finished"
+
+    def complete(self, results: Sequence[SeedResult]) -> None:
+        """Record a unit's results."""
+        for result in results:
+            self.ledger.record(result)
+            self._in_flight.discard((result.trial, result.seed))
+            checkpoints_of(self.storage, self.ledger.uuid, result.trial, result.seed).clear()
+            self.on_result(result)
+
+    def give_up(self, unit: Unit, reason: str) -> None:
+        """Record a unit whose worker died too often."""
+        self.complete([_failed(unit.trial, seed, reason) for seed in unit.seeds])
+
+    def put_back(self, unit: Unit) -> None:
+        """Take back a unit that ended without results through no fault of its own."""
+        self._in_flight -= {(unit.trial, seed) for seed in unit.seeds}
+
+    def _is_ready(self, trial: Trial, seed: int) -> bool:
+        """Whether a run can start; a run whose teacher failed is recorded as failed itself."""
+        if trial.spec.teacher is None:
+            return True
+        teacher = self._teacher(trial.spec.teacher)
+        result = self.ledger.results.get((teacher.number, seed)) if teacher is not None else None
+        if result is not None and result.state == "failed":
+            reason = f"its teacher (arm {trial.spec.teacher}, seed {seed}) failed: {result.failure}"
+            self.complete([_failed(trial.number, seed, reason)])
+        return result is not None and result.state == "complete"
+
+    def _teacher(self, arm: str) -> Trial | None:
+        return next((trial for trial in self.ledger.trials.values() if trial.spec.arm == arm), None)
+
+    def _unit(self, trial: Trial, seeds: tuple[int, ...]) -> Unit:
+        teachers = None
+        if trial.spec.teacher is not None:
+            teacher = self._teacher(trial.spec.teacher)
+            assert teacher is not None
+            weights = {seed: self.ledger.results[teacher.number, seed].weights for seed in seeds}
+            teachers = Teachers(
+                weights={seed: key for seed, key in weights.items() if key is not None},
+                tokens=teacher.spec.train_tokens,
+            )
+        execution = self.config.execution
+        return Unit(
+            trial=trial.number,
+            seeds=seeds,
+            spec=trial.spec,
+            storage=self.storage.url,
+            study_uuid=self.ledger.uuid,
+            corpus_sha256=self.corpus_sha256,
+            validation_fraction=self.config.corpus.validation_fraction,
+            teachers=teachers,
+            rel_error_chis=self._rel_error_chis if trial.spec.family == "dense" else (),
+            keep_weights=execution.keep_weights or trial.spec.arm in self._teacher_arms,
+            cpus=execution.cpus,
+            gpus=execution.gpus,
+            checkpoint_seconds=execution.checkpoint_seconds,
+        )
+
+
+def study_chis(config: StudyConfig) -> tuple[int, ...]:
+    """Every χ of the study, at which dense layers are decomposed; a searched range stands for the powers of 2 in it."""
+    chis: set[int] = set()
+    for arm in config.arms:
+        match arm.values().get("chi"):
+            case tuple(listed):
+                chis |= set(listed)
+            case Choices(choices=choices):
+                chis |= set(choices)
+            case Range(low=low, high=high):
+                chis |= {low, high} | {2**power for power in range(31) if low < 2**power < high}
+            case int(fixed):
+                chis.add(fixed)
+    return tuple(sorted(chis))
+
+
+def _failed(trial: int, seed: int, reason: str) -> SeedResult:
+    return SeedResult(trial, seed, "failed", started=now(), ended=now(), failure=reason)

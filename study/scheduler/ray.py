@@ -1,0 +1,176 @@
+"""Ray Tune as a stateless executor: a Searcher over the queue, a worker, and the Tuner.
+
+Nothing that Tune remembers is needed again: every start makes a fresh Tuner over what the ledger still lacks. Tune's
+own restore loses finished trials when its driver is killed, and its repeaters and grids do not know the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+from uuid import uuid4
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from study.errors import StudyError
+from study.scheduler.queue import MAX_DEATHS, Queue
+from study.scheduler.unit import Unit, run_unit
+from study.trial import SeedResult
+
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "token",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # no snapshots: nothing is restored from them
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+"""Environment variables for Ray; one that the user has set stays as it is."""
+
+OnEvaluation = Callable[[Unit, int, dict[str, float]], None]
+
+
+def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, address: str | None = None) -> None:
+    """Run every unit that the queue issues on Ray, as many at once as its resources allow.
+
+    Args:
+        address: of a Ray cluster; `RAY_ADDRESS` where None, or else a local Ray that ends with this call.
+
+    Raises:
+        StudyError: no Ray at that address, or none of its nodes can hold a unit.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _connect(address)
+    scratch = None
+    try:
+        execution = queue.config.execution
+        slots = _slots(execution.cpus, execution.gpus)
+        if "://" in queue.storage.url:
+            tune_storage = f"{queue.storage.url}/ray"
+        else:
+            # Tune leaves a folder for every unit; nothing in them is read again.
+            scratch = mkdtemp(prefix="mpo-study-") if address == "local" else None
+            tune_storage = scratch or str(Path(queue.storage.url).resolve() / "ray")
+        tuner = tune.Tuner(
+            tune.with_resources(_work, {"cpu": execution.cpus, "gpu": execution.gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=_LedgerSearcher(queue, on_evaluation),
+                num_samples=-1,
+                max_concurrent_trials=slots,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name=f"{queue.config.name}-{uuid4().hex[:8]}",
+                storage_path=tune_storage,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=MAX_DEATHS - 1),
+            ),
+        )
+        tuner.fit()
+    finally:
+        ray.shutdown()
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _connect(address: str) -> None:
+    for variable, setting in _SETTINGS.items():
+        os.environ.setdefault(variable, setting)
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StudyError(f"--address {address}: cannot connect to Ray: {str(error).splitlines()[0]}") from None
+
+
+def _slots(cpus: float, gpus: float) -> int:
+    """How many units the nodes that are up now can hold at once."""
+    slots = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            fits = [has.get(kind, 0) / asked for kind, asked in (("CPU", cpus), ("GPU", gpus)) if asked]
+            slots += int(min(fits))
+    if slots == 0:
+        there = ray.cluster_resources()
+        raise StudyError(
+            f"no node of this Ray can hold a unit of execution.cpus={cpus:g}, execution.gpus={gpus:g}; "
+            f"in all it has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs"
+        )
+    return slots
+
+
+def _work(config: dict[str, str]) -> None:
+    """A worker's whole life: one unit. Every result travels in the last report, which must be complete by itself."""
+    unit = Unit.model_validate_json(config["unit"])
+
+    def report_evaluation(seed: int, row: dict[str, float]) -> None:
+        tune.report({"evaluation": json.dumps([seed, row])})
+
+    try:
+        results = run_unit(unit, report_evaluation)
+    except OSError as error:
+        tune.report({"abort": str(error)})
+    else:
+        tune.report({"results": json.dumps([asdict(result) for result in results])})
+
+
+class _LedgerSearcher(Searcher):
+    """Suggests units instead of points, and never asks Tune for a metric."""
+
+    def __init__(self, queue: Queue, on_evaluation: OnEvaluation) -> None:
+        super().__init__()
+        self._queue = queue
+        self._on_evaluation = on_evaluation
+        self._units: dict[str, Unit] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        unit = self._queue.next_unit()
+        if unit == "finished":
+            return Searcher.FINISHED
+        if unit is None:
+            return None
+        self._units[trial_id] = unit
+        return {"unit": unit.model_dump_json()}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        unit = self._units.get(trial_id)
+        if unit is None:
+            return
+        if "results" in result:
+            self._queue.complete([SeedResult(**content) for content in json.loads(result["results"])])
+            del self._units[trial_id]
+        elif "abort" in result:
+            self._queue.put_back(unit)
+            self._queue.aborted = result["abort"]
+            del self._units[trial_id]
+        elif "evaluation" in result:
+            seed, row = json.loads(result["evaluation"])
+            self._on_evaluation(unit, seed, row)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if result is not None and not error:
+            self.on_trial_result(trial_id, result)
+        unit = self._units.pop(trial_id, None)
+        if unit is not None:
+            self._queue.give_up(unit, f"its worker died {MAX_DEATHS} times")
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune's snapshots hold nothing of ours: the ledger does."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""

@@ -1,0 +1,129 @@
+"""A unit of work: one trial × one block of the seeds it still lacks, and how a worker runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from study.config import Strict
+from study.corpus import Corpus, corpus_from_bytes
+from study.storage import Checkpoints, Storage, pack_tensors, unpack_tensors
+from study.training import train_seed
+from study.trial import SeedResult, TrialSpec, now
+
+
+class Teachers(Strict):
+    """The trained dense models that a unit's seeds start from: storage key by seed, and what one was trained on."""
+
+    weights: dict[int, str]
+    tokens: int
+
+
+class Unit(Strict):
+    """All that a worker needs to know; plain data, so that it may travel."""
+
+    trial: int
+    seeds: tuple[int, ...]
+    spec: TrialSpec
+    storage: str
+    study_uuid: str
+    corpus_sha256: str
+    validation_fraction: float
+    teachers: Teachers | None
+    rel_error_chis: tuple[int, ...]
+    keep_weights: bool
+    cpus: float
+    gpus: float
+    checkpoint_seconds: float
+
+
+def run_unit(unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None]) -> list[SeedResult]:
+    """Train the unit's seeds, each from its newest checkpoint.
+
+    Args:
+        on_evaluation: called with the seed and every row of its learning curve.
+    Returns:
+        One result per seed; what goes wrong in one is a failed result, and the others go on.
+
+    Raises:
+        OSError: storage or corpus cannot be reached, which is no failure of the seed's.
+    """
+    torch.set_num_threads(max(1, int(unit.cpus)))
+    storage = Storage(unit.storage)
+    corpus = _corpus(unit.storage, unit.corpus_sha256, unit.validation_fraction)
+    results = []
+    for seed in unit.seeds:
+        started = now()
+        try:
+            results.append(_run_seed(unit, seed, storage, corpus, on_evaluation))
+        except OSError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            results.append(SeedResult(unit.trial, seed, "failed", started=started, ended=now(), failure=reason))
+    return results
+
+
+def _run_seed(
+    unit: Unit, seed: int, storage: Storage, corpus: Corpus, on_evaluation: Callable[[int, dict[str, float]], None]
+) -> SeedResult:
+    teacher_weights = None
+    if unit.teachers is not None:
+        teacher_weights, _ = unpack_tensors(storage.read(unit.teachers.weights[seed]))
+    result, weights = train_seed(
+        unit.spec,
+        seed,
+        corpus,
+        trial=unit.trial,
+        device=_device(unit),
+        teacher_weights=teacher_weights,
+        teacher_tokens=unit.teachers.tokens if unit.teachers is not None else 0,
+        rel_error_chis=unit.rel_error_chis,
+        checkpoints=checkpoints_of(storage, unit.study_uuid, unit.trial, seed),
+        checkpoint_seconds=unit.checkpoint_seconds,
+        on_evaluation=lambda row: on_evaluation(seed, row),
+    )
+    if not unit.keep_weights or result.state != "complete":
+        return result
+    key = f"{unit.study_uuid}/weights/trial{unit.trial}-seed{seed}.safetensors"
+    storage.write(key, pack_tensors(weights, {"spec": unit.spec.model_dump(mode="json"), "seed": seed}))
+    return replace(result, weights=key)
+
+
+def _device(unit: Unit) -> str:
+    if unit.gpus == 0:
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"the study file asks for execution.gpus={unit.gpus:g}, but PyTorch finds no CUDA device")
+    return "cuda"
+
+
+def checkpoints_of(storage: Storage, study_uuid: str, trial: int, seed: int) -> Checkpoints:
+    """Where one run's checkpoints lie, whichever worker has it."""
+    return Checkpoints(storage, f"{study_uuid}/checkpoints/trial{trial}-seed{seed}")
+
+
+def store_corpus(storage: Storage, corpus: Corpus) -> None:
+    """Put the text where every worker finds it."""
+    key = _corpus_key(corpus.sha256)
+    if not storage.exists(key):
+        storage.write(key, corpus.text.encode("utf-8"))
+
+
+def _corpus_key(sha256: str) -> str:
+    return f"corpus/{sha256}.txt"
+
+
+@lru_cache(maxsize=2)
+def _corpus(storage: str, sha256: str, validation_fraction: float) -> Corpus:
+    key = _corpus_key(sha256)
+    data = Storage(storage).read(key)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise OSError(f"{storage}/{key} is damaged: its checksum is wrong")
+    return corpus_from_bytes(data, f"{storage}/{key}", sha256, validation_fraction)

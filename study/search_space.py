@@ -1,0 +1,170 @@
+"""From the study file to trials: listed ones enumerated, searched ones suggested by an Optuna sampler."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from analysis import run_schema
+from study.config import Choices, DenseArm, MPOArm, Range, StudyConfig
+from study.errors import StudyError
+from study.trial import TrialSpec
+
+ARM = "arm"
+"""Name of the Optuna parameter that chooses between several searched arms."""
+
+METRIC_OF_OBJECTIVE = {"val_loss": "final/val_loss", "val_acc": "final/val_acc", "n_params": "n_params"}
+
+
+def directions(config: StudyConfig) -> list[Literal["minimize", "maximize"]]:
+    """Optuna's direction for each of the study's objectives."""
+    fields = {field.key: field for field in (*run_schema.FINALS, *run_schema.COUNTS)}
+    return [
+        direction
+        for objective in config.objectives
+        if (direction := fields[METRIC_OF_OBJECTIVE[objective]].direction) is not None
+    ]
+
+
+# Listed trials --------------------------------------------------------------------------------------------------------
+
+
+def listed_specs(config: StudyConfig) -> list[TrialSpec]:
+    """Every trial of the arms that leave nothing to the sampler, in the order of the file.
+
+    Raises:
+        StudyError: two of them are the same configuration.
+    """
+    specs: list[TrialSpec] = []
+    for arm in config.arms:
+        if not arm.is_searched:
+            specs.extend(_grid(config, arm))
+    seen: dict[TrialSpec, str] = {}
+    for spec in specs:
+        anonymous = spec.model_copy(update={"arm": ""})
+        if anonymous in seen:
+            raise StudyError(f"arms[{spec.arm}]: repeats a trial of arm {seen[anonymous]}; every trial must differ")
+        seen[anonymous] = spec.arm
+    return specs
+
+
+def _grid(config: StudyConfig, arm: DenseArm | MPOArm) -> Iterator[TrialSpec]:
+    values = arm.values()
+    options = [value if isinstance(value, tuple) else (value,) for value in values.values()]
+    for chosen in product(*options):
+        yield resolve(config, arm, dict(zip(values, chosen, strict=True)))
+
+
+def resolve(config: StudyConfig, arm: DenseArm | MPOArm, chosen: dict[str, Any]) -> TrialSpec:
+    """The trial of an arm with these values for the fields that may be listed or searched.
+
+    Raises:
+        StudyError: the values do not go together.
+    """
+    data: dict[str, Any] = {"arm": arm.name, "family": arm.family}
+    data |= {key: value for key, value in chosen.items() if key not in ("learning_rate", "d_model")}
+    if isinstance(arm, MPOArm):
+        data["teacher"] = arm.teacher
+        if arm.teacher is None:
+            data.setdefault("init", "variance")
+    overrides = {"learning_rate": chosen.get("learning_rate"), "steps": arm.steps, "warmup_steps": arm.warmup_steps}
+    protocol = config.protocol.model_dump() | {key: value for key, value in overrides.items() if value is not None}
+    model = config.model.model_dump()
+    if chosen.get("d_model", config.model.d_model) != config.model.d_model:
+        model |= {"d_model": chosen["d_model"], "d_ff": None}
+    try:
+        return TrialSpec.model_validate(data | {"model": model, "protocol": protocol})
+    except ValueError as error:
+        reason = str(error.errors()[0]["msg"]) if hasattr(error, "errors") else str(error)  # type: ignore[attr-defined]
+        raise StudyError(f"arms[{arm.name}]: {reason.removeprefix('Value error, ')}") from None
+
+
+# Searched trials ------------------------------------------------------------------------------------------------------
+
+
+def suggest(config: StudyConfig, trial: optuna.Trial) -> TrialSpec:
+    """Let the trial's sampler choose an arm, where there are several to search, and the arm's open values."""
+    arms = _searched_arms(config)
+    name = trial.suggest_categorical(ARM, [arm.name for arm in arms]) if len(arms) > 1 else arms[0].name
+    arm = config.arm(name)
+    chosen = {
+        key: _suggest(trial, _parameter(arm, key), value) if _is_open(value) else value
+        for key, value in arm.values().items()
+    }
+    return resolve(config, arm, chosen)
+
+
+def make_sampler(config: StudyConfig, trial_number: int) -> optuna.samplers.BaseSampler:
+    """A fresh sampler for one trial, seeded by (sampler seed, trial number): resuming does not repeat earlier draws."""
+    digest = hashlib.blake2b(f"{config.sampler.seed}/{trial_number}".encode(), digest_size=4).digest()
+    seed = int.from_bytes(digest, "big")
+    match config.sampler.name:
+        case "grid" | "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        case "tpe":
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+        case "nsga2":
+            return _NSGAII(_space(config), seed=seed, population_size=config.sampler.population_size)
+
+
+class _NSGAII(optuna.samplers.NSGAIISampler):
+    """NSGA-II over the study file's space.
+
+    The stock sampler intersects the parameters of all completed trials; a listed trial has none, and would leave it
+    with an empty space.
+    """
+
+    def __init__(self, space: dict[str, BaseDistribution], seed: int, population_size: int) -> None:
+        super().__init__(seed=seed, population_size=population_size)
+        self._space = space
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._space
+
+
+def _suggest(trial: optuna.Trial, parameter: str, value: Choices[Any] | Range[Any]) -> Any:
+    match _distribution(value):
+        case CategoricalDistribution(choices=choices):
+            return trial.suggest_categorical(parameter, choices)
+        case IntDistribution(low=low, high=high, log=log):
+            return trial.suggest_int(parameter, low, high, log=log)
+        case FloatDistribution(low=low, high=high, log=log):
+            return trial.suggest_float(parameter, low, high, log=log)
+
+
+def _space(config: StudyConfig) -> dict[str, BaseDistribution]:
+    arm = _searched_arms(config)[0]
+    return {_parameter(arm, key): _distribution(value) for key, value in arm.values().items() if _is_open(value)}
+
+
+def _searched_arms(config: StudyConfig) -> list[DenseArm | MPOArm]:
+    return [arm for arm in config.arms if arm.is_searched]
+
+
+def _parameter(arm: DenseArm | MPOArm, key: str) -> str:
+    # Two arms may search the same key in different ranges, which Optuna forbids under one name.
+    return f"{arm.name}.{key}"
+
+
+def _is_open(value: Any) -> bool:
+    return isinstance(value, Choices | Range)
+
+
+def _distribution(value: Choices[Any] | Range[Any]) -> BaseDistribution:
+    if isinstance(value, Choices):
+        return CategoricalDistribution(value.choices)
+    if isinstance(value.low, int) and isinstance(value.high, int):
+        return IntDistribution(value.low, value.high, log=value.log)
+    return FloatDistribution(value.low, value.high, log=value.log)

@@ -1,0 +1,337 @@
+"""The only writer of runs to MLflow: a projection of the ledger, which can be repeated and rebuilt.
+
+Every run carries a key (study, trial, seed) and timestamps from the ledger, so that writing it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from analysis import run_schema as schema
+from study.errors import StudyError
+from study.ledger import Trial
+from study.storage import Storage
+from study.trial import SeedResult
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+_BATCH = 1000
+"""The most metrics that MLflow takes in one call."""
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """What MLflow is told of a study besides its runs."""
+
+    name: str
+    uuid: str
+    description: str
+    study_file: str
+    environment: dict[str, Any]
+    created: str
+    corpus_sha256: str
+    vocab_size: int
+    log_weights: bool
+
+
+@dataclass
+class _KnownRun:
+    """What this writer knows of a run that MLflow has."""
+
+    run_id: str
+    is_over: bool = False
+    n_results: int = 0
+
+
+class Tracker:
+    """Projects trials and results onto one MLflow experiment.
+
+    Args:
+        uri: MLflow's tracking URI.
+        artifacts: where the experiment's artifacts go if it has to be created; None leaves that to MLflow.
+        storage: where trained weights lie.
+
+    Raises:
+        StudyError: MLflow cannot be reached, or the experiment was deleted.
+    """
+
+    def __init__(self, uri: str, artifacts: str | None, storage: Storage, record: StudyRecord) -> None:
+        # Importing MLflow takes seconds, which a study with tracking off should not pay.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("DO_NOT_TRACK", "true")
+        from mlflow import MlflowClient
+
+        self._record, self._storage = record, storage
+        # A new database is announced with a line for each of MLflow's migrations.
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+            self._experiment_id = self._open_experiment(artifacts)
+            self._known = self._existing_runs()
+        except StudyError:
+            raise
+        except Exception as error:  # MLflow raises whatever its backend raises
+            raise StudyError(f"cannot reach MLflow at {hide_password(uri)}: {_first_line(error)}") from error
+        self._describe()
+
+    def _open_experiment(self, artifacts: str | None) -> str:
+        name = self._record.name
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            tags = {schema.STUDY_UUID: self._record.uuid, "mlflow.note.content": self._record.description}
+            return self._client.create_experiment(name, artifact_location=artifacts, tags=tags)
+        if experiment.lifecycle_stage == "deleted":
+            raise StudyError(f"the experiment {name} was deleted; restore it, or purge it with `mlflow gc`")
+        if experiment.tags.get(schema.STUDY_UUID) != self._record.uuid:
+            raise StudyError(f"the experiment {name} holds another study of that name; give this one another name")
+        return experiment.experiment_id
+
+    def _existing_runs(self) -> dict[str, _KnownRun]:
+        """Active runs of this study by key."""
+        known: dict[str, _KnownRun] = {}
+        token: str | None = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment_id],
+                filter_string=f"tags.`{schema.STUDY_UUID}` = '{self._record.uuid}'",
+                max_results=_BATCH,
+                page_token=token,
+            )
+            for run in page:
+                n_results = run.data.metrics.get(schema.N_SEEDS, 0) + run.data.metrics.get(schema.N_FAILED, 0)
+                is_over = run.info.status in ("FINISHED", "FAILED")
+                known[run.data.tags[schema.KEY]] = _KnownRun(run.info.run_id, is_over, int(n_results))
+            token = page.token
+            if not token:
+                return known
+
+    def _describe(self) -> None:
+        """A summary run that holds the resolved study file and the environment."""
+        key = f"{self._record.uuid}/{schema.KIND_SUMMARY}"
+        known = self._known.get(key)
+        if known is not None and known.is_over:
+            return
+        created = _milliseconds(self._record.created)
+        run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
+        self._log_file(run, "study.yaml", self._record.study_file.encode())
+        self._log_file(run, "environment.json", json.dumps(self._record.environment, indent=2).encode())
+        self._terminate(run, "FINISHED", created)
+
+    # Writing ------------------------------------------------------------------------------------------------------
+
+    def write(self, trial: Trial, results: Iterable[SeedResult], n_seeds: int) -> None:
+        """Bring one trial's runs up to date; what is there already stays.
+
+        Args:
+            results: those that are in; a duplicate's are its original's, and only its aggregates are written.
+            n_seeds: how many there will be.
+        """
+        results = sorted(results, key=lambda result: (result.ended, result.seed))
+        if not results:
+            return
+        parent = self._known.get(schema.run_key(self._record.uuid, trial.number))
+        if parent is None:
+            parent = self._create_trial(trial, results[0])
+        if trial.duplicate_of is None:
+            for result in results:
+                known = self._known.get(schema.run_key(self._record.uuid, trial.number, result.seed))
+                if known is None or not known.is_over:
+                    self._write_seed(known or self._create_seed(parent, trial, result), trial, result)
+        if parent.n_results < len(results) or (len(results) >= n_seeds and not parent.is_over):
+            self._write_aggregates(parent, trial, results, is_over=len(results) >= n_seeds)
+
+    def _create_trial(self, trial: Trial, first: SeedResult) -> _KnownRun:
+        tags = {} if trial.duplicate_of is None else {schema.DUPLICATE_OF: str(trial.duplicate_of)}
+        key = schema.run_key(self._record.uuid, trial.number)
+        run = self._create(key, schema.KIND_TRIAL, trial_name(trial), _milliseconds(first.started), tags)
+        self._log(run, _metrics(_counts(trial), _milliseconds(first.started)), self._params(trial))
+        return run
+
+    def _create_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> _KnownRun:
+        tags = {schema.PARENT: parent.run_id}
+        if result.failure is not None:
+            tags[schema.FAILURE] = result.failure
+        if result.failure_step is not None:
+            tags[schema.FAILURE_STEP] = str(result.failure_step)
+        key = schema.run_key(self._record.uuid, trial.number, result.seed)
+        name = f"{trial_name(trial)} seed {result.seed}"
+        return self._create(key, schema.KIND_SEED, name, _milliseconds(result.started), tags)
+
+    def _write_seed(self, run: _KnownRun, trial: Trial, result: SeedResult) -> None:
+        ended = _milliseconds(result.ended)
+        metrics = _metrics(_counts(trial) | result.final | result.rel_errors, ended)
+        for row in result.curve:
+            values = {key: value for key, value in row.items() if key != "step"}
+            metrics += _metrics(values, ended, step=int(row["step"]))
+        self._log(run, metrics, self._params(trial) | {"seed": result.seed})
+        if result.weights is not None and self._record.log_weights:
+            self._log_file(run, Path(result.weights).name, self._storage.read(result.weights))
+        self._terminate(run, "FINISHED" if result.state == "complete" else "FAILED", ended)
+
+    def _write_aggregates(self, run: _KnownRun, trial: Trial, results: list[SeedResult], is_over: bool) -> None:
+        """Means and standard deviations over the complete seeds that are in; the step is their number."""
+        complete = [result for result in results if result.state == "complete"]
+        metrics: dict[str, float] = {schema.N_SEEDS: len(complete), schema.N_FAILED: len(results) - len(complete)}
+        for field in schema.FINALS if complete else ():
+            values = [result.final[field.key] for result in complete]
+            metrics[schema.mean_key(field.key)] = statistics.fmean(values)
+            if len(values) > 1:
+                metrics[schema.std_key(field.key)] = statistics.stdev(values)
+        ended = _milliseconds(results[-1].ended)
+        self._log(run, _metrics(metrics, ended, step=len(results)), {})
+        run.n_results = len(results)
+        if is_over:
+            self._terminate(run, "FINISHED" if complete else "FAILED", ended)
+
+    # MLflow's calls -----------------------------------------------------------------------------------------------
+
+    def _create(self, key: str, kind: str, name: str, started: int, tags: dict[str, str]) -> _KnownRun:
+        own = {
+            schema.KIND: kind,
+            schema.KEY: key,
+            schema.STUDY_NAME: self._record.name,
+            schema.STUDY_UUID: self._record.uuid,
+            schema.SCHEMA: str(schema.SCHEMA_VERSION),
+        }
+        run = self._client.create_run(self._experiment_id, start_time=started, tags=own | tags, run_name=name)
+        self._known[key] = _KnownRun(run.info.run_id)
+        return self._known[key]
+
+    def _log(self, run: _KnownRun, metrics: list[Metric], params: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        own = [Param(key, str(value)) for key, value in params.items() if value is not None]
+        for first in range(0, max(len(metrics), 1), _BATCH):
+            self._client.log_batch(run.run_id, metrics[first : first + _BATCH], own if first == 0 else [])
+
+    def _log_file(self, run: _KnownRun, name: str, content: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(content)
+            self._client.log_artifact(run.run_id, str(path))
+
+    def _terminate(self, run: _KnownRun, status: str, ended: int) -> None:
+        self._client.set_terminated(run.run_id, status, end_time=ended)
+        run.is_over = True
+
+    def _params(self, trial: Trial) -> dict[str, Any]:
+        spec = trial.spec
+        values = spec.model_dump() | spec.protocol.model_dump() | spec.model.model_dump()
+        values |= {
+            "trial": trial.number,
+            "start": spec.start,
+            "vocab_size": self._record.vocab_size,
+            "d_ff": spec.model.d_ff or 4 * spec.model.d_model,
+            "budget_hash": trial.budget_hash,
+            "corpus_sha256": self._record.corpus_sha256,
+        }
+        return {field.key: values.get(field.key) for field in schema.PARAMS}
+
+
+def trial_name(trial: Trial) -> str:
+    """What the MLflow UI calls a trial: its arm, with what sets it apart there."""
+    spec = trial.spec
+    what = f"χ={spec.chi}" if spec.family == "mpo" else f"d_model={spec.model.d_model}"
+    return f"{spec.arm} {what} (trial {trial.number})"
+
+
+def _counts(trial: Trial) -> dict[str, float]:
+    return {field.key: getattr(trial.shape, field.key) for field in schema.COUNTS}
+
+
+def _metrics(values: dict[str, float], timestamp: int, step: int = 0) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    return [Metric(key, value, timestamp, step) for key, value in values.items()]
+
+
+def _milliseconds(time: str) -> int:
+    return int(datetime.fromisoformat(time).timestamp() * 1000)
+
+
+def hide_password(uri: str) -> str:
+    """The URI as it may be shown."""
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# In the background of a running study ---------------------------------------------------------------------------------
+
+
+class BackgroundTracker:
+    """Writes to MLflow from a thread of its own, and goes on trying where MLflow is away.
+
+    Args:
+        connect: opens a `Tracker`; called in the thread, again after each failure.
+        on_trouble: told once, in one line, when MLflow first fails, and when it is back.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Tracker], n_seeds: int, on_trouble: Callable[[str], None], pause: float = 1.0
+    ) -> None:
+        self._connect, self._n_seeds, self._on_trouble, self._pause = connect, n_seeds, on_trouble, pause
+        self._pending: dict[int, tuple[Trial, list[SeedResult]]] = {}
+        self._changed = threading.Condition()
+        self._closing = False
+        self.trouble: str | None = None
+        """Why MLflow does not have everything; None while it has."""
+        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._thread.start()
+
+    def put(self, trial: Trial, results: list[SeedResult]) -> None:
+        """Ask for a trial's runs to be brought up to date."""
+        with self._changed:
+            self._pending[trial.number] = (trial, results)
+            self._changed.notify()
+
+    def close(self) -> str | None:
+        """Write what is pending and end; returns why that was not possible, or None."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+        return self.trouble
+
+    def _run(self) -> None:
+        tracker: Tracker | None = None
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closing)
+                if not self._pending:
+                    return
+                number, (trial, results) = next(iter(self._pending.items()))
+            try:
+                tracker = tracker or self._connect()
+                tracker.write(trial, results, self._n_seeds)
+            except Exception as error:  # whatever it is, the study must go on
+                tracker = None
+                if self.trouble is None:
+                    self._on_trouble(f"MLflow is away, the study goes on and catches up later: {_first_line(error)}")
+                self.trouble = _first_line(error)
+                with self._changed:
+                    if self._closing or self._changed.wait_for(lambda: self._closing, timeout=self._pause):
+                        return
+                continue
+            if self.trouble is not None:
+                self._on_trouble("MLflow is back")
+                self.trouble = None
+            with self._changed:
+                if self._pending.get(number, (None, None))[1] is results:
+                    del self._pending[number]

@@ -1,0 +1,184 @@
+"""A trial's resolved configuration, and what follows from it before anything is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import torch
+
+import mpo_core
+from study.config import Model, Protocol, Strict, StudyConfig
+
+
+class TrialSpec(Strict):
+    """Everything that, with the corpus and a seed, fixes a training run. One configuration: no value is open."""
+
+    arm: str
+    family: Literal["dense", "mpo"]
+    model: Model
+    protocol: Protocol
+    chi: int | None = None
+    n_sites: int | None = None
+    factorisation: Literal["paper", "balanced"] | None = None
+    init: Literal["paper", "variance", "tt_svd"] | None = None
+    teacher: str | None = None
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens this trial's optimiser sees, the teacher's not included."""
+        return self.protocol.steps * self.protocol.batch_size * self.model.context
+
+    @property
+    def start(self) -> str:
+        return "scratch" if self.teacher is None else "teacher"
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """All that is known of one trial × one seed once it is over.
+
+    `curve` has one row per evaluation (keys of `run_schema.CURVES`, and "step"); `final` the keys of
+    `run_schema.FINALS`; `rel_errors` the keys of `run_schema.rel_error_key`. Times are UTC, ISO 8601.
+    """
+
+    trial: int
+    seed: int
+    state: Literal["complete", "failed"]
+    started: str
+    ended: str
+    final: dict[str, float] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    rel_errors: dict[str, float] = field(default_factory=dict)
+    weights: str | None = None
+    failure: str | None = None
+    failure_step: int | None = None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def build_model(
+    spec: TrialSpec,
+    vocab_size: int,
+    generator_for: Callable[[str], torch.Generator] | None,
+    teacher_weights: dict[str, torch.Tensor] | None = None,
+) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport | None]:
+    """The model a run starts from.
+
+    Args:
+        generator_for: gives the generator of each parameter's initial values; None builds shapes without values (on
+            the meta device).
+        teacher_weights: state of the trained dense model that a spec with a teacher compresses.
+    """
+    device = None if generator_for is not None else "meta"
+    config = mpo_core.GPTConfig(vocab_size=vocab_size, **spec.model.model_dump())
+    model = mpo_core.PicoGPT(config, device=device)
+    if teacher_weights is not None:
+        model.load_state_dict(teacher_weights)
+    elif generator_for is not None:
+        model.init_parameters(generator_for)
+    if spec.family == "dense":
+        return model, None
+    assert spec.chi is not None
+    assert spec.factorisation is not None
+    init = "tt_svd" if teacher_weights is not None else spec.init or "variance"
+    return mpo_core.compress(
+        model,
+        chi=spec.chi,
+        factorisation=spec.factorisation,
+        n_sites=spec.n_sites,
+        # Without values there is nothing to decompose, and shapes do not depend on how they are filled.
+        init=init if generator_for is not None else "variance",
+        generator_for=generator_for,
+    )
+
+
+@dataclass(frozen=True)
+class TrialShape:
+    """Counts and identity of a spec, from its shapes alone.
+
+    FLOPs are floating-point operations, a multiply-add counted as two; `step_flops` are those of one optimiser step,
+    `flops` those of all training and evaluation of one seed.
+    """
+
+    n_params: int
+    n_params_compressed: int
+    n_params_dense: int
+    bonds: dict[str, tuple[int, ...]]
+    identity: str
+    step_flops: float
+    flops: float
+
+
+def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: Model) -> TrialShape:
+    """Count parameters and FLOPs of a spec, and say which configuration it really is (after clipping its bonds).
+
+    Args:
+        n_validation: tokens of the validation split.
+        reference: sizes of the study's dense model, whose parameters others are a fraction of.
+    """
+    model, report = build_model(spec, vocab_size, None)
+    dense, _ = build_model(spec.model_copy(update={"family": "dense", "model": reference}), vocab_size, None)
+    layers = [] if report is None else [(row.name, row.d_out, row.d_in, row.bonds) for row in report.rows]
+    return TrialShape(
+        n_params=mpo_core.n_params(model),
+        n_params_compressed=mpo_core.n_params_compressed(model),
+        n_params_dense=mpo_core.n_params(dense),
+        bonds={name: bonds for name, _, _, bonds in layers},
+        identity=_identity(spec, layers),
+        step_flops=_step_flops(spec, model),
+        flops=_flops(spec, model, n_validation),
+    )
+
+
+def _identity(spec: TrialSpec, layers: list[Any]) -> str:
+    """Equal for two specs exactly when they train the same model in the same way."""
+    essence = spec.model_dump(mode="json", exclude={"arm", "chi", "n_sites", "factorisation"})
+    essence["layers"] = layers
+    if spec.init == "paper":
+        essence["chi"] = spec.chi  # this init mode depends on the cap as asked for, not on the bonds it gives
+    return _hash(essence)
+
+
+def _step_flops(spec: TrialSpec, model: mpo_core.PicoGPT) -> float:
+    tokens = spec.protocol.batch_size * spec.model.context
+    forward = mpo_core.flops_per_token(model, spec.model.context) * tokens + mpo_core.reconstruct_flops(model)
+    return 3 * forward  # the backward pass costs twice the forward
+
+
+def _flops(spec: TrialSpec, model: mpo_core.PicoGPT, n_validation: int) -> float:
+    protocol = spec.protocol
+    sampled = protocol.sampled_eval_batches * protocol.sampled_eval_batch_size * spec.model.context
+    evaluation = mpo_core.flops_per_token(model, spec.model.context) * (n_validation + sampled)
+    return protocol.steps * _step_flops(spec, model) + len(evaluation_steps(protocol)) * evaluation
+
+
+def evaluation_steps(protocol: Protocol) -> list[int]:
+    """Steps before which the model is evaluated, the first (0) and the last (after all of them) included."""
+    return sorted({*range(0, protocol.steps, protocol.eval_every), protocol.steps})
+
+
+def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, teacher: TrialSpec | None) -> str:
+    """Equal for trials that may be paired: corpus, evaluation, tokens, schedule shape and tuning trials, no more."""
+    protocol = spec.protocol
+    return _hash(
+        {
+            "corpus": corpus_sha256,
+            "split": config.corpus.validation_fraction,
+            "evaluation": [spec.model.context, protocol.sampled_eval_batches, protocol.sampled_eval_batch_size],
+            "batch": [protocol.batch_size, spec.model.context],
+            "steps": [protocol.steps, protocol.warmup_steps, protocol.eval_every],
+            "teacher": None if teacher is None else [teacher.protocol.steps, teacher.protocol.warmup_steps],
+            "tuning_trials": config.budget.trials if config.arm(spec.arm).is_searched else 0,
+        }
+    )[:12]
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

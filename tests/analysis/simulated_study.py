@@ -1,0 +1,195 @@
+"""Writes MLflow studies according to `analysis.run_schema`, with plausible numbers of known size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis import run_schema as schema
+
+warnings.filterwarnings("ignore", category=DeprecationWarning, module="sqlalchemy")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.store.tracking import sqlalchemy_store  # noqa: F401  # deprecated calls of its own at import
+    from mlflow.tracking import MlflowClient
+
+UUID = "6f1c2a52-6a77-4d0e-9a3f-6d1f6a0f4f0e"
+N_PARAMS_DENSE = 808_448
+N_PARAMS_MPO = {4: 42_336, 8: 79_168, 16: 177_408, 32: 472_192}
+TOKENS_PER_STEP = 8192
+LAYERS = tuple(
+    f"blocks.{block}.{name}"
+    for block in range(4)
+    for name in ("attn.w_q", "attn.w_k", "attn.w_v", "attn.w_o", "mlp.w_1", "mlp.w_2")
+) + ("lm_head",)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One trial: what is written of it and the loss its seeds scatter around."""
+
+    arm: str
+    n_params: int
+    val_loss: float
+    family: str = "mpo"
+    start: str = "scratch"
+    chi: int | None = None
+    d_model: int = 128
+    steps: int = 2000
+    learning_rate: float = 3e-4
+    budget_hash: str = "b7d1f00d"
+    n_params_dense: int = N_PARAMS_DENSE
+    seeds: Sequence[int] = (0, 1, 2)
+    failed: Sequence[int] = ()
+    unfinished: Sequence[int] = ()
+    duplicate_of: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Params of the schema but trial and seed; None where one has no meaning."""
+        mpo = self.family == "mpo"
+        return {
+            "arm": self.arm, "family": self.family, "start": self.start,
+            "teacher": "dense" if self.start == "teacher" else None, "chi": self.chi,
+            "n_sites": 3 if mpo else None, "factorisation": "balanced" if mpo else None,
+            "init": "matched" if mpo and self.start == "scratch" else None,
+            "learning_rate": self.learning_rate, "steps": self.steps, "warmup_steps": 100, "batch_size": 32,
+            "context": 256, "vocab_size": 65, "d_model": self.d_model, "n_heads": 4, "n_layers": 4,
+            "d_ff": 4 * self.d_model, "weight_decay": 0.1, "budget_hash": self.budget_hash,
+            "corpus_sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        } | self.extra  # fmt: skip
+
+
+def configurations() -> list[Configuration]:
+    """A dozen, of the four families the report tells apart, with what happens to runs: one of each."""
+    scratch = {4: 2.02, 8: 1.86, 16: 1.745, 32: 1.655}
+    tuned = {4: 2.13, 8: 1.80, 16: 1.665, 32: 1.590}
+    found = [Configuration("dense", N_PARAMS_DENSE, 1.575, family="dense")]
+    found += [
+        Configuration(f"narrow-{d_model}", n_params, loss, "dense", d_model=d_model, n_params_dense=n_params)
+        for d_model, n_params, loss in ((28, 43_904, 2.09), (44, 103_224, 1.84))
+    ]
+    found += [Configuration("mpo", N_PARAMS_MPO[chi], loss, chi=chi) for chi, loss in scratch.items()]
+    found += [
+        Configuration("mpo-tuned", N_PARAMS_MPO[chi], loss, start="teacher", chi=chi, steps=500, budget_hash="0ddba11e")
+        for chi, loss in tuned.items()
+    ]
+    found[3] = replace(found[3], failed=(3,))
+    found[4] = replace(found[4], unfinished=(3,))
+    found.append(replace(found[5], duplicate_of=5))
+    return found
+
+
+def write_study(
+    folder: Path,
+    found: Sequence[Configuration],
+    experiment: str = "tiny",
+    uuid: str = UUID,
+    n_evaluations: int = 20,
+    noise: float = 0.006,
+) -> str:
+    """Write the trials and seeds to `folder`/mlflow.db as a study's driver would; the tracking URI."""
+    tracking_uri = f"sqlite:///{folder}/mlflow.db"
+    client = MlflowClient(tracking_uri=tracking_uri)
+    known = client.get_experiment_by_name(experiment)
+    experiment_id = known.experiment_id if known else client.create_experiment(experiment)
+    rng = np.random.default_rng(20)
+    for trial, configuration in enumerate(found):
+        params = {"trial": trial, **configuration.params}
+        counts = {
+            "n_params": configuration.n_params,
+            "n_params_compressed": int(configuration.n_params * 0.9),
+            "n_params_dense": configuration.n_params_dense,
+        }
+        tags = {schema.STUDY_NAME: experiment, schema.STUDY_UUID: uuid, schema.SCHEMA: str(schema.SCHEMA_VERSION)}
+        if configuration.duplicate_of is not None:
+            tags[schema.DUPLICATE_OF] = str(configuration.duplicate_of)
+        parent = client.create_run(
+            experiment_id, tags=tags | {schema.KIND: schema.KIND_TRIAL, schema.KEY: schema.run_key(uuid, trial)}
+        ).info.run_id
+        _log(client, parent, params, [(key, value, 0) for key, value in counts.items()])
+        for seed in (*configuration.seeds, *configuration.failed, *configuration.unfinished):
+            run_id = client.create_run(
+                experiment_id,
+                tags=tags
+                | {
+                    schema.KIND: schema.KIND_SEED,
+                    schema.KEY: schema.run_key(uuid, trial, seed),
+                    schema.PARENT: parent,
+                },
+            ).info.run_id
+            metrics = [(key, value, 0) for key, value in counts.items()]
+            if seed in configuration.seeds:
+                metrics += _seed_metrics(configuration, configuration.val_loss + noise * rng.normal(), n_evaluations,
+                                         rng)
+            _log(client, run_id, params | {"seed": seed}, metrics)
+            if seed in configuration.failed:
+                client.set_tag(run_id, schema.FAILURE, "validation loss is not finite")
+                client.set_tag(run_id, schema.FAILURE_STEP, "120")
+                client.set_terminated(run_id, "FAILED")
+            elif seed in configuration.seeds:
+                client.set_terminated(run_id, "FINISHED")
+        if not configuration.unfinished:
+            client.set_terminated(parent, "FINISHED")
+    return tracking_uri
+
+
+def _seed_metrics(
+    configuration: Configuration, final_loss: float, n_evaluations: int, rng: np.random.Generator
+) -> list[tuple[str, float, int]]:
+    steps = np.linspace(0, configuration.steps, n_evaluations + 1).astype(int)
+    start = np.log(65) if configuration.start == "scratch" else final_loss + 0.9
+    decay = (np.exp(-6 * steps / configuration.steps) - np.exp(-6)) / (1 - np.exp(-6))
+    loss = final_loss + (start - final_loss) * decay + 0.01 * decay * rng.normal(size=steps.size)
+    accuracy = 0.98 - 0.285 * loss + 0.001 * rng.normal()
+    tokens = steps * TOKENS_PER_STEP
+    curves = {
+        "val_loss": loss, "val_acc": accuracy, "val_loss_sampled": loss + 0.01 * rng.normal(size=steps.size),
+        "val_acc_sampled": accuracy, "train_loss": loss - 0.05, "tokens": tokens,
+        "learning_rate": configuration.learning_rate * np.cos(steps / configuration.steps * np.pi / 2),
+    }  # fmt: skip
+    metrics = [
+        (key, float(value), int(step)) for key, values in curves.items() for value, step in zip(values, steps,
+                                                                                                strict=True)
+    ]
+    best = int(np.argmin(loss))
+    teacher_tokens = 2000 * TOKENS_PER_STEP if configuration.start == "teacher" else 0
+    finals = {f"final/{key}": curves[key][-1] for key in
+              ("val_loss", "val_acc", "val_loss_sampled", "val_acc_sampled", "train_loss")}
+    finals |= {"best/val_loss": loss[best], "best/val_acc": accuracy.max(), "best/step": steps[best],
+               "train_seconds": 60 + 5 * rng.random(), "train_tokens": tokens[-1],
+               "total_tokens": tokens[-1] + teacher_tokens}
+    metrics += [(key, float(value), int(steps[-1])) for key, value in finals.items()]
+    if configuration.family == "dense":
+        metrics += _rel_error_metrics(rng)
+    return metrics
+
+
+def _rel_error_metrics(rng: np.random.Generator) -> list[tuple[str, float, int]]:
+    metrics = []
+    for when, scale in (("init", 1.0), ("trained", 0.72)):
+        for chi in N_PARAMS_MPO:
+            for layer in LAYERS:
+                hardness = {"w_1": 0.006, "w_2": 0.0055, "lm_head": 0.03}.get(layer.split(".")[-1], 0.0143)
+                value = np.exp(-(hardness * chi) * (1.6 if when == "trained" else 1.0)) * scale
+                metrics.append((schema.rel_error_key(when, chi, layer), float(value * (1 + 0.01 * rng.normal())), 0))
+    return metrics
+
+
+def _log(
+    client: MlflowClient, run_id: str, params: dict[str, Any], metrics: list[tuple[str, float, int]]
+) -> None:
+    client.log_batch(
+        run_id,
+        metrics=[Metric(key, value, 1_790_000_000_000, step) for key, value, step in metrics],
+        params=[Param(key, str(value)) for key, value in params.items() if value is not None],
+        tags=[RunTag("mlflow.runName", params["arm"])],
+    )

@@ -1,0 +1,213 @@
+"""Compressing whole models: what changes, what must not, and what is reported."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from mpo_core.compress import compress, n_params, n_params_compressed, rel_errors
+from mpo_core.linear import MPOLinear
+from mpo_core.picogpt import GPTConfig, PicoGPT
+
+SMALL = GPTConfig(vocab_size=11, d_model=12, n_heads=3, n_layers=2, context=10, d_ff=20)
+PER_BLOCK = ("attention.query", "attention.key", "attention.value", "attention.output", "feed_forward.up",
+             "feed_forward.down")
+LAYERS = [*(f"blocks.{index}.{layer}" for index in range(SMALL.n_layers) for layer in PER_BLOCK), "lm_head"]
+
+
+def generators(seed=0):
+    return lambda name: torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
+def make_model(config=SMALL, dtype=None):
+    model = PicoGPT(config, dtype=dtype)
+    model.init_parameters(generators())
+    return model
+
+
+def make_tokens(*shape):
+    return torch.randint(SMALL.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def mpo_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, MPOLinear)]
+
+
+@pytest.mark.parametrize(("chi", "total"), [(4, 42_336), (8, 79_168), (16, 177_408), (32, 472_192)])
+def test_totals_are_those_of_the_papers_code(chi, total):
+    dense = PicoGPT(GPTConfig(), device="meta")
+    compressed, report = compress(dense, chi=chi, init="variance")
+    assert (n_params(dense), n_params(compressed)) == (808_448, total)
+    assert (report.n_params_before, report.n_params_after) == (808_448, total)
+    assert n_params_compressed(dense) == sum(row.n_params_before for row in report.rows) == 794_752
+    assert n_params_compressed(compressed) == sum(row.n_params_after for row in report.rows) == total - 13_696
+    assert all(row.rel_error is None for row in report.rows)
+
+
+@pytest.mark.parametrize(("factorisation", "n_sites"), [("paper", None), ("balanced", 1), ("balanced", 3)])
+def test_compress_preserves_the_outputs_at_full_chi(factorisation, n_sites):
+    model, tokens = make_model(dtype=torch.float64), make_tokens(2, 10)
+    compressed, report = compress(model, chi=1000, factorisation=factorisation, n_sites=n_sites)
+    torch.testing.assert_close(compressed(tokens), model(tokens))
+    assert mpo_names(compressed) == [row.name for row in report.rows] == LAYERS
+    assert max(row.rel_error for row in report.rows) < 1e-13
+
+
+@pytest.mark.parametrize("init", ["tt_svd", "paper", "variance"])
+def test_compress_carries_everything_else_over_and_keeps_the_model(init):
+    model = make_model().eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(generator=generators(1)(name))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compressed, _ = compress(model, chi=2, init=init, generator_for=generators())
+
+    assert mpo_names(model) == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    carried = {name: value for name, value in compressed.state_dict().items() if ".cores." not in name}
+    assert set(carried) == set(before) - {f"{name}.weight" for name in LAYERS}
+    assert all(torch.equal(value, before[name]) for name, value in carried.items())
+    assert torch.equal(compressed.positions, model.positions)
+    assert not any(module.training for module in compressed.modules())
+    storages = {parameter.data_ptr() for parameter in model.parameters()}
+    assert storages.isdisjoint(parameter.data_ptr() for parameter in compressed.parameters())
+
+
+def test_compress_draws_every_core_by_its_own_name():
+    model = make_model()
+    before = torch.get_rng_state()
+    everything, _ = compress(model, chi=2, init="variance", generator_for=generators())
+    head, _ = compress(model, chi=2, init="variance", generator_for=generators(), include=["lm_head"])
+    assert torch.equal(torch.get_rng_state(), before)
+    for site in range(2):
+        name = f"lm_head.cores.{site}"
+        assert torch.equal(everything.get_parameter(name), head.get_parameter(name))
+    drawn = []
+    compress(model, chi=2, init="paper", include=["lm_head"],
+             generator_for=lambda name: drawn.append(name) or generators()(name))
+    assert drawn == ["lm_head.cores.0", "lm_head.cores.1"]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (["*"], [], LAYERS),
+        (["*"], ["lm_head"], LAYERS[:-1]),
+        (["blocks.*.attention.*"], ["*.output"], [name for name in LAYERS if name.endswith(("query", "key", "value"))]),
+        (["blocks.1.feed_forward.up", "lm_head"], [], ["blocks.1.feed_forward.up", "lm_head"]),
+    ],
+)
+def test_compress_chooses_layers_by_name(include, exclude, expected):
+    compressed, report = compress(make_model(), chi=2, include=include, exclude=exclude)
+    assert mpo_names(compressed) == [row.name for row in report.rows] == expected
+
+
+def test_compress_keeps_dtype_and_frozen_weights():
+    model = make_model(dtype=torch.bfloat16)
+    model.lm_head.weight.requires_grad_(False)
+    compressed, _ = compress(model, chi=2)
+    assert {parameter.dtype for parameter in compressed.parameters()} == {torch.bfloat16}
+    frozen = [name for name, parameter in compressed.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["lm_head.cores.0", "lm_head.cores.1"]
+
+
+def test_compressed_state_dict_round_trips_through_safetensors():
+    compressed, _ = compress(make_model(), chi=3)
+    shell, _ = compress(PicoGPT(SMALL), chi=3, init="variance", generator_for=generators(5))
+    shell.load_state_dict(load(save(compressed.state_dict())))
+    tokens = make_tokens(2, 10)
+    assert torch.equal(shell(tokens), compressed(tokens))
+
+
+def test_compress_leaves_linear_layers_alone_that_their_owner_reaches_into():
+    attention, head = nn.MultiheadAttention(8, 2, device="meta"), nn.Linear(8, 8, device="meta")
+    model = nn.ModuleDict({"attention": attention, "head": head})
+    compressed, _ = compress(model, chi=2, init="variance")
+    assert mpo_names(compressed) == ["head"]
+
+
+def test_compress_refuses_a_shared_weight():
+    model = make_model()
+    model.lm_head.weight = model.embedding.weight
+    with pytest.raises(ValueError, match="the weight of lm_head is shared with another module; exclude lm_head"):
+        compress(model, chi=2)
+    compressed, _ = compress(model, chi=2, exclude=["lm_head"])
+    assert compressed.lm_head.weight is compressed.embedding.weight
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": ["head"]}, r"no nn.Linear inside the model matches include=\['head'\], exclude=\[\]; it has bl"),
+        ({"exclude": ["*"]}, r"matches include=\['\*'\], exclude=\['\*'\]"),
+        ({"init": "best"}, "`init` must be one of paper, variance, tt_svd, but got 'best'"),
+        ({"init": "variance"}, "blocks.0.attention.query: init 'variance' draws fresh cores from `generator_for`"),
+        ({"chi": 0}, "blocks.0.attention.query: `chi >= 1` must hold, but got chi=0"),
+        ({"n_sites": 7}, "blocks.0.attention.query: `1 <= n_sites <= 6` must hold"),
+    ],
+)
+def test_compress_says_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        compress(make_model(), **{"chi": 2, **options})
+
+
+def test_compress_refuses_weights_that_have_diverged():
+    model = make_model()
+    model.lm_head.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"lm_head: `W` must be finite to be decomposed, but 1 entries"):
+        compress(model, chi=2)
+
+
+def test_compress_refuses_to_decompose_on_meta():
+    with pytest.raises(ValueError, match=r"blocks.0.attention.query: a weight on the meta device has no values"):
+        compress(PicoGPT(SMALL, device="meta"), chi=2)
+
+
+def test_report_reads_as_a_table():
+    _, report = compress(make_model(GPTConfig()), chi=8, include=["lm_head"])
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["layer", "out×in", "d_out", "d_in", "bonds", "before", "after", "rel_error"]
+    assert lines[1].split()[:7] == ["lm_head", "65×128", "5·13", "8·16", "1·8·1", "8,320", "1,984"]
+    assert lines[1].split()[7] == f"{report.rows[0].rel_error:.4f}"
+    assert lines[2] == "model: 808,448 -> 802,112 parameters, 1.01×"
+
+
+@pytest.mark.parametrize(("factorisation", "n_sites"), [("paper", None), ("balanced", 3)])
+def test_rel_errors_are_those_of_compression(factorisation, n_sites):
+    model, chis = make_model(dtype=torch.float64), (1, 3, 1000)
+    errors = rel_errors(model, chis, factorisation=factorisation, n_sites=n_sites)
+    assert set(errors) == {(chi, name) for chi in chis for name in LAYERS}
+    for chi in chis:
+        for row in compress(model, chi=chi, factorisation=factorisation, n_sites=n_sites)[1].rows:
+            assert errors[chi, row.name] == pytest.approx(row.rel_error, abs=1e-13)
+
+
+def test_rel_errors_of_two_sites_are_singular_value_tails():
+    model = make_model(dtype=torch.float64)
+    errors = rel_errors(model, [3])
+    W = model.lm_head.weight.detach().numpy()
+    s = np.linalg.svd(W.reshape(1, 11, 4, 3).transpose(0, 2, 1, 3).reshape(4, 33), compute_uv=False)
+    assert errors[3, "lm_head"] == pytest.approx(np.sqrt(np.sum(s[3:] ** 2) / np.sum(s**2)), abs=1e-13)
+
+
+def test_rel_errors_of_random_weights_are_near_one():
+    """Matrices without structure barely compress; facts.md, point 5, from the paper's code at one seed."""
+    errors = rel_errors(make_model(GPTConfig()), (4, 8, 16, 32))
+    for chi, largest, mean in ((4, 0.988, 0.950), (8, 0.965, 0.899), (16, 0.891, 0.795), (32, 0.630, 0.558)):
+        values = [error for (cap, _), error in errors.items() if cap == chi]
+        assert max(values) == pytest.approx(largest, abs=0.004)
+        assert sum(values) / len(values) == pytest.approx(mean, abs=0.004)
+
+
+def test_n_params_counts_what_is_trainable_and_n_params_compressed_all_matrices():
+    model = make_model()
+    total, matrices = n_params(model), n_params_compressed(model)
+    assert matrices == 2 * (4 * 144 + 2 * 240) + 11 * 12
+    assert total == matrices + 11 * 12 + 2 * (12 + 20 + 12 + 4 * 12) + 2 * 12
+    model.embedding.weight.requires_grad_(False)
+    assert n_params(model) == total - 11 * 12
+    assert n_params_compressed(model) == matrices

@@ -1,0 +1,280 @@
+"""Tensor-train functions against numpy oracles that share no code with them."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpo_core.tensor_train import (
+    check_sizes,
+    clip_bonds,
+    contract,
+    contraction_order,
+    largest_bonds,
+    n_params,
+    rel_error,
+    tt_svd,
+)
+
+few = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def splits(draw, max_sites=4, max_size=4):
+    """(d_out, d_in) over 1 to max_sites sites, sizes of 1 among them."""
+    n_sites = draw(st.integers(1, max_sites))
+    sizes = st.lists(st.integers(1, max_size), min_size=n_sites, max_size=n_sites)
+    return draw(sizes), draw(sizes)
+
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_matrix(d_out, d_in, seed):
+    """Entries of a heavy-tailed distribution, so that singular values differ."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(math.prod(d_out), math.prod(d_in), generator=generator, dtype=torch.float64) ** 3
+
+
+def random_cores(bonds, d_out, d_in, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = zip(bonds[:-1], d_out, d_in, bonds[1:], strict=True)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def chain(cores):
+    """Sites as one array (bond, o_0, i_0, o_1, i_1, ..., bond) by a sum over each bond in turn; no sites: (1, 1)."""
+    block = np.eye(cores[0].shape[0] if cores else 1)
+    for core in cores:
+        block = np.tensordot(block, core, axes=(-1, 0))
+    return block
+
+
+def dense(cores):
+    block = chain(cores)[0, ..., 0]
+    n_sites = len(cores)
+    rows, columns = block.shape[0::2], block.shape[1::2]
+    return block.transpose(*range(0, 2 * n_sites, 2), *range(1, 2 * n_sites, 2)).reshape(
+        math.prod(rows), math.prod(columns)
+    )
+
+
+def unfolding_singular_values(W, d_out, d_in):
+    """Singular values of W's own unfolding at each inner bond."""
+    n_sites = len(d_out)
+    tensor = W.numpy().reshape(*d_out, *d_in)
+    values = []
+    for site in range(1, n_sites):
+        left = [*range(site), *range(n_sites, n_sites + site)]
+        right = [axis for axis in range(2 * n_sites) if axis not in left]
+        rows = math.prod(tensor.shape[axis] for axis in left)
+        values.append(np.linalg.svd(tensor.transpose(left + right).reshape(rows, -1), compute_uv=False))
+    return values
+
+
+@few
+@given(splits(max_sites=6, max_size=3), st.integers(1, 4), seeds)
+def test_contract_matches_a_sum_over_bonds(split, chi, seed):
+    cores = random_cores(clip_bonds(chi, *split), *split, seed)
+    torch.testing.assert_close(contract(cores), torch.from_numpy(dense([core.numpy() for core in cores])))
+
+
+def test_contract_takes_site_0_as_the_most_significant():
+    first = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
+    second = torch.tensor([[1.0, 10.0, 100.0]]).reshape(1, 1, 3, 1)
+    expected = torch.tensor([[1.0, 10.0, 100.0, 2.0, 20.0, 200.0], [3.0, 30.0, 300.0, 4.0, 40.0, 400.0]])
+    torch.testing.assert_close(contract([first, second]), expected)
+
+
+@few
+@given(splits(), st.integers(1, 3), seeds)
+def test_contract_gradient_is_made_of_the_two_environments(split, chi, seed):
+    """Eqs. 8 to 10 of the paper, with the environments built site by site."""
+    d_out, d_in = split
+    n_sites = len(d_out)
+    cores = [core.requires_grad_() for core in random_cores(clip_bonds(chi, *split), *split, seed)]
+    dW = random_matrix(d_out, d_in, seed + 1)
+    gradients = torch.autograd.grad(contract(cores), cores, dW)
+
+    arrays = [core.detach().numpy() for core in cores]
+    interleave = [axis for site in range(n_sites) for axis in (site, n_sites + site)]
+    dW_sites = dW.numpy().reshape(*d_out, *d_in).transpose(interleave)
+    for site, gradient in enumerate(gradients):
+        before, after = math.prod(d_out[:site]) * math.prod(d_in[:site]), d_out[site] * d_in[site]
+        left = chain(arrays[:site])[0].reshape(before, -1)  # (sites before, bond)
+        right = chain(arrays[site + 1 :])[..., 0].reshape(arrays[site].shape[3], -1)  # (bond, sites after)
+        expected = np.einsum("xa,xsy,by->asb", left, dW_sites.reshape(before, after, -1), right)
+        np.testing.assert_allclose(gradient.numpy(), expected.reshape(gradient.shape), rtol=1e-9, atol=1e-9)
+
+
+@few
+@given(splits(max_sites=6, max_size=5), st.integers(1, 20))
+def test_contraction_order_is_the_cheapest_of_all(split, chi):
+    bonds = clip_bonds(chi, *split)
+    sizes = [out * in_ for out, in_ in zip(*split, strict=True)]
+
+    def costs(first, last):
+        """The cost of every full parenthesisation of sites [first, last)."""
+        if last - first == 1:
+            return [0]
+        volume = bonds[first] * math.prod(sizes[first:last]) * bonds[last]
+        return [
+            left + right + volume * bonds[middle]
+            for middle in range(first + 1, last)
+            for left in costs(first, middle)
+            for right in costs(middle, last)
+        ]
+
+    assert contraction_order(bonds, *split)[1] == min(costs(0, len(sizes)))
+
+
+@few
+@given(splits(), seeds)
+def test_tt_svd_is_exact_at_full_chi(split, seed):
+    W = random_matrix(*split, seed)
+    for chi in (None, max(largest_bonds(*split))):
+        assert rel_error(W, contract(tt_svd(W, *split, chi))) < 1e-13
+
+
+@few
+@given(splits(), st.integers(1, 9), seeds)
+def test_tt_svd_error_is_within_the_bounds_of_the_unfoldings(split, chi, seed):
+    """At most Eq. 5, and at least what no decomposition with these bonds can beat (Eckart and Young)."""
+    W = random_matrix(*split, seed)
+    error = rel_error(W, contract(tt_svd(W, *split, chi))) ** 2
+    norm = float(torch.linalg.norm(W)) ** 2
+    discarded = [float(np.sum(s[chi:] ** 2)) / norm for s in unfolding_singular_values(W, *split)]
+    assert max(discarded, default=0) - 1e-12 <= error <= sum(discarded) + 1e-12
+
+
+@few
+@given(splits(max_sites=3), seeds)
+def test_tt_svd_error_never_rises_with_chi_up_to_three_sites(split, seed):
+    W = random_matrix(*split, seed)
+    errors = [rel_error(W, contract(tt_svd(W, *split, chi))) for chi in range(1, max(largest_bonds(*split)) + 1)]
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(errors))
+
+
+def test_tt_svd_error_can_rise_with_chi_at_four_sites():
+    """Wider first bonds can lead the second truncation to directions that the third then loses.
+
+    At χ = 1 the sweep keeps the first slice of site 0, and of it C, of rank one over the last two sites. At χ = 2 the
+    second slice lifts D and E above C in the second unfolding; their spectra are flat, and the third bond keeps 2 of 8.
+    """
+    C, D, E = torch.zeros(3, 8, 8, dtype=torch.float64)
+    C[0, 0] = 1
+    for row in range(8):
+        D[row, (row + 1) % 8] = E[row, (row + 2) % 8] = 8**-0.5
+    zero = torch.zeros_like(C)
+    W = torch.stack([C, 0.95 * D, 0.95 * E, zero, zero, zero, zero, zero, 0.9 * D, 0.9 * E]).reshape(-1, 1)
+    narrow, wide = (rel_error(W, contract(tt_svd(W, [2, 5, 8, 8], [1, 1, 1, 1], chi))) for chi in (1, 2))
+    assert wide > narrow + 0.01
+
+
+@few
+@given(splits(), st.integers(1, 9), seeds)
+def test_tt_svd_leaves_all_cores_but_the_last_left_orthogonal(split, chi, seed):
+    for core in tt_svd(random_matrix(*split, seed), *split, chi)[:-1]:
+        M = core.reshape(-1, core.shape[3])
+        torch.testing.assert_close(M.T @ M, torch.eye(M.shape[1], dtype=M.dtype))
+
+
+@few
+@given(splits(), st.integers(1, 3), seeds)
+def test_tt_svd_finds_the_bonds_of_an_exact_chain(split, chi, seed):
+    bonds = clip_bonds(chi, *split)
+    W = contract([core.round() for core in random_cores(bonds, *split, seed)])  # integers: no rounding in W
+    found = tt_svd(W, *split, None)
+    assert all(core.shape[3] <= bond for core, bond in zip(found, bonds[1:], strict=True))
+    assert rel_error(W, contract(found)) < 1e-12
+
+
+@few
+@given(splits(), st.integers(1, 9))
+def test_tt_svd_bonds_at_a_cap_depend_on_sizes_alone(split, chi):
+    d_out, d_in = split
+    W = torch.zeros(math.prod(d_out), math.prod(d_in))
+    capped, exact = tt_svd(W, *split, chi), tt_svd(W, *split, None)
+    assert tuple(core.shape[0] for core in capped) == clip_bonds(chi, *split)[:-1]
+    assert all(core.shape[0] == core.shape[3] == 1 for core in exact)
+    assert torch.equal(contract(capped), W)
+    assert torch.equal(contract(exact), W)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_tt_svd_keeps_the_dtype(dtype):
+    W = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cores = tt_svd(W, [2, 3], [4, 2], None)
+    assert {core.dtype for core in cores} == {dtype}
+    assert rel_error(W, contract(cores)) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_tt_svd_refuses_entries_that_are_not_finite(value):
+    W = torch.zeros(4, 4)
+    W[1, 2] = value
+    with pytest.raises(ValueError, match="`W` must be finite to be decomposed, but 1 entries are not"):
+        tt_svd(W, [2, 2], [2, 2], 2)
+
+
+@pytest.mark.parametrize(
+    ("W", "d_out", "d_in", "chi", "message"),
+    [
+        (torch.zeros(65, 64), [8, 8], [8, 8], 2,
+         r"`prod\(d_out\) == out_features` must hold, but got d_out=\[8, 8\], out_features=65"),
+        (torch.zeros(64, 65), [8, 8], [8, 8], 2,
+         r"`prod\(d_in\) == in_features` must hold, but got d_in=\[8, 8\], in_features=65"),
+        (torch.zeros(4, 4), [2, 2], [4], 2, r"one size of at least 1 per site, but got d_out=\[2, 2\], d_in=\[4\]"),
+        (torch.zeros(0, 4), [0, 2], [2, 2], 2, r"one size of at least 1 per site, but got d_out=\[0, 2\]"),
+        (torch.zeros(4, 4), [2, 2], [2, 2], 0, "`chi >= 1` must hold, but got chi=0"),
+        (torch.zeros(4, 4, dtype=torch.int64), [2, 2], [2, 2], 2, "`W` must be floating-point"),
+        (torch.zeros(4, 2, 2), [2, 2], [2, 2], 2, r"`W` must have two dimensions, but got shape \(4, 2, 2\)"),
+    ],
+)
+def test_tt_svd_says_what_does_not_fit(W, d_out, d_in, chi, message):
+    with pytest.raises(ValueError, match=message):
+        tt_svd(W, d_out, d_in, chi)
+
+
+def test_check_sizes_refuses_no_sites():
+    with pytest.raises(ValueError, match=r"one size of at least 1 per site, but got d_out=\[\], d_in=\[\]"):
+        check_sizes(1, 1, [], [])
+
+
+@few
+@given(splits(), seeds)
+def test_largest_bonds_are_the_ranks_of_a_generic_matrix(split, seed):
+    W = torch.randn(
+        math.prod(split[0]), math.prod(split[1]), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    ranks = [int(np.sum(s > 1e-9 * s[0])) for s in unfolding_singular_values(W, *split)]
+    assert largest_bonds(*split) == (1, *ranks, 1)
+
+
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "chi", "bonds", "expected"),
+    [
+        ([8, 16], [8, 16], 8, (1, 8, 1), 2560),
+        ([8, 8, 8], [4, 4, 8], 8, (1, 8, 8, 1), 2816),
+        ([8, 8, 8], [4, 4, 8], 64, (1, 32, 64, 1), 32 * 32 + 32 * 32 * 64 + 64 * 64),
+        ([5, 13], [8, 16], 64, (1, 40, 1), 40 * 40 + 40 * 208),
+        ([7], [3], 4, (1, 1), 21),
+    ],
+)
+def test_n_params_counts_the_entries_of_clipped_cores(d_out, d_in, chi, bonds, expected):
+    assert clip_bonds(chi, d_out, d_in) == bonds
+    assert n_params(bonds, d_out, d_in) == expected
+
+
+def test_rel_error_is_defined_for_zero():
+    zero, one = torch.zeros(2, 2), torch.ones(2, 2)
+    assert rel_error(zero, zero) == 0
+    assert rel_error(zero, one) == math.inf
+    assert rel_error(one, zero) == 1
+    assert rel_error(one, 3 * one) == 2
