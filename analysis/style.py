@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ GREY = "#6b6b6b"
 BAND = "#d9d9d9"
 FORMATS = ("svg", "pdf", "png")
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
     "axes.labelsize": 8,
@@ -71,7 +72,7 @@ _OTHERS = (GroupStyle("#cc79a7", "v"), GroupStyle("#56b4e9", "P"), GroupStyle("#
 LINE_COLORS = ("#0072b2", "#d55e00", "#007a5a", "#cc79a7", "#000000", "#e69f00", "#56b4e9")
 
 
-def group_styles(groups: Sequence[str]) -> dict[str, GroupStyle]:
+def group_styles(groups: Iterable[str]) -> dict[str, GroupStyle]:
     """A style for each group, in reading order; groups beyond the known ones share three styles in turn."""
     others = 0
     styles = {}

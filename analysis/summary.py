@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -21,6 +21,7 @@ MPO_SCRATCH = "MPO from scratch"
 MPO_TUNED = "MPO compressed, then fine-tuned"
 
 AGGREGATED = ("final/val_loss", "final/val_acc", "best/val_loss", "best/val_acc")
+TOKENS = ("train_tokens", "total_tokens")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Measure:
     name: str
     key: str
     title: str
+    short: str
     unit: str
     scale: float = 1.0
 
@@ -44,8 +46,8 @@ class Measure:
         return f"{self.title} ({self.unit})"
 
 
-VAL_LOSS = Measure("val_loss", "final/val_loss", "Validation loss", "nats")
-VAL_ACC = Measure("val_acc", "final/val_acc", "Validation token accuracy", "%", scale=100)
+VAL_LOSS = Measure("val_loss", "final/val_loss", "Validation loss", "loss", "nats")
+VAL_ACC = Measure("val_acc", "final/val_acc", "Validation token accuracy", "accuracy", "%", scale=100)
 MEASURES = (VAL_LOSS, VAL_ACC)
 
 
@@ -64,7 +66,8 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
 
     group: the family as a reader tells them apart. label: short and unique in its group. is_reference: the dense model
     that others are compared with. percent_of_dense: parameters relative to the largest dense model. For each metric of
-    AGGREGATED, its mean, std and half-width over seeds. For each measure, whether the trial is on its frontier.
+    AGGREGATED, its mean, std and half-width over seeds; the most tokens of any seed. For each measure, whether the
+    trial is on its frontier.
     """
     summary = runs.trials.copy()
     is_dense = (summary["family"] == "dense") & (summary["start"] == "scratch")
@@ -80,6 +83,8 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     summary["label"] = _labels(summary)
     for key in AGGREGATED:
         _add_interval(summary, runs.seeds, key)
+    for key in TOKENS:
+        summary[key] = summary["trial"].map(runs.seeds.groupby("trial")[key].max()).astype("Int64")
     for measure in MEASURES:
         _add_frontier(summary, measure)
     candidates = summary.loc[summary["group"] == DENSE, schema.mean_key(VAL_LOSS.key)].dropna()
@@ -89,7 +94,7 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     return summary.sort_values(["rank", "n_params", "trial"], ignore_index=True).drop(columns="rank")
 
 
-def group_order(groups: Sequence[str] | pd.Series) -> list[str]:
+def group_order(groups: Iterable[str]) -> list[str]:
     """The groups present: the known ones first, then others by name."""
     known = (DENSE, SMALLER_DENSE, MPO_SCRATCH, MPO_TUNED)
     present = set(groups)

@@ -20,6 +20,8 @@ _AXES_HEIGHT, _ABOVE = 2.6, 0.5
 """Inches of the axes, and of what stands above them."""
 _FEW = "#8c8c8c"
 """Colour of a mean over too few seeds."""
+_LABELLED = 20
+"""Configurations up to which each gets a label; of more, only those on the frontier do."""
 _SEEDS_BESIDE = 5.0
 """Points between a mean and the dots of its seeds, which it would hide."""
 
@@ -49,8 +51,9 @@ def frontier_figure(points: pd.DataFrame, seeds: pd.DataFrame, measure: Measure,
         hard, soft = _draw_points(axes, points, seeds)
         left_out = labels.place_labels(axes, _point_labels(points), hard, soft)
         missing = f"{left_out} label{'s' * (left_out > 1)} left out for lack of room." if left_out else ""
-        text = style.footer(statement, missing, note)
-        below = 0.46 + 0.165 * -(-len(legend) // 3) + style.footer_height(text)
+        only = "Only the frontier and dense are labelled." if len(points) > _LABELLED else ""
+        text = style.footer(statement, only, missing, note)
+        below = 0.46 + 0.155 * -(-len(legend) // 3) + style.footer_height(text)
         _lay_out(figure, axes, below)
         figure.legend(
             handles=legend, loc="upper left", ncols=3, borderaxespad=0, columnspacing=1.8, handlelength=1.6,
@@ -96,11 +99,11 @@ def _scale_axes(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, measure: 
 
 
 def _draw_reference(axes: Axes, points: pd.DataFrame) -> None:
-    for row in points[points["is_reference"]].itertuples():
-        if row.n_seeds >= MIN_SEEDS:
-            axes.axhspan(row.mean - row.half_width, row.mean + row.half_width, color=style.BAND, linewidth=0,
-                         zorder=0.5)
-        axes.axhline(row.mean, color="#444444", linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
+    for row in points[points["is_reference"]].to_dict("records"):
+        if row["n_seeds"] >= MIN_SEEDS:
+            low, high = row["mean"] - row["half_width"], row["mean"] + row["half_width"]
+            axes.axhspan(low, high, color=style.BAND, linewidth=0, zorder=0.5)
+        axes.axhline(row["mean"], color="#444444", linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
 
 
 def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple[labels.Boxes, labels.Boxes]:
@@ -109,20 +112,20 @@ def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple
     x_end = axes.get_xlim()[1]
     styles = style.group_styles(points["group"])
     colors = dict(zip(points["trial"], _point_colors(points), strict=True))
-    beside = ScaledTranslation(_SEEDS_BESIDE / 72, 0, axes.get_figure(root=True).dpi_scale_trans)
+    beside = ScaledTranslation(_SEEDS_BESIDE / 72, 0, labels.figure_of(axes).dpi_scale_trans)
     axes.scatter(seeds["n_params"].astype("float64"), seeds["value"], s=3.5, linewidth=0, zorder=2,
                  transform=axes.transData + beside,
                  c=[style.tint(colors[trial], 0.35) for trial in seeds["trial"]])
     frontier = points[points["on_frontier"]]
     steps_x, steps_y = step_line(frontier["n_params"], frontier["mean"], x_end)
     axes.plot(steps_x, steps_y, color=style.GREY, linewidth=0.9, zorder=1.5, solid_joinstyle="miter")
-    for row, color in zip(points.itertuples(), _point_colors(points), strict=True):
-        if row.n_seeds >= MIN_SEEDS:
-            axes.errorbar(row.n_params, row.mean, yerr=row.half_width, color=color, linewidth=0.9, zorder=3,
+    for row, color in zip(points.to_dict("records"), _point_colors(points), strict=True):
+        if row["n_seeds"] >= MIN_SEEDS:
+            axes.errorbar(row["n_params"], row["mean"], yerr=row["half_width"], color=color, linewidth=0.9, zorder=3,
                           capsize=1.8, capthick=0.9)
-        axes.plot(row.n_params, row.mean, linestyle="none", marker=styles[row.group].marker, markersize=_MARKER_SIZE,
-                  markerfacecolor=color if row.on_frontier else "white", markeredgecolor=color, markeredgewidth=1.0,
-                  zorder=5 if row.on_frontier else 4)
+        axes.plot(row["n_params"], row["mean"], linestyle="none", marker=styles[row["group"]].marker,
+                  markersize=_MARKER_SIZE, markerfacecolor=color if row["on_frontier"] else "white",
+                  markeredgecolor=color, markeredgewidth=1.0, zorder=5 if row["on_frontier"] else 4)
 
     n_params, mean = points["n_params"].to_numpy(dtype=float), points["mean"].to_numpy()
     half = points["half_width"].fillna(0).to_numpy()
@@ -150,12 +153,15 @@ def _point_colors(points: pd.DataFrame) -> list[str]:
 
 def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
     """Those of the frontier first: they are placed best."""
-    ordered = points.assign(color=_point_colors(points)).sort_values(
+    labelled = points.assign(color=_point_colors(points), important=points["on_frontier"] | points["is_reference"])
+    if len(points) > _LABELLED:
+        labelled = labelled[labelled["important"]]
+    ordered = labelled.sort_values(
         ["on_frontier", "is_reference", "n_params", "mean"], ascending=[False, False, True, True], kind="stable"
     )
     return [
-        labels.Label(float(row.n_params), row.mean, row.label, row.color, important=row.on_frontier or row.is_reference)
-        for row in ordered.itertuples()
+        labels.Label(float(row["n_params"]), row["mean"], row["label"], row["color"], bool(row["important"]))
+        for row in ordered.to_dict("records")
     ]
 
 
@@ -167,7 +173,7 @@ def _legend(points: pd.DataFrame) -> list[Line2D | Patch]:
     enough = points["n_seeds"] >= MIN_SEEDS
     handles: list[Line2D | Patch] = []
     for group, group_style in style.group_styles(points["group"]).items():
-        shown = enough[points["group"] == group].any()
+        shown = bool(enough[points["group"] == group].any())
         handles.append(marker(group_style.marker, group_style.color if shown else _FEW, shown, group))
     if points["on_frontier"].any():
         handles.append(Line2D([], [], color=style.GREY, linewidth=0.9, label="frontier of the means (filled)"))
@@ -177,8 +183,8 @@ def _legend(points: pd.DataFrame) -> list[Line2D | Patch]:
         handles.append(marker("o", _FEW, False, f"grey: fewer than {MIN_SEEDS} seeds"))
     if (points["n_seeds"] > 1).any():
         handles.append(Line2D([], [], linestyle="none", marker="o", markersize=2, color=_FEW, label="one seed"))
-    for row in points[points["is_reference"]].itertuples():
+    for row in points[points["is_reference"]].to_dict("records"):
         handles.append(Line2D([], [], color="#444444", linewidth=0.9, linestyle=(0, (5, 3)), label="mean of dense"))
-        if row.n_seeds >= MIN_SEEDS:
+        if row["n_seeds"] >= MIN_SEEDS:
             handles.append(Patch(color=style.BAND, linewidth=0, label="95 % t interval of dense"))
     return handles

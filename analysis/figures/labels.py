@@ -38,9 +38,16 @@ class Label:
     important: bool = True
 
 
+def figure_of(axes: Axes) -> Figure:
+    """The figure that the axes are drawn in."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
 def points_of(axes: Axes, x: Sequence[float] | NDArray, y: Sequence[float] | NDArray) -> NDArray[np.float64]:
     """(n, 2) points (1/72 in) of data coordinates."""
-    return axes.transData.transform(np.column_stack((x, y))) * 72 / _figure(axes).dpi
+    return axes.transData.transform(np.column_stack((x, y))) * 72 / figure_of(axes).dpi
 
 
 def boxes_around(axes: Axes, x: Sequence[float] | NDArray, y: Sequence[float] | NDArray, half: float) -> Boxes:
@@ -72,7 +79,7 @@ def place_labels(axes: Axes, labels: Sequence[Label], hard: Boxes, soft: Boxes) 
     frame = _frame(axes)
     taken, left_out = hard, 0
     for label in labels:
-        size = text_size(_figure(axes), label.text)
+        size = text_size(figure_of(axes), label.text)
         anchor = points_of(axes, [label.x], [label.y])[0]
         radii = [radius for radius in _RADII if label.important or radius <= _NEAR]
         place = _best_place(anchor, size, radii, frame, taken, soft)
@@ -96,7 +103,7 @@ def label_line_ends(axes: Axes, labels: Sequence[Label]) -> None:
     if not labels:
         return
     heights = points_of(axes, [label.x for label in labels], [label.y for label in labels])[:, 1]
-    line = max(text_size(_figure(axes), label.text)[1] for label in labels) + 0.5
+    line = max(text_size(figure_of(axes), label.text)[1] for label in labels) + 0.5
     _, bottom, right, top = _frame(axes)
     for label, height, moved in zip(labels, heights, spread(heights, line, bottom, top), strict=True):
         end = points_of(axes, [label.x], [label.y])[0, 0]
@@ -126,15 +133,9 @@ def spread(positions: NDArray, gap: float, low: float, high: float) -> NDArray[n
     return moved
 
 
-def _figure(axes: Axes) -> Figure:
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
-
-
 def _frame(axes: Axes) -> NDArray[np.float64]:
     """(left, bottom, right, top) of the axes in points."""
-    return np.asarray(axes.get_window_extent().extents) * 72 / _figure(axes).dpi
+    return np.asarray(axes.get_window_extent().extents) * 72 / figure_of(axes).dpi
 
 
 def _bounds(stack: list[float], gap: float, low: float, high: float) -> tuple[float, float]:
@@ -157,7 +158,8 @@ def _best_place(
             inside = (box[:2] >= frame[:2]).all() and (box[2:] <= frame[2:]).all()
             if not inside or _touched(box, hard):
                 continue
-            cost = _touched(box, soft) + radius / 10
+            # Right beside, above or below is read more easily than a corner.
+            cost = _touched(box, soft) + radius / 10 + 0.5 * abs(np.sin(2 * angle))
             if cost < lowest:
                 best, lowest = (centre, radius), cost
     return best

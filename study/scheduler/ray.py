@@ -29,8 +29,8 @@ from study.trial import SeedResult
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AUTH_MODE": "token",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # its box of settings says nothing about a study
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # no snapshots: nothing is restored from them
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
@@ -169,8 +169,12 @@ class _LedgerSearcher(Searcher):
         if unit is not None:
             self._queue.give_up(unit, f"its worker died {MAX_DEATHS} times")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its parts for a restore that we never ask for: the ledger holds all."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
-        """Tune's snapshots hold nothing of ours: the ledger does."""
+        """See `__getstate__`."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """See `save`."""
+        """See `__getstate__`."""
