@@ -18,7 +18,7 @@ MIN_SEEDS = 3
 DENSE = "dense"
 SMALLER_DENSE = "dense, smaller"
 MPO_SCRATCH = "MPO from scratch"
-MPO_TUNED = "MPO compressed, then fine-tuned"
+MPO_TUNED = "MPO fine-tuned"
 
 AGGREGATED = ("final/val_loss", "final/val_acc", "best/val_loss", "best/val_acc")
 TOKENS = ("train_tokens", "total_tokens")
@@ -112,7 +112,7 @@ def _group(family: str, start: str, largest: bool) -> str:
         return DENSE if largest else SMALLER_DENSE
     if family == "mpo":
         return MPO_SCRATCH if start == "scratch" else MPO_TUNED
-    return f"{family} from scratch" if start == "scratch" else f"{family} compressed, then fine-tuned"
+    return f"{family} from scratch" if start == "scratch" else f"{family} fine-tuned"
 
 
 def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:

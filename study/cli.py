@@ -84,7 +84,8 @@ def plan(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006 (typ
         console.print(
             f"{len(planned.trials) * planned.n_seeds} runs listed: {planned.unit_seconds / 3600:.3g} hours one after "
             f"another, about {_duration(planned.unit_seconds / slots)} on this machine, {slots} at a time "
-            f"(at {planned.rate / 1e9:.1f} GFLOP/s for each, measured on the CPU just now)."
+            f"(at {min(planned.rates) / 1e9:.0f} to {max(planned.rates) / 1e9:.0f} GFLOP/s each, measured on the CPU "
+            "just now)."
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from study.config import StudyConfig
+from study.config import Model, StudyConfig
 from study.corpus import Corpus
 from study.search_space import listed_specs
 from study.training import Training
@@ -30,8 +30,8 @@ class Plan:
     trials: list[PlannedTrial]
     n_searched: int
     n_seeds: int
-    rate: float
-    """FLOP/s that one unit reaches on this machine."""
+    rates: list[float]
+    """FLOP/s that one unit reaches on this machine, for each kind of model in the study."""
 
     @property
     def unit_seconds(self) -> float:
@@ -42,17 +42,19 @@ class Plan:
 def plan(config: StudyConfig, corpus: Corpus) -> Plan:
     """Every listed trial with its parameters, FLOPs and time on this machine.
 
-    Times come from the rate at which this machine trains the largest of the models, timed over a few optimiser steps.
+    Times come from the rate at which this machine trains a model of the same family and sizes, timed over a few
+    optimiser steps.
     """
     corpus.check_context(config.model.context)
-    specs = listed_specs(config)
-    shapes = [trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model) for spec in specs]
-    if not specs:
-        return Plan([], config.budget.trials, len(config.seed_list), float("nan"))
-    largest = max(range(len(specs)), key=lambda index: shapes[index].n_params)
-    rate = _measured_rate(specs[largest], shapes[largest], corpus, config.execution.cpus)
-    trials = [PlannedTrial(spec, shape, shape.flops / rate) for spec, shape in zip(specs, shapes, strict=True)]
-    return Plan(trials, config.budget.trials, len(config.seed_list), rate)
+    rates: dict[tuple[str, Model], float] = {}
+    trials = []
+    for spec in listed_specs(config):
+        shape = trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
+        kind = (spec.family, spec.model)
+        if kind not in rates:
+            rates[kind] = _measured_rate(spec, shape, corpus, config.execution.cpus)
+        trials.append(PlannedTrial(spec, shape, shape.flops / rates[kind]))
+    return Plan(trials, config.budget.trials, len(config.seed_list), list(rates.values()))
 
 
 def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: float) -> float:

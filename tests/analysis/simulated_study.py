@@ -1,22 +1,22 @@
-"""Writes MLflow studies according to `analysis.run_schema`, with plausible numbers of known size."""
+"""Studies according to `analysis.run_schema` with plausible numbers, written to MLflow or kept in memory."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from analysis import run_schema as schema
-
-warnings.filterwarnings("ignore", category=DeprecationWarning, module="sqlalchemy")
+from analysis.runs import RunRecord, StudyAddress, StudyRuns, study_runs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Param
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401  # deprecated calls of its own at import
     from mlflow.tracking import MlflowClient
 
@@ -88,58 +88,97 @@ def configurations() -> list[Configuration]:
     return found
 
 
-def write_study(
-    folder: Path,
-    found: Sequence[Configuration],
-    experiment: str = "tiny",
-    uuid: str = UUID,
-    n_evaluations: int = 20,
+@dataclass(frozen=True)
+class SimulatedRun:
+    """What is written of one run; seed None for a trial; metrics are (key, value, step)."""
+
+    trial: int
+    seed: int | None
+    status: str
+    params: dict[str, str]
+    metrics: list[tuple[str, float, int]]
+    tags: dict[str, str]
+
+
+def simulate(
+    found: Sequence[Configuration], experiment: str = "tiny", uuid: str = UUID, n_evaluations: int = 20,
     noise: float = 0.006,
-) -> str:
-    """Write the trials and seeds to `folder`/mlflow.db as a study's driver would; the tracking URI."""
+) -> Iterator[SimulatedRun]:  # fmt: skip
+    """Each trial, followed by its seeds; `noise` is the standard deviation of the final loss over seeds."""
+    rng = np.random.default_rng(20)
+    for trial, configuration in enumerate(found):
+        params = {"trial": trial, **configuration.params}
+        counts = [
+            ("n_params", configuration.n_params, 0),
+            ("n_params_compressed", int(configuration.n_params * 0.9), 0),
+            ("n_params_dense", configuration.n_params_dense, 0),
+        ]
+        common = {schema.STUDY_NAME: experiment, schema.STUDY_UUID: uuid, schema.SCHEMA: str(schema.SCHEMA_VERSION)}
+        if configuration.duplicate_of is not None:
+            common[schema.DUPLICATE_OF] = str(configuration.duplicate_of)
+
+        def run(seed: int | None, status: str, metrics: list, trial=trial, params=params, common=common, **tags: str):
+            kind = schema.KIND_TRIAL if seed is None else schema.KIND_SEED
+            own = {schema.KIND: kind, schema.KEY: schema.run_key(uuid, trial, seed)}
+            written = {key: str(value) for key, value in (params | {"seed": seed}).items() if value is not None}
+            return SimulatedRun(trial, seed, status, written, metrics, common | own | tags)
+
+        yield run(None, "RUNNING" if configuration.unfinished else "FINISHED", counts)
+        for seed in configuration.seeds:
+            final_loss = configuration.val_loss + noise * rng.normal()
+            yield run(seed, "FINISHED", counts + _seed_metrics(configuration, final_loss, n_evaluations, rng))
+        for seed in configuration.failed:
+            why = {schema.FAILURE: "validation loss is not finite", schema.FAILURE_STEP: "120"}
+            yield run(seed, "FAILED", counts, **why)
+        for seed in configuration.unfinished:
+            yield run(seed, "RUNNING", counts)
+
+
+def write_study(folder: Path, found: Sequence[Configuration], experiment: str = "tiny", **settings: Any) -> str:
+    """Write what `simulate` yields to `folder`/mlflow.db as a study's driver would; the tracking URI."""
     tracking_uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(tracking_uri=tracking_uri)
     known = client.get_experiment_by_name(experiment)
     experiment_id = known.experiment_id if known else client.create_experiment(experiment)
-    rng = np.random.default_rng(20)
-    for trial, configuration in enumerate(found):
-        params = {"trial": trial, **configuration.params}
-        counts = {
-            "n_params": configuration.n_params,
-            "n_params_compressed": int(configuration.n_params * 0.9),
-            "n_params_dense": configuration.n_params_dense,
-        }
-        tags = {schema.STUDY_NAME: experiment, schema.STUDY_UUID: uuid, schema.SCHEMA: str(schema.SCHEMA_VERSION)}
-        if configuration.duplicate_of is not None:
-            tags[schema.DUPLICATE_OF] = str(configuration.duplicate_of)
-        parent = client.create_run(
-            experiment_id, tags=tags | {schema.KIND: schema.KIND_TRIAL, schema.KEY: schema.run_key(uuid, trial)}
-        ).info.run_id
-        _log(client, parent, params, [(key, value, 0) for key, value in counts.items()])
-        for seed in (*configuration.seeds, *configuration.failed, *configuration.unfinished):
-            run_id = client.create_run(
-                experiment_id,
-                tags=tags
-                | {
-                    schema.KIND: schema.KIND_SEED,
-                    schema.KEY: schema.run_key(uuid, trial, seed),
-                    schema.PARENT: parent,
-                },
-            ).info.run_id
-            metrics = [(key, value, 0) for key, value in counts.items()]
-            if seed in configuration.seeds:
-                metrics += _seed_metrics(configuration, configuration.val_loss + noise * rng.normal(), n_evaluations,
-                                         rng)
-            _log(client, run_id, params | {"seed": seed}, metrics)
-            if seed in configuration.failed:
-                client.set_tag(run_id, schema.FAILURE, "validation loss is not finite")
-                client.set_tag(run_id, schema.FAILURE_STEP, "120")
-                client.set_terminated(run_id, "FAILED")
-            elif seed in configuration.seeds:
-                client.set_terminated(run_id, "FINISHED")
-        if not configuration.unfinished:
-            client.set_terminated(parent, "FINISHED")
+    parents: dict[int, str] = {}
+    for run in simulate(found, experiment, **settings):
+        tags = run.tags if run.seed is None else run.tags | {schema.PARENT: parents[run.trial]}
+        run_id = client.create_run(experiment_id, tags=tags, run_name=run.params["arm"]).info.run_id
+        if run.seed is None:
+            parents[run.trial] = run_id
+        client.log_batch(
+            run_id,
+            metrics=[Metric(key, value, 1_790_000_000_000, step) for key, value, step in run.metrics],
+            params=[Param(key, value) for key, value in run.params.items()],
+        )
+        if run.status != "RUNNING":
+            client.set_terminated(run_id, run.status)
     return tracking_uri
+
+
+def simulated_runs(found: Sequence[Configuration], **settings: Any) -> tuple[StudyRuns, pd.DataFrame]:
+    """The same runs without MLflow, and their curves as `analysis.load.load_curves` gives them."""
+    simulated = list(simulate(found, **settings))
+    records = [
+        RunRecord(
+            f"{run.trial}-{run.seed}", run.status, None, run.params, {key: value for key, value, _ in run.metrics},
+            run.tags,
+        )
+        for run in simulated
+    ]  # fmt: skip
+    runs = study_runs(
+        StudyAddress("nowhere", "tiny"),
+        [record for record, run in zip(records, simulated, strict=True) if run.seed is None],
+        [record for record, run in zip(records, simulated, strict=True) if run.seed is not None],
+    )
+    rows = [
+        {"trial": run.trial, "seed": run.seed, "step": step, "key": key, "value": value}
+        for run in simulated
+        for key, value, step in run.metrics
+        if key in ("val_loss", "tokens") and run.status == "FINISHED"
+    ]
+    curves = pd.DataFrame(rows).pivot(index=["trial", "seed", "step"], columns="key", values="value").reset_index()
+    return runs, curves
 
 
 def _seed_metrics(
@@ -157,8 +196,9 @@ def _seed_metrics(
         "learning_rate": configuration.learning_rate * np.cos(steps / configuration.steps * np.pi / 2),
     }  # fmt: skip
     metrics = [
-        (key, float(value), int(step)) for key, values in curves.items() for value, step in zip(values, steps,
-                                                                                                strict=True)
+        (key, float(value), int(step))
+        for key, values in curves.items()
+        for value, step in zip(values, steps, strict=True)
     ]
     best = int(np.argmin(loss))
     teacher_tokens = 2000 * TOKENS_PER_STEP if configuration.start == "teacher" else 0
@@ -182,14 +222,3 @@ def _rel_error_metrics(rng: np.random.Generator) -> list[tuple[str, float, int]]
                 value = np.exp(-(hardness * chi) * (1.6 if when == "trained" else 1.0)) * scale
                 metrics.append((schema.rel_error_key(when, chi, layer), float(value * (1 + 0.01 * rng.normal())), 0))
     return metrics
-
-
-def _log(
-    client: MlflowClient, run_id: str, params: dict[str, Any], metrics: list[tuple[str, float, int]]
-) -> None:
-    client.log_batch(
-        run_id,
-        metrics=[Metric(key, value, 1_790_000_000_000, step) for key, value, step in metrics],
-        params=[Param(key, str(value)) for key, value in params.items() if value is not None],
-        tags=[RunTag("mlflow.runName", params["arm"])],
-    )

@@ -1,0 +1,50 @@
+# Every target makes the virtual environment and installs into it when needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Two runs train side by side on two cores; more threads each would fight for them.
+export OMP_NUM_THREADS ?= 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export RAY_USAGE_STATS_ENABLED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help study ui test test-all lint bench clean
+
+help: ## show these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+study: $(INSTALLED) ## run the quick study and write its report (minutes)
+	$(BIN)/mpo-study run study/configs/quick.yaml --dir results/quick
+	$(BIN)/mpo-analysis report results/quick
+
+ui: $(INSTALLED) ## browse the quick study's runs in MLflow
+	$(BIN)/mpo-study ui results/quick
+
+test: $(INSTALLED) ## the tests that need only Python, git and make
+	$(BIN)/python -m pytest -m 'not fault and not service and not browser'
+
+test-all: test /usr/bin/chromium ## those, and the fault, service and browser tests
+	$(BIN)/python -m pytest -m 'fault or service or browser'
+
+lint: $(INSTALLED) ## ruff, types, the import law
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m pytest --quiet tests/test_import_law.py
+
+bench: $(INSTALLED) ## measure what the README and docs claim about speed
+	$(BIN)/python -m benchmarks
+
+clean: ## remove the virtual environment; studies stay
+	rm -rf .venv
+
+/usr/bin/chromium:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium chromium-driver

@@ -1,0 +1,123 @@
+"""Records that are not as the schema says; no MLflow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import simulated_study
+
+from analysis import run_schema as schema
+from analysis.errors import AnalysisError
+from analysis.runs import RunRecord, StudyAddress, study_runs, without_password
+
+ADDRESS = StudyAddress("sqlite:///mlflow.db", "tiny")
+COUNTS = {"n_params": 79_168.0, "n_params_compressed": 70_000.0, "n_params_dense": 808_448.0}
+
+
+def record(trial: int = 0, seed: int | None = None, status: str = "FINISHED", **tags: str) -> RunRecord:
+    params = {"trial": str(trial)} | ({} if seed is None else {"seed": str(seed)})
+    configuration = simulated_study.Configuration("mpo", 79_168, 1.86, chi=8)
+    params |= {key: str(value) for key, value in configuration.params.items() if value is not None}
+    metrics = COUNTS | ({} if seed is None else {"final/val_loss": 1.86, "final/val_acc": 0.45, "best/step": 1900.0})
+    common = {
+        schema.KEY: schema.run_key("u", trial, seed), schema.STUDY_NAME: "tiny", schema.STUDY_UUID: "u",
+        schema.SCHEMA: str(schema.SCHEMA_VERSION),
+    }  # fmt: skip
+    return RunRecord(f"id-{trial}-{seed}", status, 1_790_000_000_000 + trial, params, metrics, common | tags)
+
+
+def without(mapping: dict, key: str) -> dict:
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+def test_study_runs_of_sound_records():
+    runs = study_runs(ADDRESS, [record()], [record(seed=1), record(seed=0)])
+    assert runs.trials.loc[0, ["chi", "n_seeds", "n_params"]].tolist() == [8, 2, 79_168]
+    assert runs.seeds["seed"].tolist() == [0, 1]
+    assert runs.seeds["best/step"].tolist() == [1900, 1900]
+    assert runs.seeds["final/train_loss"].isna().all()
+    assert runs.budgets == ["b7d1f00d"]
+    assert str(runs.latest) == "2026-09-21 14:13:20+00:00"
+
+
+def broken_param(key, value):
+    seed = record(seed=0)
+    return [record()], [replace(seed, params=seed.params | {key: value})]
+
+
+def broken_metric(key, value):
+    seed = record(seed=0)
+    return [record()], [replace(seed, metrics=seed.metrics | {key: value})]
+
+
+def missing(kind, key):
+    seed = record(seed=0)
+    return [record()], [replace(seed, **{kind: without(getattr(seed, kind), key)})]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (broken_param("chi", "eight"), r"run id-0-0 \(trial 0, seed 0\): param `chi` must be int, but is 'eight'"),
+        (broken_param("chi", "8.0"), "param `chi` must be int, but is '8.0'"),
+        (broken_param("chi", "16"), "`chi` is 16, but its trial has 8"),
+        (broken_param("learning_rate", "fast"), "param `learning_rate` must be float, but is 'fast'"),
+        (broken_param("trial", "3"), "run id-0-0 .* must have the key u/3/0, but has u/0/0"),
+        (missing("params", "arm"), r"run id-0-0 \(trial 0, seed 0\) has no param `arm`"),
+        (missing("params", "budget_hash"), "has no param `budget_hash`"),
+        (missing("params", "chi"), "`chi` is None, but its trial has 8"),
+        (missing("params", "seed"), "must have the key u/0, but has u/0/0"),
+        (missing("tags", schema.KEY), "has no tag `mpo.key`"),
+        (missing("metrics", "final/val_loss"), "is complete but has no metric `final/val_loss`"),
+        (broken_metric("final/val_acc", float("nan")), "is complete but its metric `final/val_acc` is nan"),
+        (broken_metric("final/val_loss", 1.7976931348623157e308), "is complete but its metric `final/val_loss`"),
+        (broken_metric("best/step", 0.5), "metric `best/step` must be a whole number, but is 0.5"),
+        (broken_metric("n_params", 79_169.0), "`n_params` is 79169, but its trial has 79168"),
+        (([record()], [record(seed=0), replace(record(seed=0), run_id="twin")]), "run twin .* has the same key as run"),
+        (([], [record(seed=0)]), "belongs to no trial run"),
+        (([], []), "experiment 'tiny' at sqlite:///mlflow.db holds no runs of a study"),
+        (([record(**{schema.SCHEMA: "0"})], []), r"schema versions \['0'\], not 1 only"),
+        (
+            ([record()], [record(seed=0, status="FAILED", **{schema.FAILURE_STEP: "late"})]),
+            "tag `mpo.failure_step` must be a whole number, but is 'late'",
+        ),
+    ],
+)
+def test_study_runs_refuses_and_names_run_and_key(broken, message):
+    with pytest.raises(AnalysisError, match=message) as raised:
+        study_runs(ADDRESS, *broken)
+    assert "\n" not in str(raised.value)
+
+
+def test_study_runs_needs_no_metrics_of_a_seed_that_failed():
+    failed = record(seed=0, status="FAILED", **{schema.FAILURE: "out of memory"})
+    runs = study_runs(ADDRESS, [replace(record(), metrics={})], [replace(failed, metrics={})])
+    assert runs.trials.loc[0, ["n_seeds", "n_failed"]].tolist() == [0, 1]
+    assert runs.failures["reason"].tolist() == ["out of memory"]
+    assert runs.failures["step"].isna().all()
+    assert runs.seeds.empty
+
+
+def test_study_runs_lists_the_failure_of_a_whole_trial():
+    trial = record(status="FAILED", **{schema.FAILURE: "its teacher failed"})
+    assert study_runs(ADDRESS, [trial], []).failures["reason"].tolist() == ["its teacher failed"]
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "SCHEDULED", "KILLED"])
+def test_study_runs_counts_what_is_neither_complete_nor_failed(status):
+    runs = study_runs(ADDRESS, [record()], [replace(record(seed=0, status=status), metrics={})])
+    assert runs.unfinished["status"].tolist() == [status]
+    assert runs.trials["n_unfinished"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("sqlite:////a/mlflow.db", "sqlite:////a/mlflow.db"),
+        ("postgresql://ann:s3cret@host:5432/db", "postgresql://ann:***@host:5432/db"),
+        ("https://ann@host", "https://ann@host"),
+    ],
+)
+def test_without_password_hides_only_the_password(uri, shown):
+    assert without_password(uri) == shown
