@@ -7,6 +7,7 @@ values of one sort or the other beside its fixed ones.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -17,7 +18,7 @@ from pydantic.dataclasses import dataclass
 class Strict(BaseModel):
     """No unknown keys, no conversions, no changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 # Values of an arm: fixed, listed or searched --------------------------------------------------------------------------
@@ -77,7 +78,8 @@ Number = Annotated[
 """A `Value` that may also be `{low: ..., high: ..., log: ...}`."""
 
 Seeds = Annotated[
-    Annotated[int, Field(ge=1), Tag("fixed")] | Listed[Annotated[int, Field(ge=0)]], Discriminator(_kind_of_value)
+    Annotated[int, Field(ge=1), Tag("fixed")] | Listed[Annotated[int, Field(ge=0, lt=2**31)]],
+    Discriminator(_kind_of_value),
 ]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -152,6 +154,7 @@ class _Arm(Strict):
     learning_rate: Number[PositiveFloat] | None = Field(default=None, description="Overrides the protocol's.")
     steps: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Overrides the protocol's.")
+    eval_every: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
 
     def values(self) -> dict[str, Any]:
         """The fields that may be listed or searched and are given, in the order of the model."""
@@ -276,7 +279,8 @@ class StudyConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
-        _refuse_repeats("seeds", self.seed_list)
+        if isinstance(self.seeds, tuple):
+            _refuse_repeats("seeds", self.seeds)
         _refuse_repeats("objectives", self.objectives)
         names = [arm.name for arm in self.arms]
         _refuse_repeats("arms", names)
@@ -317,12 +321,12 @@ class StudyConfig(Strict):
         ]
         if arm.teacher not in candidates:
             raise ValueError(
-                f"arm {arm.name}: `teacher` must name a dense arm of the study's own model with fixed values, one of "
-                f"[{', '.join(candidates)}], but got {arm.teacher}"
+                f"arms[{arm.name}]: `teacher` must name a dense arm of the study's own model with fixed values "
+                f"({', '.join(candidates) or 'there is none'}), but got {arm.teacher}"
             )
 
 
 def _refuse_repeats(what: str, items: Sequence[Any]) -> None:
-    repeated = sorted({str(item) for item in items if list(items).count(item) > 1})
+    repeated = [str(item) for item, count in Counter(items).items() if count > 1]
     if repeated:
         raise ValueError(f"`{what}` names {', '.join(repeated)} more than once")

@@ -114,12 +114,13 @@ def consecutive_windows(tokens: Tensor, context: int, batch_size: int) -> Iterat
 
     Yields inputs and targets, each (≤ batch_size, context); what is left over at the end comes as one shorter window.
     """
-    n_predicted = len(tokens) - 1
+    n_predicted = max(0, len(tokens) - 1)
     n_whole = n_predicted // context
     whole = n_whole * context
-    inputs = tokens[:whole].view(n_whole, context)
-    targets = tokens[1 : whole + 1].view(n_whole, context)
-    yield from zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+    if n_whole:
+        inputs = tokens[:whole].view(n_whole, context)
+        targets = tokens[1 : whole + 1].view(n_whole, context)
+        yield from zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
     if whole < n_predicted:
         yield tokens[whole:-1][None], tokens[whole + 1 :][None]
 

@@ -62,7 +62,9 @@ def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: flo
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(cpus)))
     try:
-        training = Training(spec.model_copy(update={"teacher": None}), 0, corpus)
+        # Enough steps to time, however few the trial has, and none that diverges: the values are of no matter here.
+        protocol = spec.protocol.model_copy(update={"steps": spec.protocol.steps + 6, "learning_rate": 1e-9})
+        training = Training(spec.model_copy(update={"teacher": None, "protocol": protocol}), 0, corpus)
         seconds = []
         begun = time.perf_counter()
         while len(seconds) < 6 and (len(seconds) < 2 or time.perf_counter() - begun < 5):

@@ -58,6 +58,27 @@ def listed_specs(config: StudyConfig) -> list[TrialSpec]:
     return specs
 
 
+def check_trials(config: StudyConfig) -> None:
+    """Raise a StudyError where values that a trial of the study may get do not go together."""
+    listed_specs(config)
+    for arm in _searched_arms(config):
+        values = arm.values()
+        for chosen in product(*map(_examples, values.values())):
+            resolve(config, arm, dict(zip(values, chosen, strict=True)))
+
+
+def _examples(value: Any) -> tuple[Any, ...]:
+    match value:
+        case Choices(choices=choices):
+            return choices
+        case Range(low=int(low), high=high):
+            return low, low + 1, high  # where not every whole number will do, two neighbours cannot both
+        case Range(low=low, high=high):
+            return low, high
+        case _:
+            return (value,)
+
+
 def _grid(config: StudyConfig, arm: DenseArm | MPOArm) -> Iterator[TrialSpec]:
     values = arm.values()
     options = [value if isinstance(value, tuple) else (value,) for value in values.values()]
@@ -77,7 +98,9 @@ def resolve(config: StudyConfig, arm: DenseArm | MPOArm, chosen: dict[str, Any])
         data["teacher"] = arm.teacher
         if arm.teacher is None:
             data.setdefault("init", "variance")
-    overrides = {"learning_rate": chosen.get("learning_rate"), "steps": arm.steps, "warmup_steps": arm.warmup_steps}
+    overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {
+        "learning_rate": chosen.get("learning_rate")
+    }
     protocol = config.protocol.model_dump() | {key: value for key, value in overrides.items() if value is not None}
     model = config.model.model_dump()
     if chosen.get("d_model", config.model.d_model) != config.model.d_model:

@@ -35,11 +35,12 @@ class Storage:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
         try:
             self._files, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise StudyError(f"--storage {url}: {error}") from None
+        # A worker may have another working folder, where a relative path would be another place.
+        self.url = self._root if isinstance(self._files, LocalFileSystem) else url
 
     def _path(self, key: str) -> str:
         if key.startswith("/") or ".." in PurePosixPath(key).parts:

@@ -11,16 +11,23 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from study.config import VALUE_KINDS, Choices, DenseArm, MPOArm, Range, StudyConfig
+from study.config import VALUE_FIELDS, VALUE_KINDS, Choices, DenseArm, MPOArm, Range, StudyConfig
 from study.errors import StudyError
+from study.search_space import check_trials
+
+_TAG = "tag:yaml.org,2002:"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without its surprises: a repeated key is an error, `3e-4` is a number."""
+    """YAML without its surprises: a repeated key is an error, `3e-4` is a number, `010` and `1:30` are none."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == f"{_TAG}merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a single value", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
@@ -28,15 +35,19 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_KINDS = tuple(f"{_TAG}{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))
+_StrictLoader.yaml_constructors = {
+    tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag is None or tag in _KINDS
+}
 _StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}bool", f"{_TAG}merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+for _kind, _pattern in {
+    "int": r"[-+]?(0|[1-9][0-9_]*)",
+    "float": r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+}.items():
+    _StrictLoader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"^({_pattern})$"), list("-+.0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -47,6 +58,8 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         position = f":{mark.line + 1}" if mark is not None else ""
         raise StudyError(f"{where}{position}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise StudyError(f"{where}: not valid YAML: {error}") from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
@@ -67,6 +80,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     for override in overrides:
         _apply_override(data, override)
     config = validate(data, str(path))
+    try:
+        check_trials(config)
+    except StudyError as error:
+        raise StudyError(f"{path}: {error}") from None
     if config.corpus.path is not None and not Path(config.corpus.path).is_absolute():
         absolute = str((path.parent / config.corpus.path).resolve())
         config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"path": absolute})})
@@ -77,13 +94,13 @@ def validate(data: Any, where: str) -> StudyConfig:
     """Build the configuration; the first defect becomes a one-line error, with the number of others."""
     try:
         # By way of JSON, where strict mode still knows that an array may become a tuple.
-        return StudyConfig.model_validate_json(json.dumps(data, allow_nan=True))
-    except TypeError as error:
-        raise StudyError(f"{where}: {error}") from None
+        return StudyConfig.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        messages = [_describe(defect, data) for defect in error.errors()]
+        messages = [_describe(defect, data) for defect in _roots(error.errors())]
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise StudyError(f"{where}: {messages[0]}{more}") from None
+    except (ValueError, RecursionError) as error:  # an alias that contains itself
+        raise StudyError(f"{where}: {error}") from None
 
 
 def dump_config(config: StudyConfig) -> str:
@@ -122,10 +139,22 @@ def _index(items: list[Any], key: str, path: str, override: str) -> int:
     if key.isdecimal() and int(key) < len(items):
         return int(key)
     known = ", ".join(str(name) for name in names if name is not None)
-    raise StudyError(f"--set {override}: {path} is not there; allowed: {known or f'0 to {len(items) - 1}'}")
+    raise StudyError(
+        f"--set {override}: {path} is not there; allowed: {known or ', '.join(map(str, range(len(items))))}"
+    )
 
 
 # One line for each defect ---------------------------------------------------------------------------------------------
+
+
+def _roots(defects: Sequence[Any]) -> list[Any]:
+    """Without the lists that are too short merely because an item of theirs has a defect of its own."""
+    locations = [defect["loc"] for defect in defects]
+
+    def has_inner(location: tuple[int | str, ...]) -> bool:
+        return any(other != location and other[: len(location)] == location for other in locations)
+
+    return [defect for defect in defects if defect["type"] != "too_short" or not has_inner(defect["loc"])]
 
 
 def _describe(defect: Any, data: Any) -> str:
@@ -152,24 +181,32 @@ def _describe(defect: Any, data: Any) -> str:
         return f"{path}.family: must be one of {context['expected_tags']}, but got {context['tag']!r}"
     if kind == "union_tag_not_found":
         return f"{path}.family: missing, must be one of 'dense', 'mpo'"
-    if kind == "too_short":
-        return f"{path}: must have at least {context['min_length']} items, but got {context['actual_length']}"
-    message = defect["msg"].removeprefix("Input ").removeprefix("should ")
-    message = message[0].lower() + message[1:]
+    if kind in ("too_short", "too_long"):
+        limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return f"{path}: must have a length of {limit}, but got {context['actual_length']}"
+    if kind == "json_invalid":
+        return "holds a text that is not valid Unicode"
+    message = {
+        "string_pattern_mismatch": f"match {context.get('pattern')}",
+        "tuple_type": "be a list",
+        "model_type": "be a mapping of keys to values",
+        "dict_type": "be a mapping of keys to values",
+        "model_attributes_type": "be a mapping of keys to values",
+    }.get(kind, defect["msg"].removeprefix("Input should "))
     return f"{path}: must {message}, but got {got}"
 
 
 def _path(location: tuple[int | str, ...], data: Any) -> str:
     """The defect's dotted key; list positions are shown by the arm's name where it has one."""
     parts, node = "", data
-    for key in location:
-        if key in VALUE_KINDS or (key in ("dense", "mpo") and isinstance(node, dict) and key not in node):
-            continue  # branches of our unions, not keys of the file
-        if isinstance(key, str) and key.startswith(("constrained", "function", "tuple", "int")):
+    for before, key in zip((None, *location), location, strict=False):
+        if key in VALUE_KINDS and before in (*VALUE_FIELDS, "seeds"):
+            continue  # a branch of our unions, not a key of the file
+        if key in ("dense", "mpo") and isinstance(before, int):
             continue
         node = _get(node, key)
         name = node.get("name") if isinstance(key, int) and isinstance(node, dict) else None
-        parts += f"[{name or key}]" if isinstance(key, int) else f".{key}" if parts else key
+        parts += f"[{name if isinstance(name, str) else key}]" if isinstance(key, int) else f".{key}" if parts else key
     return parts
 
 
@@ -195,5 +232,5 @@ def _allowed_keys(location: tuple[int | str, ...]) -> Iterator[str]:
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -24,11 +24,8 @@ UUID = "6f1c2a52-6a77-4d0e-9a3f-6d1f6a0f4f0e"
 N_PARAMS_DENSE = 808_448
 N_PARAMS_MPO = {4: 42_336, 8: 79_168, 16: 177_408, 32: 472_192}
 TOKENS_PER_STEP = 8192
-LAYERS = tuple(
-    f"blocks.{block}.{name}"
-    for block in range(4)
-    for name in ("attn.w_q", "attn.w_k", "attn.w_v", "attn.w_o", "mlp.w_1", "mlp.w_2")
-) + ("lm_head",)
+_BLOCK = ("attn.w_q", "attn.w_k", "attn.w_v", "attn.w_o", "mlp.w_1", "mlp.w_2")
+LAYERS = (*(f"blocks.{block}.{name}" for block in range(4) for name in _BLOCK), "lm_head")
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,38 @@ def configurations() -> list[Configuration]:
     found[4] = replace(found[4], unfinished=(3,))
     found.append(replace(found[5], duplicate_of=5))
     return found
+
+
+def awkward_studies() -> dict[str, list[Configuration]]:
+    """Studies that are hard to draw, by what is hard about them."""
+    usual = [replace(c, failed=(), unfinished=()) for c in configurations()[:-1]]
+    rng = np.random.default_rng(3)
+    crowded = [usual[0]]
+    for start in ("scratch", "teacher"):
+        for chi, n_params in N_PARAMS_MPO.items():
+            for n_sites in (2, 3):
+                for learning_rate in (3e-4, 1e-3, 3e-3):
+                    loss = 1.56 + 0.5 * (4 / chi) ** 0.6 + 0.02 * rng.normal() - 0.05 * (start == "teacher")
+                    size = n_params if n_sites == 3 else int(1.17 * n_params)
+                    crowded.append(Configuration("mpo", size, loss, start=start, chi=chi, learning_rate=learning_rate,
+                                                 extra={"n_sites": n_sites}))
+    others = [
+        ("lowrank", "scratch", 120_000, 1.8), ("lowrank", "scratch", 70_000, 1.95), ("pruned", "teacher", 70_000, 1.92),
+    ]  # fmt: skip
+    return {
+        "usual": usual,
+        "crowded": crowded,
+        "close": [replace(c, val_loss=1.7 + 0.004 * rng.normal()) for c in usual],
+        "equal": [replace(c, val_loss=1.7, n_params=80_000) for c in usual],
+        "one seed": [replace(c, seeds=(0,)) for c in usual],
+        "one to five seeds": [replace(c, seeds=range(1 + i % 5)) for i, c in enumerate(usual)],
+        "no dense model": usual[3:] + [
+            Configuration(f"{family}-{size}", size, loss, family=family, start=start)
+            for family, start, size, loss in others
+        ],
+        "one configuration": [Configuration("mpo", 79_168, 1.8, chi=8)],
+        "one outlier": [*usual, Configuration("mpo", 300_000, 9.0, chi=20)],
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def test_load_study_is_quiet_and_puts_loggers_back(study_dir, runs, capfd):
 
 def test_load_study_lists_the_experiments_there_are(study_dir):
     address = replace(resolve_study(study_dir), experiment="tinny")
-    with pytest.raises(AnalysisError, match="'tinny' does not exist.*'tiny'"):
+    with pytest.raises(AnalysisError, match=r"'tinny' does not exist.*'tiny'"):
         load_study(address)
 
 

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import itertools
+
+import matplotlib
+import numpy as np
+import pytest
+import simulated_study
+from matplotlib.text import Annotation, Text
+
+from analysis import style
+from analysis.figures import data, labels
+from analysis.figures.curves import learning_curves_figure
+from analysis.figures.frontier import frontier_figure
+from analysis.figures.rel_errors import rel_error_figure
+from analysis.summary import MEASURES, VAL_ACC, VAL_LOSS, summarise
+
+STUDIES = simulated_study.awkward_studies()
+
+
+def draw(name: str) -> dict:
+    """Every figure that the study has data for."""
+    runs, curves = simulated_study.simulated_runs(STUDIES[name], n_evaluations=8)
+    summary = summarise(runs)
+    figures = {
+        measure.name: frontier_figure(
+            data.frontier_points(summary, measure), data.seed_points(summary, runs.seeds, measure), measure, "A note."
+        )
+        for measure in MEASURES
+    }
+    shown = data.curve_trials(summary)
+    figures["curves"] = learning_curves_figure(data.curve_means(shown, curves), curves, "A note.")
+    for trial in summary.loc[summary["is_reference"], "trial"]:
+        figures["rel_error"] = rel_error_figure(data.rel_error_means(runs.rel_errors, trial), "A note.")
+    return figures
+
+
+@pytest.fixture(scope="module", params=STUDIES)
+def drawn(request) -> dict[str, Drawn]:
+    return {name: Drawn(figure) for name, figure in draw(request.param).items()}
+
+
+class Drawn:
+    """A figure after drawing, and where its visible texts stand, in points."""
+
+    def __init__(self, figure):
+        figure.canvas.draw()
+        renderer = figure.canvas.get_renderer()
+        self.figure = figure
+        self.placed: list[tuple[Text, np.ndarray]] = []
+        self.others: list[tuple[Text, np.ndarray]] = []
+        for text in figure.findobj(Text):
+            if text.get_visible() and text.get_text() and not _is_outside_tick(text, figure):
+                extent = Text.get_window_extent(text, renderer).extents * 72 / figure.dpi
+                (self.placed if isinstance(text, Annotation) else self.others).append((text, extent))
+
+
+def _is_outside_tick(text, figure) -> bool:
+    """Matplotlib keeps ticks beyond the limits, switched off or of a hidden axis, without drawing them."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            drawn = {id(label) for tick in axis._update_ticks() for label in (tick.label1, tick.label2)
+                     if label.get_visible() and axis.get_visible()}
+            ticks = {id(label) for tick in (*axis.majorTicks, *axis.minorTicks) for label in (tick.label1, tick.label2)}
+            if id(text) in ticks:
+                return id(text) not in drawn
+    return False
+
+
+def apart(a, b) -> bool:
+    return bool((a[2:] <= b[:2] + 0.01).any() or (b[2:] <= a[:2] + 0.01).any())
+
+
+def test_figures_write_the_same_bytes_twice(tmp_path):
+    for when in ("once", "again"):
+        (tmp_path / when).mkdir()
+        for name, figure in draw("usual").items():
+            style.save(figure, tmp_path / when / name)
+    written = sorted(path.name for path in (tmp_path / "once").iterdir())
+    assert len(written) == 4 * len(style.FORMATS)
+    for name in written:
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_figures_embed_editable_fonts_and_no_date(tmp_path):
+    svg, pdf, png = style.save(draw("one configuration")["val_loss"], tmp_path / "figure")
+    assert b"/Type3" not in pdf.read_bytes()
+    assert b"CreationDate" not in pdf.read_bytes()
+    assert b"<dc:date>" not in svg.read_bytes()
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_leave_the_callers_settings_alone():
+    before = dict(matplotlib.rcParams)
+    draw("one configuration")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_figures_hold_all_their_text_at_7_points_or_more(drawn):
+    for name, one in drawn.items():
+        width, height = one.figure.get_size_inches() * 72
+        assert width == pytest.approx(72 * style.WIDTH)
+        for text, (left, bottom, right, top) in one.placed + one.others:
+            assert text.get_fontsize() >= 7
+            assert left >= 0, (name, text)
+            assert bottom >= 0, (name, text)
+            assert right <= width, (name, text)
+            assert top <= height, (name, text)
+
+
+def test_figures_overlap_no_text(drawn):
+    for name, one in drawn.items():
+        assert one.placed, name
+        for (a, box_a), (b, box_b) in itertools.combinations(one.placed + one.others, 2):
+            assert apart(box_a, box_b), (name, a, b)
+
+
+def test_frontier_labels_keep_off_every_marker(drawn):
+    for measure in MEASURES:
+        one = drawn[measure.name]
+        axes = one.figure.axes[0]
+        markers = [line for line in axes.lines if line.get_marker() in "Do^svPX" and line.get_linestyle() == "None"]
+        boxes = np.vstack([labels.boxes_around(axes, line.get_xdata(), line.get_ydata(), 2.6) for line in markers])
+        for text, extent in one.placed:
+            assert all(apart(extent, box) for box in boxes), text
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
+def test_frontier_figure_shows_the_numbers_it_is_given(measure):
+    runs, _ = simulated_study.simulated_runs(STUDIES["one to five seeds"])
+    summary = summarise(runs)
+    points = data.frontier_points(summary, measure)
+    figure = frontier_figure(points, data.seed_points(summary, runs.seeds, measure), measure)
+    axes = figure.axes[0]
+    drawn = {
+        (line.get_xdata()[0], line.get_ydata()[0]): line for line in axes.lines
+        if line.get_linestyle() == "None" and len(line.get_xdata()) == 1 and line.get_marker() in "Do^s"
+    }  # fmt: skip
+    assert len(drawn) == len(points)
+    for row in points.to_dict("records"):
+        line = drawn[row["n_params"], row["mean"]]
+        assert (line.get_markerfacecolor() != "white") == row["on_frontier"]
+        assert (line.get_markeredgecolor() == "#8c8c8c") == (row["n_seeds"] < 3)
+    assert len(axes.containers) == (points["n_seeds"] >= 3).sum(), "an interval for three seeds or more"
+    assert "n = 3 to 5" in figure.texts[0].get_text()
+
+
+def test_frontier_figure_shares_its_axis_with_the_percentage(summary, runs):
+    figure = frontier_figure(
+        data.frontier_points(summary, VAL_LOSS), data.seed_points(summary, runs.seeds, VAL_LOSS), VAL_LOSS
+    )
+    bottom, top = figure.axes
+    assert np.array(top.get_xlim()) == pytest.approx(100 * np.array(bottom.get_xlim()) / 808_448)
+
+
+def test_frontier_figure_says_when_there_is_no_frontier():
+    runs, _ = simulated_study.simulated_runs(STUDIES["one seed"])
+    summary = summarise(runs)
+    figure = frontier_figure(
+        data.frontier_points(summary, VAL_ACC), data.seed_points(summary, runs.seeds, VAL_ACC), VAL_ACC
+    )
+    assert figure.texts[0].get_text().startswith("No configuration has 3 complete seeds: no intervals and no frontier.")
+
+
+def test_curve_means_average_over_seeds():
+    runs, curves = simulated_study.simulated_runs(STUDIES["usual"], n_evaluations=4)
+    means = data.curve_means(data.curve_trials(summarise(runs)), curves)
+    one = means[(means["trial"] == 8) & (means["step"] == 500)]
+    values = curves[(curves["trial"] == 8) & (curves["step"] == 500)]["val_loss"]
+    assert one["mean"].item() == pytest.approx(values.mean())
+    assert one["half_width"].item() == pytest.approx(4.303 * values.std() / np.sqrt(3), rel=1e-3)
+    assert one["tokens"].item() == 500 * simulated_study.TOKENS_PER_STEP
+
+
+def test_curve_means_leave_out_evaluations_that_a_seed_lacks():
+    runs, curves = simulated_study.simulated_runs(STUDIES["one configuration"], n_evaluations=4)
+    curves = curves[~((curves["seed"] == 1) & (curves["step"] == 1000))]
+    means = data.curve_means(data.curve_trials(summarise(runs)), curves)
+    assert means["step"].tolist() == [0, 500, 1500, 2000]
+
+
+def test_curve_trials_thins_crowded_panels_to_their_own_frontier():
+    runs, _ = simulated_study.simulated_runs(STUDIES["crowded"], n_evaluations=1)
+    shown = data.curve_trials(summarise(runs))
+    assert shown["is_reference"].sum() == 1
+    counts = shown["panel"].value_counts()
+    assert counts["dense"] == 1
+    assert (counts <= data.MAX_CURVES).all()
+    for _, panel in shown.groupby("panel"):
+        ordered = panel.sort_values("n_params")["mean/final/val_loss"]
+        assert ordered.is_monotonic_decreasing
+
+
+def test_rel_error_means_average_over_blocks_then_seeds(runs):
+    means = data.rel_error_means(runs.rel_errors, 0)
+    own = runs.rel_errors.query("trial == 0 and when == 'trained' and chi == 8")
+    w_q = own[own["layer"].str.endswith("w_q")]
+    row = means.query("when == 'trained' and chi == 8 and kind == 'w_q'").iloc[0]
+    assert row["mean"] == pytest.approx(w_q["rel_error"].mean())
+    assert row[["n_layers", "n_seeds"]].tolist() == [4, 3]
+    per_seed = w_q.groupby("seed")["rel_error"].mean()
+    assert row["half_width"] == pytest.approx(4.303 * per_seed.std() / np.sqrt(3), rel=1e-3)
+
+
+def test_layer_kinds_merge_blocks_and_keep_kinds_apart():
+    names = ["blocks.0.attn.w_q", "blocks.11.attn.w_q", "blocks.0.mlp.0", "blocks.0.mlp.2", "lm_head", "a.out", "b.out"]
+    assert list(data.layer_kinds(names).values()) == ["w_q", "w_q", "0", "2", "lm_head", "a.out", "b.out"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "major"),
+    [
+        (40_000, 900_000, [50_000, 100_000, 200_000, 500_000]),
+        (40_000, 99_000, [40_000, 50_000, 60_000, 70_000, 80_000, 90_000]),
+        (0.15, 1.1, [0.2, 0.5, 1.0]),
+        (1, 1000, [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]),
+    ],
+)
+def test_log_ticks_are_round_and_three_or_more(low, high, major):
+    found, minor = style.log_ticks(low, high)
+    assert found == major
+    assert set(found) <= set(minor)
+
+
+def test_spread_moves_apart_in_order_and_stays_inside():
+    rng = np.random.default_rng(1)
+    for n in (1, 2, 5, 9):
+        positions = rng.uniform(-5, 105, n)
+        moved = labels.spread(positions, 10, 0, 100)
+        order = np.argsort(positions)
+        assert (np.diff(moved[order]) >= 10 - 1e-9).all()
+        assert moved.min() >= -1e-9
+        assert moved.max() <= 100 + 1e-9
+    assert labels.spread(np.array([80.0, 20.0]), 10, 0, 100).tolist() == [80.0, 20.0]
+    assert labels.spread(np.array([50.0, 52.0]), 10, 0, 100).tolist() == [46.0, 56.0]
