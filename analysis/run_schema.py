@@ -18,8 +18,9 @@ SCHEMA_VERSION = 1
 Direction = Literal["minimize", "maximize"]
 
 STUDY_MANIFEST = "study.json"
-"""File in a study directory: {"schema_version", "name", "uuid", "tracking_uri", "experiment"}; tracking_uri is null
-while the study has been run with tracking off."""
+"""File in a study directory: {"schema_version", "name", "uuid", "tracking_uri", "experiment", "storage"}. tracking_uri
+is null where the last run had tracking off; a relative SQLite path in it is one from the study directory. storage is
+null where it is the study directory's own."""
 
 # Tags -----------------------------------------------------------------------------------------------------------------
 

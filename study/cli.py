@@ -45,7 +45,10 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the study file, e.g. protocol.steps=100."),
 ]
 StorageOption = Annotated[
-    str | None, typer.Option(metavar="PATH|URL", help="Checkpoints and weights; DIR/storage unless given.")
+    str | None,
+    typer.Option(
+        metavar="PATH|URL", help="For checkpoints and weights; unless given, the last run's, at first DIR/storage."
+    ),
 ]
 
 
@@ -101,7 +104,8 @@ def run(
         str | None, typer.Option(help="A Ray cluster; $RAY_ADDRESS unless given, else a Ray of its own.")
     ] = None,
     tracking: Annotated[
-        str | None, typer.Option(metavar="URI|off", help="MLflow; a database in DIR unless given.")
+        str | None,
+        typer.Option(metavar="URI|off", help="MLflow; unless given, the last run's URI, at first a database in DIR."),
     ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:

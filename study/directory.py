@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -34,10 +35,6 @@ class StudyDirectory:
     @property
     def ledger_url(self) -> str:
         return f"sqlite:///{(self.path / 'ledger.db').resolve()}"
-
-    @property
-    def storage(self) -> str:
-        return str((self.path / "storage").resolve())
 
     @property
     def artifacts(self) -> str:
@@ -78,8 +75,8 @@ class StudyDirectory:
             holder.unlink(missing_ok=True)
             lock.release()
 
-    def write(self, config: StudyConfig, uuid: str, tracking_uri: str | None) -> None:
-        """Keep the resolved study file and the manifest."""
+    def write(self, config: StudyConfig, uuid: str, tracking_uri: str | None, storage: str) -> None:
+        """Keep the resolved study file, and the manifest, from which later commands take what they are not told."""
         self._replace(self.study_file, dump_config(config))
         manifest = {
             "schema_version": run_schema.SCHEMA_VERSION,
@@ -87,13 +84,25 @@ class StudyDirectory:
             "uuid": uuid,
             "tracking_uri": tracking_uri,
             "experiment": config.name,
+            "storage": None if storage == self._own_storage else storage,  # the folder may be moved
         }
         self._replace(self.path / run_schema.STUDY_MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
     def tracking_uri(self) -> str | None:
         """The tracking URI of the last run, as the manifest has it; None with tracking off or before any run."""
-        manifest = self.path / run_schema.STUDY_MANIFEST
-        return json.loads(manifest.read_text(encoding="utf-8"))["tracking_uri"] if manifest.is_file() else None
+        return self._manifest().get("tracking_uri")
+
+    def storage_url(self) -> str:
+        """The storage of the last run; in this folder before any run."""
+        return self._manifest().get("storage") or self._own_storage
+
+    @property
+    def _own_storage(self) -> str:
+        return str((self.path / "storage").resolve())
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.path / run_schema.STUDY_MANIFEST
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def resolve_tracking_uri(self, uri: str) -> str:
         """The URI for MLflow: a relative SQLite path is one from this folder."""

@@ -71,7 +71,7 @@ def run_study(
     """Run what a study lacks, from its beginning or from where it stopped.
 
     Args:
-        storage_url: path or URL of checkpoints and weights; in the study's folder unless given.
+        storage_url: path or URL of checkpoints and weights; what the last run had, at first in the study's folder.
         address: of a Ray cluster.
         tracking: an MLflow tracking URI, "off", or None for what the last run had, at first the folder's own database.
 
@@ -82,10 +82,10 @@ def run_study(
     with directory.locked():
         ledger = open_ledger(config, corpus, directory)
         ledger.record_driver(environment())
-        storage = Storage(storage_url or directory.storage)
+        storage = Storage(storage_url or directory.storage_url())
         store_corpus(storage, corpus)
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        directory.write(config, ledger.uuid, None if uri == TRACKING_OFF else uri)
+        directory.write(config, ledger.uuid, None if uri == TRACKING_OFF else uri, storage.url)
         n_trials = len(listed_specs(config)) + config.budget.trials
         with StudyProgress(console, ledger, n_trials, len(config.seed_list)) as progress:
             tracker = None
@@ -163,10 +163,11 @@ def sync(config: StudyConfig, directory: StudyDirectory, storage_url: str | None
     with directory.locked():
         ledger = open_ledger(config, corpus, directory)
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        tracker = open_tracker(uri, config, directory, ledger, corpus, Storage(storage_url or directory.storage))
+        storage = Storage(storage_url or directory.storage_url())
+        tracker = open_tracker(uri, config, directory, ledger, corpus, storage)
         for trial in ledger.trials.values():
             tracker.write(trial, results_of(ledger, trial), len(config.seed_list))
-        directory.write(config, ledger.uuid, uri)
+        directory.write(config, ledger.uuid, uri, storage.url)
         n_trials = len(ledger.trials)
         ledger.close()
         return n_trials

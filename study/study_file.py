@@ -50,6 +50,13 @@ for _kind, _pattern in {
     _StrictLoader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"^({_pattern})$"), list("-+.0123456789"))
 
 
+class _StrictDumper(yaml.SafeDumper):
+    """Puts in quotes what `_StrictLoader` would otherwise take for a number."""
+
+
+_StrictDumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Read YAML strictly; `where` names the source in errors."""
     try:
@@ -57,7 +64,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         position = f":{mark.line + 1}" if mark is not None else ""
-        raise StudyError(f"{where}{position}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise StudyError(f"{where}{position}: not valid YAML: {problem}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise StudyError(f"{where}: not valid YAML: {error}") from None
 
@@ -99,14 +107,14 @@ def validate(data: Any, where: str) -> StudyConfig:
         messages = [_describe(defect, data) for defect in _roots(error.errors())]
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise StudyError(f"{where}: {messages[0]}{more}") from None
-    except (ValueError, RecursionError) as error:  # an alias that contains itself
-        raise StudyError(f"{where}: {error}") from None
+    except (ValueError, RecursionError):
+        raise StudyError(f"{where}: an alias contains itself") from None
 
 
 def dump_config(config: StudyConfig) -> str:
     """The resolved study file as YAML: every value that counts, defaults included."""
     data = config.model_dump(mode="json", exclude_none=True)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return yaml.dump(data, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

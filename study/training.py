@@ -149,7 +149,7 @@ class Training:
         sampled = map(self._sampled.batch, range(first, first + protocol.sampled_eval_batches))
         sampled_loss, sampled_acc = evaluate(self.model, sampled, self.device)
         self.model.train()
-        if not math.isfinite(val_loss):
+        if not (math.isfinite(val_loss) and math.isfinite(sampled_loss)):
             raise Diverged("the validation loss", self.step)
         row = {
             "step": self.step,

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import simulated_study
+from scipy import stats
+
+from analysis.summary import MEASURES, frontier_key, group_order, half_width_key, n_statement, summarise
+
+USUAL = simulated_study.awkward_studies()["usual"]
+DENSE = USUAL[0]
+
+
+def summary_of(found, **settings) -> pd.DataFrame:
+    return summarise(simulated_study.simulated_runs(found, n_evaluations=1, **settings)[0])
+
+
+def test_summarise_aggregates_the_seeds_of_each_trial(runs, summary):
+    assert sorted(summary["trial"]) == list(range(11))
+    for row in summary.to_dict("records"):
+        values = runs.seeds.loc[runs.seeds["trial"] == row["trial"], "final/val_acc"]
+        low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+        assert row["mean/final/val_acc"] == pytest.approx(values.mean())
+        assert row["std/final/val_acc"] == pytest.approx(values.std())
+        assert row[half_width_key("final/val_acc")] == pytest.approx((high - low) / 2)
+        assert row["total_tokens"] == (20_480_000 if row["start"] == "teacher" else 16_384_000)
+
+
+def test_summarise_tells_families_apart(summary):
+    groups = summary.groupby("group")["arm"].unique().apply(sorted).to_dict()
+    assert groups == {
+        "dense": ["dense"],
+        "dense, smaller": ["narrow-28", "narrow-44"],
+        "MPO from scratch": ["mpo"],
+        "MPO fine-tuned": ["mpo-tuned"],
+    }
+    assert summary.loc[summary["is_reference"], "arm"].tolist() == ["dense"]
+    assert summary.set_index("arm").loc["narrow-28", "percent_of_dense"] == pytest.approx(100 * 43_904 / 808_448)
+
+
+def test_summarise_takes_the_best_of_several_large_dense_models_as_reference():
+    found = [replace(DENSE, learning_rate=1e-3, val_loss=1.5), replace(DENSE, val_loss=1.7), *USUAL[1:]]
+    summary = summary_of(found)
+    assert summary.loc[summary["is_reference"], "label"].tolist() == ["dense, lr 1e-3"]
+    assert (summary["group"] == "dense").sum() == 2
+
+
+def test_summarise_without_dense_model_has_no_reference():
+    summary = summary_of(USUAL[3:])
+    assert not summary["is_reference"].any()
+    assert summary["percent_of_dense"].max() == pytest.approx(100 * 472_192 / 808_448)
+
+
+def test_summarise_draws_frontiers_of_trials_with_enough_seeds_only():
+    best = replace(USUAL[3], val_loss=1.0, seeds=(0, 1))
+    summary = summary_of([*USUAL[:3], best, *USUAL[4:]]).set_index("trial")
+    for measure in MEASURES:
+        assert not summary.loc[3, frontier_key(measure)]
+        assert summary[frontier_key(measure)].any()
+    assert np.isnan(summary.loc[3, half_width_key("final/val_loss")])
+    assert summary.loc[3, "mean/final/val_loss"] == pytest.approx(1.0, abs=0.03)
+
+
+def test_summarise_maximises_accuracy_and_minimises_loss():
+    # With accuracy falling linearly in the mean loss and little noise, both frontiers are the same set.
+    summary = summary_of(USUAL, noise=1e-6)
+    assert summary["on_frontier/val_loss"].tolist() == summary["on_frontier/val_acc"].tolist()
+    on = summary[summary["on_frontier/val_loss"]].sort_values("n_params")
+    assert on["mean/final/val_loss"].is_monotonic_decreasing
+    assert on["mean/final/val_acc"].is_monotonic_increasing
+
+
+def test_summarise_keeps_trials_without_complete_seed():
+    summary = summary_of([*USUAL[:2], replace(USUAL[3], seeds=(), failed=(0, 1, 2))]).set_index("trial")
+    assert summary.loc[2, ["n_seeds", "n_failed"]].tolist() == [0, 3]
+    assert np.isnan(summary.loc[2, "mean/final/val_loss"])
+    assert not summary.loc[2, "on_frontier/val_loss"]
+
+
+def test_labels_are_unique_in_their_group_and_no_longer_than_needed():
+    found = [
+        replace(USUAL[3], chi=4),
+        replace(USUAL[3], chi=8),
+        replace(USUAL[3], chi=8, learning_rate=2.5e-3),
+        replace(USUAL[3], chi=16),
+        replace(USUAL[3], chi=16, extra={"n_sites": 2}),
+        replace(USUAL[3], chi=16, extra={"n_sites": 2, "init": "core"}),
+        replace(USUAL[3], chi=32),
+        replace(USUAL[3], chi=32, budget_hash="other"),
+    ]
+    labels = summary_of(found).sort_values("trial")["label"].tolist()
+    assert labels == [
+        "χ=4", "χ=8, lr 3e-4", "χ=8, lr 2.5e-3", "χ=16, L=3", "χ=16, L=2, matched", "χ=16, L=2, core", "χ=32, #6",
+        "χ=32, #7",
+    ]  # fmt: skip
+
+
+def test_group_order_puts_known_families_first():
+    assert group_order(["lowrank from scratch", "MPO fine-tuned", "dense", "MPO fine-tuned"]) == [
+        "dense", "MPO fine-tuned", "lowrank from scratch",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("counts", "stated"), [([3, 3], "n = 3"), ([5, 1, 3], "n = 1 to 5")])
+def test_n_statement_says_what_holds_for_all(counts, stated):
+    assert n_statement(pd.Series(counts)) == stated

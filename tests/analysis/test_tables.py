@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import tables
+
+
+def test_trials_table_shows_every_trial_with_its_interval(summary):
+    table = tables.trials_table(summary)
+    assert len(table.shown) == len(table.data) == 11
+    row = summary[summary["trial"] == 8].iloc[0]
+    shown = table.shown.loc[summary["trial"] == 8].iloc[0]
+    assert shown["parameters"] == "79,168"
+    assert shown["% of dense"] == "9.8"
+    assert shown["val accuracy (%)"] == (
+        f"{100 * row['mean/final/val_acc']:.2f} ± {100 * row['half_width/final/val_acc']:.2f}"
+    )
+    assert shown["tokens"] == "20,480,000"
+
+
+def test_frontier_table_holds_the_frontier_from_the_smallest_up(summary):
+    table = tables.frontier_table(summary)
+    assert table.data["n_params"].is_monotonic_increasing
+    on = summary["on_frontier/val_loss"] | summary["on_frontier/val_acc"]
+    assert sorted(table.data["trial"]) == sorted(summary.loc[on, "trial"])
+    assert set(table.shown["on frontier of"]) <= {"loss", "accuracy", "loss, accuracy"}
+
+
+def test_budgets_table_shows_both_totals_of_tokens(summary):
+    shown = tables.budgets_table(summary).shown.set_index("budget")
+    assert shown.loc["0ddba11e"].tolist() == ["mpo-tuned", "4", "4,096,000", "20,480,000"]
+    assert shown.loc["b7d1f00d", "arms"] == "dense, mpo, narrow-28, narrow-44"
+
+
+def test_failures_and_unfinished_tables_list_each(runs):
+    assert tables.failures_table(runs).shown.to_numpy().tolist() == [
+        ["3", "mpo", "3", "120", "validation loss is not finite"]
+    ]
+    assert tables.unfinished_table(runs).shown.to_numpy().tolist() == [["4", "mpo", "3", "RUNNING"]]
+
+
+def test_write_keeps_every_digit_in_csv(summary, tmp_path):
+    table = tables.trials_table(summary)
+    csv, markdown = tables.write(table, tmp_path)
+    read = pd.read_csv(csv)
+    assert read["mean/final/val_loss"].tolist() == summary["mean/final/val_loss"].tolist()
+    lines = markdown.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 + len(summary)
+    assert {line.count("|") for line in lines} == {len(table.shown.columns) + 1}
+
+
+def test_to_markdown_keeps_awkward_text_in_its_cell():
+    frame = pd.DataFrame({"reason": ["a | b\nc"]})
+    assert tables.to_markdown(frame) == "| reason |\n| --- |\n| a \\| b c |\n"
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "decimals", "shown"),
+    [
+        (1.65432, 0.00831, 4, "1.6543 ± 0.0083"),
+        (52.123, 12.3, 0, "52 ± 12"),
+        (-0.5, 0.25, 2, "−0.50 ± 0.25"),
+        (1.65432, np.nan, 3, "1.654"),
+        (np.nan, np.nan, 3, "–"),
+    ],
+)
+def test_with_interval_shows_what_there_is(mean, half_width, decimals, shown):
+    assert tables.with_interval(mean, half_width, decimals) == shown
+
+
+@pytest.mark.parametrize(
+    ("half_widths", "decimals"),
+    [([0.0083], 4), ([0.012, 0.013, 5.0], 3), ([1.2], 1), ([25.0], 0), ([1e-9], 6), ([np.nan], 3), ([], 3), ([0.0], 3)],
+)
+def test_decimals_for_gives_the_typical_interval_two_digits(half_widths, decimals):
+    assert tables.decimals_for(pd.Series(half_widths, dtype=float)) == decimals

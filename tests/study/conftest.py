@@ -1,0 +1,50 @@
+"""What all tests of a study share: a small text, and a study file that trains on it in a fraction of a second."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+WORDS = ("tensor", "train", "bond", "site", "core", "chi")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_text(tmp_path):
+    """Path of a text of about 3,000 characters: six words in random order, so that there is something to learn."""
+    chosen = np.random.default_rng(0).integers(len(WORDS), size=550)
+    path = tmp_path / "small.txt"
+    path.write_text(" ".join(WORDS[index] for index in chosen), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small_study(small_text):
+    """Makes the content of a small study file; keywords replace its keys, a mapping key by key."""
+
+    def make(**changes):
+        study = {
+            "name": "small",
+            "corpus": {"path": str(small_text)},
+            "model": {"d_model": 8, "n_heads": 2, "n_layers": 1, "context": 8},
+            "protocol": {
+                "steps": 12, "warmup_steps": 3, "batch_size": 4, "learning_rate": 0.01, "eval_every": 4,
+                "sampled_eval_batches": 2, "sampled_eval_batch_size": 3,
+            },
+            "seeds": 2,
+            "arms": [
+                {"name": "dense", "family": "dense"},
+                {"name": "mpo", "family": "mpo", "chi": [2, 4]},
+                {"name": "mpo-finetune", "family": "mpo", "chi": 2, "teacher": "dense", "steps": 6},
+            ],
+        }
+        for key, value in changes.items():
+            study[key] = study[key] | value if isinstance(value, dict) and key in study else value
+        return study
+
+    return make

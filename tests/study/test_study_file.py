@@ -1,0 +1,227 @@
+"""Study files: what they may hold, and the one line that each defect gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import study
+from study.config import Choices, Range, StudyConfig
+from study.errors import StudyError
+from study.study_file import dump_config, load_config, parse_yaml, validate
+
+BAD = sorted((Path(__file__).parent / "bad_study_files").glob("*.yaml"))
+CONFIGS = sorted((Path(study.__file__).parent / "configs").glob("*.yaml"))
+
+ARMS = """\
+arms:
+  - name: dense
+    family: dense
+  - name: mpo
+    family: mpo
+    chi: [4, 8]
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "study.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# Defects --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", BAD, ids=lambda path: path.stem)
+def test_bad_file_gives_the_line_in_its_first_comment(path):
+    expected = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# FILE")
+    with pytest.raises(StudyError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}{expected}"
+
+
+def test_bad_files_are_there():
+    assert len(BAD) > 100
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "seeds: " + "9" * 5000, "name: &a [*a]", "\0", "? {a: 1}\n: 2"])
+def test_hostile_yaml_gives_one_line(tmp_path, text):
+    path = write(tmp_path, text)
+    with pytest.raises(StudyError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}:")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_missing_file_gives_one_line(tmp_path):
+    with pytest.raises(StudyError, match=r"absent\.yaml: cannot read the study file: No such file or directory$"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(StudyError, match=r"cannot read the study file: Is a directory$"):
+        load_config(tmp_path)
+
+
+def test_file_that_is_not_utf8_gives_one_line(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_bytes("name: Größe".encode("latin-1"))
+    with pytest.raises(StudyError, match=r"cannot read the study file: not UTF-8 text$"):
+        load_config(path)
+
+
+# What YAML means ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4), ("1E5", 1e5), ("-2e+3", -2000.0), ("1.5", 1.5), ("1.", 1.0), (".5", 0.5), ("6.02e23", 6.02e23),
+        ("0", 0), ("-7", -7), ("1_000", 1000), ("true", True), ("null", None), ("~", None), (".inf", float("inf")),
+        ("2026-01-31", "2026-01-31"), ("12:30:00", "12:30:00"), ("1:30", "1:30"), ("0100", "0100"), ("0x10", "0x10"),
+        ("e5", "e5"), ("1e", "1e"), ("-", [None]), ("-1e", "-1e"), ("1.2.3", "1.2.3"), ("χ", "χ"),
+    ],
+)
+def test_scalars_mean_what_they_look_like(text, value):
+    parsed = parse_yaml(text, "here")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_learning_rate_may_be_written_without_a_point(tmp_path):
+    config = load_config(write(tmp_path, f"name: s\nprotocol: {{learning_rate: 1e-3}}\n{ARMS}"))
+    assert config.protocol.learning_rate == 0.001
+
+
+def test_date_as_name_stays_a_string(tmp_path):
+    assert load_config(write(tmp_path, f"name: 2026-01-31\n{ARMS}")).name == "2026-01-31"
+
+
+def test_merge_key_copies_an_arm(tmp_path):
+    text = "name: s\narms:\n  - &d {name: d, family: dense, steps: 300}\n  - {<<: *d, name: e, warmup_steps: 20}\n"
+    arm = load_config(write(tmp_path, text)).arm("e")
+    assert (arm.family, arm.steps, arm.warmup_steps) == ("dense", 300, 20)
+
+
+# What a study file gives ----------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_papers_protocol(tmp_path):
+    config = load_config(write(tmp_path, f"name: s\n{ARMS}"))
+    model, protocol = config.model, config.protocol
+    assert (model.d_model, model.n_heads, model.n_layers, model.context, model.d_ff) == (128, 4, 4, 256, None)
+    assert (protocol.steps, protocol.warmup_steps, protocol.batch_size) == (2000, 100, 32)
+    assert (protocol.learning_rate, protocol.betas, protocol.weight_decay) == (3e-4, (0.9, 0.95), 0.1)
+    assert (protocol.grad_clip, protocol.eval_every) == (1.0, 100)
+    assert (protocol.sampled_eval_batches, protocol.sampled_eval_batch_size) == (20, 8)
+    assert config.corpus.validation_fraction == 0.1
+
+
+def test_values_become_listed_choices_or_ranges(small_study):
+    arms = [
+        {"name": "a", "family": "mpo", "chi": {"choices": [4, 8]}, "learning_rate": {"low": 1e-4, "high": 1}},
+        {"name": "b", "family": "mpo", "chi": [4, 8], "init": "paper"},
+    ]
+    config = validate(small_study(arms=arms, sampler={"name": "tpe"}, budget={"trials": 4}), "here")
+    searched, listed = config.arms
+    assert searched.values() == {
+        "chi": Choices((4, 8)), "learning_rate": Range(1e-4, 1.0), "factorisation": "paper"
+    }
+    assert listed.values() == {"chi": (4, 8), "factorisation": "paper", "init": "paper"}
+    assert searched.is_searched
+    assert not listed.is_searched
+
+
+@pytest.mark.parametrize(("seeds", "expected"), [(3, (0, 1, 2)), ([100, 7], (100, 7))])
+def test_seeds_are_a_number_or_a_list(small_study, seeds, expected):
+    assert validate(small_study(seeds=seeds), "here").seed_list == expected
+
+
+def test_many_seeds_are_read_at_once(small_study):
+    assert len(validate(small_study(seeds=list(range(50_000))), "here").seed_list) == 50_000
+
+
+def test_config_cannot_be_changed(small_study):
+    config = validate(small_study(), "here")
+    with pytest.raises(ValueError, match="frozen"):
+        config.protocol.steps = 3
+
+
+def test_corpus_path_is_relative_to_the_study_file(tmp_path, monkeypatch):
+    (tmp_path / "studies").mkdir()
+    path = write(tmp_path / "studies", f"name: s\ncorpus: {{path: ../text.txt}}\n{ARMS}")
+    monkeypatch.chdir("/")
+    assert load_config(path).corpus.path == str(tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_resolved_file_reads_as_the_same_study(tmp_path, path):
+    config = load_config(path)
+    resolved = write(tmp_path, dump_config(config))
+    assert load_config(resolved) == config
+    assert dump_config(load_config(resolved)) == dump_config(config)
+
+
+def test_resolved_file_names_every_default(small_study):
+    resolved = yaml.safe_load(dump_config(validate(small_study(), "here")))
+    # What was left open stays open: d_ff follows d_model, the corpus has no checksum to meet.
+    assert set(resolved) == set(StudyConfig.model_fields)
+    assert resolved["protocol"]["weight_decay"] == 0.1
+    assert resolved["sampler"]["name"] == "grid"
+
+
+def test_names_that_yaml_could_take_for_something_else_survive(tmp_path):
+    arms = '[{name: "010", family: dense}, {name: "1e5", family: dense, steps: 500}]'
+    config = load_config(write(tmp_path, f'name: "2026"\ndescription: "yes"\narms: {arms}\n'))
+    again = load_config(write(tmp_path, dump_config(config)))
+    assert again == config
+    assert [again.name, again.description, *(arm.name for arm in again.arms)] == ["2026", "yes", "010", "1e5"]
+
+
+# Overrides ------------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_sections_arms_and_lists(tmp_path):
+    path = write(tmp_path, f"name: s\n{ARMS}")
+    overrides = [
+        "protocol.steps=300", "protocol.learning_rate=1e-3", "name=other", "seeds=[4, 5]", "arms.mpo.chi=16",
+        "arms.0.steps=200", "model.n_layers=2", "description=a=b",
+    ]
+    config = load_config(path, overrides)
+    assert (config.protocol.steps, config.protocol.learning_rate, config.name) == (300, 1e-3, "other")
+    assert (config.seed_list, config.model.n_layers, config.description) == ((4, 5), 2, "a=b")
+    assert (config.arm("mpo").values()["chi"], config.arm("dense").steps) == (16, 200)
+
+
+def test_override_reaches_one_item_of_a_list(tmp_path):
+    config = load_config(write(tmp_path, f"name: s\n{ARMS}"), ["arms.mpo.chi.1=32"])
+    assert config.arm("mpo").values()["chi"] == (4, 32)
+
+
+def test_later_override_wins(tmp_path):
+    assert load_config(write(tmp_path, f"name: s\n{ARMS}"), ["seeds=1", "seeds=5"]).seeds == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("protocol.steps", "--set protocol.steps: must have the form key=value, for example protocol.steps=100"),
+        ("=3", "--set =3: must have the form key=value, for example protocol.steps=100"),
+        ("arms.cnn.chi=8", "--set arms.cnn.chi=8: arms.cnn is not there; allowed: dense, mpo"),
+        ("arms.7.chi=8", "--set arms.7.chi=8: arms.7 is not there; allowed: dense, mpo"),
+        ("arms.mpo.chi.2=8", "--set arms.mpo.chi.2=8: arms.mpo.chi.2 is not there; allowed: 0, 1"),
+        ("name.first=x", "--set name.first=x: name is a single value, it has no keys"),
+        ("seeds=[1", "--set seeds=[1:1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("seeds={a: 1, a: 2}", "--set seeds={a: 1, a: 2}:1: not valid YAML: key 'a' is given twice"),
+    ],
+)
+def test_bad_override_is_named(tmp_path, override, message):
+    with pytest.raises(StudyError) as caught:
+        load_config(write(tmp_path, f"name: s\n{ARMS}"), [override])
+    assert str(caught.value) == message
+
+
+def test_override_is_checked_like_the_file(tmp_path):
+    path = write(tmp_path, f"name: s\n{ARMS}")
+    with pytest.raises(StudyError) as caught:
+        load_config(path, ["protocol.step=3"])
+    assert str(caught.value).startswith(f"{path}: protocol.step: unknown key; allowed: steps, warmup_steps, batch_size")
