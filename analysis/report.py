@@ -53,12 +53,15 @@ def write_report(runs: StudyRuns, out: Path) -> pd.DataFrame:
             f"study {runs.name!r} has no complete seed yet: {len(runs.unfinished)} unfinished, {len(runs.failures)} "
             "failed; nothing to report on"
         )
+    before = _written_before(out)
+    if (out / INDEX).exists() and INDEX not in before:
+        raise _foreign(out / INDEX)
     summary = summarise(runs)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as new:
             _write_all(runs, summary, Path(new))
-            _move_in(Path(new), out)
+            _move_in(Path(new), out, before)
     except OSError as error:
         raise AnalysisError(f"cannot write the report to {out}: {error.strerror or error}") from error
     return summary
@@ -156,12 +159,15 @@ def _drawings(runs: StudyRuns, summary: pd.DataFrame) -> list[Drawing]:
     return drawings
 
 
-def _move_in(new: Path, out: Path) -> None:
+def _foreign(path: Path) -> AnalysisError:
+    return AnalysisError(f"{path} exists and was not written by a report; choose another folder")
+
+
+def _move_in(new: Path, out: Path, before: list[str]) -> None:
     made = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
-    before = _written_before(out)
-    foreign = [name for name in made if (out / name).exists() and name not in before]
-    if foreign:
-        raise AnalysisError(f"{out / foreign[0]} exists and was not written by a report; choose another folder")
+    for name in made:
+        if (out / name).exists() and name not in before:
+            raise _foreign(out / name)
     # Until all is in place the list names both reports' files, so that a broken-off one can be replaced too.
     _list_written(new, out, sorted({*made, *before}))
     for name in [*(name for name in made if name != INDEX), INDEX]:

@@ -338,7 +338,8 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(one, other, f"{path}[{index}]")
+            name = other.get("name", index) if isinstance(other, dict) else index
+            yield from _differences(one, other, f"{path}[{name}]")
     elif old != new:
         yield f"{path} (was {json.dumps(old)}, now {json.dumps(new)})"
 

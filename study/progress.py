@@ -6,8 +6,10 @@ import time
 from datetime import timedelta
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from study.ledger import Ledger
 from study.scheduler.unit import Unit
@@ -28,51 +30,48 @@ class StudyProgress:
         self._begun = time.monotonic()
         self._flops_before = self._flops_done()
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("[bold]runs"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TaskProgressColumn(),
             TextColumn("{task.fields[words]}"),
-            console=console,
             expand=True,
-            transient=True,
-            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("runs", total=n_trials * n_seeds, words="")
+        self._latest = Text("", style="dim", no_wrap=True, overflow="ellipsis")
+        self._live = Live(Group(self._bar, self._latest), console=console, transient=True)
 
     def __enter__(self) -> StudyProgress:
-        self._bar.start()
+        if self._console.is_terminal:
+            self._live.start()
         self.refresh()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._live.stop()
 
     # Events -------------------------------------------------------------------------------------------------------
 
     def on_evaluation(self, unit: Unit, seed: int, row: dict[str, float]) -> None:
         """A run passed an evaluation."""
-        if self._console.is_terminal:
-            words = f"trial {unit.trial} seed {seed}: step {row['step']:.0f}/{unit.spec.protocol.steps}"
-            self._bar.update(self._task, words=f"{words}, val loss {row['val_loss']:.3f}")
+        step = f"step {row['step']:.0f}/{unit.spec.protocol.steps}"
+        self._latest.plain = f"{self._name(unit.trial, seed)}: {step}, val loss {row['val_loss']:.3f}"
 
     def on_result(self, result: SeedResult) -> None:
         """A run is over."""
-        trial = self._ledger.trials[result.trial]
-        name = f"trial {result.trial} ({trial.spec.arm}{f' χ={trial.spec.chi}' if trial.spec.chi else ''})"
+        name = self._name(result.trial, result.seed)
         if result.state == "failed":
-            self.say(f"[red]failed[/]  {name} seed {result.seed}: {result.failure}")
+            self.say(f"failed: {name}: {result.failure}")
         elif not self._console.is_terminal:
             loss, seconds = result.final["final/val_loss"], result.final["train_seconds"]
             done = f"{len(self._ledger.results)}/{self._n_trials * self._n_seeds}"
-            self.say(f"{done}  {name} seed {result.seed}: val loss {loss:.4f}, {seconds:.1f} s, {self._time_left()}")
+            self.say(f"{done}  {name}: val loss {loss:.4f}, {seconds:.1f} s, {self._time_left()}")
         self.refresh()
 
     def say(self, line: str) -> None:
         """Print a line above the display."""
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def refresh(self) -> None:
         """Bring the display up to date with the ledger."""
@@ -81,6 +80,11 @@ class StudyProgress:
         over = sum(not self._ledger.missing_seeds(trial) for trial in self._ledger.trials.values())
         words = f"trials {over}/{self._n_trials}, {best}{self._time_left()}"
         self._bar.update(self._task, completed=len(self._ledger.results), words=words)
+
+    def _name(self, number: int, seed: int) -> str:
+        spec = self._ledger.trials[number].spec
+        what = f" χ={spec.chi}" if spec.chi is not None else ""
+        return f"trial {number} ({spec.arm}{what}) seed {seed}"
 
     # Time left ----------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +148,11 @@ def simulate(
         if configuration.duplicate_of is not None:
             common[schema.DUPLICATE_OF] = str(configuration.duplicate_of)
 
-        def run(seed: int | None, status: str, metrics: list, trial=trial, params=params, common=common, **tags: str):
+        def run(seed, status, metrics, tags=(), trial=trial, params=params, common=common) -> SimulatedRun:
             kind = schema.KIND_TRIAL if seed is None else schema.KIND_SEED
             own = {schema.KIND: kind, schema.KEY: schema.run_key(uuid, trial, seed)}
             written = {key: str(value) for key, value in (params | {"seed": seed}).items() if value is not None}
-            return SimulatedRun(trial, seed, status, written, metrics, common | own | tags)
+            return SimulatedRun(trial, seed, status, written, metrics, common | own | dict(tags))
 
         yield run(None, "RUNNING" if configuration.unfinished else "FINISHED", counts)
         for seed in configuration.seeds:
@@ -158,14 +160,17 @@ def simulate(
             yield run(seed, "FINISHED", counts + _seed_metrics(configuration, final_loss, n_evaluations, rng))
         for seed in configuration.failed:
             why = {schema.FAILURE: "validation loss is not finite", schema.FAILURE_STEP: "120"}
-            yield run(seed, "FAILED", counts, **why)
+            yield run(seed, "FAILED", counts, why)
         for seed in configuration.unfinished:
             yield run(seed, "RUNNING", counts)
 
 
 def write_study(folder: Path, found: Sequence[Configuration], experiment: str = "tiny", **settings: Any) -> str:
     """Write what `simulate` yields to `folder`/mlflow.db as a study's driver would; the tracking URI."""
-    tracking_uri = f"sqlite:///{folder}/mlflow.db"
+    database = folder / "mlflow.db"
+    if not database.exists():
+        database.write_bytes(_empty_database())
+    tracking_uri = f"sqlite:///{database}"
     client = MlflowClient(tracking_uri=tracking_uri)
     known = client.get_experiment_by_name(experiment)
     experiment_id = known.experiment_id if known else client.create_experiment(experiment)
@@ -183,6 +188,15 @@ def write_study(folder: Path, found: Sequence[Configuration], experiment: str = 
         if run.status != "RUNNING":
             client.set_terminated(run_id, run.status)
     return tracking_uri
+
+
+@cache
+def _empty_database() -> bytes:
+    """MLflow takes seconds to make one."""
+    with tempfile.TemporaryDirectory() as folder:
+        database = Path(folder) / "mlflow.db"
+        MlflowClient(tracking_uri=f"sqlite:///{database}").search_experiments()
+        return database.read_bytes()
 
 
 def simulated_runs(found: Sequence[Configuration], **settings: Any) -> tuple[StudyRuns, pd.DataFrame]:
@@ -206,8 +220,8 @@ def simulated_runs(found: Sequence[Configuration], **settings: Any) -> tuple[Stu
         for key, value, step in run.metrics
         if key in ("val_loss", "tokens") and run.status == "FINISHED"
     ]
-    curves = pd.DataFrame(rows).pivot(index=["trial", "seed", "step"], columns="key", values="value").reset_index()
-    return runs, curves
+    long = pd.DataFrame(rows, columns=["trial", "seed", "step", "key", "value"])
+    return runs, long.pivot(index=["trial", "seed", "step"], columns="key", values="value").reset_index()
 
 
 def _seed_metrics(

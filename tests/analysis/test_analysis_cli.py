@@ -23,9 +23,8 @@ def invoke(monkeypatch):
 
 
 def test_report_command_by_address_writes_and_says_what(invoke, study_dir, tmp_path):
-    result = invoke(
-        "report", "--tracking-uri", resolve_study(study_dir).tracking_uri, "--experiment", "tiny", "-o", tmp_path / "out"
-    )
+    uri = resolve_study(study_dir).tracking_uri
+    result = invoke("report", "--tracking-uri", uri, "--experiment", "tiny", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "index.html").is_file()
     assert f"wrote {tmp_path / 'out' / 'index.html'}" in result.output

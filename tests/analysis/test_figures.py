@@ -49,22 +49,22 @@ class Drawn:
         self.figure = figure
         self.placed: list[tuple[Text, np.ndarray]] = []
         self.others: list[tuple[Text, np.ndarray]] = []
+        undrawn = _undrawn_ticks(figure)
         for text in figure.findobj(Text):
-            if text.get_visible() and text.get_text() and not _is_outside_tick(text, figure):
+            if text.get_visible() and text.get_text() and id(text) not in undrawn:
                 extent = Text.get_window_extent(text, renderer).extents * 72 / figure.dpi
                 (self.placed if isinstance(text, Annotation) else self.others).append((text, extent))
 
 
-def _is_outside_tick(text, figure) -> bool:
+def _undrawn_ticks(figure) -> set[int]:
     """Matplotlib keeps ticks beyond the limits, switched off or of a hidden axis, without drawing them."""
+    kept, drawn = set(), set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
-            drawn = {id(label) for tick in axis._update_ticks() for label in (tick.label1, tick.label2)
-                     if label.get_visible() and axis.get_visible()}
-            ticks = {id(label) for tick in (*axis.majorTicks, *axis.minorTicks) for label in (tick.label1, tick.label2)}
-            if id(text) in ticks:
-                return id(text) not in drawn
-    return False
+            ticks = axis._update_ticks() if axis.get_visible() else []
+            drawn |= {id(label) for tick in ticks for label in (tick.label1, tick.label2) if label.get_visible()}
+            kept |= {id(label) for tick in (*axis.majorTicks, *axis.minorTicks) for label in (tick.label1, tick.label2)}
+    return kept - drawn
 
 
 def apart(a, b) -> bool:
@@ -133,8 +133,8 @@ def test_frontier_figure_shows_the_numbers_it_is_given(measure):
     figure = frontier_figure(points, data.seed_points(summary, runs.seeds, measure), measure)
     axes = figure.axes[0]
     drawn = {
-        (line.get_xdata()[0], line.get_ydata()[0]): line for line in axes.lines
-        if line.get_linestyle() == "None" and len(line.get_xdata()) == 1 and line.get_marker() in "Do^s"
+        tuple(line.get_xydata()[0]): line for line in axes.lines
+        if line.get_linestyle() == "None" and len(line.get_xydata()) == 1 and str(line.get_marker()) in "Do^s"
     }  # fmt: skip
     assert len(drawn) == len(points)
     for row in points.to_dict("records"):

@@ -32,8 +32,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
         self.tags.append(tag)
-        self.references += [attributes[key] for key in ("href", "src", "srcset", "action") if attributes.get(key)]
-        self.ids += [attributes["id"]] if attributes.get("id") else []
+        self.references += [value for key in ("href", "src", "srcset", "action") if (value := attributes.get(key))]
+        self.ids += [value] if (value := attributes.get("id")) else []
         if tag == "img":
             self.alts.append(attributes.get("alt"))
         if tag not in VOID:
@@ -120,7 +120,7 @@ def test_report_saves_the_data_each_figure_shows(report, summary, runs):
     points = pd.read_csv(report / "figures" / "frontier_val_acc.csv").set_index("trial")
     for row in summary.to_dict("records"):
         assert points.loc[row["trial"], "mean"] == pytest.approx(100 * row["mean/final/val_acc"])
-        assert points.loc[row["trial"], "on_frontier"] == row["on_frontier/val_acc"]
+        assert bool(points["on_frontier"][row["trial"]]) is row["on_frontier/val_acc"]
     assert len(pd.read_csv(report / "figures" / "frontier_val_acc_seeds.csv")) == len(runs.seeds)
     curves = pd.read_csv(report / "figures" / "learning_curves.csv")
     assert sorted(curves["trial"].unique()) == list(range(11))
@@ -169,7 +169,7 @@ def test_report_believes_no_list_of_files_that_is_not_its_own(runs, tmp_path, co
 
 def test_report_says_where_it_cannot_write(runs, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(AnalysisError, match="cannot write the report to .*file"):
+    with pytest.raises(AnalysisError, match=r"cannot write the report to .*file"):
         write_report(runs, tmp_path / "file")
 
 

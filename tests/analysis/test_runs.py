@@ -15,7 +15,7 @@ ADDRESS = StudyAddress("sqlite:///mlflow.db", "tiny")
 COUNTS = {"n_params": 79_168.0, "n_params_compressed": 70_000.0, "n_params_dense": 808_448.0}
 
 
-def record(trial: int = 0, seed: int | None = None, status: str = "FINISHED", **tags: str) -> RunRecord:
+def record(trial: int = 0, seed: int | None = None, status: str = "FINISHED", tags: dict[str, str] | None = None) -> RunRecord:
     params = {"trial": str(trial)} | ({} if seed is None else {"seed": str(seed)})
     configuration = simulated_study.Configuration("mpo", 79_168, 1.86, chi=8)
     params |= {key: str(value) for key, value in configuration.params.items() if value is not None}
@@ -24,7 +24,7 @@ def record(trial: int = 0, seed: int | None = None, status: str = "FINISHED", **
         schema.KEY: schema.run_key("u", trial, seed), schema.STUDY_NAME: "tiny", schema.STUDY_UUID: "u",
         schema.SCHEMA: str(schema.SCHEMA_VERSION),
     }  # fmt: skip
-    return RunRecord(f"id-{trial}-{seed}", status, 1_790_000_000_000 + trial, params, metrics, common | tags)
+    return RunRecord(f"id-{trial}-{seed}", status, 1_790_000_000_000 + trial, params, metrics, common | (tags or {}))
 
 
 def without(mapping: dict, key: str) -> dict:
@@ -33,7 +33,7 @@ def without(mapping: dict, key: str) -> dict:
 
 def test_study_runs_of_sound_records():
     runs = study_runs(ADDRESS, [record()], [record(seed=1), record(seed=0)])
-    assert runs.trials.loc[0, ["chi", "n_seeds", "n_params"]].tolist() == [8, 2, 79_168]
+    assert list(runs.trials.loc[0, ["chi", "n_seeds", "n_params"]]) == [8, 2, 79_168]
     assert runs.seeds["seed"].tolist() == [0, 1]
     assert runs.seeds["best/step"].tolist() == [1900, 1900]
     assert runs.seeds["final/train_loss"].isna().all()
@@ -77,9 +77,9 @@ def missing(kind, key):
         (([record()], [record(seed=0), replace(record(seed=0), run_id="twin")]), "run twin .* has the same key as run"),
         (([], [record(seed=0)]), "belongs to no trial run"),
         (([], []), "experiment 'tiny' at sqlite:///mlflow.db holds no runs of a study"),
-        (([record(**{schema.SCHEMA: "0"})], []), r"schema versions \['0'\], not 1 only"),
+        (([record(tags={schema.SCHEMA: "0"})], []), r"schema versions \['0'\], not 1 only"),
         (
-            ([record()], [record(seed=0, status="FAILED", **{schema.FAILURE_STEP: "late"})]),
+            ([record()], [record(seed=0, status="FAILED", tags={schema.FAILURE_STEP: "late"})]),
             "tag `mpo.failure_step` must be a whole number, but is 'late'",
         ),
     ],
@@ -91,16 +91,16 @@ def test_study_runs_refuses_and_names_run_and_key(broken, message):
 
 
 def test_study_runs_needs_no_metrics_of_a_seed_that_failed():
-    failed = record(seed=0, status="FAILED", **{schema.FAILURE: "out of memory"})
+    failed = record(seed=0, status="FAILED", tags={schema.FAILURE: "out of memory"})
     runs = study_runs(ADDRESS, [replace(record(), metrics={})], [replace(failed, metrics={})])
-    assert runs.trials.loc[0, ["n_seeds", "n_failed"]].tolist() == [0, 1]
+    assert list(runs.trials.loc[0, ["n_seeds", "n_failed"]]) == [0, 1]
     assert runs.failures["reason"].tolist() == ["out of memory"]
     assert runs.failures["step"].isna().all()
     assert runs.seeds.empty
 
 
 def test_study_runs_lists_the_failure_of_a_whole_trial():
-    trial = record(status="FAILED", **{schema.FAILURE: "its teacher failed"})
+    trial = record(status="FAILED", tags={schema.FAILURE: "its teacher failed"})
     assert study_runs(ADDRESS, [trial], []).failures["reason"].tolist() == ["its teacher failed"]
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import pytest
 import simulated_study
@@ -60,7 +59,7 @@ def test_summarise_draws_frontiers_of_trials_with_enough_seeds_only():
     for measure in MEASURES:
         assert not summary.loc[3, frontier_key(measure)]
         assert summary[frontier_key(measure)].any()
-    assert np.isnan(summary.loc[3, half_width_key("final/val_loss")])
+    assert pd.isna(summary.loc[3, half_width_key("final/val_loss")])
     assert summary.loc[3, "mean/final/val_loss"] == pytest.approx(1.0, abs=0.03)
 
 
@@ -75,8 +74,8 @@ def test_summarise_maximises_accuracy_and_minimises_loss():
 
 def test_summarise_keeps_trials_without_complete_seed():
     summary = summary_of([*USUAL[:2], replace(USUAL[3], seeds=(), failed=(0, 1, 2))]).set_index("trial")
-    assert summary.loc[2, ["n_seeds", "n_failed"]].tolist() == [0, 3]
-    assert np.isnan(summary.loc[2, "mean/final/val_loss"])
+    assert list(summary.loc[2, ["n_seeds", "n_failed"]]) == [0, 3]
+    assert pd.isna(summary.loc[2, "mean/final/val_loss"])
     assert not summary.loc[2, "on_frontier/val_loss"]
 
 

@@ -30,7 +30,7 @@ def test_frontier_table_holds_the_frontier_from_the_smallest_up(summary):
 
 def test_budgets_table_shows_both_totals_of_tokens(summary):
     shown = tables.budgets_table(summary).shown.set_index("budget")
-    assert shown.loc["0ddba11e"].tolist() == ["mpo-tuned", "4", "4,096,000", "20,480,000"]
+    assert list(shown.loc["0ddba11e"]) == ["mpo-tuned", "4", "4,096,000", "20,480,000"]
     assert shown.loc["b7d1f00d", "arms"] == "dense, mpo, narrow-28, narrow-44"
 
 

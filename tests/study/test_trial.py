@@ -1,0 +1,196 @@
+"""What follows from a trial's configuration before anything is trained: counts, identity, budget."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from study.config import Model, Protocol
+from study.randomness import generator
+from study.study_file import validate
+from study.trial import TrialSpec, budget_hash, build_model, evaluation_steps, trial_shape
+
+PAPER = Model()
+TINY_SHAKESPEARE = {"vocab_size": 65, "n_validation": 111_540, "reference": PAPER}
+
+
+def mpo(**changes):
+    values = {"arm": "mpo", "family": "mpo", "chi": 8, "factorisation": "paper", "init": "variance"}
+    return TrialSpec(**{"model": PAPER, "protocol": Protocol()} | values | changes)
+
+
+def dense(**changes):
+    return TrialSpec(**{"arm": "dense", "family": "dense", "model": PAPER, "protocol": Protocol()} | changes)
+
+
+def shape(spec):
+    return trial_shape(spec, **TINY_SHAKESPEARE)
+
+
+# Counts ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chi", "n_params"), [(4, 42_336), (8, 79_168), (16, 177_408), (32, 472_192)])
+def test_mpo_counts_follow_from_the_papers_definitions(chi, n_params):
+    counted = shape(mpo(chi=chi))
+    assert counted.n_params == n_params == 13_696 + 6_136 * chi + 256 * chi**2
+    assert counted.n_params_compressed == n_params - 13_696
+    assert counted.n_params_dense == 808_448
+    assert counted.bonds["blocks.3.feed_forward.up"] == (1, chi, chi, 1)
+    assert counted.bonds["lm_head"] == (1, chi, 1)
+    assert len(counted.bonds) == 4 * 6 + 1
+
+
+def test_dense_counts_are_the_papers_architecture():
+    counted = shape(dense())
+    assert (counted.n_params, counted.n_params_dense, counted.n_params_compressed) == (808_448, 808_448, 794_752)
+    assert counted.bonds == {}
+
+
+def test_narrow_model_is_counted_against_the_studys_own():
+    counted = shape(dense(model=Model(d_model=32)))
+    # Embedding and head, final norm; per layer two norms, four matrices and one bias, two feed-forward layers.
+    d, V = 32, 65
+    assert counted.n_params == 2 * V * d + 2 * d + 4 * (4 * d + 4 * d**2 + d + 2 * 4 * d**2 + 4 * d + d)
+    assert counted.n_params_dense == 808_448
+
+
+@pytest.mark.parametrize("spec", [dense(), mpo(), mpo(chi=3, factorisation="balanced", n_sites=3, init="tt_svd")])
+def test_shapes_are_those_of_the_built_model(spec):
+    spec = spec.model_copy(update={"model": Model(d_model=16, n_layers=2, context=8)})
+    built, _ = build_model(spec, 11, partial(generator, 0, "init"))
+    counted = trial_shape(spec, 11, 100, spec.model)
+    assert counted.n_params == sum(parameter.numel() for parameter in built.parameters())
+    assert all(parameter.isfinite().all() for parameter in built.parameters())
+
+
+def test_flops_are_those_of_matrix_products():
+    model = Model(d_model=8, n_heads=2, n_layers=1, context=4)
+    protocol = Protocol(
+        steps=10, warmup_steps=1, batch_size=3, eval_every=5, sampled_eval_batches=2, sampled_eval_batch_size=5
+    )
+    counted = trial_shape(dense(model=model, protocol=protocol), 11, 100, model)
+    weights = 4 * 8 * 8 + 2 * 8 * 32 + 11 * 8
+    forward = 2 * weights + 4 * 4 * 8  # per token; then scores, and weights times values
+    assert counted.step_flops == 3 * forward * 3 * 4
+    assert counted.flops == 10 * counted.step_flops + 3 * forward * (100 + 2 * 5 * 4)
+
+
+def test_train_tokens_are_steps_times_batch_times_context():
+    assert mpo().train_tokens == 2000 * 32 * 256
+
+
+# Identity -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (mpo(chi=512), mpo(chi=1000)),  # no bond can use more than 512
+        (mpo(), mpo(arm="another")),
+        (mpo(factorisation="balanced"), mpo(factorisation="balanced", n_sites=2)),
+        (mpo(model=Model(d_model=64), factorisation="paper"), mpo(model=Model(d_model=64), factorisation="balanced")),
+        (mpo(factorisation="balanced", n_sites=1, chi=1), mpo(factorisation="balanced", n_sites=1, chi=7)),
+        (mpo(chi=512, init="tt_svd"), mpo(chi=600, init="tt_svd")),
+        (mpo(chi=512, init=None, teacher="dense"), mpo(chi=999, init=None, teacher="dense")),
+    ],
+)
+def test_same_run_under_other_words_is_the_same_configuration(one, two):
+    assert shape(one).identity == shape(two).identity
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (mpo(chi=511), mpo(chi=512)),
+        (mpo(chi=512, init="paper"), mpo(chi=1000, init="paper")),  # its deviation depends on the cap asked for
+        (mpo(), mpo(init="paper")),
+        (mpo(), mpo(init="tt_svd")),
+        (mpo(), mpo(init=None, teacher="dense")),
+        (mpo(init=None, teacher="dense"), mpo(init=None, teacher="other")),
+        (mpo(), mpo(factorisation="balanced")),
+        (mpo(), mpo(protocol=Protocol(learning_rate=1e-3))),
+        (mpo(), mpo(protocol=Protocol(steps=2001))),
+        (dense(), dense(model=Model(d_model=64))),
+        (dense(), mpo(factorisation="balanced", n_sites=1)),
+    ],
+)
+def test_different_runs_are_different_configurations(one, two):
+    assert shape(one).identity != shape(two).identity
+
+
+@pytest.mark.parametrize(("init", "equal"), [("variance", True), ("tt_svd", True), ("paper", False)])
+def test_identity_tells_whether_the_initial_weights_are_equal(init, equal):
+    model = Model(d_model=8, n_heads=2, n_layers=1, context=4)
+    pair = [mpo(chi=chi, init=init, model=model) for chi in (64, 1000)]
+    weights = [build_model(spec, 11, partial(generator, 0, "init"))[0].state_dict() for spec in pair]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]) == equal
+    assert (trial_shape(pair[0], 11, 50, model).identity == trial_shape(pair[1], 11, 50, model).identity) == equal
+
+
+# Budget ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hash_of(small_study):
+    def budget(spec=None, corpus="a" * 64, teacher=None, **changes):
+        return budget_hash(spec or dense(), validate(small_study(**changes), "here"), corpus, teacher)
+
+    return budget
+
+
+SEARCH = {
+    "arms": [{"name": "dense", "family": "dense"}, {"name": "mpo", "family": "mpo", "chi": {"choices": [4, 8]}}],
+    "sampler": {"name": "tpe"},
+    "budget": {"trials": 5},
+}
+
+
+def test_dense_and_mpo_of_one_protocol_may_be_paired(hash_of):
+    assert hash_of(dense()) == hash_of(mpo()) == hash_of(mpo(chi=32, init="paper", factorisation="balanced"))
+    assert hash_of(dense(model=Model(d_model=32))) == hash_of(dense())
+
+
+def test_learning_rate_is_no_budget(hash_of):
+    assert hash_of(dense(protocol=Protocol(learning_rate=1e-2))) == hash_of(dense())
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        {"steps": 2001}, {"warmup_steps": 50}, {"batch_size": 16}, {"eval_every": 50}, {"sampled_eval_batches": 10},
+        {"sampled_eval_batch_size": 4},
+    ],
+)
+def test_steps_batches_and_evaluation_are_budget(hash_of, protocol):
+    assert hash_of(dense(protocol=Protocol(**protocol))) != hash_of(dense())
+
+
+def test_context_corpus_and_teacher_are_budget(hash_of):
+    hashes = [
+        hash_of(),
+        hash_of(dense(model=Model(context=128))),
+        hash_of(corpus="b" * 64),
+        hash_of(teacher=dense()),
+        hash_of(teacher=dense(protocol=Protocol(steps=500))),
+    ]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_split_is_budget(small_study):
+    configs = [validate(small_study(corpus={"validation_fraction": share}), "here") for share in (0.1, 0.2)]
+    assert budget_hash(dense(), configs[0], "a" * 64, None) != budget_hash(dense(), configs[1], "a" * 64, None)
+
+
+def test_tuning_trials_are_budget_of_the_searched_arm_alone(hash_of):
+    assert hash_of(dense(), **SEARCH) == hash_of(dense())
+    assert hash_of(mpo(), **SEARCH) != hash_of(mpo())
+    assert hash_of(mpo(), **SEARCH) != hash_of(mpo(), **SEARCH | {"budget": {"trials": 6}})
+
+
+def test_evaluations_are_at_the_first_and_last_step():
+    assert evaluation_steps(Protocol(steps=10, warmup_steps=0, eval_every=4)) == [0, 4, 8, 10]
+    assert evaluation_steps(Protocol(steps=8, warmup_steps=0, eval_every=4)) == [0, 4, 8]
+    assert evaluation_steps(Protocol(steps=1, warmup_steps=0, eval_every=4)) == [0, 1]
