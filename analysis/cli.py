@@ -77,12 +77,13 @@ def _report(study: Path | None, tracking_uri: str | None, experiment: str | None
     rows = frontier_table(summary).shown
     if len(rows):
         table = Table(title="On a frontier", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-        for column in ("configuration", "family"):
+        shown = ("configuration", "family", "parameters", "val loss (nats)", "val accuracy (%)")
+        for column in shown[:2]:
             table.add_column(column)
-        for column in ("parameters", "val loss (nats)", "val accuracy (%)"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in rows.to_dict("records"):
-            table.add_row(*(row[column.header] for column in table.columns))
+        for column in shown[2:]:
+            table.add_column(column.replace(" (", "\n("), justify="right", no_wrap=True)
+        for row in rows[list(shown)].itertuples(index=False):
+            table.add_row(*row)
         console.print(table)
     else:
         console.print(f"no trial has {MIN_SEEDS} complete seeds, so there is no frontier")

@@ -100,25 +100,25 @@ def load_curves(runs: StudyRuns, trials: Sequence[int] | None = None, keys: Sequ
 
 @contextmanager
 def _mlflow(tracking_uri: str) -> Iterator[MlflowClient]:
-    """A client whose errors are ours; its logs of migrations and its dependencies' deprecations are not the user's."""
+    """A client whose errors are ours; the user gets no logs of migrations and retries, and no deprecations."""
     _check_database(tracking_uri)
-    loggers = [logging.getLogger(name) for name in ("alembic", "mlflow.store.db.utils")]
-    levels = [logger.level for logger in loggers]
+    quiet = {"alembic": logging.WARNING, "mlflow.store.db.utils": logging.WARNING, "urllib3": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in quiet}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
         try:
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
+            for name, level in quiet.items():
+                logging.getLogger(name).setLevel(level)
             yield MlflowClient(tracking_uri=tracking_uri)
         except MlflowException as error:
             reason = str(error).strip().splitlines()[0]
             raise AnalysisError(f"cannot read MLflow at {without_password(tracking_uri)}: {reason}") from error
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
 
 
 def _sqlite_path(tracking_uri: str) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -18,6 +18,7 @@ OPTIONAL_PARAMS = ("seed", "teacher", "chi", "n_sites", "factorisation", "init")
 CLAIMED = ("final/val_loss", "final/val_acc")
 """Metrics that claims rest on: a complete seed has them, finite. Other final metrics may be absent (NaN)."""
 
+_OVER = ("FINISHED", "FAILED")
 _DTYPES = {int: "Int64", float: "float64", str: "str"}
 
 
@@ -54,7 +55,8 @@ class StudyRuns:
         seeds are complete (n_seeds), failed (n_failed) and not finished yet (n_unfinished).
     seeds: one row per complete seed: trial, seed, run_id, the final metrics of the schema under their own keys.
     failures: trial, arm, seed, step, reason; a failure of a whole trial has no seed.
-    unfinished: trial, arm, seed, status, of seeds neither complete nor failed.
+    unfinished: trial, arm, seed, status, of seeds neither complete nor failed; a trial that waits for seeds of which
+        there is no run yet has no seed.
     rel_errors: trial, seed, when, chi, layer, rel_error, of complete seeds.
     latest: when the last of these runs ended, in UTC; None if none has.
     """
@@ -89,6 +91,7 @@ def study_runs(address: StudyAddress, trial_runs: list[RunRecord], seed_runs: li
             of the wrong type, a key occurs twice, or a seed does not match its trial.
     """
     name, uuid = _identity([*trial_runs, *seed_runs], address)
+    trial_runs, seed_runs = _fill_in(trial_runs, seed_runs)
     _check_keys(trial_runs, uuid)
     _check_keys(seed_runs, uuid)
     duplicates = {_param(run, "trial") for run in trial_runs if schema.DUPLICATE_OF in run.tags}
@@ -96,7 +99,7 @@ def study_runs(address: StudyAddress, trial_runs: list[RunRecord], seed_runs: li
     seed_runs = [run for run in seed_runs if _param(run, "trial") not in duplicates]
     complete = [run for run in seed_runs if run.status == "FINISHED"]
     failed = [run for run in seed_runs if run.status == "FAILED"]
-    unfinished = [run for run in seed_runs if run.status not in ("FINISHED", "FAILED")]
+    unfinished = [run for run in seed_runs if run.status not in _OVER]
     trials = _trials_frame(trial_runs, {"n_seeds": complete, "n_failed": failed, "n_unfinished": unfinished})
     _check_against_trials(seed_runs, trials)
     ends = [run.end_time for run in (*trial_runs, *seed_runs) if run.end_time]
@@ -107,7 +110,7 @@ def study_runs(address: StudyAddress, trial_runs: list[RunRecord], seed_runs: li
         trials=trials,
         seeds=_seeds_frame(complete),
         failures=_failures_frame([*trial_runs, *failed]),
-        unfinished=_unfinished_frame(unfinished),
+        unfinished=_unfinished_frame(trial_runs, unfinished),
         rel_errors=_rel_errors_frame(complete),
         n_duplicates=len(duplicates),
         latest=pd.Timestamp(max(ends), unit="ms", tz="UTC") if ends else None,
@@ -171,6 +174,36 @@ def _identity(runs: list[RunRecord], address: StudyAddress) -> tuple[str, str]:
     if versions != {str(schema.SCHEMA_VERSION)}:
         raise AnalysisError(f"{where} has runs of schema versions {sorted(versions)}, not {schema.SCHEMA_VERSION} only")
     return studies[0]
+
+
+def _fill_in(
+    trial_runs: list[RunRecord], seed_runs: list[RunRecord]
+) -> tuple[list[RunRecord], list[RunRecord]]:
+    """Give a run that is just being written, and has no params yet, those of another run of its trial.
+
+    A trial's run is created before its seeds' and gets its params after them. One of which no other run says anything
+    is left out: it comes with the next report.
+    """
+    described = {_trial_and_seed(run)[0]: run for run in (*seed_runs, *trial_runs) if run.params}
+
+    def filled(run: RunRecord) -> RunRecord | None:
+        if run.params or run.status != "RUNNING":
+            return run
+        trial, seed = _trial_and_seed(run)
+        if trial not in described:
+            return None
+        params = {key: value for key, value in described[trial].params.items() if key != "seed"}
+        counts = {field.key for field in schema.COUNTS}
+        metrics = {key: value for key, value in described[trial].metrics.items() if key in counts}
+        return replace(run, params=params | ({} if seed is None else {"seed": seed}), metrics=metrics)
+
+    return [run for run in map(filled, trial_runs) if run], [run for run in map(filled, seed_runs) if run]
+
+
+def _trial_and_seed(run: RunRecord) -> tuple[str, str | None]:
+    """Trial and seed as the key has them."""
+    trial, *seed = _tag(run, schema.KEY).split("/")[1:]
+    return trial, seed[0] if seed else None
 
 
 def _check_keys(runs: list[RunRecord], uuid: str) -> None:
@@ -255,8 +288,11 @@ def _failure_step(run: RunRecord) -> int | None:
     return int(text)
 
 
-def _unfinished_frame(runs: list[RunRecord]) -> pd.DataFrame:
-    rows = [{**_names(run), "status": run.status} for run in runs]
+def _unfinished_frame(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) -> pd.DataFrame:
+    """Seeds that are not finished, and trials of which more seeds are to come that have no run yet."""
+    begun = {_param(run, "trial") for run in seed_runs}
+    waiting = [run for run in trial_runs if run.status not in _OVER and _param(run, "trial") not in begun]
+    rows = [{**_names(run), "status": run.status} for run in (*seed_runs, *waiting)]
     return _frame(rows, {"trial": "int64", "arm": "str", "seed": "Int64", "status": "str"})
 
 

@@ -39,8 +39,8 @@ def trials_table(summary: pd.DataFrame) -> Table:
             "seeds": [f"{n}" for n in summary["n_seeds"]],
             "val loss (nats)": _intervals(summary, VAL_LOSS.key, VAL_LOSS),
             "val accuracy (%)": _intervals(summary, VAL_ACC.key, VAL_ACC),
-            "best val loss": _intervals(summary, "best/val_loss", VAL_LOSS),
-            "best val accuracy": _intervals(summary, "best/val_acc", VAL_ACC),
+            "best val loss": _means(summary, "best/val_loss", VAL_LOSS),
+            "best val accuracy": _means(summary, "best/val_acc", VAL_ACC),
             "tokens": [_count(value) for value in summary["total_tokens"]],
             "on frontier of": on_frontiers,
         }
@@ -51,10 +51,11 @@ def trials_table(summary: pd.DataFrame) -> Table:
 def frontier_table(summary: pd.DataFrame) -> Table:
     """The trials on the frontier of any measure, the smallest first."""
     on_any = summary[[frontier_key(measure) for measure in MEASURES]].any(axis=1)
-    rows = summary[on_any].sort_values("n_params", kind="stable", ignore_index=True)
-    columns = ["configuration", "family", "parameters", "% of dense", "seeds", "val loss (nats)", "val accuracy (%)",
+    rows = summary[on_any].sort_values("n_params", kind="stable")
+    columns = ["configuration", "family", "val loss (nats)", "val accuracy (%)", "parameters", "% of dense", "seeds",
                "on frontier of"]
-    return Table("frontier", rows, trials_table(rows).shown[columns])
+    shown = trials_table(summary).shown.loc[rows.index, columns]
+    return Table("frontier", rows.reset_index(drop=True), shown.reset_index(drop=True))
 
 
 def failures_table(runs: StudyRuns) -> Table:
@@ -113,6 +114,11 @@ def decimals_for(half_widths: pd.Series) -> int:
     """Decimals, 0 to 6, that give the typical interval of a column two digits; 3 if none has an interval."""
     typical = half_widths.median()
     return min(6, max(0, 1 - math.floor(math.log10(typical)))) if typical > 0 else 3
+
+
+def _means(summary: pd.DataFrame, key: str, measure: Measure) -> list[str]:
+    decimals = decimals_for(measure.scale * summary[half_width_key(key)])
+    return [with_interval(measure.scale * mean, math.nan, decimals) for mean in summary[schema.mean_key(key)]]
 
 
 def _intervals(summary: pd.DataFrame, key: str, measure: Measure) -> list[str]:

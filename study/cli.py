@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
+import socket
 import sys
 import warnings
 from datetime import timedelta
@@ -165,23 +165,30 @@ def status(directory: Folder) -> None:
 @app.command()
 def ui(
     directory: Folder,
-    port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000,
 ) -> None:
     """Open the study's MLflow UI on 127.0.0.1."""
     folder = StudyDirectory(directory)
     folder.load_config()
-    uri = folder.resolve_tracking_uri(folder.tracking_uri() or DEFAULT_TRACKING_URI)
+    recorded = folder.tracking_uri()
+    if recorded is None:
+        raise StudyError(f"{_show(folder)}: no runs in MLflow yet; write them: mpo-study sync {_show(folder)}")
+    uri = folder.resolve_tracking_uri(recorded)
     if not uri.startswith(("sqlite:", "postgresql:")):
         console.print(f"this study's runs are at {uri}: open that in a browser")
         return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StudyError(f"--port {port}: cannot listen there: {error.strerror}; give another port") from None
     console.print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    sys.stdout.flush()
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", "--default-artifact-root", folder.artifacts]
-    try:
-        raise typer.Exit(subprocess.run(command, env=os.environ | settings, check=False).returncode)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    os.execve(sys.executable, command, os.environ | settings)  # what ends this process then ends the server
 
 
 @app.command()

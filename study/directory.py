@@ -34,7 +34,11 @@ class StudyDirectory:
 
     @property
     def ledger_url(self) -> str:
-        return f"sqlite:///{(self.path / 'ledger.db').resolve()}"
+        return f"sqlite:///{self._ledger.resolve()}"
+
+    @property
+    def _ledger(self) -> Path:
+        return self.path / "ledger.db"
 
     @property
     def artifacts(self) -> str:
@@ -49,7 +53,15 @@ class StudyDirectory:
         """
         if not self.study_file.is_file():
             raise StudyError(f"{self.path}: no study here (no {self.study_file.name}); give a folder that a run made")
+        if not self._ledger.is_file():
+            raise StudyError(f"{self.path}: the study's ledger is gone (no {self._ledger.name}); put it back")
         return load_config(self.study_file)
+
+    def check_is_for(self, config: StudyConfig) -> None:
+        """Raise a StudyError where the folder has a study of another name."""
+        name = self._manifest().get("name", config.name)
+        if name != config.name:
+            raise StudyError(f"{self.path} is the folder of study {name}; give {config.name} another --dir")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -279,8 +279,8 @@ def open_database(url: str) -> sa.Engine:
     """
     try:
         engine = sa.create_engine(url)
-        with engine.connect():
-            return engine
+        sa.inspect(engine).get_table_names()  # to connect alone does not read a SQLite file
+        return engine
     except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
         try:
             shown = sa.make_url(url).render_as_string(hide_password=True)

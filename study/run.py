@@ -19,7 +19,7 @@ from study.scheduler.unit import store_corpus
 from study.search_space import listed_specs
 from study.storage import Storage
 from study.study_file import dump_config
-from study.tracking import BackgroundTracker, StudyRecord, Tracker
+from study.tracking import BackgroundTracker, StudyRecord, Tracker, first_line, hide_password
 from study.trial import SeedResult, TrialSpec, budget_hash, trial_shape
 
 TRACKING_OFF = "off"
@@ -80,12 +80,16 @@ def run_study(
     """
     corpus = study_corpus(config)
     with directory.locked():
+        directory.check_is_for(config)
+        storage = Storage(storage_url or directory.storage_url())
+        try:
+            store_corpus(storage, corpus)
+        except OSError as error:
+            raise StudyError(f"--storage {storage.url}: cannot write there: {error.strerror or error}") from None
         ledger = open_ledger(config, corpus, directory)
         ledger.record_driver(environment())
-        storage = Storage(storage_url or directory.storage_url())
-        store_corpus(storage, corpus)
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        directory.write(config, ledger.uuid, None if uri == TRACKING_OFF else uri, storage.url)
+        directory.write(config, ledger.uuid, directory.tracking_uri() if uri == TRACKING_OFF else uri, storage.url)
         n_trials = len(listed_specs(config)) + config.budget.trials
         with StudyProgress(console, ledger, n_trials, len(config.seed_list)) as progress:
             tracker = None
@@ -149,7 +153,8 @@ def open_tracker(
         vocab_size=len(corpus.vocabulary),
         log_weights=config.execution.keep_weights,
     )
-    artifacts = directory.artifacts if uri == DEFAULT_TRACKING_URI else None
+    # A server has a place for artifacts; a database alone has none, and MLflow would take the working folder.
+    artifacts = None if uri.startswith("http") else directory.artifacts
     return Tracker(directory.resolve_tracking_uri(uri), artifacts, storage, record)
 
 
@@ -165,8 +170,11 @@ def sync(config: StudyConfig, directory: StudyDirectory, storage_url: str | None
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
         storage = Storage(storage_url or directory.storage_url())
         tracker = open_tracker(uri, config, directory, ledger, corpus, storage)
-        for trial in ledger.trials.values():
-            tracker.write(trial, results_of(ledger, trial), len(config.seed_list))
+        try:
+            for trial in ledger.trials.values():
+                tracker.write(trial, results_of(ledger, trial), len(config.seed_list))
+        except Exception as error:  # MLflow raises whatever its backend raises
+            raise StudyError(f"cannot write to MLflow at {hide_password(uri)}: {first_line(error)}") from error
         directory.write(config, ledger.uuid, uri, storage.url)
         n_trials = len(ledger.trials)
         ledger.close()

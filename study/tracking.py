@@ -71,6 +71,10 @@ class Tracker:
         # Importing MLflow takes seconds, which a study with tracking off should not pay.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("DO_NOT_TRACK", "true")
+        # By default a server that is away is said to be so after four minutes, and on every one of eight attempts.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
         self._record, self._storage = record, storage
@@ -84,7 +88,7 @@ class Tracker:
         except StudyError:
             raise
         except Exception as error:  # MLflow raises whatever its backend raises
-            raise StudyError(f"cannot reach MLflow at {hide_password(uri)}: {_first_line(error)}") from error
+            raise StudyError(f"cannot reach MLflow at {hide_password(uri)}: {first_line(error)}") from error
         self._describe()
 
     def _open_experiment(self, artifacts: str | None) -> str:
@@ -143,25 +147,28 @@ class Tracker:
         if not results:
             return
         parent = self._known.get(schema.run_key(self._record.uuid, trial.number))
+        is_new = parent is None
         if parent is None:
             parent = self._create_trial(trial, results[0])
         if trial.duplicate_of is None:
             for result in results:
                 known = self._known.get(schema.run_key(self._record.uuid, trial.number, result.seed))
+                if known is not None and is_new:  # somebody deleted the parent that this run had
+                    self._client.set_tag(known.run_id, schema.PARENT, parent.run_id)
                 if known is None or not known.is_over:
                     self._write_seed(known or self._create_seed(parent, trial, result), trial, result)
         if parent.n_results < len(results) or (len(results) >= n_seeds and not parent.is_over):
             self._write_aggregates(parent, trial, results, is_over=len(results) >= n_seeds)
 
     def _create_trial(self, trial: Trial, first: SeedResult) -> _KnownRun:
-        tags = {} if trial.duplicate_of is None else {schema.DUPLICATE_OF: str(trial.duplicate_of)}
+        tags = _group_tags(trial)
+        if trial.duplicate_of is not None:
+            tags[schema.DUPLICATE_OF] = str(trial.duplicate_of)
         key = schema.run_key(self._record.uuid, trial.number)
-        run = self._create(key, schema.KIND_TRIAL, trial_name(trial), _milliseconds(first.started), tags)
-        self._log(run, _metrics(_counts(trial), _milliseconds(first.started)), self._params(trial))
-        return run
+        return self._create(key, schema.KIND_TRIAL, trial_name(trial), _milliseconds(first.started), tags)
 
     def _create_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> _KnownRun:
-        tags = {schema.PARENT: parent.run_id}
+        tags = _group_tags(trial) | {schema.PARENT: parent.run_id}
         if result.failure is not None:
             tags[schema.FAILURE] = result.failure
         if result.failure_step is not None:
@@ -191,7 +198,8 @@ class Tracker:
             if len(values) > 1:
                 metrics[schema.std_key(field.key)] = statistics.stdev(values)
         ended = _milliseconds(results[-1].ended)
-        self._log(run, _metrics(metrics, ended, step=len(results)), {})
+        counts = _metrics(_counts(trial), _milliseconds(results[0].started))
+        self._log(run, counts + _metrics(metrics, ended, step=len(results)), self._params(trial))
         run.n_results = len(results)
         if is_over:
             self._terminate(run, "FINISHED" if complete else "FAILED", ended)
@@ -248,6 +256,10 @@ def trial_name(trial: Trial) -> str:
     return f"{spec.arm} {what} (trial {trial.number})"
 
 
+def _group_tags(trial: Trial) -> dict[str, str]:
+    return {schema.FAMILY: trial.spec.family, schema.ARM: trial.spec.arm}
+
+
 def _counts(trial: Trial) -> dict[str, float]:
     return {field.key: getattr(trial.shape, field.key) for field in schema.COUNTS}
 
@@ -268,7 +280,7 @@ def hide_password(uri: str) -> str:
     return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -323,8 +335,8 @@ class BackgroundTracker:
             except Exception as error:  # whatever it is, the study must go on
                 tracker = None
                 if self.trouble is None:
-                    self._on_trouble(f"MLflow is away, the study goes on and catches up later: {_first_line(error)}")
-                self.trouble = _first_line(error)
+                    self._on_trouble(f"MLflow is away, the study goes on and catches up later: {first_line(error)}")
+                self.trouble = first_line(error)
                 with self._changed:
                     if self._closing or self._changed.wait_for(lambda: self._closing, timeout=self._pause):
                         return

@@ -16,7 +16,7 @@ from analysis.frontier import step_line
 from analysis.summary import MIN_SEEDS, Measure, n_statement
 
 _MARKER_SIZE = 5.2
-_AXES_HEIGHT, _ABOVE = 2.6, 0.5
+_AXES_HEIGHT, _ABOVE = 2.6, 0.45
 """Inches of the axes, and of what stands above them."""
 _FEW = "#8c8c8c"
 """Colour of a mean over too few seeds."""

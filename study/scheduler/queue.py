@@ -59,7 +59,10 @@ class Queue:
         for result in results:
             self.ledger.record(result)
             self._in_flight.discard((result.trial, result.seed))
-            checkpoints_of(self.storage, self.ledger.uuid, result.trial, result.seed).clear()
+            try:
+                checkpoints_of(self.storage, self.ledger.uuid, result.trial, result.seed).clear()
+            except OSError as error:
+                self.aborted = str(error)
             self.on_result(result)
 
     def give_up(self, unit: Unit, reason: str) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -86,6 +87,12 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, address: str | None = 
 def _connect(address: str) -> None:
     for variable, setting in _SETTINGS.items():
         os.environ.setdefault(variable, setting)
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():  # where nobody listens, Ray itself would go on trying for five minutes
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise StudyError(f"--address {address}: cannot connect to Ray: {error}") from None
     try:
         ray.init(
             address=address,

@@ -132,10 +132,8 @@ def test_frontier_figure_shows_the_numbers_it_is_given(measure):
     points = data.frontier_points(summary, measure)
     figure = frontier_figure(points, data.seed_points(summary, runs.seeds, measure), measure)
     axes = figure.axes[0]
-    drawn = {
-        tuple(line.get_xydata()[0]): line for line in axes.lines
-        if line.get_linestyle() == "None" and len(line.get_xydata()) == 1 and str(line.get_marker()) in "Do^s"
-    }  # fmt: skip
+    markers = [line for line in axes.lines if line.get_linestyle() == "None" and str(line.get_marker()) in "Do^s"]
+    drawn = {tuple(np.asarray(line.get_xydata())[0]): line for line in markers}
     assert len(drawn) == len(points)
     for row in points.to_dict("records"):
         line = drawn[row["n_params"], row["mean"]]

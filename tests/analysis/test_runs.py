@@ -15,7 +15,9 @@ ADDRESS = StudyAddress("sqlite:///mlflow.db", "tiny")
 COUNTS = {"n_params": 79_168.0, "n_params_compressed": 70_000.0, "n_params_dense": 808_448.0}
 
 
-def record(trial: int = 0, seed: int | None = None, status: str = "FINISHED", tags: dict[str, str] | None = None) -> RunRecord:
+def record(
+    trial: int = 0, seed: int | None = None, status: str = "FINISHED", tags: dict[str, str] | None = None
+) -> RunRecord:
     params = {"trial": str(trial)} | ({} if seed is None else {"seed": str(seed)})
     configuration = simulated_study.Configuration("mpo", 79_168, 1.86, chi=8)
     params |= {key: str(value) for key, value in configuration.params.items() if value is not None}
@@ -109,6 +111,30 @@ def test_study_runs_counts_what_is_neither_complete_nor_failed(status):
     runs = study_runs(ADDRESS, [record()], [replace(record(seed=0, status=status), metrics={})])
     assert runs.unfinished["status"].tolist() == [status]
     assert runs.trials["n_unfinished"].tolist() == [1]
+
+
+def test_study_runs_lists_a_trial_that_waits_for_seeds():
+    runs = study_runs(ADDRESS, [record(status="RUNNING"), record(trial=1)], [record(seed=0), record(trial=1, seed=0)])
+    assert runs.unfinished["trial"].tolist() == [0]
+    assert runs.unfinished["seed"].isna().all()
+    assert runs.trials["n_seeds"].tolist() == [1, 1]
+
+
+def test_study_runs_reads_a_study_that_is_being_written():
+    """The writer creates a trial's run, writes its seeds, and then the trial's params."""
+    empty = {"params": {}, "metrics": {}}
+    just_created = replace(record(trial=1, status="RUNNING"), **empty)
+    with_a_seed = replace(record(status="RUNNING"), **empty)
+    next_seed = replace(record(seed=1, status="RUNNING"), **empty)
+    runs = study_runs(ADDRESS, [with_a_seed, just_created], [record(seed=0), next_seed])
+    assert runs.trials["trial"].tolist() == [0]
+    assert list(runs.trials.loc[0, ["chi", "n_params", "n_seeds", "n_unfinished"]]) == [8, 79_168, 1, 1]
+    assert runs.unfinished.to_dict("records") == [{"trial": 0, "arm": "mpo", "seed": 1, "status": "RUNNING"}]
+
+
+def test_study_runs_refuses_a_finished_run_without_params():
+    with pytest.raises(AnalysisError, match="has no param"):
+        study_runs(ADDRESS, [replace(record(), params={})], [record(seed=0)])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,442 @@
+"""Training one seed: the schedule, what is measured, and that nothing but spec, corpus and seed matters."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+import mpo_core
+from analysis import run_schema
+from study.config import Protocol
+from study.corpus import Windows, load_corpus
+from study.search_space import listed_specs
+from study.storage import Checkpoints, Storage
+from study.study_file import validate
+from study.training import Training, learning_rate_at, train_seed
+from study.trial import build_model
+
+LAYERS = [
+    *(f"blocks.0.{name}" for name in (
+        "attention.query", "attention.key", "attention.value", "attention.output", "feed_forward.up",
+        "feed_forward.down",
+    )),
+    "lm_head",
+]
+
+
+@pytest.fixture
+def corpus(small_text):
+    return load_corpus(small_text)
+
+
+@pytest.fixture
+def spec_of(small_study):
+    """Makes the trial of a dense arm (no changes), or of an MPO arm with these values."""
+
+    def make(protocol=None, model=None, **arm):
+        arms = [{"name": "dense", "family": "dense"}]
+        if arm:
+            arms.append({"name": "mpo", "family": "mpo"} | arm)
+        return listed_specs(validate(small_study(arms=arms, protocol=protocol or {}, model=model or {}), "here"))[-1]
+
+    return make
+
+
+def model_with(weights, spec, corpus):
+    model, _ = build_model(spec, len(corpus.vocabulary), lambda name: torch.Generator())
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def oracle(weights, spec, corpus):
+    """Validation loss and accuracy, one token at a time: each sees its own window up to itself and nothing else."""
+    model = model_with(weights, spec, corpus)
+    tokens, context = corpus.validation, spec.model.context
+    losses, hits = [], []
+    for position in range(1, len(tokens)):
+        start = (position - 1) // context * context
+        with torch.no_grad():
+            logits = model(tokens[start:position][None])[0, -1].double()
+        losses.append(float(logits.logsumexp(0) - logits[tokens[position]]))
+        hits.append(int(logits.argmax()) == int(tokens[position]))
+    return sum(losses) / len(losses), sum(hits) / len(hits)
+
+
+def equal_states(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def without_times(result):
+    final = {key: value for key, value in result.final.items() if key != "train_seconds"}
+    return (result.state, final, result.curve, result.rel_errors, result.failure, result.failure_step)
+
+
+# Schedule -------------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    protocol = Protocol(steps=100, warmup_steps=10, learning_rate=0.02)
+    assert learning_rate_at(0, protocol) == pytest.approx(0.002)
+    assert learning_rate_at(4, protocol) == pytest.approx(0.01)
+    assert learning_rate_at(9, protocol) == pytest.approx(0.02)
+    assert learning_rate_at(10, protocol) == pytest.approx(0.02)
+    assert learning_rate_at(55, protocol) == pytest.approx(0.01)  # half way down
+    assert learning_rate_at(100, protocol) == pytest.approx(0.0, abs=1e-18)
+    rates = [learning_rate_at(step, protocol) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_learning_rate_without_warm_up_begins_at_its_peak():
+    assert learning_rate_at(0, Protocol(steps=10, warmup_steps=0, learning_rate=0.02)) == 0.02
+
+
+def test_training_is_a_plain_loop(spec_of, corpus):
+    spec = spec_of(protocol={"grad_clip": 0.5, "weight_decay": 0.3, "betas": [0.8, 0.9]})
+    _, weights = train_seed(spec, 3, corpus)
+    training = Training(spec, 3, corpus)
+    model, protocol = training.model, spec.protocol
+    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.9), weight_decay=0.3, foreach=False, fused=False)
+    batches = Windows(corpus.train, 12, 4, 8, 3, "data")
+    for step in range(12):
+        inputs, targets = batches.batch(step)
+        loss = -model(inputs).log_softmax(-1).gather(-1, targets[..., None]).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(float((parameter.grad**2).sum()) for parameter in model.parameters()))
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, 0.5 / norm)
+        optimiser.param_groups[0]["lr"] = learning_rate_at(step, protocol)
+        optimiser.step()
+    torch.testing.assert_close(dict(model.state_dict()), dict(weights), rtol=1e-4, atol=1e-5)
+
+
+# What is learned and measured -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", [{}, {"chi": 8}, {"chi": 8, "init": "paper"}, {"chi": 8, "init": "tt_svd"}])
+def test_loss_falls_on_a_text_that_can_be_learned(spec_of, corpus, arm):
+    spec = spec_of({"steps": 150, "batch_size": 8, "eval_every": 50}, {"d_model": 16}, **arm)
+    result, _ = train_seed(spec, 0, corpus)
+    losses = [row["val_loss"] for row in result.curve]
+    assert losses[-1] < losses[0] - 0.7
+    assert result.final["final/train_loss"] == pytest.approx(losses[-1], abs=0.3)
+    assert result.final["final/val_acc"] > 0.4 > result.curve[0]["val_acc"]
+
+
+@pytest.mark.parametrize("arm", [{}, {"chi": 3}])
+def test_validation_is_every_token_of_the_split_once(spec_of, corpus, arm):
+    spec = spec_of({"steps": 30}, **arm)
+    result, weights = train_seed(spec, 0, corpus)
+    loss, accuracy = oracle(weights, spec, corpus)
+    assert result.final["final/val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert result.final["final/val_acc"] == accuracy
+    assert (len(corpus.validation) - 1) % spec.model.context  # a shorter window at the end took part
+
+
+def test_validation_does_not_depend_on_its_batches(spec_of, corpus, monkeypatch):
+    rows = []
+    for tokens in (8, 24, 8192):
+        monkeypatch.setattr("study.training.EVALUATION_TOKENS", tokens)
+        rows.append(train_seed(spec_of(), 0, corpus)[0].final)
+    for row in rows[1:]:
+        assert row["final/val_loss"] == pytest.approx(rows[0]["final/val_loss"], rel=1e-6)
+        assert row["final/val_acc"] == rows[0]["final/val_acc"]
+
+
+def test_sampled_estimate_is_a_mean_over_random_windows(spec_of, corpus):
+    spec = spec_of({"sampled_eval_batches": 100, "sampled_eval_batch_size": 10})
+    result, weights = train_seed(spec, 0, corpus)
+    model = model_with(weights, spec, corpus)
+    windows = corpus.validation.unfold(0, spec.model.context + 1, 1)
+    with torch.no_grad():
+        logits = model(windows[:, :-1])
+    losses = -logits.log_softmax(-1).gather(-1, windows[:, 1:, None])[..., 0].mean(dim=1)
+    hits = (logits.argmax(-1) == windows[:, 1:]).double().mean(dim=1)
+    for values, key in ((losses, "final/val_loss_sampled"), (hits, "final/val_acc_sampled")):
+        error = float(values.std()) / 1000**0.5
+        assert abs(result.final[key] - float(values.mean())) < 4 * error
+        assert result.final[key] != float(values.mean())
+
+
+def test_every_recorded_key_is_in_the_run_schema(spec_of, corpus):
+    result, _ = train_seed(spec_of(), 1, corpus, trial=7)
+    curve_keys = {field.key for field in run_schema.CURVES}
+    assert [row["step"] for row in result.curve] == [0, 4, 8, 12]
+    assert [row.keys() - {"step"} for row in result.curve[1:]] == [curve_keys] * 3
+    assert result.curve[0].keys() - {"step"} == curve_keys - {"train_loss"}  # there is none before the first step
+    assert result.final.keys() == {field.key for field in run_schema.FINALS}
+    assert [row["tokens"] for row in result.curve] == [0, 128, 256, 384]
+    assert (result.final["train_tokens"], result.final["total_tokens"]) == (384, 384)
+    assert (result.trial, result.seed, result.state, result.failure) == (7, 1, "complete", None)
+    assert result.started <= result.ended
+
+
+def test_final_is_the_last_row_and_best_the_lowest(spec_of, corpus):
+    # A rate this high makes the curve go up again.
+    result, _ = train_seed(spec_of({"steps": 40, "learning_rate": 1.0, "eval_every": 5}), 0, corpus)
+    losses = [row["val_loss"] for row in result.curve]
+    lowest = min(range(len(losses)), key=losses.__getitem__)
+    assert losses != sorted(losses, reverse=True)
+    assert result.final["best/val_loss"] == losses[lowest]
+    assert result.final["best/step"] == result.curve[lowest]["step"]
+    assert result.final["best/val_acc"] == max(row["val_acc"] for row in result.curve)
+    for key in ("val_loss", "val_acc", "val_loss_sampled", "val_acc_sampled", "train_loss"):
+        assert result.final[f"final/{key}"] == result.curve[-1][key]
+
+
+def test_rows_are_handed_on_as_they_come(spec_of, corpus):
+    rows = []
+    result, _ = train_seed(spec_of(), 0, corpus, on_evaluation=rows.append)
+    assert rows == result.curve
+
+
+def test_dense_layers_are_decomposed_before_and_after(spec_of, corpus):
+    spec = spec_of()
+    result, weights = train_seed(spec, 0, corpus, rel_error_chis=(2, 64))
+    keys = {run_schema.parse_rel_error_key(key) for key in result.rel_errors}
+    assert keys == set(product(("init", "trained"), (2, 64), LAYERS))
+    for (chi, layer), error in mpo_core.rel_errors(model_with(weights, spec, corpus), (2, 64)).items():
+        assert result.rel_errors[run_schema.rel_error_key("trained", chi, layer)] == error
+        assert error < 1e-6 if chi == 64 else error > 0.1
+
+
+def test_mpo_trained_from_scratch_has_no_rel_errors(spec_of, corpus):
+    assert train_seed(spec_of(chi=2), 0, corpus, rel_error_chis=(2,))[0].rel_errors == {}
+
+
+# From a teacher -------------------------------------------------------------------------------------------------------
+
+
+def test_full_chi_starts_where_the_teacher_ended(spec_of, corpus):
+    teacher, weights = train_seed(spec_of({"steps": 40}), 0, corpus)
+    spec = spec_of(chi=64, teacher="dense", steps=6)
+    result, _ = train_seed(spec, 0, corpus, teacher_weights=weights, teacher_tokens=1280)
+    assert result.curve[0]["val_loss"] == pytest.approx(teacher.final["final/val_loss"], rel=1e-5)
+    assert result.curve[0]["val_acc"] == pytest.approx(teacher.final["final/val_acc"], abs=0.01)
+    errors = {run_schema.parse_rel_error_key(key): error for key, error in result.rel_errors.items()}
+    assert errors.keys() == set(product(("compressed",), (64,), LAYERS))
+    assert max(errors.values()) < 1e-6
+    assert (result.final["train_tokens"], result.final["total_tokens"]) == (6 * 4 * 8, 6 * 4 * 8 + 1280)
+
+
+def test_compression_costs_what_its_rel_errors_say_and_keeps_the_rest(spec_of, corpus):
+    spec = spec_of(chi=2, teacher="dense")
+    teacher, weights = train_seed(spec_of({"steps": 40}), 0, corpus, rel_error_chis=(2,))
+    kept = {name: value.clone() for name, value in weights.items()}
+    training = Training(spec, 0, corpus, teacher_weights=weights)
+    for name, value in training.model.state_dict().items():
+        if ".cores." not in name:
+            assert torch.equal(value, weights[name])
+    result, _ = train_seed(spec, 0, corpus, teacher_weights=weights)
+    assert equal_states(weights, kept)  # fine-tuning does not write into its teacher
+    for layer in LAYERS:
+        compressed = result.rel_errors[run_schema.rel_error_key("compressed", 2, layer)]
+        trained = teacher.rel_errors[run_schema.rel_error_key("trained", 2, layer)]
+        assert compressed == pytest.approx(trained, rel=1e-6)
+
+
+# What a result depends on ---------------------------------------------------------------------------------------------
+
+
+def seen_by(spec, seed, corpus, teacher_weights=None):
+    """Every training batch that reaches the model, in order."""
+    training = Training(spec, seed, corpus, teacher_weights=teacher_weights)
+    seen = []
+    training.model.register_forward_pre_hook(
+        lambda model, arguments: seen.append(arguments[0].clone()) if torch.is_grad_enabled() else None
+    )
+    training.run()
+    assert len(seen) == spec.protocol.steps
+    return torch.stack(seen)
+
+
+def test_one_seed_means_one_data_order_for_every_family(spec_of, corpus):
+    dense = seen_by(spec_of(), 0, corpus)
+    assert torch.equal(dense, seen_by(spec_of(), 0, corpus))
+    assert torch.equal(dense, seen_by(spec_of(chi=3), 0, corpus))
+    assert torch.equal(dense, seen_by(spec_of(chi=8, init="paper", learning_rate=0.5), 0, corpus))
+    assert not torch.equal(dense, seen_by(spec_of(), 1, corpus))
+
+
+def test_fine_tuning_sees_other_batches_than_its_teacher_did(spec_of, corpus):
+    _, weights = train_seed(spec_of(), 0, corpus)
+    fine_tuned = seen_by(spec_of(chi=3, teacher="dense"), 0, corpus, weights)
+    taught = seen_by(spec_of(), 0, corpus)
+    assert fine_tuned.shape == taught.shape
+    assert not any(torch.equal(one, two) for one, two in zip(fine_tuned, taught, strict=True))
+
+
+def test_what_families_share_starts_equal(spec_of, corpus):
+    states = [Training(spec, 5, corpus).model.state_dict() for spec in (spec_of(), spec_of(chi=2), spec_of(chi=8))]
+    shared = [name for name in states[0] if name in states[1]]
+    assert "embedding.weight" in shared
+    assert "blocks.0.attention.output.bias" in shared
+    for state in states[1:]:
+        assert all(torch.equal(state[name], states[0][name]) for name in shared)
+    assert float(states[0]["embedding.weight"].std()) == pytest.approx(0.02, rel=0.3)
+    other_seed = Training(spec_of(), 6, corpus).model.state_dict()
+    assert not torch.equal(other_seed["embedding.weight"], states[0]["embedding.weight"])
+
+
+def test_layers_of_one_shape_start_different(spec_of, corpus):
+    state = Training(spec_of(), 0, corpus).model.state_dict()
+    square = [state[f"blocks.0.attention.{name}.weight"] for name in ("query", "key", "value", "output")]
+    for index, one in enumerate(square):
+        assert not any(torch.equal(one, two) for two in square[index + 1 :])
+
+
+def test_seeds_give_different_results_and_repeat_themselves(spec_of, corpus):
+    results = [train_seed(spec_of(chi=3), seed, corpus)[0] for seed in (0, 1, 0)]
+    assert without_times(results[0]) == without_times(results[2])
+    assert results[0].final["final/val_loss"] != results[1].final["final/val_loss"]
+
+
+def test_global_random_state_neither_matters_nor_changes(spec_of, corpus):
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        results.append(train_seed(spec_of(chi=3, init="paper"), 0, corpus))
+        after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        assert torch.equal(before[0], after[0])
+        assert before[1:] == after[1:]
+    assert without_times(results[0][0]) == without_times(results[1][0])
+    assert equal_states(results[0][1], results[1][1])
+
+
+# Interruption ---------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(spec, corpus, checkpoints, step, teacher_weights):
+    """Train until the forward pass of this step begins, where the process is taken to end."""
+    training = Training(spec, 0, corpus, teacher_weights=teacher_weights)
+
+    def end(model, arguments):
+        if torch.is_grad_enabled() and training.step == step:
+            raise Interrupted
+
+    training.model.register_forward_pre_hook(end)
+    with pytest.raises(Interrupted):
+        training.run(checkpoints, checkpoint_seconds=0)
+
+
+@pytest.mark.parametrize("arm", [{}, {"chi": 3}, {"chi": 3, "teacher": "dense"}], ids=["dense", "mpo", "fine-tune"])
+def test_run_interrupted_at_any_step_ends_bit_identical(spec_of, corpus, tmp_path, arm):
+    spec = spec_of(**arm)
+    teacher = train_seed(spec_of(), 0, corpus)[1] if "teacher" in arm else None
+    expected, expected_weights = train_seed(spec, 0, corpus, teacher_weights=teacher, rel_error_chis=(2,))
+    for step in range(spec.protocol.steps):
+        checkpoints = Checkpoints(Storage(str(tmp_path)), f"step{step}")
+        interrupt(spec, corpus, checkpoints, step, teacher)
+        rows = []
+        result, weights = train_seed(
+            spec, 0, corpus, teacher_weights=teacher, rel_error_chis=(2,), checkpoints=checkpoints,
+            on_evaluation=rows.append,
+        )
+        assert without_times(result) == without_times(expected)
+        assert equal_states(weights, expected_weights)
+        assert all(row["step"] > step for row in rows)  # it did go on from there
+
+
+def test_run_interrupted_at_every_step_ends_bit_identical(spec_of, corpus, tmp_path):
+    spec = spec_of(chi=3)
+    expected, expected_weights = train_seed(spec, 0, corpus)
+    checkpoints = Checkpoints(Storage(str(tmp_path)), "run")
+    for step in range(spec.protocol.steps):
+        training = Training(spec, 0, corpus)
+        checkpoint = checkpoints.load()
+        assert (checkpoint is None) == (step == 0)
+        if checkpoint is not None:
+            training.restore(*checkpoint)
+            assert training.step == step
+        if step in (0, 4, 8):
+            training.curve.append(training._evaluation())
+        training.optimiser_step()
+        checkpoints.save(training.step, *training.state())
+    result, weights = train_seed(spec, 0, corpus, checkpoints=checkpoints)
+    assert without_times(result) == without_times(expected)
+    assert equal_states(weights, expected_weights)
+
+
+def test_run_interrupted_while_it_reports_ends_bit_identical(spec_of, corpus, tmp_path):
+    spec = spec_of()
+    expected, expected_weights = train_seed(spec, 0, corpus)
+    checkpoints = Checkpoints(Storage(str(tmp_path)), "run")
+
+    def end(row):
+        if row["step"] == 8:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_seed(spec, 0, corpus, checkpoints=checkpoints, checkpoint_seconds=0, on_evaluation=end)
+    result, weights = train_seed(spec, 0, corpus, checkpoints=checkpoints)
+    assert without_times(result) == without_times(expected)
+    assert equal_states(weights, expected_weights)
+
+
+def test_damaged_checkpoints_cost_time_and_nothing_else(spec_of, corpus, tmp_path):
+    spec = spec_of(chi=3)
+    expected, expected_weights = train_seed(spec, 0, corpus)
+    for n_damaged in (1, 2):  # one, then all that are kept
+        storage = Storage(str(tmp_path / str(n_damaged)))
+        checkpoints = Checkpoints(storage, "run")
+        interrupt(spec, corpus, checkpoints, 9, None)
+        keys = storage.keys("run")
+        assert len(keys) == 2
+        for key in keys[-n_damaged:]:
+            storage.write(key, storage.read(key)[:-1])
+        result, weights = train_seed(spec, 0, corpus, checkpoints=checkpoints)
+        assert without_times(result) == without_times(expected)
+        assert equal_states(weights, expected_weights)
+
+
+def test_seconds_add_up_over_an_interruption(spec_of, corpus, tmp_path):
+    spec, checkpoints = spec_of(), Checkpoints(Storage(str(tmp_path)), "run")
+    interrupt(spec, corpus, checkpoints, 11, None)
+    before = checkpoints.load()[1]["seconds"]
+    result, _ = train_seed(spec, 0, corpus, checkpoints=checkpoints)
+    assert 0 < before < result.final["train_seconds"] < 60
+
+
+# Divergence -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", [{}, {"chi": 3}], ids=["dense", "mpo"])
+def test_divergence_is_a_failed_result_with_its_curve(spec_of, corpus, arm):
+    protocol = {"learning_rate": 1e4, "eval_every": 1}
+    result, _ = train_seed(spec_of(protocol, **arm), 0, corpus, rel_error_chis=(2,))
+    healthy, _ = train_seed(spec_of({"eval_every": 1}, **arm), 0, corpus, rel_error_chis=(2,))
+    assert result.state == "failed"
+    assert result.failure.startswith("diverged: the ")
+    assert result.failure.endswith(f" is not finite at step {result.failure_step}")
+    assert 0 < result.failure_step <= 12
+    assert result.final == {}
+    assert [row["step"] for row in result.curve] == list(range(len(result.curve)))
+    assert len(result.curve) in (result.failure_step, result.failure_step + 1)
+    assert all(math.isfinite(value) for row in result.curve for value in row.values())
+    assert result.curve[0]["val_loss"] == healthy.curve[0]["val_loss"]
+    # Of the rel_errors, those from before the training are known all the same.
+    before = {key: error for key, error in healthy.rel_errors.items() if "/init/" in key}
+    assert result.rel_errors == before
+
+
+def test_divergence_comes_again_at_the_same_step_after_an_interruption(spec_of, corpus, tmp_path):
+    spec = spec_of({"learning_rate": 1e2})
+    expected, _ = train_seed(spec, 0, corpus)
+    assert expected.failure_step > 2
+    checkpoints = Checkpoints(Storage(str(tmp_path)), "run")
+    interrupt(spec, corpus, checkpoints, expected.failure_step - 1, None)
+    result, _ = train_seed(spec, 0, corpus, checkpoints=checkpoints)
+    assert without_times(result) == without_times(expected)
