@@ -107,6 +107,14 @@ def n_statement(counts: pd.Series) -> str:
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
+def interval_statement(drawn_as: str, counts: pd.Series) -> str:
+    """What intervals a figure shows, for trials of so many seeds."""
+    if counts.max() < MIN_SEEDS:
+        return f"no intervals below n = {MIN_SEEDS}"
+    where = f" where n ≥ {MIN_SEEDS}" if counts.min() < MIN_SEEDS else ""
+    return f"{drawn_as}: 95 % t intervals{where}"
+
+
 def _group(family: str, start: str, largest: bool) -> str:
     if family == "dense" and start == "scratch":
         return DENSE if largest else SMALLER_DENSE

@@ -11,6 +11,8 @@ from study.config import StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment
+from study.errors import StudyError
+from study.errors import StudyError
 from study.ledger import Asked, Ledger, Trial
 from study.progress import StudyProgress
 from study.scheduler.inline import run_inline

@@ -9,11 +9,11 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.figures import labels
-from analysis.summary import group_order, n_statement
+from analysis.summary import group_order, interval_statement, n_statement
 
 _SHOWN_FROM = 0.2
 """The loss axis holds every mean from this share of a run's tokens on; the fall before it would flatten the rest."""
-_PANEL_HEIGHT = 1.75
+_LEFT, _PANEL_HEIGHT = 0.6, 1.75
 
 
 def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str = "") -> Figure:
@@ -30,7 +30,8 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
     margin = 0.06 * (high - low) or 0.1
     final = means[means["is_reference"]].groupby("trial")["mean"].last()
     text = style.footer(
-        f"Means over complete seeds, {n_statement(means['n_seeds'])}; bands: 95 % t intervals; thin lines: seeds.",
+        f"Means over complete seeds, {n_statement(means['n_seeds'])}; {interval_statement('bands', means['n_seeds'])}; "
+        "thin lines: seeds.",
         "Dashed: dense at its last step." if len(final) else "",
         "Tokens count from the start of each run, so a teacher's are not included; the loss axis leaves out the start.",
         note,
@@ -52,8 +53,8 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
             in_row = panels[row * n_columns : (row + 1) * n_columns]
             # Panels of a column line up, so each column leaves room for the longest label in it.
             columns = [max(beside[name] for name in panels[other::n_columns]) for other in range(n_columns)]
-            width = (style.WIDTH - 0.5 - sum(columns) - 0.12 * (n_columns - 1)) / n_columns
-            left = 0.5 + sum(columns[:column]) + column * (width + 0.12)
+            width = (style.WIDTH - _LEFT - sum(columns) - 0.12 * (n_columns - 1)) / n_columns
+            left = _LEFT + sum(columns[:column]) + column * (width + 0.12)
             bottom = foot + 0.42 + row_height * (n_rows - 1 - row)
             axes = figure.add_axes(
                 (left / style.WIDTH, bottom / height, width / style.WIDTH, _PANEL_HEIGHT / height)

@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from analysis import style
 from analysis.figures import labels
 from analysis.figures.data import EXACT
-from analysis.summary import n_statement
+from analysis.summary import interval_statement, n_statement
 
 _TITLES = {"init": "Dense weights at initialisation", "trained": "Dense weights after training"}
 
@@ -28,8 +28,8 @@ def rel_error_figure(means: pd.DataFrame, note: str = "") -> Figure:
     kinds = drawn.groupby("kind")["mean"].mean().sort_values(ascending=False).index
     colors = {kind: style.LINE_COLORS[index % len(style.LINE_COLORS)] for index, kind in enumerate(kinds)}
     text = style.footer(
-        f"TT-SVD of the dense model's layers, means over its blocks; {n_statement(means['n_seeds'])} seeds, "
-        "bars: 95 % t intervals over seeds.",
+        f"TT-SVD of the dense model's layers, means over its blocks and seeds; {n_statement(means['n_seeds'])}; "
+        f"{interval_statement('bars', means['n_seeds'])}.",
         note,
     )
     with style.context():

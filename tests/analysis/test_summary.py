@@ -7,7 +7,15 @@ import pytest
 import simulated_study
 from scipy import stats
 
-from analysis.summary import MEASURES, frontier_key, group_order, half_width_key, n_statement, summarise
+from analysis.summary import (
+    MEASURES,
+    frontier_key,
+    group_order,
+    half_width_key,
+    interval_statement,
+    n_statement,
+    summarise,
+)
 
 USUAL = simulated_study.awkward_studies()["usual"]
 DENSE = USUAL[0]
@@ -106,3 +114,15 @@ def test_group_order_puts_known_families_first():
 @pytest.mark.parametrize(("counts", "stated"), [([3, 3], "n = 3"), ([5, 1, 3], "n = 1 to 5")])
 def test_n_statement_says_what_holds_for_all(counts, stated):
     assert n_statement(pd.Series(counts)) == stated
+
+
+@pytest.mark.parametrize(
+    ("counts", "stated"),
+    [
+        ([1, 2], "no intervals below n = 3"),
+        ([2, 3], "bars: 95 % t intervals where n ≥ 3"),
+        ([3, 5], "bars: 95 % t intervals"),
+    ],
+)
+def test_interval_statement_promises_no_interval_that_is_not_drawn(counts, stated):
+    assert interval_statement("bars", pd.Series(counts)) == stated

