@@ -48,7 +48,7 @@ def report(
     try:
         _report(study, tracking_uri, experiment, out)
     except AnalysisError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"mpo-analysis: {error}", err=True)
         raise typer.Exit(2) from None
 
 

@@ -73,7 +73,7 @@ def test_report_command_says_what_is_wrong_in_one_line(invoke, arguments, messag
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.startswith(f"mpo-analysis: {message}")
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

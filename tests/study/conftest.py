@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from study.corpus import load_corpus
+from study.search_space import listed_specs
+from study.study_file import validate
+
 WORDS = ("tensor", "train", "bond", "site", "core", "chi")
 
 
@@ -46,5 +50,23 @@ def small_study(small_text):
         for key, value in changes.items():
             study[key] = study[key] | value if isinstance(value, dict) and key in study else value
         return study
+
+    return make
+
+
+@pytest.fixture
+def corpus(small_text):
+    return load_corpus(small_text)
+
+
+@pytest.fixture
+def spec_of(small_study):
+    """Makes the trial of a dense arm (no changes), or of an MPO arm with these values."""
+
+    def make(protocol=None, model=None, **arm):
+        arms = [{"name": "dense", "family": "dense"}]
+        if arm:
+            arms.append({"name": "mpo", "family": "mpo"} | arm)
+        return listed_specs(validate(small_study(arms=arms, protocol=protocol or {}, model=model or {}), "here"))[-1]
 
     return make

@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import shutil
+import socket
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from study_fixtures import (
+    DENSE,
+    MPO,
+    contents,
+    database,  # noqa: F401 (a fixture)
+    ledger_at,
+    made_up,
+    mlflow_client,
+    mlflow_template,  # noqa: F401 (a fixture)
+    printed_by_run,
+    run_at,
+    runs_in,
+    write_study,
+)
+
+from analysis import run_schema as schema
+from study.directory import StudyDirectory
+from study.errors import StudyError
+from study.run import open_tracker, results_of, study_corpus, sync
+from study.storage import Storage
+from study.study_file import load_config
+from study.tracking import BackgroundTracker, hide_password
+
+pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
+
+WILD = {"name": "wild", "family": "dense", "learning_rate": 1e30}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished study that MLflow does not have: its study file and its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    arms = [DENSE, MPO | {"chi": [2, 500, 1000]}, WILD,
+            {"name": "tuned", "family": "mpo", "chi": 2, "teacher": "dense", "steps": 4}]
+    file = write_study(folder, arms=arms, seeds=[0, 7], description="What it is for.")
+    run_at(file, folder / "study")
+    return file, folder / "study"
+
+
+@pytest.fixture
+def opened(finished):
+    """The finished study's ledger, and what opens a tracker over it."""
+    file, folder = finished
+    config, directory = load_config(file), StudyDirectory(folder)
+    ledger = ledger_at(file, folder)
+
+    def connect(path, **changes):
+        corpus = study_corpus(config)
+        uri = path if isinstance(path, str) else f"sqlite:///{path}"
+        storage = Storage(directory.storage_url())
+        return open_tracker(uri, config.model_copy(update=changes), directory, ledger, corpus, storage)
+
+    yield ledger, connect
+    ledger.close()
+
+
+def write_all(ledger, tracker):
+    for trial in ledger.trials.values():
+        tracker.write(trial, results_of(ledger, trial), 2)
+
+
+def keys_of(ledger):
+    """Keys that MLflow must have: a run for each trial, and one for each seed of what is no duplicate."""
+    seeds = [
+        schema.run_key(ledger.uuid, t.number, s) for t in ledger.trials.values() if t.duplicate_of is None for s in (0, 7)
+    ]
+    trials = [schema.run_key(ledger.uuid, number) for number in ledger.trials]
+    return sorted([*trials, *seeds, f"{ledger.uuid}/summary"])
+
+
+# What is written ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(opened, database):  # noqa: F811
+    ledger, connect = opened
+    write_all(ledger, connect(database))
+    return ledger, database, runs_in(database)
+
+
+def test_tracker_writes_one_run_for_each_trial_and_each_seed(written):
+    ledger, _, runs = written
+    assert sorted(runs) == keys_of(ledger)
+    assert all(len(same) == 1 for same in runs.values())
+    for (trial, seed), result in ledger.results.items():
+        [parent], [child] = (runs[schema.run_key(ledger.uuid, trial, s)] for s in (None, seed))
+        assert child.data.tags[schema.PARENT] == parent.info.run_id
+        assert schema.PARENT not in parent.data.tags
+        assert child.info.status == ("FINISHED" if result.state == "complete" else "FAILED")
+        assert child.info.end_time - child.info.start_time < 60_000
+        assert parent.info.status == child.info.status
+
+
+def test_tracker_writes_params_that_the_schema_reads_back(written):
+    ledger, _, runs = written
+    for (number, seed), _ in ledger.results.items():
+        [run] = runs[schema.run_key(ledger.uuid, number, seed)]
+        trial = ledger.trials[number]
+        read = {key: schema.FIELDS["param", key].dtype(text) for key, text in run.data.params.items()}
+        assert read["trial"] == number
+        assert read["seed"] == seed
+        assert read["d_ff"] == 32
+        assert read["learning_rate"] == trial.spec.protocol.learning_rate
+        assert read["budget_hash"] == trial.budget_hash
+        for key in ("arm", "family", "chi", "n_sites", "factorisation", "init", "teacher", "start"):
+            assert read.get(key) == getattr(trial.spec, key)
+        [parent] = runs[schema.run_key(ledger.uuid, number)]
+        assert parent.data.params == {key: text for key, text in run.data.params.items() if key != "seed"}
+
+
+def test_tracker_writes_every_evaluation(written):
+    ledger, path, runs = written
+    client = mlflow_client(path)
+    for (trial, seed), result in ledger.results.items():
+        [run] = runs[schema.run_key(ledger.uuid, trial, seed)]
+        for field in schema.CURVES:
+            history = client.get_metric_history(run.info.run_id, field.key)
+            points = [(row["step"], row[field.key]) for row in result.curve if field.key in row]
+            assert [(point.step, point.value) for point in history] == points
+        for key, value in (result.final | result.rel_errors).items():
+            assert run.data.metrics[key] == value
+
+
+def test_tracker_writes_means_and_deviations_over_complete_seeds(written):
+    ledger, _, runs = written
+    for trial in ledger.trials.values():
+        [run] = runs[schema.run_key(ledger.uuid, trial.number)]
+        finals = [result.final for result in results_of(ledger, trial) if result.state == "complete"]
+        assert run.data.metrics[schema.N_SEEDS] == len(finals)
+        assert run.data.metrics[schema.N_FAILED] == 2 - len(finals)
+        assert run.data.metrics["n_params"] == trial.shape.n_params
+        for field in schema.FINALS:
+            values = [final[field.key] for final in finals]
+            mean, std = schema.mean_key(field.key), schema.std_key(field.key)
+            if values:
+                assert run.data.metrics[mean] == pytest.approx(np.mean(values), rel=1e-15)
+                assert run.data.metrics[std] == pytest.approx(np.std(values, ddof=1), rel=1e-12, abs=1e-18)
+            else:
+                assert not {mean, std} & set(run.data.metrics)
+
+
+def test_tracker_tags_failures_and_duplicates(written):
+    ledger, _, runs = written
+    [duplicate] = [trial for trial in ledger.trials.values() if trial.duplicate_of is not None]
+    [run] = runs[schema.run_key(ledger.uuid, duplicate.number)]
+    assert run.data.tags[schema.DUPLICATE_OF] == str(duplicate.duplicate_of)
+    [original] = runs[schema.run_key(ledger.uuid, duplicate.duplicate_of)]
+    assert run.data.metrics == original.data.metrics
+    failed = [result for result in ledger.results.values() if result.state == "failed"]
+    assert len(failed) == 2
+    for result in failed:
+        [run] = runs[schema.run_key(ledger.uuid, result.trial, result.seed)]
+        assert run.data.tags[schema.FAILURE] == result.failure
+        assert run.data.tags[schema.FAILURE_STEP] == str(result.failure_step)
+
+
+def test_tracker_keeps_the_study_file_and_the_environment(written, tmp_path, finished):
+    ledger, path, runs = written
+    [run] = runs[f"{ledger.uuid}/summary"]
+    client = mlflow_client(path)
+    kept = client.download_artifacts(run.info.run_id, "study.yaml", str(tmp_path))
+    assert load_config(kept) == load_config(finished[0])
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"study.yaml", "environment.json"}
+    assert client.get_experiment_by_name("tiny").tags["mlflow.note.content"] == "What it is for."
+
+
+# Again and again ------------------------------------------------------------------------------------------------------
+
+
+def test_tracker_writing_twice_changes_nothing(opened, database):  # noqa: F811
+    ledger, connect = opened
+    tracker = connect(database)
+    write_all(ledger, tracker)
+    before = contents(database)
+    write_all(ledger, tracker)
+    write_all(ledger, connect(database))
+    assert contents(database) == before
+
+
+def test_tracker_writing_seed_by_seed_ends_like_writing_at_once(opened, database, tmp_path):  # noqa: F811
+    ledger, connect = opened
+    at_once = shutil.copy(database, tmp_path / "at_once.db")
+    write_all(ledger, connect(at_once))
+    for n in (1, 2):
+        tracker = connect(database)
+        for trial in ledger.trials.values():
+            in_order = sorted(results_of(ledger, trial), key=lambda result: result.ended)
+            tracker.write(trial, in_order[:n], 2)
+
+    def final(path):
+        return {key: [(r.info.status, r.info.start_time, r.info.end_time, r.data.params, r.data.metrics) for r in same]
+                for key, same in runs_in(path).items()}
+
+    assert final(database) == final(at_once)
+
+
+def test_tracker_shows_a_trial_as_running_until_its_last_seed(opened, database):  # noqa: F811
+    ledger, connect = opened
+    tracker = connect(database)
+    tracker.write(ledger.trials[0], results_of(ledger, ledger.trials[0])[:1], 2)
+    [run] = runs_in(database)[schema.run_key(ledger.uuid, 0)]
+    assert run.info.status == "RUNNING"
+    assert run.data.metrics[schema.N_SEEDS] == 1
+    assert schema.std_key("final/val_loss") not in run.data.metrics
+
+
+def test_tracker_completes_half_written_runs(opened, database, tmp_path):  # noqa: F811
+    ledger, connect = opened
+    whole = shutil.copy(database, tmp_path / "whole.db")
+    write_all(ledger, connect(whole))
+    tracker = connect(database)
+    result = results_of(ledger, ledger.trials[0])[0]
+    parent = tracker._create_trial(ledger.trials[0], result)
+    child = tracker._create_seed(parent, ledger.trials[0], result)  # the driver dies before their first metric
+    write_all(ledger, connect(database))
+
+    runs = runs_in(database)
+    assert sorted(runs) == keys_of(ledger)
+    assert runs[schema.run_key(ledger.uuid, 0)][0].info.run_id == parent.run_id
+    assert runs[schema.run_key(ledger.uuid, 0, 0)][0].info.run_id == child.run_id
+    for key, [run] in runs_in(whole).items():
+        assert runs[key][0].data.metrics == run.data.metrics
+        assert runs[key][0].data.params == run.data.params
+        assert runs[key][0].info.status == run.info.status
+
+
+@pytest.mark.parametrize("deleted", [(0, 7), (0, None), (1, None), (2, 0)])
+def test_tracker_writes_a_deleted_run_again(opened, database, deleted):  # noqa: F811
+    ledger, connect = opened
+    write_all(ledger, connect(database))
+    before = runs_in(database)
+    [run] = before[schema.run_key(ledger.uuid, *deleted)]
+    mlflow_client(database).delete_run(run.info.run_id)
+    write_all(ledger, connect(database))
+
+    after = runs_in(database)
+    assert sorted(after) == keys_of(ledger)
+    for key, [run] in before.items():
+        [again] = after[key]
+        assert again.data.metrics == run.data.metrics
+        assert again.data.params == run.data.params
+    for (trial, seed) in ledger.results:
+        [parent], [child] = (after[schema.run_key(ledger.uuid, trial, s)] for s in (None, seed))
+        assert child.data.tags[schema.PARENT] == parent.info.run_id
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_tracker_refuses_the_experiment_of_another_study(opened, database, tmp_path):  # noqa: F811
+    _, connect = opened
+    connect(database)
+    other = tmp_path / "other"
+    config, directory = load_config(write_study(other, arms=[DENSE])), StudyDirectory(other / "study")
+    ledger = ledger_at(other / "tiny.yaml", other / "study")
+    before = contents(database)
+    with pytest.raises(StudyError, match="the experiment tiny holds another study of that name"):
+        open_tracker(f"sqlite:///{database}", config, directory, ledger, study_corpus(config), Storage(str(other)))
+    ledger.close()
+    assert contents(database) == before
+
+
+def test_tracker_refuses_a_deleted_experiment(opened, database):  # noqa: F811
+    _, connect = opened
+    connect(database)
+    client = mlflow_client(database)
+    client.delete_experiment(client.get_experiment_by_name("tiny").experiment_id)
+    with pytest.raises(StudyError, match="the experiment tiny was deleted; restore it"):
+        connect(database)
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """The address of a server that is not there; asked once, without patience."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+def test_tracker_says_in_one_line_that_mlflow_is_away(opened, nobody):
+    _, connect = opened
+    with pytest.raises(StudyError, match=f"cannot reach MLflow at {nobody}: ") as error:
+        connect(nobody)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://me:se:cret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:p@host/db", "postgresql://me:***@host/db"),
+        ("http://host:5000", "http://host:5000"),
+        ("sqlite:////some/where.db", "sqlite:////some/where.db"),
+    ],
+)
+def test_hide_password_shows_all_but_the_password(uri, shown):
+    assert hide_password(uri) == shown
+
+
+# With a running study -------------------------------------------------------------------------------------------------
+
+
+def test_run_study_writes_mlflow_as_it_goes_and_again_nothing(tmp_path, mlflow_template):  # noqa: F811
+    file, folder = write_study(tmp_path), tmp_path / "study"
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    first = run_at(file, folder, tracking=None)
+    assert first.tracking_trouble is None
+    ledger = ledger_at(file, folder)
+    runs = runs_in(folder / "mlflow.db")
+    assert sorted(runs) == sorted(
+        [schema.run_key(ledger.uuid, t, s) for t in range(4) for s in (None, 0, 1)] + [f"{ledger.uuid}/summary"]
+    )
+    ledger.close()
+    before = contents(folder / "mlflow.db")
+    assert run_at(file, folder, tracking=None) == first
+    assert contents(folder / "mlflow.db") == before
+    assert StudyDirectory(folder).tracking_uri() == "sqlite:///mlflow.db"
+    run_at(file, folder, tracking="off")
+    assert StudyDirectory(folder).tracking_uri() == "sqlite:///mlflow.db"
+
+
+def test_run_study_goes_on_without_mlflow_and_sync_catches_up(tmp_path, database, nobody):  # noqa: F811
+    file, folder = write_study(tmp_path, arms=[DENSE, MPO]), tmp_path / "study"
+    outcome, printed = printed_by_run(file, folder, tracking=nobody)
+    assert (outcome.n_complete, outcome.n_missing) == (6, 0)
+    assert f"cannot reach MLflow at {nobody}" in str(outcome.tracking_trouble)
+    assert printed.count("MLflow is away, the study goes on") == 1
+    with pytest.raises(StudyError, match="cannot reach MLflow"):
+        sync(load_config(file), StudyDirectory(folder), None, None)
+    assert sync(load_config(file), StudyDirectory(folder), None, f"sqlite:///{database}") == 3
+    assert len(runs_in(database)) == 1 + 3 + 6
+    assert StudyDirectory(folder).tracking_uri() == f"sqlite:///{database}"
+
+
+def test_background_tracker_catches_up_once_mlflow_is_back(opened, database):  # noqa: F811
+    ledger, connect = opened
+    attempts, said = [], []
+
+    def sometimes():
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise ConnectionError("nobody there\nand more of it")
+        return connect(database)
+
+    background = BackgroundTracker(sometimes, 2, said.append, pause=0.01)
+    for trial in ledger.trials.values():
+        background.put(trial, results_of(ledger, trial))
+    deadline = __import__("time").monotonic() + 60
+    while "MLflow is back" not in said and __import__("time").monotonic() < deadline:
+        __import__("time").sleep(0.05)
+    assert background.close() is None
+    assert said == ["MLflow is away, the study goes on and catches up later: nobody there", "MLflow is back"]
+    assert sorted(runs_in(database)) == keys_of(ledger)
+
+
+def test_background_tracker_says_what_is_lacking_when_it_ends(opened):
+    ledger, _ = opened
+
+    def never():
+        raise ConnectionError("nobody there")
+
+    background = BackgroundTracker(never, 2, lambda line: None, pause=0.01)
+    background.put(ledger.trials[0], results_of(ledger, ledger.trials[0]))
+    assert background.close() == "nobody there"
+
+
+def test_tracker_keeps_weights_where_asked(opened, database, tmp_path):  # noqa: F811
+    ledger, connect = opened
+    execution = connect(database)._record  # what the study file asks for: no weights
+    assert execution.log_weights is False
+    tracker = connect(database)
+    tracker._record = replace(tracker._record, log_weights=True)
+    write_all(ledger, tracker)
+    [run] = runs_in(database)[schema.run_key(ledger.uuid, 0, 0)]
+    client = mlflow_client(database)
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["trial0-seed0.safetensors"]
+    path = client.download_artifacts(run.info.run_id, "trial0-seed0.safetensors", str(tmp_path))
+    stored = (StudyDirectory(finished_folder := __import__("pathlib").Path(path).parent),)  # noqa: F841
+    assert made_up(0, 0).weights is None
