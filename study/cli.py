@@ -28,6 +28,7 @@ from study.run import TRACKING_OFF, Outcome, run_study, study_corpus
 from study.run import sync as sync_study
 from study.search_space import listed_specs
 from study.study_file import load_config
+from study.tracking import runs_page
 from study.trial import TrialSpec
 
 app = typer.Typer(
@@ -169,7 +170,7 @@ def ui(
 ) -> None:
     """Open the study's MLflow UI on 127.0.0.1."""
     folder = StudyDirectory(directory)
-    folder.load_config()
+    config = folder.load_config()
     recorded = folder.tracking_uri()
     if recorded is None:
         raise StudyError(f"{_show(folder)}: no runs in MLflow yet; write them: mpo-study sync {_show(folder)}")
@@ -183,7 +184,9 @@ def ui(
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise StudyError(f"--port {port}: cannot listen there: {error.strerror}; give another port") from None
-    console.print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    page = runs_page(uri, config.name)
+    console.print(f"MLflow: http://127.0.0.1:{port}{page}", highlight=False, soft_wrap=True)
+    console.print("(Ctrl-C ends it)")
     sys.stdout.flush()
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]

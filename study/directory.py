@@ -117,10 +117,18 @@ class StudyDirectory:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def resolve_tracking_uri(self, uri: str) -> str:
-        """The URI for MLflow: a relative SQLite path is one from this folder."""
+        """The URI for MLflow: a relative SQLite path is one from this folder.
+
+        Raises:
+            StudyError: it is a plain path, which MLflow no longer writes to.
+        """
         prefix = "sqlite:///"
         if uri.startswith(prefix) and not uri.startswith(f"{prefix}/"):
             return f"{prefix}{(self.path / uri.removeprefix(prefix)).resolve()}"
+        if "://" not in uri and not uri.startswith("databricks"):
+            raise StudyError(
+                f"--tracking {uri}: must be a server's URL (http://...) or a database's (sqlite:///..., postgresql://...)"
+            )
         return uri
 
     @staticmethod

@@ -12,7 +12,6 @@ from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment
 from study.errors import StudyError
-from study.errors import StudyError
 from study.ledger import Asked, Ledger, Trial
 from study.progress import StudyProgress
 from study.scheduler.inline import run_inline
@@ -80,6 +79,8 @@ def run_study(
     Raises:
         StudyError: the study cannot be opened, or another driver has it.
     """
+    if tracking not in (None, TRACKING_OFF):
+        directory.resolve_tracking_uri(tracking)  # a wrong one is better refused now than by the writer's thread
     corpus = study_corpus(config)
     with directory.locked():
         directory.check_is_for(config)

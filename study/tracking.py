@@ -25,6 +25,7 @@ from study.storage import Storage
 from study.trial import SeedResult
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import Metric
 
 _BATCH = 1000
@@ -68,21 +69,9 @@ class Tracker:
     """
 
     def __init__(self, uri: str, artifacts: str | None, storage: Storage, record: StudyRecord) -> None:
-        # Importing MLflow takes seconds, which a study with tracking off should not pay.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
-        # By default a server that is away is said to be so after four minutes, and on every one of eight attempts.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-        from mlflow import MlflowClient
-
         self._record, self._storage = record, storage
-        # A new database is announced with a line for each of MLflow's migrations.
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         try:
-            self._client = MlflowClient(tracking_uri=uri)
+            self._client = _connect(uri)
             self._experiment_id = self._open_experiment(artifacts)
             self._known = self._existing_runs()
         except StudyError:
@@ -174,7 +163,7 @@ class Tracker:
         if result.failure_step is not None:
             tags[schema.FAILURE_STEP] = str(result.failure_step)
         key = schema.run_key(self._record.uuid, trial.number, result.seed)
-        name = f"{trial_name(trial)} seed {result.seed}"
+        name = f"seed {result.seed} of {trial_name(trial)}"  # MLflow's tables cut names off at their end
         return self._create(key, schema.KIND_SEED, name, _milliseconds(result.started), tags)
 
     def _write_seed(self, run: _KnownRun, trial: Trial, result: SeedResult) -> None:
@@ -282,6 +271,39 @@ def hide_password(uri: str) -> str:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _connect(uri: str) -> MlflowClient:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    # By default a server that is away is said to be so after four minutes, and on every one of eight attempts.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    # Importing MLflow takes seconds, which a study with tracking off should not pay.
+    from mlflow import MlflowClient
+
+    # A new database is announced with a line for each of MLflow's migrations.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+def runs_page(uri: str, name: str) -> str:
+    """Where in MLflow's UI the runs of an experiment are, below the server's address.
+
+    Its own start page is for language-model agents, and shows nothing of a study.
+
+    Raises:
+        StudyError: MLflow cannot be read, or has no such experiment.
+    """
+    try:
+        experiment = _connect(uri).get_experiment_by_name(name)
+    except Exception as error:  # MLflow raises whatever its backend raises
+        raise StudyError(f"cannot reach MLflow at {hide_password(uri)}: {first_line(error)}") from error
+    if experiment is None:
+        raise StudyError(f"MLflow at {hide_password(uri)} has no experiment {name}; `mpo-study sync` writes it")
+    return f"/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
 
 
 # In the background of a running study ---------------------------------------------------------------------------------

@@ -54,7 +54,8 @@ def test_locked_ignores_what_a_dead_driver_left(directory):
 
 def test_locked_refuses_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StudyError, match="--dir .*cannot make the folder"), StudyDirectory(tmp_path / "file/x").locked():
+    below = StudyDirectory(tmp_path / "file" / "x")
+    with pytest.raises(StudyError, match=r"--dir .*cannot make the folder"), below.locked():
         pass
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -136,7 +137,7 @@ def test_run_study_records_a_diverging_seed_and_goes_on(tmp_path, folder):
         assert failed.failure.startswith("diverged: ")
         assert 1 <= failed.failure_step <= 6
         assert failed.final == {}
-        assert [row["step"] for row in failed.curve][0] == 0
+        assert failed.curve[0]["step"] == 0
     assert printed.count("failed: trial 1 (wild)") == 2
 
 
@@ -148,17 +149,23 @@ def test_run_study_fails_what_depends_on_a_diverged_teacher(tmp_path, folder):
 
 
 def test_run_study_stops_where_storage_breaks_and_loses_nothing(tmp_path, folder):
-    file = write_study(tmp_path, arms=[MPO, DENSE, TUNED])
-    ledger = ledger_at(file, folder)
-    ledger.close()
-    obstacle = folder / "storage" / ledger.uuid  # where checkpoints and weights of this study go
-    obstacle.parent.mkdir()
-    obstacle.write_text("a file where a folder should be")
-    outcome = run_at(file, folder)
+    file = write_study(tmp_path)
+    interrupt(file, folder, after=9)  # two runs have four evaluations each
+    done = results_at(folder)
+    assert sorted(done) == [(0, 0), (0, 1)]
+    shutil.move(folder / "storage", tmp_path / "away")
+    (folder / "storage").mkdir()
+    shutil.copytree(tmp_path / "away" / "corpus", folder / "storage" / "corpus")
+    [own] = [path.name for path in (tmp_path / "away").iterdir() if path.name != "corpus"]
+    (folder / "storage" / own).write_text("a file where checkpoints and weights were")
+    outcome, printed = printed_by_run(file, folder, tracking="off")
     assert "Not a directory" in str(outcome.aborted)
-    assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (1, 0, 7)
+    assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (2, 0, 6)
+    assert printed == ""
+    assert results_at(folder) == done
 
-    obstacle.unlink()
+    shutil.rmtree(folder / "storage")
+    shutil.move(tmp_path / "away", folder / "storage")
     outcome = run_at(file, folder)
     assert (outcome.n_complete, outcome.n_missing, outcome.aborted) == (8, 0, None)
     run_at(file, tmp_path / "undisturbed")

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import shutil
 import socket
-from dataclasses import replace
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from study_fixtures import (
     contents,
     database,  # noqa: F401 (a fixture)
     ledger_at,
-    made_up,
     mlflow_client,
     mlflow_template,  # noqa: F401 (a fixture)
     printed_by_run,
@@ -22,6 +22,7 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
+from study.config import Execution
 from study.directory import StudyDirectory
 from study.errors import StudyError
 from study.run import open_tracker, results_of, study_corpus, sync
@@ -69,9 +70,8 @@ def write_all(ledger, tracker):
 
 def keys_of(ledger):
     """Keys that MLflow must have: a run for each trial, and one for each seed of what is no duplicate."""
-    seeds = [
-        schema.run_key(ledger.uuid, t.number, s) for t in ledger.trials.values() if t.duplicate_of is None for s in (0, 7)
-    ]
+    trained = [number for number, trial in ledger.trials.items() if trial.duplicate_of is None]
+    seeds = [schema.run_key(ledger.uuid, number, seed) for number in trained for seed in (0, 7)]
     trials = [schema.run_key(ledger.uuid, number) for number in ledger.trials]
     return sorted([*trials, *seeds, f"{ledger.uuid}/summary"])
 
@@ -355,9 +355,9 @@ def test_background_tracker_catches_up_once_mlflow_is_back(opened, database):  #
     background = BackgroundTracker(sometimes, 2, said.append, pause=0.01)
     for trial in ledger.trials.values():
         background.put(trial, results_of(ledger, trial))
-    deadline = __import__("time").monotonic() + 60
-    while "MLflow is back" not in said and __import__("time").monotonic() < deadline:
-        __import__("time").sleep(0.05)
+    deadline = time.monotonic() + 60
+    while "MLflow is back" not in said and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert background.close() is None
     assert said == ["MLflow is away, the study goes on and catches up later: nobody there", "MLflow is back"]
     assert sorted(runs_in(database)) == keys_of(ledger)
@@ -374,16 +374,14 @@ def test_background_tracker_says_what_is_lacking_when_it_ends(opened):
     assert background.close() == "nobody there"
 
 
-def test_tracker_keeps_weights_where_asked(opened, database, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("keep", [False, True])
+def test_tracker_keeps_weights_where_asked(opened, database, tmp_path, finished, keep):  # noqa: F811
     ledger, connect = opened
-    execution = connect(database)._record  # what the study file asks for: no weights
-    assert execution.log_weights is False
-    tracker = connect(database)
-    tracker._record = replace(tracker._record, log_weights=True)
-    write_all(ledger, tracker)
+    write_all(ledger, connect(database, execution=Execution(keep_weights=keep)))
     [run] = runs_in(database)[schema.run_key(ledger.uuid, 0, 0)]
     client = mlflow_client(database)
-    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["trial0-seed0.safetensors"]
-    path = client.download_artifacts(run.info.run_id, "trial0-seed0.safetensors", str(tmp_path))
-    stored = (StudyDirectory(finished_folder := __import__("pathlib").Path(path).parent),)  # noqa: F841
-    assert made_up(0, 0).weights is None
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["trial0-seed0.safetensors"] * keep
+    if keep:
+        kept = client.download_artifacts(run.info.run_id, "trial0-seed0.safetensors", str(tmp_path))
+        stored = finished[1] / "storage" / str(ledger.results[0, 0].weights)
+        assert Path(kept).read_bytes() == stored.read_bytes()

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from study_fixtures import (
+    DENSE,
+    MPO,
+    SEARCHED,
+    cli,
+    contents,
+    mlflow_template,  # noqa: F401 (a fixture)
+    results_at,
+    run_at,
+    start_cli,
+    substance,
+    write_search,
+    write_study,
+)
+
+from study.cli import main
+
+INLINE = ("--executor", "inline", "--tracking", "off")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `mpo-study` in this process: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mpo-study", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+# What is shown --------------------------------------------------------------------------------------------------------
+
+
+def test_cli_plans_runs_and_shows_a_study(tmp_path):
+    write_study(tmp_path)
+    code, out, err = cli("plan", "tiny.yaml", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert re.search(r"dense +d_model=8 +0\.01 +6 +[\d,]+ +100\.0%", out)
+    assert re.search(r"tuned +χ=2 paper, +0\.01 +4 ", out)
+    assert "8 runs listed" in out
+    assert not (tmp_path / "results").exists()
+
+    code, out, err = cli("run", "tiny.yaml", "--executor", "inline", "--tracking", "off", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-2:] == [
+        "tiny: 4 trials, 8 runs complete",
+        "tracking is off; to write the runs to MLflow: mpo-study sync results/tiny",
+    ]
+
+    code, status, err = cli("status", "results/tiny", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert status.splitlines()[-1] == "complete"
+    assert len(re.findall(r"^ [0-3] ", status, flags=re.MULTILINE)) == 4
+    assert max(map(len, status.splitlines())) <= 80
+
+
+def test_cli_plan_counts_what_a_sampler_will_choose(tmp_path, command):
+    code, out, _ = command("plan", write_search(tmp_path, trials=5))
+    assert code == 0
+    assert "and 5 trials that sampler random will choose" in out
+    code, out, _ = command("plan", write_search(tmp_path, trials=3, arms=[SEARCHED]))
+    assert code == 0
+    assert "and 3 trials that sampler random will choose" in out
+
+
+def test_cli_status_shows_what_failed_and_what_repeats(tmp_path, command):
+    wild = {"name": "wild", "family": "dense", "learning_rate": 1e30}
+    run_at(write_study(tmp_path, seeds=1, arms=[DENSE, wild, MPO | {"chi": [500, 1000]}]), tmp_path / "study")
+    code, out, _ = command("status", tmp_path / "study")
+    assert code == 0
+    assert re.search(r"^ 1 +wild .* 0 +1 +–", out, flags=re.MULTILINE)
+    assert "repeats" in out
+    assert out.splitlines()[-1] == "complete"
+
+
+def test_cli_run_says_where_it_stopped_and_exits_1(tmp_path, command):
+    file, folder = write_study(tmp_path, arms=[DENSE, MPO]), tmp_path / "study"
+    run_at(file, folder)  # no trial of it needs weights or leaves checkpoints
+    with sqlite3.connect(folder / "ledger.db") as connection:
+        connection.execute("DELETE FROM mpo_result WHERE trial = 2")
+    connection.close()
+    own = folder / "storage" / json.loads((folder / "study.json").read_text())["uuid"]
+    own.write_text("a file where checkpoints and weights were")
+    code, out, err = command("run", file, "--dir", folder, *INLINE)
+    assert (code, err) == (1, "")
+    assert re.search(r"stopped early with 2 runs missing: .*Not a\sdirectory", out, flags=re.DOTALL)
+
+    own.unlink()
+    code, out, _ = command("run", file, "--dir", folder, *INLINE)
+    assert code == 0
+    assert "tiny: 3 trials, 6 runs complete" in out
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run", "nothere.yaml"], "nothere.yaml: cannot read the study file: No such file or directory"),
+        (["run", "tiny.yaml", "--set", "protocol.stepz=3"], "protocol.stepz: unknown key; allowed: steps, "),
+        (["run", "tiny.yaml", "--set", "seeds"], "--set seeds: must have the form key=value"),
+        (["run", "tiny.yaml", "--storage", "foo://x", *INLINE], "--storage foo://x: Protocol not known: foo"),
+        (["run", "tiny.yaml", "--storage", "tiny.yaml", *INLINE], "tiny.yaml: cannot write there: Not a directory"),
+        (["run", "tiny.yaml", "--dir", "tiny.yaml/x", *INLINE], "--dir tiny.yaml/x: cannot make the folder"),
+        (["run", "tiny.yaml", "--address", "127.0.0.1:1", "--tracking", "off"], "--address 127.0.0.1:1: cannot"),
+        (["run", "tiny.yaml", "--tracking", "mlruns"], "--tracking mlruns: "),
+        (["plan", "tiny.yaml", "--set", "model.context=5000"], "the corpus is too short"),
+        (["status", "nowhere"], "nowhere: no study here"),
+        (["ui", "nowhere"], "nowhere: no study here"),
+        (["sync", "nowhere"], "nowhere: no study here"),
+        (["sync", "done", "--tracking", "off"], "--tracking off: sync writes to MLflow"),
+        (["ui", "done"], "done: no runs in MLflow yet; write them: mpo-study sync done"),
+    ],
+)
+def test_cli_says_a_users_error_in_one_line(tmp_path, monkeypatch, command, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    file = write_study(tmp_path)
+    if "done" in arguments:
+        run_at(file, tmp_path / "done", "seeds=1")
+    code, out, err = command(*arguments)
+    assert code == 2
+    assert named in err
+    assert err.startswith("mpo-study: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run", "tiny.yaml", "--executor", "slow"], ["--executor", "'ray'", "'inline'"]),
+        (["ui", "done", "--port", "99999"], ["--port", "65535"]),
+        (["run"], ["Missing argument", "FILE"]),
+        (["run", "tiny.yaml", "--fast"], ["--fast"]),
+        (["walk"], ["walk"]),
+    ],
+)
+def test_cli_says_what_a_wrong_option_may_be(command, arguments, named):
+    code, out, err = command(*arguments)
+    assert code == 2
+    assert out == ""
+    assert all(words in err for words in named)
+    assert "Traceback" not in err
+
+
+def test_cli_prints_no_traceback_where_a_shell_starts_it(tmp_path):
+    code, out, err = cli("run", "nothere.yaml", cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert err == "mpo-study: nothere.yaml: cannot read the study file: No such file or directory\n"
+
+
+# Signals and locks ----------------------------------------------------------------------------------------------------
+
+
+def test_cli_ctrl_c_stops_a_study_that_goes_on_later(tmp_path):
+    file = write_study(tmp_path, protocol={"steps": 300, "eval_every": 20}, execution={"checkpoint_seconds": 0.1})
+    first = start_cli("run", file, "--dir", "kept", *INLINE, cwd=tmp_path)
+    lines = [first.stdout.readline() for _ in range(3)]
+    assert lines[2].startswith("3/8")
+
+    first.send_signal(signal.SIGSTOP)  # or it might be over before the others have begun
+    code, out, err = cli("run", file, "--dir", "kept", *INLINE, cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"mpo-study: kept: another driver runs this study: process {first.pid} on \S+\n", err)
+    assert cli("status", "kept", cwd=tmp_path)[0] == 0
+
+    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGCONT)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "stopped; what is done is kept. To go on: the same command again" in out
+    assert "Traceback" not in out + err
+    n_done = len(results_at(tmp_path / "kept"))
+    assert 3 <= n_done < 8
+
+    code, out, _ = cli("run", file, "--dir", "kept", *INLINE, cwd=tmp_path)
+    assert code == 0
+    assert "4 trials, 8 runs complete" in out
+    assert out.splitlines()[0].startswith(f"{n_done + 1}/8")
+    run_at(file, tmp_path / "undisturbed")
+    assert substance(tmp_path / "kept") == substance(tmp_path / "undisturbed")
+
+
+# MLflow ---------------------------------------------------------------------------------------------------------------
+
+
+def test_cli_sync_then_ui_serve_the_runs_on_this_machine_alone(tmp_path, mlflow_template):  # noqa: F811
+    run_at(write_study(tmp_path, seeds=1, arms=[DENSE, MPO]), tmp_path / "kept")
+    shutil.copy(mlflow_template, tmp_path / "kept" / "mlflow.db")
+    code, out, err = cli("sync", "kept", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert out == "MLflow has all 3 trials of tiny. To browse them: mpo-study ui kept\n"
+    before = contents(tmp_path / "kept" / "mlflow.db")
+    assert len(before) == 1 + 3 + 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "text.txt", "tiny.yaml"]
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = start_cli("ui", "kept", "--port", str(port), cwd=tmp_path)
+    try:
+        page = f"http://127.0.0.1:{port}/#/experiments/1/runs?workflowType=machine_learning"
+        assert server.stdout.readline() == f"MLflow: {page}\n"
+        assert _get(f"http://127.0.0.1:{port}/health", server) == b"OK"
+        assert _listeners(port) == {"0100007F"}
+        code, _, err = cli("ui", "kept", "--port", str(port), cwd=tmp_path)
+        assert code == 2
+        assert err == f"mpo-study: --port {port}: cannot listen there: Address already in use; give another port\n"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        _, err = server.communicate(timeout=60)
+    assert "Traceback" not in err
+    assert _listeners(port) == set()
+    assert contents(tmp_path / "kept" / "mlflow.db") == before
+
+
+def _get(url, server, patience=120):
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                return answer.read()
+        except OSError:
+            assert server.poll() is None, server.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def _listeners(port):
+    """Addresses, as the kernel writes them, at which anybody on this machine listens on the port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            address, its_port = local.split(":")
+            if state == "0A" and int(its_port, 16) == port:
+                found.add(address)
+    return found

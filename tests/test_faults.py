@@ -1,0 +1,230 @@
+"""Processes killed at any moment: nothing lost, nothing twice, and the same numbers in the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from study_fixtures import (
+    DENSE,
+    cli,
+    contents,
+    mlflow_template,  # noqa: F401 (a fixture)
+    results_at,
+    run_at,
+    start_cli,
+    substance,
+    write_study,
+)
+
+from analysis import run_schema as schema
+from analysis.load import load_study, resolve_study
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+LONG = {"protocol": {"steps": 400, "eval_every": 40}, "execution": {"checkpoint_seconds": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What the long study gives when nobody disturbs it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_at(write_study(folder, **LONG), folder / "kept")
+    return substance(folder / "kept")
+
+
+@pytest.fixture
+def work(tmp_path, mlflow_template):  # noqa: F811
+    """A folder with the long study's file, and a study folder with an empty MLflow database."""
+    write_study(tmp_path, **LONG)
+    (tmp_path / "kept").mkdir()
+    shutil.copy(mlflow_template, tmp_path / "kept" / "mlflow.db")
+    return tmp_path
+
+
+def start(work, *options):
+    return start_cli("run", "tiny.yaml", "--dir", "kept", *options, cwd=work)
+
+
+def wait_for_results(process, n):
+    """Read the driver's lines until that many runs are over."""
+    for line in process.stdout:
+        if line.startswith(f"{n}/"):
+            return
+    raise AssertionError(f"the driver ended before its result {n}: {process.stderr.read()}")
+
+
+def descendants(pid):
+    """Process ids of all that this process started, and of what those started."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended while we looked
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, new = [], [pid]
+    while new:
+        new = [child for parent in new for child in children.get(parent, [])]
+        found += new
+    return found
+
+
+def kill(pids):
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def trainers(driver):
+    """Process ids of this driver's Ray workers that have a unit."""
+    found = []
+    for pid in descendants(driver.pid):
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+        except OSError:
+            continue
+        if title.startswith("ray::") and "IDLE" not in title:
+            found.append(pid)
+    return found
+
+
+def wait_for_trainer(driver, other_than=()):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        new = [pid for pid in trainers(driver) if pid not in other_than]
+        if new:
+            return new[0]
+        time.sleep(0.02)
+    raise AssertionError("no worker has come up")
+
+
+def check_whole(work, undisturbed):
+    """Every trial and seed once in the ledger and once in MLflow, with the numbers of an undisturbed study."""
+    assert substance(work / "kept") == undisturbed
+    results = results_at(work / "kept")
+    assert len(results) == len(undisturbed) == 8  # a trial whose driver died while it was asked has another number
+    runs = contents(work / "kept" / "mlflow.db")
+    assert {len(same) for same in runs.values()} == {1}
+    assert len(runs) == 1 + 4 + 8
+    loaded = load_study(resolve_study(work / "kept"))
+    assert (len(loaded.seeds), len(loaded.failures), len(loaded.unfinished)) == (8, 0, 0)
+    seeds = loaded.seeds.set_index(["trial", "seed"])
+    for key, result in results.items():
+        for field in schema.FINALS:
+            assert seeds.loc[key, field.key] == result.final[field.key]
+    for [(_, _, status, _, _, params, _, metrics)] in runs.values():
+        assert status == "FINISHED"
+        if "seed" in params:
+            n_rows = len(results[int(params["trial"]), int(params["seed"])].curve)
+            assert len(metrics["val_loss"]) == n_rows
+
+
+# The driver -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["driver", "driver_and_ray"])
+def test_driver_killed_four_times_ends_as_if_undisturbed(work, undisturbed, everything):
+    moments = np.random.default_rng(7 + everything)
+    for n_results in (0, 1, 1, 2):
+        driver = start(work)
+        if n_results == 0:
+            time.sleep(moments.uniform(3, 12))  # while it imports, opens its databases, or starts Ray
+        else:
+            done = len(results_at(work / "kept")) if (work / "kept" / "ledger.db").exists() else 0
+            wait_for_results(driver, done + n_results)
+            time.sleep(moments.uniform(0, 0.5))
+        doomed = [driver.pid, *(descendants(driver.pid) if everything else [])]
+        assert driver.poll() is None
+        kill(doomed)
+        driver.communicate()
+        assert driver.returncode == -signal.SIGKILL
+    code, out, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=work)
+    assert code == 0, err
+    assert "4 trials, 8 runs complete" in out
+    check_whole(work, undisturbed)
+
+
+def test_driver_interrupted_from_the_terminal_goes_on_later(work, undisturbed):
+    driver = start(work)
+    wait_for_results(driver, 2)
+    os.killpg(driver.pid, signal.SIGINT)  # as Ctrl-C does: to the driver and whatever is in its group
+    out, err = driver.communicate(timeout=120)
+    assert driver.returncode == 130
+    assert "stopped; what is done is kept. To go on: the same command again (kept)" in out
+    assert "Traceback" not in out + err
+    assert len(results_at(work / "kept")) < 8
+    code, _, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=work)
+    assert code == 0, err
+    check_whole(work, undisturbed)
+
+
+def test_two_drivers_at_once_are_one(work, undisturbed):
+    both = [start(work), start(work)]
+    ends = [(*process.communicate(timeout=300), process.returncode) for process in both]
+    assert sorted(code for _, _, code in ends) == [0, 2]
+    [(out, err, _)] = [end for end in ends if end[2] == 2]
+    assert out == ""
+    assert "another driver runs this study" in err
+    check_whole(work, undisturbed)
+
+
+# Workers --------------------------------------------------------------------------------------------------------------
+
+
+def test_worker_killed_in_the_middle_of_a_unit_is_replaced(work, undisturbed):
+    driver = start(work)
+    wait_for_results(driver, 1)
+    time.sleep(0.3)
+    kill([wait_for_trainer(driver)])
+    wait_for_results(driver, 4)
+    kill([wait_for_trainer(driver)])
+    out, err = driver.communicate(timeout=300)
+    assert driver.returncode == 0, err
+    assert "4 trials, 8 runs complete" in out
+    check_whole(work, undisturbed)
+
+
+def test_unit_whose_worker_dies_three_times_is_a_recorded_failure(tmp_path):
+    write_study(tmp_path, arms=[DENSE], seeds=1, protocol={"steps": 1_000_000}, execution={"checkpoint_seconds": 1000})
+    driver = start(tmp_path, "--tracking", "off")
+    killed: list[int] = []
+    while len(killed) < 3:
+        killed.append(wait_for_trainer(driver, other_than=killed))
+        time.sleep(0.5)
+        kill(killed[-1:])
+    out, err = driver.communicate(timeout=300)
+    assert driver.returncode == 0, err
+    assert "1 trials, 0 runs complete, 1 failed" in out
+    [result] = results_at(tmp_path / "kept").values()
+    assert result.failure == "its worker died 3 times"
+
+
+# Storage --------------------------------------------------------------------------------------------------------------
+
+
+def test_storage_that_breaks_on_ray_stops_the_study_and_loses_nothing(work, undisturbed):
+    driver = start(work)
+    wait_for_results(driver, 2)
+    storage = work / "kept" / "storage"
+    storage.rename(work / "kept" / "away")
+    storage.write_text("a file where a folder was")
+    out, err = driver.communicate(timeout=300)
+    assert driver.returncode == 1, err
+    assert "stopped early with" in out
+    assert "Not a directory" in " ".join(out.split())
+    assert "Traceback" not in out + err
+    assert all(result.state == "complete" for result in results_at(work / "kept").values())
+
+    storage.unlink()
+    (work / "kept" / "away").rename(storage)
+    code, _, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=work)
+    assert code == 0, err
+    check_whole(work, undisturbed)
