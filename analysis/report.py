@@ -108,7 +108,7 @@ def _write_all(runs: StudyRuns, summary: pd.DataFrame, folder: Path) -> None:
 
 
 def _drawings(runs: StudyRuns, summary: pd.DataFrame) -> list[Drawing]:
-    note = f"Budgets differ ({len(runs.budgets)} budget hashes)." if len(runs.budgets) > 1 else ""
+    note = f"Runs of {len(runs.budgets)} budgets are shown together." if len(runs.budgets) > 1 else ""
     drawings = []
     for measure in MEASURES:
         points, seeds = data.frontier_points(summary, measure), data.seed_points(summary, runs.seeds, measure)

@@ -36,6 +36,9 @@ ARM = "mpo.arm"
 """On trials and seeds: the params of those names, as tags by which MLflow's UI groups and filters."""
 DUPLICATE_OF = "mpo.duplicate_of"
 """On a trial (and its runs) whose configuration another trial already has: that trial's number."""
+DEVICE, THREADS, TORCH = "mpo.device", "mpo.threads", "mpo.torch"
+RAN_ON = (DEVICE, THREADS, TORCH)
+"""On a seed: what its numbers depend on to rounding."""
 FAILURE = "mpo.failure"
 """On a failed seed: why, in one line."""
 FAILURE_STEP = "mpo.failure_step"
@@ -77,6 +80,8 @@ PARAMS = (
     Field("chi", "param", int, "bond-dimension cap χ"),
     Field("n_sites", "param", int, "number of sites L asked for"),
     Field("factorisation", "param", str, "how sizes split over sites"),
+    Field("sites", "param", str, "numbers of sites the compressed layers really have"),
+    Field("largest_bond", "param", int, "largest bond of any layer, after clipping"),
     Field("init", "param", str, "init mode"),
     Field("learning_rate", "param", float, "peak learning rate"),
     Field("steps", "param", int, "optimiser steps"),
@@ -89,6 +94,7 @@ PARAMS = (
     Field("n_layers", "param", int, "transformer layers"),
     Field("d_ff", "param", int, "feed-forward dimension"),
     Field("weight_decay", "param", float, "weight decay"),
+    Field("tuning_trials", "param", int, "trials among which init and learning rate are chosen; 1: none is"),
     Field("budget_hash", "param", str, "hash of corpus, evaluation, tokens, schedule shape and tuning trials"),
     Field("corpus_sha256", "param", str, "SHA-256 of the corpus"),
 )
@@ -110,7 +116,7 @@ FINALS = (
     Field("final/val_loss_sampled", "final", float, "sampled validation loss at the last step", "nats", "minimize"),
     Field("final/val_acc_sampled", "final", float, "sampled validation accuracy at the last step", "fraction",
           "maximize"),
-    Field("final/train_loss", "final", float, "training loss, mean up to the last step", "nats", "minimize"),
+    Field("final/train_loss", "final", float, "training loss, mean since the evaluation before", "nats", "minimize"),
     Field("best/val_loss", "final", float, "lowest validation loss of any evaluation (optimistic)", "nats", "minimize"),
     Field("best/val_acc", "final", float, "highest validation accuracy of any evaluation (optimistic)", "fraction",
           "maximize"),
@@ -147,7 +153,8 @@ N_FAILED = "n_failed"
 # Relative error of each layer -----------------------------------------------------------------------------------------
 
 WHEN = ("init", "trained", "compressed")
-"""rel_error of a dense seed's layers before and after training; and of a teacher's layers as they were compressed."""
+"""rel_error of a dense seed's layers before and after training, always with the factorisation `paper`; and of a
+teacher's layers as they were compressed."""
 
 _REL_ERROR = re.compile(r"rel_error/(init|trained|compressed)/chi_(\d+)/(.+)")
 

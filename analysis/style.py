@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 
-from analysis.summary import DENSE, MPO_SCRATCH, MPO_TUNED, SMALLER_DENSE, group_order
+from analysis.summary import DENSE, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED, SMALLER_DENSE, group_order
 
 WIDTH = 6.75
 """Inches: the text width of a paper with two columns."""
@@ -65,6 +65,7 @@ class GroupStyle:
 _KNOWN = {
     DENSE: GroupStyle("#000000", "D"),
     SMALLER_DENSE: GroupStyle("#007a5a", "^"),
+    LARGER_DENSE: GroupStyle("#007a5a", "v"),
     MPO_SCRATCH: GroupStyle("#0072b2", "o"),
     MPO_TUNED: GroupStyle("#d55e00", "s"),
 }

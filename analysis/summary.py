@@ -17,6 +17,7 @@ MIN_SEEDS = 3
 
 DENSE = "dense"
 SMALLER_DENSE = "dense, smaller"
+LARGER_DENSE = "dense, larger"
 MPO_SCRATCH = "MPO from scratch"
 MPO_TUNED = "MPO fine-tuned"
 
@@ -65,19 +66,17 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     """The trials frame, sorted by group and size, with these columns more:
 
     group: the family as a reader tells them apart. label: short and unique in its group. is_reference: the dense model
-    that others are compared with. percent_of_dense: parameters relative to the largest dense model. For each metric of
+    that others are compared with, the first trial of that size with seeds enough. percent_of_dense: parameters relative
+    to the study's dense model. For each metric of
     AGGREGATED, its mean, std and half-width over seeds; the most tokens of any seed. For each measure, whether the
     trial is on its frontier.
     """
     summary = runs.trials.copy()
-    is_dense = (summary["family"] == "dense") & (summary["start"] == "scratch")
-    dense_sizes = summary.loc[is_dense, "n_params"].dropna()
-    n_params_dense = (dense_sizes if len(dense_sizes) else summary["n_params_dense"]).max()
-    summary["percent_of_dense"] = (100 * summary["n_params"] / n_params_dense).astype("float64")
+    summary["percent_of_dense"] = (100 * summary["n_params"] / summary["n_params_dense"]).astype("float64")
     summary["group"] = [
-        _group(family, start, n_params == n_params_dense)
-        for family, start, n_params in zip(
-            summary["family"], summary["start"], summary["n_params"].fillna(0), strict=True
+        _group(family, start, percent)
+        for family, start, percent in zip(
+            summary["family"], summary["start"], summary["percent_of_dense"], strict=True
         )
     ]
     summary["label"] = _labels(summary)
@@ -87,8 +86,11 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
         summary[key] = summary["trial"].map(runs.seeds.groupby("trial")[key].max()).astype("Int64")
     for measure in MEASURES:
         _add_frontier(summary, measure)
-    candidates = summary.loc[summary["group"] == DENSE, schema.mean_key(VAL_LOSS.key)].dropna()
-    summary["is_reference"] = summary.index == (candidates.idxmin() if len(candidates) else None)
+    # The first, not the best: choosing by the loss that is then compared would flatter it.
+    candidates = summary[(summary["group"] == DENSE) & (summary["n_seeds"] > 0)]
+    enough = candidates[candidates["n_seeds"] >= MIN_SEEDS]
+    first = (enough if len(enough) else candidates)["trial"].min()
+    summary["is_reference"] = (summary["trial"] == first) & summary.index.isin(candidates.index)
     order = {group: rank for rank, group in enumerate(group_order(summary["group"]))}
     summary["rank"] = summary["group"].map(order)
     return summary.sort_values(["rank", "n_params", "trial"], ignore_index=True).drop(columns="rank")
@@ -96,7 +98,7 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
 
 def group_order(groups: Iterable[str]) -> list[str]:
     """The groups present: the known ones first, then others by name."""
-    known = (DENSE, SMALLER_DENSE, MPO_SCRATCH, MPO_TUNED)
+    known = (DENSE, SMALLER_DENSE, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED)
     present = set(groups)
     return [group for group in known if group in present] + sorted(present - set(known))
 
@@ -115,9 +117,9 @@ def interval_statement(drawn_as: str, counts: pd.Series) -> str:
     return f"{drawn_as}: 95 % t intervals{where}"
 
 
-def _group(family: str, start: str, largest: bool) -> str:
+def _group(family: str, start: str, percent_of_dense: float) -> str:
     if family == "dense" and start == "scratch":
-        return DENSE if largest else SMALLER_DENSE
+        return DENSE if percent_of_dense == 100 else LARGER_DENSE if percent_of_dense > 100 else SMALLER_DENSE
     if family == "mpo":
         return MPO_SCRATCH if start == "scratch" else MPO_TUNED
     return f"{family} from scratch" if start == "scratch" else f"{family} fine-tuned"
@@ -134,7 +136,8 @@ def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:
 
 
 def _add_frontier(summary: pd.DataFrame, measure: Measure) -> None:
-    enough = summary["n_seeds"] >= MIN_SEEDS
+    # A mean over the seeds that did not fail is not one over all: it may owe its place to those that are missing.
+    enough = (summary["n_seeds"] >= MIN_SEEDS) & (summary["n_failed"] == 0)
     mean = summary.loc[enough, schema.mean_key(measure.key)]
     summary[frontier_key(measure)] = False
     summary.loc[enough, frontier_key(measure)] = frontier_mask(
@@ -164,7 +167,7 @@ def _labels(summary: pd.DataFrame) -> pd.Series:
     def shortest(row: dict) -> str:
         if pd.notna(row["chi"]):
             return f"χ={row['chi']}"
-        if row["group"] == SMALLER_DENSE:
+        if row["group"] in (SMALLER_DENSE, LARGER_DENSE) and len(reference_shape):
             differing = [key for key in reference_shape.columns if row[key] != reference_shape[key].item()]
             return _NAMED[differing[0]](row[differing[0]]) if differing else row["arm"]
         return row["group"] if row["group"] == DENSE else row["arm"]

@@ -36,7 +36,10 @@ def trials_table(summary: pd.DataFrame) -> Table:
             "arm": summary["arm"],
             "parameters": [_count(value) for value in summary["n_params"]],
             "% of dense": [_digits(value, 1) for value in summary["percent_of_dense"]],
-            "seeds": [f"{n}" for n in summary["n_seeds"]],
+            "seeds": [
+                f"{n} ({failed} failed)" if failed else f"{n}"
+                for n, failed in zip(summary["n_seeds"], summary["n_failed"], strict=True)
+            ],
             "val loss (nats)": _intervals(summary, VAL_LOSS.key, VAL_LOSS),
             "val accuracy (%)": _intervals(summary, VAL_ACC.key, VAL_ACC),
             "best val loss": _means(summary, "best/val_loss", VAL_LOSS),

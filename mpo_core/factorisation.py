@@ -28,7 +28,8 @@ def factorise(
 
     Args:
         method: "balanced": d_out and d_in each as equal as possible (smallest sum), d_out ascending, d_in in the order
-            that needs the fewest parameters, large next to small; a site has size 1 where primes leave no choice.
+            that needs the fewest parameters beside it as long as no bond is clipped and χ is large; a site has size 1
+            where primes leave no choice. Another order of d_out, or clipping, can need fewer.
             "paper": the paper's Table 2 for its four shapes, "balanced" for any other.
         n_sites: L, from 1 to 6. None: the table's for the paper's four shapes, 2 otherwise.
     Returns:

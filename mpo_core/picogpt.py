@@ -16,6 +16,7 @@ from mpo_core.linear import MPOLinear
 from mpo_core.tensor_train import contraction_order
 
 INIT_STD = 0.02
+DENSE_INITS = ("paper", "variance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,18 +137,25 @@ class PicoGPT(nn.Module):
             x = block(x)
         return self.lm_head(self.final_norm(x))  # (B, T, V)
 
-    def init_parameters(self, generator_for: Callable[[str], torch.Generator]) -> None:
-        """Draw the paper's dense init: normal weights of std 0.02, zero biases, LayerNorm weights 1.
+    def init_parameters(self, generator_for: Callable[[str], torch.Generator], init: str = "paper") -> None:
+        """Draw a dense init: normal weights, zero biases, LayerNorm weights 1; embeddings have std 0.02.
 
         Args:
+            init: std of the linear weights. "paper": 0.02. "variance": 1 / √in_features, which is also what the MPO
+                init of that name gives, so that a dense and an MPO model start at the same scale.
             generator_for: from a parameter's name, such as "blocks.0.attention.query.weight", to its generator. A
                 fresh generator per name makes a parameter's values independent of the sizes of all the others.
         Raises:
-            ValueError: a layer has been replaced; `compress` draws the cores of those itself.
+            ValueError: an unknown init; or a layer has been replaced; `compress` draws the cores of those itself.
         """
+        if init not in DENSE_INITS:
+            raise ValueError(f"`init` of a dense model must be one of {', '.join(DENSE_INITS)}, but got {init!r}")
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                normal_(module.weight, INIT_STD, generator_for(f"{name}.weight"))
+                std = INIT_STD
+                if init == "variance" and isinstance(module, nn.Linear):
+                    std = float(module.in_features) ** -0.5
+                normal_(module.weight, std, generator_for(f"{name}.weight"))
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):

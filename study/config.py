@@ -187,6 +187,9 @@ class DenseArm(_Arm):
     """Plain linear layers: the reference, or a narrower model as a control."""
 
     family: Literal["dense"]
+    init: Value[Literal["paper", "variance"]] | None = Field(
+        default=None, description="Scale of the linear weights: `paper` (std 0.02) unless given, `variance` (1/√N_in)."
+    )
     d_model: Number[PositiveInt] | None = Field(
         default=None, description="Overrides the model's; d_ff follows as 4 × d_model."
     )

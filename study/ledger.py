@@ -63,6 +63,7 @@ class Trial:
     spec: TrialSpec
     shape: TrialShape
     budget_hash: str
+    tuning_trials: int
     duplicate_of: int | None = None
 
 
@@ -72,6 +73,7 @@ class Asked:
 
     shape: TrialShape
     budget_hash: str
+    tuning_trials: int
 
 
 class Ledger:
@@ -188,6 +190,7 @@ class Ledger:
             spec,
             examined.shape,
             examined.budget_hash,
+            examined.tuning_trials,
             duplicate_of=self._by_identity.get(examined.shape.identity),
         )
         for key, value in _attributes(trial).items():
@@ -352,6 +355,7 @@ def _objective(objective: str, trial: Trial, results: list[SeedResult]) -> float
 
 def _attributes(trial: Trial) -> dict[str, Any]:
     attributes = {"arm": trial.spec.arm, "shape": trial.shape.__dict__, "budget_hash": trial.budget_hash}
+    attributes["tuning_trials"] = trial.tuning_trials
     return attributes if trial.duplicate_of is None else attributes | {"duplicate_of": trial.duplicate_of}
 
 
@@ -363,5 +367,6 @@ def _trial_from(frozen: optuna.trial.FrozenTrial) -> Trial:
         spec=TrialSpec.model_validate_json(json.dumps(attributes["spec"])),
         shape=TrialShape(**shape),
         budget_hash=attributes["budget_hash"],
+        tuning_trials=attributes["tuning_trials"],
         duplicate_of=attributes.get("duplicate_of"),
     )

@@ -21,7 +21,7 @@ from study.search_space import listed_specs
 from study.storage import Storage
 from study.study_file import dump_config
 from study.tracking import BackgroundTracker, StudyRecord, Tracker, first_line, hide_password
-from study.trial import SeedResult, TrialSpec, budget_hash, trial_shape
+from study.trial import SeedResult, TrialSpec, budget_hash, trial_shape, tuning_trials
 
 TRACKING_OFF = "off"
 
@@ -54,6 +54,7 @@ def open_ledger(config: StudyConfig, corpus: Corpus, directory: StudyDirectory) 
         return Asked(
             trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model),
             budget_hash(spec, config, corpus.sha256, teacher),
+            tuning_trials(spec.arm, config),
         )
 
     return Ledger(directory.ledger_url, config, corpus.sha256, examine)

@@ -98,6 +98,8 @@ def resolve(config: StudyConfig, arm: DenseArm | MPOArm, chosen: dict[str, Any])
         data["teacher"] = arm.teacher
         if arm.teacher is None:
             data.setdefault("init", "variance")
+    else:
+        data.setdefault("init", "paper")
     overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {
         "learning_rate": chosen.get("learning_rate")
     }

@@ -157,7 +157,7 @@ class Tracker:
         return self._create(key, schema.KIND_TRIAL, trial_name(trial), _milliseconds(first.started), tags)
 
     def _create_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> _KnownRun:
-        tags = _group_tags(trial) | {schema.PARENT: parent.run_id}
+        tags = _group_tags(trial) | result.ran_on | {schema.PARENT: parent.run_id}
         if result.failure is not None:
             tags[schema.FAILURE] = result.failure
         if result.failure_step is not None:
@@ -232,6 +232,9 @@ class Tracker:
             "start": spec.start,
             "vocab_size": self._record.vocab_size,
             "d_ff": spec.model.d_ff or 4 * spec.model.d_model,
+            "sites": ", ".join(sorted({str(len(bonds) - 1) for bonds in trial.shape.bonds.values()})) or None,
+            "largest_bond": max((max(bonds) for bonds in trial.shape.bonds.values()), default=None),
+            "tuning_trials": trial.tuning_trials,
             "budget_hash": trial.budget_hash,
             "corpus_sha256": self._record.corpus_sha256,
         }

@@ -1,13 +1,15 @@
 """Train one trial × one seed: pure PyTorch, no Ray, no MLflow.
 
-What a seed's result is depends on the trial's configuration, the corpus and the seed alone. On a CPU an interrupted
-and resumed run ends bit-identical to an undisturbed one: batches are drawn by step number, and a checkpoint holds all
-the rest.
+What a seed's result is depends on the trial's configuration, the corpus and the seed; to rounding, also on the kind of
+machine, the number of threads and the version of PyTorch, which every result names. With these equal, on a CPU, an
+interrupted and resumed run ends bit-identical to an undisturbed one: batches are drawn by step number, and a checkpoint
+holds all the rest.
 """
 
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import mpo_core
-from analysis import run_schema
+from analysis import run_schema as schema
 from study.config import Protocol
 from study.corpus import Corpus, Windows, consecutive_windows
 from study.randomness import generator
@@ -235,8 +237,19 @@ def train_seed(
         rel_errors=rel_errors | _rel_errors(training, rel_error_chis, "trained") if failure is None else rel_errors,
         failure=None if failure is None else f"diverged: {failure}",
         failure_step=None if failure is None else failure.step,
+        ran_on=_ran_on(device),
     )
     return result, training.model.state_dict()
+
+
+def _ran_on(device: torch.device | str) -> dict[str, str]:
+    """What results depend on to rounding; the keys of `run_schema.RAN_ON`."""
+    kind = torch.device(device).type
+    return {
+        schema.DEVICE: torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine() or kind,
+        schema.THREADS: str(torch.get_num_threads()),
+        schema.TORCH: torch.__version__,
+    }
 
 
 def _final_metrics(training: Training, teacher_tokens: int) -> dict[str, float]:
@@ -256,11 +269,11 @@ def _final_metrics(training: Training, teacher_tokens: int) -> dict[str, float]:
 def _rel_errors(training: Training, chis: Sequence[int], when: str) -> dict[str, float]:
     if training.spec.family == "dense":
         errors = mpo_core.rel_errors(training.model, chis) if chis else {}
-        return {run_schema.rel_error_key(when, chi, layer): error for (chi, layer), error in errors.items()}
+        return {schema.rel_error_key(when, chi, layer): error for (chi, layer), error in errors.items()}
     if when == "init" and training.spec.teacher is not None and training.compression is not None:
         assert training.spec.chi is not None
         return {
-            run_schema.rel_error_key("compressed", training.spec.chi, row.name): row.rel_error
+            schema.rel_error_key("compressed", training.spec.chi, row.name): row.rel_error
             for row in training.compression.rows
             if row.rel_error is not None
         }

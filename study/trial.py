@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -43,7 +44,8 @@ class SeedResult:
     """All that is known of one trial × one seed once it is over.
 
     `curve` has one row per evaluation (keys of `run_schema.CURVES`, and "step"); `final` the keys of
-    `run_schema.FINALS`; `rel_errors` the keys of `run_schema.rel_error_key`. Times are UTC, ISO 8601.
+    `run_schema.FINALS`; `rel_errors` the keys of `run_schema.rel_error_key`; `ran_on` those of `run_schema.RAN_ON`.
+    Times are UTC, ISO 8601.
     """
 
     trial: int
@@ -54,6 +56,7 @@ class SeedResult:
     final: dict[str, float] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
     rel_errors: dict[str, float] = field(default_factory=dict)
+    ran_on: dict[str, str] = field(default_factory=dict)
     weights: str | None = None
     failure: str | None = None
     failure_step: int | None = None
@@ -82,7 +85,7 @@ def build_model(
     if teacher_weights is not None:
         model.load_state_dict(teacher_weights)
     elif generator_for is not None:
-        model.init_parameters(generator_for)
+        model.init_parameters(generator_for, (spec.family == "dense" and spec.init) or "paper")
     if spec.family == "dense":
         return model, None
     assert spec.chi is not None
@@ -141,7 +144,7 @@ def _identity(spec: TrialSpec, layers: list[Any]) -> str:
     """Equal for two specs exactly when they train the same model in the same way."""
     essence = spec.model_dump(mode="json", exclude={"arm", "chi", "n_sites", "factorisation"})
     essence["layers"] = layers
-    if spec.init == "paper":
+    if spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
         essence["chi"] = spec.chi  # this init mode depends on the cap as asked for, not on the bonds it gives
     return _hash(essence)
 
@@ -173,11 +176,19 @@ def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, teache
             "split": config.corpus.validation_fraction,
             "evaluation": [spec.model.context, protocol.sampled_eval_batches, protocol.sampled_eval_batch_size],
             "batch": [protocol.batch_size, spec.model.context],
-            "steps": [protocol.steps, protocol.warmup_steps, protocol.eval_every],
+            "steps": [protocol.steps, protocol.warmup_steps],
             "teacher": None if teacher is None else [teacher.protocol.steps, teacher.protocol.warmup_steps],
-            "tuning_trials": config.budget.trials if config.arm(spec.arm).is_searched else 0,
+            "tuning_trials": tuning_trials(spec.arm, config),
         }
     )[:12]
+
+
+def tuning_trials(arm: str, config: StudyConfig) -> int:
+    """How many trials of this arm differ in what tuning chooses (init, learning rate); a search's whole budget."""
+    if config.arm(arm).is_searched:
+        return config.budget.trials
+    listed = [value for key, value in config.arm(arm).values().items() if key in ("init", "learning_rate")]
+    return math.prod(len(value) for value in listed if isinstance(value, tuple))
 
 
 def _hash(data: Any) -> str:

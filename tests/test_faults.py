@@ -15,6 +15,7 @@ from study_fixtures import (
     cli,
     contents,
     mlflow_template,  # noqa: F401 (a fixture)
+    nothing_left_running,  # noqa: F401 (a fixture)
     results_at,
     run_at,
     start_cli,
@@ -91,7 +92,7 @@ def trainers(driver):
             title = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
         except OSError:
             continue
-        if title.startswith("ray::") and "IDLE" not in title:
+        if title.startswith("ray::ImplicitFunc"):  # Tune's wrapper of a function
             found.append(pid)
     return found
 
@@ -189,11 +190,21 @@ def test_worker_killed_in_the_middle_of_a_unit_is_replaced(work, undisturbed):
     out, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, err
     assert "4 trials, 8 runs complete" in out
+    assert "Traceback" not in out + err
+    check_whole(work, undisturbed)
+
+
+def test_worker_killed_while_it_starts_is_replaced(work, undisturbed):
+    driver = start(work)
+    kill([wait_for_trainer(driver)])  # before its first unit has reported anything
+    out, err = driver.communicate(timeout=300)
+    assert driver.returncode == 0, err
+    assert "4 trials, 8 runs complete" in out
     check_whole(work, undisturbed)
 
 
 def test_unit_whose_worker_dies_three_times_is_a_recorded_failure(tmp_path):
-    write_study(tmp_path, arms=[DENSE], seeds=1, protocol={"steps": 1_000_000}, execution={"checkpoint_seconds": 1000})
+    write_study(tmp_path, arms=[DENSE], seeds=1, protocol={"steps": 1_000_000, "eval_every": 1_000_000})
     driver = start(tmp_path, "--tracking", "off")
     killed: list[int] = []
     while len(killed) < 3:
@@ -204,7 +215,21 @@ def test_unit_whose_worker_dies_three_times_is_a_recorded_failure(tmp_path):
     assert driver.returncode == 0, err
     assert "1 trials, 0 runs complete, 1 failed" in out
     [result] = results_at(tmp_path / "kept").values()
-    assert result.failure == "its worker died 3 times"
+    assert result.failure == "its worker died 3 times without progress"
+
+
+def test_study_whose_last_node_dies_stops_and_goes_on_later(work, undisturbed):
+    driver = start(work)
+    wait_for_results(driver, 2)
+    [raylet] = [pid for pid in descendants(driver.pid) if Path(f"/proc/{pid}/comm").read_text() == "raylet\n"]
+    kill([raylet, *descendants(raylet)])  # a node's own process, and the workers on it
+    out, err = driver.communicate(timeout=120)
+    assert driver.returncode == 1, err
+    assert "no node of Ray is left" in " ".join(out.split())
+    assert "Traceback" not in out + err
+    code, _, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=work)
+    assert code == 0, err
+    check_whole(work, undisturbed)
 
 
 # Storage --------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
     """
     panels = group_order(means["panel"])
     shown = means[means["tokens"] >= _SHOWN_FROM * means.groupby("trial")["tokens"].transform("max")]
-    low, high = shown["mean"].min(), shown["mean"].max()
+    low, high = (shown["mean"] - shown["half_width"].fillna(0)).min(), shown["mean"].max()
     margin = 0.06 * (high - low) or 0.1
     final = means[means["is_reference"]].groupby("trial")["mean"].last()
     text = style.footer(

@@ -12,6 +12,7 @@ from analysis.frontier import frontier_mask
 from analysis.statistics import mean_interval
 from analysis.summary import (
     DENSE,
+    LARGER_DENSE,
     MIN_SEEDS,
     SMALLER_DENSE,
     VAL_LOSS,
@@ -48,7 +49,7 @@ def seed_points(summary: pd.DataFrame, seeds: pd.DataFrame, measure: Measure) ->
 
 def panel_of(group: str) -> str:
     """The panel of the learning curves that a group is drawn in: all dense models share one."""
-    return DENSE if group == SMALLER_DENSE else group
+    return DENSE if group in (SMALLER_DENSE, LARGER_DENSE) else group
 
 
 def curve_trials(summary: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +14,7 @@ from study.storage import Storage
 from study.trial import SeedResult, now
 
 MAX_DEATHS = 3
-"""A unit whose worker died this often, without a result, is recorded as failed."""
+"""A unit whose worker died this often, with no evaluation passed in between, is recorded as failed."""
 
 Finished = Literal["finished"]
 
@@ -34,6 +35,8 @@ class Queue:
     aborted: str | None = None
     """Why no more units are issued although work is left; None while all is well."""
     _in_flight: set[tuple[int, int]] = field(default_factory=set)
+    _n_deaths: Counter[tuple[int, int]] = field(default_factory=Counter)
+    _furthest_step: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._teacher_arms = {arm.teacher for arm in self.config.arms if isinstance(arm, MPOArm)} - {None}
@@ -65,9 +68,20 @@ class Queue:
                 self.aborted = str(error)
             self.on_result(result)
 
-    def give_up(self, unit: Unit, reason: str) -> None:
-        """Record a unit whose worker died too often."""
-        self.complete([_failed(unit.trial, seed, reason) for seed in unit.seeds])
+    def note_progress(self, unit: Unit, seed: int, step: float) -> None:
+        """A run passed an evaluation; if none came as far before, earlier deaths no longer count."""
+        if step > self._furthest_step.get((unit.trial, seed), -1):
+            self._furthest_step[unit.trial, seed] = step
+            self._n_deaths[unit.trial, unit.seeds[0]] = 0
+
+    def note_death(self, unit: Unit) -> None:
+        """Take back a unit whose worker died, or record it as failed where that has happened too often."""
+        self._n_deaths[unit.trial, unit.seeds[0]] += 1
+        if self._n_deaths[unit.trial, unit.seeds[0]] < MAX_DEATHS:
+            self.put_back(unit)
+        else:
+            reason = f"its worker died {MAX_DEATHS} times without progress"
+            self.complete([_failed(unit.trial, seed, reason) for seed in unit.seeds])
 
     def put_back(self, unit: Unit) -> None:
         """Take back a unit that ended without results through no fault of its own."""

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from study.errors import StudyError
-from study.scheduler.queue import MAX_DEATHS, Queue
+from study.scheduler.queue import Queue
 from study.scheduler.unit import Unit, run_unit
 from study.trial import SeedResult
 
@@ -36,6 +37,9 @@ _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 """Environment variables for Ray; one that the user has set stays as it is."""
+
+NODE_WATCH_SECONDS = 10
+"""Time between two looks at whether any node is left."""
 
 OnEvaluation = Callable[[Unit, int, dict[str, float]], None]
 
@@ -74,10 +78,16 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, address: str | None = 
                 name=f"{queue.config.name}-{uuid4().hex[:8]}",
                 storage_path=tune_storage,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=MAX_DEATHS - 1),
+                failure_config=tune.FailureConfig(max_failures=0),  # the queue counts, and issues a unit again
+                callbacks=[_NodeWatch()],
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except Exception:
+            if _has_nodes():
+                raise
+            queue.aborted = _NO_NODES
     finally:
         ray.shutdown()
         if scratch is not None:
@@ -102,6 +112,9 @@ def _connect(address: str) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StudyError(f"--address {address}: cannot connect to Ray: {str(error).splitlines()[0]}") from None
+    # A worker's death is no reason for a page of traceback: its unit is issued again.
+    for name in ("ray.tune", "ray.air"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _slots(cpus: float, gpus: float) -> int:
@@ -136,6 +149,26 @@ def _work(config: dict[str, str]) -> None:
         tune.report({"results": json.dumps([asdict(result) for result in results])})
 
 
+_NO_NODES = "no node of Ray is left"
+
+
+class _NodeWatch(tune.Callback):
+    """Ends a run whose last node is gone: Tune would wait for another one for ever, without a word."""
+
+    def __init__(self) -> None:
+        self._looked = time.monotonic()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self._looked > NODE_WATCH_SECONDS:
+            self._looked = time.monotonic()
+            if not _has_nodes():
+                raise ConnectionError(_NO_NODES)
+
+
+def _has_nodes() -> bool:
+    return any(node["Alive"] for node in ray.nodes())
+
+
 class _LedgerSearcher(Searcher):
     """Suggests units instead of points, and never asks Tune for a metric."""
 
@@ -167,14 +200,18 @@ class _LedgerSearcher(Searcher):
             del self._units[trial_id]
         elif "evaluation" in result:
             seed, row = json.loads(result["evaluation"])
+            self._queue.note_progress(unit, seed, row["step"])
             self._on_evaluation(unit, seed, row)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
         unit = self._units.pop(trial_id, None)
-        if unit is not None:
-            self._queue.give_up(unit, f"its worker died {MAX_DEATHS} times")
+        if unit is not None and _has_nodes():
+            self._queue.note_death(unit)
+        elif unit is not None:
+            self._queue.put_back(unit)
+            self._queue.aborted = _NO_NODES
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its parts for a restore that we never ask for: the ledger holds all."""

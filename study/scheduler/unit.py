@@ -12,7 +12,7 @@ import torch
 
 from study.config import Strict
 from study.corpus import Corpus, corpus_from_bytes
-from study.storage import Checkpoints, Storage, pack_tensors, unpack_tensors
+from study.storage import Checkpoints, Damaged, Storage, pack_tensors, unpack_tensors
 from study.training import train_seed
 from study.trial import SeedResult, TrialSpec, now
 
@@ -51,7 +51,7 @@ def run_unit(unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None])
         One result per seed; what goes wrong in one is a failed result, and the others go on.
 
     Raises:
-        OSError: storage or corpus cannot be reached, which is no failure of the seed's.
+        OSError: storage, corpus, GPU or memory is not to be had, which is no failure of the seed's.
     """
     torch.set_num_threads(max(1, int(unit.cpus)))
     storage = Storage(unit.storage)
@@ -63,6 +63,9 @@ def run_unit(unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None])
             results.append(_run_seed(unit, seed, storage, corpus, on_evaluation))
         except OSError:
             raise
+        except (Damaged, MemoryError, torch.OutOfMemoryError) as error:
+            # Of the machine or its storage: another try, elsewhere or later, may well succeed.
+            raise OSError(f"trial {unit.trial} seed {seed}: {type(error).__name__}: {error}") from error
         except Exception as error:
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -100,7 +103,7 @@ def _device(unit: Unit) -> str:
     if unit.gpus == 0:
         return "cpu"
     if not torch.cuda.is_available():
-        raise RuntimeError(f"the study file asks for execution.gpus={unit.gpus:g}, but PyTorch finds no CUDA device")
+        raise OSError(f"the study file asks for execution.gpus={unit.gpus:g}, but PyTorch finds no CUDA device")
     return "cuda"
 
 

@@ -59,7 +59,7 @@ class Configuration:
             "arm": self.arm, "family": self.family, "start": self.start,
             "teacher": "dense" if self.start == "teacher" else None, "chi": self.chi,
             "n_sites": 3 if mpo else None, "factorisation": "balanced" if mpo else None,
-            "init": "matched" if mpo and self.start == "scratch" else None,
+            "init": "variance" if self.start == "scratch" else None, "tuning_trials": 1,
             "learning_rate": self.learning_rate, "steps": self.steps, "warmup_steps": 100, "batch_size": 32,
             "context": 256, "vocab_size": 65, "d_model": self.d_model, "n_heads": 4, "n_layers": 4,
             "d_ff": 4 * self.d_model, "weight_decay": 0.1, "budget_hash": self.budget_hash,
@@ -73,7 +73,7 @@ def configurations() -> list[Configuration]:
     tuned = {4: 2.13, 8: 1.80, 16: 1.665, 32: 1.590}
     found = [Configuration("dense", N_PARAMS_DENSE, 1.575, family="dense")]
     found += [
-        Configuration(f"narrow-{d_model}", n_params, loss, "dense", d_model=d_model, n_params_dense=n_params)
+        Configuration(f"narrow-{d_model}", n_params, loss, "dense", d_model=d_model)
         for d_model, n_params, loss in ((28, 43_904, 2.09), (44, 103_224, 1.84))
     ]
     found += [Configuration("mpo", N_PARAMS_MPO[chi], loss, chi=chi) for chi, loss in scratch.items()]

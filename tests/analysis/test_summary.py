@@ -48,11 +48,32 @@ def test_summarise_tells_families_apart(summary):
     assert summary.set_index("arm").loc["narrow-28", "percent_of_dense"] == pytest.approx(100 * 43_904 / 808_448)
 
 
-def test_summarise_takes_the_best_of_several_large_dense_models_as_reference():
-    found = [replace(DENSE, learning_rate=1e-3, val_loss=1.5), replace(DENSE, val_loss=1.7), *USUAL[1:]]
+def test_summarise_takes_the_first_of_several_dense_models_as_reference_not_the_best():
+    found = [replace(DENSE, val_loss=1.7), replace(DENSE, learning_rate=1e-3, val_loss=1.5), *USUAL[1:]]
+    summary = summary_of(found)
+    assert summary.loc[summary["is_reference"], "label"].tolist() == ["dense, lr 3e-4"]
+    assert (summary["group"] == "dense").sum() == 2
+
+
+def test_summarise_takes_no_reference_of_too_few_seeds_where_another_has_enough():
+    found = [replace(DENSE, seeds=(0,)), replace(DENSE, learning_rate=1e-3), *USUAL[1:]]
     summary = summary_of(found)
     assert summary.loc[summary["is_reference"], "label"].tolist() == ["dense, lr 1e-3"]
-    assert (summary["group"] == "dense").sum() == 2
+
+
+def test_summarise_measures_sizes_by_the_studys_dense_model_not_the_largest():
+    summary = summary_of([*USUAL, replace(DENSE, arm="wide", n_params=1_616_896, d_model=200)]).set_index("arm")
+    assert summary.loc["wide", "group"] == "dense, larger"
+    assert summary.loc["wide", "percent_of_dense"] == 200
+    assert summary.loc["dense", ["group", "percent_of_dense", "is_reference"]].tolist() == ["dense", 100, True]
+
+
+def test_trial_with_a_failed_seed_is_on_no_frontier():
+    best = replace(USUAL[3], val_loss=0.5, seeds=(0, 1, 2, 3))
+    assert summary_of([DENSE, best]).set_index("arm").loc["mpo", frontier_key(MEASURES[0])]
+    broken = summary_of([DENSE, replace(best, failed=(4,))]).set_index("arm")
+    assert not broken.loc["mpo", frontier_key(MEASURES[0])]
+    assert broken.loc["mpo", "n_seeds"] == 4
 
 
 def test_summarise_without_dense_model_has_no_reference():
@@ -100,7 +121,7 @@ def test_labels_are_unique_in_their_group_and_no_longer_than_needed():
     ]
     labels = summary_of(found).sort_values("trial")["label"].tolist()
     assert labels == [
-        "χ=4", "χ=8, lr 3e-4", "χ=8, lr 2.5e-3", "χ=16, L=3", "χ=16, L=2, matched", "χ=16, L=2, core", "χ=32, #6",
+        "χ=4", "χ=8, lr 3e-4", "χ=8, lr 2.5e-3", "χ=16, L=3", "χ=16, L=2, variance", "χ=16, L=2, core", "χ=32, #6",
         "χ=32, #7",
     ]  # fmt: skip
 

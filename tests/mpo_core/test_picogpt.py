@@ -143,6 +143,18 @@ def test_init_is_the_papers():
     assert float(loss) == pytest.approx(math.log(65) + 128 * 0.02**2 / 2, abs=0.03)
 
 
+def test_variance_init_gives_linear_weights_the_scale_of_an_mpo():
+    model = PicoGPT(GPTConfig())
+    model.init_parameters(lambda name: torch.Generator().manual_seed(len(name)), init="variance")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            expected = module.in_features**-0.5
+            assert float(module.weight.detach().std()) == pytest.approx(expected, rel=6 / math.sqrt(2 * 8320)), name
+    assert float(model.embedding.weight.detach().std()) == pytest.approx(0.02, rel=6 / math.sqrt(2 * 8320))
+    with pytest.raises(ValueError, match="must be one of paper, variance, but got 'xavier'"):
+        model.init_parameters(lambda name: torch.Generator(), init="xavier")
+
+
 @pytest.mark.parametrize("d_model", [1, 6, 7])
 def test_sinusoidal_positions_follow_the_formula(d_model):
     positions = sinusoidal_positions(50, d_model)

@@ -130,12 +130,27 @@ def optuna_states(ledger_url: str) -> list[tuple[str, list[float] | None]]:
 
 
 def start_cli(*arguments: str | Path, cwd: Path, **options) -> subprocess.Popen:
-    """`mpo-study` in a process group of its own."""
+    """`mpo-study` in a process group of its own; `nothing_left_running` ends what a test leaves behind."""
     command = [sys.executable, "-m", "study", *map(str, arguments)]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=cwd, env=os.environ | ENVIRONMENT, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
     )
+    started.append(process)
+    return process
+
+
+started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """What a failed test has started ends with it."""
+    yield
+    while started:
+        with started.pop() as process:
+            if process.poll() is None:
+                process.kill()
 
 
 def cli(*arguments: str | Path, cwd: Path, timeout: float = 300) -> tuple[int, str, str]:

@@ -19,6 +19,7 @@ from study_fixtures import (
     cli,
     contents,
     mlflow_template,  # noqa: F401 (a fixture)
+    nothing_left_running,  # noqa: F401 (a fixture)
     results_at,
     run_at,
     start_cli,

@@ -329,13 +329,15 @@ def search(file, folder, stop_after=()):
             ledger = ledger_at(file, folder)
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
-def test_search_resumed_is_the_search_undisturbed(tmp_path, sampler):
-    file = write_search(tmp_path, sampler=sampler, trials=13, objectives=["n_params", "val_loss"])
+@pytest.mark.parametrize(
+    ("sampler", "trials"), [("random", 6), ("nsga2", 9), ("tpe", 12)]  # tpe's first ten are random, nsga2's first four
+)
+def test_search_resumed_is_the_search_undisturbed(tmp_path, sampler, trials):
+    file = write_search(tmp_path, sampler=sampler, trials=trials, objectives=["n_params", "val_loss"])
     whole = search(file, tmp_path / "whole")
-    resumed = search(file, tmp_path / "resumed", stop_after=(1, 2, 9, 14, 23, 24))
+    resumed = search(file, tmp_path / "resumed", stop_after=(1, 2, 9, 12, 22, 23))
     assert resumed.trials == whole.trials
-    assert len({trial.spec.protocol.learning_rate for trial in whole.trials.values()}) > 7  # nsga2 may repeat some
+    assert len({trial.spec.protocol.learning_rate for trial in whole.trials.values()}) > 5  # nsga2 may repeat some
     urls = [StudyDirectory(tmp_path / name).ledger_url for name in ("whole", "resumed")]
     assert optuna_states(urls[0]) == optuna_states(urls[1])
 

@@ -111,12 +111,29 @@ def test_queue_issues_again_what_is_put_back(tmp_path, open_queue):
     assert queue.next_unit() == "finished"
 
 
-def test_queue_records_what_it_gives_up(tmp_path, open_queue):
+def test_queue_gives_up_a_unit_whose_worker_dies_three_times_without_progress(tmp_path, open_queue):
     queue = open_queue(write_study(tmp_path, seeds=1, arms=[DENSE]))
     unit = queue.next_unit()
-    queue.give_up(unit, "its worker died 3 times")
-    assert queue.ledger.results[0, 0].failure == "its worker died 3 times"
+    queue.note_progress(unit, 0, 2)
+    for _ in range(2):
+        queue.note_death(unit)
+        assert queue.next_unit() == unit
+        queue.note_progress(unit, 0, 0)
+        queue.note_progress(unit, 0, 2)  # as far as before, and no further
+    queue.note_death(unit)
+    assert queue.ledger.results[0, 0].failure == "its worker died 3 times without progress"
     assert queue.next_unit() == "finished"
+
+
+def test_queue_forgets_deaths_where_there_is_progress(tmp_path, open_queue):
+    queue = open_queue(write_study(tmp_path, seeds=1, arms=[DENSE]))
+    unit = queue.next_unit()
+    for step in range(10):
+        queue.note_progress(unit, 0, step)
+        for _ in range(2):
+            queue.note_death(unit)
+            assert queue.next_unit() == unit
+    assert queue.ledger.results == {}
 
 
 def test_queue_issues_no_more_once_aborted(tmp_path, open_queue):

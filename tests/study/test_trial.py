@@ -157,10 +157,14 @@ def test_learning_rate_is_no_budget(hash_of):
     assert hash_of(dense(protocol=Protocol(learning_rate=1e-2))) == hash_of(dense())
 
 
+def test_number_of_evaluations_is_not_budget(hash_of):
+    assert hash_of(dense(protocol=Protocol(eval_every=50))) == hash_of(dense())
+
+
 @pytest.mark.parametrize(
     "protocol",
     [
-        {"steps": 2001}, {"warmup_steps": 50}, {"batch_size": 16}, {"eval_every": 50}, {"sampled_eval_batches": 10},
+        {"steps": 2001}, {"warmup_steps": 50}, {"batch_size": 16}, {"sampled_eval_batches": 10},
         {"sampled_eval_batch_size": 4},
     ],
 )

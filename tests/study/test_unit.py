@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from study.scheduler.unit import Teachers, Unit, run_unit, store_corpus
+from study.search_space import listed_specs
+from study.storage import Storage
+from study.study_file import validate
+from study.trial import build_model
+
+
+@pytest.fixture
+def unit_of(tmp_path, corpus, spec_of):
+    """Makes a unit of the dense arm with these changes, its corpus in storage."""
+    storage = Storage(str(tmp_path / "storage"))
+    store_corpus(storage, corpus)
+    plain = {
+        "trial": 3, "seeds": [0, 1], "storage": storage.url, "study_uuid": "f00", "corpus_sha256": corpus.sha256,
+        "validation_fraction": 0.1, "teachers": None, "rel_error_chis": [2], "keep_weights": False, "cpus": 1,
+        "gpus": 0, "checkpoint_seconds": 1000,
+    }  # fmt: skip
+
+    def make(**changes):
+        return Unit(**{**plain, "seeds": (0, 1), "rel_error_chis": (2,), "spec": spec_of()} | changes)
+
+    return make
+
+
+def test_run_unit_gives_a_result_for_each_seed_and_says_what_it_ran_on(unit_of):
+    rows = []
+    results = run_unit(unit_of(), lambda seed, row: rows.append((seed, row["step"])))
+    assert [(result.trial, result.seed, result.state) for result in results] == [(3, 0, "complete"), (3, 1, "complete")]
+    assert rows == [(seed, step) for seed in (0, 1) for step in (0, 4, 8, 12)]
+    assert results[0].ran_on["mpo.torch"] == torch.__version__
+    assert results[0].ran_on["mpo.threads"] == "1"
+
+
+def test_run_unit_without_the_gpu_it_asks_for_is_no_failure_of_the_seed(unit_of, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OSError, match=r"asks for execution\.gpus=1, but PyTorch finds no CUDA device"):
+        run_unit(unit_of(gpus=1), lambda seed, row: None)
+
+
+def test_run_unit_with_a_damaged_teacher_is_no_failure_of_the_seed(unit_of, spec_of):
+    unit = unit_of()
+    Storage(unit.storage).write("teacher", b"cut sho")
+    spec = spec_of(chi=2, teacher="dense")
+    unit = unit_of(spec=spec, teachers=Teachers(weights={0: "teacher", 1: "teacher"}, tokens=5))
+    with pytest.raises(OSError, match="trial 3 seed 0: Damaged"):
+        run_unit(unit, lambda seed, row: None)
+
+
+def test_dense_arm_can_start_at_the_scale_of_mpo(small_study, corpus):
+    arms = [{"name": "dense", "family": "dense", "init": "variance"}]
+    [spec] = listed_specs(validate(small_study(arms=arms), "here"))
+    model, _ = build_model(spec, len(corpus.vocabulary), lambda name: torch.Generator().manual_seed(1))
+    assert float(model.blocks[0].feed_forward.down.weight.detach().std()) == pytest.approx(32**-0.5, rel=0.25)
