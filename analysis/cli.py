@@ -29,9 +29,7 @@ def report(
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow tracking URI, instead of DIR.", metavar="URI")
     ] = None,
-    experiment: Annotated[
-        str | None, typer.Option(help="MLflow experiment, instead of DIR.", metavar="NAME")
-    ] = None,
+    experiment: Annotated[str | None, typer.Option(help="MLflow experiment, instead of DIR.", metavar="NAME")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the report; by default DIR/report.", metavar="OUT")
     ] = None,
@@ -42,8 +40,12 @@ def report(
     again replaces the files of the last one and leaves others alone.
     """
     # MLflow reads these when it is first imported; a server that is away is said to be so within seconds, not minutes.
-    for name, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("DO_NOT_TRACK", "true"),
-                        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")):
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("DO_NOT_TRACK", "true"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+    ):
         os.environ.setdefault(name, value)
     try:
         _report(study, tracking_uri, experiment, out)

@@ -71,8 +71,9 @@ def load_study(address: StudyAddress, page_size: int = 1000) -> StudyRuns:
     return study_runs(address, trial_runs, seed_runs)
 
 
-def load_curves(runs: StudyRuns, trials: Sequence[int] | None = None, keys: Sequence[str] = ("val_loss", "tokens")
-                ) -> pd.DataFrame:
+def load_curves(
+    runs: StudyRuns, trials: Sequence[int] | None = None, keys: Sequence[str] = ("val_loss", "tokens")
+) -> pd.DataFrame:
     """Learning curves of the complete seeds, one row per evaluation: trial, seed, step and one column per key.
 
     One request per seed and key, so ask for the trials that will be shown.

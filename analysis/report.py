@@ -190,8 +190,9 @@ def _written_before(out: Path) -> list[str]:
         return []
     try:
         names = json.loads(listed.read_text(encoding="utf-8"))["written"]
-        inside = all(Path(name).parts[0] in ("figures", "tables", INDEX) and ".." not in Path(name).parts
-                     for name in names)
+        inside = all(
+            Path(name).parts[0] in ("figures", "tables", INDEX) and ".." not in Path(name).parts for name in names
+        )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise AnalysisError(f"{listed} is not the list of a report's files; choose another folder") from error
     if not inside:

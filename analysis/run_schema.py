@@ -103,8 +103,9 @@ CURVES = (
     Field("val_loss", "curve", float, "validation loss, full validation split", "nats", "minimize"),
     Field("val_acc", "curve", float, "validation token accuracy, full validation split", "fraction", "maximize"),
     Field("val_loss_sampled", "curve", float, "validation loss, random batches as in the paper", "nats", "minimize"),
-    Field("val_acc_sampled", "curve", float, "validation accuracy, random batches as in the paper", "fraction",
-          "maximize"),
+    Field(
+        "val_acc_sampled", "curve", float, "validation accuracy, random batches as in the paper", "fraction", "maximize"
+    ),
     Field("train_loss", "curve", float, "training loss, mean since the last evaluation", "nats", "minimize"),
     Field("learning_rate", "curve", float, "learning rate"),
     Field("tokens", "curve", int, "training tokens so far", "tokens"),
@@ -114,12 +115,19 @@ FINALS = (
     Field("final/val_loss", "final", float, "validation loss at the last step", "nats", "minimize"),
     Field("final/val_acc", "final", float, "validation token accuracy at the last step", "fraction", "maximize"),
     Field("final/val_loss_sampled", "final", float, "sampled validation loss at the last step", "nats", "minimize"),
-    Field("final/val_acc_sampled", "final", float, "sampled validation accuracy at the last step", "fraction",
-          "maximize"),
+    Field(
+        "final/val_acc_sampled", "final", float, "sampled validation accuracy at the last step", "fraction", "maximize"
+    ),
     Field("final/train_loss", "final", float, "training loss, mean since the evaluation before", "nats", "minimize"),
     Field("best/val_loss", "final", float, "lowest validation loss of any evaluation (optimistic)", "nats", "minimize"),
-    Field("best/val_acc", "final", float, "highest validation accuracy of any evaluation (optimistic)", "fraction",
-          "maximize"),
+    Field(
+        "best/val_acc",
+        "final",
+        float,
+        "highest validation accuracy of any evaluation (optimistic)",
+        "fraction",
+        "maximize",
+    ),
     Field("best/step", "final", int, "step of the lowest validation loss", "steps"),
     Field("train_seconds", "final", float, "wall time of training and evaluation", "s", "minimize"),
     Field("train_tokens", "final", int, "tokens this run trained on", "tokens"),
@@ -128,8 +136,7 @@ FINALS = (
 
 COUNTS = (
     Field("n_params", "count", int, "trainable parameters", "parameters", "minimize"),
-    Field("n_params_compressed", "count", int, "parameters of the compressed matrices alone", "parameters",
-          "minimize"),
+    Field("n_params_compressed", "count", int, "parameters of the compressed matrices alone", "parameters", "minimize"),
     Field("n_params_dense", "count", int, "parameters of the study's dense reference model", "parameters"),
 )
 

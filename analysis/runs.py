@@ -176,9 +176,7 @@ def _identity(runs: list[RunRecord], address: StudyAddress) -> tuple[str, str]:
     return studies[0]
 
 
-def _fill_in(
-    trial_runs: list[RunRecord], seed_runs: list[RunRecord]
-) -> tuple[list[RunRecord], list[RunRecord]]:
+def _fill_in(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) -> tuple[list[RunRecord], list[RunRecord]]:
     """Give a run that is just being written, and has no params yet, those of another run of its trial.
 
     A trial's run is created before its seeds' and gets its params after them. One of which no other run says anything
@@ -303,7 +301,16 @@ def _rel_errors_frame(runs: list[RunRecord]) -> pd.DataFrame:
             parsed = schema.parse_rel_error_key(key)
             if parsed is not None:
                 when, chi, layer = parsed
-                rows.append({"trial": _param(run, "trial"), "seed": _param(run, "seed"), "when": when, "chi": chi,
-                             "layer": layer, "rel_error": value})
-    return _frame(rows, {"trial": "int64", "seed": "int64", "when": "str", "chi": "int64", "layer": "str",
-                         "rel_error": "float64"})
+                rows.append(
+                    {
+                        "trial": _param(run, "trial"),
+                        "seed": _param(run, "seed"),
+                        "when": when,
+                        "chi": chi,
+                        "layer": layer,
+                        "rel_error": value,
+                    }
+                )
+    return _frame(
+        rows, {"trial": "int64", "seed": "int64", "when": "str", "chi": "int64", "layer": "str", "rel_error": "float64"}
+    )

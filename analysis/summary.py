@@ -75,9 +75,7 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     summary["percent_of_dense"] = (100 * summary["n_params"] / summary["n_params_dense"]).astype("float64")
     summary["group"] = [
         _group(family, start, percent)
-        for family, start, percent in zip(
-            summary["family"], summary["start"], summary["percent_of_dense"], strict=True
-        )
+        for family, start, percent in zip(summary["family"], summary["start"], summary["percent_of_dense"], strict=True)
     ]
     summary["label"] = _labels(summary)
     for key in AGGREGATED:

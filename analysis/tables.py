@@ -55,8 +55,16 @@ def frontier_table(summary: pd.DataFrame) -> Table:
     """The trials on the frontier of any measure, the smallest first."""
     on_any = summary[[frontier_key(measure) for measure in MEASURES]].any(axis=1)
     rows = summary[on_any].sort_values("n_params", kind="stable")
-    columns = ["configuration", "family", "val loss (nats)", "val accuracy (%)", "parameters", "% of dense", "seeds",
-               "on frontier of"]
+    columns = [
+        "configuration",
+        "family",
+        "val loss (nats)",
+        "val accuracy (%)",
+        "parameters",
+        "% of dense",
+        "seeds",
+        "on frontier of",
+    ]
     shown = trials_table(summary).shown.loc[rows.index, columns]
     return Table("frontier", rows.reset_index(drop=True), shown.reset_index(drop=True))
 
@@ -98,6 +106,7 @@ def write(table: Table, folder: Path) -> list[Path]:
 
 def to_markdown(shown: pd.DataFrame) -> str:
     """A GitHub table; a vertical bar or a line break in a cell stays inside it."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 

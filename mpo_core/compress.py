@@ -48,16 +48,23 @@ class CompressionReport:
         header = ("layer", "out×in", "d_out", "d_in", "bonds", "before", "after", "rel_error")
         table = [header] + [
             (
-                row.name, f"{row.out_features}×{row.in_features}", _join(row.d_out), _join(row.d_in), _join(row.bonds),
-                f"{row.n_params_before:,}", f"{row.n_params_after:,}",
+                row.name,
+                f"{row.out_features}×{row.in_features}",
+                _join(row.d_out),
+                _join(row.d_in),
+                _join(row.bonds),
+                f"{row.n_params_before:,}",
+                f"{row.n_params_after:,}",
                 "–" if row.rel_error is None else f"{row.rel_error:.4f}",
             )
             for row in self.rows
         ]
         widths = [max(len(line[column]) for line in table) for column in range(len(header))]
         lines = [
-            "  ".join(cell.ljust(width) if column < 5 else cell.rjust(width)
-                      for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
+            "  ".join(
+                cell.ljust(width) if column < 5 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
             for line in table
         ]
         before, after = self.n_params_before, self.n_params_after
@@ -115,9 +122,14 @@ def compress(
         compressed.set_submodule(name, layer)
         rows.append(
             CompressedLayer(
-                name=name, out_features=layer.out_features, in_features=layer.in_features,
-                d_out=layer.d_out, d_in=layer.d_in, bonds=layer.bonds,
-                n_params_before=linear.weight.numel(), n_params_after=sum(core.numel() for core in layer.cores),
+                name=name,
+                out_features=layer.out_features,
+                in_features=layer.in_features,
+                d_out=layer.d_out,
+                d_in=layer.d_in,
+                bonds=layer.bonds,
+                n_params_before=linear.weight.numel(),
+                n_params_after=sum(core.numel() for core in layer.cores),
                 rel_error=rel_error(linear.weight, layer.to_matrix()) if init == "tt_svd" else None,
             )
         )

@@ -106,8 +106,16 @@ class MPOLinear(nn.Module):
         """A layer in the place of `linear`, its cores still to be filled; all but the weight carried over."""
         weight, bias = linear.weight, linear.bias
         layer = cls(
-            linear.in_features, linear.out_features, chi=chi, n_sites=n_sites, d_out=d_out, d_in=d_in,
-            factorisation=factorisation, bias=bias is not None, device="meta", dtype=weight.dtype,
+            linear.in_features,
+            linear.out_features,
+            chi=chi,
+            n_sites=n_sites,
+            d_out=d_out,
+            d_in=d_in,
+            factorisation=factorisation,
+            bias=bias is not None,
+            device="meta",
+            dtype=weight.dtype,
         ).to_empty(device=weight.device)
         layer.cores.requires_grad_(weight.requires_grad)
         if layer.bias is not None:

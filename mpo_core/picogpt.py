@@ -42,9 +42,7 @@ class GPTConfig:
             if not (field.name == "d_ff" and value is None) and (type(value) is not int or value < 1):
                 raise ValueError(f"`{field.name}` must be a positive integer, but got {value!r}")
         if self.d_model % self.n_heads:
-            raise ValueError(
-                f"`n_heads` must divide `d_model`, but got n_heads={self.n_heads}, d_model={self.d_model}"
-            )
+            raise ValueError(f"`n_heads` must divide `d_model`, but got n_heads={self.n_heads}, d_model={self.d_model}")
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
 

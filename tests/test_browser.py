@@ -42,8 +42,12 @@ def study(tmp_path_factory, mlflow_template):  # noqa: F811
     """Folder of a finished study with a failed trial, tracked in MLflow."""
     work = tmp_path_factory.mktemp("work")
     wild = {"name": "wild", "family": "dense", "learning_rate": 1e30}
-    file = write_study(work, arms=[DENSE, MPO, TUNED, wild], protocol={"steps": 60, "eval_every": 10},
-                       description="A small study, made for a look at the MLflow UI.")
+    file = write_study(
+        work,
+        arms=[DENSE, MPO, TUNED, wild],
+        protocol={"steps": 60, "eval_every": 10},
+        description="A small study, made for a look at the MLflow UI.",
+    )
     run_at(file, work / "kept")
     shutil.copy(mlflow_template, work / "kept" / "mlflow.db")
     code, _, err = cli("sync", "kept", cwd=work)
@@ -78,8 +82,17 @@ def address(study):
 def browser(tmp_path_factory):
     options = Options()
     options.binary_location = shutil.which("chromium") or ""
-    for switch in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
-                   "disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1600,1000"):
+    for switch in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "window-size=1600,1000",
+    ):
         options.add_argument(f"--{switch}")
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))

@@ -43,7 +43,13 @@ def test_study_on_ray_leaves_nothing_but_its_folder(finished):
     assert "MLflow:  kept/mlflow.db  (browse: mpo-study ui kept)" in out
     assert sorted(path.name for path in file.parent.iterdir()) == ["kept", "text.txt", "tiny.yaml"]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "driver.lock", "ledger.db", "mlartifacts", "mlflow.db", "storage", "study.json", "study.yaml"
+        "driver.lock",
+        "ledger.db",
+        "mlartifacts",
+        "mlflow.db",
+        "storage",
+        "study.json",
+        "study.yaml",
     ]
 
 

@@ -89,8 +89,11 @@ def test_study_takes_of_the_analysis_its_schema_alone():
     assert all(name.startswith("analysis.run_schema") for name in taken)
 
 
-@pytest.mark.parametrize("path", [path for paths in FILES.values() for path in paths if path.name == "__init__.py"],
-                         ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path",
+    [path for paths in FILES.values() for path in paths if path.name == "__init__.py"],
+    ids=lambda path: path.parent.name,
+)
 def test_init_is_a_docstring(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree)
@@ -126,10 +129,12 @@ def test_analysis_loads_no_torch():
 def test_inline_study_without_tracking_loads_neither_ray_nor_mlflow(tmp_path):
     (tmp_path / "text.txt").write_text("to train or not to train " * 40, encoding="utf-8")
     study = {
-        "name": "s", "corpus": {"path": "text.txt"},
+        "name": "s",
+        "corpus": {"path": "text.txt"},
         "model": {"d_model": 4, "n_heads": 1, "n_layers": 1, "context": 8},
         "protocol": {"steps": 2, "warmup_steps": 1, "batch_size": 2, "sampled_eval_batches": 1},
-        "seeds": 1, "arms": [{"name": "dense", "family": "dense"}],
+        "seeds": 1,
+        "arms": [{"name": "dense", "family": "dense"}],
     }
     (tmp_path / "study.yaml").write_text(json.dumps(study), encoding="utf-8")
     arguments = ["mpo-study", "run", str(tmp_path / "study.yaml"), "--dir", str(tmp_path / "results")]

@@ -56,9 +56,7 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
             width = (style.WIDTH - _LEFT - sum(columns) - 0.12 * (n_columns - 1)) / n_columns
             left = _LEFT + sum(columns[:column]) + column * (width + 0.12)
             bottom = foot + 0.42 + row_height * (n_rows - 1 - row)
-            axes = figure.add_axes(
-                (left / style.WIDTH, bottom / height, width / style.WIDTH, _PANEL_HEIGHT / height)
-            )
+            axes = figure.add_axes((left / style.WIDTH, bottom / height, width / style.WIDTH, _PANEL_HEIGHT / height))
             axes.set_ylim(low - margin, high + margin)
             for loss in final:
                 axes.axhline(loss, color="#444444", linewidth=0.8, linestyle=(0, (5, 3)), zorder=1)
@@ -86,8 +84,14 @@ def _draw_panel(axes: Axes, panel: str, means: pd.DataFrame, curves: pd.DataFram
         color = style.tint(base, 0.5 * (1 - (index + 1) / len(trials)))
         for _, seed in curves[curves["trial"] == trial].groupby("seed"):
             axes.plot(seed["tokens"], seed["val_loss"], color=style.tint(color, 0.5), linewidth=0.4, zorder=2)
-        axes.fill_between(curve["tokens"], curve["mean"] - curve["half_width"], curve["mean"] + curve["half_width"],
-                          color=style.tint(color, 0.6), linewidth=0, zorder=1.5)
+        axes.fill_between(
+            curve["tokens"],
+            curve["mean"] - curve["half_width"],
+            curve["mean"] + curve["half_width"],
+            color=style.tint(color, 0.6),
+            linewidth=0,
+            zorder=1.5,
+        )
         axes.plot(curve["tokens"], curve["mean"], color=color, linewidth=1.1, zorder=3)
         last = curve.iloc[-1]
         ends.append(labels.Label(last["tokens"], last["mean"], last["label"], base))

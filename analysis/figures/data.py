@@ -113,6 +113,4 @@ def layer_kinds(layers: list[str]) -> dict[str, str]:
     patterns = {layer: re.sub(r"\.\d+\.", ".*.", layer, count=1) for layer in layers}
     last = {pattern: pattern.rsplit(".", 1)[-1] for pattern in patterns.values()}
     names = list(last.values())
-    return {
-        layer: last[pattern] if names.count(last[pattern]) == 1 else pattern for layer, pattern in patterns.items()
-    }
+    return {layer: last[pattern] if names.count(last[pattern]) == 1 else pattern for layer, pattern in patterns.items()}

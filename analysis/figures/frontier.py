@@ -113,19 +113,41 @@ def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple
     styles = style.group_styles(points["group"])
     colors = dict(zip(points["trial"], _point_colors(points), strict=True))
     beside = ScaledTranslation(_SEEDS_BESIDE / 72, 0, labels.figure_of(axes).dpi_scale_trans)
-    axes.scatter(seeds["n_params"].astype("float64"), seeds["value"], s=3.5, linewidth=0, zorder=2,
-                 transform=axes.transData + beside,
-                 c=[style.tint(colors[trial], 0.35) for trial in seeds["trial"]])
+    axes.scatter(
+        seeds["n_params"].astype("float64"),
+        seeds["value"],
+        s=3.5,
+        linewidth=0,
+        zorder=2,
+        transform=axes.transData + beside,
+        c=[style.tint(colors[trial], 0.35) for trial in seeds["trial"]],
+    )
     frontier = points[points["on_frontier"]]
     steps_x, steps_y = step_line(frontier["n_params"], frontier["mean"], x_end)
     axes.plot(steps_x, steps_y, color=style.GREY, linewidth=0.9, zorder=1.5, solid_joinstyle="miter")
     for row, color in zip(points.to_dict("records"), _point_colors(points), strict=True):
         if row["n_seeds"] >= MIN_SEEDS:
-            axes.errorbar(row["n_params"], row["mean"], yerr=row["half_width"], color=color, linewidth=0.9, zorder=3,
-                          capsize=1.8, capthick=0.9)
-        axes.plot(row["n_params"], row["mean"], linestyle="none", marker=styles[row["group"]].marker,
-                  markersize=_MARKER_SIZE, markerfacecolor=color if row["on_frontier"] else "white",
-                  markeredgecolor=color, markeredgewidth=1.0, zorder=5 if row["on_frontier"] else 4)
+            axes.errorbar(
+                row["n_params"],
+                row["mean"],
+                yerr=row["half_width"],
+                color=color,
+                linewidth=0.9,
+                zorder=3,
+                capsize=1.8,
+                capthick=0.9,
+            )
+        axes.plot(
+            row["n_params"],
+            row["mean"],
+            linestyle="none",
+            marker=styles[row["group"]].marker,
+            markersize=_MARKER_SIZE,
+            markerfacecolor=color if row["on_frontier"] else "white",
+            markeredgecolor=color,
+            markeredgewidth=1.0,
+            zorder=5 if row["on_frontier"] else 4,
+        )
 
     n_params, mean = points["n_params"].to_numpy(dtype=float), points["mean"].to_numpy()
     half = points["half_width"].fillna(0).to_numpy()
@@ -167,8 +189,16 @@ def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
 
 def _legend(points: pd.DataFrame) -> list[Line2D | Patch]:
     def marker(shape: str, color: str, filled: bool, label: str) -> Line2D:
-        return Line2D([], [], linestyle="none", marker=shape, markersize=_MARKER_SIZE, markeredgecolor=color,
-                      markerfacecolor=color if filled else "white", label=label)
+        return Line2D(
+            [],
+            [],
+            linestyle="none",
+            marker=shape,
+            markersize=_MARKER_SIZE,
+            markeredgecolor=color,
+            markerfacecolor=color if filled else "white",
+            label=label,
+        )
 
     enough = points["n_seeds"] >= MIN_SEEDS
     handles: list[Line2D | Patch] = []

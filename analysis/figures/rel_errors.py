@@ -66,8 +66,18 @@ def _draw_panel(axes: Axes, means: pd.DataFrame, colors: dict[str, str]) -> None
         line = means[means["kind"] == kind].sort_values("chi")
         if line.empty:
             continue
-        axes.errorbar(line["chi"], line["mean"], yerr=line["half_width"].fillna(0), color=color, linewidth=1.0,
-                      marker="osD^vPX"[index % 7], markersize=3.2, capsize=1.5, elinewidth=0.8, zorder=3)
+        axes.errorbar(
+            line["chi"],
+            line["mean"],
+            yerr=line["half_width"].fillna(0),
+            color=color,
+            linewidth=1.0,
+            marker="osD^vPX"[index % 7],
+            markersize=3.2,
+            capsize=1.5,
+            elinewidth=0.8,
+            zorder=3,
+        )
         last = line.iloc[-1]
         ends.append(labels.Label(last["chi"], last["mean"], kind, color))
     labels.label_line_ends(axes, ends)

@@ -98,8 +98,17 @@ def awkward_studies() -> dict[str, list[Configuration]]:
                 for learning_rate in (3e-4, 1e-3, 3e-3):
                     loss = 1.56 + 0.5 * (4 / chi) ** 0.6 + 0.02 * rng.normal() - 0.05 * (start == "teacher")
                     size = n_params if n_sites == 3 else int(1.17 * n_params)
-                    crowded.append(Configuration("mpo", size, loss, start=start, chi=chi, learning_rate=learning_rate,
-                                                 extra={"n_sites": n_sites}))
+                    crowded.append(
+                        Configuration(
+                            "mpo",
+                            size,
+                            loss,
+                            start=start,
+                            chi=chi,
+                            learning_rate=learning_rate,
+                            extra={"n_sites": n_sites},
+                        )
+                    )
     others = [
         ("lowrank", "scratch", 120_000, 1.8), ("lowrank", "scratch", 70_000, 1.95), ("pruned", "teacher", 70_000, 1.92),
     ]  # fmt: skip
@@ -245,11 +254,18 @@ def _seed_metrics(
     ]
     best = int(np.argmin(loss))
     teacher_tokens = 2000 * TOKENS_PER_STEP if configuration.start == "teacher" else 0
-    finals = {f"final/{key}": curves[key][-1] for key in
-              ("val_loss", "val_acc", "val_loss_sampled", "val_acc_sampled", "train_loss")}
-    finals |= {"best/val_loss": loss[best], "best/val_acc": accuracy.max(), "best/step": steps[best],
-               "train_seconds": 60 + 5 * rng.random(), "train_tokens": tokens[-1],
-               "total_tokens": tokens[-1] + teacher_tokens}
+    finals = {
+        f"final/{key}": curves[key][-1]
+        for key in ("val_loss", "val_acc", "val_loss_sampled", "val_acc_sampled", "train_loss")
+    }
+    finals |= {
+        "best/val_loss": loss[best],
+        "best/val_acc": accuracy.max(),
+        "best/step": steps[best],
+        "train_seconds": 60 + 5 * rng.random(),
+        "train_tokens": tokens[-1],
+        "total_tokens": tokens[-1] + teacher_tokens,
+    }
     metrics += [(key, float(value), int(steps[-1])) for key, value in finals.items()]
     if configuration.family == "dense":
         metrics += _rel_error_metrics(rng)

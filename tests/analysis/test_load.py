@@ -156,9 +156,7 @@ def test_load_study_says_which_server_it_could_not_read():
 
 
 def test_resolve_study_reads_the_manifest(study_dir):
-    assert resolve_study(study_dir) == StudyAddress(
-        f"sqlite:///{study_dir}/mlflow.db", "tiny", simulated_study.UUID
-    )
+    assert resolve_study(study_dir) == StudyAddress(f"sqlite:///{study_dir}/mlflow.db", "tiny", simulated_study.UUID)
 
 
 def test_resolve_study_finds_the_database_of_a_directory_that_moved(study_dir, tmp_path):

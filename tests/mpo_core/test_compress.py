@@ -15,8 +15,14 @@ from mpo_core.linear import MPOLinear
 from mpo_core.picogpt import GPTConfig, PicoGPT
 
 SMALL = GPTConfig(vocab_size=11, d_model=12, n_heads=3, n_layers=2, context=10, d_ff=20)
-PER_BLOCK = ("attention.query", "attention.key", "attention.value", "attention.output", "feed_forward.up",
-             "feed_forward.down")
+PER_BLOCK = (
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.output",
+    "feed_forward.up",
+    "feed_forward.down",
+)
 LAYERS = [*(f"blocks.{index}.{layer}" for index in range(SMALL.n_layers) for layer in PER_BLOCK), "lm_head"]
 
 
@@ -87,8 +93,13 @@ def test_compress_draws_every_core_by_its_own_name():
         name = f"lm_head.cores.{site}"
         assert torch.equal(everything.get_parameter(name), head.get_parameter(name))
     drawn = []
-    compress(model, chi=2, init="paper", include=["lm_head"],
-             generator_for=lambda name: drawn.append(name) or generators()(name))
+    compress(
+        model,
+        chi=2,
+        init="paper",
+        include=["lm_head"],
+        generator_for=lambda name: drawn.append(name) or generators()(name),
+    )
     assert drawn == ["lm_head.cores.0", "lm_head.cores.1"]
 
 

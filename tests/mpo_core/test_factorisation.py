@@ -85,8 +85,10 @@ def test_paper_balances_shapes_outside_its_table():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"out_features": 512, "in_features": 128, "n_sites": 2},
-         r"the paper splits 512×128 over n_sites=3, but got n_sites=2; use factorisation='balanced'"),
+        (
+            {"out_features": 512, "in_features": 128, "n_sites": 2},
+            r"the paper splits 512×128 over n_sites=3, but got n_sites=2; use factorisation='balanced'",
+        ),
         ({"out_features": 8, "in_features": 8, "n_sites": 0}, "`1 <= n_sites <= 6` must hold, but got n_sites=0"),
         ({"out_features": 8, "in_features": 8, "n_sites": 7}, "`1 <= n_sites <= 6` must hold, but got n_sites=7"),
         ({"out_features": 8, "in_features": 8, "method": "best"}, "must be one of paper, balanced, but got 'best'"),

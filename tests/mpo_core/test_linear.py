@@ -231,8 +231,10 @@ def test_stacked_layers_under_vmap_match_single_ones(n_sites):
     ("options", "message"),
     [
         ({"chi": 0}, "`chi >= 1` must hold, but got chi=0"),
-        ({"chi": 2, "d_out": [8, 8], "d_in": [8, 8]},
-         r"`prod\(d_out\) == out_features` must hold, but got d_out=\[8, 8\], out_features=65"),
+        (
+            {"chi": 2, "d_out": [8, 8], "d_in": [8, 8]},
+            r"`prod\(d_out\) == out_features` must hold, but got d_out=\[8, 8\], out_features=65",
+        ),
         ({"chi": 2, "d_out": [5, 13]}, r"must be given together, but got d_out=\[5, 13\], d_in=None"),
         ({"chi": 2, "d_out": [5, 13], "d_in": [8, 8], "n_sites": 3}, "`n_sites == len.*but got n_sites=3"),
         ({"chi": 2, "factorisation": "best"}, "must be one of paper, balanced, but got 'best'"),

@@ -226,10 +226,20 @@ def test_tt_svd_refuses_entries_that_are_not_finite(value):
 @pytest.mark.parametrize(
     ("W", "d_out", "d_in", "chi", "message"),
     [
-        (torch.zeros(65, 64), [8, 8], [8, 8], 2,
-         r"`prod\(d_out\) == out_features` must hold, but got d_out=\[8, 8\], out_features=65"),
-        (torch.zeros(64, 65), [8, 8], [8, 8], 2,
-         r"`prod\(d_in\) == in_features` must hold, but got d_in=\[8, 8\], in_features=65"),
+        (
+            torch.zeros(65, 64),
+            [8, 8],
+            [8, 8],
+            2,
+            r"`prod\(d_out\) == out_features` must hold, but got d_out=\[8, 8\], out_features=65",
+        ),
+        (
+            torch.zeros(64, 65),
+            [8, 8],
+            [8, 8],
+            2,
+            r"`prod\(d_in\) == in_features` must hold, but got d_in=\[8, 8\], in_features=65",
+        ),
         (torch.zeros(4, 4), [2, 2], [4], 2, r"one size of at least 1 per site, but got d_out=\[2, 2\], d_in=\[4\]"),
         (torch.zeros(0, 4), [0, 2], [2, 2], 2, r"one size of at least 1 per site, but got d_out=\[0, 2\]"),
         (torch.zeros(4, 4), [2, 2], [2, 2], 0, "`chi >= 1` must hold, but got chi=0"),

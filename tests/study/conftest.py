@@ -37,8 +37,13 @@ def small_study(small_text):
             "corpus": {"path": str(small_text)},
             "model": {"d_model": 8, "n_heads": 2, "n_layers": 1, "context": 8},
             "protocol": {
-                "steps": 12, "warmup_steps": 3, "batch_size": 4, "learning_rate": 0.01, "eval_every": 4,
-                "sampled_eval_batches": 2, "sampled_eval_batch_size": 3,
+                "steps": 12,
+                "warmup_steps": 3,
+                "batch_size": 4,
+                "learning_rate": 0.01,
+                "eval_every": 4,
+                "sampled_eval_batches": 2,
+                "sampled_eval_batch_size": 3,
             },
             "seeds": 2,
             "arms": [

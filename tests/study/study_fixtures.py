@@ -46,8 +46,13 @@ def write_study(folder: Path, name: str = "tiny", **changes) -> Path:
         "corpus": {"path": "text.txt"},
         "model": {"d_model": 8, "n_heads": 2, "n_layers": 1, "context": 8},
         "protocol": {
-            "steps": 6, "warmup_steps": 2, "batch_size": 2, "learning_rate": 0.01, "eval_every": 2,
-            "sampled_eval_batches": 2, "sampled_eval_batch_size": 2,
+            "steps": 6,
+            "warmup_steps": 2,
+            "batch_size": 2,
+            "learning_rate": 0.01,
+            "eval_every": 2,
+            "sampled_eval_batches": 2,
+            "sampled_eval_batch_size": 2,
         },
         "seeds": 2,
         "arms": [DENSE, MPO, TUNED],
@@ -108,7 +113,10 @@ def substance(directory: Path, name: str = "tiny") -> dict[tuple[str, int], dict
     for result in snapshot.results:
         final = {key: value for key, value in result.final.items() if key != "train_seconds"}
         found[specs[result.trial], result.seed] = {
-            "state": result.state, "final": final, "curve": result.curve, "rel_errors": result.rel_errors,
+            "state": result.state,
+            "final": final,
+            "curve": result.curve,
+            "rel_errors": result.rel_errors,
             "failure": result.failure,
         }
     return found
@@ -133,8 +141,14 @@ def start_cli(*arguments: str | Path, cwd: Path, **options) -> subprocess.Popen:
     """`mpo-study` in a process group of its own; `nothing_left_running` ends what a test leaves behind."""
     command = [sys.executable, "-m", "study", *map(str, arguments)]
     process = subprocess.Popen(
-        command, cwd=cwd, env=os.environ | ENVIRONMENT, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+        command,
+        cwd=cwd,
+        env=os.environ | ENVIRONMENT,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
     )
     started.append(process)
     return process
@@ -201,10 +215,20 @@ def contents(path: Path, name: str = "tiny") -> dict[str, list]:
     return {
         key: [
             (
-                run.info.run_id, run.info.run_name, run.info.status, run.info.start_time, run.info.end_time,
-                run.data.params, run.data.tags,
-                {metric: [(point.step, point.value, point.timestamp) for point in
-                          client.get_metric_history(run.info.run_id, metric)] for metric in run.data.metrics},
+                run.info.run_id,
+                run.info.run_name,
+                run.info.status,
+                run.info.start_time,
+                run.info.end_time,
+                run.data.params,
+                run.data.tags,
+                {
+                    metric: [
+                        (point.step, point.value, point.timestamp)
+                        for point in client.get_metric_history(run.info.run_id, metric)
+                    ]
+                    for metric in run.data.metrics
+                },
             )
             for run in runs
         ]

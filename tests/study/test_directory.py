@@ -29,9 +29,17 @@ def test_locked_makes_the_folder_and_names_its_holder(directory):
 def test_locked_refuses_a_second_driver_and_names_the_first(directory):
     with directory.locked():
         second = subprocess.run(
-            [sys.executable, "-c", "import sys; from study.directory import StudyDirectory\n"
-             "with StudyDirectory(sys.argv[1]).locked(): pass", str(directory.path)],
-            capture_output=True, text=True, check=False, timeout=120,
+            [
+                sys.executable,
+                "-c",
+                "import sys; from study.directory import StudyDirectory\n"
+                "with StudyDirectory(sys.argv[1]).locked(): pass",
+                str(directory.path),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
         )
     assert second.returncode == 1
     assert f"another driver runs this study: process {os.getpid()} on" in second.stderr
@@ -47,7 +55,7 @@ def test_locked_is_free_after_its_holder_failed(directory):
 def test_locked_ignores_what_a_dead_driver_left(directory):
     directory.path.mkdir()
     (directory.path / "driver.lock").touch()
-    (directory.path / "driver.json").write_text("{\"pid\": 1, \"ho")
+    (directory.path / "driver.json").write_text('{"pid": 1, "ho')
     with directory.locked():
         assert json.loads((directory.path / "driver.json").read_text())["pid"] == os.getpid()
 

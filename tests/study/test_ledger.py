@@ -242,7 +242,9 @@ def test_ledger_tells_a_duplicate_that_a_dead_driver_did_not(tmp_path, folder):
     ledger.close()
     ledger_at(file, folder).close()
     assert optuna_states(StudyDirectory(folder).ledger_url) == [
-        ("COMPLETE", [1.0]), ("RUNNING", None), ("COMPLETE", [1.0])
+        ("COMPLETE", [1.0]),
+        ("RUNNING", None),
+        ("COMPLETE", [1.0]),
     ]
 
 
@@ -330,7 +332,8 @@ def search(file, folder, stop_after=()):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "trials"), [("random", 6), ("nsga2", 9), ("tpe", 12)]  # tpe's first ten are random, nsga2's first four
+    ("sampler", "trials"),
+    [("random", 6), ("nsga2", 9), ("tpe", 12)],  # tpe's first ten are random, nsga2's first four
 )
 def test_search_resumed_is_the_search_undisturbed(tmp_path, sampler, trials):
     file = write_search(tmp_path, sampler=sampler, trials=trials, objectives=["n_params", "val_loss"])

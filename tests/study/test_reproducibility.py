@@ -123,7 +123,12 @@ def test_run_interrupted_at_any_step_ends_bit_identical(spec_of, corpus, tmp_pat
         interrupt(spec, corpus, checkpoints, step, teacher)
         rows = []
         result, weights = train_seed(
-            spec, 0, corpus, teacher_weights=teacher, rel_error_chis=(2,), checkpoints=checkpoints,
+            spec,
+            0,
+            corpus,
+            teacher_weights=teacher,
+            rel_error_chis=(2,),
+            checkpoints=checkpoints,
             on_evaluation=rows.append,
         )
         assert without_times(result) == without_times(expected)

@@ -66,7 +66,12 @@ def interrupt(file, folder, after):
 def test_run_study_completes_every_trial_and_seed(tmp_path, folder):
     outcome = run_at(write_study(tmp_path), folder)
     assert outcome.__dict__ == {
-        "n_trials": 4, "n_complete": 8, "n_failed": 0, "n_missing": 0, "aborted": None, "tracking_trouble": None
+        "n_trials": 4,
+        "n_complete": 8,
+        "n_failed": 0,
+        "n_missing": 0,
+        "aborted": None,
+        "tracking_trouble": None,
     }
     results = results_at(folder)
     assert sorted(results) == [(trial, seed) for trial in range(4) for seed in range(2)]
@@ -75,7 +80,10 @@ def test_run_study_completes_every_trial_and_seed(tmp_path, folder):
         assert [row["step"] for row in result.curve] == ([0, 2, 4, 6] if result.trial < 3 else [0, 2, 4])
         assert result.final["final/val_loss"] == result.curve[-1]["val_loss"]
     assert {(result.trial, result.weights is not None) for result in results.values()} == {
-        (0, True), (1, False), (2, False), (3, False)
+        (0, True),
+        (1, False),
+        (2, False),
+        (3, False),
     }
 
 
@@ -212,7 +220,11 @@ def test_run_study_without_tracking_imports_neither_ray_nor_mlflow(tmp_path, fol
     options = ["--dir", folder, "--executor", "inline", "--tracking", "off"]
     done = subprocess.run(
         [sys.executable, "-c", script, "run", file, *options],
-        env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "tiny: 1 trials, 1 runs complete" in done.stdout

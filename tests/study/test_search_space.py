@@ -12,8 +12,12 @@ from study.study_file import validate
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 SEARCHED = {
-    "name": "mpo", "family": "mpo", "factorisation": "balanced", "n_sites": {"choices": [1, 2, 3]},
-    "chi": {"low": 2, "high": 64, "log": True}, "init": {"choices": ["paper", "variance", "tt_svd"]},
+    "name": "mpo",
+    "family": "mpo",
+    "factorisation": "balanced",
+    "n_sites": {"choices": [1, 2, 3]},
+    "chi": {"low": 2, "high": 64, "log": True},
+    "init": {"choices": ["paper", "variance", "tt_svd"]},
     "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
 }
 
@@ -69,7 +73,11 @@ def test_listed_trials_come_in_the_order_of_the_file(small_study):
     assert [spec.arm for spec in specs] == ["b"] * 8 + ["a", "a", "c", "d"]
     # Values vary in the order of the model's fields, the last fastest.
     assert [(spec.protocol.learning_rate, spec.chi, spec.init) for spec in specs[:5]] == [
-        (0.1, 8, "paper"), (0.1, 8, "tt_svd"), (0.1, 2, "paper"), (0.1, 2, "tt_svd"), (0.01, 8, "paper"),
+        (0.1, 8, "paper"),
+        (0.1, 8, "tt_svd"),
+        (0.1, 2, "paper"),
+        (0.1, 2, "tt_svd"),
+        (0.01, 8, "paper"),
     ]
     assert [spec.model.d_model for spec in specs[8:10]] == [8, 4]
     assert (specs[10].teacher, specs[10].init, specs[10].start) == ("d", None, "teacher")

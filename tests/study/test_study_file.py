@@ -75,10 +75,31 @@ def test_file_that_is_not_utf8_gives_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("3e-4", 3e-4), ("1E5", 1e5), ("-2e+3", -2000.0), ("1.5", 1.5), ("1.", 1.0), (".5", 0.5), ("6.02e23", 6.02e23),
-        ("0", 0), ("-7", -7), ("1_000", 1000), ("true", True), ("null", None), ("~", None), (".inf", float("inf")),
-        ("2026-01-31", "2026-01-31"), ("12:30:00", "12:30:00"), ("1:30", "1:30"), ("0100", "0100"), ("0x10", "0x10"),
-        ("e5", "e5"), ("1e", "1e"), ("-", [None]), ("-1e", "-1e"), ("1.2.3", "1.2.3"), ("χ", "χ"),
+        ("3e-4", 3e-4),
+        ("1E5", 1e5),
+        ("-2e+3", -2000.0),
+        ("1.5", 1.5),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("6.02e23", 6.02e23),
+        ("0", 0),
+        ("-7", -7),
+        ("1_000", 1000),
+        ("true", True),
+        ("null", None),
+        ("~", None),
+        (".inf", float("inf")),
+        ("2026-01-31", "2026-01-31"),
+        ("12:30:00", "12:30:00"),
+        ("1:30", "1:30"),
+        ("0100", "0100"),
+        ("0x10", "0x10"),
+        ("e5", "e5"),
+        ("1e", "1e"),
+        ("-", [None]),
+        ("-1e", "-1e"),
+        ("1.2.3", "1.2.3"),
+        ("χ", "χ"),
     ],
 )
 def test_scalars_mean_what_they_look_like(text, value):
@@ -123,9 +144,7 @@ def test_values_become_listed_choices_or_ranges(small_study):
     ]
     config = validate(small_study(arms=arms, sampler={"name": "tpe"}, budget={"trials": 4}), "here")
     searched, listed = config.arms
-    assert searched.values() == {
-        "chi": Choices((4, 8)), "learning_rate": Range(1e-4, 1.0), "factorisation": "paper"
-    }
+    assert searched.values() == {"chi": Choices((4, 8)), "learning_rate": Range(1e-4, 1.0), "factorisation": "paper"}
     assert listed.values() == {"chi": (4, 8), "factorisation": "paper", "init": "paper"}
     assert searched.is_searched
     assert not listed.is_searched
@@ -183,8 +202,14 @@ def test_names_that_yaml_could_take_for_something_else_survive(tmp_path):
 def test_overrides_reach_sections_arms_and_lists(tmp_path):
     path = write(tmp_path, f"name: s\n{ARMS}")
     overrides = [
-        "protocol.steps=300", "protocol.learning_rate=1e-3", "name=other", "seeds=[4, 5]", "arms.mpo.chi=16",
-        "arms.0.steps=200", "model.n_layers=2", "description=a=b",
+        "protocol.steps=300",
+        "protocol.learning_rate=1e-3",
+        "name=other",
+        "seeds=[4, 5]",
+        "arms.mpo.chi=16",
+        "arms.0.steps=200",
+        "model.n_layers=2",
+        "description=a=b",
     ]
     config = load_config(path, overrides)
     assert (config.protocol.steps, config.protocol.learning_rate, config.name) == (300, 1e-3, "other")

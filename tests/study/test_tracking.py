@@ -39,8 +39,12 @@ WILD = {"name": "wild", "family": "dense", "learning_rate": 1e30}
 def finished(tmp_path_factory):
     """A finished study that MLflow does not have: its study file and its folder."""
     folder = tmp_path_factory.mktemp("finished")
-    arms = [DENSE, MPO | {"chi": [2, 500, 1000]}, WILD,
-            {"name": "tuned", "family": "mpo", "chi": 2, "teacher": "dense", "steps": 4}]
+    arms = [
+        DENSE,
+        MPO | {"chi": [2, 500, 1000]},
+        WILD,
+        {"name": "tuned", "family": "mpo", "chi": 2, "teacher": "dense", "steps": 4},
+    ]
     file = write_study(folder, arms=arms, seeds=[0, 7], description="What it is for.")
     run_at(file, folder / "study")
     return file, folder / "study"
@@ -196,8 +200,10 @@ def test_tracker_writing_seed_by_seed_ends_like_writing_at_once(opened, database
             tracker.write(trial, in_order[:n], 2)
 
     def final(path):
-        return {key: [(r.info.status, r.info.start_time, r.info.end_time, r.data.params, r.data.metrics) for r in same]
-                for key, same in runs_in(path).items()}
+        return {
+            key: [(r.info.status, r.info.start_time, r.info.end_time, r.data.params, r.data.metrics) for r in same]
+            for key, same in runs_in(path).items()
+        }
 
     assert final(database) == final(at_once)
 
@@ -247,7 +253,7 @@ def test_tracker_writes_a_deleted_run_again(opened, database, deleted):  # noqa:
         [again] = after[key]
         assert again.data.metrics == run.data.metrics
         assert again.data.params == run.data.params
-    for (trial, seed) in ledger.results:
+    for trial, seed in ledger.results:
         [parent], [child] = (after[schema.run_key(ledger.uuid, trial, s)] for s in (None, seed))
         assert child.data.tags[schema.PARENT] == parent.info.run_id
 

@@ -16,10 +16,17 @@ from study.training import Training, learning_rate_at, train_seed
 from study.trial import build_model
 
 LAYERS = [
-    *(f"blocks.0.{name}" for name in (
-        "attention.query", "attention.key", "attention.value", "attention.output", "feed_forward.up",
-        "feed_forward.down",
-    )),
+    *(
+        f"blocks.0.{name}"
+        for name in (
+            "attention.query",
+            "attention.key",
+            "attention.value",
+            "attention.output",
+            "feed_forward.up",
+            "feed_forward.down",
+        )
+    ),
     "lm_head",
 ]
 

@@ -164,7 +164,10 @@ def test_number_of_evaluations_is_not_budget(hash_of):
 @pytest.mark.parametrize(
     "protocol",
     [
-        {"steps": 2001}, {"warmup_steps": 50}, {"batch_size": 16}, {"sampled_eval_batches": 10},
+        {"steps": 2001},
+        {"warmup_steps": 50},
+        {"batch_size": 16},
+        {"sampled_eval_batches": 10},
         {"sampled_eval_batch_size": 4},
     ],
 )
