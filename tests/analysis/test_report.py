@@ -86,7 +86,7 @@ def test_report_links_every_file_it_wrote(report, page):
 def test_report_describes_each_figure_in_words(page):
     assert len(page.alts) == 4
     assert all(alt and len(alt) > 40 for alt in page.alts)
-    assert "χ=8 (MPO from scratch)" in page.alts[0]
+    assert "χ=8 (MPO fine-tuned)" in page.alts[0]
 
 
 def test_report_says_what_a_reader_must_know(page, runs):
