@@ -49,7 +49,10 @@ def resolve_study(path: Path) -> StudyAddress:
             f"write them with `mpo-study sync {path} --tracking URI`"
         )
     database = _sqlite_path(tracking_uri)
-    if database is not None and not database.exists() and (path / database.name).is_file():
+    if database is not None and not database.is_absolute():
+        # Never from the working folder: MLflow's own default database has the same name.
+        tracking_uri = f"sqlite:///{(path / database).resolve()}"
+    elif database is not None and not database.exists() and (path / database.name).is_file():
         tracking_uri = f"sqlite:///{(path / database.name).resolve()}"
     return StudyAddress(tracking_uri, experiment, uuid)
 

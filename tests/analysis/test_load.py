@@ -168,6 +168,17 @@ def test_resolve_study_finds_the_database_of_a_directory_that_moved(study_dir, t
     assert len(load_study(resolve_study(tmp_path)).trials) == 11
 
 
+def test_resolve_study_takes_a_relative_database_from_the_study_not_the_working_folder(tmp_path, monkeypatch):
+    study, elsewhere = tmp_path / "study", tmp_path / "elsewhere"
+    for folder in (study, elsewhere):
+        folder.mkdir()
+        (folder / "mlflow.db").touch()
+    manifest = {"schema_version": 1, "uuid": "u", "tracking_uri": "sqlite:///mlflow.db", "experiment": "tiny"}
+    (study / "study.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(elsewhere)
+    assert resolve_study(study).tracking_uri == f"sqlite:///{study}/mlflow.db"
+
+
 def test_resolve_study_refuses_what_is_not_there(tmp_path):
     with pytest.raises(AnalysisError, match="is not a directory; give the directory that `mpo-study run` wrote"):
         resolve_study(tmp_path / "nothing")
