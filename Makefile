@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 # Two runs train side by side on two cores; more threads each would fight for them.
 export OMP_NUM_THREADS ?= 1
@@ -50,5 +51,5 @@ clean: ## remove the virtual environment; studies stay
 	rm -rf .venv
 
 /usr/bin/chromium:
-	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium chromium-driver
+	$(AS_ROOT) apt-get update -qq
+	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium chromium-driver

@@ -41,6 +41,8 @@ RAN_ON = (DEVICE, THREADS, TORCH)
 """On a seed: what its numbers depend on to rounding."""
 FAILURE = "mpo.failure"
 """On a failed seed: why, in one line."""
+WEIGHTS_LOST = "mpo.weights_lost"
+"""On a seed whose trained weights were gone from storage before MLflow got them: their key there."""
 FAILURE_STEP = "mpo.failure_step"
 PARENT = "mlflow.parentRunId"
 

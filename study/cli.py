@@ -28,7 +28,7 @@ from study.run import TRACKING_OFF, Outcome, run_study, study_corpus
 from study.run import sync as sync_study
 from study.search_space import listed_specs
 from study.study_file import load_config
-from study.tracking import runs_page
+from study.tracking.connection import hide_password, is_database, runs_page
 from study.trial import TrialSpec
 
 app = typer.Typer(
@@ -108,6 +108,9 @@ def run(
         str | None,
         typer.Option(metavar="URI|off", help="MLflow; unless given, the last run's URI, at first a database in DIR."),
     ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Train again what failed, except for seeds that diverged.")
+    ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Run a study; run it again to resume it. A complete study is left as it is."""
@@ -122,12 +125,14 @@ def run(
             executor=executor.value,
             address=address,
             tracking=tracking,
+            retry_failed=retry_failed,
         )
     except KeyboardInterrupt:
         console.print(f"stopped; what is done is kept. To go on: the same command again ({_show(folder)})")
         raise typer.Exit(130) from None
     _print_outcome(outcome, config, folder)
-    if outcome.aborted is not None or outcome.tracking_trouble is not None:
+    nothing_succeeded = outcome.n_failed > 0 and outcome.n_complete == 0
+    if outcome.aborted is not None or outcome.tracking_trouble is not None or outcome.n_missing or nothing_succeeded:
         raise typer.Exit(1)
 
 
@@ -175,8 +180,8 @@ def ui(
     if recorded is None:
         raise StudyError(f"{_show(folder)}: no runs in MLflow yet; write them: mpo-study sync {_show(folder)}")
     uri = folder.resolve_tracking_uri(recorded)
-    if not uri.startswith(("sqlite:", "postgresql:")):
-        console.print(f"this study's runs are at {uri}: open that in a browser")
+    if not is_database(uri):
+        console.print(f"this study's runs are at {hide_password(uri)}: open that in a browser", markup=False)
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -188,8 +193,12 @@ def ui(
     console.print(f"MLflow: http://127.0.0.1:{port}{page}", highlight=False, soft_wrap=True)
     console.print("(Ctrl-C ends it)")
     sys.stdout.flush()
-    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
+    settings = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_BACKEND_STORE_URI": uri,  # not as an argument: it may hold a password, and every user sees those
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", "--default-artifact-root", folder.artifacts]
     os.execve(sys.executable, command, os.environ | settings)  # what ends this process then ends the server
 
@@ -207,7 +216,7 @@ def sync(
     config = folder.load_config()
     if tracking == TRACKING_OFF:
         raise StudyError("--tracking off: sync writes to MLflow, it needs a tracking URI")
-    n_trials = sync_study(config, folder, storage, tracking)
+    n_trials = sync_study(config, folder, storage, tracking, lambda line: console.print(line, markup=False))
     console.print(f"MLflow has all {n_trials} trials of {config.name}. To browse them: mpo-study ui {_show(folder)}")
 
 
@@ -228,20 +237,25 @@ def _print_outcome(outcome: Outcome, config: StudyConfig, folder: StudyDirectory
     console.print(f"{config.name}: {outcome.n_trials} trials, {outcome.n_complete} runs complete{failed}")
     if outcome.aborted is not None:
         console.print(
-            f"[red]stopped early[/] with {outcome.n_missing} runs missing: {outcome.aborted}; mend it, then "
-            "give the same command again"
+            f"stopped early with {outcome.n_missing} runs missing: {outcome.aborted}; mend it, then "
+            "give the same command again",
+            style="red",
+            markup=False,
+            highlight=False,
         )
     if outcome.tracking_trouble is not None:
         console.print(
-            f"[red]MLflow lacks some runs[/]: {outcome.tracking_trouble}; once it is back: "
-            f"mpo-study sync {_show(folder)}"
+            f"MLflow lacks some runs: {outcome.tracking_trouble}; once that is mended: mpo-study sync {_show(folder)}",
+            style="red",
+            markup=False,
+            highlight=False,
         )
     uri = folder.tracking_uri()
     if uri is None:
         console.print(f"tracking is off; to write the runs to MLflow: mpo-study sync {_show(folder)}")
     else:
-        where = folder.path / "mlflow.db" if uri == DEFAULT_TRACKING_URI else uri
-        console.print(f"MLflow:  {where}  (browse: mpo-study ui {_show(folder)})", highlight=False)
+        where = folder.mlflow_database if uri == DEFAULT_TRACKING_URI else hide_password(uri)
+        console.print(f"MLflow:  {where}  (browse: mpo-study ui {_show(folder)})", highlight=False, markup=False)
         console.print(f"report:  mpo-analysis report {_show(folder)}", highlight=False)
 
 

@@ -26,6 +26,9 @@ class StudyDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        odd = sorted({mark for mark in "?#%" if mark in str(self.path.resolve())})
+        if odd:  # in a database's URL they mean something else
+            raise StudyError(f"--dir {self.path}: a study's folder may not have {' '.join(odd)} in its path")
 
     @property
     def study_file(self) -> Path:
@@ -39,6 +42,16 @@ class StudyDirectory:
     @property
     def _ledger(self) -> Path:
         return self.path / "ledger.db"
+
+    @property
+    def mlflow_database(self) -> Path:
+        """MLflow's database, unless the study's runs go elsewhere."""
+        return self.path / "mlflow.db"
+
+    @property
+    def scratch(self) -> Path:
+        """For what a run of the study leaves behind and nobody reads."""
+        return self.path / "scratch"
 
     @property
     def artifacts(self) -> str:
@@ -98,11 +111,15 @@ class StudyDirectory:
             "experiment": config.name,
             "storage": None if storage == self._own_storage else storage,  # the folder may be moved
         }
-        self._replace(self.path / run_schema.STUDY_MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        self._replace(self._manifest_path, json.dumps(manifest, indent=2) + "\n", mode=0o600)  # URIs hold passwords
 
     def tracking_uri(self) -> str | None:
         """The tracking URI of the last run, as the manifest has it; None with tracking off or before any run."""
         return self._manifest().get("tracking_uri")
+
+    def uuid(self) -> str | None:
+        """UUID of the study that was run here; None before any run."""
+        return self._manifest().get("uuid")
 
     def storage_url(self) -> str:
         """The storage of the last run; in this folder before any run."""
@@ -112,9 +129,17 @@ class StudyDirectory:
     def _own_storage(self) -> str:
         return str((self.path / "storage").resolve())
 
+    @property
+    def _manifest_path(self) -> Path:
+        return self.path / run_schema.STUDY_MANIFEST
+
     def _manifest(self) -> dict[str, Any]:
-        path = self.path / run_schema.STUDY_MANIFEST
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not self._manifest_path.is_file():
+            return {}
+        try:
+            return dict(json.loads(self._manifest_path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise StudyError(f"{self._manifest_path} is damaged: {error}") from None
 
     def resolve_tracking_uri(self, uri: str) -> str:
         """The URI for MLflow: a relative SQLite path is one from this folder.
@@ -132,8 +157,9 @@ class StudyDirectory:
         return uri
 
     @staticmethod
-    def _replace(path: Path, text: str) -> None:
+    def _replace(path: Path, text: str, mode: int = 0o644) -> None:
         partial = path.with_name(f"{path.name}.partial")
+        partial.touch(mode)
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 

@@ -14,11 +14,13 @@ _PACKAGES = ("mpo-study", "torch", "ray", "optuna", "mlflow", "numpy", "pandas")
 
 def environment() -> dict[str, Any]:
     """Versions of the packages that matter, git commit of this code, and the machine's kind."""
+    top = _git("rev-parse", "--show-toplevel")
+    is_checkout = top is not None and Path(top) == Path(__file__).resolve().parents[1]  # not a .venv in another's
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_commit": _git("rev-parse", "HEAD") if is_checkout else None,
+        "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")) if is_checkout else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": os.cpu_count(),
     }

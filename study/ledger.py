@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import statistics
 import uuid as uuid_module
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 import sqlalchemy as sa
 import sqlalchemy.exc
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from pydantic import ValidationError
 
 from study.config import StudyConfig
 from study.errors import StudyError
@@ -25,6 +27,9 @@ from study.trial import SeedResult, TrialShape, TrialSpec, now
 
 SCHEMA_VERSION = 1
 
+LEDGER_ERRORS = (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)
+"""What a ledger raises that cannot be read or written any more."""
+
 _metadata = sa.MetaData()
 _study = sa.Table(
     "mpo_study",
@@ -32,7 +37,7 @@ _study = sa.Table(
     sa.Column("name", sa.String, primary_key=True),
     sa.Column("uuid", sa.String, nullable=False),
     sa.Column("schema_version", sa.Integer, nullable=False),
-    sa.Column("config", sa.Text, nullable=False),  # JSON of what defines the study: `defining_config`
+    sa.Column("config", sa.Text, nullable=False),  # JSON of the study file that it was begun with
     sa.Column("corpus_sha256", sa.String, nullable=False),
     sa.Column("created", sa.String, nullable=False),
 )
@@ -84,19 +89,26 @@ class Ledger:
         config: the study; must define the same study as the one on record.
         corpus_sha256: must be the one on record.
         examine: shape and budget of a spec; called once for each new trial.
+        uuid: of the study that must be there; None where it may be a new one.
 
     Raises:
-        StudyError: the database holds another study under this name, or cannot be opened.
+        StudyError: the database holds another study under this name, lacks the one that must be there, or cannot be
+            opened.
     """
 
     def __init__(
-        self, url: str, config: StudyConfig, corpus_sha256: str, examine: Callable[[TrialSpec], Asked]
+        self,
+        url: str,
+        config: StudyConfig,
+        corpus_sha256: str,
+        examine: Callable[[TrialSpec], Asked],
+        uuid: str | None = None,
     ) -> None:
         self._config = config
         self._examine = examine
         self._engine = open_database(url)
         _metadata.create_all(self._engine)
-        self.uuid, self.created = self._open_study(corpus_sha256)
+        self.uuid, self.created = self._open_study(corpus_sha256, uuid)
         storage = optuna.storages.RDBStorage(url)
         self._optuna = optuna.create_study(
             storage=storage,
@@ -111,16 +123,23 @@ class Ledger:
         self._by_identity: dict[str, int] = {}
         self._open: set[int] = set()
         """Numbers of the trials that Optuna has not been told of."""
-        self._listed = listed_specs(config)
+        self._lacking: dict[int, Trial] = {}
+        """Trials that have no result yet for some seed."""
+        self._unasked = dict.fromkeys(listed_specs(config))
+        """Listed specs that are no trial yet, in the order of the file."""
         self._reconcile()
 
     # Opening ------------------------------------------------------------------------------------------------------
 
-    def _open_study(self, corpus_sha256: str) -> tuple[str, str]:
+    def _open_study(self, corpus_sha256: str, expected: str | None) -> tuple[str, str]:
         """UUID and time of creation of the study on record, or of a new one."""
-        config = defining_config(self._config)
         with self._engine.begin() as connection:
             row = connection.execute(sa.select(_study).where(_study.c.name == self._config.name)).one_or_none()
+            if expected is not None and (row is None or row.uuid != expected):
+                raise StudyError(
+                    f"the ledger does not hold study {self._config.name} ({expected}), which was run here before; "
+                    "put its ledger.db back, or begin a new study with another --dir"
+                )
             if row is None:
                 uuid, created = uuid_module.uuid4().hex, now()
                 connection.execute(
@@ -128,7 +147,7 @@ class Ledger:
                         name=self._config.name,
                         uuid=uuid,
                         schema_version=SCHEMA_VERSION,
-                        config=json.dumps(config),
+                        config=self._config.model_dump_json(),
                         corpus_sha256=corpus_sha256,
                         created=created,
                     )
@@ -139,7 +158,14 @@ class Ledger:
                 f"the ledger of study {row.name} has schema version {row.schema_version}, this program knows "
                 f"{SCHEMA_VERSION}"
             )
-        changed = list(_differences(json.loads(row.config), config))
+        try:
+            begun_with = StudyConfig.model_validate_json(row.config)
+        except ValidationError as error:
+            raise StudyError(
+                f"study {row.name} was begun by another version, whose study file this one does not understand: "
+                f"{error.errors()[0]['msg']}"
+            ) from None
+        changed = list(_differences(_definition(begun_with), _definition(self._config)))
         if row.corpus_sha256 != corpus_sha256:
             changed.append(f"corpus (SHA-256 was {row.corpus_sha256[:12]}…, now {corpus_sha256[:12]}…)")
         if changed:
@@ -150,33 +176,27 @@ class Ledger:
         return row.uuid, row.created
 
     def _reconcile(self) -> None:
-        """Bring Optuna's tables in line with ours, and enqueue what is listed and not there yet."""
-        listed = set()
+        """Bring Optuna's tables in line with ours."""
         for frozen in self._optuna.get_trials(deepcopy=False):
-            if "listed" in frozen.user_attrs and ("spec" in frozen.user_attrs or frozen.state == TrialState.WAITING):
-                listed.add(frozen.user_attrs["listed"])
-            if "spec" in frozen.user_attrs:
+            if _TRIAL in frozen.user_attrs:
                 trial = _trial_from(frozen)
                 self._remember(trial)
                 if frozen.state == TrialState.RUNNING:
                     self._open.add(trial.number)
             elif frozen.state == TrialState.RUNNING:
-                # The driver died before the trial's parameters were completely written.
+                # The driver died before the trial was completely written.
                 self._optuna.tell(frozen.number, state=TrialState.FAIL)
-        for index in range(len(self._listed)):
-            if index not in listed:
-                self._optuna.enqueue_trial({}, user_attrs={"listed": index})
         for number in sorted(self._open):
             self._tell_if_over(number)
 
     # Asking -------------------------------------------------------------------------------------------------------
 
-    def ask(self) -> Trial | None:
-        """The next trial of the study, or None where its budget is met."""
-        if self._optuna.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+    def ask(self, may_start: Callable[[TrialSpec], bool] = lambda spec: True) -> Trial | None:
+        """The next trial of the study, or None where its budget is met, or every listed one left may not start yet."""
+        spec = next(filter(may_start, self._unasked), None)
+        if spec is not None:
             self._optuna.sampler = optuna.samplers.RandomSampler(seed=0)  # has nothing to choose in a listed trial
             asked = self._optuna.ask()
-            spec = self._listed[asked.user_attrs["listed"]]
         elif self._n_searched() < self._config.budget.trials:
             next_number = len(self._optuna.get_trials(deepcopy=False))
             self._optuna.sampler = make_sampler(self._config, next_number)
@@ -193,9 +213,7 @@ class Ledger:
             examined.tuning_trials,
             duplicate_of=self._by_identity.get(examined.shape.identity),
         )
-        for key, value in _attributes(trial).items():
-            asked.set_user_attr(key, value)
-        asked.set_user_attr("spec", spec.model_dump(mode="json"))  # last: with it, the trial is completely written
+        asked.set_user_attr(_TRIAL, _attribute(trial))  # with it, the trial is completely written
         self._remember(trial)
         self._open.add(trial.number)
         self._tell_if_over(trial.number)
@@ -206,8 +224,11 @@ class Ledger:
 
     def _remember(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
+        self._unasked.pop(trial.spec, None)
         if trial.duplicate_of is None:
             self._by_identity[trial.shape.identity] = trial.number
+        if self.missing_seeds(trial):
+            self._lacking[trial.number] = trial
 
     # Recording ----------------------------------------------------------------------------------------------------
 
@@ -215,7 +236,9 @@ class Ledger:
         """Write one seed's result; a result that is already there stays as it is."""
         if (result.trial, result.seed) in self.results:
             return
+        of_seed = (_result.c.trial == result.trial) & (_result.c.seed == result.seed)
         with self._engine.begin() as connection:
+            connection.execute(_result.delete().where((_result.c.study_uuid == self.uuid) & of_seed))  # see `reopen`
             connection.execute(
                 _result.insert().values(
                     study_uuid=self.uuid,
@@ -226,8 +249,16 @@ class Ledger:
                 )
             )
         self.results[result.trial, result.seed] = result
+        if not self.missing_seeds(self.trials[result.trial]):
+            self._lacking.pop(result.trial, None)
         for number in [result.trial, *self._duplicates_of(result.trial)]:
             self._tell_if_over(number)
+
+    def reopen(self, results: Iterable[SeedResult]) -> None:
+        """Take results for missing, until new ones replace them on record; Optuna keeps what it was told."""
+        for result in list(results):
+            del self.results[result.trial, result.seed]
+            self._lacking[result.trial] = self.trials[result.trial]
 
     def record_driver(self, environment: Mapping[str, Any]) -> None:
         """Note a start of the driver, with the versions it runs on."""
@@ -242,6 +273,14 @@ class Ledger:
         with self._engine.connect() as connection:
             row = connection.execute(query.limit(1)).one_or_none()
         return json.loads(row.environment) if row is not None else {}
+
+    def unasked(self) -> list[TrialSpec]:
+        """Listed specs that are no trial yet."""
+        return list(self._unasked)
+
+    def lacking(self) -> list[Trial]:
+        """Trials that have no result yet for some seed."""
+        return list(self._lacking.values())
 
     def missing_seeds(self, trial: Trial) -> list[int]:
         """Seeds of the study that this trial has no result for; a duplicate lacks none."""
@@ -298,6 +337,7 @@ class Snapshot:
 
     trials: list[Trial]
     results: list[SeedResult]
+    corpus_sha256: str
 
 
 def read_ledger(url: str, name: str) -> Snapshot:
@@ -309,12 +349,13 @@ def read_ledger(url: str, name: str) -> Snapshot:
     engine = open_database(url)
     try:
         with engine.connect() as connection:
-            uuid = connection.execute(sa.select(_study.c.uuid).where(_study.c.name == name)).scalar_one()
+            query = sa.select(_study.c.uuid, _study.c.corpus_sha256).where(_study.c.name == name)
+            uuid, corpus_sha256 = connection.execute(query).one()
     except sqlalchemy.exc.SQLAlchemyError:
         raise StudyError(f"the ledger holds no study {name}") from None
     study = optuna.load_study(storage=optuna.storages.RDBStorage(url), study_name=_optuna_name(name, uuid))
-    trials = [_trial_from(frozen) for frozen in study.get_trials(deepcopy=False) if "spec" in frozen.user_attrs]
-    return Snapshot(trials, read_results(engine, uuid))
+    trials = [_trial_from(frozen) for frozen in study.get_trials(deepcopy=False) if _TRIAL in frozen.user_attrs]
+    return Snapshot(trials, read_results(engine, uuid), corpus_sha256)
 
 
 def _optuna_name(name: str, uuid: str) -> str:
@@ -326,12 +367,20 @@ def read_results(engine: sa.Engine, study_uuid: str) -> list[SeedResult]:
     query = sa.select(_result.c.content).where(_result.c.study_uuid == study_uuid)
     with engine.connect() as connection:
         rows = connection.execute(query.order_by(_result.c.trial, _result.c.seed)).all()
-    return [SeedResult(**json.loads(row.content)) for row in rows]
+    try:
+        return [SeedResult(**json.loads(row.content)) for row in rows]
+    except (ValueError, TypeError) as error:
+        raise StudyError(f"a result in the ledger is damaged: {error}") from None
 
 
-def defining_config(config: StudyConfig) -> dict[str, Any]:
-    """The part of a study file that may not change under a study: all but its words and where it runs."""
-    return config.model_dump(mode="json", exclude={"description", "execution"})
+def _definition(config: StudyConfig) -> dict[str, Any]:
+    """What may not change under a study: all but its words, where it runs, and where its corpus lies."""
+    plain = config.model_dump(
+        mode="json", exclude={"description": True, "execution": True, "corpus": {"path", "sha256"}}
+    )
+    plain["seeds"] = list(config.seed_list)
+    plain["arms"] = {arm["name"]: arm for arm in plain["arms"]}
+    return plain
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
@@ -339,10 +388,6 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            name = other.get("name", index) if isinstance(other, dict) else index
-            yield from _differences(one, other, f"{path}[{name}]")
     elif old != new:
         yield f"{path} (was {json.dumps(old)}, now {json.dumps(new)})"
 
@@ -353,20 +398,28 @@ def _objective(objective: str, trial: Trial, results: list[SeedResult]) -> float
     return statistics.fmean(result.final[METRIC_OF_OBJECTIVE[objective]] for result in results)
 
 
-def _attributes(trial: Trial) -> dict[str, Any]:
-    attributes = {"arm": trial.spec.arm, "shape": trial.shape.__dict__, "budget_hash": trial.budget_hash}
-    attributes["tuning_trials"] = trial.tuning_trials
-    return attributes if trial.duplicate_of is None else attributes | {"duplicate_of": trial.duplicate_of}
+_TRIAL = "trial"
+"""Optuna's user attribute that holds a trial of ours: one, so that it is written whole or not at all."""
+
+
+def _attribute(trial: Trial) -> dict[str, Any]:
+    return {
+        "spec": trial.spec.model_dump(mode="json"),
+        "shape": trial.shape.__dict__,
+        "budget_hash": trial.budget_hash,
+        "tuning_trials": trial.tuning_trials,
+        "duplicate_of": trial.duplicate_of,
+    }
 
 
 def _trial_from(frozen: optuna.trial.FrozenTrial) -> Trial:
-    attributes = frozen.user_attrs
-    shape = attributes["shape"] | {"bonds": {name: tuple(b) for name, b in attributes["shape"]["bonds"].items()}}
+    content = frozen.user_attrs[_TRIAL]
+    shape = content["shape"] | {"bonds": {name: tuple(b) for name, b in content["shape"]["bonds"].items()}}
     return Trial(
         number=frozen.number,
-        spec=TrialSpec.model_validate_json(json.dumps(attributes["spec"])),
+        spec=TrialSpec.model_validate_json(json.dumps(content["spec"])),
         shape=TrialShape(**shape),
-        budget_hash=attributes["budget_hash"],
-        tuning_trials=attributes["tuning_trials"],
-        duplicate_of=attributes.get("duplicate_of"),
+        budget_hash=content["budget_hash"],
+        tuning_trials=content["tuning_trials"],
+        duplicate_of=content["duplicate_of"],
     )

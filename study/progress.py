@@ -36,7 +36,7 @@ class StudyProgress:
             TextColumn("{task.fields[words]}"),
             expand=True,
         )
-        self._task = self._bar.add_task("runs", total=n_trials * n_seeds, words="")
+        self._task = self._bar.add_task("runs", total=None, words="")
         self._latest = Text("", style="dim", no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._bar, self._latest), console=console, transient=True)
 
@@ -65,7 +65,7 @@ class StudyProgress:
             self.say(f"failed: {name}: {result.failure}")
         elif not self._console.is_terminal:
             loss, seconds = result.final["final/val_loss"], result.final["train_seconds"]
-            done = f"{len(self._ledger.results)}/{self._n_trials * self._n_seeds}"
+            done = f"{len(self._ledger.results)}/{self._n_runs()}"
             self.say(f"{done}  {name}: val loss {loss:.4f}, {seconds:.1f} s, {self._time_left()}")
         self.refresh()
 
@@ -79,7 +79,12 @@ class StudyProgress:
         best = f"best loss {min(losses):.3f}, " if losses else ""
         over = sum(not self._ledger.missing_seeds(trial) for trial in self._ledger.trials.values())
         words = f"trials {over}/{self._n_trials}, {best}{self._time_left()}"
-        self._bar.update(self._task, completed=len(self._ledger.results), words=words)
+        self._bar.update(self._task, completed=len(self._ledger.results), total=self._n_runs(), words=words)
+
+    def _n_runs(self) -> int:
+        """Runs that the study will have; a trial that repeats another has none of its own."""
+        n_repeats = sum(trial.duplicate_of is not None for trial in self._ledger.trials.values())
+        return (self._n_trials - n_repeats) * self._n_seeds
 
     def _name(self, number: int, seed: int) -> str:
         spec = self._ledger.trials[number].spec
@@ -93,10 +98,10 @@ class StudyProgress:
 
     def _time_left(self) -> str:
         done = self._flops_done()
-        known = [trial.shape.flops for trial in self._ledger.trials.values()]
+        known = [trial.shape.flops for trial in self._ledger.trials.values() if trial.duplicate_of is None]
         if done <= self._flops_before or not known:
             return "time left unknown"
         # Trials that are not asked yet are taken to cost what the known ones do on average.
-        total = sum(known) / len(known) * self._n_trials * self._n_seeds
+        total = sum(known) / len(known) * self._n_runs()
         rate = (done - self._flops_before) / (time.monotonic() - self._begun)
         return f"{timedelta(seconds=round(max(0.0, total - done) / rate))} left"

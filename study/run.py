@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,15 +14,24 @@ from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment
 from study.errors import StudyError
-from study.ledger import Asked, Ledger, Trial
+from study.ledger import Asked, Ledger, Trial, read_ledger
 from study.progress import StudyProgress
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
-from study.scheduler.unit import store_corpus
+from study.scheduler.unit import store_corpus, stored_corpus
 from study.search_space import listed_specs
 from study.storage import Storage
 from study.study_file import dump_config
-from study.tracking import BackgroundTracker, StudyRecord, Tracker, first_line, hide_password
+from study.tracking.background import BackgroundTracker
+from study.tracking.connection import (
+    TrackingAway,
+    connect,
+    first_line,
+    is_database,
+    prepare_own_database,
+    tracking_error,
+)
+from study.tracking.tracker import StudyRecord, Tracker
 from study.trial import SeedResult, TrialSpec, budget_hash, trial_shape, tuning_trials
 
 TRACKING_OFF = "off"
@@ -57,7 +68,7 @@ def open_ledger(config: StudyConfig, corpus: Corpus, directory: StudyDirectory) 
             tuning_trials(spec.arm, config),
         )
 
-    return Ledger(directory.ledger_url, config, corpus.sha256, examine)
+    return Ledger(directory.ledger_url, config, corpus.sha256, examine, directory.uuid())
 
 
 def run_study(
@@ -69,6 +80,7 @@ def run_study(
     executor: Literal["ray", "inline"] = "ray",
     address: str | None = None,
     tracking: str | None = None,
+    retry_failed: bool = False,
 ) -> Outcome:
     """Run what a study lacks, from its beginning or from where it stopped.
 
@@ -76,12 +88,11 @@ def run_study(
         storage_url: path or URL of checkpoints and weights; what the last run had, at first in the study's folder.
         address: of a Ray cluster.
         tracking: an MLflow tracking URI, "off", or None for what the last run had, at first the folder's own database.
+        retry_failed: train again what failed, except for seeds that diverged, which would do so again.
 
     Raises:
         StudyError: the study cannot be opened, or another driver has it.
     """
-    if tracking not in (None, TRACKING_OFF):
-        directory.resolve_tracking_uri(tracking)  # a wrong one is better refused now than by the writer's thread
     corpus = study_corpus(config)
     with directory.locked():
         directory.check_is_for(config)
@@ -93,16 +104,21 @@ def run_study(
         ledger = open_ledger(config, corpus, directory)
         ledger.record_driver(environment())
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        directory.write(config, ledger.uuid, directory.tracking_uri() if uri == TRACKING_OFF else uri, storage.url)
         n_trials = len(listed_specs(config)) + config.budget.trials
         with StudyProgress(console, ledger, n_trials, len(config.seed_list)) as progress:
+
+            def open_this_tracker() -> Tracker:
+                return open_tracker(uri, config, directory, ledger, corpus, storage, progress.say)
+
+            opened = None
+            if uri != TRACKING_OFF:  # what MLflow refuses is better known before anything is trained
+                with suppress(TrackingAway):
+                    opened = open_this_tracker()
+            directory.write(config, ledger.uuid, directory.tracking_uri() if uri == TRACKING_OFF else uri, storage.url)
+            _reopen(ledger, storage, config.seed_list, retry_failed, progress.say)
             tracker = None
             if uri != TRACKING_OFF:
-                tracker = BackgroundTracker(
-                    lambda: open_tracker(uri, config, directory, ledger, corpus, storage),
-                    len(config.seed_list),
-                    progress.say,
-                )
+                tracker = BackgroundTracker(open_this_tracker, len(config.seed_list), progress.say, opened)
                 for trial in ledger.trials.values():
                     tracker.put(trial, results_of(ledger, trial))
 
@@ -115,7 +131,13 @@ def run_study(
 
             queue = Queue(config, ledger, storage, corpus.sha256, on_result)
             try:
-                _execute(queue, progress, executor, address)
+                _execute(queue, progress, executor, directory, address)
+            except KeyboardInterrupt:
+                if tracker is not None and tracker.n_pending:
+                    progress.say(
+                        "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)"
+                    )
+                raise
             finally:
                 trouble = tracker.close() if tracker is not None else None
         outcome = _outcome(ledger, n_trials, len(config.seed_list), queue.aborted, trouble)
@@ -123,7 +145,27 @@ def run_study(
         return outcome
 
 
-def _execute(queue: Queue, progress: StudyProgress, executor: str, address: str | None) -> None:
+def _reopen(
+    ledger: Ledger, storage: Storage, seeds: Sequence[int], retry_failed: bool, say: Callable[[str], None]
+) -> None:
+    """Make missing again what has to be trained again: failures where asked, and teachers whose weights are gone."""
+    if retry_failed:
+        failed = [r for r in ledger.results.values() if r.state == "failed" and r.failure_step is None]
+        ledger.reopen(failed)
+        say(f"{len(failed)} failed runs are trained again")
+    # A trial that is not asked yet lacks all its seeds.
+    needed = {(spec.teacher, seed) for spec in ledger.unasked() for seed in seeds}
+    needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
+    for result in list(ledger.results.values()):
+        arm = ledger.trials[result.trial].spec.arm
+        if (arm, result.seed) in needed and result.weights is not None and not storage.exists(result.weights):
+            say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.url}; it is trained again")
+            ledger.reopen([result])
+
+
+def _execute(
+    queue: Queue, progress: StudyProgress, executor: str, directory: StudyDirectory, address: str | None
+) -> None:
     first = queue.next_unit()  # a study that lacks nothing needs no Ray
     if isinstance(first, str) or first is None:
         return
@@ -133,7 +175,7 @@ def _execute(queue: Queue, progress: StudyProgress, executor: str, address: str 
     else:
         from study.scheduler.ray import run_on_ray  # the inline executor must work where Ray is not installed
 
-        run_on_ray(queue, progress.on_evaluation, address)
+        run_on_ray(queue, progress.on_evaluation, directory.scratch, address)
 
 
 def results_of(ledger: Ledger, trial: Trial) -> list[SeedResult]:
@@ -143,9 +185,23 @@ def results_of(ledger: Ledger, trial: Trial) -> list[SeedResult]:
 
 
 def open_tracker(
-    uri: str, config: StudyConfig, directory: StudyDirectory, ledger: Ledger, corpus: Corpus, storage: Storage
+    uri: str,
+    config: StudyConfig,
+    directory: StudyDirectory,
+    ledger: Ledger,
+    corpus: Corpus,
+    storage: Storage,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Tracker:
-    """A writer for this study's experiment."""
+    """A writer for this study's experiment.
+
+    Args:
+        say: told in one line where the folder's own database had to be made anew.
+
+    Raises:
+        TrackingAway: MLflow cannot be reached now.
+        StudyError: it can never be, there, or refuses the experiment.
+    """
     record = StudyRecord(
         name=config.name,
         uuid=ledger.uuid,
@@ -158,31 +214,60 @@ def open_tracker(
         log_weights=config.execution.keep_weights,
     )
     # A server has a place for artifacts; a database alone has none, and MLflow would take the working folder.
-    artifacts = None if uri.startswith("http") else directory.artifacts
-    return Tracker(directory.resolve_tracking_uri(uri), artifacts, storage, record)
+    artifacts = directory.artifacts if is_database(uri) else None
+    resolved = directory.resolve_tracking_uri(uri)
+    try:
+        if uri == DEFAULT_TRACKING_URI:
+            said = prepare_own_database(directory.mlflow_database, config.name, directory.artifacts)
+            if said is not None:
+                say(said)
+        return Tracker(connect(resolved), artifacts, storage, record)
+    except Exception as error:  # MLflow raises whatever its backend raises
+        raise tracking_error(error, resolved) from error
 
 
-def sync(config: StudyConfig, directory: StudyDirectory, storage_url: str | None, tracking: str | None) -> int:
+def sync(
+    config: StudyConfig,
+    directory: StudyDirectory,
+    storage_url: str | None,
+    tracking: str | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
     """Write to MLflow whatever of the ledger it lacks; returns the number of trials.
 
     Raises:
-        StudyError: MLflow cannot be reached.
+        StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
     """
-    corpus = study_corpus(config)
     with directory.locked():
+        storage = Storage(storage_url or directory.storage_url())
+        corpus = _known_corpus(config, directory, storage)
         ledger = open_ledger(config, corpus, directory)
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        storage = Storage(storage_url or directory.storage_url())
-        tracker = open_tracker(uri, config, directory, ledger, corpus, storage)
-        try:
-            for trial in ledger.trials.values():
-                tracker.write(trial, results_of(ledger, trial), len(config.seed_list))
-        except Exception as error:  # MLflow raises whatever its backend raises
-            raise StudyError(f"cannot write to MLflow at {hide_password(uri)}: {first_line(error)}") from error
+        tracker = open_tracker(uri, config, directory, ledger, corpus, storage, say)
         directory.write(config, ledger.uuid, uri, storage.url)
+        refused: dict[int, Exception] = {}
+        for trial in ledger.trials.values():
+            try:
+                tracker.write(trial, results_of(ledger, trial), len(config.seed_list))
+            except Exception as error:  # MLflow raises whatever its backend raises
+                if not tracker.answers():
+                    raise tracking_error(error, uri) from error
+                refused[trial.number] = error
+        if refused:
+            number, error = next(iter(refused.items()))
+            raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")
         n_trials = len(ledger.trials)
         ledger.close()
         return n_trials
+
+
+def _known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
+    """The corpus of a study that was run before: as its runs had it, or from where its file says."""
+    sha256 = read_ledger(directory.ledger_url, config.name).corpus_sha256
+    try:
+        return stored_corpus(storage, sha256, config.corpus.validation_fraction)
+    except OSError:
+        return study_corpus(config)
 
 
 def _outcome(ledger: Ledger, n_trials: int, n_seeds: int, aborted: str | None, trouble: str | None) -> Outcome:

@@ -36,6 +36,8 @@ class Storage:
 
     def __init__(self, url: str) -> None:
         try:
+            if "::" in url:
+                raise ValueError("it may not hold ::, by which fsspec chains file systems")
             self._files, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise StudyError(f"--storage {url}: {error}") from None
@@ -90,6 +92,13 @@ class Storage:
         """Remove an object; one that is not there is no error."""
         try:
             self._files.rm_file(self._path(key))
+        except FileNotFoundError:
+            return
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove all that is in a folder; one that is not there is no error."""
+        try:
+            self._files.rm(self._path(folder), recursive=True)
         except FileNotFoundError:
             return
 
@@ -164,5 +173,4 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        for key in self._storage.keys(self._folder):
-            self._storage.delete(key)
+        self._storage.delete_folder(self._folder)

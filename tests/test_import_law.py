@@ -70,7 +70,7 @@ def test_analysis_needs_neither_torch_nor_ray_nor_optuna():
 
 
 def test_mlflow_has_one_writer_and_one_reader():
-    assert importers("study", ("mlflow",)) == {"study/tracking.py"}
+    assert importers("study", ("mlflow",)) == {f"study/tracking/{name}.py" for name in ("connection", "tracker")}
     assert importers("analysis", ("mlflow",)) == {"analysis/load.py"}
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from study.scheduler.queue import Queue
-from study.scheduler.unit import Unit, run_unit
+from study.scheduler.unit import OUT_OF_MEMORY, Unit, run_unit
 
 
 def run_inline(queue: Queue, on_evaluation: Callable[[Unit, int, dict[str, float]], None]) -> None:
     """Run every unit that the queue issues."""
     while isinstance(unit := queue.next_unit(), Unit):
         issued = unit
+        queue.note_begin(issued)
         try:
             queue.complete(run_unit(issued, lambda seed, row, issued=issued: on_evaluation(issued, seed, row)))
         except OSError as error:
             queue.put_back(issued)
             queue.aborted = str(error)
+        except OUT_OF_MEMORY as error:
+            queue.note_death(issued, f"out of memory: {error}".splitlines()[0])

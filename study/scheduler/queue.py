@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from study.config import Choices, MPOArm, Range, StudyConfig
-from study.ledger import Ledger, Trial
+from study.ledger import LEDGER_ERRORS, Ledger, Trial
 from study.scheduler.unit import Teachers, Unit, checkpoints_of
 from study.storage import Storage
-from study.trial import SeedResult, now
+from study.trial import SeedResult, TrialSpec, now
 
 MAX_DEATHS = 3
-"""A unit whose worker died this often, with no evaluation passed in between, is recorded as failed."""
+"""A unit whose worker died this often, with no evaluation passed in between, is recorded as failed; or, where no
+worker came as far as to begin with it, is left for the next run of the study."""
+
+MAX_STILLBORN = 10
+"""So many workers in a row that die before they begin are no accident: the study stops."""
 
 Finished = Literal["finished"]
 
@@ -35,38 +39,66 @@ class Queue:
     aborted: str | None = None
     """Why no more units are issued although work is left; None while all is well."""
     _in_flight: set[tuple[int, int]] = field(default_factory=set)
+    _begun: set[tuple[int, int]] = field(default_factory=set)
     _n_deaths: Counter[tuple[int, int]] = field(default_factory=Counter)
+    _n_stillborn: Counter[tuple[int, int]] = field(default_factory=Counter)
+    _n_stillborn_in_a_row: int = 0
+    _given_up: dict[tuple[int, int], str] = field(default_factory=dict)
+    """Units that no worker came as far as to begin, and the last one's end."""
     _furthest_step: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._teacher_arms = {arm.teacher for arm in self.config.arms if isinstance(arm, MPOArm)} - {None}
         self._rel_error_chis = study_chis(self.config)
+        self._teachers: dict[str, Trial] = {}
 
     def next_unit(self) -> Unit | Finished | None:
         """The next unit; None where all that is left waits for units in flight; "finished" where nothing is left."""
         if self.aborted is not None:
             return "finished"
+        try:
+            unit = self._issue()
+        except LEDGER_ERRORS as error:
+            self.aborted = f"the ledger cannot be written: {error}".splitlines()[0]
+            return "finished"
+        if unit is None and not self._in_flight:
+            if self._given_up:
+                n, why = len(self._given_up), next(iter(self._given_up.values()))
+                self.aborted = f"for {n} of the runs {MAX_DEATHS} workers died before they began: {why}"
+            return "finished"
+        return unit
+
+    def _issue(self) -> Unit | None:
         while True:
-            for trial in list(self.ledger.trials.values()):
+            for trial in self.ledger.lacking():
                 for seed in self.ledger.missing_seeds(trial):
-                    if (trial.number, seed) in self._in_flight or not self._is_ready(trial, seed):
+                    key = trial.number, seed
+                    if key in self._in_flight or key in self._given_up or not self._is_ready(trial, seed):
                         continue
-                    self._in_flight.add((trial.number, seed))
+                    self._in_flight.add(key)
+                    self._begun.discard(key)
                     return self._unit(trial, (seed,))
-            if self.ledger.ask() is None:
-                break
-        return None if self._in_flight else "finished"
+            if self.ledger.ask(self._may_start) is None:
+                return None
 
     def complete(self, results: Sequence[SeedResult]) -> None:
-        """Record a unit's results."""
+        """Record a unit's results; where the ledger does not take them, they are missing again, and the study stops."""
         for result in results:
-            self.ledger.record(result)
             self._in_flight.discard((result.trial, result.seed))
             try:
+                self.ledger.record(result)
                 checkpoints_of(self.storage, self.ledger.uuid, result.trial, result.seed).clear()
+            except LEDGER_ERRORS as error:
+                self.aborted = f"the ledger cannot be written: {error}".splitlines()[0]
+                continue
             except OSError as error:
                 self.aborted = str(error)
             self.on_result(result)
+
+    def note_begin(self, unit: Unit) -> None:
+        """A worker has come up and begins with a unit."""
+        self._begun |= {(unit.trial, seed) for seed in unit.seeds}
+        self._n_stillborn_in_a_row = 0
 
     def note_progress(self, unit: Unit, seed: int, step: float) -> None:
         """A run passed an evaluation; if none came as far before, earlier deaths no longer count."""
@@ -74,18 +106,40 @@ class Queue:
             self._furthest_step[unit.trial, seed] = step
             self._n_deaths[unit.trial, unit.seeds[0]] = 0
 
-    def note_death(self, unit: Unit) -> None:
-        """Take back a unit whose worker died, or record it as failed where that has happened too often."""
-        self._n_deaths[unit.trial, unit.seeds[0]] += 1
-        if self._n_deaths[unit.trial, unit.seeds[0]] < MAX_DEATHS:
+    def note_death(self, unit: Unit, why: str) -> None:
+        """Take back a unit whose worker died; where that has happened too often, see `MAX_DEATHS`."""
+        key = unit.trial, unit.seeds[0]
+        if key not in self._begun:
+            self._note_stillborn(unit, why)
+            return
+        self._n_deaths[key] += 1
+        if self._n_deaths[key] < MAX_DEATHS:
             self.put_back(unit)
         else:
-            reason = f"its worker died {MAX_DEATHS} times without progress"
+            reason = f"its worker died {MAX_DEATHS} times without progress: {why}"
             self.complete([_failed(unit.trial, seed, reason) for seed in unit.seeds])
+
+    def _note_stillborn(self, unit: Unit, why: str) -> None:
+        """A worker that did not come up says nothing of the unit it was to have."""
+        key = unit.trial, unit.seeds[0]
+        self._n_stillborn[key] += 1
+        self._n_stillborn_in_a_row += 1
+        self.put_back(unit)
+        if self._n_stillborn[key] == MAX_DEATHS:
+            self._given_up[key] = why
+        if self._n_stillborn_in_a_row == MAX_STILLBORN:
+            self.aborted = f"{MAX_STILLBORN} workers in a row died before they began with a run: {why}"
 
     def put_back(self, unit: Unit) -> None:
         """Take back a unit that ended without results through no fault of its own."""
         self._in_flight -= {(unit.trial, seed) for seed in unit.seeds}
+
+    def _may_start(self, spec: TrialSpec) -> bool:
+        """Whether a trial can be asked for: what has to wait for its teacher is not, so that others come before it."""
+        teacher = self._teacher(spec.teacher) if spec.teacher is not None else None
+        return spec.teacher is None or (
+            teacher is not None and any((teacher.number, seed) in self.ledger.results for seed in self.config.seed_list)
+        )
 
     def _is_ready(self, trial: Trial, seed: int) -> bool:
         """Whether a run can start; a run whose teacher failed is recorded as failed itself."""
@@ -99,7 +153,12 @@ class Queue:
         return result is not None and result.state == "complete"
 
     def _teacher(self, arm: str) -> Trial | None:
-        return next((trial for trial in self.ledger.trials.values() if trial.spec.arm == arm), None)
+        if arm not in self._teachers:
+            found = next((trial for trial in self.ledger.trials.values() if trial.spec.arm == arm), None)
+            if found is None:
+                return None
+            self._teachers[arm] = found
+        return self._teachers[arm]
 
     def _unit(self, trial: Trial, seeds: tuple[int, ...]) -> Unit:
         teachers = None

@@ -6,6 +6,7 @@ own restore loses finished trials when its driver is killed, and its repeaters a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 from uuid import uuid4
 
@@ -25,7 +25,7 @@ from ray.tune.search import Searcher
 
 from study.errors import StudyError
 from study.scheduler.queue import Queue
-from study.scheduler.unit import Unit, run_unit
+from study.scheduler.unit import OUT_OF_MEMORY, Unit, run_unit
 from study.trial import SeedResult
 
 _SETTINGS = {
@@ -44,10 +44,11 @@ NODE_WATCH_SECONDS = 10
 OnEvaluation = Callable[[Unit, int, dict[str, float]], None]
 
 
-def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, address: str | None = None) -> None:
+def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address: str | None = None) -> None:
     """Run every unit that the queue issues on Ray, as many at once as its resources allow.
 
     Args:
+        scratch: a folder for what a local Ray's Tune leaves behind; a cluster's goes to the study's storage.
         address: of a Ray cluster; `RAY_ADDRESS` where None, or else a local Ray that ends with this call.
 
     Raises:
@@ -55,20 +56,24 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, address: str | None = 
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _connect(address)
-    scratch = None
     try:
         execution = queue.config.execution
         slots = _slots(execution.cpus, execution.gpus)
-        if "://" in queue.storage.url:
-            tune_storage = f"{queue.storage.url}/ray"
-        else:
-            # Tune leaves a folder for every unit; nothing in them is read again.
-            scratch = mkdtemp(prefix="mpo-study-") if address == "local" else None
-            tune_storage = scratch or str(Path(queue.storage.url).resolve() / "ray")
+        if slots == 0:
+            there = ray.cluster_resources()
+            raise StudyError(
+                f"no node of this Ray can hold a unit of execution.cpus={execution.cpus:g}, "
+                f"execution.gpus={execution.gpus:g}; in all it has {there.get('CPU', 0):g} CPUs and "
+                f"{there.get('GPU', 0):g} GPUs"
+            )
+        # Tune leaves a folder for every unit; nothing in them is read again.
+        _clear_tune_folders(queue, scratch)
+        tune_storage = str(scratch.resolve()) if address == "local" else f"{queue.storage.url}/{_tune_folder(queue)}"
+        watch = _NodeWatch(lambda: _slots(execution.cpus, execution.gpus) > 0)
         tuner = tune.Tuner(
             tune.with_resources(_work, {"cpu": execution.cpus, "gpu": execution.gpus}),
             tune_config=tune.TuneConfig(
-                search_alg=_LedgerSearcher(queue, on_evaluation),
+                search_alg=_LedgerSearcher(queue, on_evaluation, watch),
                 num_samples=-1,
                 max_concurrent_trials=slots,
                 reuse_actors=True,
@@ -79,25 +84,40 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, address: str | None = 
                 storage_path=tune_storage,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),  # the queue counts, and issues a unit again
-                callbacks=[_NodeWatch()],
+                callbacks=[watch],
             ),
         )
         try:
             tuner.fit()
         except Exception:
-            if _has_nodes():
+            if watch.has_nodes():
                 raise
             queue.aborted = _NO_NODES
     finally:
         ray.shutdown()
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        _clear_tune_folders(queue, scratch)
+
+
+def _tune_folder(queue: Queue) -> str:
+    return f"{queue.ledger.uuid}/tune"
+
+
+def _clear_tune_folders(queue: Queue, scratch: Path) -> None:
+    """Remove what Tune left behind, be it in a run that was killed."""
+    with contextlib.suppress(OSError):
+        queue.storage.delete_folder(_tune_folder(queue))
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _connect(address: str) -> None:
     for variable, setting in _SETTINGS.items():
         os.environ.setdefault(variable, setting)
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise StudyError(
+            f"--address {address}: the Ray client cannot carry a study; run the driver on the cluster, with "
+            "--address auto or HOST:6379"
+        )
+    host, _, port = address.rpartition(":")
     if port.isdecimal():  # where nobody listens, Ray itself would go on trying for five minutes
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
@@ -125,18 +145,13 @@ def _slots(cpus: float, gpus: float) -> int:
             has = node["Resources"]
             fits = [has.get(kind, 0) / asked for kind, asked in (("CPU", cpus), ("GPU", gpus)) if asked]
             slots += int(min(fits))
-    if slots == 0:
-        there = ray.cluster_resources()
-        raise StudyError(
-            f"no node of this Ray can hold a unit of execution.cpus={cpus:g}, execution.gpus={gpus:g}; "
-            f"in all it has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs"
-        )
     return slots
 
 
 def _work(config: dict[str, str]) -> None:
     """A worker's whole life: one unit. Every result travels in the last report, which must be complete by itself."""
     unit = Unit.model_validate_json(config["unit"])
+    tune.report({"begin": True})
 
     def report_evaluation(seed: int, row: dict[str, float]) -> None:
         tune.report({"evaluation": json.dumps([seed, row])})
@@ -145,36 +160,50 @@ def _work(config: dict[str, str]) -> None:
         results = run_unit(unit, report_evaluation)
     except OSError as error:
         tune.report({"abort": str(error)})
+    except OUT_OF_MEMORY as error:
+        tune.report({"death": f"out of memory: {error}".splitlines()[0]})
     else:
         tune.report({"results": json.dumps([asdict(result) for result in results])})
 
 
-_NO_NODES = "no node of Ray is left"
+_NO_NODES = "no node of Ray is left that can hold a unit"
 
 
 class _NodeWatch(tune.Callback):
-    """Ends a run whose last node is gone: Tune would wait for another one for ever, without a word."""
+    """Ends a run whose last node is gone: Tune would wait for another one for ever, without a word.
 
-    def __init__(self) -> None:
+    Args:
+        has_nodes: whether any node is left that can hold a unit.
+    """
+
+    def __init__(self, has_nodes: Callable[[], bool]) -> None:
+        self.has_nodes = has_nodes
         self._looked = time.monotonic()
+        self._trials: list[Any] = []
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._trials = trials
         if time.monotonic() - self._looked > NODE_WATCH_SECONDS:
             self._looked = time.monotonic()
-            if not _has_nodes():
+            if not self.has_nodes():
                 raise ConnectionError(_NO_NODES)
 
-
-def _has_nodes() -> bool:
-    return any(node["Alive"] for node in ray.nodes())
+    def error_of(self, trial_id: str) -> str:
+        """What Tune knows of the end of a worker, in one line."""
+        trial = next((trial for trial in reversed(self._trials) if trial.trial_id == trial_id), None)
+        path = trial.error_file if trial is not None else None  # `get_error` looks where it will be copied to later
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).exists() else []
+        lines = [line.strip() for line in lines if line.strip()]
+        named = [line for line in lines if "Error: " in line]
+        return (named or lines or ["Ray does not say why"])[-1]
 
 
 class _LedgerSearcher(Searcher):
     """Suggests units instead of points, and never asks Tune for a metric."""
 
-    def __init__(self, queue: Queue, on_evaluation: OnEvaluation) -> None:
+    def __init__(self, queue: Queue, on_evaluation: OnEvaluation, watch: _NodeWatch) -> None:
         super().__init__()
-        self._queue = queue
+        self._queue, self._watch = queue, watch
         self._on_evaluation = on_evaluation
         self._units: dict[str, Unit] = {}
 
@@ -198,6 +227,11 @@ class _LedgerSearcher(Searcher):
             self._queue.put_back(unit)
             self._queue.aborted = result["abort"]
             del self._units[trial_id]
+        elif "death" in result:
+            del self._units[trial_id]
+            self._queue.note_death(unit, result["death"])
+        elif "begin" in result:
+            self._queue.note_begin(unit)
         elif "evaluation" in result:
             seed, row = json.loads(result["evaluation"])
             self._queue.note_progress(unit, seed, row["step"])
@@ -207,8 +241,8 @@ class _LedgerSearcher(Searcher):
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
         unit = self._units.pop(trial_id, None)
-        if unit is not None and _has_nodes():
-            self._queue.note_death(unit)
+        if unit is not None and self._watch.has_nodes():
+            self._queue.note_death(unit, self._watch.error_of(trial_id))
         elif unit is not None:
             self._queue.put_back(unit)
             self._queue.aborted = _NO_NODES

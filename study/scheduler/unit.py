@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,9 @@ from study.corpus import Corpus, corpus_from_bytes
 from study.storage import Checkpoints, Damaged, Storage, pack_tensors, unpack_tensors
 from study.training import train_seed
 from study.trial import SeedResult, TrialSpec, now
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Of one unit on one machine: the study's other units may fit."""
 
 
 class Teachers(Strict):
@@ -51,7 +55,8 @@ def run_unit(unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None])
         One result per seed; what goes wrong in one is a failed result, and the others go on.
 
     Raises:
-        OSError: storage, corpus, GPU or memory is not to be had, which is no failure of the seed's.
+        OSError: storage, corpus or GPU is not to be had, for this unit or any other.
+        MemoryError, torch.OutOfMemoryError: another try, elsewhere or later, may well succeed.
     """
     torch.set_num_threads(max(1, int(unit.cpus)))
     storage = Storage(unit.storage)
@@ -60,12 +65,9 @@ def run_unit(unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None])
     for seed in unit.seeds:
         started = now()
         try:
-            results.append(_run_seed(unit, seed, storage, corpus, on_evaluation))
-        except OSError:
+            results.append(_without_non_finite(_run_seed(unit, seed, storage, corpus, on_evaluation)))
+        except (OSError, *OUT_OF_MEMORY):
             raise
-        except (Damaged, MemoryError, torch.OutOfMemoryError) as error:
-            # Of the machine or its storage: another try, elsewhere or later, may well succeed.
-            raise OSError(f"trial {unit.trial} seed {seed}: {type(error).__name__}: {error}") from error
         except Exception as error:
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -73,12 +75,21 @@ def run_unit(unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None])
     return results
 
 
+def _without_non_finite(result: SeedResult) -> SeedResult:
+    """The result, or a failed one where any of its numbers is infinite or none: no later part can use those."""
+    curve = {f"{key} at step {row['step']:.0f}": value for row in result.curve for key, value in row.items()}
+    bad = [key for key, value in (result.final | result.rel_errors | curve).items() if not math.isfinite(value)]
+    if not bad:
+        return result
+    finite_rows = [row for row in result.curve if all(map(math.isfinite, row.values()))]
+    reason = result.failure or f"diverged: {bad[0]} is not finite"
+    return replace(result, state="failed", final={}, rel_errors={}, curve=finite_rows, failure=reason, weights=None)
+
+
 def _run_seed(
     unit: Unit, seed: int, storage: Storage, corpus: Corpus, on_evaluation: Callable[[int, dict[str, float]], None]
 ) -> SeedResult:
-    teacher_weights = None
-    if unit.teachers is not None:
-        teacher_weights, _ = unpack_tensors(storage.read(unit.teachers.weights[seed]))
+    teacher_weights = _teacher_weights(storage, unit.teachers.weights[seed]) if unit.teachers is not None else None
     result, weights = train_seed(
         unit.spec,
         seed,
@@ -99,6 +110,14 @@ def _run_seed(
     return replace(result, weights=key)
 
 
+def _teacher_weights(storage: Storage, key: str) -> dict[str, torch.Tensor]:
+    try:
+        return unpack_tensors(storage.read(key))[0]
+    except Damaged as damage:
+        storage.delete(key)  # the next run of the study sees that it is gone, and trains the teacher again
+        raise OSError(f"{storage.url}/{key}: {damage}; it was removed, to be trained again") from None
+
+
 def _device(unit: Unit) -> str:
     if unit.gpus == 0:
         return "cpu"
@@ -113,10 +132,23 @@ def checkpoints_of(storage: Storage, study_uuid: str, trial: int, seed: int) -> 
 
 
 def store_corpus(storage: Storage, corpus: Corpus) -> None:
-    """Put the text where every worker finds it."""
+    """Put the text where every worker finds it, in place of one that is damaged."""
     key = _corpus_key(corpus.sha256)
-    if not storage.exists(key):
+    if not storage.exists(key) or hashlib.sha256(storage.read(key)).hexdigest() != corpus.sha256:
         storage.write(key, corpus.text.encode("utf-8"))
+
+
+def stored_corpus(storage: Storage, sha256: str, validation_fraction: float) -> Corpus:
+    """The text that `store_corpus` put there.
+
+    Raises:
+        OSError: it is gone or damaged.
+    """
+    key = _corpus_key(sha256)
+    data = storage.read(key)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise OSError(f"{storage.url}/{key} is damaged: its checksum is wrong")
+    return corpus_from_bytes(data, f"{storage.url}/{key}", sha256, validation_fraction)
 
 
 def _corpus_key(sha256: str) -> str:
@@ -125,8 +157,4 @@ def _corpus_key(sha256: str) -> str:
 
 @lru_cache(maxsize=2)
 def _corpus(storage: str, sha256: str, validation_fraction: float) -> Corpus:
-    key = _corpus_key(sha256)
-    data = Storage(storage).read(key)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise OSError(f"{storage}/{key} is damaged: its checksum is wrong")
-    return corpus_from_bytes(data, f"{storage}/{key}", sha256, validation_fraction)
+    return stored_corpus(Storage(storage), sha256, validation_fraction)

@@ -110,6 +110,17 @@ def test_cli_run_says_where_it_stopped_and_exits_1(tmp_path, command):
     assert "tiny: 3 trials, 6 runs complete" in out
 
 
+def test_cli_run_exits_1_where_every_run_failed(tmp_path, command):
+    wild = {"name": "wild", "family": "dense", "learning_rate": 1e30}
+    file = write_study(tmp_path, seeds=1, arms=[wild])
+    code, out, _ = command("run", file, "--dir", tmp_path / "study", *INLINE)
+    assert code == 1
+    assert "tiny: 1 trials, 0 runs complete, 1 failed" in out
+    code, out, _ = command("run", file, "--dir", tmp_path / "study", *INLINE, "--retry-failed")
+    assert code == 1
+    assert "0 failed runs are trained again" in out
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +134,12 @@ def test_cli_run_says_where_it_stopped_and_exits_1(tmp_path, command):
         (["run", "tiny.yaml", "--storage", "tiny.yaml", *INLINE], "tiny.yaml: cannot write there: Not a directory"),
         (["run", "tiny.yaml", "--dir", "tiny.yaml/x", *INLINE], "--dir tiny.yaml/x: cannot make the folder"),
         (["run", "tiny.yaml", "--address", "127.0.0.1:1", "--tracking", "off"], "--address 127.0.0.1:1: cannot"),
+        (
+            ["run", "tiny.yaml", "--address", "ray://127.0.0.1:10001", "--tracking", "off"],
+            "the Ray client cannot carry",
+        ),
+        (["run", "tiny.yaml", "--dir", "50%", *INLINE], "--dir 50%: a study's folder may not have % in its path"),
+        (["run", "tiny.yaml", "--storage", "a::b", *INLINE], "--storage a::b: it may not hold ::"),
         (["run", "tiny.yaml", "--tracking", "mlruns"], "--tracking mlruns: "),
         (["plan", "tiny.yaml", "--set", "model.context=5000"], "the corpus is too short"),
         (["status", "nowhere"], "nowhere: no study here"),

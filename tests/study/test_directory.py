@@ -138,3 +138,15 @@ def test_storage_elsewhere_is_remembered(tmp_path, directory):
 )
 def test_resolve_tracking_uri_starts_from_the_folder(directory, uri, resolved):
     assert directory.resolve_tracking_uri(uri) == resolved.format(folder=directory.path)
+
+
+@pytest.mark.parametrize("name", ["why?", "50%", "run#3"])
+def test_directory_refuses_a_path_that_databases_read_otherwise(tmp_path, name):
+    with pytest.raises(StudyError, match=r"a study's folder may not have . in its path"):
+        StudyDirectory(tmp_path / name / "study")
+
+
+def test_manifest_is_for_its_owner_alone(tmp_path, directory):
+    directory.path.mkdir()
+    directory.write(load_config(write_study(tmp_path)), "uuid", "postgresql://me:secret@host/db", "memory://x")
+    assert (directory.path / "study.json").stat().st_mode & 0o077 == 0

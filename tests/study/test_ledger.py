@@ -255,8 +255,8 @@ def test_ledger_tells_a_duplicate_that_a_dead_driver_did_not(tmp_path, folder):
     ("override", "named"),
     [
         ("protocol.steps=7", "protocol.steps (was 6, now 7)"),
-        ("seeds=3", "seeds (was 2, now 3)"),
-        ("arms.tuned.chi=3", "arms[tuned].chi (was 2, now 3)"),
+        ("seeds=3", "seeds (was [0, 1], now [0, 1, 2])"),
+        ("arms.tuned.chi=3", "arms.tuned.chi (was 2, now 3)"),
         ("model.n_layers=2", "model.n_layers (was 1, now 2)"),
         ("objectives=[val_loss]", "objectives (was"),
     ],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sqlite3
+
 import pytest
 import torch
 from study_fixtures import DENSE, MPO, SEARCHED, TUNED, ledger_at, made_up, write_search, write_study
@@ -57,7 +59,7 @@ def test_queue_waits_for_a_teacher_seed_by_seed(tmp_path, open_queue):
     finish(queue, second)
     third = queue.next_unit()
     assert names([third]) == [("tuned", 2, (1,))]
-    assert third.teachers.weights == {1: "1-1"}
+    assert third.teachers.weights == {1: "0-1"}
     assert third.teachers.tokens == first.spec.train_tokens
     assert queue.next_unit() is None
     finish(queue, third)
@@ -114,14 +116,16 @@ def test_queue_issues_again_what_is_put_back(tmp_path, open_queue):
 def test_queue_gives_up_a_unit_whose_worker_dies_three_times_without_progress(tmp_path, open_queue):
     queue = open_queue(write_study(tmp_path, seeds=1, arms=[DENSE]))
     unit = queue.next_unit()
+    queue.note_begin(unit)
     queue.note_progress(unit, 0, 2)
     for _ in range(2):
-        queue.note_death(unit)
+        queue.note_death(unit, "killed")
         assert queue.next_unit() == unit
+        queue.note_begin(unit)
         queue.note_progress(unit, 0, 0)
         queue.note_progress(unit, 0, 2)  # as far as before, and no further
-    queue.note_death(unit)
-    assert queue.ledger.results[0, 0].failure == "its worker died 3 times without progress"
+    queue.note_death(unit, "killed")
+    assert queue.ledger.results[0, 0].failure == "its worker died 3 times without progress: killed"
     assert queue.next_unit() == "finished"
 
 
@@ -129,11 +133,70 @@ def test_queue_forgets_deaths_where_there_is_progress(tmp_path, open_queue):
     queue = open_queue(write_study(tmp_path, seeds=1, arms=[DENSE]))
     unit = queue.next_unit()
     for step in range(10):
+        queue.note_begin(unit)
         queue.note_progress(unit, 0, step)
         for _ in range(2):
-            queue.note_death(unit)
+            queue.note_death(unit, "killed")
             assert queue.next_unit() == unit
+            queue.note_begin(unit)
     assert queue.ledger.results == {}
+
+
+def test_queue_leaves_a_unit_that_no_worker_begins_for_the_next_run(tmp_path, open_queue):
+    file = write_study(tmp_path, seeds=1, arms=[MPO])
+    queue = open_queue(file)
+    first, second = take(queue, 2)
+    for _ in range(3):
+        queue.note_begin(second)  # so that these deaths are none in a row
+        queue.note_death(first, "no module named study")
+        if queue._given_up:
+            break
+        assert queue.next_unit() == first
+    assert queue.next_unit() is None
+    finish(queue, second)
+    assert queue.next_unit() == "finished"
+    assert queue.aborted == "for 1 of the runs 3 workers died before they began: no module named study"
+    assert list(queue.ledger.results) == [(1, 0)]
+    queue.ledger.close()
+    assert open_queue(file).next_unit() == first
+
+
+def test_queue_stops_where_no_worker_comes_up_and_fails_nothing(tmp_path, open_queue):
+    queue = open_queue(write_study(tmp_path, seeds=5, arms=[MPO]))
+    for _ in range(9):
+        queue.note_death(queue.next_unit(), "no module named study")
+    assert queue.aborted is None
+    queue.note_death(queue.next_unit(), "no module named study")
+    assert queue.aborted == "10 workers in a row died before they began with a run: no module named study"
+    assert queue.next_unit() == "finished"
+    assert queue.ledger.results == {}
+
+
+def test_queue_asks_for_what_waits_for_a_teacher_only_when_it_has_one(tmp_path, open_queue):
+    tuned = [TUNED | {"name": f"tuned{chi}", "chi": chi} for chi in (1, 2, 3)]
+    queue = open_queue(write_study(tmp_path, arms=[*tuned, DENSE]))
+    unit, _ = take(queue, 2)
+    assert queue.next_unit() is None
+    assert [trial.spec.arm for trial in queue.ledger.trials.values()] == ["dense"]
+    finish(queue, unit)
+    assert names(take(queue, 3)) == [(f"tuned{chi}", chi, (0,)) for chi in (1, 2, 3)]
+
+
+def test_queue_stops_where_the_ledger_cannot_be_written_and_goes_on_later(tmp_path, open_queue):
+    file = write_study(tmp_path, seeds=1, arms=[MPO])
+    queue = open_queue(file)
+    first, second = take(queue, 2)
+    with sqlite3.connect(tmp_path / "study" / "ledger.db") as other:
+        other.execute("ALTER TABLE mpo_result RENAME TO away")
+    finish(queue, first)
+    assert "the ledger cannot be written: (sqlite3.OperationalError) no such table: mpo_result" in str(queue.aborted)
+    assert queue.next_unit() == "finished"
+    with other:
+        other.execute("ALTER TABLE away RENAME TO mpo_result")
+    other.close()
+    queue.ledger.close()
+    again = open_queue(file)
+    assert take(again, 2) == [first, second]
 
 
 def test_queue_issues_no_more_once_aborted(tmp_path, open_queue):

@@ -2,20 +2,24 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from study_fixtures import (
     DENSE,
     ENVIRONMENT,
     MPO,
     TUNED,
     ledger_at,
+    mlflow_template,  # noqa: F401 (a fixture)
     printed_by_run,
     results_at,
     run_at,
+    runs_in,
     substance,
     write_search,
     write_study,
@@ -31,8 +35,11 @@ from study.scheduler.queue import Queue
 from study.scheduler.unit import store_corpus
 from study.storage import Storage
 from study.study_file import load_config
+from study.training import train_seed
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::optuna.exceptions.ExperimentalWarning", "ignore:::mlflow", "ignore::DeprecationWarning"
+)
 
 
 @pytest.fixture
@@ -168,8 +175,8 @@ def test_run_study_stops_where_storage_breaks_and_loses_nothing(tmp_path, folder
     (folder / "storage" / own).write_text("a file where checkpoints and weights were")
     outcome, printed = printed_by_run(file, folder, tracking="off")
     assert "Not a directory" in str(outcome.aborted)
-    assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (2, 0, 6)
-    assert printed == ""
+    assert outcome.n_missing == 8  # the teachers' weights are gone as well
+    assert printed.count("arm dense, seed ") == printed.count("its weights are not in ") == 2
     assert results_at(folder) == done
 
     shutil.rmtree(folder / "storage")
@@ -229,3 +236,134 @@ def test_run_study_without_tracking_imports_neither_ray_nor_mlflow(tmp_path, fol
     assert done.returncode == 0, done.stderr
     assert "tiny: 1 trials, 1 runs complete" in done.stdout
     assert not (folder / "mlflow.db").exists()
+
+
+# Parts that are gone --------------------------------------------------------------------------------------------------
+
+
+def test_run_study_refuses_a_folder_whose_ledger_is_gone(tmp_path, folder):
+    file = write_study(tmp_path, seeds=1, arms=[DENSE])
+    run_at(file, folder)
+    shutil.move(folder / "ledger.db", tmp_path / "ledger.db")
+    with pytest.raises(StudyError, match=r"the ledger does not hold study tiny .* which was run here before"):
+        run_at(file, folder)
+    shutil.move(tmp_path / "ledger.db", folder / "ledger.db")
+    assert run_at(file, folder).n_complete == 1
+
+
+def test_run_study_trains_a_teacher_again_whose_weights_are_gone(tmp_path, folder):
+    file = write_study(tmp_path)
+    interrupt(file, folder, after=10)  # both teachers are trained
+    [weights] = folder.glob("storage/*/weights")
+    shutil.rmtree(weights)
+    outcome, printed = printed_by_run(file, folder, tracking="off")
+    assert (outcome.n_complete, outcome.n_missing) == (8, 0)
+    for seed in (0, 1):
+        assert f"arm dense, seed {seed}: its weights are not in " in printed
+    run_at(file, tmp_path / "undisturbed")
+    assert substance(folder) == substance(tmp_path / "undisturbed")
+
+
+def test_run_study_goes_on_with_another_storage(tmp_path, folder):
+    file = write_study(tmp_path)
+    interrupt(file, folder, after=10)
+    outcome = run_at(file, folder, storage_url=str(tmp_path / "elsewhere"))
+    assert (outcome.n_complete, outcome.n_missing) == (8, 0)
+    run_at(file, tmp_path / "undisturbed")
+    assert substance(folder) == substance(tmp_path / "undisturbed")
+
+
+def test_run_study_with_a_damaged_teacher_stops_once_and_then_goes_on(tmp_path, folder):
+    file = write_study(tmp_path)
+    interrupt(file, folder, after=17)  # all that needs no teacher is trained
+    weights = sorted(folder.glob("storage/*/weights/*"))
+    weights[0].write_bytes(weights[0].read_bytes()[:-10])
+    assert "it was removed, to be trained again" in str(run_at(file, folder).aborted)
+    outcome = run_at(file, folder)
+    assert (outcome.n_complete, outcome.aborted) == (8, None)
+
+
+def test_run_study_mends_a_damaged_corpus_in_storage(tmp_path, folder):
+    file = write_study(tmp_path, seeds=1)
+    interrupt(file, folder, after=2)
+    [text] = folder.glob("storage/corpus/*")
+    text.write_text("cut short")
+    assert run_at(file, folder).n_complete == 4
+
+
+@pytest.mark.parametrize(("part", "damaged"), [("study.json", '{"name": "ti'), ("ledger.db", None)])
+def test_run_study_says_in_one_line_what_is_damaged(tmp_path, folder, part, damaged):
+    file = write_study(tmp_path, seeds=1, arms=[DENSE])
+    run_at(file, folder)
+    if damaged is not None:
+        (folder / part).write_text(damaged)
+    else:
+        with sqlite3.connect(folder / part) as connection:
+            connection.execute("UPDATE mpo_result SET content = '{\"trial\": 0'")
+        connection.close()
+    with pytest.raises(StudyError, match="is damaged: ") as error:
+        run_at(file, folder)
+    assert "\n" not in str(error.value)
+
+
+# Failures again -------------------------------------------------------------------------------------------------------
+
+
+def out_of_memory_at(monkeypatch, arm, times):
+    """Let the training of an arm run out of memory that often."""
+    left = [times]
+
+    def train(spec, *args, **kwargs):
+        if spec.arm == arm and left[0] > 0:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("tried to allocate a lot")
+        return train_seed(spec, *args, **kwargs)
+
+    monkeypatch.setattr("study.scheduler.unit.train_seed", train)
+
+
+def test_run_study_out_of_memory_in_one_trial_goes_on_with_the_others(tmp_path, folder, monkeypatch):
+    file = write_study(tmp_path, seeds=1)
+    out_of_memory_at(monkeypatch, "dense", times=2)
+    assert run_at(file, folder).n_complete == 4
+    out_of_memory_at(monkeypatch, "mpo", times=4)  # three for its first trial, and one for its second
+    outcome = run_at(file, tmp_path / "again")
+    assert (outcome.n_complete, outcome.n_failed, outcome.aborted) == (3, 1, None)
+    reason = "its worker died 3 times without progress: out of memory: tried to allocate a lot"
+    assert results_at(tmp_path / "again")[1, 0].failure == reason
+
+
+def test_run_study_retries_failures_but_not_divergence(tmp_path, folder, monkeypatch, mlflow_template):  # noqa: F811
+    wild = {"name": "wild", "family": "dense", "learning_rate": 1e30}
+    file = write_study(tmp_path, arms=[DENSE, wild, TUNED])
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    out_of_memory_at(monkeypatch, "dense", times=3)
+    first = run_at(file, folder, tracking=None)
+    assert (first.n_complete, first.n_failed) == (2, 4)  # a dense seed, what depends on it, and two that diverge
+    assert run_at(file, folder, tracking=None) == first
+    outcome = run_at(file, folder, tracking=None, retry_failed=True)
+    assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (4, 2, 0)
+    run_at(file, tmp_path / "undisturbed")
+    assert substance(folder) == substance(tmp_path / "undisturbed")
+
+    uuid = StudyDirectory(folder).uuid()
+    runs = runs_in(folder / "mlflow.db")
+    assert {len(same) for same in runs.values()} == {1}
+    for (trial, seed), result in results_at(folder).items():
+        [run] = runs[schema.run_key(uuid, trial, seed)]
+        assert run.info.status == ("FINISHED" if result.state == "complete" else "FAILED")
+        assert (schema.FAILURE in run.data.tags) == (result.state == "failed")
+    [parent] = runs[schema.run_key(uuid, 0)]
+    assert (parent.data.metrics[schema.N_SEEDS], parent.data.metrics[schema.N_FAILED]) == (2, 0)
+
+
+def test_run_unit_calls_a_number_that_is_none_a_failure(tmp_path, folder, monkeypatch):
+    def train(*args, **kwargs):
+        result, weights = train_seed(*args, **kwargs)
+        return replace(result, final=result.final | {"final/val_acc": float("nan")}), weights
+
+    monkeypatch.setattr("study.scheduler.unit.train_seed", train)
+    outcome = run_at(write_study(tmp_path, seeds=1, arms=[DENSE]), folder)
+    assert (outcome.n_complete, outcome.n_failed) == (0, 1)
+    assert results_at(folder)[0, 0].failure == "diverged: final/val_acc is not finite"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import sqlite3
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from study_fixtures import (
     mlflow_client,
     mlflow_template,  # noqa: F401 (a fixture)
     printed_by_run,
+    results_at,
     run_at,
     runs_in,
     write_study,
@@ -28,7 +30,9 @@ from study.errors import StudyError
 from study.run import open_tracker, results_of, study_corpus, sync
 from study.storage import Storage
 from study.study_file import load_config
-from study.tracking import BackgroundTracker, hide_password
+from study.tracking.background import BackgroundTracker
+from study.tracking.connection import TrackingAway, connect, hide_password, prepare_own_database, tracking_error
+from study.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 
@@ -312,6 +316,81 @@ def test_hide_password_shows_all_but_the_password(uri, shown):
     assert hide_password(uri) == shown
 
 
+@pytest.mark.parametrize("uri", ["redis://host", "oracle://me:secret@host/db"])
+def test_connect_tells_a_wrong_place_from_one_that_is_away(uri):
+    with pytest.raises(StudyError, match="cannot reach MLflow at ") as error:
+        connect(uri)
+    assert not isinstance(error.value, TrackingAway)
+    assert "secret" not in str(error.value)
+
+
+def test_tracking_error_hides_a_password_in_what_the_driver_says():
+    error = tracking_error(ConnectionError("cannot connect with me:se-cret@host"), "postgresql://me:se-cret@host/db")
+    assert str(error) == "cannot reach MLflow at postgresql://me:***@host/db: cannot connect with me:***@host"
+
+
+# The database in a study's own folder ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Prepares the database of a study's own folder, for artifacts in a folder beside it."""
+
+    def prepare(artifacts="file:///artifacts"):
+        return prepare_own_database(tmp_path / "mlflow.db", "tiny", artifacts)
+
+    return prepare
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_own_database_is_made_whole_and_then_left_alone(tmp_path, own):
+    (tmp_path / "mlflow.db.partial").write_text("what a killed driver left")
+    assert own() is None
+    mlflow_client(tmp_path / "mlflow.db").create_experiment("tiny", artifact_location="file:///artifacts")
+    before = (tmp_path / "mlflow.db").read_bytes()
+    assert own() is None
+    assert names_in(tmp_path) == ["mlflow.db"]
+    assert (tmp_path / "mlflow.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000, 100_000])
+def test_own_database_that_is_damaged_is_set_aside(tmp_path, mlflow_template, own, size):  # noqa: F811
+    damaged = mlflow_template.read_bytes()[:size].replace(b"experiments", b"exp\0riments")
+    (tmp_path / "mlflow.db").write_bytes(damaged)
+    said = own()
+    assert said is not None
+    assert "it is now mlflow.db.old-1, and MLflow is written again from the ledger" in said
+    assert (tmp_path / "mlflow.db.old-1").read_bytes() == damaged
+    assert mlflow_client(tmp_path / "mlflow.db").search_experiments()
+
+
+def test_own_database_that_was_half_made_is_set_aside(tmp_path, mlflow_template, own):  # noqa: F811
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
+    with sqlite3.connect(tmp_path / "mlflow.db") as half:
+        half.execute("CREATE TABLE _alembic_tmp_metrics (key TEXT)")
+    half.close()
+    assert str(own()).startswith("mlflow.db was never completely made; it is now mlflow.db.old-1")
+
+
+def test_own_database_of_a_moved_folder_is_written_again(tmp_path, mlflow_template):  # noqa: F811
+    file, folder = write_study(tmp_path, seeds=1, arms=[DENSE]), tmp_path / "study"
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    run_at(file, folder, tracking=None)
+    before = runs_in(folder / "mlflow.db")
+    moved = Path(shutil.move(folder, tmp_path / "moved"))
+    outcome, printed = printed_by_run(file, moved, tracking=None)
+    assert (outcome.n_complete, outcome.tracking_trouble) == (1, None)
+    assert "mlflow.db lies in another folder than it was made for; it is now mlflow.db.old-1" in printed
+    after = runs_in(moved / "mlflow.db")
+    assert sorted(after) == sorted(before)
+    for [run] in after.values():
+        assert run.info.artifact_uri.startswith(f"file://{moved}/mlartifacts/")
+
+
 # With a running study -------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +412,41 @@ def test_run_study_writes_mlflow_as_it_goes_and_again_nothing(tmp_path, mlflow_t
     assert StudyDirectory(folder).tracking_uri() == "sqlite:///mlflow.db"
     run_at(file, folder, tracking="off")
     assert StudyDirectory(folder).tracking_uri() == "sqlite:///mlflow.db"
+
+
+def test_run_study_refuses_a_wrong_place_for_mlflow_before_it_trains(tmp_path, database):  # noqa: F811
+    file, folder = write_study(tmp_path, arms=[DENSE]), tmp_path / "study"
+    run_at(
+        write_study(tmp_path / "other", arms=[DENSE]), tmp_path / "other" / "study", tracking=f"sqlite:///{database}"
+    )
+    for uri, why in (
+        ("redis://host", "unsupported URI"),
+        (f"sqlite:///{database}", "holds another study of that name"),
+    ):
+        with pytest.raises(StudyError, match=why):
+            run_at(file, folder, tracking=uri)
+        assert StudyDirectory(folder).tracking_uri() is None
+    assert results_at(folder) == {}
+
+
+def test_sync_writes_the_other_trials_where_mlflow_does_not_take_one(tmp_path, database, monkeypatch):  # noqa: F811
+    file, folder = write_study(tmp_path, seeds=1, arms=[DENSE, MPO]), tmp_path / "study"
+    run_at(file, folder)
+    write = Tracker.write
+
+    def refuse(self, trial, *args):
+        if trial.number == 0:
+            raise ValueError("no")
+        write(self, trial, *args)
+
+    monkeypatch.setattr(Tracker, "write", refuse)
+    with pytest.raises(StudyError, match="MLflow lacks 1 trials; it did not take trial 0: no"):
+        sync(load_config(file), StudyDirectory(folder), None, f"sqlite:///{database}")
+    assert len(runs_in(database)) == 1 + 2 * 2
+    monkeypatch.undo()
+    (tmp_path / "text.txt").unlink()  # sync needs no more of it than storage has
+    assert sync(load_config(file), StudyDirectory(folder), None, f"sqlite:///{database}") == 3
+    assert len(runs_in(database)) == 1 + 3 * 2
 
 
 def test_run_study_goes_on_without_mlflow_and_sync_catches_up(tmp_path, database, nobody):  # noqa: F811
@@ -378,6 +492,67 @@ def test_background_tracker_says_what_is_lacking_when_it_ends(opened):
     background = BackgroundTracker(never, 2, lambda line: None, pause=0.01)
     background.put(ledger.trials[0], results_of(ledger, ledger.trials[0]))
     assert background.close() == "nobody there"
+
+
+def test_background_tracker_writes_the_other_trials_where_mlflow_does_not_take_one(opened, database, monkeypatch):  # noqa: F811
+    ledger, connect = opened
+    write, said = Tracker.write, []
+
+    def refuse(self, trial, *args):
+        if trial.number == 0:
+            raise ValueError("a metric that MLflow does not take")
+        write(self, trial, *args)
+
+    monkeypatch.setattr(Tracker, "write", refuse)
+    background = BackgroundTracker(lambda: connect(database), 2, said.append, pause=0.01)
+    for trial in ledger.trials.values():
+        background.put(trial, results_of(ledger, trial))
+    assert background.close() == "trial 0: a metric that MLflow does not take"
+    assert said == ["MLflow does not take trial 0: a metric that MLflow does not take"]
+    of_first = [schema.run_key(ledger.uuid, 0, seed) for seed in (None, 0, 7)]
+    assert sorted(runs_in(database)) == sorted(set(keys_of(ledger)) - set(of_first))
+
+
+def test_background_tracker_gives_up_where_it_is_refused(opened):
+    ledger, _ = opened
+    attempts, said = [], []
+
+    def refused():
+        attempts.append(1)
+        raise StudyError("the experiment tiny was deleted")
+
+    background = BackgroundTracker(refused, 2, said.append, pause=0.01)
+    for trial in ledger.trials.values():
+        background.put(trial, results_of(ledger, trial))
+    assert background.close() == "the experiment tiny was deleted"
+    assert said == ["MLflow takes no more, the study goes on without it: the experiment tiny was deleted"]
+    assert len(attempts) == 1
+
+
+def test_tracker_keeps_one_of_two_runs_of_one_key(opened, database):  # noqa: F811
+    ledger, connect = opened
+    tracker = connect(database)
+    write_all(ledger, tracker)
+    before = contents(database)
+    first = results_of(ledger, ledger.trials[0])[0]
+    tracker._create_seed(tracker._create_trial(ledger.trials[0], first), ledger.trials[0], first)  # answers were lost
+    assert sorted(map(len, runs_in(database).values()))[-2:] == [2, 2]
+    write_all(ledger, connect(database))
+    assert contents(database) == before
+
+
+def test_tracker_finishes_a_run_whose_weights_are_gone(opened, database, finished):  # noqa: F811
+    ledger, connect = opened
+    key = ledger.results[0, 0].weights
+    path = finished[1] / "storage" / str(key)
+    aside = path.rename(path.with_suffix(".aside"))
+    write_all(ledger, connect(database, execution=Execution(keep_weights=True)))
+    aside.rename(path)
+    [run] = runs_in(database)[schema.run_key(ledger.uuid, 0, 0)]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags[schema.WEIGHTS_LOST] == key
+    [other] = runs_in(database)[schema.run_key(ledger.uuid, 0, 7)]
+    assert schema.WEIGHTS_LOST not in other.data.tags
 
 
 @pytest.mark.parametrize("keep", [False, True])

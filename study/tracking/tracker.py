@@ -1,4 +1,4 @@
-"""The only writer of runs to MLflow: a projection of the ledger, which can be repeated and rebuilt.
+"""Projects the ledger onto one MLflow experiment.
 
 Every run carries a key (study, trial, seed) and timestamps from the ledger, so that writing it twice changes nothing.
 """
@@ -6,17 +6,13 @@ Every run carries a key (study, trial, seed) and timestamps from the ledger, so 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import statistics
 import tempfile
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from analysis import run_schema as schema
 from study.errors import StudyError
@@ -28,8 +24,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-_BATCH = 1000
-"""The most metrics that MLflow takes in one call."""
+_PAGE = 1000
+"""Runs asked for at once."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,9 @@ class _KnownRun:
     """What this writer knows of a run that MLflow has."""
 
     run_id: str
-    is_over: bool = False
+    started: int
+    ended: int | None = None
+    """Times in milliseconds; None while it is not over."""
     n_results: int = 0
 
 
@@ -60,25 +58,27 @@ class Tracker:
     """Projects trials and results onto one MLflow experiment.
 
     Args:
-        uri: MLflow's tracking URI.
+        client: a connection that works, see `connect`.
         artifacts: where the experiment's artifacts go if it has to be created; None leaves that to MLflow.
         storage: where trained weights lie.
 
     Raises:
-        StudyError: MLflow cannot be reached, or the experiment was deleted.
+        StudyError: the experiment was deleted, or is another study's.
     """
 
-    def __init__(self, uri: str, artifacts: str | None, storage: Storage, record: StudyRecord) -> None:
-        self._record, self._storage = record, storage
-        try:
-            self._client = _connect(uri)
-            self._experiment_id = self._open_experiment(artifacts)
-            self._known = self._existing_runs()
-        except StudyError:
-            raise
-        except Exception as error:  # MLflow raises whatever its backend raises
-            raise StudyError(f"cannot reach MLflow at {hide_password(uri)}: {first_line(error)}") from error
+    def __init__(self, client: MlflowClient, artifacts: str | None, storage: Storage, record: StudyRecord) -> None:
+        self._client, self._record, self._storage = client, record, storage
+        self._experiment_id = self._open_experiment(artifacts)
+        self._known = self._existing_runs()
         self._describe()
+
+    def answers(self) -> bool:
+        """Whether MLflow can be reached: then a write that failed is that run's own trouble."""
+        try:
+            self._client.search_experiments(max_results=1)
+        except Exception:  # MLflow raises whatever its backend raises
+            return False
+        return True
 
     def _open_experiment(self, artifacts: str | None) -> str:
         name = self._record.name
@@ -93,20 +93,28 @@ class Tracker:
         return experiment.experiment_id
 
     def _existing_runs(self) -> dict[str, _KnownRun]:
-        """Active runs of this study by key."""
+        """Active runs of this study by key.
+
+        Of two under one key (a call whose answer was lost, and that was made again) the one that is over stays.
+        """
         known: dict[str, _KnownRun] = {}
         token: str | None = None
         while True:
             page = self._client.search_runs(
                 [self._experiment_id],
                 filter_string=f"tags.`{schema.STUDY_UUID}` = '{self._record.uuid}'",
-                max_results=_BATCH,
+                max_results=_PAGE,
                 page_token=token,
             )
             for run in page:
                 n_results = run.data.metrics.get(schema.N_SEEDS, 0) + run.data.metrics.get(schema.N_FAILED, 0)
-                is_over = run.info.status in ("FINISHED", "FAILED")
-                known[run.data.tags[schema.KEY]] = _KnownRun(run.info.run_id, is_over, int(n_results))
+                ended = run.info.end_time if run.info.status in ("FINISHED", "FAILED") else None
+                found = _KnownRun(run.info.run_id, run.info.start_time, ended, int(n_results))
+                other = known.setdefault(run.data.tags[schema.KEY], found)
+                if other is not found:
+                    kept, doomed = (other, found) if other.ended is not None else (found, other)
+                    known[run.data.tags[schema.KEY]] = kept
+                    self._client.delete_run(doomed.run_id)
             token = page.token
             if not token:
                 return known
@@ -115,7 +123,7 @@ class Tracker:
         """A summary run that holds the resolved study file and the environment."""
         key = f"{self._record.uuid}/{schema.KIND_SUMMARY}"
         known = self._known.get(key)
-        if known is not None and known.is_over:
+        if known is not None and known.ended is not None:
             return
         created = _milliseconds(self._record.created)
         run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
@@ -142,12 +150,16 @@ class Tracker:
         if trial.duplicate_of is None:
             for result in results:
                 known = self._known.get(schema.run_key(self._record.uuid, trial.number, result.seed))
+                if known is not None and known.started != _milliseconds(result.started):
+                    self._client.delete_run(known.run_id)  # it failed, and was trained again
+                    known = None
                 if known is not None and is_new:  # somebody deleted the parent that this run had
                     self._client.set_tag(known.run_id, schema.PARENT, parent.run_id)
-                if known is None or not known.is_over:
+                if known is None or known.ended is None:
                     self._write_seed(known or self._create_seed(parent, trial, result), trial, result)
-        if parent.n_results < len(results) or (len(results) >= n_seeds and not parent.is_over):
-            self._write_aggregates(parent, trial, results, is_over=len(results) >= n_seeds)
+        is_over = len(results) >= n_seeds
+        if parent.n_results < len(results) or (is_over and parent.ended != _milliseconds(results[-1].ended)):
+            self._write_aggregates(parent, trial, results, is_over)
 
     def _create_trial(self, trial: Trial, first: SeedResult) -> _KnownRun:
         tags = _group_tags(trial)
@@ -174,7 +186,10 @@ class Tracker:
             metrics += _metrics(values, ended, step=int(row["step"]))
         self._log(run, metrics, self._params(trial) | {"seed": result.seed})
         if result.weights is not None and self._record.log_weights:
-            self._log_file(run, Path(result.weights).name, self._storage.read(result.weights))
+            try:
+                self._log_file(run, Path(result.weights).name, self._storage.read(result.weights))
+            except FileNotFoundError:  # its numbers are no less true for that
+                self._client.set_tag(run.run_id, schema.WEIGHTS_LOST, result.weights)
         self._terminate(run, "FINISHED" if result.state == "complete" else "FAILED", ended)
 
     def _write_aggregates(self, run: _KnownRun, trial: Trial, results: list[SeedResult], is_over: bool) -> None:
@@ -204,15 +219,14 @@ class Tracker:
             schema.SCHEMA: str(schema.SCHEMA_VERSION),
         }
         run = self._client.create_run(self._experiment_id, start_time=started, tags=own | tags, run_name=name)
-        self._known[key] = _KnownRun(run.info.run_id)
+        self._known[key] = _KnownRun(run.info.run_id, started)
         return self._known[key]
 
     def _log(self, run: _KnownRun, metrics: list[Metric], params: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
         own = [Param(key, str(value)) for key, value in params.items() if value is not None]
-        for first in range(0, max(len(metrics), 1), _BATCH):
-            self._client.log_batch(run.run_id, metrics[first : first + _BATCH], own if first == 0 else [])
+        self._client.log_batch(run.run_id, metrics, own)
 
     def _log_file(self, run: _KnownRun, name: str, content: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +236,7 @@ class Tracker:
 
     def _terminate(self, run: _KnownRun, status: str, ended: int) -> None:
         self._client.set_terminated(run.run_id, status, end_time=ended)
-        run.is_over = True
+        run.ended = ended
 
     def _params(self, trial: Trial) -> dict[str, Any]:
         spec = trial.spec
@@ -264,111 +278,3 @@ def _metrics(values: dict[str, float], timestamp: int, step: int = 0) -> list[Me
 
 def _milliseconds(time: str) -> int:
     return int(datetime.fromisoformat(time).timestamp() * 1000)
-
-
-def hide_password(uri: str) -> str:
-    """The URI as it may be shown."""
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _connect(uri: str) -> MlflowClient:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    # By default a server that is away is said to be so after four minutes, and on every one of eight attempts.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    # Importing MLflow takes seconds, which a study with tracking off should not pay.
-    from mlflow import MlflowClient
-
-    # A new database is announced with a line for each of MLflow's migrations.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
-
-
-def runs_page(uri: str, name: str) -> str:
-    """Where in MLflow's UI the runs of an experiment are, below the server's address.
-
-    Its own start page is for language-model agents, and shows nothing of a study.
-
-    Raises:
-        StudyError: MLflow cannot be read, or has no such experiment.
-    """
-    try:
-        experiment = _connect(uri).get_experiment_by_name(name)
-    except Exception as error:  # MLflow raises whatever its backend raises
-        raise StudyError(f"cannot reach MLflow at {hide_password(uri)}: {first_line(error)}") from error
-    if experiment is None:
-        raise StudyError(f"MLflow at {hide_password(uri)} has no experiment {name}; `mpo-study sync` writes it")
-    return f"/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
-
-
-# In the background of a running study ---------------------------------------------------------------------------------
-
-
-class BackgroundTracker:
-    """Writes to MLflow from a thread of its own, and goes on trying where MLflow is away.
-
-    Args:
-        connect: opens a `Tracker`; called in the thread, again after each failure.
-        on_trouble: told once, in one line, when MLflow first fails, and when it is back.
-    """
-
-    def __init__(
-        self, connect: Callable[[], Tracker], n_seeds: int, on_trouble: Callable[[str], None], pause: float = 1.0
-    ) -> None:
-        self._connect, self._n_seeds, self._on_trouble, self._pause = connect, n_seeds, on_trouble, pause
-        self._pending: dict[int, tuple[Trial, list[SeedResult]]] = {}
-        self._changed = threading.Condition()
-        self._closing = False
-        self.trouble: str | None = None
-        """Why MLflow does not have everything; None while it has."""
-        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
-        self._thread.start()
-
-    def put(self, trial: Trial, results: list[SeedResult]) -> None:
-        """Ask for a trial's runs to be brought up to date."""
-        with self._changed:
-            self._pending[trial.number] = (trial, results)
-            self._changed.notify()
-
-    def close(self) -> str | None:
-        """Write what is pending and end; returns why that was not possible, or None."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
-        return self.trouble
-
-    def _run(self) -> None:
-        tracker: Tracker | None = None
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._closing)
-                if not self._pending:
-                    return
-                number, (trial, results) = next(iter(self._pending.items()))
-            try:
-                tracker = tracker or self._connect()
-                tracker.write(trial, results, self._n_seeds)
-            except Exception as error:  # whatever it is, the study must go on
-                tracker = None
-                if self.trouble is None:
-                    self._on_trouble(f"MLflow is away, the study goes on and catches up later: {first_line(error)}")
-                self.trouble = first_line(error)
-                with self._changed:
-                    if self._closing or self._changed.wait_for(lambda: self._closing, timeout=self._pause):
-                        return
-                continue
-            if self.trouble is not None:
-                self._on_trouble("MLflow is back")
-                self.trouble = None
-            with self._changed:
-                if self._pending.get(number, (None, None))[1] is results:
-                    del self._pending[number]

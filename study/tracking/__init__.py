@@ -1,0 +1,1 @@
+"""The only writer of runs to MLflow: a projection of the ledger, which can be repeated and rebuilt."""

@@ -1,0 +1,183 @@
+"""Where MLflow is: its client, the database in a study's own folder, and what of a URI may be shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlsplit
+
+import sqlalchemy.exc
+
+from study.errors import StudyError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_REFUSALS = {
+    "BAD_REQUEST",
+    "ENDPOINT_NOT_FOUND",
+    "INVALID_PARAMETER_VALUE",
+    "PERMISSION_DENIED",
+    "RESOURCE_DOES_NOT_EXIST",
+    "UNAUTHENTICATED",
+}
+"""MLflow's error codes that no waiting will change."""
+
+
+class TrackingAway(StudyError):
+    """MLflow cannot be reached now; the same may work later."""
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client that has reached its server or database.
+
+    Raises:
+        TrackingAway: nobody answers, or only with an error of their own.
+        StudyError: that is no place for MLflow, or its driver is not installed.
+    """
+    _set_up_mlflow()
+    from mlflow import MlflowClient  # which takes seconds, that a study with tracking off should not pay
+
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:  # MLflow raises whatever its backend raises
+        raise tracking_error(error, uri) from error
+    return client
+
+
+def _set_up_mlflow() -> None:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    # By default a server that is away is said to be so after four minutes, and on every one of eight attempts.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    # A new database is announced with a line for each of MLflow's migrations.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+
+
+def tracking_error(error: Exception, uri: str) -> StudyError:
+    """What MLflow raised, in one line without its password."""
+    if isinstance(error, StudyError):
+        return error
+    kind = StudyError if _is_refusal(error) else TrackingAway
+    return kind(f"cannot reach MLflow at {hide_password(uri)}: {hide_password(first_line(error), uri)}")
+
+
+def _is_refusal(error: Exception) -> bool:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
+
+    if isinstance(error, MlflowException):
+        return error.error_code in _REFUSALS or isinstance(error, UnsupportedModelRegistryStoreURIException)
+    wrong = (ImportError, sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError)
+    return isinstance(error, wrong)
+
+
+def hide_password(text: str, uri: str | None = None) -> str:
+    """The text with the password of a URI, its own unless another is given, made unreadable."""
+    try:
+        password = urlsplit(uri or text).password
+    except ValueError:
+        return text if uri is not None else "the URI given"
+    if not password:
+        return text
+    for marks in (":{}@", "{}") if len(password) > 3 else (":{}@",):
+        text = text.replace(marks.format(password), marks.format("***"))
+    return text
+
+
+def is_database(uri: str) -> bool:
+    """Whether a tracking URI names a database rather than a server."""
+    return urlsplit(uri).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def first_line(error: Exception) -> str:
+    """A message's first line, or the exception's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def runs_page(uri: str, name: str) -> str:
+    """Where in MLflow's UI the runs of an experiment are, below the server's address.
+
+    Its own start page is for language-model agents, and shows nothing of a study.
+
+    Raises:
+        StudyError: MLflow cannot be read, or has no such experiment.
+    """
+    experiment = connect(uri).get_experiment_by_name(name)
+    if experiment is None:
+        raise StudyError(f"MLflow at {hide_password(uri)} has no experiment {name}; `mpo-study sync` writes it")
+    return f"/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+
+
+# The database in a study's own folder ---------------------------------------------------------------------------------
+
+
+def prepare_own_database(path: Path, experiment: str, artifacts: str) -> str | None:
+    """See to it that a whole MLflow database lies there, whatever happened to it or to its maker before.
+
+    It holds nothing that the ledger does not, so one that is damaged, or whose folder was moved (MLflow knows artifacts
+    by absolute paths), is set aside for the ledger to be written again.
+
+    Args:
+        artifacts: where the experiment's artifacts go.
+    Returns:
+        What was done to a database that was there, in one line; None where there was nothing to do.
+    """
+    said = None
+    why = _what_is_wrong(path, experiment, artifacts) if path.exists() else None
+    if why is not None:
+        aside = _set_aside(path)
+        said = f"{path.name} {why}; it is now {aside.name}, and MLflow is written again from the ledger"
+    if not path.exists():
+        _make_database(path, artifacts)
+    return said
+
+
+def _what_is_wrong(path: Path, experiment: str, artifacts: str) -> str | None:
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)) as database:
+            if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
+                return "is damaged"
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            is_whole = {"alembic_version", "experiments", "runs"} <= tables
+            if not is_whole or any(name.startswith("_alembic_tmp") for name in tables):
+                return "was never completely made"
+            query = "SELECT artifact_location FROM experiments WHERE name = ?"
+            row = database.execute(query, (experiment,)).fetchone()
+            return "lies in another folder than it was made for" if row not in (None, (artifacts,)) else None
+    except sqlite3.OperationalError:  # locked: MLflow will say so
+        return None
+    except sqlite3.DatabaseError:
+        return "is damaged"
+
+
+def _set_aside(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.rename(aside.with_name(aside.name + suffix))
+    return aside
+
+
+def _make_database(path: Path, artifacts: str) -> None:
+    """Make it under another name: it takes seconds and dozens of transactions, and MLflow cannot go on with half."""
+    _set_up_mlflow()
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    partial = path.with_name(f"{path.name}.partial")
+    for leftover in path.parent.glob(f"{partial.name}*"):
+        leftover.unlink()
+    store = SqlAlchemyStore(f"sqlite:///{partial}", artifacts)
+    store.engine.dispose()
+    partial.replace(path)
