@@ -66,9 +66,16 @@ class StudyDirectory:
         """
         if not self.study_file.is_file():
             raise StudyError(f"{self.path}: no study here (no {self.study_file.name}); give a folder that a run made")
-        if not self._ledger.is_file():
-            raise StudyError(f"{self.path}: the study's ledger is gone (no {self._ledger.name}); put it back")
+        self.check_ledger()
         return load_config(self.study_file)
+
+    def check_ledger(self) -> None:
+        """Raise a StudyError where the ledger of a study that was run here is gone."""
+        if not self._ledger.is_file():
+            raise StudyError(
+                f"{self.path}: the study's ledger is gone (no {self._ledger.name}); put it back, or begin a new study "
+                "with another --dir"
+            )
 
     def check_is_for(self, config: StudyConfig) -> None:
         """Raise a StudyError where the folder has a study of another name."""

@@ -10,6 +10,7 @@ import json
 import statistics
 import uuid as uuid_module
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,11 @@ class Ledger:
     ) -> None:
         self._config = config
         self._examine = examine
+        with _in_one_line():
+            self._open(url, corpus_sha256, uuid)
+
+    def _open(self, url: str, corpus_sha256: str, uuid: str | None) -> None:
+        config = self._config
         self._engine = open_database(url)
         _metadata.create_all(self._engine)
         self.uuid, self.created = self._open_study(corpus_sha256, uuid)
@@ -119,9 +125,10 @@ class Ledger:
         self.results: dict[tuple[int, int], SeedResult] = {
             (result.trial, result.seed): result for result in read_results(self._engine, self.uuid)
         }
+        self._reopened: dict[tuple[int, int], SeedResult] = {}
         self.trials: dict[int, Trial] = {}
         self._by_identity: dict[str, int] = {}
-        self._open: set[int] = set()
+        self._untold: set[int] = set()
         """Numbers of the trials that Optuna has not been told of."""
         self._lacking: dict[int, Trial] = {}
         """Trials that have no result yet for some seed."""
@@ -182,11 +189,14 @@ class Ledger:
                 trial = _trial_from(frozen)
                 self._remember(trial)
                 if frozen.state == TrialState.RUNNING:
-                    self._open.add(trial.number)
+                    self._untold.add(trial.number)
             elif frozen.state == TrialState.RUNNING:
                 # The driver died before the trial was completely written.
                 self._optuna.tell(frozen.number, state=TrialState.FAIL)
-        for number in sorted(self._open):
+        homeless = sorted({number for number, _ in self.results} - self.trials.keys())
+        if homeless:
+            raise StudyError(f"the ledger is damaged: it has results of trial {homeless[0]}, but not the trial")
+        for number in sorted(self._untold):
             self._tell_if_over(number)
 
     # Asking -------------------------------------------------------------------------------------------------------
@@ -194,10 +204,12 @@ class Ledger:
     def ask(self, may_start: Callable[[TrialSpec], bool] = lambda spec: True) -> Trial | None:
         """The next trial of the study, or None where its budget is met, or every listed one left may not start yet."""
         spec = next(filter(may_start, self._unasked), None)
+        if self._unasked and spec is None:
+            return None  # so that what is searched neither comes before it nor makes a duplicate of it
         if spec is not None:
             self._optuna.sampler = optuna.samplers.RandomSampler(seed=0)  # has nothing to choose in a listed trial
             asked = self._optuna.ask()
-        elif self._n_searched() < self._config.budget.trials:
+        elif self.is_searching:
             next_number = len(self._optuna.get_trials(deepcopy=False))
             self._optuna.sampler = make_sampler(self._config, next_number)
             asked = self._optuna.ask()
@@ -215,9 +227,14 @@ class Ledger:
         )
         asked.set_user_attr(_TRIAL, _attribute(trial))  # with it, the trial is completely written
         self._remember(trial)
-        self._open.add(trial.number)
+        self._untold.add(trial.number)
         self._tell_if_over(trial.number)
         return trial
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether a sampler has trials to choose yet."""
+        return self._n_searched() < self._config.budget.trials
 
     def _n_searched(self) -> int:
         return sum(self._config.arm(trial.spec.arm).is_searched for trial in self.trials.values())
@@ -249,6 +266,7 @@ class Ledger:
                 )
             )
         self.results[result.trial, result.seed] = result
+        self._reopened.pop((result.trial, result.seed), None)
         if not self.missing_seeds(self.trials[result.trial]):
             self._lacking.pop(result.trial, None)
         for number in [result.trial, *self._duplicates_of(result.trial)]:
@@ -257,12 +275,18 @@ class Ledger:
     def reopen(self, results: Iterable[SeedResult]) -> None:
         """Take results for missing, until new ones replace them on record; Optuna keeps what it was told."""
         for result in list(results):
-            del self.results[result.trial, result.seed]
+            self._reopened[result.trial, result.seed] = self.results.pop((result.trial, result.seed))
             self._lacking[result.trial] = self.trials[result.trial]
+
+    def on_record(self, trial: Trial) -> list[SeedResult]:
+        """A trial's results, or those of the trial it repeats, be they to be replaced."""
+        number = trial.number if trial.duplicate_of is None else trial.duplicate_of
+        every = self.results | self._reopened
+        return [every[number, seed] for seed in self._config.seed_list if (number, seed) in every]
 
     def record_driver(self, environment: Mapping[str, Any]) -> None:
         """Note a start of the driver, with the versions it runs on."""
-        with self._engine.begin() as connection:
+        with _in_one_line(), self._engine.begin() as connection:
             connection.execute(
                 _driver.insert().values(study_uuid=self.uuid, started=now(), environment=json.dumps(environment))
             )
@@ -293,14 +317,14 @@ class Ledger:
 
     def _tell_if_over(self, number: int) -> None:
         """Tell Optuna the seed means of a trial (or of the trial it repeats) once all its first seeds are in."""
-        if number not in self._open:
+        if number not in self._untold:
             return
         trial = self.trials[number]
         source = self.trials[trial.duplicate_of] if trial.duplicate_of is not None else trial
         if self.missing_seeds(source):
             return
         results = [self.results[source.number, seed] for seed in self._config.seed_list]
-        self._open.remove(number)
+        self._untold.remove(number)
         if any(result.state == "failed" for result in results):
             self._optuna.tell(number, state=TrialState.FAIL)
         else:
@@ -308,6 +332,14 @@ class Ledger:
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except LEDGER_ERRORS as error:
+        raise StudyError(f"the ledger cannot be used: {error}".splitlines()[0]) from None
 
 
 # Helpers --------------------------------------------------------------------------------------------------------------
@@ -414,12 +446,15 @@ def _attribute(trial: Trial) -> dict[str, Any]:
 
 def _trial_from(frozen: optuna.trial.FrozenTrial) -> Trial:
     content = frozen.user_attrs[_TRIAL]
-    shape = content["shape"] | {"bonds": {name: tuple(b) for name, b in content["shape"]["bonds"].items()}}
-    return Trial(
-        number=frozen.number,
-        spec=TrialSpec.model_validate_json(json.dumps(content["spec"])),
-        shape=TrialShape(**shape),
-        budget_hash=content["budget_hash"],
-        tuning_trials=content["tuning_trials"],
-        duplicate_of=content["duplicate_of"],
-    )
+    try:
+        shape = content["shape"] | {"bonds": {name: tuple(b) for name, b in content["shape"]["bonds"].items()}}
+        return Trial(
+            number=frozen.number,
+            spec=TrialSpec.model_validate_json(json.dumps(content["spec"])),
+            shape=TrialShape(**shape),
+            budget_hash=content["budget_hash"],
+            tuning_trials=content["tuning_trials"],
+            duplicate_of=content["duplicate_of"],
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise StudyError(f"trial {frozen.number} in the ledger is damaged: {error}".splitlines()[0]) from None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console
 
-from study.config import StudyConfig
+from study.config import MPOArm, StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment
 from study.errors import StudyError
-from study.ledger import Asked, Ledger, Trial, read_ledger
+from study.ledger import Asked, Ledger, read_ledger
 from study.progress import StudyProgress
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
@@ -68,6 +68,8 @@ def open_ledger(config: StudyConfig, corpus: Corpus, directory: StudyDirectory) 
             tuning_trials(spec.arm, config),
         )
 
+    if directory.uuid() is not None:
+        directory.check_ledger()
     return Ledger(directory.ledger_url, config, corpus.sha256, examine, directory.uuid())
 
 
@@ -115,19 +117,19 @@ def run_study(
                 with suppress(TrackingAway):
                     opened = open_this_tracker()
             directory.write(config, ledger.uuid, directory.tracking_uri() if uri == TRACKING_OFF else uri, storage.url)
-            _reopen(ledger, storage, config.seed_list, retry_failed, progress.say)
+            _reopen(config, ledger, storage, retry_failed, progress.say)
             tracker = None
             if uri != TRACKING_OFF:
                 tracker = BackgroundTracker(open_this_tracker, len(config.seed_list), progress.say, opened)
                 for trial in ledger.trials.values():
-                    tracker.put(trial, results_of(ledger, trial))
+                    tracker.put(trial, ledger.on_record(trial))
 
             def on_result(result: SeedResult) -> None:
                 progress.on_result(result)
                 if tracker is not None:
                     for trial in ledger.trials.values():
                         if result.trial in (trial.number, trial.duplicate_of):
-                            tracker.put(trial, results_of(ledger, trial))
+                            tracker.put(trial, ledger.on_record(trial))
 
             queue = Queue(config, ledger, storage, corpus.sha256, on_result)
             try:
@@ -146,21 +148,37 @@ def run_study(
 
 
 def _reopen(
-    ledger: Ledger, storage: Storage, seeds: Sequence[int], retry_failed: bool, say: Callable[[str], None]
+    config: StudyConfig, ledger: Ledger, storage: Storage, retry_failed: bool, say: Callable[[str], None]
 ) -> None:
     """Make missing again what has to be trained again: failures where asked, and teachers whose weights are gone."""
     if retry_failed:
-        failed = [r for r in ledger.results.values() if r.state == "failed" and r.failure_step is None]
+        failed = _to_retry(ledger)
         ledger.reopen(failed)
         say(f"{len(failed)} failed runs are trained again")
     # A trial that is not asked yet lacks all its seeds.
-    needed = {(spec.teacher, seed) for spec in ledger.unasked() for seed in seeds}
+    teachers = {spec.teacher for spec in ledger.unasked()}
+    if ledger.is_searching:
+        teachers |= {arm.teacher for arm in config.arms if isinstance(arm, MPOArm) and arm.is_searched}
+    needed = {(teacher, seed) for teacher in teachers for seed in config.seed_list}
     needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
     for result in list(ledger.results.values()):
         arm = ledger.trials[result.trial].spec.arm
         if (arm, result.seed) in needed and result.weights is not None and not storage.exists(result.weights):
             say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.url}; it is trained again")
             ledger.reopen([result])
+
+
+def _to_retry(ledger: Ledger) -> list[SeedResult]:
+    """Failures that may end otherwise: no seed that diverged, and none whose teacher did."""
+    failed = {key: result for key, result in ledger.results.items() if result.state == "failed"}
+    retried = {key: result for key, result in failed.items() if result.failure_step is None}
+    number_of = {trial.spec.arm: number for number, trial in reversed(ledger.trials.items())}
+    for (number, seed), result in list(retried.items()):
+        teacher = ledger.trials[number].spec.teacher
+        of_teacher = (number_of[teacher], seed) if teacher is not None else None
+        if of_teacher in failed and of_teacher not in retried:
+            del retried[result.trial, seed]
+    return list(retried.values())
 
 
 def _execute(
@@ -176,12 +194,6 @@ def _execute(
         from study.scheduler.ray import run_on_ray  # the inline executor must work where Ray is not installed
 
         run_on_ray(queue, progress.on_evaluation, directory.scratch, address)
-
-
-def results_of(ledger: Ledger, trial: Trial) -> list[SeedResult]:
-    """A trial's results, or those of the trial it repeats."""
-    number = trial.number if trial.duplicate_of is None else trial.duplicate_of
-    return [result for (of_trial, _), result in ledger.results.items() if of_trial == number]
 
 
 def open_tracker(
@@ -248,7 +260,7 @@ def sync(
         refused: dict[int, Exception] = {}
         for trial in ledger.trials.values():
             try:
-                tracker.write(trial, results_of(ledger, trial), len(config.seed_list))
+                tracker.write(trial, ledger.on_record(trial), len(config.seed_list))
             except Exception as error:  # MLflow raises whatever its backend raises
                 if not tracker.answers():
                     raise tracking_error(error, uri) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from study.scheduler.queue import Queue
 from study.scheduler.unit import OUT_OF_MEMORY, Unit, run_unit
@@ -14,9 +15,20 @@ def run_inline(queue: Queue, on_evaluation: Callable[[Unit, int, dict[str, float
         issued = unit
         queue.note_begin(issued)
         try:
-            queue.complete(run_unit(issued, lambda seed, row, issued=issued: on_evaluation(issued, seed, row)))
+            queue.complete(run_unit(issued, partial(_note_evaluation, queue, on_evaluation, issued)))
         except OSError as error:
             queue.put_back(issued)
             queue.aborted = str(error)
         except OUT_OF_MEMORY as error:
             queue.note_death(issued, f"out of memory: {error}".splitlines()[0])
+
+
+def _note_evaluation(
+    queue: Queue,
+    on_evaluation: Callable[[Unit, int, dict[str, float]], None],
+    unit: Unit,
+    seed: int,
+    row: dict[str, float],
+) -> None:
+    queue.note_progress(unit, seed, row["step"])
+    on_evaluation(unit, seed, row)

@@ -70,15 +70,20 @@ class Queue:
 
     def _issue(self) -> Unit | None:
         while True:
+            found_waits = False
             for trial in self.ledger.lacking():
                 for seed in self.ledger.missing_seeds(trial):
                     key = trial.number, seed
-                    if key in self._in_flight or key in self._given_up or not self._is_ready(trial, seed):
+                    if key in self._in_flight or key in self._given_up:
+                        continue
+                    if not self._is_ready(trial, seed):
+                        found_waits |= self.config.arm(trial.spec.arm).is_searched
                         continue
                     self._in_flight.add(key)
                     self._begun.discard(key)
                     return self._unit(trial, (seed,))
-            if self.ledger.ask(self._may_start) is None:
+            # While one that was found waits for its teacher, another would be chosen with nothing learnt from it.
+            if found_waits or self.ledger.ask(self._may_start) is None:
                 return None
 
     def complete(self, results: Sequence[SeedResult]) -> None:

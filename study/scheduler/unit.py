@@ -83,7 +83,9 @@ def _without_non_finite(result: SeedResult) -> SeedResult:
         return result
     finite_rows = [row for row in result.curve if all(map(math.isfinite, row.values()))]
     reason = result.failure or f"diverged: {bad[0]} is not finite"
-    return replace(result, state="failed", final={}, rel_errors={}, curve=finite_rows, failure=reason, weights=None)
+    step = result.failure_step if result.failure_step is not None else int(result.curve[-1]["step"])
+    partly = replace(result, final={}, rel_errors={}, curve=finite_rows, weights=None)
+    return replace(partly, state="failed", failure=reason, failure_step=step)
 
 
 def _run_seed(

@@ -36,10 +36,12 @@ class BackgroundTracker:
         self._connect, self._n_seeds, self._say, self._first_pause = connect, n_seeds, say, pause
         self._opened = opened
         self._pending: dict[int, tuple[Trial, list[SeedResult]]] = {}
-        self._changed = threading.Condition()
-        self._closing = False
-        self._away: str | None = None
+        self._deferred: dict[int, tuple[Trial, list[SeedResult]]] = {}
+        """Trials that MLflow did not take; they are tried again when all others are written."""
         self._refused: dict[int, str] = {}
+        self._away: str | None = None
+        self._changed = threading.Condition()
+        self._closing = self._is_last_round = False
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
@@ -48,16 +50,20 @@ class BackgroundTracker:
         """Why MLflow does not have everything; None while it has."""
         if self._away is not None:
             return self._away
-        return next((f"trial {number}: {why}" for number, why in self._refused.items()), None)
+        if self._refused:
+            number, why = next(iter(self._refused.items()))
+            return f"trial {number}: {why}"
+        return "its writer ended before its time" if self._pending and not self._thread.is_alive() else None
 
     @property
     def n_pending(self) -> int:
-        """Trials that MLflow does not have as they are."""
-        return len(self._pending)
+        """Trials that are still to be written."""
+        return len(self._pending) + len(self._deferred) if self._thread.is_alive() else 0
 
     def put(self, trial: Trial, results: list[SeedResult]) -> None:
         """Ask for a trial's runs to be brought up to date."""
         with self._changed:
+            self._deferred.pop(trial.number, None)
             self._pending[trial.number] = (trial, results)
             self._changed.notify()
 
@@ -70,48 +76,60 @@ class BackgroundTracker:
         return self.trouble
 
     def _run(self) -> None:
-        tracker = self._opened
-        pause = self._first_pause
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._closing)
-                if not self._pending:
-                    return
-                number, (trial, results) = next(iter(self._pending.items()))
-                is_last_attempt = self._closing
+        tracker, pause = self._opened, self._first_pause
+        while (following := self._next(pause)) is not None:
+            trial, results = following
+            is_last_attempt = self._closing
             try:
                 tracker = tracker or self._connect()
+                tracker.write(trial, results, self._n_seeds)
             except Exception as error:  # whatever it is, the study must go on
-                is_refusal = isinstance(error, StudyError) and not isinstance(error, TrackingAway)
-                self._note_away(first_line(error), is_refusal)
-                if is_last_attempt or is_refusal:
-                    return
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closing, timeout=pause)
+                is_refused = tracker is not None and tracker.answers()
+                tracker = None  # what it knows of MLflow's runs may not be so
+                if is_refused:
+                    self._note_refused(trial, results, first_line(error))
+                else:
+                    is_final = isinstance(error, StudyError) and not isinstance(error, TrackingAway)
+                    self._note_away(first_line(error), is_final)
+                    if is_last_attempt or is_final:
+                        return
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._closing, timeout=pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
-            try:
-                tracker.write(trial, results, self._n_seeds)
-                self._refused.pop(number, None)
-            except Exception as error:
-                answers = tracker.answers()
-                tracker = None  # what it knows of MLflow's runs may not be so
-                if not answers:
-                    self._note_away(first_line(error))
-                    continue
-                if number not in self._refused:
-                    self._say(f"MLflow does not take trial {number}: {first_line(error)}")
-                self._refused[number] = first_line(error)
             if self._away is not None:
+                self._away = None
                 self._say("MLflow is back")
-                self._away, pause = None, self._first_pause
+            pause = self._first_pause
             with self._changed:
-                if self._pending.get(number, (None, None))[1] is results:
-                    del self._pending[number]
+                self._refused.pop(trial.number, None)
+                if self._pending.get(trial.number, (None, None))[1] is results:
+                    del self._pending[trial.number]
 
-    def _note_away(self, why: str, is_refusal: bool = False) -> None:
-        if is_refusal:
+    def _next(self, pause: float) -> tuple[Trial, list[SeedResult]] | None:
+        """A trial to write, waited for; None where there will be none."""
+        with self._changed:
+            timeout = pause if self._deferred else None
+            self._changed.wait_for(lambda: self._pending or self._closing, timeout)
+            if not self._pending:
+                if self._is_last_round or not self._deferred:
+                    return None
+                self._is_last_round = self._closing
+                self._pending, self._deferred = self._deferred, {}
+            return next(iter(self._pending.values()))
+
+    def _note_refused(self, trial: Trial, results: list[SeedResult], why: str) -> None:
+        with self._changed:
+            if self._pending.get(trial.number, (None, None))[1] is results:
+                self._deferred[trial.number] = self._pending.pop(trial.number)
+            is_first = trial.number not in self._refused
+            self._refused[trial.number] = why
+        if is_first:
+            self._say(f"MLflow did not take trial {trial.number}, which is tried again later: {why}")
+
+    def _note_away(self, why: str, is_final: bool) -> None:
+        was_away, self._away = self._away is not None, why
+        if is_final:
             self._say(f"MLflow takes no more, the study goes on without it: {why}")
-        elif self._away is None:
+        elif not was_away:
             self._say(f"MLflow is away, the study goes on and catches up later: {why}")
-        self._away = why

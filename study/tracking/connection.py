@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import sqlalchemy.exc
 
@@ -57,9 +57,9 @@ def _set_up_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    # A new database is announced with a line for each of MLflow's migrations.
+    # A new database is announced with a line for each of MLflow's migrations, a refused write with its traceback.
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def tracking_error(error: Exception, uri: str) -> StudyError:
@@ -83,13 +83,14 @@ def _is_refusal(error: Exception) -> bool:
 def hide_password(text: str, uri: str | None = None) -> str:
     """The text with the password of a URI, its own unless another is given, made unreadable."""
     try:
-        password = urlsplit(uri or text).password
+        parts = urlsplit(uri or text)
+        named = [value for key, value in parse_qsl(parts.query) if "password" in key.lower()]
     except ValueError:
         return text if uri is not None else "the URI given"
-    if not password:
-        return text
-    for marks in (":{}@", "{}") if len(password) > 3 else (":{}@",):
-        text = text.replace(marks.format(password), marks.format("***"))
+    is_token = parts.scheme.startswith("http") and not parts.password
+    for secret in filter(None, [parts.password, parts.username if is_token else None, *named]):
+        for marks in (":{}@", "//{}@", "={}", "{}" if len(secret) > 3 else ":{}@"):
+            text = text.replace(marks.format(secret), marks.format("***"))
     return text
 
 
@@ -99,8 +100,10 @@ def is_database(uri: str) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """A message's first line, or the exception's name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of a message that says something, or the exception's name where there is none."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith("(raised as a result of")]  # SQLAlchemy's preamble
+    return said[0] if said else type(error).__name__
 
 
 def runs_page(uri: str, name: str) -> str:
@@ -143,7 +146,7 @@ def prepare_own_database(path: Path, experiment: str, artifacts: str) -> str | N
 
 def _what_is_wrong(path: Path, experiment: str, artifacts: str) -> str | None:
     try:
-        with closing(sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=rw", uri=True)) as database:
             if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
                 return "is damaged"
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}

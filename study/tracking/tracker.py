@@ -18,6 +18,7 @@ from analysis import run_schema as schema
 from study.errors import StudyError
 from study.ledger import Trial
 from study.storage import Storage
+from study.tracking.connection import first_line, hide_password
 from study.trial import SeedResult
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ class _KnownRun:
     run_id: str
     started: int
     ended: int | None = None
-    """Times in milliseconds; None while it is not over."""
+    """Times in milliseconds; None while something of it is missing."""
     n_results: int = 0
+    parent: str | None = None
+    lost_weights: bool = False
 
 
 class Tracker:
@@ -98,6 +101,7 @@ class Tracker:
         Of two under one key (a call whose answer was lost, and that was made again) the one that is over stays.
         """
         known: dict[str, _KnownRun] = {}
+        doomed: list[_KnownRun] = []  # deleted at the end: a page begins where the runs before it end
         token: str | None = None
         while True:
             page = self._client.search_runs(
@@ -108,16 +112,28 @@ class Tracker:
             )
             for run in page:
                 n_results = run.data.metrics.get(schema.N_SEEDS, 0) + run.data.metrics.get(schema.N_FAILED, 0)
-                ended = run.info.end_time if run.info.status in ("FINISHED", "FAILED") else None
-                found = _KnownRun(run.info.run_id, run.info.start_time, ended, int(n_results))
-                other = known.setdefault(run.data.tags[schema.KEY], found)
-                if other is not found:
-                    kept, doomed = (other, found) if other.ended is not None else (found, other)
-                    known[run.data.tags[schema.KEY]] = kept
-                    self._client.delete_run(doomed.run_id)
+                tags, is_over = run.data.tags, run.info.status in ("FINISHED", "FAILED")
+                ended = run.info.end_time if is_over and schema.WEIGHTS_LOST not in tags else None
+                found = _KnownRun(
+                    run.info.run_id,
+                    run.info.start_time,
+                    ended,
+                    int(n_results),
+                    tags.get(schema.PARENT),
+                    schema.WEIGHTS_LOST in tags,
+                )
+                both = sorted(
+                    (known.get(tags[schema.KEY], found), found), key=lambda one: (one.ended or 0, one.n_results)
+                )
+                known[tags[schema.KEY]] = both[1]
+                if both[0] is not both[1]:
+                    doomed.append(both[0])
             token = page.token
             if not token:
-                return known
+                break
+        for run in doomed:
+            self._client.delete_run(run.run_id)
+        return known
 
     def _describe(self) -> None:
         """A summary run that holds the resolved study file and the environment."""
@@ -139,27 +155,41 @@ class Tracker:
         Args:
             results: those that are in; a duplicate's are its original's, and only its aggregates are written.
             n_seeds: how many there will be.
+
+        Raises:
+            StudyError: MLflow did not take them, or not all; in one line, without a password.
         """
-        results = sorted(results, key=lambda result: (result.ended, result.seed))
+        try:
+            self._write(trial, sorted(results, key=lambda result: (result.ended, result.seed)), n_seeds)
+        except Exception as error:  # MLflow raises whatever its backend raises
+            raise StudyError(hide_password(first_line(error), self._client.tracking_uri)) from error
+
+    def _write(self, trial: Trial, results: list[SeedResult], n_seeds: int) -> None:
         if not results:
             return
-        parent = self._known.get(schema.run_key(self._record.uuid, trial.number))
-        is_new = parent is None
-        if parent is None:
-            parent = self._create_trial(trial, results[0])
+        trial_key = schema.run_key(self._record.uuid, trial.number)
+        keys = {result.seed: schema.run_key(self._record.uuid, trial.number, result.seed) for result in results}
+        if trial.duplicate_of is None:
+            again = [r for r in results if keys[r.seed] in self._known and self._was_before(keys[r.seed], r)]
+            for key in [trial_key, *(keys[result.seed] for result in again)] if again else ():
+                if key in self._known:  # of what was trained again nothing may stay, means included
+                    self._client.delete_run(self._known.pop(key).run_id)
+        parent = self._known.get(trial_key) or self._create_trial(trial, results[0])
         if trial.duplicate_of is None:
             for result in results:
-                known = self._known.get(schema.run_key(self._record.uuid, trial.number, result.seed))
-                if known is not None and known.started != _milliseconds(result.started):
-                    self._client.delete_run(known.run_id)  # it failed, and was trained again
-                    known = None
-                if known is not None and is_new:  # somebody deleted the parent that this run had
+                known = self._known.get(keys[result.seed])
+                if known is not None and known.parent != parent.run_id:  # somebody deleted the parent that it had
                     self._client.set_tag(known.run_id, schema.PARENT, parent.run_id)
+                    known.parent = parent.run_id
                 if known is None or known.ended is None:
                     self._write_seed(known or self._create_seed(parent, trial, result), trial, result)
         is_over = len(results) >= n_seeds
         if parent.n_results < len(results) or (is_over and parent.ended != _milliseconds(results[-1].ended)):
             self._write_aggregates(parent, trial, results, is_over)
+
+    def _was_before(self, key: str, result: SeedResult) -> bool:
+        """Whether the run under this key is one of an earlier training of the seed."""
+        return self._known[key].started != _milliseconds(result.started)
 
     def _create_trial(self, trial: Trial, first: SeedResult) -> _KnownRun:
         tags = _group_tags(trial)
@@ -188,6 +218,8 @@ class Tracker:
         if result.weights is not None and self._record.log_weights:
             try:
                 self._log_file(run, Path(result.weights).name, self._storage.read(result.weights))
+                if run.lost_weights:
+                    self._client.delete_tag(run.run_id, schema.WEIGHTS_LOST)
             except FileNotFoundError:  # its numbers are no less true for that
                 self._client.set_tag(run.run_id, schema.WEIGHTS_LOST, result.weights)
         self._terminate(run, "FINISHED" if result.state == "complete" else "FAILED", ended)
@@ -219,7 +251,7 @@ class Tracker:
             schema.SCHEMA: str(schema.SCHEMA_VERSION),
         }
         run = self._client.create_run(self._experiment_id, start_time=started, tags=own | tags, run_name=name)
-        self._known[key] = _KnownRun(run.info.run_id, started)
+        self._known[key] = _KnownRun(run.info.run_id, started, parent=tags.get(schema.PARENT))
         return self._known[key]
 
     def _log(self, run: _KnownRun, metrics: list[Metric], params: dict[str, Any]) -> None:

@@ -182,6 +182,18 @@ def test_queue_asks_for_what_waits_for_a_teacher_only_when_it_has_one(tmp_path, 
     assert names(take(queue, 3)) == [(f"tuned{chi}", chi, (0,)) for chi in (1, 2, 3)]
 
 
+def test_queue_asks_no_more_of_the_sampler_while_its_last_trial_waits_for_a_teacher(tmp_path, open_queue):
+    found = SEARCHED | {"teacher": "dense", "chi": {"low": 1, "high": 9}}
+    queue = open_queue(write_search(tmp_path, arms=[DENSE, TUNED, found], trials=4, seeds=1))
+    unit = queue.next_unit()
+    assert queue.next_unit() is None
+    assert [trial.spec.arm for trial in queue.ledger.trials.values()] == ["dense"]
+    finish(queue, unit)
+    second, third = take(queue, 2)
+    assert [second.spec.arm, third.spec.arm] == ["tuned", "found"]
+    assert len(queue.ledger.trials) == 3
+
+
 def test_queue_stops_where_the_ledger_cannot_be_written_and_goes_on_later(tmp_path, open_queue):
     file = write_study(tmp_path, seeds=1, arms=[MPO])
     queue = open_queue(file)

@@ -245,6 +245,11 @@ def test_run_study_refuses_a_folder_whose_ledger_is_gone(tmp_path, folder):
     file = write_study(tmp_path, seeds=1, arms=[DENSE])
     run_at(file, folder)
     shutil.move(folder / "ledger.db", tmp_path / "ledger.db")
+    with pytest.raises(StudyError, match="the study's ledger is gone"):
+        run_at(file, folder)
+    assert not (folder / "ledger.db").exists()
+    ledger_at(write_study(tmp_path / "other", seeds=1, arms=[DENSE]), tmp_path / "other" / "study").close()
+    shutil.copy(tmp_path / "other" / "study" / "ledger.db", folder / "ledger.db")
     with pytest.raises(StudyError, match=r"the ledger does not hold study tiny .* which was run here before"):
         run_at(file, folder)
     shutil.move(tmp_path / "ledger.db", folder / "ledger.db")
@@ -291,17 +296,26 @@ def test_run_study_mends_a_damaged_corpus_in_storage(tmp_path, folder):
     assert run_at(file, folder).n_complete == 4
 
 
-@pytest.mark.parametrize(("part", "damaged"), [("study.json", '{"name": "ti'), ("ledger.db", None)])
-def test_run_study_says_in_one_line_what_is_damaged(tmp_path, folder, part, damaged):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE mpo_result SET content = '{\"trial\": 0'",
+        "UPDATE trial_user_attributes SET value_json = '{}'",
+        "DELETE FROM trial_user_attributes",
+        "DROP TABLE trial_user_attributes",
+        None,
+    ],
+)
+def test_run_study_says_in_one_line_what_is_damaged(tmp_path, folder, damage):
     file = write_study(tmp_path, seeds=1, arms=[DENSE])
     run_at(file, folder)
-    if damaged is not None:
-        (folder / part).write_text(damaged)
+    if damage is None:
+        (folder / "study.json").write_text('{"name": "ti')
     else:
-        with sqlite3.connect(folder / part) as connection:
-            connection.execute("UPDATE mpo_result SET content = '{\"trial\": 0'")
+        with sqlite3.connect(folder / "ledger.db") as connection:
+            connection.execute(damage)
         connection.close()
-    with pytest.raises(StudyError, match="is damaged: ") as error:
+    with pytest.raises(StudyError, match=r"is damaged: |the ledger cannot be used: ") as error:
         run_at(file, folder)
     assert "\n" not in str(error.value)
 

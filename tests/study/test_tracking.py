@@ -27,7 +27,7 @@ from analysis import run_schema as schema
 from study.config import Execution
 from study.directory import StudyDirectory
 from study.errors import StudyError
-from study.run import open_tracker, results_of, study_corpus, sync
+from study.run import open_tracker, study_corpus, sync
 from study.storage import Storage
 from study.study_file import load_config
 from study.tracking.background import BackgroundTracker
@@ -73,7 +73,7 @@ def opened(finished):
 
 def write_all(ledger, tracker):
     for trial in ledger.trials.values():
-        tracker.write(trial, results_of(ledger, trial), 2)
+        tracker.write(trial, ledger.on_record(trial), 2)
 
 
 def keys_of(ledger):
@@ -141,7 +141,7 @@ def test_tracker_writes_means_and_deviations_over_complete_seeds(written):
     ledger, _, runs = written
     for trial in ledger.trials.values():
         [run] = runs[schema.run_key(ledger.uuid, trial.number)]
-        finals = [result.final for result in results_of(ledger, trial) if result.state == "complete"]
+        finals = [result.final for result in ledger.on_record(trial) if result.state == "complete"]
         assert run.data.metrics[schema.N_SEEDS] == len(finals)
         assert run.data.metrics[schema.N_FAILED] == 2 - len(finals)
         assert run.data.metrics["n_params"] == trial.shape.n_params
@@ -200,7 +200,7 @@ def test_tracker_writing_seed_by_seed_ends_like_writing_at_once(opened, database
     for n in (1, 2):
         tracker = connect(database)
         for trial in ledger.trials.values():
-            in_order = sorted(results_of(ledger, trial), key=lambda result: result.ended)
+            in_order = sorted(ledger.on_record(trial), key=lambda result: result.ended)
             tracker.write(trial, in_order[:n], 2)
 
     def final(path):
@@ -215,7 +215,7 @@ def test_tracker_writing_seed_by_seed_ends_like_writing_at_once(opened, database
 def test_tracker_shows_a_trial_as_running_until_its_last_seed(opened, database):  # noqa: F811
     ledger, connect = opened
     tracker = connect(database)
-    tracker.write(ledger.trials[0], results_of(ledger, ledger.trials[0])[:1], 2)
+    tracker.write(ledger.trials[0], ledger.on_record(ledger.trials[0])[:1], 2)
     [run] = runs_in(database)[schema.run_key(ledger.uuid, 0)]
     assert run.info.status == "RUNNING"
     assert run.data.metrics[schema.N_SEEDS] == 1
@@ -227,7 +227,7 @@ def test_tracker_completes_half_written_runs(opened, database, tmp_path):  # noq
     whole = shutil.copy(database, tmp_path / "whole.db")
     write_all(ledger, connect(whole))
     tracker = connect(database)
-    result = results_of(ledger, ledger.trials[0])[0]
+    result = ledger.on_record(ledger.trials[0])[0]
     parent = tracker._create_trial(ledger.trials[0], result)
     child = tracker._create_seed(parent, ledger.trials[0], result)  # the driver dies before their first metric
     write_all(ledger, connect(database))
@@ -309,6 +309,8 @@ def test_tracker_says_in_one_line_that_mlflow_is_away(opened, nobody):
         ("postgresql://me:se:cret@host/db", "postgresql://me:***@host/db"),
         ("postgresql://me:p@host/db", "postgresql://me:***@host/db"),
         ("http://host:5000", "http://host:5000"),
+        ("https://token@host/x", "https://***@host/x"),
+        ("mysql://host/db?ssl_password=se-cret", "mysql://host/db?ssl_password=***"),
         ("sqlite:////some/where.db", "sqlite:////some/where.db"),
     ],
 )
@@ -474,7 +476,7 @@ def test_background_tracker_catches_up_once_mlflow_is_back(opened, database):  #
 
     background = BackgroundTracker(sometimes, 2, said.append, pause=0.01)
     for trial in ledger.trials.values():
-        background.put(trial, results_of(ledger, trial))
+        background.put(trial, ledger.on_record(trial))
     deadline = time.monotonic() + 60
     while "MLflow is back" not in said and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -490,7 +492,7 @@ def test_background_tracker_says_what_is_lacking_when_it_ends(opened):
         raise ConnectionError("nobody there")
 
     background = BackgroundTracker(never, 2, lambda line: None, pause=0.01)
-    background.put(ledger.trials[0], results_of(ledger, ledger.trials[0]))
+    background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]))
     assert background.close() == "nobody there"
 
 
@@ -506,11 +508,62 @@ def test_background_tracker_writes_the_other_trials_where_mlflow_does_not_take_o
     monkeypatch.setattr(Tracker, "write", refuse)
     background = BackgroundTracker(lambda: connect(database), 2, said.append, pause=0.01)
     for trial in ledger.trials.values():
-        background.put(trial, results_of(ledger, trial))
+        background.put(trial, ledger.on_record(trial))
     assert background.close() == "trial 0: a metric that MLflow does not take"
-    assert said == ["MLflow does not take trial 0: a metric that MLflow does not take"]
+    assert said == ["MLflow did not take trial 0, which is tried again later: a metric that MLflow does not take"]
     of_first = [schema.run_key(ledger.uuid, 0, seed) for seed in (None, 0, 7)]
     assert sorted(runs_in(database)) == sorted(set(keys_of(ledger)) - set(of_first))
+
+
+def test_background_tracker_tries_again_what_mlflow_did_not_take_once(opened, database, monkeypatch):  # noqa: F811
+    ledger, connect = opened
+    write, failures = Tracker.write, {0: 1, 2: 1}
+
+    def refuse_once(self, trial, *args):
+        if failures.pop(trial.number, 0):
+            raise StudyError("database is locked")
+        write(self, trial, *args)
+
+    monkeypatch.setattr(Tracker, "write", refuse_once)
+    background = BackgroundTracker(lambda: connect(database), 2, lambda line: None, pause=0.01)
+    for trial in ledger.trials.values():
+        background.put(trial, ledger.on_record(trial))
+    deadline = time.monotonic() + 60
+    while background.n_pending and time.monotonic() < deadline:  # also before it is closed
+        time.sleep(0.05)
+    assert background.trouble is None
+    assert background.close() is None
+    assert sorted(runs_in(database)) == keys_of(ledger)
+
+
+def test_background_tracker_ends_where_mlflow_answers_at_times(opened, database, monkeypatch):  # noqa: F811
+    ledger, connect = opened
+    writes = []
+
+    def fail(self, *args):
+        writes.append(1)
+        raise StudyError("no route to host")
+
+    monkeypatch.setattr(Tracker, "write", fail)
+    monkeypatch.setattr(Tracker, "answers", lambda self: False)
+    background = BackgroundTracker(lambda: connect(database), 2, lambda line: None, pause=0.5)
+    background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]))
+    time.sleep(0.7)
+    assert background.close() == "no route to host"
+    assert len(writes) <= 4
+
+
+def test_tracker_hides_a_password_in_what_it_says_of_a_write(opened, database, monkeypatch):  # noqa: F811
+    ledger, connect = opened
+    tracker = connect(database)
+    monkeypatch.setattr(type(tracker._client), "tracking_uri", "http://me:secret@host")
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("(raised as a result of a flush)\nAPI request to http://me:secret@host/api failed\nmore")
+
+    monkeypatch.setattr(type(tracker._client), "create_run", fail)
+    with pytest.raises(StudyError, match=r"^API request to http://me:\*\*\*@host/api failed$"):
+        tracker.write(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
 
 
 def test_background_tracker_gives_up_where_it_is_refused(opened):
@@ -523,7 +576,7 @@ def test_background_tracker_gives_up_where_it_is_refused(opened):
 
     background = BackgroundTracker(refused, 2, said.append, pause=0.01)
     for trial in ledger.trials.values():
-        background.put(trial, results_of(ledger, trial))
+        background.put(trial, ledger.on_record(trial))
     assert background.close() == "the experiment tiny was deleted"
     assert said == ["MLflow takes no more, the study goes on without it: the experiment tiny was deleted"]
     assert len(attempts) == 1
@@ -534,11 +587,31 @@ def test_tracker_keeps_one_of_two_runs_of_one_key(opened, database):  # noqa: F8
     tracker = connect(database)
     write_all(ledger, tracker)
     before = contents(database)
-    first = results_of(ledger, ledger.trials[0])[0]
+    first = ledger.on_record(ledger.trials[0])[0]
     tracker._create_seed(tracker._create_trial(ledger.trials[0], first), ledger.trials[0], first)  # answers were lost
     assert sorted(map(len, runs_in(database).values()))[-2:] == [2, 2]
     write_all(ledger, connect(database))
     assert contents(database) == before
+
+
+@pytest.mark.parametrize("page", [3, 6, 1000])
+def test_tracker_mends_doubled_runs_of_a_study_half_done(opened, database, monkeypatch, page):  # noqa: F811
+    monkeypatch.setattr("study.tracking.tracker._PAGE", page)
+    ledger, connect = opened
+    tracker = connect(database)
+    for trial in ledger.trials.values():
+        first = ledger.on_record(trial)[:1]
+        tracker.write(trial, first, 2)
+        tracker._create_trial(trial, first[0])  # create_run's answer was lost, and it was made again
+    write_all(ledger, connect(database))
+    write_all(ledger, connect(database))
+    after = runs_in(database)
+    assert sorted(after) == keys_of(ledger)
+    assert {len(same) for same in after.values()} == {1}
+    for trial, seed in ledger.results:
+        [parent], [child] = (after[schema.run_key(ledger.uuid, trial, s)] for s in (None, seed))
+        assert child.data.tags[schema.PARENT] == parent.info.run_id
+        assert parent.data.metrics[schema.N_SEEDS] + parent.data.metrics[schema.N_FAILED] == 2
 
 
 def test_tracker_finishes_a_run_whose_weights_are_gone(opened, database, finished):  # noqa: F811
@@ -553,6 +626,11 @@ def test_tracker_finishes_a_run_whose_weights_are_gone(opened, database, finishe
     assert run.data.tags[schema.WEIGHTS_LOST] == key
     [other] = runs_in(database)[schema.run_key(ledger.uuid, 0, 7)]
     assert schema.WEIGHTS_LOST not in other.data.tags
+    write_all(ledger, connect(database, execution=Execution(keep_weights=True)))  # now they are there
+    [again] = runs_in(database)[schema.run_key(ledger.uuid, 0, 0)]
+    assert schema.WEIGHTS_LOST not in again.data.tags
+    assert (again.info.run_id, again.data.metrics) == (run.info.run_id, run.data.metrics)
+    assert len(mlflow_client(database).list_artifacts(again.info.run_id)) == 1
 
 
 @pytest.mark.parametrize("keep", [False, True])
