@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,8 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
             ),
         )
         try:
-            tuner.fit()
+            with watch.interrupts():
+                tuner.fit()
         except Exception:
             if watch.has_nodes():
                 raise
@@ -170,7 +173,7 @@ _NO_NODES = "no node of Ray is left that can hold a unit"
 
 
 class _NodeWatch(tune.Callback):
-    """Ends a run whose last node is gone: Tune would wait for another one for ever, without a word.
+    """Ends a run whose last node is gone, for which Tune would wait for ever without a word; or that is interrupted.
 
     Args:
         has_nodes: whether any node is left that can hold a unit.
@@ -180,9 +183,29 @@ class _NodeWatch(tune.Callback):
         self.has_nodes = has_nodes
         self._looked = time.monotonic()
         self._trials: list[Any] = []
+        self._is_interrupted = False
+
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """Let Ctrl-C act between two steps of Tune, where nobody holds a lock of Ray's; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupt(*_: Any) -> None:
+            self._is_interrupted = True
+            signal.signal(signal.SIGINT, previous)
+
+        previous = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._trials = trials
+        if self._is_interrupted:
+            raise KeyboardInterrupt
         if time.monotonic() - self._looked > NODE_WATCH_SECONDS:
             self._looked = time.monotonic()
             if not self.has_nodes():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from study.errors import StudyError
 from study.ledger import Trial
@@ -13,6 +16,8 @@ from study.trial import SeedResult
 
 _LONGEST_PAUSE = 60.0
 """Seconds between two attempts where MLflow stays away."""
+
+_Job = tuple[Trial, list[SeedResult]]
 
 
 class BackgroundTracker:
@@ -35,12 +40,13 @@ class BackgroundTracker:
     ) -> None:
         self._connect, self._n_seeds, self._say, self._first_pause = connect, n_seeds, say, pause
         self._opened = opened
-        self._pending: dict[int, tuple[Trial, list[SeedResult]]] = {}
-        self._deferred: dict[int, tuple[Trial, list[SeedResult]]] = {}
+        # The only way from the study's thread to this one: no lock that Ctrl-C could leave locked.
+        self._inbox: SimpleQueue[_Job | None] = SimpleQueue()
+        self._pending: dict[int, _Job] = {}
+        self._deferred: dict[int, _Job] = {}
         """Trials that MLflow did not take; they are tried again when all others are written."""
         self._refused: dict[int, str] = {}
         self._away: str | None = None
-        self._changed = threading.Condition()
         self._closing = self._is_last_round = False
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
@@ -58,27 +64,25 @@ class BackgroundTracker:
     @property
     def n_pending(self) -> int:
         """Trials that are still to be written."""
-        return len(self._pending) + len(self._deferred) if self._thread.is_alive() else 0
+        waiting = self._inbox.qsize() + len(self._pending) + len(self._deferred)
+        return waiting if self._thread.is_alive() else 0
 
     def put(self, trial: Trial, results: list[SeedResult]) -> None:
         """Ask for a trial's runs to be brought up to date."""
-        with self._changed:
-            self._deferred.pop(trial.number, None)
-            self._pending[trial.number] = (trial, results)
-            self._changed.notify()
+        self._inbox.put((trial, results))
 
     def close(self) -> str | None:
         """Write what is pending and end; returns why that was not possible, or None."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self._inbox.put(None)
         self._thread.join()
         return self.trouble
 
+    # In the thread ------------------------------------------------------------------------------------------------
+
     def _run(self) -> None:
         tracker, pause = self._opened, self._first_pause
-        while (following := self._next(pause)) is not None:
-            trial, results = following
+        while (job := self._next(pause)) is not None:
+            trial, results = job
             is_last_attempt = self._closing
             try:
                 tracker = tracker or self._connect()
@@ -87,49 +91,66 @@ class BackgroundTracker:
                 is_refused = tracker is not None and tracker.answers()
                 tracker = None  # what it knows of MLflow's runs may not be so
                 if is_refused:
-                    self._note_refused(trial, results, first_line(error))
+                    self._note_refused(trial.number, first_line(error))
                 else:
                     is_final = isinstance(error, StudyError) and not isinstance(error, TrackingAway)
                     self._note_away(first_line(error), is_final)
                     if is_last_attempt or is_final:
                         return
-                    with self._changed:
-                        self._changed.wait_for(lambda: self._closing, timeout=pause)
+                    self._receive(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
             if self._away is not None:
                 self._away = None
-                self._say("MLflow is back")
+                self._tell("MLflow is back")
             pause = self._first_pause
-            with self._changed:
-                self._refused.pop(trial.number, None)
-                if self._pending.get(trial.number, (None, None))[1] is results:
-                    del self._pending[trial.number]
+            self._refused.pop(trial.number, None)
+            del self._pending[trial.number]
 
-    def _next(self, pause: float) -> tuple[Trial, list[SeedResult]] | None:
+    def _next(self, pause: float) -> _Job | None:
         """A trial to write, waited for; None where there will be none."""
-        with self._changed:
-            timeout = pause if self._deferred else None
-            self._changed.wait_for(lambda: self._pending or self._closing, timeout)
+        self._receive(0)
+        while not self._pending:
+            if self._is_last_round or (self._closing and not self._deferred):
+                return None
+            if not self._closing:
+                self._receive(pause if self._deferred else None, until_something=True)
             if not self._pending:
-                if self._is_last_round or not self._deferred:
-                    return None
                 self._is_last_round = self._closing
                 self._pending, self._deferred = self._deferred, {}
-            return next(iter(self._pending.values()))
+        return next(iter(self._pending.values()))
 
-    def _note_refused(self, trial: Trial, results: list[SeedResult], why: str) -> None:
-        with self._changed:
-            if self._pending.get(trial.number, (None, None))[1] is results:
-                self._deferred[trial.number] = self._pending.pop(trial.number)
-            is_first = trial.number not in self._refused
-            self._refused[trial.number] = why
+    def _receive(self, seconds: float | None, until_something: bool = False) -> None:
+        """Take in what was put, for so long (None: without end), at most until the study ends."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while not self._closing:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                job = self._inbox.get(timeout=left)
+            except Empty:
+                return
+            if job is None:
+                self._closing = True
+                return
+            self._deferred.pop(job[0].number, None)
+            self._pending[job[0].number] = job
+            if until_something:
+                return
+
+    def _note_refused(self, number: int, why: str) -> None:
+        self._deferred[number] = self._pending.pop(number)
+        is_first = number not in self._refused
+        self._refused[number] = why
         if is_first:
-            self._say(f"MLflow did not take trial {trial.number}, which is tried again later: {why}")
+            self._tell(f"MLflow did not take trial {number}, which is tried again later: {why}")
 
     def _note_away(self, why: str, is_final: bool) -> None:
         was_away, self._away = self._away is not None, why
         if is_final:
-            self._say(f"MLflow takes no more, the study goes on without it: {why}")
+            self._tell(f"MLflow takes no more, the study goes on without it: {why}")
         elif not was_away:
-            self._say(f"MLflow is away, the study goes on and catches up later: {why}")
+            self._tell(f"MLflow is away, the study goes on and catches up later: {why}")
+
+    def _tell(self, line: str) -> None:
+        with suppress(OSError):  # a terminal that is gone is no reason to write no more
+            self._say(line)
