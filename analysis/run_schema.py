@@ -85,6 +85,9 @@ PARAMS = (
     Field("sites", "param", str, "numbers of sites the compressed layers really have"),
     Field("largest_bond", "param", int, "largest bond of any layer, after clipping"),
     Field("init", "param", str, "init mode"),
+    Field("refinement", "param", str, "how a teacher's weights became cores"),
+    Field("lr_rule", "param", str, "learning rates of the cores: uniform, mup"),
+    Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
     Field("learning_rate", "param", float, "peak learning rate"),
     Field("steps", "param", int, "optimiser steps"),
     Field("warmup_steps", "param", int, "warm-up steps"),
@@ -96,7 +99,7 @@ PARAMS = (
     Field("n_layers", "param", int, "transformer layers"),
     Field("d_ff", "param", int, "feed-forward dimension"),
     Field("weight_decay", "param", float, "weight decay"),
-    Field("tuning_trials", "param", int, "trials among which init and learning rate are chosen; 1: none is"),
+    Field("tuning_trials", "param", int, "trials among which init, learning rate and the like are chosen; 1: none is"),
     Field("budget_hash", "param", str, "hash of corpus, evaluation, tokens, schedule shape and tuning trials"),
     Field("corpus_sha256", "param", str, "SHA-256 of the corpus"),
 )

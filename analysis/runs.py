@@ -13,7 +13,10 @@ import pandas as pd
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 
-OPTIONAL_PARAMS = ("seed", "teacher", "chi", "n_sites", "factorisation", "init", "sites", "largest_bond")
+OPTIONAL_PARAMS = (
+    *("seed", "teacher", "chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
+    *("sites", "largest_bond"),
+)
 """Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
 CLAIMED = ("final/val_loss", "final/val_acc")
 """Metrics that claims rest on: a complete seed has them, finite. Other final metrics may be absent (NaN)."""

@@ -4,31 +4,85 @@ Needs torch alone. Names used throughout: `chi` is the cap on the bonds that was
 (1, χ_1, ..., χ_{L-1}, 1), and core l has the shape (bonds[l], d_out[l], d_in[l], bonds[l+1]).
 """
 
-from mpo_core.compress import CompressedLayer, CompressionReport, compress, n_params, n_params_compressed, rel_errors
-from mpo_core.factorisation import FACTORISATIONS, factorise
-from mpo_core.initialisation import INITS
-from mpo_core.linear import MPOLinear
-from mpo_core.picogpt import GPTConfig, PicoGPT, flops_per_token, reconstruct_flops
-from mpo_core.tensor_train import clip_bonds, contract, largest_bonds, rel_error, tt_svd
+from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.bonds import clip_bonds, largest_bonds, largest_chi
+from mpo_core.compression.budget import spread_budget
+from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
+from mpo_core.compression.report import CompressedLayer, CompressionReport
+from mpo_core.contraction import Cost, chain
+from mpo_core.cost_model import Calibration, calibrate, set_calibration
+from mpo_core.factorisation import FACTORISATIONS, factorisations, factorise, why_not
+from mpo_core.generation import generate
+from mpo_core.initialisation import FRESH_INITS, INITS, init_cores_, spectral_norm
+from mpo_core.linear import FORWARD_MODES, MPOLinear
+from mpo_core.param_groups import param_groups
+from mpo_core.picogpt import GPTConfig, KeyValueCache, PicoGPT, flops_per_token, reconstruct_flops
+from mpo_core.refinement.calibration import Gram, collect_grams, output_error
+from mpo_core.refinement.fit import fit_cores, low_rank_svd, whitened_tt_svd
+from mpo_core.refinement.least_squares import als
+from mpo_core.structured import StructuredLinear
+from mpo_core.tensor_train import (
+    balance_cores,
+    contract,
+    frobenius_norm,
+    inner_product,
+    orthogonalize,
+    rel_error,
+    round_cores,
+    tt_svd,
+)
 
 __all__ = [
     "FACTORISATIONS",
+    "FORWARD_MODES",
+    "FRESH_INITS",
     "INITS",
+    "Calibration",
     "CompressedLayer",
     "CompressionReport",
+    "Cost",
     "GPTConfig",
+    "Gram",
+    "KeyValueCache",
+    "LowRankLinear",
     "MPOLinear",
+    "MonarchLinear",
     "PicoGPT",
+    "PrunedLinear",
+    "StructuredLinear",
+    "als",
+    "balance_cores",
+    "calibrate",
+    "chain",
     "clip_bonds",
+    "collect_grams",
     "compress",
     "contract",
+    "decompress",
+    "factorisations",
     "factorise",
+    "fit_cores",
     "flops_per_token",
+    "frobenius_norm",
+    "generate",
+    "init_cores_",
+    "inner_product",
     "largest_bonds",
+    "largest_chi",
+    "low_rank_svd",
     "n_params",
     "n_params_compressed",
+    "orthogonalize",
+    "output_error",
+    "param_groups",
     "reconstruct_flops",
     "rel_error",
     "rel_errors",
+    "round_cores",
+    "set_calibration",
+    "spectral_norm",
+    "spread_budget",
     "tt_svd",
+    "whitened_tt_svd",
+    "why_not",
 ]

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from mpo_core.bonds import check_sizes, clip_bonds, largest_bonds, n_params
+from mpo_core.cached_matrix import CachedMatrix
+from mpo_core.contraction import Product, chain, cheapest_direction, pad_features, products
+from mpo_core.cost_model import calibration_of, choose
 from mpo_core.factorisation import factorise
-from mpo_core.initialisation import INITS, normal_cores_, paper_std, tt_svd_cores_, variance_std
-from mpo_core.tensor_train import check_sizes, clip_bonds, contract
+from mpo_core.initialisation import init_cores_
+from mpo_core.refinement.fit import fit_cores
+from mpo_core.structured import StructuredLinear, check_matrix, check_one_cap
+from mpo_core.tensor_train import bonds_and_sizes, contract, tt_svd
 
-FRESH_INITS = tuple(init for init in INITS if init != "tt_svd")
+__all__ = ["FORWARD_MODES", "MPOLinear", "StructuredLinear"]
+
+FORWARD_MODES = ("reconstruct", "chain", "cached", "auto")
+
+Sizes = tuple[int, ...]
 
 
-class MPOLinear(nn.Module):
-    """y = x Wᵀ + b with W the contraction of `cores`; W is reconstructed in every forward (paper, Eq. 6).
+class MPOLinear(StructuredLinear):
+    """y = x Wᵀ + b with W the contraction of `cores` (paper, Eq. 6 and 7).
 
     Args:
-        chi: cap on every bond, >= 1; `bonds` holds the actual ones, clipped to the largest useful.
+        chi, bonds, max_params: exactly one of them. A cap on every bond; a cap on each, (1, χ_1, …, 1); or the most
+            parameters the cores may have, for which the largest χ is taken. `bonds` then holds the actual ones, clipped
+            to the largest useful, and `chi` the cap, which is the largest of the bonds asked for.
         d_out, d_in: local sizes, one per site. None: chosen by `factorise` with the method `factorisation` and n_sites.
-        init: "variance" or "paper" (see `mpo_core.initialisation`); the bias starts at zero.
+        padding: whether prod(d_out) and prod(d_in) may exceed the features: W is then the upper left part of what the
+            cores contract to.
+        init: one of `mpo_core.initialisation.FRESH_INITS`; the bias starts at zero.
         generator: what the cores are drawn from, one after the other. Needed on every device but "meta": the global
             generator is never used.
+        forward: how W is applied. "reconstruct": W is formed in every forward. "chain": never (`contraction.chain`).
+            "cached": in evaluation mode W is formed once and kept, as long as no gradient of it is asked for and no
+            core changes; else as "reconstruct". "auto": whichever of these is fastest for the number of tokens, by a
+            cost model calibrated on the device (`cost_model.choose`); it keeps a dense W only where that is fastest.
+            Under torch.compile and torch.func transforms "cached" and "auto" are "reconstruct".
     Shapes:
         x: (..., in_features); y: (..., out_features).
         cores[l]: (bonds[l], d_out[l], d_in[l], bonds[l+1]); bias: (out_features,) or None.
     Raises:
-        ValueError: chi < 1, sizes that do not multiply to the features, an unknown init or factorisation, no generator.
+        ValueError: not exactly one cap, one below 1, sizes that do not multiply to the features, an unknown init,
+            factorisation or forward mode, max_params that χ = 1 exceeds, or no generator.
     """
 
     def __init__(
@@ -36,119 +58,237 @@ class MPOLinear(nn.Module):
         in_features: int,
         out_features: int,
         *,
-        chi: int,
+        chi: int | None = None,
+        bonds: Sequence[int] | None = None,
+        max_params: int | None = None,
         n_sites: int | None = None,
         d_out: Sequence[int] | None = None,
         d_in: Sequence[int] | None = None,
         factorisation: str = "balanced",
+        padding: bool = False,
         bias: bool = True,
         init: str = "variance",
         generator: torch.Generator | None = None,
+        forward: str = "reconstruct",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if (d_out is None) != (d_in is None):
-            raise ValueError(f"`d_out` and `d_in` must be given together, but got d_out={d_out}, d_in={d_in}")
-        if d_out is None or d_in is None:
-            d_out, d_in = factorise(out_features, in_features, method=factorisation, n_sites=n_sites)
-        check_sizes(out_features, in_features, d_out, d_in)
-        if n_sites not in (None, len(d_out)):
-            raise ValueError(f"`n_sites == len(d_out)` must hold, but got n_sites={n_sites}, d_out={list(d_out)}")
-        self.in_features = in_features
-        self.out_features = out_features
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if forward not in FORWARD_MODES:
+            raise ValueError(f"`forward` must be one of {', '.join(FORWARD_MODES)}, but got {forward!r}")
+        check_one_cap(chi=chi, bonds=bonds, max_params=max_params)
+
+        def split(chi: int) -> tuple[Sizes, Sizes]:
+            if d_out is None and d_in is None:
+                return factorise(
+                    out_features, in_features, method=factorisation, n_sites=n_sites, chi=chi, padding=padding
+                )
+            return _given_sizes(out_features, in_features, d_out, d_in, n_sites, padding)
+
+        if bonds is not None:
+            chi = max(bonds)
+        elif max_params is not None:
+            chi = _largest_chi(max_params, split, 2 * math.isqrt(in_features * out_features))
+        assert chi is not None
         self.chi = chi
-        self.d_out = tuple(d_out)
-        self.d_in = tuple(d_in)
+        self.d_out, self.d_in = split(chi)
         self.n_sites = len(self.d_out)
-        self.bonds = clip_bonds(chi, self.d_out, self.d_in)
+        self.bonds = clip_bonds(chi if bonds is None else bonds, self.d_out, self.d_in)
+        self.forward_mode = forward
+        self._direction = cheapest_direction(self.bonds, self.d_out, self.d_in)
+        self._is_exact = math.prod(self.d_out) == out_features and math.prod(self.d_in) == in_features
+        self._cache: CachedMatrix | None = None
         shapes = zip(self.bonds[:-1], self.d_out, self.d_in, self.bonds[1:], strict=True)
         self.cores = nn.ParameterList([torch.empty(shape, device=device, dtype=dtype) for shape in shapes])
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        if not self.cores[0].is_meta:
-            if generator is None:
-                raise ValueError("MPOLinear draws its cores from `generator`, but got None; pass a torch.Generator")
-            self.init_cores(init, [generator] * self.n_sites)
+        self._draw_unless_meta(init, generator)
+
+    # Making -----------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_linear(
+    def from_matrix(
         cls,
-        linear: nn.Linear,
+        W: Tensor,
+        bias: Tensor | None = None,
         *,
-        chi: int,
-        n_sites: int | None = None,
-        d_out: Sequence[int] | None = None,
-        d_in: Sequence[int] | None = None,
-        factorisation: str = "balanced",
+        chi: int | None = None,
+        bonds: Sequence[int] | None = None,
+        rel_error: float | None = None,
+        max_params: int | None = None,
+        gram: Tensor | None = None,
+        method: str | None = None,
+        **options: Any,
     ) -> Self:
-        """The layer whose cores are the TT-SVD of linear.weight; bias, dtype, device and training mode carried over.
+        """The layer whose cores stand for W (out_features, in_features) as nearly as `method` can.
 
+        Args:
+            chi, bonds, max_params: as the constructor; chi may also cap the bonds that `rel_error` leads to.
+            rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F allowed; the bonds are those that the data need.
+            gram, method: see `refinement.fit.fit_cores`; "als" under `gram` where that is given, else "tt_svd".
+            options: n_sites, d_out, d_in, factorisation, padding and forward, as the constructor.
         Raises:
-            ValueError: as the constructor and `tt_svd`; or the weight is on the meta device and so has no values.
+            ValueError: as the constructor and `fit_cores`; `rel_error` beside a gram, whose errors are others.
         """
-        if linear.weight.is_meta:
-            raise ValueError("a weight on the meta device has no values to decompose by TT-SVD")
-        layer = cls.empty_like(linear, chi=chi, n_sites=n_sites, d_out=d_out, d_in=d_in, factorisation=factorisation)
-        tt_svd_cores_(list(layer.cores), linear.weight, chi)
+        check_matrix(W)
+        if rel_error is None:
+            layer = cls._empty(W, bias, chi=chi, bonds=bonds, max_params=max_params, **options)
+            cores = fit_cores(W, layer.d_out, layer.d_in, bonds=layer.bonds, gram=gram, method=method)
+        else:
+            if gram is not None or method not in (None, "tt_svd"):
+                raise ValueError("`rel_error` is an error of W, not of outputs: give it without `gram` and `method`")
+            if bonds is not None or max_params is not None:
+                raise ValueError("`rel_error` goes with no cap but `chi`; the bonds follow from W")
+            if chi is None and options.get("factorisation") == "min_params":
+                raise ValueError("factorisation='min_params' counts parameters at a `chi`: give it beside `rel_error`")
+            cap = cls(W.shape[1], W.shape[0], chi=min(W.shape) if chi is None else chi, device="meta", **options)
+            cores = tt_svd(cap.pad_matrix(W), cap.d_out, cap.d_in, chi, rel_error=rel_error)
+            sizes = {"bonds": bonds_and_sizes(cores)[0], "d_out": cap.d_out, "d_in": cap.d_in}
+            layer = cls._empty(W, bias, **{**options, **sizes})
+        for core, value in zip(layer.cores, cores, strict=True):
+            core.data.copy_(value)
         return layer
 
-    @classmethod
-    def empty_like(
-        cls,
-        linear: nn.Linear,
-        *,
-        chi: int,
-        n_sites: int | None = None,
-        d_out: Sequence[int] | None = None,
-        d_in: Sequence[int] | None = None,
-        factorisation: str = "balanced",
-    ) -> Self:
-        """A layer in the place of `linear`, its cores still to be filled; all but the weight carried over."""
-        weight, bias = linear.weight, linear.bias
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            chi=chi,
-            n_sites=n_sites,
-            d_out=d_out,
-            d_in=d_in,
-            factorisation=factorisation,
-            bias=bias is not None,
-            device="meta",
-            dtype=weight.dtype,
-        ).to_empty(device=weight.device)
-        layer.cores.requires_grad_(weight.requires_grad)
-        if layer.bias is not None:
-            layer.bias.data.copy_(bias)
-            layer.bias.requires_grad_(bias.requires_grad)
-        return layer.train(linear.training)
+    def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        self.init_cores(init, [generator_for(f"cores.{site}") for site in range(self.n_sites)])
 
     def init_cores(self, init: str, generators: Sequence[torch.Generator]) -> None:
-        """Draw the cores afresh, core l from generators[l]; `init` is "paper" or "variance"."""
-        if init == "paper":
-            std = paper_std(self.in_features, self.chi, self.n_sites)
-        elif init == "variance":
-            std = variance_std(self.in_features, self.bonds)
-        else:
-            raise ValueError(
-                f"`init` of fresh cores must be one of {', '.join(FRESH_INITS)}, but got {init!r}; "
-                "for tt_svd use MPOLinear.from_linear"
-            )
-        normal_cores_(self.cores, std, generators)
+        """Draw the cores afresh, core l from generators[l]; `init` is one of `initialisation.FRESH_INITS`."""
+        init_cores_(
+            list(self.cores),
+            init,
+            generators,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            chi=self.chi,
+        )
+
+    def pad_matrix(self, W: Tensor) -> Tensor:
+        """W (out_features, in_features) with zeros below and to the right, to (prod(d_out), prod(d_in))."""
+        rows = math.prod(self.d_out) - self.out_features
+        return pad_features(nn.functional.pad(W, (0, 0, 0, rows)), math.prod(self.d_in))
+
+    # Applying ---------------------------------------------------------------------------------------------------------
 
     def to_matrix(self) -> Tensor:
-        """W (out_features, in_features), in the dtype of the cores even under autocast."""
-        device_type = self.cores[0].device.type
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return contract(list(self.cores))
-        return contract(list(self.cores))
+        with self._no_autocast():
+            W = contract(list(self.cores))
+        return W if self._is_exact else W[: self.out_features, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        return nn.functional.linear(x, self.to_matrix(), self.bias)
+        mode = self._mode(x.numel() // self.in_features, x.requires_grad)
+        if mode != "chain":
+            return nn.functional.linear(x, self._kept_matrix() if mode == "cached" else self.to_matrix(), self.bias)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"`x.shape[-1] == in_features` must hold, but got x of shape {tuple(x.shape)}, "
+                f"in_features={self.in_features}"
+            )
+        y = chain(list(self.cores), pad_features(x, math.prod(self.d_in)), self._direction)
+        y = y if self._is_exact else y[..., : self.out_features]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, chi={self.chi}, "
-            f"d_out={list(self.d_out)}, d_in={list(self.d_in)}, bonds={list(self.bonds)}, bias={self.bias is not None}"
+    def products(self, n_tokens: int) -> list[Product]:
+        mode = self.forward_mode
+        if mode == "auto":
+            # On the meta device there is nothing to measure.
+            mode = "reconstruct" if self.cores[0].is_meta else self._fastest(n_tokens, False, ("cached", "chain"))
+        return products(
+            mode,
+            self.bonds,
+            self.d_out,
+            self.d_in,
+            n_tokens,
+            out_features=self.out_features,
+            in_features=self.in_features,
         )
+
+    def structure(self) -> str:
+        return f"chi={self.chi}, d_out={list(self.d_out)}, d_in={list(self.d_in)}, bonds={list(self.bonds)}"
+
+    def _mode(self, n_tokens: int, x_has_grad: bool) -> str:
+        """The mode of this call: "reconstruct", "chain" or "cached"."""
+        if self.forward_mode not in FORWARD_MODES:
+            raise ValueError(f"`forward` must be one of {', '.join(FORWARD_MODES)}, but got {self.forward_mode!r}")
+        if self.forward_mode in ("reconstruct", "chain"):
+            return self.forward_mode
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or self.cores[0].is_meta:
+            return "reconstruct"  # nothing can be kept or measured while being traced or transformed
+        with_grad = torch.is_grad_enabled()
+        trains = with_grad and any(core.requires_grad for core in self.cores)
+        keeps = not trains and not self.training
+        if self.forward_mode == "cached":
+            return "cached" if keeps else "reconstruct"
+        modes = ("cached" if keeps else "reconstruct", "chain")
+        return self._fastest(n_tokens, trains or (with_grad and x_has_grad), modes)
+
+    def _fastest(self, n_tokens: int, training: bool, modes: Sequence[str]) -> str:
+        calibration = calibration_of(self.cores[0].device, self._compute_dtype())
+        return choose(
+            self.bonds, self.d_out, self.d_in, n_tokens, training=training, calibration=calibration, modes=modes
+        )
+
+    def _compute_dtype(self) -> torch.dtype:
+        device_type = self.cores[0].device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.cores[0].dtype
+
+    # Keeping W --------------------------------------------------------------------------------------------------------
+
+    def drop_cached_matrix(self) -> None:
+        """Free the W that the modes "cached" and "auto" keep; it is formed anew when needed."""
+        self._cache = None
+
+    def _kept_matrix(self) -> Tensor:
+        dtype = self._compute_dtype()
+        if self._cache is None or not self._cache.holds_for(list(self.cores), dtype):
+            self._cache = None
+            # Outside inference mode, so that W may also meet an input that needs a gradient.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = CachedMatrix(list(self.cores), self.to_matrix().to(dtype))
+        return self._cache.W
+
+    def train(self, mode: bool = True) -> Self:
+        self.drop_cached_matrix()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.drop_cached_matrix()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}  # a copy forms its own
+
+
+def _given_sizes(
+    out_features: int,
+    in_features: int,
+    d_out: Sequence[int] | None,
+    d_in: Sequence[int] | None,
+    n_sites: int | None,
+    padding: bool,
+) -> tuple[Sizes, Sizes]:
+    if d_out is None or d_in is None:
+        raise ValueError(f"`d_out` and `d_in` must be given together, but got d_out={d_out}, d_in={d_in}")
+    if not padding or math.prod(d_out) < out_features or math.prod(d_in) < in_features:
+        check_sizes(out_features, in_features, d_out, d_in)
+    if n_sites not in (None, len(d_out)):
+        raise ValueError(f"`n_sites == len(d_out)` must hold, but got n_sites={n_sites}, d_out={list(d_out)}")
+    return tuple(d_out), tuple(d_in)
+
+
+def _largest_chi(max_params: int, split: Callable[[int], tuple[Sizes, Sizes]], limit: int) -> int:
+    """The largest useful χ up to `limit` with at most that many parameters; the split may depend on χ."""
+
+    def count(chi: int) -> int:
+        sizes = split(chi)
+        return n_params(clip_bonds(chi, *sizes), *sizes)
+
+    if count(1) > max_params:
+        d_out, d_in = split(1)
+        raise ValueError(
+            f"chi=1 needs {count(1)} parameters with d_out={list(d_out)}, d_in={list(d_in)}, "
+            f"but got max_params={max_params}"
+        )
+    chi = bisect_right(range(1, limit + 1), max_params, key=count)
+    useful = min(chi, max(largest_bonds(*split(chi))))
+    return useful if split(useful) == split(chi) else chi

@@ -59,13 +59,18 @@ class Attention(nn.Module):
         self.value = _linear(C, C, bias=False, device=device, dtype=dtype)
         self.output = _linear(C, C, bias=True, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: LayerCache | None = None) -> Tensor:
         B, T, C = x.shape
         split = (B, T, self.n_heads, C // self.n_heads)
         q = self.query(x).view(split).transpose(1, 2)  # (B, H, T, C / H)
         k = self.key(x).view(split).transpose(1, 2)
         v = self.value(x).view(split).transpose(1, 2)
-        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, C / H)
+        if past is None:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, C / H)
+        else:
+            k, v = past.append(k, v)  # (B, H, P + T, C / H), P tokens of them from before
+            sees = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees)
         return self.output(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -90,8 +95,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.d_model, device=device, dtype=dtype)
         self.feed_forward = FeedForward(config, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, past: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.attention(self.attention_norm(x), past)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -121,18 +126,21 @@ class PicoGPT(nn.Module):
         self.final_norm = nn.LayerNorm(config.d_model, device=device, dtype=dtype)
         self.lm_head = _linear(config.d_model, config.vocab_size, bias=False, device=device, dtype=dtype)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits (B, T, V) of the token that follows each of the tokens (B, T), which are int64.
 
+        Args:
+            cache: keys and values of the tokens before these; those of these are added to it.
         Raises:
-            ValueError: T exceeds the context.
+            ValueError: T, and what the cache has, exceed the context.
         """
-        length = tokens.shape[1]
+        first = 0 if cache is None else cache.length
+        length = first + tokens.shape[1]
         if length > self.config.context:
             raise ValueError(f"`T <= context` must hold, but got T={length}, context={self.config.context}")
-        x = self.embedding(tokens) + self.positions[:length]  # (B, T, C)
-        for block in self.blocks:
-            x = block(x)
+        x = self.embedding(tokens) + self.positions[first:length]  # (B, T, C)
+        for index, block in enumerate(self.blocks):
+            x = block(x) if cache is None else block(x, cache.layers[index])
         return self.lm_head(self.final_norm(x))  # (B, T, V)
 
     def init_parameters(self, generator_for: Callable[[str], torch.Generator], init: str = "paper") -> None:
@@ -160,6 +168,35 @@ class PicoGPT(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, MPOLinear):
                 raise ValueError(f"a dense PicoGPT is drawn before it is compressed, but {name} is an MPOLinear")
+
+
+class LayerCache:
+    """Keys and values (B, H, context, C / H) of one attention layer, of which the first `length` are filled."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys, values
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of T more tokens (B, H, T, C / H); returns all so far."""
+        first, self.length = self.length, self.length + k.shape[2]
+        self._keys[:, :, first : self.length] = k
+        self._values[:, :, first : self.length] = v
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+
+class KeyValueCache:
+    """What a PicoGPT's attention layers keep of the tokens so far, for decoding without gradients."""
+
+    def __init__(self, model: PicoGPT, batch: int) -> None:
+        config, like = model.config, model.embedding.weight
+        shape = (batch, config.n_heads, config.context, config.d_model // config.n_heads)
+        self.layers = [LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.n_layers)]
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return self.layers[0].length
 
 
 def sinusoidal_positions(context: int, d_model: int) -> Tensor:

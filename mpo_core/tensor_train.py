@@ -12,53 +12,58 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mpo_core.bonds import check_sizes, clip_bonds, contraction_order, largest_bonds, largest_chi, n_params
 
-def largest_bonds(d_out: Sequence[int], d_in: Sequence[int]) -> tuple[int, ...]:
-    """The bonds (1, ..., 1) beyond which nothing is gained: each is the largest possible rank of its unfolding.
-
-    Raises:
-        ValueError: d_out and d_in differ in length, are empty, or contain a size below 1.
-    """
-    sizes = _site_sizes(d_out, d_in)
-    return tuple(min(math.prod(sizes[:site]), math.prod(sizes[site:])) for site in range(len(sizes) + 1))
-
-
-def clip_bonds(chi: int, d_out: Sequence[int], d_in: Sequence[int]) -> tuple[int, ...]:
-    """The bonds (1, χ_1, ..., χ_{L-1}, 1) that the cap `chi` leads to: never above the largest useful ones.
-
-    Raises:
-        ValueError: chi < 1, or the sizes are refused by `largest_bonds`.
-    """
-    if chi < 1:
-        raise ValueError(f"`chi >= 1` must hold, but got chi={chi}")
-    return tuple(min(chi, bond) for bond in largest_bonds(d_out, d_in))
-
-
-def n_params(bonds: Sequence[int], d_out: Sequence[int], d_in: Sequence[int]) -> int:
-    """Number of entries of all cores (paper, Eq. 3)."""
-    sizes = _site_sizes(d_out, d_in)
-    return sum(bonds[site] * size * bonds[site + 1] for site, size in enumerate(sizes))
+__all__ = [
+    "balance_cores",
+    "bonds_and_sizes",
+    "check_sizes",
+    "clip_bonds",
+    "contract",
+    "contraction_order",
+    "frobenius_norm",
+    "inner_product",
+    "largest_bonds",
+    "largest_chi",
+    "merge_cores",
+    "n_params",
+    "orthogonalize",
+    "rel_error",
+    "round_cores",
+    "tt_svd",
+]
 
 
 @torch.no_grad()
-def tt_svd(W: Tensor, d_out: Sequence[int], d_in: Sequence[int], chi: int | None) -> list[Tensor]:
+def tt_svd(
+    W: Tensor,
+    d_out: Sequence[int],
+    d_in: Sequence[int],
+    chi: int | None = None,
+    *,
+    bonds: Sequence[int] | None = None,
+    rel_error: float | None = None,
+) -> list[Tensor]:
     """Decompose W into cores by a left-to-right sweep of truncated SVDs.
 
-    All cores but the last are left-orthogonal; the last carries the norm. The squared error is at most the sum over the
-    bonds of the squared singular values of W's own unfoldings beyond that bond (paper, Eq. 5). For L <= 3 it never
-    rises with chi, as the subspaces kept are nested; for L >= 4 it can.
+    All cores but the last are left-orthogonal; the last carries the norm. The squared error is the sum of what the cuts
+    discard, and at most the sum over the bonds of the squared singular values of W's own unfoldings beyond that bond
+    (paper, Eq. 5). For L <= 3 it never rises with chi, as the subspaces kept are nested; for L >= 4 it can.
 
     Args:
         W: (out_features, in_features), out_features = prod(d_out), in_features = prod(d_in). Computed in W's dtype, or
             in float32 where W has less.
-        chi: cap on every bond, >= 1. The bonds are then `clip_bonds(chi, d_out, d_in)` whatever W holds, so that the
-            layers of several seeds can be stacked. None: exact to rounding, with bonds no larger than the numerical
-            rank of each unfolding (and at least 1).
+        chi: cap on every bond, >= 1; or bonds: a cap of its own for each. Without rel_error the bonds are then
+            `clip_bonds` of it whatever W holds, so that the layers of several seeds can be stacked.
+        rel_error: target for ‖W − Ŵ‖_F / ‖W‖_F in [0, 1), met to rounding unless a cap binds; the bonds follow W. Each
+            cut may spend an equal share of the squared error that the cuts before it left.
+        None of the three: rel_error = 0, exact to rounding, with bonds no larger than the numerical rank of each
+            unfolding (and at least 1).
     Returns:
         Cores in W's dtype, on its device.
     Raises:
-        ValueError: chi < 1; W is not a floating-point matrix, has an infinite or NaN entry, or the sizes do not
-            multiply to its shape.
+        ValueError: chi and bonds together, caps refused by `clip_bonds`, rel_error outside [0, 1); W is not a
+            floating-point matrix, has an infinite or NaN entry, or the sizes do not multiply to its shape.
     Source: paper, Algorithm 1; Oseledets 2011, Algorithm 1 and Theorem 2.2.
     """
     if W.ndim != 2:
@@ -68,30 +73,154 @@ def tt_svd(W: Tensor, d_out: Sequence[int], d_in: Sequence[int], chi: int | None
         raise ValueError(f"`W` must be floating-point to be decomposed, but got {W.dtype}")
     if not torch.isfinite(W).all():
         raise ValueError(f"`W` must be finite to be decomposed, but {int((~torch.isfinite(W)).sum())} entries are not")
-    bonds = None if chi is None else clip_bonds(chi, d_out, d_in)
+    rel_error = _check_target(chi, bonds, rel_error)
+    caps = clip_bonds(chi if bonds is None else bonds, d_out, d_in)
 
-    rest = _interleave(W, d_out, d_in).to(torch.promote_types(W.dtype, torch.float32))
+    rest = _interleave(W, d_out, d_in).to(_at_least_float32(W.dtype))
+    norm = float(torch.linalg.vector_norm(rest, dtype=torch.float64))
     # Rounding of that size is carried along the sweep: it scales with W's norm, not with each step's largest value.
-    negligible = 16 * math.sqrt(max(W.shape)) * torch.finfo(rest.dtype).eps * torch.linalg.norm(rest)
+    negligible = 16 * math.sqrt(max(W.shape)) * torch.finfo(rest.dtype).eps * norm
+    budget = None if rel_error is None else (rel_error * norm) ** 2
     cores, left = [], 1
     for site in range(len(d_out) - 1):
         M = rest.reshape(left * d_out[site] * d_in[site], -1)
-        U, s, Vh = torch.linalg.svd(M, full_matrices=False)
-        right = max(1, int((s > negligible).sum())) if bonds is None else bonds[site + 1]
-        cores.append(U[:, :right].reshape(left, d_out[site], d_in[site], right).to(W.dtype))
-        rest, left = s[:right, None] * Vh[:right], right
+        n_cuts = len(d_out) - 1 - site
+        U, rest, budget = _cut(M, caps[site + 1], budget, n_cuts, negligible)
+        cores.append(U.reshape(left, d_out[site], d_in[site], -1).to(W.dtype).contiguous())
+        left = U.shape[1]
     cores.append(rest.reshape(left, d_out[-1], d_in[-1], 1).to(W.dtype))
     return cores
+
+
+@torch.no_grad()
+def round_cores(
+    cores: Sequence[Tensor],
+    chi: int | None = None,
+    *,
+    bonds: Sequence[int] | None = None,
+    rel_error: float | None = None,
+) -> list[Tensor]:
+    """The same matrix W, or one near it, with smaller bonds; W is never formed.
+
+    Args:
+        chi, bonds, rel_error: as for `tt_svd`, the error measured against the W of these cores. Without rel_error each
+            bond becomes the smaller of what it is and its cap, clipped; with none of the three, only what is zero to
+            rounding goes.
+    Returns:
+        Cores in the dtype of the given ones, all but the last left-orthogonal. The error has `tt_svd`'s bounds.
+    Raises:
+        ValueError: as `bonds_and_sizes` and `tt_svd`; or a core has an infinite or NaN entry.
+    Source: Oseledets 2011, Algorithm 2.
+    """
+    _, d_out, d_in = bonds_and_sizes(cores)
+    rel_error = _check_target(chi, bonds, rel_error)
+    caps = clip_bonds(chi if bonds is None else bonds, d_out, d_in)
+
+    dtype = _at_least_float32(cores[0].dtype)
+    # Right-orthogonal beyond the first core, so that a cut in the small matrix is a cut of the same size in W.
+    rounded = orthogonalize([core.to(dtype) for core in cores], 0)
+    norm = float(torch.linalg.vector_norm(rounded[0], dtype=torch.float64))
+    largest = max(core.shape[0] * core.shape[1] * core.shape[2] for core in rounded)
+    negligible = 16 * math.sqrt(largest) * torch.finfo(dtype).eps * norm
+    budget = None if rel_error is None else (rel_error * norm) ** 2
+    for site in range(len(cores) - 1):
+        M = rounded[site].reshape(-1, rounded[site].shape[3])
+        n_cuts = len(cores) - 1 - site
+        U, rest, budget = _cut(M, caps[site + 1], budget, n_cuts, negligible)
+        rounded[site] = U.reshape(-1, d_out[site], d_in[site], U.shape[1])
+        rounded[site + 1] = torch.tensordot(rest, rounded[site + 1], 1)
+    return [core.to(cores[0].dtype).contiguous() for core in rounded]
+
+
+def orthogonalize(cores: Sequence[Tensor], site: int) -> list[Tensor]:
+    """The same matrix W by cores that are left-orthogonal before `site` and right-orthogonal after it; differentiable.
+
+    The core at `site` then carries the norm: its Frobenius norm is W's. A bond out of its neighbours' reach shrinks to
+    within it. Left-orthogonal: the (a · o · i, b) matrix of the core (a, o, i, b) has orthonormal columns;
+    right-orthogonal: its (a, o · i · b) matrix has orthonormal rows.
+
+    Raises:
+        ValueError: `site` is not one of 0 to L - 1; as `bonds_and_sizes`; or a core has an infinite or NaN entry.
+    Source: Oseledets 2011, section 3; Schollwöck 2011, section 4.4.
+    """
+    bonds_and_sizes(cores)
+    if not 0 <= site < len(cores):
+        raise ValueError(f"`0 <= site < {len(cores)}` must hold, but got site={site}")
+    for place, core in enumerate(cores):
+        if not torch.isfinite(core).all():
+            raise ValueError(f"`cores` must be finite, but core {place} is not")
+    swept = [core.to(_at_least_float32(core.dtype)) for core in cores]
+    for place in range(site):
+        a, o, i, b = swept[place].shape
+        Q, R = torch.linalg.qr(swept[place].reshape(a * o * i, b))
+        swept[place] = Q.reshape(a, o, i, -1)
+        swept[place + 1] = torch.tensordot(R, swept[place + 1], 1)
+    for place in range(len(cores) - 1, site, -1):
+        a, o, i, b = swept[place].shape
+        Q, R = torch.linalg.qr(swept[place].reshape(a, o * i * b).mT)
+        swept[place] = Q.mT.reshape(-1, o, i, b)
+        swept[place - 1] = torch.tensordot(swept[place - 1], R.mT, 1)
+    return [core.to(cores[0].dtype).contiguous() for core in swept]
+
+
+def inner_product(cores_a: Sequence[Tensor], cores_b: Sequence[Tensor]) -> Tensor:
+    """⟨A, B⟩ = Σ_ij A_ij B_ij of two matrices given by their cores, neither of them formed; differentiable.
+
+    Returns:
+        A float64 scalar: sums of squares of float32 cores would overflow, and differences of norms cancel, in float32.
+    Raises:
+        ValueError: the two have different sizes on some site, or as `bonds_and_sizes`.
+    """
+    _, *sizes_a = bonds_and_sizes(cores_a)
+    _, *sizes_b = bonds_and_sizes(cores_b)
+    if sizes_a != sizes_b:
+        raise ValueError(f"both must have the same [d_out, d_in], but got {sizes_a} and {sizes_b}")
+    environment = torch.ones(1, 1, dtype=torch.float64, device=cores_a[0].device)  # (bond of A, bond of B)
+    for A, B in zip(cores_a, cores_b, strict=True):
+        A, B = A.double(), B.double()
+        half = environment.mT @ A.reshape(A.shape[0], -1)
+        environment = half.reshape(-1, A.shape[3]).mT @ B.reshape(-1, B.shape[3])
+    return environment.reshape(())
+
+
+def frobenius_norm(cores: Sequence[Tensor]) -> Tensor:
+    """‖W‖_F from the cores, W never formed: a float64 scalar; differentiable, with gradient 0 where W = 0.
+
+    Raises:
+        ValueError: as `bonds_and_sizes`.
+    """
+    square = inner_product(cores, cores)
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def balance_cores(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same matrix W with the same Frobenius norm on every core, the geometric mean of the present ones.
+
+    Of all ways to spread factors over the cores it has the least sum of squares, so it is where weight decay leads.
+    Cores one of which is zero stand for W = 0 and are returned as they are. Differentiable where all are non-zero.
+
+    Raises:
+        ValueError: as `bonds_and_sizes`.
+    """
+    bonds_and_sizes(cores)
+    norms = torch.stack([torch.linalg.vector_norm(core.double()) for core in cores])
+    usable = (norms > 0).all()
+    logs = torch.where(usable, norms, 1.0).log()
+    scales = (logs.mean() - logs).exp()
+    return [(core.double() * scale).to(core.dtype) for core, scale in zip(cores, scales, strict=True)]
 
 
 def contract(cores: Sequence[Tensor]) -> Tensor:
     """The matrix W (out_features, in_features) that the cores stand for (paper, Eq. 7); differentiable.
 
     Neighbours are merged in the cheapest order (`contraction_order`).
+
+    Raises:
+        ValueError: as `bonds_and_sizes`.
     """
     n_sites = len(cores)
-    bonds = (*[core.shape[0] for core in cores], cores[-1].shape[3])
-    split, _ = contraction_order(bonds, [core.shape[1] for core in cores], [core.shape[2] for core in cores])
+    split, _ = contraction_order(*bonds_and_sizes(cores))
 
     def merge(first: int, last: int) -> Tensor:
         if last - first == 1:
@@ -112,31 +241,14 @@ def merge_cores(left: Tensor, right: Tensor) -> Tensor:
     return product.view(a, o, i, p, j * c).transpose(2, 3).reshape(a, o * p, i * j, c)
 
 
-def contraction_order(
-    bonds: Sequence[int], d_out: Sequence[int], d_in: Sequence[int]
-) -> tuple[dict[tuple[int, int], int], int]:
-    """The order of pairwise merges of neighbours with the fewest multiply-adds: the matrix-chain problem.
-
-    Returns:
-        split: sites [first, last) are best merged from [first, split) and [split, last).
-        cost: multiply-adds of all merges together.
-    """
-    n_sites, sizes = len(d_out), _site_sizes(d_out, d_in)
-    split: dict[tuple[int, int], int] = {}
-    cost = {(site, site + 1): 0 for site in range(n_sites)}
-    for width in range(2, n_sites + 1):
-        for first in range(n_sites - width + 1):
-            last = first + width
-            volume = bonds[first] * math.prod(sizes[first:last]) * bonds[last]
-            for middle in range(first + 1, last):
-                total = cost[first, middle] + cost[middle, last] + volume * bonds[middle]
-                if (first, last) not in split or total < cost[first, last]:
-                    cost[first, last], split[first, last] = total, middle
-    return split, cost[0, n_sites]
-
-
 def rel_error(W: Tensor, W_hat: Tensor) -> float:
-    """‖W − Ŵ‖_F / ‖W‖_F, computed in float64; for W = 0 it is 0 when Ŵ = 0 as well, and infinite otherwise."""
+    """‖W − Ŵ‖_F / ‖W‖_F, computed in float64; for W = 0 it is 0 when Ŵ = 0 as well, and infinite otherwise.
+
+    Raises:
+        ValueError: the two differ in shape.
+    """
+    if W.shape != W_hat.shape:
+        raise ValueError(f"`W` and `W_hat` must have the same shape, but got {tuple(W.shape)} and {tuple(W_hat.shape)}")
     W, W_hat = W.detach().double(), W_hat.detach().double()
     error, norm = float(torch.linalg.norm(W - W_hat)), float(torch.linalg.norm(W))
     if norm == 0:
@@ -144,26 +256,50 @@ def rel_error(W: Tensor, W_hat: Tensor) -> float:
     return error / norm
 
 
-def check_sizes(out_features: int, in_features: int, d_out: Sequence[int], d_in: Sequence[int]) -> None:
-    """Raise ValueError unless d_out and d_in split out_features and in_features over the same number of sites."""
-    _site_sizes(d_out, d_in)
-    for name, sizes, features_name, features in (
-        ("d_out", d_out, "out_features", out_features),
-        ("d_in", d_in, "in_features", in_features),
-    ):
-        if math.prod(sizes) != features:
-            raise ValueError(
-                f"`prod({name}) == {features_name}` must hold, but got {name}={list(sizes)}, {features_name}={features}"
-            )
+def bonds_and_sizes(cores: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(bonds, d_out, d_in) of a chain of cores.
+
+    Raises:
+        ValueError: no cores, a core without four dimensions, neighbours whose bonds differ, ends other than 1.
+    """
+    shapes = [tuple(core.shape) for core in cores]
+    if not shapes or any(len(shape) != 4 for shape in shapes):
+        raise ValueError(f"`cores` must be at least one tensor of four dimensions each, but got shapes {shapes}")
+    bonds = (*[shape[0] for shape in shapes], shapes[-1][3])
+    if bonds[0] != 1 or bonds[-1] != 1 or any(s[3] != bond for s, bond in zip(shapes, bonds[1:], strict=True)):
+        raise ValueError(f"`cores` must have equal bonds between neighbours and 1 at the ends, but got shapes {shapes}")
+    return bonds, tuple(shape[1] for shape in shapes), tuple(shape[2] for shape in shapes)
 
 
-def _site_sizes(d_out: Sequence[int], d_in: Sequence[int]) -> list[int]:
-    if len(d_out) != len(d_in) or not d_out or min(*d_out, *d_in) < 1:
-        raise ValueError(
-            "`d_out` and `d_in` must hold one size of at least 1 per site, "
-            f"but got d_out={list(d_out)}, d_in={list(d_in)}"
-        )
-    return [out * in_ for out, in_ in zip(d_out, d_in, strict=True)]
+def _check_target(chi: int | None, bonds: Sequence[int] | None, rel_error: float | None) -> float | None:
+    """The error target; 0 where nothing at all is asked for."""
+    if chi is not None and bonds is not None:
+        raise ValueError(f"one of `chi` and `bonds` caps the bonds, but got chi={chi}, bonds={list(bonds)}")
+    if rel_error is None:
+        return 0.0 if chi is None and bonds is None else None
+    if not 0 <= rel_error < 1:
+        raise ValueError(f"`0 <= rel_error < 1` must hold, but got rel_error={rel_error}")
+    return rel_error
+
+
+def _cut(
+    M: Tensor, cap: int, budget: float | None, n_cuts: int, negligible: float
+) -> tuple[Tensor, Tensor, float | None]:
+    """M (m, n) as U (m, k) times rest (k, n), U with orthonormal columns, by the k leading singular values.
+
+    k is `cap`, or fewer if the budget of squared error allows: this cut, the first of n_cuts to come, takes at most its
+    equal share of it, and returns what is left.
+    """
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
+    if budget is not None:
+        tails = s.double().square().flip(0).cumsum(0).flip(0)  # tails[k]: squared error of keeping k
+        cap = max(1, min(cap, int(((tails > budget / n_cuts) & (s > negligible)).sum())))
+        budget = max(0.0, budget - float(tails[cap:][:1].sum()))
+    return U[:, :cap], s[:cap, None] * Vh[:cap], budget
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _interleave(W: Tensor, d_out: Sequence[int], d_in: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command `mpo-study`: plan, run, status, ui, sync."""
+"""The command `mpo-study`: plan, run, status, ui, sync, sample."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from study.ledger import read_ledger
 from study.plan import plan as make_plan
 from study.run import TRACKING_OFF, Outcome, run_study, study_corpus
 from study.run import sync as sync_study
+from study.sample import sample as draw_sample
 from study.search_space import listed_specs
 from study.study_file import load_config
 from study.tracking.connection import hide_password, is_database, runs_page
@@ -218,6 +219,32 @@ def sync(
         raise StudyError("--tracking off: sync writes to MLflow, it needs a tracking URI")
     n_trials = sync_study(config, folder, storage, tracking, lambda line: console.print(line, markup=False))
     console.print(f"MLflow has all {n_trials} trials of {config.name}. To browse them: mpo-study ui {_show(folder)}")
+
+
+@app.command()
+def sample(
+    directory: Folder,
+    trial: Annotated[int | None, typer.Option(help="Of the run; the one with the lowest loss unless given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the run.")] = None,
+    prompt: Annotated[str, typer.Option(help="What the model continues.")] = "\n",
+    tokens: Annotated[int, typer.Option(help="Characters to draw.", min=1)] = 400,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely character.", min=0)] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the so many most likely ones alone.", min=1)] = None,
+    draw: Annotated[int, typer.Option(help="Another number, another text.", min=0)] = 0,
+) -> None:
+    """Draw text from a trained model whose weights were kept."""
+    run_, text = draw_sample(
+        StudyDirectory(directory),
+        prompt=prompt,
+        n_new=tokens,
+        trial=trial,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        draw=draw,
+    )
+    Console(stderr=True).print(f"trial {run_.trial} seed {run_.seed}: val loss {run_.final['final/val_loss']:.4f}")
+    sys.stdout.write(text + "\n")
 
 
 def main() -> None:

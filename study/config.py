@@ -139,6 +139,9 @@ class Protocol(Strict):
         default=20, description="Random batches of the paper's own validation estimate, recorded beside the full one."
     )
     sampled_eval_batch_size: PositiveInt = Field(default=8, description="Sequences in each of those batches.")
+    calibration_batches: PositiveInt = Field(
+        default=8, description="Training batches over which `refinement: whitened` and `als` fit a layer's outputs."
+    )
 
     @model_validator(mode="after")
     def _warmup_within_steps(self) -> Protocol:
@@ -177,7 +180,7 @@ class _Arm(Strict):
                 "to let the sampler choose"
             )
         for name, value in self.values().items():
-            options = value if isinstance(value, tuple) else value.choices if isinstance(value, Choices) else ()
+            options = _options(value)
             if len(set(options)) != len(options):
                 raise ValueError(f"`{name}` names a value twice: {list(options)}")
         return self
@@ -200,29 +203,52 @@ class MPOArm(_Arm):
 
     family: Literal["mpo"]
     chi: Number[PositiveInt] = Field(description="Cap on every bond dimension.")
-    n_sites: Number[Sites] | None = Field(default=None, description="Number of sites L, 1 to 6; with `balanced` only.")
-    factorisation: Value[Literal["paper", "balanced"]] = Field(
-        default="paper", description="How sizes split over sites; `paper` falls back to balanced where it has no entry."
+    n_sites: Number[Sites] | None = Field(
+        default=None, description="Number of sites L, 1 to 6; not with factorisation `paper`."
     )
-    init: Value[Literal["paper", "variance", "tt_svd"]] | None = Field(
+    factorisation: Value[Literal["paper", "balanced", "min_params"]] = Field(
+        default="paper",
+        description="How sizes split over sites; `paper` falls back to `balanced` where it has no entry, "
+        "`min_params` has the fewest parameters at its χ.",
+    )
+    init: Value[Literal["paper", "variance", "orthogonal", "spectral", "tt_svd"]] | None = Field(
         default=None, description="Init mode of an arm trained from scratch; `variance` unless given."
     )
     teacher: Name | None = Field(
         default=None,
         description="A dense arm with one trial: compress its trained model of the same seed, then fine-tune.",
     )
+    refinement: Value[Literal["tt_svd", "whitened", "als"]] | None = Field(
+        default=None,
+        description="How the teacher's weights become cores: `tt_svd` unless given; the others fit the outputs over "
+        "protocol.calibration_batches.",
+    )
+    lr_rule: Value[Literal["uniform", "mup"]] | None = Field(
+        default=None, description="Learning rates of the cores: `uniform` unless given; `mup` by each core's fan-in."
+    )
+    decay: Value[Literal["parameter", "matrix"]] | None = Field(
+        default=None,
+        description="What weight decay shrinks: each core (`parameter`, unless given), or W as if it were dense.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> MPOArm:
         if self.teacher is not None and self.init is not None:
             raise ValueError("`init` has no meaning beside `teacher`: the cores come from the teacher's weights")
-        if self.n_sites is not None and self.factorisation != "balanced":
-            raise ValueError("`n_sites` is allowed with `factorisation: balanced` only")
+        if self.teacher is None and self.refinement is not None:
+            raise ValueError("`refinement` has no meaning without `teacher`: there are no trained weights to fit")
+        if self.n_sites is not None and "paper" in _options(self.factorisation):
+            raise ValueError("`n_sites` is not allowed with `factorisation: paper`, which has its own")
         return self
 
 
+def _options(value: Any) -> tuple[Any, ...]:
+    """What a `Value` may become."""
+    return value if isinstance(value, tuple) else value.choices if isinstance(value, Choices) else (value,)
+
+
 Arm = Annotated[DenseArm | MPOArm, Field(discriminator="family")]
-VALUE_FIELDS = ("learning_rate", "d_model", "chi", "n_sites", "factorisation", "init")
+VALUE_FIELDS = ("learning_rate", "d_model", "chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay")
 
 Objective = Literal["val_loss", "val_acc", "n_params"]
 

@@ -96,8 +96,9 @@ def resolve(config: StudyConfig, arm: DenseArm | MPOArm, chosen: dict[str, Any])
     data |= {key: value for key, value in chosen.items() if key not in ("learning_rate", "d_model")}
     if isinstance(arm, MPOArm):
         data["teacher"] = arm.teacher
-        if arm.teacher is None:
-            data.setdefault("init", "variance")
+        data.setdefault("lr_rule", "uniform")
+        data.setdefault("decay", "parameter")
+        data.setdefault(*(("init", "variance") if arm.teacher is None else ("refinement", "tt_svd")))
     else:
         data.setdefault("init", "paper")
     overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {

@@ -75,14 +75,25 @@ class Training:
     ) -> None:
         protocol, context = spec.protocol, spec.model.context
         self.spec, self.corpus, self.device = spec, corpus, device
+        calibration = []
+        if spec.refinement in ("whitened", "als"):
+            windows = Windows(
+                corpus.train, protocol.calibration_batches, protocol.batch_size, context, seed, "calibration"
+            )
+            calibration = [windows.batch(index)[0] for index in range(protocol.calibration_batches)]
         model, self.compression = build_model(
-            spec, len(corpus.vocabulary), partial(generator, seed, "init"), teacher_weights
+            spec, len(corpus.vocabulary), partial(generator, seed, "init"), teacher_weights, calibration
         )
         self.model = model.to(device)
         self.parameters = list(self.model.parameters())
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=0.0, betas=protocol.betas, weight_decay=protocol.weight_decay, fused=True
+        groups = mpo_core.param_groups(
+            self.model,
+            protocol.learning_rate,
+            rule=spec.lr_rule or "uniform",
+            weight_decay=protocol.weight_decay,
+            decay=spec.decay or "parameter",
         )
+        self.optimiser = torch.optim.AdamW(groups, betas=protocol.betas, fused=True)
         purpose = "data" if spec.teacher is None else "fine-tune data"
         self._train = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
         self._evaluation_steps = evaluation_steps(protocol)
@@ -135,7 +146,7 @@ class Training:
             if not math.isfinite(value.item()):
                 raise Diverged(what, self.step)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate_at(self.step, self.spec.protocol)
+            group["lr"] = group["lr_mult"] * learning_rate_at(self.step, self.spec.protocol)
         self.optimiser.step()
         self._loss_sum += loss.item()
         self._loss_count += 1

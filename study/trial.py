@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -25,9 +25,12 @@ class TrialSpec(Strict):
     protocol: Protocol
     chi: int | None = None
     n_sites: int | None = None
-    factorisation: Literal["paper", "balanced"] | None = None
-    init: Literal["paper", "variance", "tt_svd"] | None = None
+    factorisation: Literal["paper", "balanced", "min_params"] | None = None
+    init: Literal["paper", "variance", "orthogonal", "spectral", "tt_svd"] | None = None
     teacher: str | None = None
+    refinement: Literal["tt_svd", "whitened", "als"] | None = None
+    lr_rule: Literal["uniform", "mup"] | None = None
+    decay: Literal["parameter", "matrix"] | None = None
 
     @property
     def train_tokens(self) -> int:
@@ -71,6 +74,7 @@ def build_model(
     vocab_size: int,
     generator_for: Callable[[str], torch.Generator] | None,
     teacher_weights: dict[str, torch.Tensor] | None = None,
+    calibration: Sequence[torch.Tensor] = (),
 ) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport | None]:
     """The model a run starts from.
 
@@ -78,6 +82,7 @@ def build_model(
         generator_for: gives the generator of each parameter's initial values; None builds shapes without values (on
             the meta device).
         teacher_weights: state of the trained dense model that a spec with a teacher compresses.
+        calibration: batches of tokens (B, T) over which a data-aware refinement fits it.
     """
     device = None if generator_for is not None else "meta"
     config = mpo_core.GPTConfig(vocab_size=vocab_size, **spec.model.model_dump())
@@ -99,6 +104,7 @@ def build_model(
         # Without values there is nothing to decompose, and shapes do not depend on how they are filled.
         init=init if generator_for is not None else "variance",
         generator_for=generator_for,
+        **({"calibration": calibration, "method": spec.refinement} if calibration else {}),
     )
 
 
@@ -183,11 +189,14 @@ def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, teache
     )[:12]
 
 
+TUNED_FIELDS = ("init", "learning_rate", "lr_rule", "decay")
+
+
 def tuning_trials(arm: str, config: StudyConfig) -> int:
-    """How many trials of this arm differ in what tuning chooses (init, learning rate); a search's whole budget."""
+    """How many trials of this arm differ in what tuning chooses (`TUNED_FIELDS`); a search's whole budget."""
     if config.arm(arm).is_searched:
         return config.budget.trials
-    listed = [value for key, value in config.arm(arm).values().items() if key in ("init", "learning_rate")]
+    listed = [value for key, value in config.arm(arm).values().items() if key in TUNED_FIELDS]
     return math.prod(len(value) for value in listed if isinstance(value, tuple))
 
 

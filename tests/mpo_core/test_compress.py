@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
-from torch import nn
 
-from mpo_core.compress import compress, n_params, n_params_compressed, rel_errors
+from mpo_core.compression.compress import compress, n_params, n_params_compressed, rel_errors
 from mpo_core.linear import MPOLinear
 from mpo_core.picogpt import GPTConfig, PicoGPT
 
@@ -134,29 +133,30 @@ def test_compressed_state_dict_round_trips_through_safetensors():
     assert torch.equal(shell(tokens), compressed(tokens))
 
 
-def test_compress_leaves_linear_layers_alone_that_their_owner_reaches_into():
-    attention, head = nn.MultiheadAttention(8, 2, device="meta"), nn.Linear(8, 8, device="meta")
-    model = nn.ModuleDict({"attention": attention, "head": head})
-    compressed, _ = compress(model, chi=2, init="variance")
-    assert mpo_names(compressed) == ["head"]
-
-
-def test_compress_refuses_a_shared_weight():
-    model = make_model()
-    model.lm_head.weight = model.embedding.weight
-    with pytest.raises(ValueError, match="the weight of lm_head is shared with another module; exclude lm_head"):
-        compress(model, chi=2)
-    compressed, _ = compress(model, chi=2, exclude=["lm_head"])
-    assert compressed.lm_head.weight is compressed.embedding.weight
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"include": ["head"]}, r"no nn.Linear inside the model matches include=\['head'\], exclude=\[\]; it has bl"),
         ({"exclude": ["*"]}, r"matches include=\['\*'\], exclude=\['\*'\]"),
-        ({"init": "best"}, "`init` must be one of paper, variance, tt_svd, but got 'best'"),
-        ({"init": "variance"}, "blocks.0.attention.query: init 'variance' draws fresh cores from `generator_for`"),
+        ({"init": "best"}, "`init` must be one of paper, variance, .*, but got 'best'"),
+        ({"init": "variance"}, "blocks.0.attention.query: init 'variance' draws fresh parameters from `generator_for`"),
+        ({"layer": "best"}, "`layer` must be one of mpo, low_rank, monarch, pruned, or a function, but got 'best'"),
+        ({"chi": None}, "exactly one of `chi`, `rel_error` and `budget` must be given, .* but got none"),
+        ({"budget": 0.5}, "exactly one of `chi`, `rel_error` and `budget` .* but got chi and budget"),
+        ({"chi": None, "budget": 1.5}, "`budget` must be a number of parameters or a fraction between 0 and 1"),
+        ({"chi": None, "budget": 7}, "`budget >= .*` must hold for the layers at their smallest, but got 7"),
+        ({"chi": None, "budget": {"lm_head": 50}}, "blocks.0.attention.query: `budget` has no entry for it"),
+        ({"chi": None, "budget": {"head": 50}}, "`budget` names head, which no layer to be replaced is called"),
+        ({"chi": None, "layer": lambda name, linear: linear}, "must return a StructuredLinear or None, .* Linear"),
+        ({"chi": None, "rel_error": 1.0}, "`0 <= rel_error < 1` must hold, but got rel_error=1.0"),
+        ({"chi": None, "rel_error": 0.1, "init": "variance"}, "init 'variance' goes with `chi` alone"),
+        ({"layer": lambda name, linear: None}, "none beside a function as `layer`, but got chi"),
+        ({"init": "data_aware"}, "init 'data_aware' needs `calibration`, but got None"),
+        ({"layer": "pruned"}, "blocks.0.attention.query: a pruned layer has no `chi`"),
+        ({"method": "als"}, "blocks.0.attention.query: `method` 'als' needs the Gram matrix"),
+        ({"calibration": []}, "calibration needs at least one batch, but got none"),
+        ({"calibration": torch.zeros(2, 10)}, "`calibration` must be a sequence of batches, but got one tensor"),
+        ({"calibration": {"lm_head": torch.eye(12)}}, "`calibration` has no Gram matrix for blocks.0.attention.query"),
         ({"chi": 0}, "blocks.0.attention.query: `chi >= 1` must hold, but got chi=0"),
         ({"n_sites": 7}, "blocks.0.attention.query: `1 <= n_sites <= 6` must hold"),
     ],
@@ -169,22 +169,14 @@ def test_compress_says_what_is_allowed(options, message):
 def test_compress_refuses_weights_that_have_diverged():
     model = make_model()
     model.lm_head.weight.data[3, 4] = float("nan")
-    with pytest.raises(ValueError, match=r"lm_head: `W` must be finite to be decomposed, but 1 entries"):
-        compress(model, chi=2)
+    for size in ({"chi": 2}, {"budget": 0.5}, {"rel_error": 0.1}):
+        with pytest.raises(ValueError, match=r"lm_head: `W` must be finite to be decomposed, but 1 entries"):
+            compress(model, **size)
 
 
 def test_compress_refuses_to_decompose_on_meta():
     with pytest.raises(ValueError, match=r"blocks.0.attention.query: a weight on the meta device has no values"):
         compress(PicoGPT(SMALL, device="meta"), chi=2)
-
-
-def test_report_reads_as_a_table():
-    _, report = compress(make_model(GPTConfig()), chi=8, include=["lm_head"])
-    lines = str(report).splitlines()
-    assert lines[0].split() == ["layer", "out×in", "d_out", "d_in", "bonds", "before", "after", "rel_error"]
-    assert lines[1].split()[:7] == ["lm_head", "65×128", "5·13", "8·16", "1·8·1", "8,320", "1,984"]
-    assert lines[1].split()[7] == f"{report.rows[0].rel_error:.4f}"
-    assert lines[2] == "model: 808,448 -> 802,112 parameters, 1.01×"
 
 
 @pytest.mark.parametrize(("factorisation", "n_sites"), [("paper", None), ("balanced", 3)])

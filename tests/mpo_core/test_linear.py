@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from mpo_core.linear import MPOLinear
-from mpo_core.tensor_train import clip_bonds, rel_error, tt_svd
+from mpo_core.tensor_train import clip_bonds
 
 shapes = pytest.mark.parametrize(
     ("out_features", "in_features", "n_sites"),
@@ -134,36 +134,6 @@ def test_mpo_linear_on_meta_has_shapes_without_memory():
     assert layer(torch.empty(3, 2**16, device="meta")).shape == (3, 2**16)
 
 
-@pytest.mark.parametrize("n_sites", [1, 2, 3])
-def test_from_linear_is_exact_at_full_chi(n_sites):
-    linear = make_linear(12, 18)
-    layer = MPOLinear.from_linear(linear, chi=1000, n_sites=n_sites)
-    x = torch.randn(5, 18, generator=seeded(2), dtype=torch.float64)
-    torch.testing.assert_close(layer(x), linear(x))
-
-
-def test_from_linear_is_the_tt_svd_at_a_cap():
-    linear = make_linear(12, 18)
-    layer = MPOLinear.from_linear(linear, chi=3, d_out=[3, 4], d_in=[6, 3])
-    for core, expected in zip(layer.cores, tt_svd(linear.weight, [3, 4], [6, 3], 3), strict=True):
-        assert torch.equal(core, expected)
-    assert 0 < rel_error(linear.weight, layer.to_matrix()) < 1
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_from_linear_carries_everything_else_over(bias):
-    linear = make_linear(12, 18, bias=bias, dtype=torch.bfloat16).eval().requires_grad_(False)
-    layer = MPOLinear.from_linear(linear, chi=3)
-    assert not layer.training
-    assert all(parameter.dtype is torch.bfloat16 for parameter in layer.parameters())
-    assert not any(parameter.requires_grad for parameter in layer.parameters())
-    if bias:
-        assert torch.equal(layer.bias, linear.bias)
-        assert layer.bias.data_ptr() != linear.bias.data_ptr()
-    else:
-        assert layer.bias is None
-
-
 def test_state_dict_round_trips_through_safetensors():
     layer = make_layer(12, 8, 3)
     assert list(layer.state_dict()) == ["bias", "cores.0", "cores.1", "cores.2"]
@@ -237,10 +207,19 @@ def test_stacked_layers_under_vmap_match_single_ones(n_sites):
         ),
         ({"chi": 2, "d_out": [5, 13]}, r"must be given together, but got d_out=\[5, 13\], d_in=None"),
         ({"chi": 2, "d_out": [5, 13], "d_in": [8, 8], "n_sites": 3}, "`n_sites == len.*but got n_sites=3"),
-        ({"chi": 2, "factorisation": "best"}, "must be one of paper, balanced, but got 'best'"),
+        ({"chi": 2, "factorisation": "best"}, "`factorisation` must be one of .*, but got 'best'"),
         ({"chi": 2, "n_sites": 9}, "`1 <= n_sites <= 6` must hold, but got n_sites=9"),
-        ({"chi": 2, "init": "tt_svd"}, "one of paper, variance, but got 'tt_svd'; for tt_svd use"),
-        ({"chi": 2, "generator": None}, "draws its cores from `generator`, but got None"),
+        ({"chi": 2, "init": "tt_svd"}, "`init` of fresh cores must be one of .*, but got 'tt_svd'"),
+        ({"chi": 2, "generator": None}, "MPOLinear draws its parameters from `generator`, but got None"),
+        ({"chi": 2, "forward": "fast"}, "`forward` must be one of reconstruct, chain, cached, auto, but got 'fast'"),
+        ({}, "exactly one of `chi`, `bonds` and `max_params` must be given, but got chi=None, bonds=None, max_pa"),
+        ({"chi": 2, "bonds": [1, 2, 1]}, r"must be given, but got chi=2, bonds=\[1, 2, 1\], max_params=None"),
+        ({"bonds": [1, 2, 2, 1]}, "`bonds` must be 1, then a cap"),
+        (
+            {"max_params": 100},
+            r"chi=1 needs 144 parameters with d_out=\[5, 13\], d_in=\[8, 8\], but got max_params=100",
+        ),
+        ({"chi": 2, "d_out": [4, 16], "d_in": [8, 8], "padding": True}, "`prod.d_out. == out_features` must hold"),
     ],
 )
 def test_mpo_linear_says_what_is_allowed(options, message):
@@ -248,9 +227,17 @@ def test_mpo_linear_says_what_is_allowed(options, message):
         MPOLinear(64, 65, **{"generator": seeded(), **options})
 
 
-def test_from_linear_refuses_a_weight_without_values():
-    with pytest.raises(ValueError, match="a weight on the meta device has no values"):
-        MPOLinear.from_linear(nn.Linear(4, 4, device="meta"), chi=2)
+def test_bonds_are_taken_as_given():
+    layer = MPOLinear(36, 24, bonds=[1, 2, 5, 1], n_sites=3, generator=seeded())
+    assert (layer.bonds, layer.chi) == ((1, 2, 5, 1), 5)
+    again = MPOLinear.from_linear(make_linear(24, 36), bonds=layer.bonds, n_sites=3)
+    assert [core.shape for core in again.cores] == [core.shape for core in layer.cores]
+
+
+def test_structure_and_counts_are_reported():
+    layer = MPOLinear(128, 512, chi=8, n_sites=3, device="meta")
+    assert layer.n_params_matrix == 2816
+    assert layer.structure() == "chi=8, d_out=[8, 8, 8], d_in=[4, 4, 8], bonds=[1, 8, 8, 1]"
 
 
 def test_bonds_are_those_of_clip_bonds():

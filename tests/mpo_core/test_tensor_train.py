@@ -8,74 +8,19 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from chains import chain, dense, few, random_cores, random_matrix, seeds, splits, unfolding_singular_values
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_core.tensor_train import (
-    check_sizes,
+    bonds_and_sizes,
     clip_bonds,
     contract,
-    contraction_order,
     largest_bonds,
-    n_params,
     rel_error,
+    round_cores,
     tt_svd,
 )
-
-few = settings(max_examples=60, deadline=None)
-
-
-@st.composite
-def splits(draw, max_sites=4, max_size=4):
-    """(d_out, d_in) over 1 to max_sites sites, sizes of 1 among them."""
-    n_sites = draw(st.integers(1, max_sites))
-    sizes = st.lists(st.integers(1, max_size), min_size=n_sites, max_size=n_sites)
-    return draw(sizes), draw(sizes)
-
-
-seeds = st.integers(0, 2**32 - 1)
-
-
-def random_matrix(d_out, d_in, seed):
-    """Entries of a heavy-tailed distribution, so that singular values differ."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(math.prod(d_out), math.prod(d_in), generator=generator, dtype=torch.float64) ** 3
-
-
-def random_cores(bonds, d_out, d_in, seed):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = zip(bonds[:-1], d_out, d_in, bonds[1:], strict=True)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-
-
-def chain(cores):
-    """Sites as one array (bond, o_0, i_0, o_1, i_1, ..., bond) by a sum over each bond in turn; no sites: (1, 1)."""
-    block = np.eye(cores[0].shape[0] if cores else 1)
-    for core in cores:
-        block = np.tensordot(block, core, axes=(-1, 0))
-    return block
-
-
-def dense(cores):
-    block = chain(cores)[0, ..., 0]
-    n_sites = len(cores)
-    rows, columns = block.shape[0::2], block.shape[1::2]
-    return block.transpose(*range(0, 2 * n_sites, 2), *range(1, 2 * n_sites, 2)).reshape(
-        math.prod(rows), math.prod(columns)
-    )
-
-
-def unfolding_singular_values(W, d_out, d_in):
-    """Singular values of W's own unfolding at each inner bond."""
-    n_sites = len(d_out)
-    tensor = W.numpy().reshape(*d_out, *d_in)
-    values = []
-    for site in range(1, n_sites):
-        left = [*range(site), *range(n_sites, n_sites + site)]
-        right = [axis for axis in range(2 * n_sites) if axis not in left]
-        rows = math.prod(tensor.shape[axis] for axis in left)
-        values.append(np.linalg.svd(tensor.transpose(left + right).reshape(rows, -1), compute_uv=False))
-    return values
 
 
 @few
@@ -111,27 +56,6 @@ def test_contract_gradient_is_made_of_the_two_environments(split, chi, seed):
         right = chain(arrays[site + 1 :])[..., 0].reshape(arrays[site].shape[3], -1)  # (bond, sites after)
         expected = np.einsum("xa,xsy,by->asb", left, dW_sites.reshape(before, after, -1), right)
         np.testing.assert_allclose(gradient.numpy(), expected.reshape(gradient.shape), rtol=1e-9, atol=1e-9)
-
-
-@few
-@given(splits(max_sites=6, max_size=5), st.integers(1, 20))
-def test_contraction_order_is_the_cheapest_of_all(split, chi):
-    bonds = clip_bonds(chi, *split)
-    sizes = [out * in_ for out, in_ in zip(*split, strict=True)]
-
-    def costs(first, last):
-        """The cost of every full parenthesisation of sites [first, last)."""
-        if last - first == 1:
-            return [0]
-        volume = bonds[first] * math.prod(sizes[first:last]) * bonds[last]
-        return [
-            left + right + volume * bonds[middle]
-            for middle in range(first + 1, last)
-            for left in costs(first, middle)
-            for right in costs(middle, last)
-        ]
-
-    assert contraction_order(bonds, *split)[1] == min(costs(0, len(sizes)))
 
 
 @few
@@ -207,6 +131,86 @@ def test_tt_svd_bonds_at_a_cap_depend_on_sizes_alone(split, chi):
     assert torch.equal(contract(exact), W)
 
 
+@few
+@given(splits(), st.lists(st.integers(1, 9), min_size=3, max_size=3), seeds)
+def test_tt_svd_takes_a_cap_for_each_bond(split, inner, seed):
+    caps = (1, *inner[: len(split[0]) - 1], 1)
+    cores = tt_svd(random_matrix(*split, seed), *split, bonds=caps)
+    assert bonds_and_sizes(cores) == (clip_bonds(caps, *split), tuple(split[0]), tuple(split[1]))
+
+
+@few
+@given(splits(max_size=3), st.floats(0, 0.99), seeds)
+def test_tt_svd_meets_its_error_target(split, target, seed):
+    W = random_matrix(*split, seed)
+    cores = tt_svd(W, *split, rel_error=target)
+    assert rel_error(W, contract(cores)) <= target + 1e-13
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("target", [0.0, 0.02, 0.3])
+def test_tt_svd_meets_its_error_target_to_rounding(dtype, rounding, target):
+    W = random_matrix([4, 4, 3], [3, 4, 4], 0).to(dtype)
+    cores = tt_svd(W, [4, 4, 3], [3, 4, 4], rel_error=target)
+    assert rel_error(W, contract([core.double() for core in cores])) <= target + rounding
+
+
+@few
+@given(splits(max_size=3), st.floats(0.01, 0.99), seeds)
+def test_tt_svd_keeps_no_more_than_its_error_target_needs(split, target, seed):
+    """No bond is above that of Oseledets' equal budget: every cut may discard at least ε²‖W‖² / (L − 1)."""
+    W = random_matrix(*split, seed)
+    cores = tt_svd(W, *split, rel_error=target)
+    n_cuts = len(cores) - 1
+    for cut, s in enumerate(unfolding_singular_values(W, *split)):
+        # An earlier cut never raises a singular value, so W's own unfolding needs at least as many.
+        tails = np.cumsum(s[::-1] ** 2)[::-1] / np.sum(s**2)
+        kept = cores[cut].shape[3]
+        assert kept <= max(1, int(np.sum(tails > target**2 / n_cuts - 1e-12)))
+        if cut == 0 and kept < len(s):
+            assert tails[kept] <= target**2 / n_cuts + 1e-12
+
+
+def test_tt_svd_spends_what_earlier_cuts_left():
+    """A first site without correlation leaves the whole budget to the second cut, which can then discard more."""
+    s = torch.tensor([1.0, 0.3, 0.3, 0.3], dtype=torch.float64)
+    later = torch.zeros(2, 2, 2, 2, dtype=torch.float64)
+    later.view(4, 4).diagonal().copy_(s)  # (o_1, i_1) beside (o_2, i_2)
+    W = torch.kron(torch.ones(2, 2, dtype=torch.float64), later.permute(0, 2, 1, 3).reshape(4, 4))
+    target = float(s[3] / torch.linalg.norm(s)) * 1.01  # one of the three small values, and not under an equal share
+    assert target**2 / 2 < float(s[3] ** 2 / (s**2).sum())
+    cores = tt_svd(W, [2, 2, 2], [2, 2, 2], rel_error=target)
+    assert bonds_and_sizes(cores)[0] == (1, 1, 3, 1)
+
+
+@few
+@given(splits(), st.integers(1, 4), st.floats(0, 0.99), seeds)
+def test_tt_svd_with_cap_and_target_obeys_the_cap_and_stops_early(split, chi, target, seed):
+    W = random_matrix(*split, seed)
+    cores = tt_svd(W, *split, chi, rel_error=target)
+    bonds = bonds_and_sizes(cores)[0]
+    assert all(bond <= cap for bond, cap in zip(bonds, clip_bonds(chi, *split), strict=True))
+    free = bonds_and_sizes(tt_svd(W, *split, rel_error=target))[0]
+    if max(free) <= chi:
+        assert bonds == free
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rel_error": -0.1}, "`0 <= rel_error < 1` must hold, but got rel_error=-0.1"),
+        ({"rel_error": 1.0}, "`0 <= rel_error < 1` must hold, but got rel_error=1.0"),
+        ({"rel_error": math.nan}, "`0 <= rel_error < 1` must hold, but got rel_error=nan"),
+        ({"chi": 2, "bonds": (1, 2, 1)}, r"one of `chi` and `bonds` caps the bonds, but got chi=2, bonds=\[1, 2, 1\]"),
+    ],
+)
+def test_tt_svd_and_round_cores_say_what_they_take(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tt_svd(torch.ones(4, 4), [2, 2], [2, 2], **arguments)
+    with pytest.raises(ValueError, match=message):
+        round_cores([torch.ones(1, 2, 2, 3), torch.ones(3, 2, 2, 1)], **arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_tt_svd_keeps_the_dtype(dtype):
     W = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -252,39 +256,14 @@ def test_tt_svd_says_what_does_not_fit(W, d_out, d_in, chi, message):
         tt_svd(W, d_out, d_in, chi)
 
 
-def test_check_sizes_refuses_no_sites():
-    with pytest.raises(ValueError, match=r"one size of at least 1 per site, but got d_out=\[\], d_in=\[\]"):
-        check_sizes(1, 1, [], [])
-
-
-@few
-@given(splits(), seeds)
-def test_largest_bonds_are_the_ranks_of_a_generic_matrix(split, seed):
-    W = torch.randn(
-        math.prod(split[0]), math.prod(split[1]), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    ranks = [int(np.sum(s > 1e-9 * s[0])) for s in unfolding_singular_values(W, *split)]
-    assert largest_bonds(*split) == (1, *ranks, 1)
-
-
-@pytest.mark.parametrize(
-    ("d_out", "d_in", "chi", "bonds", "expected"),
-    [
-        ([8, 16], [8, 16], 8, (1, 8, 1), 2560),
-        ([8, 8, 8], [4, 4, 8], 8, (1, 8, 8, 1), 2816),
-        ([8, 8, 8], [4, 4, 8], 64, (1, 32, 64, 1), 32 * 32 + 32 * 32 * 64 + 64 * 64),
-        ([5, 13], [8, 16], 64, (1, 40, 1), 40 * 40 + 40 * 208),
-        ([7], [3], 4, (1, 1), 21),
-    ],
-)
-def test_n_params_counts_the_entries_of_clipped_cores(d_out, d_in, chi, bonds, expected):
-    assert clip_bonds(chi, d_out, d_in) == bonds
-    assert n_params(bonds, d_out, d_in) == expected
-
-
 def test_rel_error_is_defined_for_zero():
     zero, one = torch.zeros(2, 2), torch.ones(2, 2)
     assert rel_error(zero, zero) == 0
     assert rel_error(zero, one) == math.inf
     assert rel_error(one, zero) == 1
     assert rel_error(one, 3 * one) == 2
+
+
+def test_rel_error_refuses_shapes_that_differ():
+    with pytest.raises(ValueError, match=r"must have the same shape, but got \(2, 2\) and \(2,\)"):
+        rel_error(torch.ones(2, 2), torch.ones(2))

@@ -1,0 +1,100 @@
+"""A PicoGPT trained on the spot and compressed without fine-tuning: plain, whitened and ALS chains against low rank.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.data_aware [steps]
+
+The model has the paper's widths; by default it is trained for 800 steps of 16 × 64 tokens, a minute or two. At every χ
+each layer of the other methods gets at most as many parameters as the chain of that χ has. Calibration takes windows of
+the training split; the loss is that of the validation split.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mpo_core.compression.compress import compress
+from mpo_core.picogpt import PicoGPT
+from mpo_core.refinement.calibration import collect_grams, output_error
+from mpo_core.structured import StructuredLinear
+from study.config import Model, Protocol
+from study.corpus import Corpus, consecutive_windows, load_corpus
+from study.training import Training, evaluate
+from study.trial import TrialSpec
+
+CHIS = (8, 16, 32, 48)
+CONTEXT, BATCH = 64, 16
+N_CALIBRATION, N_VALIDATION = 64, 64
+"""Batches of 16 windows: 65,536 tokens each."""
+
+
+def main() -> None:
+    corpus = load_corpus()
+    model = train(corpus, int(sys.argv[1]) if len(sys.argv) > 1 else 800)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    calibration = [inputs for inputs, _ in islice(consecutive_windows(corpus.train, CONTEXT, BATCH), N_CALIBRATION)]
+    grams = collect_grams(model, names, calibration)
+
+    def loss_of(model: PicoGPT) -> float:
+        windows = consecutive_windows(corpus.validation, CONTEXT, BATCH)
+        with torch.no_grad():
+            return evaluate(model, islice(windows, N_VALIDATION))[0]
+
+    table = Table(title=f"dense: validation loss {loss_of(model):.4f} nats", title_justify="left")
+    for heading in ("χ", "factorisation", "method", "parameters", "of dense", "output error", "validation loss"):
+        table.add_column(heading)
+    for factorisation in ("paper", "min_params"):
+        for chi in CHIS:
+            _, shape = compress(model, chi=chi, factorisation=factorisation)
+            # Low rank needs at least rank 1, which the smallest chains of three sites undercut.
+            budget = {row.name: row.n_params_after for row in shape.rows}
+            smallest = {name: sum(model.get_parameter(f"{name}.weight").shape) for name in budget}
+            ways = [
+                (f"MPO, {method}", {"chi": chi, "factorisation": factorisation, "method": method})
+                for method in ("tt_svd", "whitened", "als")
+            ]
+            if all(budget[name] >= smallest[name] for name in budget):
+                each = {"layer": "low_rank", "budget": budget}
+                ways += [("low rank, SVD", {**each, "calibration": None}), ("low rank, whitened", each)]
+            for way, options in ways:
+                compressed, report = compress(model, **{"calibration": grams, **options})
+                after = sum(row.n_params_after for row in report.rows)
+                before = sum(row.n_params_before for row in report.rows)
+                errors = [
+                    output_error(model.get_parameter(f"{name}.weight"), layer.to_matrix(), grams[name])
+                    for name, layer in compressed.named_modules()
+                    if isinstance(layer, StructuredLinear)
+                ]
+                table.add_row(
+                    str(chi),
+                    factorisation,
+                    way,
+                    f"{after:,}",
+                    f"{after / before:.3f}",
+                    f"{sum(errors) / len(errors):.4f}",
+                    f"{loss_of(compressed):.4f}",
+                )
+            table.add_section()
+    Console(width=110).print(table)
+
+
+def train(corpus: Corpus, steps: int) -> PicoGPT:
+    protocol = {"steps": steps, "warmup_steps": steps // 10, "batch_size": BATCH, "learning_rate": 3e-3}
+    spec = TrialSpec(
+        arm="benchmark",
+        family="dense",
+        init="variance",
+        model=Model(context=CONTEXT),
+        protocol=Protocol(**protocol, eval_every=steps, sampled_eval_batches=1),
+    )
+    training = Training(spec, 0, corpus)
+    for _ in range(steps):
+        training.optimiser_step()
+    return training.model.eval()
+
+
+if __name__ == "__main__":
+    main()

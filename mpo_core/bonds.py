@@ -1,0 +1,124 @@
+"""The integers of a tensor-train matrix: bonds within reach, numbers of parameters, the cheapest order of merging."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+
+def largest_bonds(d_out: Sequence[int], d_in: Sequence[int]) -> tuple[int, ...]:
+    """The bonds (1, ..., 1) beyond which nothing is gained: each is the largest possible rank of its unfolding.
+
+    Raises:
+        ValueError: d_out and d_in differ in length, are empty, or contain a size below 1.
+    """
+    sizes = site_sizes(d_out, d_in)
+    return tuple(min(math.prod(sizes[:site]), math.prod(sizes[site:])) for site in range(len(sizes) + 1))
+
+
+def clip_bonds(chi_or_bonds: int | Sequence[int] | None, d_out: Sequence[int], d_in: Sequence[int]) -> tuple[int, ...]:
+    """The bonds (1, χ_1, ..., χ_{L-1}, 1) that a cap leads to: each within reach of its two neighbours.
+
+    Args:
+        chi_or_bonds: one cap for every bond, a cap of its own for each (1, χ_1, ..., χ_{L-1}, 1), or None for none.
+            Within reach means bonds[l+1] <= bonds[l] · d_out[l] · d_in[l], and likewise from the right.
+    Raises:
+        ValueError: a cap below 1, a number of caps other than L + 1, caps other than 1 at the two ends, or the sizes
+            are refused by `largest_bonds`.
+    """
+    largest = largest_bonds(d_out, d_in)
+    if chi_or_bonds is None:
+        return largest
+    if isinstance(chi_or_bonds, Sequence):
+        caps = list(chi_or_bonds)
+        if len(caps) != len(largest) or min(caps) < 1 or caps[0] != 1 or caps[-1] != 1:
+            raise ValueError(
+                f"`bonds` must be 1, then a cap of at least 1 between any two of the {len(d_out)} sites, then 1, "
+                f"but got bonds={caps}"
+            )
+    else:
+        if chi_or_bonds < 1:
+            raise ValueError(f"`chi >= 1` must hold, but got chi={chi_or_bonds}")
+        caps = [chi_or_bonds] * len(largest)
+    bonds = [min(cap, bond) for cap, bond in zip(caps, largest, strict=True)]
+    sizes = site_sizes(d_out, d_in)
+    for site, size in enumerate(sizes):
+        bonds[site + 1] = min(bonds[site + 1], bonds[site] * size)
+    for site, size in reversed(list(enumerate(sizes))):
+        bonds[site] = min(bonds[site], size * bonds[site + 1])
+    return tuple(bonds)
+
+
+def n_params(bonds: Sequence[int], d_out: Sequence[int], d_in: Sequence[int]) -> int:
+    """Number of entries of all cores (paper, Eq. 3).
+
+    Raises:
+        ValueError: other than L + 1 bonds, or the sizes are refused by `largest_bonds`.
+    """
+    sizes = site_sizes(d_out, d_in)
+    if len(bonds) != len(sizes) + 1:
+        raise ValueError(f"`len(bonds) == {len(sizes) + 1}` must hold for {len(sizes)} sites, but got {list(bonds)}")
+    return sum(bonds[site] * size * bonds[site + 1] for site, size in enumerate(sizes))
+
+
+def largest_chi(max_params: int, d_out: Sequence[int], d_in: Sequence[int]) -> int:
+    """The largest cap, up to the largest useful one, whose cores have at most `max_params` entries.
+
+    Raises:
+        ValueError: not even chi = 1 fits, or the sizes are refused by `largest_bonds`.
+    """
+    at_least = n_params(clip_bonds(1, d_out, d_in), d_out, d_in)
+    if at_least > max_params:
+        raise ValueError(
+            f"`max_params >= {at_least}` must hold for d_out={list(d_out)}, d_in={list(d_in)}, "
+            f"which have that many at chi=1, but got max_params={max_params}"
+        )
+    fits = range(1, max(largest_bonds(d_out, d_in)) + 1)
+    return bisect_right(fits, max_params, key=lambda chi: n_params(clip_bonds(chi, d_out, d_in), d_out, d_in))
+
+
+def contraction_order(
+    bonds: Sequence[int], d_out: Sequence[int], d_in: Sequence[int]
+) -> tuple[dict[tuple[int, int], int], int]:
+    """The order of pairwise merges of neighbours with the fewest multiply-adds: the matrix-chain problem.
+
+    Returns:
+        split: sites [first, last) are best merged from [first, split) and [split, last).
+        cost: multiply-adds of all merges together.
+    """
+    n_sites, sizes = len(d_out), site_sizes(d_out, d_in)
+    split: dict[tuple[int, int], int] = {}
+    cost = {(site, site + 1): 0 for site in range(n_sites)}
+    for width in range(2, n_sites + 1):
+        for first in range(n_sites - width + 1):
+            last = first + width
+            volume = bonds[first] * math.prod(sizes[first:last]) * bonds[last]
+            for middle in range(first + 1, last):
+                total = cost[first, middle] + cost[middle, last] + volume * bonds[middle]
+                if (first, last) not in split or total < cost[first, last]:
+                    cost[first, last], split[first, last] = total, middle
+    return split, cost[0, n_sites]
+
+
+def check_sizes(out_features: int, in_features: int, d_out: Sequence[int], d_in: Sequence[int]) -> None:
+    """Raise ValueError unless d_out and d_in split out_features and in_features over the same number of sites."""
+    site_sizes(d_out, d_in)
+    for name, sizes, features_name, features in (
+        ("d_out", d_out, "out_features", out_features),
+        ("d_in", d_in, "in_features", in_features),
+    ):
+        if math.prod(sizes) != features:
+            raise ValueError(
+                f"`prod({name}) == {features_name}` must hold, but got {name}={list(sizes)}, {features_name}={features}"
+            )
+
+
+def site_sizes(d_out: Sequence[int], d_in: Sequence[int]) -> list[int]:
+    """d_out[l] · d_in[l] of every site; ValueError unless there is one size of at least 1 of each per site."""
+    if len(d_out) != len(d_in) or not d_out or min(*d_out, *d_in) < 1:
+        raise ValueError(
+            "`d_out` and `d_in` must hold one size of at least 1 per site, "
+            f"but got d_out={list(d_out)}, d_in={list(d_in)}"
+        )
+    return [out * in_ for out, in_ in zip(d_out, d_in, strict=True)]

@@ -1,0 +1,310 @@
+"""Turn the linear layers of any model into structured ones, and back, and count what that does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mpo_core.baselines import PrunedLinear
+from mpo_core.compression.dense_layers import DenseLayer, as_linear, find_dense_layers, is_dense, linear_layers
+from mpo_core.compression.report import CompressedLayer, CompressionReport
+from mpo_core.compression.sizing import KINDS, Sizer, spread
+from mpo_core.factorisation import factorise
+from mpo_core.initialisation import FRESH_INITS, INITS
+from mpo_core.linear import MPOLinear
+from mpo_core.refinement.calibration import collect_grams, output_error
+from mpo_core.structured import StructuredLinear
+from mpo_core.tensor_train import contract, tt_svd
+from mpo_core.tensor_train import rel_error as relative_error
+
+Model = TypeVar("Model", bound=nn.Module)
+Layer = Callable[[str, nn.Linear], StructuredLinear | None]
+
+
+def compress(
+    model: Model,
+    *,
+    layer: str | Layer = "mpo",
+    chi: int | None = None,
+    rel_error: float | None = None,
+    budget: float | Mapping[str, int] | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    factorisation: str = "paper",
+    n_sites: int | None = None,
+    padding: bool = False,
+    init: str = "tt_svd",
+    calibration: Mapping[str, Tensor] | Iterable[Any] | None = None,
+    calibration_forward: Callable[[nn.Module, Any], object] | None = None,
+    method: str | None = None,
+    forward: str = "reconstruct",
+    generator_for: Callable[[str], torch.Generator] | None = None,
+    n_tokens: int = 256,
+) -> tuple[Model, CompressionReport]:
+    """A copy of the model with its linear layers replaced by structured ones; all else is carried over, the model kept.
+
+    Replaced are nn.Linear and the Conv1D of Hugging Face, by name. Layers that hold one weight together get one
+    structured weight together. Left as they are, with the reason in the report, are layers whose weight is also an
+    embedding's or belongs to a layer that is not replaced, and those whose owner reads the weight itself
+    (nn.MultiheadAttention, nn.TransformerEncoderLayer); to name such a layer in `include` outright is an error.
+
+    Args:
+        layer: "mpo" (MPOLinear), "low_rank", "monarch" or "pruned"; or a function from a layer's name and its weight
+            as an nn.Linear to a StructuredLinear, or to None to leave it dense, beside which no size is given.
+        chi, rel_error, budget: how large the layers become; exactly one of them.
+            chi: the cap on the bonds of every layer; the rank of "low_rank" and "monarch". Layers are replaced as
+            asked, even where that saves nothing; the report then says so.
+            rel_error: the smallest layers found whose ‖W − Ŵ‖_F / ‖W‖_F, or with calibration relative output error,
+            is no larger. A layer that would save nothing stays dense.
+            budget: parameters of all these matrices together; as a float below 1, a fraction of those they have. It is
+            spread over the layers by their squared relative errors (`spread_budget`), and a layer may stay dense. Or a
+            mapping from layer name to the most parameters of each.
+        include, exclude: patterns (fnmatch, case-sensitive) of module names such as "blocks.0.attention.query"; a
+            layer is replaced if it matches one of `include` and none of `exclude`.
+        factorisation, n_sites, padding: how the weights of "mpo" are split over sites, see `factorise`.
+        init: "tt_svd" (in its place "data_aware", where there is calibration) takes the present weights, for every
+            kind of layer; the others draw fresh parameters, see `initialisation.FRESH_INITS`, and go with chi alone.
+        calibration: batches to run the model on, or Gram matrices by layer name, see `collect_grams`. Chains are then
+            fitted by `method`, low ranks found, and errors of a budget measured, for the outputs over these inputs.
+        method: of `fit_cores`, for "mpo"; "als" with calibration, "tt_svd" without.
+        forward: how the layers of "mpo" apply their weight, see MPOLinear.
+        generator_for: from a parameter's name, such as "blocks.0.attention.query.cores.1", to the generator of its
+            values; needed to draw fresh parameters, except on the meta device, where there is nothing to draw.
+        n_tokens: tokens per forward for which the report gives FLOPs and bytes.
+    Raises:
+        ValueError: no layer matches; one named outright cannot be replaced; not exactly one size; a budget that even
+            the smallest layers exceed; an unknown layer, init or method; calibration that is empty or not finite;
+            fresh parameters without generator_for; or as `factorise` and `tt_svd`, with the name of the layer.
+    """
+    _check(layer, chi, rel_error, budget, init, calibration)
+    found = find_dense_layers(model, include, exclude)
+    targets = [dense for dense in found if dense.reason is None]
+    grams = _grams(model, targets, calibration, calibration_forward)
+    sizer = None
+    if isinstance(layer, str):
+        sizer = Sizer(layer, init, factorisation, n_sites, padding, method, forward, generator_for)
+        if isinstance(budget, int | float):
+            budget = spread(sizer, {dense.name: dense.linear for dense in targets}, grams, budget)
+    unknown = set(budget) - {dense.name for dense in found} if isinstance(budget, Mapping) else set()
+    if unknown:
+        raise ValueError(f"`budget` names {', '.join(sorted(unknown))}, which no layer to be replaced is called")
+
+    def replacement(dense: DenseLayer) -> tuple[StructuredLinear | None, str | None]:
+        gram = grams.get(dense.name)
+        if callable(layer):
+            new = layer(dense.name, dense.linear)
+            if not isinstance(new, StructuredLinear | None):
+                raise ValueError(f"`layer` must return a StructuredLinear or None, but returned {type(new).__name__}")
+            return new, None if new is not None else "`layer` left it dense"
+        assert sizer is not None
+        if chi is not None:
+            return sizer.with_chi(dense.name, dense.linear, chi, gram)
+        if rel_error is not None:
+            return sizer.with_error(dense.linear, rel_error, gram)
+        assert isinstance(budget, Mapping)
+        if dense.name not in budget:
+            raise ValueError(f"`budget` has no entry for it, only for {', '.join(budget) or 'none'}")
+        return sizer.with_params(dense.linear, budget[dense.name], gram)
+
+    compressed = copy.deepcopy(model)
+    rows: dict[str, CompressedLayer] = {}
+    for dense in found:
+        new, reason = None, dense.reason
+        if reason is None:
+            try:
+                new, reason = replacement(dense)
+            except ValueError as error:
+                raise ValueError(f"{dense.name}: {error}") from error
+        if new is not None:
+            _replace(model, compressed, dense, new)
+        drawn = new is not None and (init in FRESH_INITS or dense.linear.weight.is_meta)
+        kind = layer if isinstance(layer, str) else type(new).__name__
+        rows[dense.name] = row = _row(kind, dense, new, grams.get(dense.name), drawn, reason, n_tokens)
+        for name in dense.sharers:
+            note = f"shares the parameters of {dense.name}"
+            rows[name] = replace(row, name=name, n_params_before=0, n_params_after=0, reason=note)
+    in_order = [rows[name] for name, _ in model.named_modules(remove_duplicate=False) if name in rows]
+    return compressed, CompressionReport(tuple(in_order), n_params(model), n_params(compressed), n_tokens)
+
+
+def decompress(model: Model) -> Model:
+    """A copy of the model with an nn.Linear of the same matrix in the place of every structured layer.
+
+    Layers that share their parameters share the weight; dtype, device, bias, requires_grad and training mode stay.
+    What was a Conv1D before it was compressed becomes an nn.Linear too.
+    """
+    dense = copy.deepcopy(model)
+    made: dict[int, nn.Linear] = {}
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
+    for name, layer in list(dense.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, StructuredLinear):
+            continue
+        if id(layer) not in made:
+            parameters = [parameter for key, parameter in layer.named_parameters() if key != "bias"]
+            shared = tuple(id(parameter) for parameter in parameters)
+            if shared not in weights:
+                trainable = any(parameter.requires_grad for parameter in parameters)
+                weights[shared] = nn.Parameter(layer.to_matrix().detach().clone(), requires_grad=trainable)
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.weight = weights[shared]
+            linear.register_parameter("bias", layer.bias)
+            made[id(layer)] = linear.train(layer.training)
+        dense.set_submodule(name, made[id(layer)])
+    return dense
+
+
+def rel_errors(
+    model: nn.Module, chis: Sequence[int], *, factorisation: str = "paper", n_sites: int | None = None
+) -> dict[tuple[int, str], float]:
+    """‖W − Ŵ‖_F / ‖W‖_F of the TT-SVD of every nn.Linear and Conv1D at every cap: {(chi, layer name): rel_error}.
+
+    Computed in the dtype and on the device of the weights; the model is left as it is. No layer, no entry.
+    """
+    errors: dict[tuple[int, str], float] = {}
+    for name, linear in linear_layers(model).items():
+        W = linear.weight.detach()
+        for chi in chis:
+            d_out, d_in = factorise(*W.shape, method=factorisation, n_sites=n_sites, chi=chi)
+            errors[chi, name] = relative_error(W, contract(tt_svd(W, d_out, d_in, chi)))
+    return errors
+
+
+def n_params(model: nn.Module) -> int:
+    """All trainable parameters of the model, shared ones once; of a pruned matrix, those that are not pruned."""
+    pruned = {
+        id(parameter): module.n_params_matrix
+        for module in model.modules()
+        if isinstance(module, PrunedLinear)
+        for name, parameter in module.named_parameters()
+        if name != "bias"
+    }
+    return sum(
+        pruned.get(id(parameter), parameter.numel()) for parameter in model.parameters() if parameter.requires_grad
+    )
+
+
+def n_params_compressed(model: nn.Module) -> int:
+    """Parameters of the linear layers' matrices alone, dense and structured, biases excluded, shared ones once."""
+    counted: dict[tuple[int, ...], int] = {}
+    for module in model.modules():
+        if isinstance(module, StructuredLinear):
+            key = tuple(id(parameter) for name, parameter in module.named_parameters() if name != "bias")
+            counted[key] = module.n_params_matrix
+        elif is_dense(module):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            counted[id(weight),] = weight.numel()
+    return sum(counted.values())
+
+
+def _check(
+    layer: str | Layer,
+    chi: int | None,
+    rel_error: float | None,
+    budget: float | Mapping[str, int] | None,
+    init: str,
+    calibration: object,
+) -> None:
+    if isinstance(layer, str) and layer not in KINDS:
+        raise ValueError(f"`layer` must be one of {', '.join(KINDS)}, or a function, but got {layer!r}")
+    sizes = {"chi": chi, "rel_error": rel_error, "budget": budget}
+    given = [name for name, size in sizes.items() if size is not None]
+    if len(given) != (1 if isinstance(layer, str) else 0):
+        raise ValueError(
+            "exactly one of `chi`, `rel_error` and `budget` must be given, none beside a function as `layer`, "
+            f"but got {' and '.join(given) or 'none'}"
+        )
+    if init not in INITS:
+        raise ValueError(f"`init` must be one of {', '.join(INITS)}, but got {init!r}")
+    if init in FRESH_INITS and chi is None:
+        raise ValueError(f"init {init!r} goes with `chi` alone: errors of weights say nothing of fresh parameters")
+    if init == "data_aware" and calibration is None:
+        raise ValueError("init 'data_aware' needs `calibration`, but got None")
+    if rel_error is not None and not 0 <= rel_error < 1:
+        raise ValueError(f"`0 <= rel_error < 1` must hold, but got rel_error={rel_error}")
+
+
+def _grams(
+    model: nn.Module,
+    targets: Sequence[DenseLayer],
+    calibration: Mapping[str, Tensor] | Iterable[Any] | None,
+    forward: Callable[[nn.Module, Any], object] | None,
+) -> dict[str, Tensor]:
+    """E[x xᵀ] of each target by its name; of layers that share a weight the sum, as are the errors of their outputs."""
+    if calibration is None:
+        return {}
+    if isinstance(calibration, Tensor):
+        raise ValueError("`calibration` must be a sequence of batches, but got one tensor; put it in a list")
+    if isinstance(calibration, Mapping):
+        grams = calibration
+        missing = [dense.name for dense in targets if not any(name in grams for name in (dense.name, *dense.sharers))]
+        if missing:
+            raise ValueError(
+                f"`calibration` has no Gram matrix for {', '.join(missing)}; "
+                "a batch of keyword arguments goes in a list"
+            )
+    else:
+        names = [name for dense in targets for name in (dense.name, *dense.sharers)]
+        grams = collect_grams(model, names, calibration, forward=forward)
+    return {
+        dense.name: torch.stack([grams[name] for name in (dense.name, *dense.sharers) if name in grams]).sum(0)
+        for dense in targets
+    }
+
+
+def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: StructuredLinear) -> None:
+    """Put the new layer wherever `compressed`, a copy of `model`, has the dense one or another with its weight."""
+    placed = {id(model.get_submodule(dense.name)): new}
+    matrix = [tensor for name, tensor in new.named_parameters() if name != "bias"] + list(new.buffers())
+    for name in (dense.name, *dense.sharers):
+        module = model.get_submodule(name)
+        if id(module) not in placed:
+            twin = copy.deepcopy(new, {id(tensor): tensor for tensor in matrix})
+            linear = as_linear(module)
+            twin.bias = None if linear.bias is None else copy.deepcopy(linear.bias)
+            placed[id(module)] = twin.train(module.training)
+        compressed.set_submodule(name, placed[id(module)])
+
+
+def _row(
+    kind: str,
+    dense: DenseLayer,
+    new: StructuredLinear | None,
+    gram: Tensor | None,
+    drawn: bool,
+    reason: str | None,
+    n_tokens: int,
+) -> CompressedLayer:
+    W = dense.linear.weight
+    out_features, in_features = W.shape
+    chain = new if isinstance(new, MPOLinear) else None
+    flops, n_bytes = 2 * W.numel() * n_tokens, (W.numel() + n_tokens * sum(W.shape)) * W.element_size()
+    errors: list[float | None] = [0.0, None if gram is None else 0.0]
+    if new is not None:
+        flops, n_bytes = new.flops(n_tokens), new.bytes(n_tokens)
+        errors = [None, None]
+        if not drawn:
+            W_hat = new.to_matrix()
+            errors = [relative_error(W, W_hat), None if gram is None else output_error(W, W_hat, gram)]
+    return CompressedLayer(
+        name=dense.name,
+        kind="dense" if new is None else kind,
+        out_features=out_features,
+        in_features=in_features,
+        d_out=() if chain is None else chain.d_out,
+        d_in=() if chain is None else chain.d_in,
+        bonds=() if chain is None else chain.bonds,
+        structure="dense" if new is None else new.structure(),
+        n_params_before=W.numel(),
+        n_params_after=W.numel() if new is None else new.n_params_matrix,
+        rel_error=errors[0],
+        output_error=errors[1],
+        flops_per_token=flops / n_tokens,
+        bytes_per_token=n_bytes / n_tokens,
+        reason=reason,
+    )

@@ -1,0 +1,90 @@
+"""What compression did to each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """What became of one linear layer. Parameters are those of its weight matrix, without the bias."""
+
+    name: str
+    kind: str
+    """"mpo", "low_rank", "monarch", "pruned", the class of another layer, or "dense" where the layer was kept."""
+    out_features: int
+    in_features: int
+    d_out: tuple[int, ...]
+    """Local sizes, as d_in and bonds empty for layers that are not chains of cores."""
+    d_in: tuple[int, ...]
+    bonds: tuple[int, ...]
+    structure: str
+    """The layer's own short description of what fixes its shape."""
+    n_params_before: int
+    n_params_after: int
+    rel_error: float | None
+    """‖W − Ŵ‖_F / ‖W‖_F; None for a layer drawn afresh."""
+    output_error: float | None
+    """√(E‖(W − Ŵ) x‖² / E‖W x‖²) over the calibration inputs; None without them, or for a layer drawn afresh."""
+    flops_per_token: float
+    """Of a forward of `n_tokens` tokens, per token, without the bias; a multiply-add is two."""
+    bytes_per_token: float
+    """Read and written by such a forward, per token."""
+    reason: str | None = None
+    """Why the layer was kept dense, shares its parameters with another, or is no smaller than before."""
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """One row per layer asked for, in the order of the model; n_params are the whole model's trainable parameters."""
+
+    rows: tuple[CompressedLayer, ...]
+    n_params_before: int
+    n_params_after: int
+    n_tokens: int = 1
+    """Tokens per forward for which FLOPs and bytes are given."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One line per row, one column per field; needs pandas."""
+        import pandas as pd
+
+        names = [field.name for field in fields(CompressedLayer)]
+        return pd.DataFrame([[getattr(row, name) for name in names] for row in self.rows], columns=names)
+
+    def __str__(self) -> str:
+        header = ["layer", "out×in", "d_out", "d_in", "bonds", "before", "after", "rel_error"]
+        calibrated = any(row.output_error is not None for row in self.rows)
+        explained = any(row.reason is not None for row in self.rows)
+        header += ["output_error"] * calibrated + ["kFLOP/token", "kB/token"] + ["note"] * explained
+        table = [header]
+        for row in self.rows:
+            chain = [_join(row.d_out), _join(row.d_in), _join(row.bonds)] if row.bonds else [row.structure, "", ""]
+            cells = [row.name, f"{row.out_features}×{row.in_features}", *chain]
+            cells += [f"{row.n_params_before:,}", f"{row.n_params_after:,}", _error(row.rel_error)]
+            cells += [_error(row.output_error)] * calibrated
+            cells += [f"{row.flops_per_token / 1e3:.1f}", f"{row.bytes_per_token / 1e3:.1f}"]
+            table.append(cells + [row.reason or ""] * explained)
+        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column < 5 or header[column] == "note" else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in table
+        ]
+        before, after = self.n_params_before, self.n_params_after
+        ratio = f", {before / after:.2f}×" if after else ""
+        return "\n".join([*lines, f"model: {before:,} -> {after:,} parameters{ratio}"])
+
+
+def _join(sizes: Iterable[int]) -> str:
+    return "·".join(str(size) for size in sizes)
+
+
+def _error(error: float | None) -> str:
+    return "–" if error is None else f"{error:.4f}"

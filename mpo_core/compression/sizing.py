@@ -1,0 +1,181 @@
+"""Structured layers in the place of dense ones, of a given size, error or number of parameters."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.compression.budget import Rung, Split, chain_ladder, low_rank_ladder, spread_budget
+from mpo_core.factorisation import factorise, why_not
+from mpo_core.initialisation import FRESH_INITS
+from mpo_core.linear import MPOLinear
+from mpo_core.refinement.calibration import output_error
+from mpo_core.structured import StructuredLinear, check_matrix
+from mpo_core.tensor_train import rel_error
+
+KINDS: dict[str, type[StructuredLinear]] = {
+    "mpo": MPOLinear,
+    "low_rank": LowRankLinear,
+    "monarch": MonarchLinear,
+    "pruned": PrunedLinear,
+}
+
+N_RUNGS = {"monarch": 16, "pruned": 64}
+"""Sizes tried of the kinds whose errors are measured one by one."""
+
+Outcome = tuple[StructuredLinear | None, str | None]
+"""The new layer, or None where the dense one stays; and what is to be said about it."""
+
+
+@dataclass(frozen=True)
+class Sizer:
+    """Makes layers of one kind. `gram` is E[x xᵀ] of the layer's inputs, or None; see `compress` for the rest."""
+
+    kind: str
+    init: str
+    factorisation: str
+    n_sites: int | None
+    padding: bool
+    method: str | None
+    forward: str
+    generator_for: Callable[[str], torch.Generator] | None
+
+    def with_chi(self, name: str, linear: nn.Linear, chi: int, gram: Tensor | None) -> Outcome:
+        """A layer of that cap or rank, whether or not it is smaller than the dense one."""
+        if self.kind == "pruned":
+            raise ValueError("a pruned layer has no `chi`; give a budget or a rel_error")
+        size = {"chi" if self.kind == "mpo" else "rank": chi}
+        fresh = self.init in FRESH_INITS
+        layer = self._drawn(name, linear, size) if fresh else self._decomposed(linear, gram, **size)
+        return layer, _no_smaller(layer, linear)
+
+    def with_params(self, linear: nn.Linear, max_params: int, gram: Tensor | None) -> Outcome:
+        """The largest layer of at most max_params; the dense one, if that is within them."""
+        if max_params >= linear.weight.numel():
+            return None, f"its share of the budget, {max_params:,} parameters, holds the dense matrix"
+        return self._decomposed(linear, gram, max_params=max_params), None
+
+    def with_error(self, linear: nn.Linear, target: float, gram: Tensor | None) -> Outcome:
+        """The smallest layer found within a relative error, of its outputs where there is a gram, or the dense one."""
+        if gram is None:
+            layer = self._within_weight_error(linear, target)
+        else:
+            layer = self._within_output_error(linear, target, gram)
+        if layer is None or layer.n_params_matrix >= linear.weight.numel():
+            error = "rel_error" if gram is None else "output error"
+            return None, f"no {self.kind} layer with fewer parameters found within {error} {target:g}"
+        return layer, None
+
+    def ladder(self, linear: nn.Linear, gram: Tensor | None) -> list[Rung]:
+        """The sizes below the dense one, ascending, with their squared relative errors."""
+        W = linear.weight.detach()
+        check_matrix(W)
+        if self.kind == "mpo":
+            ladder = chain_ladder(W, gram, lambda chi: self._split(linear, chi))
+        elif self.kind == "low_rank":
+            ladder = low_rank_ladder(W, gram)
+        else:
+            n_rungs = N_RUNGS[self.kind]
+            ladder = [self._measured(linear, gram, W.numel() * step // n_rungs) for step in range(1, n_rungs)]
+        return sorted({rung.n_params: rung for rung in ladder if rung is not None}.values(), key=lambda r: r.n_params)
+
+    def _measured(self, linear: nn.Linear, gram: Tensor | None, max_params: int) -> Rung | None:
+        try:
+            layer = self._decomposed(linear, gram, max_params=max_params)
+        except ValueError:  # even the smallest has more
+            return None
+        return Rung(layer.n_params_matrix, _error(linear, layer, gram) ** 2)
+
+    def _within_output_error(self, linear: nn.Linear, target: float, gram: Tensor) -> StructuredLinear | None:
+        ladder = self.ladder(linear, gram)
+        layers: dict[int, StructuredLinear] = {}
+
+        def meets(index: int) -> bool:
+            layer = self._decomposed(linear, gram, max_params=ladder[index].n_params)
+            if _error(linear, layer, gram) > target:
+                return False
+            layers[index] = layer
+            return True
+
+        # The error of a fit need not fall with the size without exception; what bisection finds does meet the target.
+        return layers.get(bisect_left(range(len(ladder)), True, key=meets))
+
+    def _within_weight_error(self, linear: nn.Linear, target: float) -> StructuredLinear | None:
+        sizes = {}
+        if self.kind == "mpo" and self.factorisation == "min_params":
+            # The split follows the cap, and so the cap comes first.
+            rung = next((rung for rung in self.ladder(linear, None) if rung.error <= target**2), None)
+            if rung is None:
+                return None
+            layer = MPOLinear.empty_like(linear, max_params=rung.n_params, **self._options)
+            sizes = {"d_out": layer.d_out, "d_in": layer.d_in, "factorisation": "balanced"}
+        return self._decomposed(linear, None, rel_error=target, **sizes)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        if self.kind != "mpo":
+            return {}
+        split = {"factorisation": self.factorisation, "n_sites": self.n_sites, "padding": self.padding}
+        return {**split, "forward": self.forward}
+
+    def _decomposed(self, linear: nn.Linear, gram: Tensor | None, **size: Any) -> StructuredLinear:
+        method = {"method": self.method} if self.kind == "mpo" else {}
+        return KINDS[self.kind].from_linear(linear, gram=gram, **method, **{**self._options, **size})
+
+    def _drawn(self, name: str, linear: nn.Linear, size: dict[str, int]) -> StructuredLinear:
+        layer, generator_for = KINDS[self.kind].empty_like(linear, **size, **self._options), self.generator_for
+        if not linear.weight.is_meta:
+            if generator_for is None:
+                raise ValueError(f"init {self.init!r} draws fresh parameters from `generator_for`, but got None")
+            layer.draw(self.init, lambda parameter: generator_for(f"{name}.{parameter}"))
+        return layer
+
+    def _split(self, linear: nn.Linear, chi: int) -> Split:
+        return factorise(
+            linear.out_features,
+            linear.in_features,
+            method=self.factorisation,
+            n_sites=self.n_sites,
+            chi=chi,
+            padding=self.padding,
+        )
+
+
+def spread(
+    sizer: Sizer, targets: Mapping[str, nn.Linear], grams: Mapping[str, Tensor], budget: float
+) -> dict[str, int]:
+    """The most parameters that each layer may have, so that all together have at most `budget`.
+
+    Raises:
+        ValueError: a budget that is no fraction below 1 and no whole number, or too small for the smallest layers.
+    """
+    if isinstance(budget, float) and not 0 < budget < 1:
+        raise ValueError(f"`budget` must be a number of parameters or a fraction between 0 and 1, but got {budget}")
+    if isinstance(budget, float):
+        budget = int(budget * sum(linear.weight.numel() for linear in targets.values()))
+    ladders: dict[str, list[Rung]] = {}
+    for name, linear in targets.items():
+        try:
+            ladders[name] = [*sizer.ladder(linear, grams.get(name)), Rung(linear.weight.numel(), 0.0)]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return {name: rung.n_params for name, rung in spread_budget(ladders, budget).items()}
+
+
+def _error(linear: nn.Linear, layer: StructuredLinear, gram: Tensor | None) -> float:
+    W, W_hat = linear.weight, layer.to_matrix()
+    return rel_error(W, W_hat) if gram is None else output_error(W, W_hat, gram)
+
+
+def _no_smaller(layer: StructuredLinear, linear: nn.Linear) -> str | None:
+    if layer.n_params_matrix < linear.weight.numel():
+        return None
+    if isinstance(layer, MPOLinear):
+        return why_not(layer.out_features, layer.in_features, layer.d_out, layer.d_in, layer.bonds)
+    return f"{layer.structure()} has {layer.n_params_matrix:,} parameters, the dense matrix {linear.weight.numel():,}"

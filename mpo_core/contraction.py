@@ -1,0 +1,245 @@
+"""The ways to apply a chain of cores to activations, y = x Wᵀ, and what each costs in FLOPs and bytes.
+
+"reconstruct" forms W and multiplies by it; "cached" has W already; "chain" contracts x with one core after the other
+and never forms W, from the first site to the last ("left") or from the last to the first ("right").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mpo_core.bonds import contraction_order
+from mpo_core.tensor_train import bonds_and_sizes
+
+DIRECTIONS = ("auto", "left", "right")
+MODES = ("reconstruct", "chain", "cached")
+
+Sizes = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations, a multiply-add counted as two; bytes read and written, each operand once per use."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+class Product(NamedTuple):
+    """`batch` matrix products (m × k) @ (k × n), the left factor the same in all of them (a weight)."""
+
+    batch: int
+    m: int
+    k: int
+    n: int
+    copied: int = 0
+    """Elements copied into another order before or after."""
+    partial: int = 0
+    """Elements of the weight's gradient before they are summed over the batch."""
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.m * self.k * self.n
+
+    @property
+    def read(self) -> int:
+        """Elements read."""
+        return self.m * self.k + self.batch * self.k * self.n + self.copied
+
+    @property
+    def written(self) -> int:
+        """Elements written."""
+        return self.batch * self.m * self.n + self.copied
+
+    def backward(self) -> tuple[Product, Product]:
+        """The products that give the gradients of the right factor and of the left one."""
+        batch, m, k, n, copied, partial = self
+        return Product(batch, k, m, n, copied), Product(1, m, batch * n, k, copied + partial)
+
+
+# Applying -------------------------------------------------------------------------------------------------------------
+
+
+def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor:
+    """y = x Wᵀ by contracting x with one core after the other; W is never formed.
+
+    The state between two sites has the rows' sizes that are done and the columns' sizes still to come, and is never
+    permuted: each step is one product, or a batch of products with the same core. Differentiable.
+
+    Args:
+        cores: site l is (bonds[l], d_out[l], d_in[l], bonds[l+1]).
+        x: (..., prod(d_in)).
+        direction: "left" from the first site to the last, "right" from the last to the first, "auto" the one with
+            fewer FLOPs (`cheapest_direction`).
+    Returns:
+        (..., prod(d_out)), in the dtype of autocast where that is enabled.
+    Raises:
+        ValueError: an unknown direction; cores that do not fit together, or x that does not fit them.
+    """
+    bonds, d_out, d_in = bonds_and_sizes(cores)
+    if direction not in DIRECTIONS:
+        raise ValueError(f"`direction` must be one of {', '.join(DIRECTIONS)}, but got {direction!r}")
+    if x.ndim < 1 or x.shape[-1] != math.prod(d_in):
+        raise ValueError(
+            f"`x.shape[-1] == prod(d_in)` must hold, but got x of shape {tuple(x.shape)}, d_in={list(d_in)}"
+        )
+    if direction == "auto":
+        direction = cheapest_direction(bonds, d_out, d_in)
+    leading = x.shape[:-1]
+    batch, rest, done = math.prod(leading), math.prod(d_in), 1
+    state = x
+    if direction == "left":
+        for core in cores:
+            a, o, i, b = core.shape
+            rest //= i
+            A = core.permute(1, 3, 0, 2).reshape(o * b, a * i)
+            state = _apply(A, state.reshape(batch, a * i, rest))  # (batch, o·b, rest)
+            batch *= o
+    else:
+        batch *= rest
+        for core in reversed(cores):
+            a, o, i, b = core.shape
+            batch //= i
+            state = _apply(core.reshape(a * o, i * b), state.reshape(batch, i * b, done))  # (batch, a·o, done)
+            done *= o
+    return state.reshape(*leading, math.prod(d_out))
+
+
+def _apply(A: Tensor, state: Tensor) -> Tensor:
+    """(m, k) times each of (batch, k, n): (batch, m, n)."""
+    batch, k, n = state.shape
+    m = A.shape[0]
+    if n == 1:
+        return (state.reshape(batch, k) @ A.T).reshape(batch, m, 1)
+    if _copies(m, k, n):
+        return (state.transpose(1, 2).reshape(batch * n, k) @ A.T).reshape(batch, n, m).transpose(1, 2)
+    return torch.bmm(A.expand(batch, m, k), state)
+
+
+def _copies(m: int, k: int, n: int) -> bool:
+    """Whether copying the state for one large product is better than a batch of small ones.
+
+    In a batch the gradient of A is one (m, k) partial sum per item. Measured on a CPU: up to twice the size of the
+    item's own operands that is cheaper than a copy, forward and backward; beyond that it is slower and needs the memory
+    of all partial sums.
+    """
+    return m * k > 2 * (m + k) * n
+
+
+def pad_features(x: Tensor, features: int) -> Tensor:
+    """x with zeros appended to its last dimension, up to `features` entries."""
+    missing = features - x.shape[-1]
+    return x if missing == 0 else pad(x, (0, missing))
+
+
+# Counting -------------------------------------------------------------------------------------------------------------
+
+
+def cheapest_direction(bonds: Sizes, d_out: Sizes, d_in: Sizes) -> str:
+    """ "left" or "right", whichever needs fewer FLOPs; of equals the one that moves fewer elements, then "right"."""
+
+    def cost(direction: str) -> tuple[int, int]:
+        steps = chain_products(bonds, d_out, d_in, 1, direction)
+        return sum(step.flops for step in steps), sum(step.read + step.written for step in steps)
+
+    return "left" if cost("left") < cost("right") else "right"
+
+
+def chain_products(bonds: Sizes, d_out: Sizes, d_in: Sizes, n_tokens: int, direction: str = "auto") -> list[Product]:
+    """The products of `chain`, in their order."""
+    if direction == "auto":
+        direction = cheapest_direction(bonds, d_out, d_in)
+    sites = range(len(d_out))
+    batch, rest, done, steps = n_tokens, math.prod(d_in), 1, []
+    if direction == "right":
+        batch *= rest
+    for site in sites if direction == "left" else reversed(sites):
+        a, o, i, b = bonds[site], d_out[site], d_in[site], bonds[site + 1]
+        if direction == "left":
+            rest //= i
+            steps.append(_step(batch, o * b, a * i, rest))
+            batch *= o
+        else:
+            batch //= i
+            steps.append(_step(batch, a * o, i * b, done))
+            done *= o
+    return steps
+
+
+def _step(batch: int, m: int, k: int, n: int) -> Product:
+    if n == 1:
+        return Product(1, m, k, batch)
+    if _copies(m, k, n):
+        return Product(1, m, k, batch * n, copied=batch * (m + k) * n)
+    return Product(batch, m, k, n, partial=batch * m * k if batch > 1 else 0)
+
+
+def contract_products(bonds: Sizes, d_out: Sizes, d_in: Sizes) -> list[Product]:
+    """The products that form W, in the order of `tensor_train.contract`, each with a copy of its result."""
+    split, _ = contraction_order(bonds, d_out, d_in)
+
+    def steps(first: int, last: int) -> Iterator[Product]:
+        if last - first == 1:
+            return
+        middle = split[first, last]
+        yield from steps(first, middle)
+        yield from steps(middle, last)
+        m = bonds[first] * math.prod(d_out[first:middle]) * math.prod(d_in[first:middle])
+        n = math.prod(d_out[middle:last]) * math.prod(d_in[middle:last]) * bonds[last]
+        yield Product(1, m, bonds[middle], n, copied=m * n)
+
+    return list(steps(0, len(d_out)))
+
+
+def dense_product(out_features: int, in_features: int, n_tokens: int) -> Product:
+    """x Wᵀ with W at hand."""
+    return Product(1, out_features, in_features, n_tokens)
+
+
+def products(
+    mode: str,
+    bonds: Sizes,
+    d_out: Sizes,
+    d_in: Sizes,
+    n_tokens: int,
+    *,
+    out_features: int | None = None,
+    in_features: int | None = None,
+    direction: str = "auto",
+) -> list[Product]:
+    """The matrix products of a forward in a mode, "reconstruct", "chain" or "cached".
+
+    Args:
+        out_features, in_features: of the dense product where the sizes are padded; None: prod(d_out), prod(d_in).
+    Raises:
+        ValueError: an unknown mode or direction.
+    """
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(MODES)}, but got {mode!r}")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"`direction` must be one of {', '.join(DIRECTIONS)}, but got {direction!r}")
+    if mode == "chain":
+        return chain_products(bonds, d_out, d_in, n_tokens, direction)
+    dense = dense_product(out_features or math.prod(d_out), in_features or math.prod(d_in), n_tokens)
+    return [dense] if mode == "cached" else [*contract_products(bonds, d_out, d_in), dense]
+
+
+def cost(steps: Sequence[Product], itemsize: int, *, training: bool = False) -> Cost:
+    """FLOPs and bytes of these products, with `itemsize` bytes per element; training adds both gradients of each."""
+    every = with_gradients(steps) if training else steps
+    return Cost(sum(step.flops for step in every), itemsize * sum(step.read + step.written for step in every))
+
+
+def with_gradients(steps: Sequence[Product]) -> list[Product]:
+    """These products, and those of the backward pass."""
+    return [*steps, *(back for step in steps for back in step.backward())]

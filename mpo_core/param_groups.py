@@ -1,0 +1,82 @@
+"""Learning rates and weight decay for the parameters of a structured weight, as groups of an optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.linear import MPOLinear
+from mpo_core.structured import StructuredLinear
+
+RULES = ("uniform", "mup")
+DECAYS = ("parameter", "matrix")
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    rule: str = "uniform",
+    weight_decay: float = 0.0,
+    decay: str = "parameter",
+) -> list[dict[str, Any]]:
+    """Groups of all trainable parameters, for torch.optim.AdamW and others whose decay is decoupled.
+
+    Args:
+        lr: of everything that is no factor of a structured weight, and of the factors under "uniform".
+        rule: "mup": a factor's rate is lr · (in_features / fan_in) / n_factors, with the inputs that one of its outputs
+            sums over as fan_in: bonds[l] · d_in[l] for core l. A dense layer's rate is unchanged.
+        weight_decay: λ; one step of AdamW multiplies a parameter by 1 − lr · λ.
+        decay: what λ is of. "parameter": of each parameter; a product of L factors then shrinks by (1 − lr · λ)^L a
+            step, L times as fast as a dense weight. "matrix": of W; each factor decays by λ / (L · its multiplier), so
+            that W shrinks as a dense weight would, to first order in lr · λ.
+    Returns:
+        One dict per combination, in the order of the model: "params", "lr", "weight_decay", and "lr_mult", the factor
+        by which a schedule's rate has to be multiplied.
+    Raises:
+        ValueError: an unknown rule or decay, a rate or weight decay that is negative.
+    Source: Qiu et al. 2024, section 4 (the rates of structured layers under Adam).
+    """
+    if rule not in RULES:
+        raise ValueError(f"`rule` must be one of {', '.join(RULES)}, but got {rule!r}")
+    if decay not in DECAYS:
+        raise ValueError(f"`decay` must be one of {', '.join(DECAYS)}, but got {decay!r}")
+    if lr < 0 or weight_decay < 0:
+        raise ValueError(f"`lr` and `weight_decay` must be at least 0, but got lr={lr}, weight_decay={weight_decay}")
+    multiplier: dict[int, float] = {}
+    n_factors: dict[int, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, StructuredLinear):
+            fan_ins = _fan_ins(layer)
+            for name, fan_in in fan_ins.items():
+                key = id(layer.get_parameter(name))
+                n_factors[key] = len(fan_ins)
+                multiplier[key] = layer.in_features / fan_in / len(fan_ins) if rule == "mup" else 1.0
+
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        lr_mult = multiplier.get(id(parameter), 1.0)
+        share = 1.0 if decay == "parameter" else n_factors.get(id(parameter), 1) * lr_mult
+        group = {"params": [], "lr": lr * lr_mult, "weight_decay": weight_decay / share, "lr_mult": lr_mult}
+        groups.setdefault((lr_mult, share), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _fan_ins(layer: StructuredLinear) -> dict[str, int]:
+    """Over how many inputs an output of each factor sums, by the factor's name in the layer."""
+    match layer:
+        case MPOLinear():
+            return {f"cores.{site}": layer.bonds[site] * layer.d_in[site] for site in range(layer.n_sites)}
+        case LowRankLinear():
+            return {"A": layer.rank, "B": layer.in_features}
+        case MonarchLinear():
+            across = layer.n_blocks[1]
+            return {"L": across * layer.rank, "R": layer.in_features // across}
+        case PrunedLinear():
+            return {"weight": layer.in_features}
+        case _:
+            raise ValueError(f"the factors of {type(layer).__name__} are not known")

@@ -1,0 +1,77 @@
+"""Kronecker whitening: coordinates of a layer's inputs that keep the sites apart and make G nearly the identity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Whitener(NamedTuple):
+    """Square roots of the factors K_l, their inverses, and (⊗ K^{-1/2}) G (⊗ K^{-1/2})."""
+
+    roots: list[Tensor]
+    inverse_roots: list[Tensor]
+    gram: Tensor
+
+
+def make_whitener(G: Tensor, d_in: Sequence[int]) -> Whitener:
+    roots, inverse_roots = [], []
+    for K in kronecker_factors(G, d_in):
+        values, vectors = torch.linalg.eigh(K)
+        # Any definite K is a change of coordinates and no more; the floor keeps it one that can be undone.
+        values = values.clamp(min=1e-8 * float(values[-1]))
+        roots.append(vectors * values.sqrt() @ vectors.T)
+        inverse_roots.append(vectors * values.rsqrt() @ vectors.T)
+    # By way of a square root, as rounding in G itself would come out as negative directions where G is singular.
+    half = times_sites(square_root(G).T.contiguous(), inverse_roots)
+    return Whitener(roots, inverse_roots, half.T @ half)
+
+
+@torch.no_grad()
+def kronecker_factors(G: Tensor, sizes: Sequence[int], *, max_sweeps: int = 50) -> list[Tensor]:
+    """Factors K_l (sizes[l], sizes[l]) whose Kronecker product is close to a symmetric positive semi-definite G.
+
+    Power iteration for the best rank-one approximation of G rearranged to one index pair per site, started at the
+    identity; every iterate stays positive semi-definite. For two factors it ends at the nearest product (Van Loan &
+    Pitsianis 1993), for more at a stationary point. Factor 0 carries the scale, the others have norm 1.
+    """
+    n = len(sizes)
+    K = [torch.eye(size, dtype=G.dtype, device=G.device) / math.sqrt(size) for size in sizes]
+    T, norm = G.reshape(*sizes, *sizes), 0.0
+    for _ in range(max_sweeps):
+        previous = norm
+        for site in range(n):
+            operands: list[object] = [T, list(range(2 * n))]
+            for other in range(n):
+                if other != site:
+                    operands += [K[other], [other, n + other]]
+            K[site] = torch.einsum(*operands, [site, n + site])
+            norm = float(torch.linalg.norm(K[site]))
+            K[site] = K[site] / norm
+        if norm - previous <= 1e-10 * norm:
+            break
+    return [K[0] * norm, *K[1:]]
+
+
+def times_sites(M: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """M (rows, prod(sizes)) times the Kronecker product of symmetric factors."""
+    rows = M.shape[0]
+    for factor in factors:
+        # Each step takes the leading column index to the end, so that after the last all are back in order.
+        M = M.reshape(rows, factor.shape[0], -1).transpose(1, 2) @ factor
+    return M.reshape(rows, -1)
+
+
+def on_inputs(cores: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.einsum("aoib,ij->aojb", core, factor) for core, factor in zip(cores, factors, strict=True)]
+
+
+def square_root(G: Tensor) -> Tensor:
+    """S with S Sᵀ = G, for G symmetric and positive semi-definite; what is zero but for rounding is zero."""
+    values, vectors = torch.linalg.eigh(G)
+    negligible = 1e-14 * len(values) * float(values[-1])
+    return vectors * torch.where(values > negligible, values, 0).sqrt()

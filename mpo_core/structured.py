@@ -1,0 +1,180 @@
+"""What every linear layer with a structured weight has in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mpo_core.contraction import Product, cost
+
+
+class StructuredLinear(nn.Module):
+    """y = x Wᵀ + b with x (..., in_features), y (..., out_features) and W (out_features, in_features) structured."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(
+                "`in_features` and `out_features` must be at least 1, "
+                f"but got in_features={in_features}, out_features={out_features}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @abstractmethod
+    def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def products(self, n_tokens: int) -> list[Product]:
+        """The matrix products of a forward over that many tokens, as done in evaluation without gradients."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def structure(self) -> str:
+        """What fixes the shape of the parameters, in a few words."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """Draw the parameters of W afresh, each from the generator of its name within this layer."""
+        raise NotImplementedError
+
+    @classmethod
+    @abstractmethod
+    def from_matrix(cls, W: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
+        """The layer nearest to W (out_features, in_features), in W's dtype and on its device."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> Self:
+        """`from_matrix` of linear.weight; bias, dtype, device, requires_grad and training mode are carried over.
+
+        Raises:
+            ValueError: as `from_matrix`; or the weight is on the meta device and so has no values.
+        """
+        weight, bias = linear.weight, linear.bias
+        layer = cls.from_matrix(weight.detach(), None if bias is None else bias.detach(), **options)
+        return layer._like(linear)
+
+    @classmethod
+    def empty_like(cls, linear: nn.Linear, **options: Any) -> Self:
+        """A layer in the place of `linear`, the parameters of W still to be filled; all else is carried over.
+
+        Options are those of the constructor but bias, init, generator, device and dtype.
+        """
+        weight, bias = linear.weight, linear.bias
+        return cls._empty(weight, bias, **options)._like(linear)
+
+    @property
+    def n_params_matrix(self) -> int:
+        """Parameters of W: all but the bias."""
+        return sum(parameter.numel() for name, parameter in self.named_parameters() if name != "bias")
+
+    def flops(self, n_tokens: int) -> int:
+        """Floating-point operations of `products`, a multiply-add counted as two; the bias is left out."""
+        return cost(self.products(n_tokens), 1).flops
+
+    def bytes(self, n_tokens: int) -> int:
+        """Bytes that `products` read and write, each operand once per use, copies included."""
+        return cost(self.products(n_tokens), next(self.parameters()).element_size()).bytes
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {self.structure()}, bias={self.bias is not None}"
+
+    @classmethod
+    def _empty(cls, W: Tensor, bias: Tensor | None, **options: Any) -> Self:
+        """A layer of W's shape, dtype and device with this bias, the parameters of W still to be filled."""
+        options = {"bias": bias is not None, "device": "meta", "dtype": W.dtype, **options}
+        layer = cls(W.shape[1], W.shape[0], **options).to_empty(device=W.device)
+        if layer.bias is not None and bias is not None:
+            if bias.shape != layer.bias.shape:
+                raise ValueError(f"`bias` must have shape ({layer.out_features},), but got {tuple(bias.shape)}")
+            layer.bias.data.copy_(bias)
+        return layer
+
+    def _draw_unless_meta(self, init: str, generator: torch.Generator | None) -> None:
+        if next(self.parameters()).is_meta:
+            return
+        if generator is None:
+            name = type(self).__name__
+            raise ValueError(f"{name} draws its parameters from `generator`, but got None; pass a torch.Generator")
+        self.draw(init, lambda _: generator)
+
+    def _no_autocast(self) -> AbstractContextManager[object]:
+        device_type = next(self.parameters()).device.type
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+            return nullcontext()
+        return torch.autocast(device_type, enabled=False)
+
+    def _like(self, linear: nn.Linear) -> Self:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_((linear.bias if name == "bias" else linear.weight).requires_grad)
+        return self.train(linear.training)
+
+
+def check_matrix(W: Tensor) -> None:
+    """Raise ValueError unless W is a finite floating-point matrix with values."""
+    if W.ndim != 2 or 0 in W.shape:
+        raise ValueError(f"`W` must have shape (out_features, in_features), but got {tuple(W.shape)}")
+    if W.is_meta:
+        raise ValueError("a weight on the meta device has no values to decompose")
+    if not W.is_floating_point():
+        raise ValueError(f"`W` must be floating-point to be decomposed, but got {W.dtype}")
+    if not torch.isfinite(W).all():
+        raise ValueError(f"`W` must be finite to be decomposed, but {int((~torch.isfinite(W)).sum())} entries are not")
+
+
+def check_one_cap(**caps: object) -> None:
+    """Raise ValueError unless exactly one of the arguments is given."""
+    if sum(cap is not None for cap in caps.values()) != 1:
+        *first, last = [f"`{name}`" for name in caps]
+        given = ", ".join(f"{name}={value}" for name, value in caps.items())
+        raise ValueError(f"exactly one of {', '.join(first)} and {last} must be given, but got {given}")
+
+
+def rank_within(rank: int | None, max_params: int | None, per_rank: int, largest: int) -> int:
+    check_one_cap(rank=rank, max_params=max_params)
+    if max_params is not None:
+        rank = max_params // per_rank
+        if rank < 1:
+            raise ValueError(f"rank 1 needs {per_rank} parameters, but got max_params={max_params}")
+    assert rank is not None
+    if rank < 1:
+        raise ValueError(f"`rank >= 1` must hold, but got rank={rank}")
+    return min(rank, largest)
+
+
+def n_needed(squares: Tensor, rel_error: float) -> int:
+    """How many of these squared parts, in descending order, leave at most that relative error."""
+    beyond = squares.flip(0).cumsum(0).flip(0)  # entry n: what keeping n leaves
+    return int((beyond > rel_error**2 * beyond[0]).sum())
+
+
+def check_error(rel_error: float | None, gram: Tensor | None) -> None:
+    if rel_error is not None and gram is not None:
+        raise ValueError("`rel_error` is an error of W, not of outputs: give it without `gram`")
+    if rel_error is not None and not 0 <= rel_error < 1:
+        raise ValueError(f"`0 <= rel_error < 1` must hold, but got rel_error={rel_error}")
+
+
+def check_init(layer: StructuredLinear, init: str) -> None:
+    if init != "variance":
+        raise ValueError(f"`init` of a fresh {type(layer).__name__} must be 'variance', but got {init!r}")

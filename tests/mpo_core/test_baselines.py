@@ -1,0 +1,347 @@
+"""Low-rank, Monarch and pruned layers: dense oracles, optimality, budgets, and what training must not undo."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.linear import MPOLinear
+from mpo_core.refinement.calibration import output_error
+from mpo_core.tensor_train import rel_error
+
+KINDS = {
+    "low_rank": (LowRankLinear, {"rank": 3}),
+    "monarch": (MonarchLinear, {"rank": 2, "n_blocks": (3, 4)}),
+    "pruned": (PrunedLinear, {"sparsity": 0.7}),
+}
+kinds = pytest.mark.parametrize(("kind", "size"), KINDS.values(), ids=KINDS)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
+
+
+def make_linear(out_features=12, in_features=20, *, bias=True, dtype=torch.float64):
+    linear = nn.Linear(in_features, out_features, bias=bias, device="meta", dtype=dtype).to_empty(device="cpu")
+    for parameter in linear.parameters():
+        parameter.data.normal_(generator=seeded(5))
+    return linear
+
+
+def gram_of(in_features, seed=0):
+    """Of inputs that depend on each other."""
+    x = normal(400, in_features, seed=seed) @ normal(in_features, in_features, seed=seed + 1)
+    return x.T @ x / len(x)
+
+
+# As a layer -----------------------------------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("leading", [(), (0,), (2, 3)])
+def test_values_and_gradients_match_dense(kind, size, bias, leading):
+    layer = kind(20, 12, **size, bias=bias, generator=seeded(), dtype=torch.float64)
+    x, dy = normal(*leading, 20, seed=1).requires_grad_(), normal(*leading, 12, seed=2)
+    variables = [x, *layer.parameters()]
+    expected = nn.functional.linear(x, layer.to_matrix(), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(layer(x), variables, dy), torch.autograd.grad(expected, variables, dy), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_matrices_are_what_the_docstrings_say():
+    low_rank = LowRankLinear(20, 12, rank=3, generator=seeded(), dtype=torch.float64)
+    torch.testing.assert_close(low_rank.to_matrix(), low_rank.A @ low_rank.B)
+    monarch = MonarchLinear(20, 12, rank=2, n_blocks=(3, 4), generator=seeded(), dtype=torch.float64)
+    L, R = monarch.L.detach().numpy(), monarch.R.detach().numpy()
+    for row, column in np.ndindex(3, 4):
+        block = monarch.to_matrix().detach().numpy()[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
+        np.testing.assert_allclose(block, L[row, :, column, :] @ R[column, row], atol=1e-12)
+
+
+@kinds
+def test_layers_survive_what_a_layer_must(kind, size):
+    layer = kind(20, 12, **size, generator=seeded(), dtype=torch.float64)
+    x = normal(5, 20, seed=1)
+    other = kind(20, 12, **size, device="meta", dtype=torch.float64).to_empty(device="cpu")
+    other.load_state_dict(load(save(layer.state_dict())))
+    assert torch.equal(other(x), layer(x))
+    twin = copy.deepcopy(layer)
+    next(parameter for name, parameter in twin.named_parameters() if name != "bias").data.zero_()
+    assert layer.to_matrix().any()
+    assert not twin.to_matrix().any()
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+    assert kind(20, 12, **size, device="meta")(torch.empty(3, 20, device="meta")).shape == (3, 12)
+
+
+@kinds
+def test_stacked_layers_under_vmap_match_single_ones(kind, size):
+    layers = [kind(20, 12, **size, generator=seeded(seed), dtype=torch.float64) for seed in (0, 1, 2)]
+    parameters, buffers = stack_module_state(layers)
+    x = normal(3, 5, 20, seed=1)
+    y = vmap(lambda *state: functional_call(layers[0], state[:2], (state[2],)))(parameters, buffers, x)
+    for index, layer in enumerate(layers):
+        torch.testing.assert_close(y[index], layer(x[index]))
+
+
+@kinds
+def test_autocast_keeps_the_matrix_in_float32(kind, size):
+    layer = kind(20, 12, **size, generator=seeded())
+    x = normal(5, 20, seed=1, dtype=torch.float32)
+    outside = layer.to_matrix()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.to_matrix(), outside)
+        y = layer(x)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), atol=0.05, rtol=0.05)
+
+
+@kinds
+@pytest.mark.parametrize("n_tokens", [1, 7])
+def test_flops_are_those_that_pytorch_counts(kind, size, n_tokens):
+    layer = kind(20, 12, **size, generator=seeded(), bias=False)
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.ones(n_tokens, 20))
+    assert layer.flops(n_tokens) == counter.get_total_flops()
+    assert layer.bytes(n_tokens) >= 4 * (n_tokens * (20 + 12) + layer.n_params_matrix)
+
+
+@kinds
+def test_layers_draw_from_their_generator_alone(kind, size):
+    before = torch.get_rng_state()
+    one, same, other = (kind(20, 12, **size, generator=generator) for generator in (seeded(1), seeded(1), seeded(2)))
+    kind.from_linear(make_linear(), **size)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one.to_matrix(), same.to_matrix())
+    assert not torch.equal(one.to_matrix(), other.to_matrix())
+    assert torch.equal(one.bias, torch.zeros(12))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        (LowRankLinear, {"rank": 10}),
+        (MonarchLinear, {"rank": 3}),
+        (MonarchLinear, {"rank": 2, "n_blocks": (16, 4)}),
+        (PrunedLinear, {"sparsity": 0.9}),
+    ],
+)
+def test_fresh_matrices_have_variance_one_over_in_features(kind, size):
+    squares = [kind(256, 144, **size, generator=seeded(seed)).to_matrix().square().mean() for seed in range(20)]
+    # 20 draws, each with a relative standard error of at most a fifth.
+    assert 256 * sum(squares).item() / 20 == pytest.approx(1, abs=0.08)
+
+
+# From a matrix --------------------------------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_linear_carries_everything_else_over(kind, size, bias):
+    linear = make_linear(bias=bias, dtype=torch.bfloat16).eval().requires_grad_(False)
+    layer = kind.from_linear(linear, **size)
+    assert not layer.training
+    assert all(parameter.dtype is torch.bfloat16 for parameter in layer.parameters())
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert (layer.bias is None) == (not bias)
+    if bias:
+        assert torch.equal(layer.bias, linear.bias)
+        assert layer.bias.data_ptr() != linear.bias.data_ptr()
+    empty = kind.empty_like(linear, **size)
+    assert {name: value.shape for name, value in empty.state_dict().items()} == {
+        name: value.shape for name, value in layer.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        (LowRankLinear, {"rank": 12}),
+        (LowRankLinear, {"rank": 1000}),
+        (MonarchLinear, {"rank": 1000}),
+        (MonarchLinear, {"rank": 12, "n_blocks": 1}),
+        (PrunedLinear, {"sparsity": 0.0}),
+        (PrunedLinear, {"max_params": 10_000}),
+    ],
+)
+def test_from_linear_is_exact_at_full_size(kind, size):
+    linear, x = make_linear(), normal(5, 20, seed=1)
+    torch.testing.assert_close(kind.from_linear(linear, **size)(x), linear(x))
+
+
+def test_low_rank_is_the_truncated_svd():
+    linear = make_linear()
+    s = np.linalg.svd(linear.weight.detach().numpy(), compute_uv=False)
+    error = rel_error(linear.weight, LowRankLinear.from_linear(linear, rank=5).to_matrix())
+    assert error == pytest.approx(np.sqrt(np.sum(s[5:] ** 2) / np.sum(s**2)), abs=1e-12)
+
+
+@pytest.mark.parametrize("n_blocks", [(3, 4), (1, 1), (12, 20), (4, 2)])
+def test_monarch_is_every_blocks_truncated_svd(n_blocks):
+    linear = make_linear()
+    W = linear.weight.detach().numpy()
+    discarded = 0.0
+    for rows in np.split(W, n_blocks[0]):
+        for block in np.split(rows, n_blocks[1], axis=1):
+            discarded += np.sum(np.linalg.svd(block, compute_uv=False)[1:] ** 2)
+    layer = MonarchLinear.from_linear(linear, rank=1, n_blocks=n_blocks)
+    assert rel_error(linear.weight, layer.to_matrix()) ** 2 == pytest.approx(discarded / np.sum(W**2), abs=1e-12)
+
+
+def test_monarch_with_one_block_is_low_rank():
+    linear = make_linear()
+    monarch = MonarchLinear.from_linear(linear, rank=4, n_blocks=1)
+    torch.testing.assert_close(monarch.to_matrix(), LowRankLinear.from_linear(linear, rank=4).to_matrix())
+
+
+def test_pruned_keeps_the_best_entries_of_all_choices():
+    W = normal(2, 4)
+    layer = PrunedLinear.from_matrix(W, max_params=3)
+    best = min(
+        (sum(W.flatten()[i] ** 2 for i in range(8) if i not in kept), kept) for kept in combinations(range(8), 3)
+    )
+    assert set(layer.mask.flatten().nonzero().flatten().tolist()) == set(best[1])
+    assert torch.equal(layer.to_matrix(), torch.where(layer.mask, W, 0))
+
+
+def test_pruned_keeps_the_first_of_equal_entries():
+    layer = PrunedLinear.from_matrix(torch.ones(3, 4), max_params=5)
+    assert layer.mask.flatten().tolist() == [True] * 5 + [False] * 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(LowRankLinear, {"rank": 3}), (MonarchLinear, {"rank": 1, "n_blocks": (3, 4)}), (PrunedLinear, {"sparsity": 0.5})],
+)
+def test_a_gram_lowers_the_error_of_the_outputs(kind, size):
+    linear, better = make_linear(), []
+    for seed in range(5):
+        # Columns of very different sizes, as activations have them.
+        scale = torch.logspace(0, 1, 20, dtype=torch.float64)
+        gram = gram_of(20, seed) * scale * scale[:, None]
+        plain, fitted = kind.from_linear(linear, **size), kind.from_linear(linear, **size, gram=gram)
+        errors = [output_error(linear.weight, layer.to_matrix(), gram) for layer in (plain, fitted)]
+        better.append(errors[1] < errors[0])
+    assert all(better)
+
+
+def test_monarch_under_a_gram_has_the_best_left_factor():
+    linear, gram = make_linear(), gram_of(20)
+    layer = MonarchLinear.from_linear(linear, rank=1, n_blocks=(3, 4), gram=gram)
+    layer.L.requires_grad_()
+    difference = layer.to_matrix() - linear.weight.detach()
+    (gradient,) = torch.autograd.grad((difference @ gram * difference).sum(), layer.L)
+    assert gradient.abs().max() < 1e-9 * torch.linalg.norm(linear.weight.detach() @ gram)
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1.2), st.sampled_from(list(KINDS)))
+def test_max_params_takes_the_largest_layer_that_fits(out_features, in_features, fraction, name):
+    kind, budget = KINDS[name][0], round(fraction * out_features * in_features)
+    smallest = {"low_rank": out_features + in_features, "monarch": out_features + in_features, "pruned": 1}[name]
+    if budget < smallest:
+        with pytest.raises(ValueError, match="max_params"):
+            kind(in_features, out_features, max_params=budget, device="meta")
+        return
+    layer = kind(in_features, out_features, max_params=budget, device="meta")
+    assert layer.n_params_matrix <= budget
+    if name == "pruned":
+        assert layer.n_params_matrix == min(budget, out_features * in_features)
+    else:
+        blocks = {"n_blocks": layer.n_blocks} if name == "monarch" else {}
+        more = kind(in_features, out_features, rank=layer.rank + 1, device="meta", **blocks)
+        assert more.n_params_matrix > budget or more.rank == layer.rank
+
+
+def test_n_params_matrix_counts_what_the_matrix_needs():
+    assert LowRankLinear(20, 12, rank=3, device="meta").n_params_matrix == 3 * 32
+    assert MonarchLinear(128, 128, rank=1, n_blocks=(16, 8), device="meta").n_params_matrix == 3072
+    assert MonarchLinear(128, 128, rank=1, device="meta").n_blocks == (8, 8)
+    pruned = PrunedLinear(20, 12, sparsity=0.75, generator=seeded())
+    assert pruned.n_params_matrix == PrunedLinear(20, 12, sparsity=0.75, device="meta").n_params_matrix == 60
+    assert math.isclose(60, int((pruned.to_matrix() != 0).sum()))
+
+
+@kinds
+@pytest.mark.parametrize("target", [0.1, 0.5, 0.9])
+def test_rel_error_takes_the_smallest_layer_that_meets_it(kind, size, target):
+    linear = make_linear()
+    blocks = {name: value for name, value in size.items() if name == "n_blocks"}
+    layer = kind.from_linear(linear, rel_error=target, **blocks)
+    assert rel_error(linear.weight, layer.to_matrix()) <= target
+    if kind is PrunedLinear:
+        smaller = kind.from_linear(linear, max_params=layer.n_params_matrix - 1)
+    elif layer.rank == 1:
+        return
+    else:
+        smaller = kind.from_linear(linear, rank=layer.rank - 1, **blocks)
+    assert rel_error(linear.weight, smaller.to_matrix()) > target
+
+
+def test_structures_say_what_they_are():
+    layers = [kind(20, 12, **size, generator=seeded()) for kind, size in KINDS.values()]
+    assert [layer.structure() for layer in layers] == ["rank=3", "n_blocks=(3, 4), rank=2", "kept=72"]
+    assert repr(layers[0]) == "LowRankLinear(in_features=20, out_features=12, rank=3, bias=True)"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LowRankLinear(4, 4, generator=seeded()), "exactly one of `rank` and `max_params` must be given"),
+        (lambda: LowRankLinear(4, 4, rank=0, generator=seeded()), "`rank >= 1` must hold, but got rank=0"),
+        (lambda: LowRankLinear(4, 4, rank=2), "LowRankLinear draws its parameters from `generator`, but got None"),
+        (lambda: LowRankLinear(4, 4, rank=2, init="paper", generator=seeded()), "LowRankLinear must be 'variance', bu"),
+        (lambda: LowRankLinear(4, 4, max_params=7, device="meta"), "rank 1 needs 8 parameters, but got max_params=7"),
+        (lambda: LowRankLinear(0, 4, rank=1, device="meta"), "must be at least 1, but got in_features=0"),
+        (lambda: MonarchLinear(4, 6, rank=1, n_blocks=4), r"`n_blocks` must divide out_features=6 and in_features=4"),
+        (lambda: MonarchLinear(4, 6, rank=1, n_blocks=(0, 2)), r"but got n_blocks=\(0, 2\)"),
+        (lambda: PrunedLinear(4, 4, sparsity=1.0), "`0 <= sparsity < 1` must hold, but got sparsity=1.0"),
+        (lambda: PrunedLinear(4, 4, max_params=0), "`max_params >= 1` must hold, but got max_params=0"),
+        (lambda: PrunedLinear.from_matrix(torch.full((2, 2), math.nan), sparsity=0.5), "4 entries are not"),
+        (lambda: LowRankLinear.from_matrix(torch.ones(2, 2), rel_error=1.0), "`0 <= rel_error < 1` must hold"),
+        (lambda: LowRankLinear.from_matrix(torch.ones(2, 2), rank=1, rel_error=0.5), "exactly one of `rank`, `max_par"),
+        (lambda: LowRankLinear.from_matrix(torch.ones(2, 2), rel_error=0.5, gram=torch.eye(2)), "not of outputs"),
+        (lambda: MonarchLinear.from_matrix(torch.ones(2, 2), rank=1, gram=torch.eye(3)), r"`gram` must have shape \(2"),
+        (lambda: LowRankLinear.from_linear(nn.Linear(4, 4, device="meta"), rank=1), "on the meta device has no values"),
+    ],
+)
+def test_baselines_say_what_is_allowed(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_baselines_have_the_interface_of_mpo():
+    linear = make_linear(64, 64)
+    for kind in (MPOLinear, LowRankLinear, MonarchLinear, PrunedLinear):
+        layer = kind.from_linear(linear, max_params=1000)
+        assert 500 < layer.n_params_matrix <= 1000
+        assert 0 < rel_error(linear.weight, layer.to_matrix()) < 1
+        fresh = kind.empty_like(linear, max_params=1000)
+        drawn = []
+        fresh.draw("variance", lambda name, drawn=drawn: drawn.append(name) or seeded(len(drawn)))
+        assert drawn == [name for name, _ in fresh.named_parameters() if name != "bias"]
+        assert torch.equal(fresh.bias, linear.bias)
+        assert torch.isfinite(fresh.to_matrix()).all()

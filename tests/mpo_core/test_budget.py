@@ -1,0 +1,129 @@
+"""How a budget is spread over layers, and the ladders it is spread by."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpo_core.compression.budget import Rung, chain_ladder, low_rank_ladder, spread_budget
+from mpo_core.factorisation import factorise
+from mpo_core.refinement.calibration import output_error
+from mpo_core.refinement.fit import fit_cores, low_rank_svd
+from mpo_core.tensor_train import contract, rel_error, tt_svd
+
+ladders = st.lists(
+    st.lists(st.builds(Rung, st.integers(1, 30), st.floats(0, 1)), min_size=1, max_size=5), min_size=1, max_size=4
+).map(lambda lists: {str(index): ladder for index, ladder in enumerate(lists)})
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_gram(size, seed=0):
+    x = normal(3 * size, size, seed=seed) * torch.logspace(0, -2, size)
+    return x.T @ x
+
+
+def total(chosen):
+    return sum(rung.n_params for rung in chosen), sum(rung.error for rung in chosen)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ladders, st.integers(0, 60))
+def test_spread_budget_stays_within_and_leaves_no_step_that_fits(ladders, extra):
+    budget = sum(min(rung.n_params for rung in ladder) for ladder in ladders.values()) + extra
+    chosen = spread_budget(ladders, budget)
+    assert all(chosen[name] in ladder for name, ladder in ladders.items())
+    spent, _ = total(chosen.values())
+    assert spent <= budget
+    for name, ladder in ladders.items():
+        for rung in ladder:
+            fits = spent - chosen[name].n_params + rung.n_params <= budget
+            assert not fits or rung.error >= chosen[name].error
+
+
+@settings(max_examples=100, deadline=None)
+@given(ladders, st.integers(0, 60))
+def test_spread_budget_is_within_one_step_of_the_best_of_all(ladders, extra):
+    """No choice with the budget less the largest step does better: greed along convex hulls is optimal to one step."""
+    budget = sum(min(rung.n_params for rung in ladder) for ladder in ladders.values()) + extra
+    _, error = total(spread_budget(ladders, budget).values())
+    spans = [max(r.n_params for r in ladder) - min(r.n_params for r in ladder) for ladder in ladders.values()]
+    choices = [total(choice) for choice in product(*ladders.values())]
+    smaller = [best for spent, best in choices if spent <= budget - max(spans)]
+    assert error <= min(smaller, default=len(ladders)) + 1e-9
+
+
+def test_spread_budget_prefers_the_steepest_step():
+    ladders = {"a": [Rung(10, 0.9), Rung(20, 0.1)], "b": [Rung(10, 0.9), Rung(20, 0.8), Rung(40, 0.0)]}
+    assert spread_budget(ladders, 30) == {"a": Rung(20, 0.1), "b": Rung(10, 0.9)}
+    assert spread_budget(ladders, 40) == {"a": Rung(20, 0.1), "b": Rung(20, 0.8)}
+    assert spread_budget(ladders, 60) == {"a": Rung(20, 0.1), "b": Rung(40, 0.0)}
+
+
+def test_spread_budget_looks_beyond_a_shallow_step_to_a_steep_one():
+    ladders = {"a": [Rung(10, 0.9), Rung(20, 0.7)], "b": [Rung(10, 0.9), Rung(20, 0.8), Rung(40, 0.0)]}
+    assert spread_budget(ladders, 50) == {"a": Rung(10, 0.9), "b": Rung(40, 0.0)}
+
+
+def test_spread_budget_refuses():
+    with pytest.raises(ValueError, match="`budget >= 30` must hold for the layers at their smallest, but got 29"):
+        spread_budget({"a": [Rung(10, 1)], "b": [Rung(20, 1)]}, 29)
+    with pytest.raises(ValueError, match="at least one layer"):
+        spread_budget({}, 10)
+    with pytest.raises(ValueError, match="a has no size to choose from"):
+        spread_budget({"a": []}, 10)
+
+
+def test_chain_ladder_of_two_sites_holds_the_errors_of_tt_svd():
+    W = normal(12, 12) ** 3
+    ladder = chain_ladder(W, None, lambda chi: ((3, 4), (4, 3)))
+    assert [rung.n_params for rung in ladder] == [24, 48, 72, 96, 120]
+    for chi, rung in enumerate(ladder, start=1):
+        assert rung.error == pytest.approx(rel_error(W, contract(tt_svd(W, [3, 4], [4, 3], chi))) ** 2, abs=1e-12)
+
+
+def test_chain_ladder_bounds_the_errors_of_three_sites():
+    W = normal(24, 16) ** 3
+    split = (2, 4, 3), (4, 2, 2)
+    ladder = chain_ladder(W, None, lambda chi: split)
+    errors = [rel_error(W, contract(tt_svd(W, *split, chi))) ** 2 for chi in range(1, len(ladder) + 1)]
+    assert all(rung.error >= error - 1e-12 for rung, error in zip(ladder, errors, strict=True))
+    assert ladder[-1].n_params < 24 * 16 <= ladder[-1].n_params * 2
+    assert len({rung.error for rung in ladder}) > 3
+
+
+def test_chain_ladder_holds_output_errors_under_a_kronecker_gram():
+    W, gram = normal(12, 12), torch.kron(make_gram(4, 1), make_gram(3, 2))
+    for chi, rung in enumerate(chain_ladder(W, gram, lambda chi: ((3, 4), (4, 3))), start=1):
+        cores = fit_cores(W, [3, 4], [4, 3], chi=chi, gram=gram, method="whitened")
+        assert rung.error == pytest.approx(output_error(W, contract(cores), gram) ** 2, abs=1e-9)
+
+
+def test_chain_ladder_follows_a_split_that_depends_on_chi_and_pads():
+    W = normal(13, 11)
+    splits = [factorise(13, 11, method="min_params", chi=chi, padding=True) for chi in range(1, 20)]
+    ladder = chain_ladder(W, make_gram(11), lambda chi: splits[chi - 1])
+    assert 0 < len(ladder) < 19
+    assert all(0 <= rung.error <= 1 for rung in ladder)
+    assert ladder[-1].error < ladder[0].error
+
+
+def test_chain_ladder_of_zero_costs_nothing_to_represent():
+    assert {rung.error for rung in chain_ladder(torch.zeros(12, 12), None, lambda chi: ((3, 4), (4, 3)))} == {0.0}
+
+
+@pytest.mark.parametrize("gram", [None, make_gram(9)])
+def test_low_rank_ladder_is_exact(gram):
+    W = normal(12, 9)
+    ladder = low_rank_ladder(W, gram)
+    assert [rung.n_params for rung in ladder] == [21, 42, 63, 84, 105]
+    for rank, rung in enumerate(ladder, start=1):
+        W_hat = torch.matmul(*low_rank_svd(W, rank, gram))
+        error = rel_error(W, W_hat) if gram is None else output_error(W, W_hat, gram)
+        assert rung.error == pytest.approx(error**2, abs=1e-10)

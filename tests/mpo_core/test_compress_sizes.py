@@ -1,0 +1,303 @@
+"""Sizes of compressed layers, by cap, error or budget, for every kind of layer; and what the report says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed
+from mpo_core.compression.sizing import KINDS
+from mpo_core.linear import MPOLinear
+from mpo_core.refinement.calibration import collect_grams, output_error
+from mpo_core.structured import StructuredLinear
+from mpo_core.tensor_train import rel_error
+
+KIND_NAMES = ("mpo", "low_rank", "monarch", "pruned")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_linear(in_features, out_features, seed, decay, dtype):
+    """A weight whose singular values fall like exp(-decay k)."""
+    layer = nn.Linear(in_features, out_features, device="meta", dtype=dtype).to_empty(device="cpu")
+    U, s, Vh = torch.linalg.svd(normal(out_features, in_features, seed=seed), full_matrices=False)
+    layer.weight.data = (U * torch.exp(-decay * torch.arange(len(s))) @ Vh).to(dtype)
+    layer.bias.data = normal(out_features, seed=seed + 1).to(dtype)
+    return layer
+
+
+def make_model(dtype=torch.float64):
+    """One layer that compresses well, one that hardly does, one in between."""
+    return nn.Sequential(
+        make_linear(24, 36, 0, 0.8, dtype),
+        nn.Tanh(),
+        make_linear(36, 36, 1, 0.02, dtype),
+        nn.Tanh(),
+        make_linear(36, 16, 2, 0.3, dtype),
+    )
+
+
+N_DENSE = 24 * 36 + 36 * 36 + 36 * 16
+
+
+def make_batches(seed=5):
+    """Inputs near a few directions."""
+    return list((normal(64, 6, seed=seed) @ normal(6, 24, seed=9) + 0.1 * normal(64, 24, seed=seed + 1)).split(16))
+
+
+def errors(report):
+    return [row.rel_error for row in report.rows]
+
+
+# By cap ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch"])
+def test_compress_by_chi_replaces_every_layer_as_asked(kind):
+    model = make_model()
+    compressed, report = compress(model, layer=kind, chi=2)
+    layers = [module for module in compressed if not isinstance(module, nn.Tanh)]
+    assert {type(layer) for layer in layers} == {KINDS[kind]}
+    for layer, row, index in zip(layers, report.rows, (0, 2, 4), strict=True):
+        assert row.kind == kind
+        assert row.n_params_after == layer.n_params_matrix
+        assert row.rel_error == pytest.approx(rel_error(model[index].weight, layer.to_matrix()), abs=1e-14)
+        assert torch.equal(layer.bias, model[index].bias)
+    x = normal(3, 24)
+    torch.testing.assert_close(compressed(x), decompress(compressed)(x))
+
+
+def test_compress_by_chi_says_where_nothing_is_saved():
+    _, report = compress(make_model(), chi=1000, include=["0"])
+    assert report.rows[0].n_params_after > report.rows[0].n_params_before
+    assert "need 1,440 parameters, and 36×24 has 864" in report.rows[0].reason
+    _, report = compress(make_model(), layer="low_rank", chi=24, include=["0"])
+    assert report.rows[0].reason == "rank=24 has 1,440 parameters, the dense matrix 864"
+
+
+@pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch"])
+def test_compress_draws_fresh_parameters_of_every_kind_by_name(kind):
+    drawn = []
+
+    def generator_for(name):
+        drawn.append(name)
+        return torch.Generator().manual_seed(len(name))
+
+    before = torch.get_rng_state()
+    compressed, report = compress(make_model(), layer=kind, chi=2, init="variance", generator_for=generator_for)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert set(drawn) == {name for name, _ in compressed.named_parameters() if not name.endswith("bias")}
+    assert errors(report) == [None] * 3
+    assert all(float(value.detach().abs().max()) > 0 for value in compressed.parameters())
+
+
+# By error -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_compress_by_error_meets_it_or_leaves_the_layer_dense(kind):
+    model = make_model()
+    compressed, report = compress(model, layer=kind, rel_error=0.3, factorisation="balanced")
+    for row in report.rows:
+        layer = compressed.get_submodule(row.name)
+        if row.kind == "dense":
+            assert torch.equal(layer.weight, model.get_submodule(row.name).weight)
+            assert row.reason == f"no {kind} layer with fewer parameters found within rel_error 0.3"
+            assert (row.n_params_after, row.rel_error) == (row.n_params_before, 0)
+        else:
+            assert rel_error(model.get_submodule(row.name).weight, layer.to_matrix()) <= 0.3
+            assert row.n_params_after < row.n_params_before
+    if kind != "pruned":
+        assert report.rows[1].kind == "dense"
+    if kind == "low_rank":
+        assert report.rows[0].kind == "low_rank"
+
+
+@pytest.mark.parametrize("factorisation", ["balanced", "min_params"])
+def test_compress_by_error_of_a_chain_finds_few_parameters(factorisation):
+    """A weight that is a chain of bond 3, and noise below the target."""
+    chain = MPOLinear(24, 36, chi=3, factorisation=factorisation, generator=torch.Generator().manual_seed(0)).double()
+    model = nn.Sequential(make_linear(24, 36, 0, 0.8, torch.float64))
+    W = chain.to_matrix().detach()
+    model[0].weight.data = W + 1e-3 * float(W.std()) * normal(36, 24)
+    _, report = compress(model, rel_error=0.01, factorisation=factorisation)
+    assert report.rows[0].n_params_after <= sum(core.numel() for core in chain.cores)
+    assert report.rows[0].rel_error <= 0.01
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_compress_by_error_is_about_outputs_where_calibrated(kind):
+    model, batches = make_model(), make_batches()
+    grams = collect_grams(model, ["0"], batches)
+    _, by_weights = compress(model, layer=kind, rel_error=0.2, include=["0"])
+    compressed, report = compress(model, layer=kind, rel_error=0.2, include=["0"], calibration=batches)
+    row = report.rows[0]
+    assert row.kind == kind
+    assert row.output_error <= 0.2
+    assert row.output_error == pytest.approx(output_error(model[0].weight, compressed[0].to_matrix(), grams["0"]))
+    if kind != "pruned":
+        assert row.n_params_after <= by_weights.rows[0].n_params_after
+
+
+# By budget ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_compress_spreads_a_budget(kind, calibrated):
+    calibration = make_batches() if calibrated else None
+    budget = 1500
+    compressed, report = compress(
+        make_model(), layer=kind, budget=budget, factorisation="balanced", calibration=calibration
+    )
+    spent = sum(row.n_params_after for row in report.rows)
+    assert 0.85 * budget < spent <= budget
+    assert spent == n_params_compressed(compressed)
+    assert report.n_params_after == n_params(compressed) == spent + 36 + 36 + 16
+    if not calibrated:
+        even = {row.name: budget * row.n_params_before // N_DENSE for row in report.rows}
+        _, evenly = compress(make_model(), layer=kind, budget=even, factorisation="balanced")
+        assert sum(error**2 for error in errors(report)) < sum(error**2 for error in errors(evenly))
+
+
+def test_compress_spreads_a_budget_better_than_one_cap_for_all():
+    model = make_model()
+    _, uniform = compress(model, layer="low_rank", chi=10)
+    total = sum(row.n_params_after for row in uniform.rows)
+    _, report = compress(model, layer="low_rank", budget=total)
+    assert sum(error**2 for error in errors(report)) < 0.8 * sum(error**2 for error in errors(uniform))
+
+
+def test_compress_takes_a_fraction_a_number_or_a_number_per_layer():
+    model = make_model()
+    _, fraction = compress(model, budget=0.5)
+    _, number = compress(model, budget=N_DENSE // 2)
+    assert errors(fraction) == errors(number)
+    budget = {"0": 300, "2": 2000, "4": 250}
+    _, each = compress(model, budget=budget)
+    assert [row.kind for row in each.rows] == ["mpo", "dense", "mpo"]
+    assert each.rows[1].reason == "its share of the budget, 2,000 parameters, holds the dense matrix"
+    assert all(row.n_params_after <= budget[row.name] for row in each.rows if row.kind == "mpo")
+    with pytest.raises(ValueError, match=r"^0: chi=1 needs 60 parameters"):
+        compress(model, budget={**budget, "0": 3})
+
+
+def test_compress_with_a_full_budget_keeps_what_is_dense():
+    _, report = compress(make_model(), budget=N_DENSE)
+    assert [row.kind for row in report.rows] == ["dense"] * 3
+
+
+# Calibration ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch"])
+def test_calibration_lowers_the_output_error(kind):
+    model, batches, held_out = make_model(), make_batches(), torch.cat(make_batches(seed=70))
+    plain, _ = compress(model, layer=kind, chi=2)
+    aware, report = compress(model, layer=kind, chi=2, calibration=batches)
+    y = model(held_out)
+    assert torch.linalg.norm(aware(held_out) - y) < 0.9 * torch.linalg.norm(plain(held_out) - y)
+    assert all(row.output_error is not None for row in report.rows)
+    grams = collect_grams(model, ["0", "2", "4"], batches)
+    again, _ = compress(model, layer=kind, chi=2, calibration=grams, init="data_aware" if kind == "mpo" else "tt_svd")
+    assert all(torch.equal(a, b) for a, b in zip(aware.parameters(), again.parameters(), strict=True))
+
+
+def test_method_is_that_of_the_fit():
+    model, batches = make_model(), make_batches()
+    found = {
+        method: compress(model, chi=2, include=["0"], calibration=batches, method=method)[1].rows[0]
+        for method in ("tt_svd", "whitened", "als")
+    }
+    assert found["als"].output_error < min(found["tt_svd"].output_error, found["whitened"].output_error)
+    assert found["tt_svd"].rel_error == compress(model, chi=2, include=["0"])[1].rows[0].rel_error
+
+
+# The rest -------------------------------------------------------------------------------------------------------------
+
+
+def test_compress_takes_a_function_as_layer():
+    def layer(name, linear):
+        return KINDS["low_rank"].from_linear(linear, rank=3) if name == "2" else None
+
+    compressed, report = compress(make_model(), layer=layer)
+    assert [row.kind for row in report.rows] == ["dense", "LowRankLinear", "dense"]
+    assert report.rows[0].reason == "`layer` left it dense"
+    assert isinstance(compressed[2], StructuredLinear)
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_decompress_brings_dense_layers_back(kind):
+    model = make_model(torch.float32).eval()
+    model[0].weight.requires_grad_(False)
+    compressed, _ = compress(model, layer=kind, budget=0.6, factorisation="balanced")
+    before = {name: value.clone() for name, value in compressed.state_dict().items()}
+    dense = decompress(compressed)
+    x = normal(5, 24).float()
+    torch.testing.assert_close(dense(x), compressed(x))
+    assert {name: value.shape for name, value in dense.state_dict().items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+    assert not any(isinstance(module, StructuredLinear) for module in dense.modules())
+    assert [name for name, value in dense.named_parameters() if not value.requires_grad] == ["0.weight"]
+    assert not any(module.training for module in dense.modules())
+    assert all(torch.equal(value, before[name]) for name, value in compressed.state_dict().items())
+    assert {p.data_ptr() for p in dense.parameters()}.isdisjoint(p.data_ptr() for p in compressed.parameters())
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_compress_takes_bfloat16(kind):
+    compressed, report = compress(
+        make_model(torch.bfloat16), layer=kind, budget=0.5, calibration=[normal(8, 24).bfloat16()]
+    )
+    assert {parameter.dtype for parameter in compressed.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(compressed(normal(2, 24).bfloat16())).all()
+    assert all(row.output_error < 1 for row in report.rows)
+
+
+def test_n_params_of_a_pruned_model_are_those_kept():
+    compressed, report = compress(make_model(), layer="pruned", budget={"0": 100, "2": 200, "4": 300})
+    assert n_params_compressed(compressed) == 600
+    assert n_params(compressed) == report.n_params_after == 600 + 36 + 36 + 16
+
+
+def test_report_reads_as_a_table_and_becomes_a_frame():
+    _, report = compress(make_model(), chi=4, include=["0", "4"], calibration=make_batches(), n_tokens=10)
+    lines = str(report).splitlines()
+    assert lines[0].split() == (
+        [
+            "layer",
+            "out×in",
+            "d_out",
+            "d_in",
+            "bonds",
+            "before",
+            "after",
+            "rel_error",
+            "output_error",
+            "kFLOP/token",
+            "kB/token",
+        ]
+    )
+    row = report.rows[0]
+    assert lines[1].split()[:7] == ["0", "36×24", "6·6", "4·6", "1·4·1", "864", "240"]
+    assert lines[1].split()[7:9] == [f"{row.rel_error:.4f}", f"{row.output_error:.4f}"]
+    assert lines[-1] == f"model: 2,824 -> {report.n_params_after:,} parameters, {2824 / report.n_params_after:.2f}×"
+    frame = report.to_frame()
+    assert list(frame.columns) == [field.name for field in dataclasses.fields(row)]
+    assert frame.loc[0, "n_params_after"] == 240
+    assert list(frame["name"]) == ["0", "4"]
+
+
+def test_report_counts_flops_and_bytes_per_token():
+    _, report = compress(make_model(), layer="low_rank", chi=4, include=["0"], n_tokens=10)
+    assert report.rows[0].flops_per_token == 2 * 4 * (24 + 36)
+    _, dense = compress(make_model(), layer=lambda name, linear: None, include=["0"], n_tokens=10)
+    assert dense.rows[0].flops_per_token == 2 * 24 * 36
+    assert dense.rows[0].bytes_per_token == 8 * (24 * 36 + 10 * (24 + 36)) / 10
+    assert "`layer` left it dense" in str(dense).splitlines()[1]

@@ -1,0 +1,125 @@
+"""The choice between ways to apply a chain, under given calibrations and under measured ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpo_core.contraction import Product, products
+from mpo_core.cost_model import Calibration, calibrate, calibration_of, choose, set_calibration
+from mpo_core.linear import MPOLinear
+
+FREE = ((1.0, 0.0),)
+ONLY_FLOPS = Calibration(overhead=0.0, flop=((1.0, 1e-9),), read=FREE, write=FREE)
+ONLY_BYTES = Calibration(overhead=0.0, flop=FREE, read=((1.0, 1e-9),), write=((1.0, 1e-9),))
+ONLY_CALLS = Calibration(overhead=1e-6, flop=FREE, read=FREE, write=FREE)
+
+LARGE = ((1, 4, 1), (64, 64), (64, 64))
+SMALL = ((1, 16, 1), (8, 16), (16, 8))
+
+
+@pytest.fixture
+def calibrated():
+    """Sets the CPU's calibration, and forgets it after the test."""
+    yield lambda calibration: set_calibration("cpu", torch.float32, calibration)
+    set_calibration("cpu", torch.float32, None)
+
+
+def test_seconds_add_up():
+    calibration = Calibration(0.5, ((2.0, 3.0),), ((1.0, 5.0),), ((1.0, 7.0),), itemsize=2)
+    # (2 × 2) @ (2 × 2): 16 FLOPs, 8 elements read, 4 written.
+    assert calibration.seconds([Product(1, 2, 2, 2)] * 2) == pytest.approx(2 * (0.5 + 16 * 3 + 16 * 5 + 8 * 7))
+
+
+def test_rates_are_interpolated_by_size_and_constant_beyond():
+    calibration = Calibration(0.0, ((4.0, 3.0), (16.0, 1.0)), FREE, FREE)
+    per_flop = {n: calibration.seconds([Product(1, n, n, n)]) / (2 * n**3) for n in (1, 4, 8, 16, 100)}
+    assert per_flop == pytest.approx({1: 3.0, 4: 3.0, 8: 2.0, 16: 1.0, 100: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("chain", "n_tokens", "training", "calibration", "expected"),
+    [
+        (LARGE, 256, False, ONLY_FLOPS, "chain"),
+        (LARGE, 256, True, ONLY_FLOPS, "chain"),
+        (LARGE, 1, False, ONLY_BYTES, "chain"),
+        (SMALL, 4, False, ONLY_FLOPS, "chain"),
+        (SMALL, 8192, False, ONLY_FLOPS, "reconstruct"),
+        (SMALL, 8192, True, ONLY_FLOPS, "reconstruct"),
+        (SMALL, 8192, True, ONLY_BYTES, "reconstruct"),
+    ],
+)
+def test_choose_takes_the_cheaper(chain, n_tokens, training, calibration, expected):
+    assert choose(*chain, n_tokens, training=training, calibration=calibration) == expected
+
+
+def test_choose_changes_over_where_the_flops_do():
+    # research/structured_layers.md, section B: below 8 tokens at χ = 16, 128 × 128 on (8, 16) × (8, 16).
+    chain = ((1, 16, 1), (8, 16), (8, 16))
+    chosen = [choose(*chain, n, training=False, calibration=ONLY_FLOPS) for n in range(1, 16)]
+    assert chosen == ["chain"] * 7 + [chosen[7]] + ["reconstruct"] * 7
+
+
+def test_choose_counts_what_only_gradients_cost():
+    # In memory traffic this chain wins a forward, but not with the partial sums of its cores' gradients.
+    chain = ((1, 4, 4, 1), (8, 8, 8), (4, 4, 8))
+    chosen = [choose(*chain, 64, training=training, calibration=ONLY_BYTES) for training in (False, True)]
+    assert chosen == ["chain", "reconstruct"]
+
+
+def test_choose_counts_calls_too():
+    # One product with W at hand against two without.
+    assert choose(*LARGE, 1, training=False, calibration=ONLY_CALLS, modes=("chain", "cached")) == "cached"
+
+
+def test_calibrate_measures_a_device_that_can_be_predicted():
+    rates = calibrate("cpu", torch.float32)
+    assert rates.itemsize == 4
+    for curve in (rates.flop, rates.read, rates.write):
+        sizes = [size for size, _ in curve]
+        assert sizes == sorted(set(sizes))
+        assert all(0 < per_unit < 1e-6 for _, per_unit in curve)
+    assert 0 < rates.overhead < 0.1
+    # A hundredfold difference in work is beyond any noise.
+    assert choose(*LARGE, 1024, training=False, calibration=rates) == "chain"
+    wide = ((1, 512, 1), (32, 32), (32, 32))
+    assert choose(*wide, 4096, training=False, calibration=rates) == "reconstruct"
+
+
+def test_calibration_is_measured_once_and_can_be_given(calibrated):
+    calibrated(ONLY_BYTES)
+    assert calibration_of("cpu", torch.float32) is ONLY_BYTES
+    assert calibration_of(torch.device("cpu"), torch.float32) is ONLY_BYTES
+    calibrated(None)
+    measured = calibration_of("cpu", torch.float32)
+    assert measured is not ONLY_BYTES
+    assert calibration_of("cpu", torch.float32) is measured
+
+
+def test_calibrate_draws_nothing():
+    before = torch.get_rng_state()
+    calibrate("cpu", torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("evaluates", "n_tokens", "calibration", "mode"),
+    [
+        (True, 1, ONLY_BYTES, "chain"),
+        (True, 1, ONLY_CALLS, "cached"),
+        (False, 1, ONLY_FLOPS, "chain"),
+        (False, 4096, ONLY_FLOPS, "reconstruct"),
+    ],
+)
+def test_auto_forward_does_what_is_chosen(calibrated, evaluates, n_tokens, calibration, mode):
+    calibrated(calibration)
+    layer = MPOLinear(128, 128, chi=16, generator=torch.Generator().manual_seed(0), forward="auto").train(not evaluates)
+    x = torch.ones(n_tokens, 128)
+    with torch.set_grad_enabled(not evaluates):
+        assert layer._mode(n_tokens, False) == mode
+        y = layer(x)
+    torch.testing.assert_close(y, x @ layer.to_matrix().T)
+    assert (layer._cache is not None) == (mode == "cached")
+    if evaluates:
+        steps = products(mode, layer.bonds, layer.d_out, layer.d_in, n_tokens)
+        assert layer.flops(n_tokens) == sum(step.flops for step in steps)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.linear import MPOLinear
+from mpo_core.param_groups import param_groups
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def structured(cls, in_features=128, out_features=128, **size):
+    return cls(in_features, out_features, generator=generator(), dtype=torch.float64, **size)
+
+
+LAYERS = {
+    "mpo": lambda: structured(MPOLinear, chi=16, d_out=[8, 16], d_in=[8, 16]),
+    "mpo3": lambda: structured(MPOLinear, 128, 512, chi=8, d_out=[8, 8, 8], d_in=[4, 4, 8]),
+    "low_rank": lambda: structured(LowRankLinear, rank=16),
+    "monarch": lambda: structured(MonarchLinear, rank=2, n_blocks=8),
+    "pruned": lambda: structured(PrunedLinear, sparsity=0.5),
+}
+
+
+def multipliers(model, **options):
+    """Multiplier and decay of each parameter, by its name."""
+    groups = param_groups(model, 1e-3, **options)
+    found = {id(p): (group["lr_mult"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert all(group["lr"] == pytest.approx(1e-3 * group["lr_mult"], rel=1e-15) for group in groups)
+    return {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        ("mpo", {"cores.0": 8.0, "cores.1": 0.25}),
+        ("mpo3", {"cores.0": 128 / 4 / 3, "cores.1": 128 / 32 / 3, "cores.2": 128 / 64 / 3}),
+        ("low_rank", {"A": 4.0, "B": 0.5}),
+        ("monarch", {"L": 128 / 16 / 2, "R": 128 / 16 / 2}),
+        ("pruned", {"weight": 1.0}),
+    ],
+)
+def test_param_groups_mup_rates_are_those_of_the_fan_in(layer, expected):
+    found = multipliers(LAYERS[layer](), rule="mup")
+    assert {name: mult for name, (mult, _) in found.items() if name != "bias"} == pytest.approx(expected)
+    assert found["bias"][0] == 1.0
+
+
+def test_param_groups_hold_every_trainable_parameter_once():
+    model = nn.Sequential(nn.Linear(128, 128), *(make() for make in LAYERS.values()), nn.LayerNorm(128))
+    model.append(model[1])  # a layer used twice
+    model[0].weight.requires_grad_(False)
+    held = [p for group in param_groups(model, 0.1, rule="mup", weight_decay=0.1) for p in group["params"]]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sorted(map(id, held)) == sorted(map(id, trainable))
+
+
+def test_param_groups_of_a_dense_model_are_one():
+    [group] = param_groups(nn.Linear(3, 4), 0.1, rule="mup", weight_decay=0.3, decay="matrix")
+    assert (group["lr"], group["lr_mult"], group["weight_decay"]) == (0.1, 1.0, 0.3)
+
+
+@pytest.mark.parametrize("rule", ["uniform", "mup"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_param_groups_decay_of_the_matrix_is_that_of_a_dense_weight(layer, rule):
+    lr, weight_decay = 1e-3, 0.1
+    shrinkage = {}
+    for decay in ("parameter", "matrix"):
+        model = LAYERS[layer]()
+        before = model.to_matrix().detach().clone()
+        optimiser = torch.optim.AdamW(param_groups(model, lr, rule=rule, weight_decay=weight_decay, decay=decay))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # only the decay acts
+        optimiser.step()
+        ratio = (model.to_matrix().detach() / before)[before != 0]
+        assert float(ratio.std()) < 1e-12
+        shrinkage[decay] = 1 - float(ratio.mean())
+    assert shrinkage["matrix"] == pytest.approx(lr * weight_decay, rel=1e-3)
+    factors = [mult for name, (mult, _) in multipliers(LAYERS[layer](), rule=rule).items() if name != "bias"]
+    assert shrinkage["parameter"] == pytest.approx(lr * weight_decay * sum(factors), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "adam"}, "`rule` must be one of uniform, mup, but got 'adam'"),
+        ({"decay": "all"}, "`decay` must be one of parameter, matrix, but got 'all'"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+    ],
+)
+def test_param_groups_say_what_is_allowed(change, message):
+    with pytest.raises(ValueError, match=message):
+        param_groups(nn.Linear(2, 2), **({"lr": 0.1} | change))

@@ -1,0 +1,319 @@
+"""Data-aware fitting: optimality where it is claimed, monotony, and independent oracles in float64."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mpo_core.refinement.least_squares
+from mpo_core.refinement.calibration import output_error
+from mpo_core.refinement.fit import FIT_METHODS, fit_cores, low_rank_svd, whitened_tt_svd
+from mpo_core.refinement.least_squares import MAX_ENTRIES, als
+from mpo_core.refinement.whitening import kronecker_factors
+from mpo_core.tensor_train import clip_bonds, contract, rel_error, tt_svd
+
+few = settings(max_examples=40, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_gram(size, seed, n_samples=None, decades=2):
+    """Of inputs whose directions differ in scale by up to 100; singular when there are fewer samples than entries."""
+    scales = torch.logspace(0, -decades, size, dtype=torch.float64)
+    rotation = torch.linalg.qr(normal(size, size, seed=seed))[0]
+    x = normal(n_samples or 4 * size, size, seed=seed + 1) * scales @ rotation
+    return x.T @ x / len(x)
+
+
+def kronecker(factors):
+    product = torch.ones(1, 1, dtype=torch.float64)
+    for factor in factors:
+        product = torch.kron(product, factor)
+    return product
+
+
+@st.composite
+def problems(draw, max_sites=3):
+    """(W, d_out, d_in, chi, gram)"""
+    n_sites = draw(st.integers(1, max_sites))
+    sizes = st.lists(st.integers(1, 4), min_size=n_sites, max_size=n_sites)
+    d_out, d_in, seed = draw(sizes), draw(sizes), draw(seeds)
+    rows, columns = math.prod(d_out), math.prod(d_in)
+    n_samples = draw(st.sampled_from([None, max(1, columns // 2)]))
+    gram = make_gram(columns, seed, n_samples)
+    return normal(rows, columns, seed=seed + 2), d_out, d_in, draw(st.integers(1, 5)), gram
+
+
+# Low rank -------------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(st.integers(1, 6), st.integers(1, 6), st.data())
+def test_low_rank_svd_reaches_the_bound_of_eckart_and_young(rows, columns, data):
+    """In coordinates where the Gram matrix is 1, by Cholesky where the code takes eigenvalues."""
+    seed, rank = data.draw(seeds), data.draw(st.integers(1, min(rows, columns)))
+    W, gram = normal(rows, columns, seed=seed), make_gram(columns, seed)
+    A, B = low_rank_svd(W, rank, gram)
+    assert (A.shape, B.shape) == ((rows, rank), (rank, columns))
+    L = torch.linalg.cholesky(gram)
+    s = torch.linalg.svdvals(W @ L)
+    assert output_error(W, A @ B, gram) == pytest.approx(
+        float(torch.linalg.norm(s[rank:]) / torch.linalg.norm(s)), abs=1e-9
+    )
+    torch.testing.assert_close(torch.linalg.norm(A, dim=0), torch.linalg.norm(B, dim=1))
+
+
+@pytest.mark.parametrize("n_samples", [None, 3])
+def test_low_rank_svd_is_not_beaten_by_alternating_least_squares(n_samples):
+    """From many starts; and with fewer samples than inputs, where no whitener has an inverse."""
+    W, gram = normal(5, 6, seed=0), make_gram(6, 1, n_samples)
+    best = output_error(W, torch.matmul(*low_rank_svd(W, 2, gram)), gram)
+    for seed in range(20):
+        A = normal(5, 2, seed=seed)
+        for _ in range(200):
+            B = torch.linalg.lstsq(A, W).solution
+            A = W @ gram @ B.T @ torch.linalg.pinv(B @ gram @ B.T)
+        assert output_error(W, A @ B, gram) >= best - 1e-9
+
+
+def test_low_rank_svd_without_a_gram_is_the_truncated_svd():
+    W = normal(5, 7, seed=0)
+    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    torch.testing.assert_close(torch.matmul(*low_rank_svd(W, 3)), U[:, :3] * s[:3] @ Vh[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_svd_keeps_the_dtype_and_stays_finite_at_zero(dtype):
+    A, B = low_rank_svd(torch.zeros(3, 4, dtype=dtype), 2)
+    assert A.dtype == B.dtype == dtype
+    assert torch.isfinite(A).all()
+    assert torch.equal(A @ B, torch.zeros(3, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("W", "rank", "message"),
+    [
+        (torch.zeros(3, 4), 0, "`1 <= rank <= 3` must hold, but got rank=0"),
+        (torch.zeros(3, 4), 4, "`1 <= rank <= 3` must hold, but got rank=4"),
+        (torch.zeros(3, 4) / 0, 2, "`W` must be finite to be decomposed, but 12 entries are not"),
+        (torch.zeros(3), 1, r"`W` must be a floating-point matrix, but got torch.float32 of shape \(3,\)"),
+    ],
+)
+def test_low_rank_svd_refuses(W, rank, message):
+    with pytest.raises(ValueError, match=message):
+        low_rank_svd(W, rank)
+
+
+# Whitening ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[6], [2, 3], [3, 1, 4], [2, 2, 2, 2]])
+def test_kronecker_factors_of_a_kronecker_product_are_its_own(sizes):
+    G = kronecker([make_gram(size, size) for size in sizes])
+    factors = kronecker_factors(G, sizes)
+    torch.testing.assert_close(kronecker(factors), G)
+    assert all(torch.linalg.eigvalsh(factor)[0] > 0 for factor in factors)
+
+
+def test_kronecker_factors_of_two_sites_are_the_nearest():
+    """The distance is that of the best rank-one approximation of the rearranged matrix (Van Loan & Pitsianis)."""
+    for seed in range(10):
+        G = make_gram(12, seed)
+        rearranged = G.reshape(3, 4, 3, 4).permute(0, 2, 1, 3).reshape(9, 16)
+        s = torch.linalg.svdvals(rearranged)
+        distance = torch.linalg.norm(G - kronecker(kronecker_factors(G, [3, 4])))
+        torch.testing.assert_close(distance, torch.linalg.norm(s[1:]))
+
+
+@few
+@given(seeds, st.integers(1, 8))
+def test_whitened_tt_svd_of_two_sites_is_optimal_for_a_kronecker_gram(seed, chi):
+    d_out, d_in = [2, 3], [4, 3]
+    factors = [make_gram(size, seed + size) for size in d_in]
+    W, gram = normal(6, 12, seed=seed), kronecker(factors)
+    error = output_error(W, contract(whitened_tt_svd(W, d_out, d_in, chi, gram)), gram)
+    weighted = W @ kronecker([torch.linalg.cholesky(factor) for factor in factors])
+    s = torch.linalg.svdvals(weighted.reshape(2, 3, 4, 3).transpose(1, 2).reshape(8, 9))
+    assert error == pytest.approx(float(torch.linalg.norm(s[chi:]) / torch.linalg.norm(s)), abs=1e-8)
+
+
+@few
+@given(problems())
+def test_whitened_tt_svd_is_exact_at_full_chi(problem):
+    W, d_out, d_in, _, gram = problem
+    assert rel_error(W, contract(whitened_tt_svd(W, d_out, d_in, 64, gram))) < 1e-7
+
+
+# Alternating least squares --------------------------------------------------------------------------------------------
+
+
+def objective(W, cores, gram):
+    E = W - contract(cores)
+    return torch.sum((E @ gram) * E) / torch.sum((W @ gram) * W)
+
+
+@few
+@given(problems())
+def test_als_never_raises_the_error_and_keeps_the_bonds(problem):
+    W, d_out, d_in, chi, gram = problem
+    start = tt_svd(W, d_out, d_in, chi)
+    cores, history = als(W, start, gram, max_sweeps=4, tolerance=0)
+    assert [core.shape for core in cores] == [core.shape for core in start]
+    assert history[0] == pytest.approx(output_error(W, contract(start), gram), abs=1e-6)
+    assert history[-1] == pytest.approx(output_error(W, contract(cores), gram), abs=1e-6)
+    assert all(later <= earlier for earlier, later in pairwise(history))
+
+
+@pytest.mark.parametrize("entries", [MAX_ENTRIES, 0], ids=["normal_equations", "conjugate_gradients"])
+@pytest.mark.parametrize(("d_out", "d_in", "chi"), [([3, 4], [4, 3], 3), ([2, 3, 2], [3, 2, 2], 3)])
+def test_als_ends_where_no_core_has_a_gradient(monkeypatch, entries, d_out, d_in, chi):
+    """Autograd of the objective is the oracle for both ways to solve for a core."""
+    monkeypatch.setattr(mpo_core.refinement.least_squares, "MAX_ENTRIES", entries)
+    monkeypatch.setattr(mpo_core.refinement.least_squares, "CG_STEPS", 60)
+    W, gram = normal(12, 12, seed=0), make_gram(12, 1, decades=0.5)
+    start = tt_svd(W, d_out, d_in, chi)
+    cores, history = als(W, start, gram, max_sweeps=200, tolerance=1e-12)
+    assert history[-1] < 0.97 * history[0]
+    cores = [core.requires_grad_() for core in cores]
+    slopes = torch.autograd.grad(objective(W, cores, gram), cores)
+    before = torch.autograd.grad(objective(W, [core.requires_grad_() for core in start], gram), start)
+    assert max(float(slope.norm()) for slope in slopes) < 1e-4 * max(float(slope.norm()) for slope in before)
+
+
+def test_als_step_is_the_least_squares_solution_of_each_core():
+    """With one site to solve for: the other is a bond of full size, and the answer a dense lstsq over all samples."""
+    x = normal(40, 6, seed=3)
+    W = normal(4, 6, seed=0)
+    cores = [normal(1, 4, 1, 2, seed=1), normal(2, 1, 6, 1, seed=2)]  # W = A B with A (4, 2), B (2, 6)
+    fitted, _ = als(W, cores, x.T @ x / 40, max_sweeps=200, tolerance=0)
+    s = torch.linalg.svdvals(x @ W.T)
+    best = torch.linalg.norm(s[2:]) / torch.linalg.norm(s)
+    assert output_error(W, contract(fitted), x.T @ x) == pytest.approx(float(best), rel=1e-6)
+
+
+@pytest.mark.parametrize("n_sites", [1, 2, 3])
+def test_als_recovers_a_chain_from_a_distance(n_sites):
+    d_out, d_in = [3, 2, 2][:n_sites], [2, 3, 2][:n_sites]
+    bonds = clip_bonds(2, d_out, d_in)
+    shapes = list(zip(bonds[:-1], d_out, d_in, bonds[1:], strict=True))
+    cores = [normal(*shape, seed=site) for site, shape in enumerate(shapes)]
+    W, gram = contract(cores), make_gram(math.prod(d_in), 7, decades=0)
+    far = [core + 0.3 * normal(*core.shape, seed=9) for core in cores]
+    fitted, history = als(W, far, gram, max_sweeps=300, tolerance=1e-9)
+    assert history[0] > 0.1
+    assert rel_error(W, contract(fitted)) < 1e-3 * history[0]
+
+
+def test_als_stops_on_tolerance():
+    W, gram = normal(12, 12, seed=0), make_gram(12, 1)
+    start = tt_svd(W, [3, 4], [4, 3], 2)
+    lengths = [len(als(W, start, gram, max_sweeps=50, tolerance=tolerance)[1]) for tolerance in (0.5, 1e-2, 1e-4)]
+    assert lengths[0] == 2
+    assert lengths == sorted(lengths)
+    assert lengths[-1] > lengths[0]
+    assert len(als(W, start, gram, max_sweeps=0)[1]) == 1
+
+
+def test_als_leaves_what_the_inputs_never_show():
+    """A column that no input reaches neither disturbs the fit nor becomes infinite."""
+    W, gram = normal(6, 6, seed=0), make_gram(6, 1)
+    gram[:, 2] = gram[2] = 0
+    cores, history = als(W, tt_svd(W, [2, 3], [3, 2], 2), gram, tolerance=0)
+    assert history[-1] < history[0]
+    assert all(torch.isfinite(core).all() for core in cores)
+    assert contract(cores).abs().max() < 100 * W.abs().max()
+
+
+def test_als_refuses():
+    W, gram = normal(6, 6, seed=0), make_gram(6, 1)
+    start = tt_svd(W, [2, 3], [3, 2], 2)
+    with pytest.raises(ValueError, match="must not be negative, but got max_sweeps=-1"):
+        als(W, start, gram, max_sweeps=-1)
+    with pytest.raises(ValueError, match=r"`prod\(d_out\) == out_features` must hold"):
+        als(W[:5], start, gram)
+    with pytest.raises(ValueError, match=r"`gram` must have shape \(6, 6\)"):
+        als(W, start, gram[:5, :5])
+    with pytest.raises(ValueError, match="`W` must be finite, but 36 entries"):
+        als(W / 0, start, gram)
+
+
+# All of it ------------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(problems(), st.sampled_from([0, 2]))
+def test_fit_cores_by_als_is_never_worse_than_by_the_others(problem, max_sweeps):
+    W, d_out, d_in, chi, gram = problem
+    errors = {
+        method: output_error(
+            W, contract(fit_cores(W, d_out, d_in, chi=chi, gram=gram, method=method, max_sweeps=max_sweeps)), gram
+        )
+        for method in FIT_METHODS
+    }
+    assert errors["als"] <= min(errors.values()) + 1e-6
+
+
+def test_fit_cores_by_als_is_far_better_on_a_gram_without_structure():
+    """research/structured_layers.md, D: TT-SVD .870, whitened .858, ALS .661 on one such problem."""
+    W, gram = normal(64, 64, seed=0), make_gram(64, 1)
+    errors = [
+        output_error(W, contract(fit_cores(W, [8, 8], [8, 8], chi=10, gram=gram, method=method)), gram)
+        for method in ("tt_svd", "whitened", "als")
+    ]
+    assert errors[2] < 0.8 * min(errors[:2])
+
+
+def test_fit_cores_defaults_to_tt_svd_without_a_gram_and_to_als_with_one():
+    W, gram = normal(6, 6, seed=0), make_gram(6, 1)
+    for ours, theirs in zip(fit_cores(W, [2, 3], [3, 2], chi=2), tt_svd(W, [2, 3], [3, 2], 2), strict=True):
+        assert torch.equal(ours, theirs)
+    default, by_als = (
+        fit_cores(W, [2, 3], [3, 2], bonds=(1, 2, 1), gram=gram, method=method) for method in (None, "als")
+    )
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(default, by_als, strict=True))
+
+
+@pytest.mark.parametrize("method", FIT_METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fit_cores_keeps_the_dtype_and_takes_a_cap_per_bond(method, dtype):
+    W, gram = normal(8, 8, seed=0).to(dtype), make_gram(8, 1)
+    cores = fit_cores(W, [2, 2, 2], [2, 2, 2], bonds=(1, 2, 3, 1), gram=gram, method=method)
+    assert {core.dtype for core in cores} == {dtype}
+    assert [core.shape[3] for core in cores] == [2, 3, 1]
+
+
+@pytest.mark.parametrize("method", FIT_METHODS)
+def test_fit_cores_pads_with_rows_and_columns_that_do_not_count(method):
+    W, gram = normal(5, 7, seed=0), make_gram(7, 1)
+    W_hat = contract(fit_cores(W, [2, 3], [2, 4], chi=64, gram=gram, method=method))
+    assert W_hat.shape == (6, 8)
+    assert output_error(W, W_hat[:5, :7], gram) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of `chi` and `bonds` must be given, but got chi=None, bonds=None"),
+        ({"chi": 2, "bonds": (1, 2, 1)}, "exactly one of `chi` and `bonds`"),
+        ({"chi": 2, "method": "best"}, "`method` must be one of tt_svd, whitened, als, but got 'best'"),
+        ({"chi": 2, "method": "als"}, "`method` 'als' needs the Gram matrix of the inputs, but got gram=None"),
+        ({"chi": 2, "gram": torch.eye(5)}, r"`gram` must have shape \(6, 6\), but got \(5, 5\)"),
+        ({"chi": 0}, "`chi >= 1` must hold"),
+    ],
+)
+def test_fit_cores_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit_cores(normal(6, 6, seed=0), [2, 3], [3, 2], **options)
+
+
+def test_fit_cores_refuses_sizes_below_the_matrix():
+    with pytest.raises(ValueError, match=r"`prod\(d_out\) == out_features` must hold, but got d_out=\[2, 2\]"):
+        fit_cores(normal(6, 6, seed=0), [2, 2], [3, 2], chi=1)
