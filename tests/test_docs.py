@@ -1,0 +1,50 @@
+"""What the documents tell a reader to type, typed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.document import put_table
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_python_of_a_document_runs(path, capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(path), "exec"), names)
+    printed = capsys.readouterr().out
+    assert "MPOLinear(" in printed
+    if path.name == "mpo_core.md":
+        assert "parameters" in printed
+        model, small, dense, batch = (names[name] for name in ("model", "small", "dense", "batches"))
+        torch.testing.assert_close(small(batch[0]), dense(batch[0]))
+        n_before, n_after = (sum(p.numel() for p in one.parameters()) for one in (model, small))
+        assert n_after < 0.33 * n_before
+
+
+def test_links_of_a_document_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_put_table_replaces_what_was_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.document.ROOT", tmp_path)
+    (tmp_path / "a.md").write_text("before\n<!-- begin x -->\nold\n<!-- end x -->\nafter\n")
+    for _ in range(2):
+        put_table("a.md", "x", "How it was made.", ["a", "b"], [["1", "2"]])
+    assert (tmp_path / "a.md").read_text() == (
+        "before\n<!-- begin x -->\nHow it was made.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n<!-- end x -->\nafter\n"
+    )
+    with pytest.raises(ValueError, match="must have a place <!-- begin y -->"):
+        put_table("a.md", "y", "", [], [])
