@@ -81,10 +81,10 @@ def main() -> None:
                 for name, gram in grams.items()
             ]
             row = [f"{kept:.3f}", method, f"{float(cosines.mean()):.4f}", f"{float(cosines.min()):.4f}"]
-            row += [f"{similarities:.4f}", f"{sum(errors) / len(errors):.4f}", f"{seconds:.0f}"]
-            print(*row, sep="  ", flush=True)
+            row += [f"{similarities:.4f}", f"{sum(errors) / len(errors):.4f}"]
+            print(*row, f"{seconds:.0f} s", sep="  ", flush=True)
             rows.append(row)
-    headings = ("parameters kept", "method", "cosine", "worst", "similarities", "mean output error", "seconds")
+    headings = ("parameters kept", "method", "cosine", "worst", "similarities", "mean output error")
     caption = (
         f"`python -m benchmarks.minilm {' '.join(map(str, fractions))}`: {len(calibration)} sentences to calibrate, "
         f"{len(test)} to test, PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
