@@ -62,10 +62,14 @@ def fit_cores(
     whitened = whitened_tt_svd(W.double(), d_out, d_in, chi, G, bonds=bonds)
     if method == "whitened":
         return [core.to(W.dtype) for core in whitened]
-    plain = tt_svd(W.double(), d_out, d_in, chi, bonds=bonds)
-    start = min(whitened, plain, key=lambda cores: weighted_norm(W.double() - contract(cores), G))
-    cores, _ = als(W.double(), start, G, max_sweeps=max_sweeps, tolerance=tolerance)
-    return [core.to(W.dtype) for core in cores]
+
+    def error_of(cores: Sequence[Tensor]) -> float:
+        return weighted_norm(W.double() - contract([core.double() for core in cores]), G)
+
+    starts = [whitened, tt_svd(W.double(), d_out, d_in, chi, bonds=bonds)]
+    fitted, _ = als(W.double(), min(starts, key=error_of), G, max_sweeps=max_sweeps, tolerance=tolerance)
+    # Rounded first: what little a fit gains can be less than what its rounding costs.
+    return min(([core.to(W.dtype) for core in cores] for cores in (fitted, *starts)), key=error_of)
 
 
 @torch.no_grad()

@@ -212,6 +212,44 @@ def test_als_recovers_a_chain_from_a_distance(n_sites):
     assert rel_error(W, contract(fitted)) < 1e-3 * history[0]
 
 
+def of_a_mean(size, spread):
+    """E[x xᵀ] of inputs near one vector, with the ridge that calibration adds."""
+    mean = normal(size, seed=1)
+    gram = torch.outer(mean, mean) + spread**2 * make_gram(size, 2, decades=0)
+    return gram + 1e-6 * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("spread", [0, 1e-3])
+@pytest.mark.parametrize("n_sites", [3, 4, 5, 6])
+def test_als_holds_what_it_says_for_inputs_near_one_direction(n_sites, spread):
+    """Where every factor of the whitener is nearly singular, and their product far beyond what float64 can undo."""
+    d_in, d_out = [4, 4, 2, 2, 2, 2][:n_sites], [2] * n_sites
+    W, gram = normal(2**n_sites, math.prod(d_in), seed=0), of_a_mean(math.prod(d_in), spread)
+    start = tt_svd(W, d_out, d_in, 3)
+    cores, history = als(W, start, gram, max_sweeps=3, tolerance=0)
+    assert history[0] == pytest.approx(output_error(W, contract(start), gram), rel=1e-9)
+    assert history[-1] == pytest.approx(output_error(W, contract(cores), gram), rel=1e-9)
+    assert history[-1] < 0.1 * history[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fits_rounded_to_low_precision_are_never_worse_than_their_starts(dtype):
+    d_in, d_out = [4, 4, 4], [2, 2, 2]
+    gram = of_a_mean(64, 0)
+    for seed in range(3):
+        W = normal(8, 64, seed=seed).to(dtype)
+
+        def error_of(cores, W=W):
+            return output_error(W, contract([core.double() for core in cores]), gram)
+
+        # At full bonds TT-SVD is as good as the dtype allows, and a fit can only lose.
+        for chi in (3, 64):
+            start = tt_svd(W, d_out, d_in, chi)
+            assert error_of(als(W, start, gram)[0]) <= error_of(start)
+            fits = [fit_cores(W, d_out, d_in, chi=chi, gram=gram, method=method) for method in FIT_METHODS]
+            assert error_of(fits[2]) <= error_of(fits[1])
+
+
 def test_als_stops_on_tolerance():
     W, gram = normal(12, 12, seed=0), make_gram(12, 1)
     start = tt_svd(W, [3, 4], [4, 3], 2)
