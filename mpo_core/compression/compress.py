@@ -33,8 +33,8 @@ def compress(
     chi: int | None = None,
     rel_error: float | None = None,
     budget: float | Mapping[str, int] | None = None,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     factorisation: str = "paper",
     n_sites: int | None = None,
     padding: bool = False,
@@ -65,7 +65,7 @@ def compress(
             spread over the layers by their squared relative errors (`spread_budget`), and a layer may stay dense. Or a
             mapping from layer name to the most parameters of each.
         include, exclude: patterns (fnmatch, case-sensitive) of module names such as "blocks.0.attention.query"; a
-            layer is replaced if it matches one of `include` and none of `exclude`.
+            layer is replaced if it matches one of `include` and none of `exclude`. A string is one pattern.
         factorisation, n_sites, padding: how the weights of "mpo" are split over sites, see `factorise`.
         init: "tt_svd" (in its place "data_aware", where there is calibration) takes the present weights, for every
             kind of layer; the others draw fresh parameters, see `initialisation.FRESH_INITS`, and go with chi alone.

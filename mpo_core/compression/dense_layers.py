@@ -24,14 +24,19 @@ class DenseLayer:
     """Why it has to stay as it is; None if it can be replaced."""
 
 
-def find_dense_layers(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> list[DenseLayer]:
+def find_dense_layers(
+    model: nn.Module, include: str | Sequence[str], exclude: str | Sequence[str]
+) -> list[DenseLayer]:
     """The nn.Linear layers, and Conv1D layers of Hugging Face, that match one of `include` and none of `exclude`.
 
     A layer has to stay as it is where its owner would miss its weight or where the weight is also used elsewhere.
 
+    Args:
+        include, exclude: patterns; a string is one.
     Raises:
         ValueError: nothing matches; or a layer that has to stay is named in `include` outright, not by a pattern.
     """
+    include, exclude = ([given] if isinstance(given, str) else list(given) for given in (include, exclude))
     layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if name and is_dense(module)}
     matching = [
         name
@@ -41,7 +46,7 @@ def find_dense_layers(model: nn.Module, include: Sequence[str], exclude: Sequenc
     ]
     if not matching:
         raise ValueError(
-            f"no nn.Linear inside the model matches include={list(include)}, exclude={list(exclude)}; "
+            f"no nn.Linear inside the model matches include={include}, exclude={exclude}; "
             f"it has {', '.join(layers) or 'none'}"
         )
     holders: dict[int, list[str]] = defaultdict(list)

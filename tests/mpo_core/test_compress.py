@@ -108,6 +108,8 @@ def test_compress_draws_every_core_by_its_own_name():
         (["*"], [], LAYERS),
         (["*"], ["lm_head"], LAYERS[:-1]),
         (["blocks.*.attention.*"], ["*.output"], [name for name in LAYERS if name.endswith(("query", "key", "value"))]),
+        ("blocks.1.*", "*.attention.*", ["blocks.1.feed_forward.up", "blocks.1.feed_forward.down"]),
+        ("lm_head", (), ["lm_head"]),
         (["blocks.1.feed_forward.up", "lm_head"], [], ["blocks.1.feed_forward.up", "lm_head"]),
     ],
 )
@@ -137,6 +139,7 @@ def test_compressed_state_dict_round_trips_through_safetensors():
     ("options", "message"),
     [
         ({"include": ["head"]}, r"no nn.Linear inside the model matches include=\['head'\], exclude=\[\]; it has bl"),
+        ({"include": "head"}, r"no nn.Linear inside the model matches include=\['head'\], exclude=\[\]; it has bl"),
         ({"exclude": ["*"]}, r"matches include=\['\*'\], exclude=\['\*'\]"),
         ({"init": "best"}, "`init` must be one of paper, variance, .*, but got 'best'"),
         ({"init": "variance"}, "blocks.0.attention.query: init 'variance' draws fresh parameters from `generator_for`"),
