@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpo_core.evaluating import evaluating
+
 
 class Gram:
     """The second moment of a layer's inputs, G = mean of x xᵀ, accumulated batch by batch in float64.
@@ -92,22 +94,18 @@ def collect_grams(
 
         return hook
 
-    training = {module: module.training for module in model.modules()}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in layer_names
     ]
     n_batches = 0
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches:
                 (forward or _call)(model, batch)
                 n_batches += 1
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     if n_batches == 0:
         raise ValueError("calibration needs at least one batch, but got none")
     silent = [name for name in layer_names if name not in grams]
