@@ -100,6 +100,11 @@ class LowRankLinear(StructuredLinear):
         with self._no_autocast():
             return self.A @ self.B
 
+    @property
+    def weight(self) -> Tensor:
+        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        return self.to_matrix()
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         return nn.functional.linear(nn.functional.linear(x, self.B), self.A, self.bias)
 

@@ -173,6 +173,11 @@ class MPOLinear(StructuredLinear):
             W = contract(list(self.cores))
         return W if self._is_exact else W[: self.out_features, : self.in_features]
 
+    @property
+    def weight(self) -> Tensor:
+        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        return self.to_matrix()
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         mode = self._mode(x.numel() // self.in_features, x.requires_grad)
         if mode != "chain":
@@ -228,9 +233,11 @@ class MPOLinear(StructuredLinear):
 
     def _compute_dtype(self) -> torch.dtype:
         device_type = self.cores[0].device.type
-        if torch.is_autocast_enabled(device_type):
+        dtype = self.cores[0].dtype
+        # Autocast leaves float64 as it is.
+        if dtype is not torch.float64 and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
-        return self.cores[0].dtype
+        return dtype
 
     # Keeping W --------------------------------------------------------------------------------------------------------
 

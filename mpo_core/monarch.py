@@ -132,6 +132,11 @@ class MonarchLinear(StructuredLinear):
             blocks = self.L.transpose(1, 2) @ self.R.transpose(0, 1)  # (down, across, m, p)
         return blocks.transpose(1, 2).reshape(self.out_features, self.in_features)
 
+    @property
+    def weight(self) -> Tensor:
+        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        return self.to_matrix()
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         down, m, across, rank = self.L.shape
         p = self.R.shape[3]
