@@ -50,8 +50,8 @@ def compress(
 
     Replaced are nn.Linear and the Conv1D of Hugging Face, by name. Layers that hold one weight together get one
     structured weight together. Left as they are, with the reason in the report, are layers whose weight is also an
-    embedding's or belongs to a layer that is not replaced, and those whose owner reads the weight itself
-    (nn.MultiheadAttention, nn.TransformerEncoderLayer); to name such a layer in `include` outright is an error.
+    embedding's or belongs to a layer that is not replaced, and the projections of nn.MultiheadAttention, which uses
+    their weights itself; to name such a layer in `include` outright is an error.
 
     Args:
         layer: "mpo" (MPOLinear), "low_rank", "monarch" or "pruned"; or a function from a layer's name and its weight

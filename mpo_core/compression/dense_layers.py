@@ -24,9 +24,7 @@ class DenseLayer:
     """Why it has to stay as it is; None if it can be replaced."""
 
 
-def find_dense_layers(
-    model: nn.Module, include: str | Sequence[str], exclude: str | Sequence[str]
-) -> list[DenseLayer]:
+def find_dense_layers(model: nn.Module, include: str | Sequence[str], exclude: str | Sequence[str]) -> list[DenseLayer]:
     """The nn.Linear layers, and Conv1D layers of Hugging Face, that match one of `include` and none of `exclude`.
 
     A layer has to stay as it is where its owner would miss its weight or where the weight is also used elsewhere.
@@ -59,7 +57,7 @@ def find_dense_layers(
         if name in done:
             continue
         module = layers[name]
-        reason = _owner_reads(model, name, module)
+        reason = _owner_reads(module)
         sharers: list[str] = []
         if reason is None:
             sharers = [holder.removesuffix(".weight") for holder in holders[id(module.weight)]]
@@ -105,13 +103,10 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(weight, "ndim", 0) == 2
 
 
-def _owner_reads(model: nn.Module, name: str, module: nn.Module) -> str | None:
+def _owner_reads(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         # The out_proj of nn.MultiheadAttention, for one, is never called.
         return f"it is a {type(module).__name__}, whose owner may read its weight"
-    parent, _, child = name.rpartition(".")
-    if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
-        return f"nn.TransformerEncoderLayer reads {child}.weight in evaluation"
     return None
 
 
