@@ -116,6 +116,7 @@ class MPOLinear(StructuredLinear):
         max_params: int | None = None,
         gram: Tensor | None = None,
         method: str | None = None,
+        max_sweeps: int = 20,
         **options: Any,
     ) -> Self:
         """The layer whose cores stand for W (out_features, in_features) as nearly as `method` can.
@@ -123,7 +124,8 @@ class MPOLinear(StructuredLinear):
         Args:
             chi, bonds, max_params: as the constructor; chi may also cap the bonds that `rel_error` leads to.
             rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F allowed; the bonds are those that the data need.
-            gram, method: see `refinement.fit.fit_cores`; "als" under `gram` where that is given, else "tt_svd".
+            gram, method, max_sweeps: see `refinement.fit.fit_cores`; "als" under `gram` where one is given, else
+                "tt_svd".
             options: n_sites, d_out, d_in, factorisation, padding and forward, as the constructor.
         Raises:
             ValueError: as the constructor and `fit_cores`; `rel_error` beside a gram, whose errors are others.
@@ -131,7 +133,8 @@ class MPOLinear(StructuredLinear):
         check_matrix(W)
         if rel_error is None:
             layer = cls._empty(W, bias, chi=chi, bonds=bonds, max_params=max_params, **options)
-            cores = fit_cores(W, layer.d_out, layer.d_in, bonds=layer.bonds, gram=gram, method=method)
+            how = {"gram": gram, "method": method, "max_sweeps": max_sweeps}
+            cores = fit_cores(W, layer.d_out, layer.d_in, bonds=layer.bonds, **how)
         else:
             if gram is not None or method not in (None, "tt_svd"):
                 raise ValueError("`rel_error` is an error of W, not of outputs: give it without `gram` and `method`")

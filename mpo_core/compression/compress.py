@@ -60,7 +60,7 @@ def compress(
             chi: the cap on the bonds of every layer; the rank of "low_rank" and "monarch". Layers are replaced as
             asked, even where that saves nothing; the report then says so.
             rel_error: the smallest layers found whose ‖W − Ŵ‖_F / ‖W‖_F, or with calibration relative output error,
-            is no larger. A layer that would save nothing stays dense.
+            is no larger; of calibrated chains, within 5 % of the smallest. A layer that would save nothing stays dense.
             budget: parameters of all these matrices together; as a float below 1, a fraction of those they have. It is
             spread over the layers by their squared relative errors (`spread_budget`), and a layer may stay dense. Or a
             mapping from layer name to the most parameters of each.
