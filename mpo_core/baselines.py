@@ -26,7 +26,9 @@ from mpo_core.structured import (
     check_one_cap,
     n_needed,
     rank_within,
+    rounding,
 )
+from mpo_core.tensor_train import in_range
 
 __all__ = ["LowRankLinear", "MonarchLinear", "PrunedLinear"]
 
@@ -84,7 +86,8 @@ class LowRankLinear(StructuredLinear):
         check_error(rel_error, gram)
         if rel_error is not None:
             check_one_cap(rank=rank, max_params=max_params, rel_error=rel_error)
-            rank = max(1, n_needed(torch.linalg.svdvals(W.double()).square(), rel_error))
+            s = torch.linalg.svdvals(in_range(W.double())[0])
+            rank = max(1, n_needed(s.square(), rel_error, rounding(W)))
         layer = cls._empty(W, bias, rank=rank, max_params=max_params, **options)
         A, B = low_rank_svd(W, layer.rank, gram)
         layer.A.data.copy_(A)
@@ -191,7 +194,7 @@ class PrunedLinear(StructuredLinear):
         order = torch.sort(score.flatten(), descending=True, stable=True).indices
         if rel_error is not None:
             check_one_cap(sparsity=sparsity, max_params=max_params, rel_error=rel_error)
-            max_params = max(1, n_needed(W.double().flatten()[order].square(), rel_error))
+            max_params = max(1, n_needed(in_range(W.double())[0].flatten()[order].square(), rel_error))
         layer = cls._empty(W, bias, sparsity=sparsity, max_params=max_params, **options)
         layer._set_mask(order)
         layer.weight.data.copy_(torch.where(layer.mask, W, 0))

@@ -21,7 +21,9 @@ from mpo_core.structured import (
     check_one_cap,
     n_needed,
     rank_within,
+    rounding,
 )
+from mpo_core.tensor_train import in_range
 
 
 class MonarchLinear(StructuredLinear):
@@ -100,8 +102,8 @@ class MonarchLinear(StructuredLinear):
         if rel_error is not None:
             check_one_cap(rank=rank, max_params=max_params, rel_error=rel_error)
             down, across = cls(W.shape[1], W.shape[0], rank=1, n_blocks=n_blocks, device="meta").n_blocks
-            s = torch.linalg.svdvals(_blocks(W.double(), down, across))
-            rank = max(1, n_needed(s.square().sum((0, 1)), rel_error))
+            s = torch.linalg.svdvals(_blocks(in_range(W.double())[0], down, across))
+            rank = max(1, n_needed(s.square().sum((0, 1)), rel_error, rounding(W)))
         layer = cls._empty(W, bias, rank=rank, max_params=max_params, n_blocks=n_blocks, **options)
         blocks = _blocks(W.double(), *layer.n_blocks)  # (down, across, m, p)
         weighted, G = blocks, None

@@ -17,7 +17,7 @@ from mpo_core.factorisation import factorise, why_not
 from mpo_core.initialisation import FRESH_INITS
 from mpo_core.linear import MPOLinear
 from mpo_core.refinement.calibration import output_error
-from mpo_core.structured import StructuredLinear, check_matrix
+from mpo_core.structured import StructuredLinear, check_matrix, rounding
 from mpo_core.tensor_train import rel_error
 
 KINDS: dict[str, type[StructuredLinear]] = {
@@ -146,11 +146,9 @@ class Sizer:
 
     def _within_weight_error(self, linear: nn.Linear, target: float) -> StructuredLinear | None:
         """The factors are rounded to the weight's dtype, which in bfloat16 may take more than is left of the target."""
-        W = linear.weight
-        rounding = 16 * max(W.shape) ** 0.5 * torch.finfo(torch.promote_types(W.dtype, torch.float32)).eps
         for share in (1.0, 0.9, 0.5, 0.0):
             layer = self._of_weight_error(linear, share * target)
-            if layer is None or _error(linear, layer, None) <= max(target * (1 + 1e-6), rounding):
+            if layer is None or _error(linear, layer, None) <= max(target * (1 + 1e-6), rounding(linear.weight)):
                 return layer
         return None
 

@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from mpo_core.baselines import LowRankLinear
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
 from mpo_core.linear import MPOLinear
 from mpo_core.refinement.calibration import output_error
@@ -104,6 +105,14 @@ def test_gpt2_conv1d_keeps_its_transposed_weight_bias_and_frozen_parameters():
     assert rel_errors(model, [3], factorisation="balanced")[3, "transformer.h.0.mlp.c_fc"] == pytest.approx(
         float(error)
     )
+
+
+@pytest.mark.parametrize("kind", [MPOLinear, LowRankLinear])
+def test_a_conv1d_alone_is_refused_also_where_it_is_square(kind):
+    conv = seeded(Conv1D(8, 8))
+    for make in (kind.from_linear, kind.empty_like):
+        with pytest.raises(ValueError, match=r"`linear` must be an nn.Linear, but got Conv1D; `compress` takes"):
+            make(conv, max_params=64)
 
 
 def test_gpt2_goes_there_and_back():

@@ -328,6 +328,13 @@ def test_fit_cores_keeps_the_dtype_and_takes_a_cap_per_bond(method, dtype):
     assert [core.shape[3] for core in cores] == [2, 3, 1]
 
 
+@pytest.mark.parametrize("method", ["whitened", "als"])
+def test_fit_cores_under_a_gram_have_equal_norms(method):
+    cores = fit_cores(normal(8, 8, seed=0), [2, 2, 2], [2, 2, 2], chi=3, gram=make_gram(8, 1), method=method)
+    norms = torch.stack([torch.linalg.norm(core) for core in cores])
+    torch.testing.assert_close(norms, norms.mean().expand(3))
+
+
 @pytest.mark.parametrize("method", FIT_METHODS)
 def test_fit_cores_pads_with_rows_and_columns_that_do_not_count(method):
     W, gram = normal(5, 7, seed=0), make_gram(7, 1)
