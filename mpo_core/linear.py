@@ -86,7 +86,7 @@ class MPOLinear(StructuredLinear):
             return _given_sizes(out_features, in_features, d_out, d_in, n_sites, padding)
 
         if bonds is not None:
-            chi = max(bonds)
+            chi = max(bonds, default=1)
         elif max_params is not None:
             chi = _largest_chi(max_params, split, 2 * math.isqrt(in_features * out_features))
         assert chi is not None

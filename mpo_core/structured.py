@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mpo_core.bonds import check_whole
 from mpo_core.contraction import Product, cost
 
 
@@ -171,6 +172,7 @@ def rank_within(rank: int | None, max_params: int | None, per_rank: int, largest
         if rank < 1:
             raise ValueError(f"rank 1 needs {per_rank} parameters, but got max_params={max_params}")
     assert rank is not None
+    check_whole(rank=rank)
     if rank < 1:
         raise ValueError(f"`rank >= 1` must hold, but got rank={rank}")
     return min(rank, largest)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _owner_reads(module: nn.Module) -> str | None:
+    if isinstance(module.weight, UninitializedParameter):
+        return "its weight has no shape yet: run the model once before"
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         # The out_proj of nn.MultiheadAttention, for one, is never called.
         return f"it is a {type(module).__name__}, whose owner may read its weight"

@@ -146,7 +146,8 @@ def error_ratio(error: float, norm: float) -> float:
 
 
 def check_gram(gram: Tensor, in_features: int) -> Tensor:
-    """`gram` in float64, or ValueError unless it is (in_features, in_features), finite, symmetric and not zero."""
+    """`gram` in float64, or ValueError unless it is (in_features, in_features), finite, symmetric, not zero and positive
+    semi-definite; divided by its largest entry where that is beyond the range in which products hold."""
     if tuple(gram.shape) != (in_features, in_features):
         raise ValueError(f"`gram` must have shape ({in_features}, {in_features}), but got {tuple(gram.shape)}")
     G = gram.detach().double()
@@ -155,9 +156,16 @@ def check_gram(gram: Tensor, in_features: int) -> Tensor:
     largest = float(G.abs().max())
     if largest == 0:
         raise ValueError("`gram` must not be zero, but all of its entries are")
+    if not 1e-100 < largest < 1e100:  # whose products would over- or underflow; only ratios of errors are ever used
+        G, largest = G / largest, 1.0
     if float((G - G.T).abs().max()) > 1e-5 * largest or float(G.diagonal().min()) < 0:
         raise ValueError("`gram` must be symmetric with no negative entry on its diagonal, as Σ x xᵀ is")
-    return (G + G.T) / 2
+    G = (G + G.T) / 2
+    # What rounding in float32 can leave below zero is let pass.
+    shift = 1e-6 * float(G.diagonal().sum()) + 1e-6 * largest
+    if torch.linalg.cholesky_ex(G + shift * torch.eye(in_features, dtype=G.dtype, device=G.device))[1]:
+        raise ValueError("`gram` must be positive semi-definite, as Σ x xᵀ is, but has a negative eigenvalue")
+    return G
 
 
 def _call(model: nn.Module, batch: Any) -> object:

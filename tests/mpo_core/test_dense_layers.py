@@ -157,6 +157,15 @@ def test_transformer_decoder_of_pytorch_is_compressed():
         torch.testing.assert_close(compressed(*[normal(2, 3, 8)] * 2), decoder(*[normal(2, 3, 8)] * 2))
 
 
+def test_a_lazy_layer_that_has_no_weight_yet_is_left_with_a_reason():
+    model = nn.Sequential(fill(linear(8, 8)), nn.LazyLinear(4))
+    compressed, report = compress(model, chi=2)
+    assert mpo_names(compressed) == ["0"]
+    assert report.rows[1].reason == "its weight has no shape yet: run the model once before"
+    assert (report.rows[1].n_params_before, report.rows[1].out_features) == (0, 4)
+    assert "no shape yet" in str(report)
+
+
 def test_the_model_itself_must_contain_the_layer():
     with pytest.raises(ValueError, match=r"no nn\.Linear inside the model matches .*; it has none"):
         compress(fill(linear(8, 8)), chi=2)

@@ -359,6 +359,27 @@ def test_fit_cores_refuses(options, message):
         fit_cores(normal(6, 6, seed=0), [2, 3], [3, 2], **options)
 
 
+def test_a_gram_with_a_negative_eigenvalue_is_refused_and_rounding_is_not():
+    W = normal(2, 2, seed=0)
+    with pytest.raises(ValueError, match="`gram` must be positive semi-definite"):
+        output_error(W, W, torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+    x = normal(300, 2, seed=1).float() @ normal(2, 64, seed=2).float()
+    gram = x.T @ x
+    assert float(torch.linalg.eigvalsh(gram.double())[0]) < 0
+    W = normal(64, 64, seed=3)
+    assert output_error(W, W, gram) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+@pytest.mark.parametrize("method", FIT_METHODS)
+def test_the_scale_of_a_gram_changes_nothing(method, scale):
+    W, gram = normal(6, 6, seed=0), make_gram(6, 1)
+    both = [contract(fit_cores(W, [2, 3], [3, 2], chi=2, gram=G, method=method)) for G in (gram, scale * gram)]
+    torch.testing.assert_close(*both)
+    assert output_error(W, both[0], scale * gram) == pytest.approx(output_error(W, both[0], gram))
+    torch.testing.assert_close(*[torch.matmul(*low_rank_svd(W, 2, G)) for G in (gram, scale * gram)])
+
+
 def test_fit_cores_refuses_sizes_below_the_matrix():
     with pytest.raises(ValueError, match=r"`prod\(d_out\) == out_features` must hold, but got d_out=\[2, 2\]"):
         fit_cores(normal(6, 6, seed=0), [2, 2], [3, 2], chi=1)
