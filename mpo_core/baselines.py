@@ -95,11 +95,17 @@ class LowRankLinear(StructuredLinear):
         return layer
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """Draw the parameters of W afresh, each from the generator of its name; `init` is "variance".
+
+        Raises:
+            ValueError: any other init.
+        """
         check_init(self, init)
         normal_(self.A, self.rank**-0.5, generator_for("A"))
         normal_(self.B, self.in_features**-0.5, generator_for("B"))
 
     def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
         with self._no_autocast():
             return self.A @ self.B
 
@@ -108,16 +114,19 @@ class LowRankLinear(StructuredLinear):
         """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
         return self.to_matrix()
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), by the factors: W is not formed."""
         return nn.functional.linear(nn.functional.linear(x, self.B), self.A, self.bias)
 
     def products(self, n_tokens: int) -> list[Product]:
+        """The matrix products of a forward over that many tokens."""
         return [
             dense_product(self.rank, self.in_features, n_tokens),
             dense_product(self.out_features, self.rank, n_tokens),
         ]
 
     def structure(self) -> str:
+        """What fixes the shape of the parameters, in a few words."""
         return f"rank={self.rank}"
 
 
@@ -206,6 +215,11 @@ class PrunedLinear(StructuredLinear):
         return self._n_kept if self.mask.is_meta else int(self.mask.sum())
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """Draw the parameters of W afresh, each from the generator of its name; `init` is "variance".
+
+        Raises:
+            ValueError: any other init.
+        """
         check_init(self, init)
         generator = generator_for("weight")
         order = torch.randperm(self.weight.numel(), generator=generator, device=generator.device)
@@ -214,15 +228,19 @@ class PrunedLinear(StructuredLinear):
         self.weight.data.mul_(self.mask)
 
     def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
         return torch.where(self.mask, self.weight, 0)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), with the masked weight."""
         return nn.functional.linear(x, self.to_matrix(), self.bias)
 
     def products(self, n_tokens: int) -> list[Product]:
+        """The matrix products of a forward over that many tokens."""
         return [dense_product(self.out_features, self.in_features, n_tokens)]
 
     def structure(self) -> str:
+        """What fixes the shape of the parameters, in a few words."""
         return f"kept={self.n_params_matrix}"
 
     def _set_mask(self, order: Tensor) -> None:

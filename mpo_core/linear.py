@@ -44,7 +44,8 @@ class MPOLinear(StructuredLinear):
             "cached": in evaluation mode W is formed once and kept, as long as no gradient of it is asked for and no
             core changes; else as "reconstruct". "auto": whichever of these is fastest for the number of tokens, by a
             cost model calibrated on the device (`cost_model.choose`); it keeps a dense W only where that is fastest.
-            Under torch.compile and torch.func transforms "cached" and "auto" are "reconstruct".
+            Under torch.compile and torch.func transforms "cached" and "auto" are "reconstruct". On an accelerator a
+            core written through `.data` does not drop the W that is kept: call `drop_cached_matrix` after it.
     Shapes:
         x: (..., in_features); y: (..., out_features).
         cores[l]: (bonds[l], d_out[l], d_in[l], bonds[l+1]); bias: (out_features,) or None.
@@ -151,6 +152,7 @@ class MPOLinear(StructuredLinear):
         return layer
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """`init_cores` with core l drawn from generator_for("cores.l")."""
         self.init_cores(init, [generator_for(f"cores.{site}") for site in range(self.n_sites)])
 
     def init_cores(self, init: str, generators: Sequence[torch.Generator]) -> None:
@@ -172,6 +174,7 @@ class MPOLinear(StructuredLinear):
     # Applying ---------------------------------------------------------------------------------------------------------
 
     def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the cores even under autocast."""
         with self._no_autocast():
             W = contract(list(self.cores))
         return W if self._is_exact else W[: self.out_features, : self.in_features]
@@ -210,6 +213,7 @@ class MPOLinear(StructuredLinear):
         )
 
     def structure(self) -> str:
+        """The cap, the local sizes and the bonds."""
         return f"chi={self.chi}, d_out={list(self.d_out)}, d_in={list(self.d_in)}, bonds={list(self.bonds)}"
 
     def _mode(self, n_tokens: int, x_has_grad: bool) -> str:

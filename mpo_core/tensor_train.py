@@ -12,26 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_core.bonds import check_sizes, clip_bonds, contraction_order, largest_bonds, largest_chi, n_params
-
-__all__ = [
-    "balance_cores",
-    "bonds_and_sizes",
-    "check_sizes",
-    "clip_bonds",
-    "contract",
-    "contraction_order",
-    "frobenius_norm",
-    "inner_product",
-    "largest_bonds",
-    "largest_chi",
-    "merge_cores",
-    "n_params",
-    "orthogonalize",
-    "rel_error",
-    "round_cores",
-    "tt_svd",
-]
+from mpo_core.bonds import check_sizes, clip_bonds, contraction_order
 
 
 @torch.no_grad()

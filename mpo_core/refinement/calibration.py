@@ -146,8 +146,8 @@ def error_ratio(error: float, norm: float) -> float:
 
 
 def check_gram(gram: Tensor, in_features: int) -> Tensor:
-    """`gram` in float64, or ValueError unless it is (in_features, in_features), finite, symmetric, not zero and positive
-    semi-definite; divided by its largest entry where that is beyond the range in which products hold."""
+    """`gram` in float64, or ValueError unless it is (in_features, in_features), finite, symmetric, not zero and
+    positive semi-definite; divided by its largest entry where that is beyond the range in which products hold."""
     if tuple(gram.shape) != (in_features, in_features):
         raise ValueError(f"`gram` must have shape ({in_features}, {in_features}), but got {tuple(gram.shape)}")
     G = gram.detach().double()

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mpo_core.bonds import check_sizes
 from mpo_core.refinement.calibration import check_gram, weighted_norm
 from mpo_core.refinement.least_squares import als
 from mpo_core.refinement.whitening import make_whitener, on_inputs, square_root, times_sites
-from mpo_core.tensor_train import balance_cores, check_sizes, contract, tt_svd
+from mpo_core.tensor_train import balance_cores, contract, tt_svd
 
 FIT_METHODS = ("tt_svd", "whitened", "als")
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mpo_core.bonds import check_sizes
 from mpo_core.refinement.calibration import check_gram, error_ratio, weighted_norm
 from mpo_core.refinement.whitening import make_whitener, on_inputs, times_sites
-from mpo_core.tensor_train import check_sizes, contract, merge_cores
+from mpo_core.tensor_train import contract, merge_cores
 
 CG_STEPS = 20
 """Conjugate-gradient steps per core: how far the largest cores, whose normal equations are too large, are solved."""

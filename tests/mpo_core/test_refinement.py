@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpo_core.refinement.least_squares
+from mpo_core.bonds import clip_bonds
 from mpo_core.refinement.calibration import output_error
 from mpo_core.refinement.fit import FIT_METHODS, fit_cores, low_rank_svd, whitened_tt_svd
 from mpo_core.refinement.least_squares import MAX_ENTRIES, als
 from mpo_core.refinement.whitening import kronecker_factors
-from mpo_core.tensor_train import clip_bonds, contract, rel_error, tt_svd
+from mpo_core.tensor_train import contract, rel_error, tt_svd
 
 few = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
