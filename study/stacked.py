@@ -41,9 +41,18 @@ class StackedTraining:
         self._trainings = dict(trainings)
         self._device, self._checkpoints = device, checkpoints
         self._has_diverged = False
-        first = self._first
-        self._model = copy.deepcopy(first.model).to("meta")
-        members = [(_parameters(t), dict(t.model.named_buffers()), t.optimiser.state) for t in trainings.values()]
+        self._model = copy.deepcopy(self._first.model).to("meta")
+        self._build()
+
+    @property
+    def _first(self) -> Training:
+        """Any of those still trained: spec and step are the same in all."""
+        return next(iter(self._trainings.values()))
+
+    def _build(self) -> None:
+        """Stack parameters, moments and data of the trainings as they are."""
+        every = list(self._trainings.values())
+        members = [(_parameters(t), dict(t.model.named_buffers()), t.optimiser.state) for t in every]
         self._parameters: dict[str, Tensor] = {}
         for name, parameter in members[0][0].items():
             stacked = self._stack(parameters[name].detach() for parameters, _, _ in members)
@@ -53,7 +62,7 @@ class StackedTraining:
         self._optimiser = torch.optim.AdamW(
             [
                 group | {"params": [self._parameters[names[id(parameter)]] for parameter in group["params"]]}
-                for group in first.optimiser.param_groups
+                for group in every[0].optimiser.param_groups
             ],
             fused=True,
         )
@@ -61,23 +70,16 @@ class StackedTraining:
             moments = [state[parameters[name]] for parameters, _, state in members if parameters[name] in state]
             if moments:
                 self._optimiser.state[stacked] = {
-                    key: value.clone().to(device) if key == "step" else self._stack(each[key] for each in moments)
+                    key: value.to(self._device, copy=True)
+                    if key == "step"
+                    else self._stack(each[key] for each in moments)
                     for key, value in moments[0].items()
                 }
-        self._stack_windows()
-
-    @property
-    def _first(self) -> Training:
-        """Any of those still trained: spec and step are the same in all."""
-        return next(iter(self._trainings.values()))
+        self._training_windows = StackedWindows([training.training_windows for training in every], self._device)
+        self._sampled_windows = StackedWindows([training.sampled_windows for training in every], self._device)
 
     def _stack(self, tensors: Iterable[Tensor]) -> Tensor:
         return torch.stack(list(tensors)).to(self._device)
-
-    def _stack_windows(self) -> None:
-        every = self._trainings.values()
-        self._training_windows = StackedWindows([training.training_windows for training in every], self._device)
-        self._sampled_windows = StackedWindows([training.sampled_windows for training in every], self._device)
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -135,25 +137,19 @@ class StackedTraining:
         if not failures:
             return
         for row, (seed, training) in enumerate(self._trainings.items()):
+            self._write_back(row, training)
             if seed in failures:
-                self._write_back(row, training)
                 training.failure = failures[seed]
                 if seed in self._checkpoints:  # alone after an interruption, it might diverge at another step
                     self._checkpoints[seed].save(training.step, *training.state())
         self._has_diverged = True
         kept = [row for row, seed in enumerate(self._trainings) if seed not in failures]
         self._trainings = {seed: training for seed, training in self._trainings.items() if seed not in failures}
-        if not kept:
-            return
-        rows = torch.tensor(kept, device=self._device)
-        for stacked in self._parameters.values():
-            grad, stacked.grad = stacked.grad, None
-            stacked.data = stacked.data[rows]
-            stacked.grad = None if grad is None else grad[rows]
-            moments = self._optimiser.state.get(stacked, {})
-            moments.update({key: value[rows] for key, value in moments.items() if key != "step"})
-        self._buffers = {name: buffer[rows] for name, buffer in self._buffers.items()}
-        self._stack_windows()
+        if kept:
+            grads = {name: stacked.grad for name, stacked in self._parameters.items()}
+            self._build()
+            for name, grad in grads.items():
+                self._parameters[name].grad = None if grad is None else grad[kept]
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -253,8 +249,7 @@ def train_seeds(
     groups: dict[tuple[int, bool], dict[int, Training]] = {}
     for seed, run in runs.items():
         if run.training.failure is None:
-            place = run.training.step, run.training.evaluation_is_due
-            groups.setdefault(place, {})[seed] = run.training
+            groups.setdefault(_place(run.training), {})[seed] = run.training
     n_stacked = dict.fromkeys(seeds, len(seeds))
     for group in groups.values():
         n_stacked |= dict.fromkeys(group, len(group))
@@ -262,9 +257,7 @@ def train_seeds(
     return [(run.result(device, n_stacked[seed]), run.training.model.state_dict()) for seed, run in runs.items()]
 
 
-def _restore(
-    runs: dict[int, SeedRun], begin: Callable[[int], SeedRun], checkpoints: Mapping[int, Checkpoints]
-) -> None:
+def _restore(runs: dict[int, SeedRun], begin: Callable[[int], SeedRun], checkpoints: Mapping[int, Checkpoints]) -> None:
     """Bring every seed to its newest checkpoint, or all of them to the newest step that they have in common.
 
     Whoever ends while the checkpoints of a stack are being written leaves some seeds one of them ahead.
@@ -274,23 +267,23 @@ def _restore(
         if newest is not None:
             run.training.restore(*newest)
     going_on = [seed for seed, run in runs.items() if run.training.failure is None]
-    if len({runs[seed].training.step for seed in going_on}) < 2:
+    if len({_place(runs[seed].training) for seed in going_on}) < 2:
         return
-    common = set.intersection(*({*_starts(checkpoints[seed])} for seed in going_on))
-    for step in sorted(common, reverse=True):
-        older = {seed: checkpoints[seed].load(step) for seed in going_on}
-        if step == 0 or all(checkpoint is not None for checkpoint in older.values()):
+    steps = {seed: checkpoints[seed].steps() for seed in going_on}
+    for step in sorted(set.intersection(*map(set, steps.values())), reverse=True):
+        loaded = ((seed, checkpoints[seed].load(step)) for seed in going_on)
+        older = {seed: checkpoint for seed, checkpoint in loaded if checkpoint is not None}
+        if older.keys() == set(going_on):
             for seed, checkpoint in older.items():
-                runs[seed] = begin(seed)
-                if checkpoint is not None:
-                    runs[seed].training.restore(*checkpoint)
+                runs[seed].training.restore(*checkpoint)
             return
+    if all(len(kept) < 2 for kept in steps.values()):  # they have hardly begun
+        runs |= {seed: begin(seed) for seed in going_on}
 
 
-def _starts(checkpoints: Checkpoints) -> list[int]:
-    """Steps to start from: two checkpoints are kept, so that with fewer the very beginning is no further away."""
-    steps = checkpoints.steps()
-    return steps if len(steps) > 1 else [0, *steps]
+def _place(training: Training) -> tuple[int, bool]:
+    """Where a training stands; equal for those that can be stacked."""
+    return training.step, training.evaluation_is_due
 
 
 def clip_grads_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
@@ -347,13 +340,11 @@ class _Attention(torch.autograd.Function):
         """Nothing is kept: there is no backward of its own."""
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor, v: Tensor, is_causal: bool
-    ) -> tuple[Tensor, int]:
-        stacked = []
-        for x, dim in zip((q, k, v), in_dims, strict=False):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        *qkv, is_causal = args
+        flat = []
+        for x, dim in zip(qkv, in_dims[:3], strict=True):
             assert dim is not None  # every seed has parameters of its own
-            stacked.append(x.movedim(dim, 0))  # (seeds, B, H, T, C / H)
-        flat = [x.flatten(0, 1) for x in stacked]
+            flat.append(x.movedim(dim, 0).flatten(0, 1))  # (seeds · B, H, T, C / H)
         y = nn.functional.scaled_dot_product_attention(*flat, is_causal=is_causal)
         return y.unflatten(0, (info.batch_size, -1)), 0

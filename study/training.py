@@ -234,9 +234,7 @@ class Training:
         optimiser = self.optimiser.state_dict()
         self.optimiser.load_state_dict({"state": moments, "param_groups": optimiser["param_groups"]})
         for name, value in content.items():
-            setattr(self, name, value)
-        if self.failure is not None:
-            self.failure = Diverged(*self.failure)
+            setattr(self, name, Diverged(*value) if name == "failure" and value else value)
 
 
 def train_seed(
