@@ -134,7 +134,7 @@ FINALS = (
         "maximize",
     ),
     Field("best/step", "final", int, "step of the lowest validation loss", "steps"),
-    Field("train_seconds", "final", float, "wall time of training and evaluation, shared among stacked seeds", "s", "minimize"),
+    Field("train_seconds", "final", float, "wall time of training, a seed's share of its block's", "s", "minimize"),
     Field("train_tokens", "final", int, "tokens this run trained on", "tokens"),
     Field("total_tokens", "final", int, "tokens trained on, the teacher's included", "tokens"),
 )
