@@ -36,9 +36,9 @@ ARM = "mpo.arm"
 """On trials and seeds: the params of those names, as tags by which MLflow's UI groups and filters."""
 DUPLICATE_OF = "mpo.duplicate_of"
 """On a trial (and its runs) whose configuration another trial already has: that trial's number."""
-DEVICE, THREADS, TORCH = "mpo.device", "mpo.threads", "mpo.torch"
-RAN_ON = (DEVICE, THREADS, TORCH)
-"""On a seed: what its numbers depend on to rounding."""
+DEVICE, THREADS, TORCH, STACKED = "mpo.device", "mpo.threads", "mpo.torch", "mpo.stacked"
+RAN_ON = (DEVICE, THREADS, TORCH, STACKED)
+"""On a seed: what its numbers depend on to rounding; `STACKED` is how many seeds were trained as one model."""
 FAILURE = "mpo.failure"
 """On a failed seed: why, in one line."""
 WEIGHTS_LOST = "mpo.weights_lost"
@@ -134,7 +134,7 @@ FINALS = (
         "maximize",
     ),
     Field("best/step", "final", int, "step of the lowest validation loss", "steps"),
-    Field("train_seconds", "final", float, "wall time of training and evaluation", "s", "minimize"),
+    Field("train_seconds", "final", float, "wall time of training, a seed's share of its block's", "s", "minimize"),
     Field("train_tokens", "final", int, "tokens this run trained on", "tokens"),
     Field("total_tokens", "final", int, "tokens trained on, the teacher's included", "tokens"),
 )

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.dataclasses import dataclass
 
 
@@ -269,11 +269,21 @@ class Budget(Strict):
     trials: Annotated[int, Field(ge=0)] = Field(default=0, description="Number of searched trials.")
 
 
+def _seeds_per_unit(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and value >= 1):
+        raise ValueError(f"must be auto or a whole number of at least 1, but got {value!r}")
+    return value
+
+
 class Execution(Strict):
     """Where and how units run; may change between two runs of a study."""
 
     cpus: Annotated[float, Field(gt=0)] = Field(default=1, description="CPU cores, and threads, of one unit.")
     gpus: Annotated[float, Field(ge=0)] = Field(default=0, description="GPUs of one unit; a fraction shares one.")
+    seeds_per_unit: Annotated[Literal["auto"] | PositiveInt, BeforeValidator(_seeds_per_unit)] = Field(
+        default="auto",
+        description="Seeds of a trial that are trained as one model: `auto` is one on a CPU, all it lacks on a GPU.",
+    )
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
         default=30, description="Least time between two checkpoints."
     )

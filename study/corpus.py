@@ -10,7 +10,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +99,7 @@ class Windows:
     """
 
     def __init__(self, tokens: Tensor, n_batches: int, batch_size: int, context: int, seed: int, purpose: str):
+        self._tokens, self._context = tokens, context
         self._windows = tokens.unfold(0, context + 1, 1)
         shape = (n_batches, batch_size)
         self._starts = torch.randint(len(self._windows), shape, generator=generator(seed, purpose))
@@ -107,6 +108,20 @@ class Windows:
         """Inputs and targets, each (batch_size, context); targets are the inputs' next characters."""
         windows = self._windows[self._starts[index]]
         return windows[:, :-1], windows[:, 1:]
+
+
+class StackedWindows:
+    """Batches of several `Windows` over one split, of one shape, side by side on a device."""
+
+    def __init__(self, stacked: Sequence[Windows], device: torch.device | str) -> None:
+        first = stacked[0]
+        self._windows = first._tokens.to(device).unfold(0, first._context + 1, 1)
+        self._starts = torch.stack([windows._starts for windows in stacked], dim=1).to(device)
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (len(stacked), batch_size, context)."""
+        windows = self._windows[self._starts[index]]
+        return windows[..., :-1], windows[..., 1:]
 
 
 def consecutive_windows(tokens: Tensor, context: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

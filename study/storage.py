@@ -156,13 +156,18 @@ class Checkpoints:
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> None:
         """Keep the state before optimiser step `step`."""
-        self._storage.write(f"{self._folder}/{step:09d}.safetensors", pack_tensors(tensors, content))
+        self._storage.write(self._key(step), pack_tensors(tensors, content))
         for key in self._storage.keys(self._folder)[:-2]:
             self._storage.delete(key)
 
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The newest whole checkpoint, or None; damaged ones are passed over and removed."""
-        for key in reversed(self._storage.keys(self._folder)):
+    def steps(self) -> list[int]:
+        """Steps of those that are kept, in ascending order."""
+        return [int(PurePosixPath(key).stem) for key in self._storage.keys(self._folder)]
+
+    def load(self, step: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The newest whole checkpoint, or the one of this step; None if there is none. Damaged ones are removed."""
+        keys = self._storage.keys(self._folder) if step is None else [self._key(step)]
+        for key in reversed(keys):
             try:
                 return unpack_tensors(self._storage.read(key))
             except Damaged as damage:
@@ -174,3 +179,6 @@ class Checkpoints:
 
     def clear(self) -> None:
         self._storage.delete_folder(self._folder)
+
+    def _key(self, step: int) -> str:
+        return f"{self._folder}/{step:09d}.safetensors"

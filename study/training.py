@@ -1,4 +1,4 @@
-"""Train one trial × one seed: pure PyTorch, no Ray, no MLflow.
+"""Train one trial × one seed: pure PyTorch, no Ray, no MLflow. Several seeds as one model: `study.stacked`.
 
 What a seed's result is depends on the trial's configuration, the corpus and the seed; to rounding, also on the kind of
 machine, the number of threads and the version of PyTorch, which every result names. With these equal, on a CPU, an
@@ -12,6 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,7 @@ class Diverged(Exception):
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(f"{what} is not finite at step {step}")
-        self.step = step
+        self.what, self.step = what, step
 
 
 def learning_rate_at(step: int, protocol: Protocol) -> float:
@@ -95,9 +96,9 @@ class Training:
         )
         self.optimiser = torch.optim.AdamW(groups, betas=protocol.betas, fused=True)
         purpose = "data" if spec.teacher is None else "fine-tune data"
-        self._train = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
+        self.training_windows = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
         self._evaluation_steps = evaluation_steps(protocol)
-        self._sampled = Windows(
+        self.sampled_windows = Windows(
             corpus.validation,
             len(self._evaluation_steps) * protocol.sampled_eval_batches,
             protocol.sampled_eval_batch_size,
@@ -108,6 +109,7 @@ class Training:
         self.step = 0
         self.curve: list[dict[str, float]] = []
         self.seconds = 0.0
+        self.failure: Diverged | None = None
         self._loss_sum, self._loss_count = 0.0, 0
 
     def run(
@@ -121,9 +123,11 @@ class Training:
         Raises:
             Diverged: the loss or the gradient is not finite.
         """
+        if self.failure is not None:
+            raise self.failure  # so a checkpoint says
         begun, saved = time.monotonic() - self.seconds, time.monotonic()
         while True:
-            if self.step in self._evaluation_steps and (not self.curve or self.curve[-1]["step"] < self.step):
+            if self.evaluation_is_due:
                 self.curve.append(self._evaluation())
                 on_evaluation(self.curve[-1])
             self.seconds = time.monotonic() - begun
@@ -134,34 +138,63 @@ class Training:
                 saved = time.monotonic()
             self.optimiser_step()
 
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether this step is one to evaluate at, and that has not been done yet."""
+        return self.step in self._evaluation_steps and (not self.curve or self.curve[-1]["step"] < self.step)
+
     def optimiser_step(self) -> None:
         """Draw the step's batch, and update the parameters once."""
-        inputs, targets = self._train.batch(self.step)
+        inputs, targets = self.training_windows.batch(self.step)
         logits = self.model(inputs.to(self.device))
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.to(self.device).flatten())
         self.optimiser.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.spec.protocol.grad_clip)
-        for what, value in (("the training loss", loss), ("the gradient's norm", norm)):
-            if not math.isfinite(value.item()):
-                raise Diverged(what, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = group["lr_mult"] * learning_rate_at(self.step, self.spec.protocol)
+        self.note_step(loss.item(), norm.item())
         self.optimiser.step()
-        self._loss_sum += loss.item()
+
+    def note_step(self, loss: float, norm: float) -> None:
+        """Count the optimiser step that this loss and this norm of the gradient lead to.
+
+        Raises:
+            Diverged: there is none, as one of them is not finite.
+        """
+        for what, value in (("the training loss", loss), ("the gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise Diverged(what, self.step)
+        self._loss_sum += loss
         self._loss_count += 1
         self.step += 1
 
     def _evaluation(self) -> dict[str, float]:
-        """One row of the learning curve; keys are those of `run_schema.CURVES`, and "step"."""
         self.model.eval()
-        protocol, context = self.spec.protocol, self.spec.model.context
-        windows = consecutive_windows(self.corpus.validation, context, max(1, EVALUATION_TOKENS // context))
-        val_loss, val_acc = evaluate(self.model, windows, self.device)
-        first = self._evaluation_steps.index(self.step) * protocol.sampled_eval_batches
-        sampled = map(self._sampled.batch, range(first, first + protocol.sampled_eval_batches))
-        sampled_loss, sampled_acc = evaluate(self.model, sampled, self.device)
+        full = evaluate(self.model, self.validation_batches(), self.device)
+        sampled = evaluate(self.model, map(self.sampled_windows.batch, self.sampled_batches()), self.device)
         self.model.train()
+        return self.row(full, sampled)
+
+    def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The whole validation split."""
+        context = self.spec.model.context
+        return consecutive_windows(self.corpus.validation, context, max(1, EVALUATION_TOKENS // context))
+
+    def sampled_batches(self) -> range:
+        """Which of the `sampled_windows` are this step's."""
+        n_batches = self.spec.protocol.sampled_eval_batches
+        first = self._evaluation_steps.index(self.step) * n_batches
+        return range(first, first + n_batches)
+
+    def row(self, full: tuple[float, float], sampled: tuple[float, float]) -> dict[str, float]:
+        """A row of the learning curve from loss and accuracy; its keys: those of `run_schema.CURVES`, and "step".
+
+        Raises:
+            Diverged: a loss is not finite.
+        """
+        (val_loss, val_acc), (sampled_loss, sampled_acc) = full, sampled
+        protocol, context = self.spec.protocol, self.spec.model.context
         if not (math.isfinite(val_loss) and math.isfinite(sampled_loss)):
             raise Diverged("the validation loss", self.step)
         row = {
@@ -186,7 +219,8 @@ class Training:
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
         names = ("step", "curve", "seconds", "_loss_sum", "_loss_count")
-        return tensors, {name: getattr(self, name) for name in names}
+        content = {name: getattr(self, name) for name in names}
+        return tensors, content | {"failure": self.failure and [self.failure.what, self.failure.step]}
 
     def restore(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
@@ -200,7 +234,7 @@ class Training:
         optimiser = self.optimiser.state_dict()
         self.optimiser.load_state_dict({"state": moments, "param_groups": optimiser["param_groups"]})
         for name, value in content.items():
-            setattr(self, name, value)
+            setattr(self, name, Diverged(*value) if name == "failure" and value else value)
 
 
 def train_seed(
@@ -226,40 +260,74 @@ def train_seed(
     Returns:
         The result and the trained weights; a run that diverges gives a failed result, with the curve up to there.
     """
-    started = now()
-    training = Training(spec, seed, corpus, device=device, teacher_weights=teacher_weights)
-    rel_errors = _rel_errors(training, rel_error_chis, "init")
+    run = SeedRun(
+        spec,
+        seed,
+        corpus,
+        trial=trial,
+        device=device,
+        teacher_weights=teacher_weights,
+        teacher_tokens=teacher_tokens,
+        rel_error_chis=rel_error_chis,
+    )
     checkpoint = checkpoints.load() if checkpoints is not None else None
     if checkpoint is not None:
-        training.restore(*checkpoint)
-    failure: Diverged | None = None
+        run.training.restore(*checkpoint)
     try:
-        training.run(checkpoints, checkpoint_seconds, on_evaluation)
+        run.training.run(checkpoints, checkpoint_seconds, on_evaluation)
     except Diverged as error:
-        failure = error
-    result = SeedResult(
-        trial=trial,
-        seed=seed,
-        state="complete" if failure is None else "failed",
-        started=started,
-        ended=now(),
-        final=_final_metrics(training, teacher_tokens) if failure is None else {},
-        curve=training.curve,
-        rel_errors=rel_errors | _rel_errors(training, rel_error_chis, "trained") if failure is None else rel_errors,
-        failure=None if failure is None else f"diverged: {failure}",
-        failure_step=None if failure is None else failure.step,
-        ran_on=_ran_on(device),
-    )
-    return result, training.model.state_dict()
+        run.training.failure = error
+    return run.result(device, 1), run.training.model.state_dict()
 
 
-def _ran_on(device: torch.device | str) -> dict[str, str]:
+class SeedRun:
+    """A training, and what its result says beside it; for the arguments see `train_seed`."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        seed: int,
+        corpus: Corpus,
+        *,
+        trial: int,
+        device: torch.device | str,
+        teacher_weights: dict[str, Tensor] | None,
+        teacher_tokens: int,
+        rel_error_chis: Sequence[int],
+    ) -> None:
+        self.trial, self.seed, self.started = trial, seed, now()
+        self._teacher_tokens, self._rel_error_chis = teacher_tokens, rel_error_chis
+        self.training = Training(spec, seed, corpus, device=device, teacher_weights=teacher_weights)
+        self._rel_errors = _rel_errors(self.training, rel_error_chis, "init")
+
+    def result(self, device: torch.device | str, n_stacked: int) -> SeedResult:
+        """What came of it, on that device and in a stack of that many seeds."""
+        training, failure = self.training, self.training.failure
+        result = SeedResult(
+            trial=self.trial,
+            seed=self.seed,
+            state="complete" if failure is None else "failed",
+            started=self.started,
+            ended=now(),
+            curve=training.curve,
+            rel_errors=self._rel_errors,
+            ran_on=_ran_on(device, n_stacked),
+        )
+        if failure is not None:
+            return replace(result, failure=f"diverged: {failure}", failure_step=failure.step)
+        trained = _rel_errors(training, self._rel_error_chis, "trained")
+        final = _final_metrics(training, self._teacher_tokens)
+        return replace(result, final=final, rel_errors=self._rel_errors | trained)
+
+
+def _ran_on(device: torch.device | str, n_stacked: int) -> dict[str, str]:
     """What results depend on to rounding; the keys of `run_schema.RAN_ON`."""
     kind = torch.device(device).type
     return {
         schema.DEVICE: torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine() or kind,
         schema.THREADS: str(torch.get_num_threads()),
         schema.TORCH: torch.__version__,
+        schema.STACKED: str(n_stacked),
     }
 
 

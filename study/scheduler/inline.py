@@ -20,7 +20,7 @@ def run_inline(queue: Queue, on_evaluation: Callable[[Unit, int, dict[str, float
             queue.put_back(issued)
             queue.aborted = str(error)
         except OUT_OF_MEMORY as error:
-            queue.note_death(issued, f"out of memory: {error}".splitlines()[0])
+            queue.note_out_of_memory(issued, f"out of memory: {error}".splitlines()[0])
 
 
 def _note_evaluation(

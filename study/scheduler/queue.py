@@ -44,7 +44,9 @@ class Queue:
     _n_stillborn: Counter[tuple[int, int]] = field(default_factory=Counter)
     _n_stillborn_in_a_row: int = 0
     _given_up: dict[tuple[int, int], str] = field(default_factory=dict)
-    """Units that no worker came as far as to begin, and the last one's end."""
+    """Runs that no worker came as far as to begin, and the last one's end."""
+    _block_that_fits: dict[int, int] = field(default_factory=dict)
+    """For a trial that ran out of memory: the number of seeds to try."""
     _furthest_step: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,6 +74,7 @@ class Queue:
         while True:
             found_waits = False
             for trial in self.ledger.lacking():
+                block: list[int] = []
                 for seed in self.ledger.missing_seeds(trial):
                     key = trial.number, seed
                     if key in self._in_flight or key in self._given_up:
@@ -79,12 +82,25 @@ class Queue:
                     if not self._is_ready(trial, seed):
                         found_waits |= self.config.arm(trial.spec.arm).is_searched
                         continue
-                    self._in_flight.add(key)
-                    self._begun.discard(key)
-                    return self._unit(trial, (seed,))
+                    block.append(seed)
+                    if len(block) == self._block_size(trial):
+                        break
+                if block:
+                    keys = {(trial.number, seed) for seed in block}
+                    self._in_flight |= keys
+                    self._begun -= keys
+                    return self._unit(trial, tuple(block))
             # While one that was found waits for its teacher, another would be chosen with nothing learnt from it.
             if found_waits or self.ledger.ask(self._may_start) is None:
                 return None
+
+    def _block_size(self, trial: Trial) -> int:
+        """The most seeds that a unit of this trial may have."""
+        execution = self.config.execution
+        n_seeds = execution.seeds_per_unit
+        if n_seeds == "auto":  # the cores of a CPU are full with one
+            n_seeds = len(self.config.seed_list) if execution.gpus else 1
+        return min(n_seeds, self._block_that_fits.get(trial.number, n_seeds))
 
     def complete(self, results: Sequence[SeedResult]) -> None:
         """Record a unit's results; where the ledger does not take them, they are missing again, and the study stops."""
@@ -102,42 +118,46 @@ class Queue:
 
     def note_begin(self, unit: Unit) -> None:
         """A worker has come up and begins with a unit."""
-        self._begun |= {(unit.trial, seed) for seed in unit.seeds}
+        self._begun.update(_keys(unit))
         self._n_stillborn_in_a_row = 0
 
     def note_progress(self, unit: Unit, seed: int, step: float) -> None:
-        """A run passed an evaluation; if none came as far before, earlier deaths no longer count."""
+        """A run passed an evaluation; if it came as far never before, its unit's earlier deaths no longer count."""
         if step > self._furthest_step.get((unit.trial, seed), -1):
             self._furthest_step[unit.trial, seed] = step
-            self._n_deaths[unit.trial, unit.seeds[0]] = 0
+            for key in _keys(unit):
+                self._n_deaths[key] = 0
 
     def note_death(self, unit: Unit, why: str) -> None:
         """Take back a unit whose worker died; where that has happened too often, see `MAX_DEATHS`."""
-        key = unit.trial, unit.seeds[0]
-        if key not in self._begun:
+        if not self._begun.issuperset(_keys(unit)):
             self._note_stillborn(unit, why)
             return
-        self._n_deaths[key] += 1
-        if self._n_deaths[key] < MAX_DEATHS:
-            self.put_back(unit)
-        else:
-            reason = f"its worker died {MAX_DEATHS} times without progress: {why}"
-            self.complete([_failed(unit.trial, seed, reason) for seed in unit.seeds])
+        self.put_back(unit)
+        self._n_deaths.update(_keys(unit))
+        reason = f"its worker died {MAX_DEATHS} times without progress: {why}"
+        self.complete([_failed(*key, reason) for key in _keys(unit) if self._n_deaths[key] >= MAX_DEATHS])
+
+    def note_out_of_memory(self, unit: Unit, why: str) -> None:
+        """Take back a unit that was too large for its worker: half of its seeds at a time may fit."""
+        if len(unit.seeds) == 1:
+            self.note_death(unit, why)
+            return
+        self._block_that_fits[unit.trial] = len(unit.seeds) // 2
+        self.put_back(unit)
 
     def _note_stillborn(self, unit: Unit, why: str) -> None:
         """A worker that did not come up says nothing of the unit it was to have."""
-        key = unit.trial, unit.seeds[0]
-        self._n_stillborn[key] += 1
+        self._n_stillborn.update(_keys(unit))
         self._n_stillborn_in_a_row += 1
         self.put_back(unit)
-        if self._n_stillborn[key] == MAX_DEATHS:
-            self._given_up[key] = why
+        self._given_up |= {key: why for key in _keys(unit) if self._n_stillborn[key] == MAX_DEATHS}
         if self._n_stillborn_in_a_row == MAX_STILLBORN:
             self.aborted = f"{MAX_STILLBORN} workers in a row died before they began with a run: {why}"
 
     def put_back(self, unit: Unit) -> None:
         """Take back a unit that ended without results through no fault of its own."""
-        self._in_flight -= {(unit.trial, seed) for seed in unit.seeds}
+        self._in_flight.difference_update(_keys(unit))
 
     def _may_start(self, spec: TrialSpec) -> bool:
         """Whether a trial can be asked for: what has to wait for its teacher is not, so that others come before it."""
@@ -207,6 +227,10 @@ def study_chis(config: StudyConfig) -> tuple[int, ...]:
             case int(fixed):
                 chis.add(fixed)
     return tuple(sorted(chis))
+
+
+def _keys(unit: Unit) -> list[tuple[int, int]]:
+    return [(unit.trial, seed) for seed in unit.seeds]
 
 
 def _failed(trial: int, seed: int, reason: str) -> SeedResult:

@@ -164,7 +164,7 @@ def _work(config: dict[str, str]) -> None:
     except OSError as error:
         tune.report({"abort": str(error)})
     except OUT_OF_MEMORY as error:
-        tune.report({"death": f"out of memory: {error}".splitlines()[0]})
+        tune.report({"out_of_memory": f"out of memory: {error}".splitlines()[0]})
     else:
         tune.report({"results": json.dumps([asdict(result) for result in results])})
 
@@ -250,9 +250,9 @@ class _LedgerSearcher(Searcher):
             self._queue.put_back(unit)
             self._queue.aborted = result["abort"]
             del self._units[trial_id]
-        elif "death" in result:
+        elif "out_of_memory" in result:
             del self._units[trial_id]
-            self._queue.note_death(unit, result["death"])
+            self._queue.note_out_of_memory(unit, result["out_of_memory"])
         elif "begin" in result:
             self._queue.note_begin(unit)
         elif "evaluation" in result:

@@ -13,6 +13,7 @@ import torch
 
 from study.config import Strict
 from study.corpus import Corpus, corpus_from_bytes
+from study.stacked import train_seeds
 from study.storage import Checkpoints, Damaged, Storage, pack_tensors, unpack_tensors
 from study.training import train_seed
 from study.trial import SeedResult, TrialSpec, now
@@ -47,12 +48,13 @@ class Unit(Strict):
 
 
 def run_unit(unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None]) -> list[SeedResult]:
-    """Train the unit's seeds, each from its newest checkpoint.
+    """Train the unit's seeds from their newest checkpoints: one by itself, several stacked.
 
     Args:
         on_evaluation: called with the seed and every row of its learning curve.
     Returns:
-        One result per seed; what goes wrong in one is a failed result, and the others go on.
+        One result per seed; what goes wrong in one is a failed result, and the others go on. Where a stack as a whole
+        goes wrong, its seeds are trained one after another, which shows in which of them.
 
     Raises:
         OSError: storage, corpus or GPU is not to be had, for this unit or any other.
@@ -61,6 +63,14 @@ def run_unit(unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None])
     torch.set_num_threads(max(1, int(unit.cpus)))
     storage = Storage(unit.storage)
     corpus = _corpus(unit.storage, unit.corpus_sha256, unit.validation_fraction)
+    if len(unit.seeds) > 1:
+        try:
+            return list(map(_without_non_finite, _run_stack(unit, storage, corpus, on_evaluation)))
+        except (OSError, *OUT_OF_MEMORY):
+            raise
+        except Exception:
+            traceback.print_exc()
+            print(f"trial {unit.trial}: seeds {unit.seeds} are trained one after another", flush=True)
     results = []
     for seed in unit.seeds:
         started = now()
@@ -88,6 +98,26 @@ def _without_non_finite(result: SeedResult) -> SeedResult:
     return replace(partly, state="failed", failure=reason, failure_step=step)
 
 
+def _run_stack(
+    unit: Unit, storage: Storage, corpus: Corpus, on_evaluation: Callable[[int, dict[str, float]], None]
+) -> list[SeedResult]:
+    weights_of = unit.teachers.weights if unit.teachers is not None else {}
+    trained = train_seeds(
+        unit.spec,
+        unit.seeds,
+        corpus,
+        trial=unit.trial,
+        device=_device(unit),
+        teacher_weights={seed: _teacher_weights(storage, key) for seed, key in weights_of.items()} or None,
+        teacher_tokens=unit.teachers.tokens if unit.teachers is not None else 0,
+        rel_error_chis=unit.rel_error_chis,
+        checkpoints={seed: checkpoints_of(storage, unit.study_uuid, unit.trial, seed) for seed in unit.seeds},
+        checkpoint_seconds=unit.checkpoint_seconds,
+        on_evaluation=on_evaluation,
+    )
+    return [_with_weights(unit, storage, result, weights) for result, weights in trained]
+
+
 def _run_seed(
     unit: Unit, seed: int, storage: Storage, corpus: Corpus, on_evaluation: Callable[[int, dict[str, float]], None]
 ) -> SeedResult:
@@ -105,10 +135,15 @@ def _run_seed(
         checkpoint_seconds=unit.checkpoint_seconds,
         on_evaluation=lambda row: on_evaluation(seed, row),
     )
+    return _with_weights(unit, storage, result, weights)
+
+
+def _with_weights(unit: Unit, storage: Storage, result: SeedResult, weights: dict[str, torch.Tensor]) -> SeedResult:
+    """The result, and its weights in storage where they are kept."""
     if not unit.keep_weights or result.state != "complete":
         return result
-    key = f"{unit.study_uuid}/weights/trial{unit.trial}-seed{seed}.safetensors"
-    storage.write(key, pack_tensors(weights, {"spec": unit.spec.model_dump(mode="json"), "seed": seed}))
+    key = f"{unit.study_uuid}/weights/trial{unit.trial}-seed{result.seed}.safetensors"
+    storage.write(key, pack_tensors(weights, {"spec": unit.spec.model_dump(mode="json"), "seed": result.seed}))
     return replace(result, weights=key)
 
 
