@@ -34,13 +34,13 @@ class Backup:
 
     Args:
         name: of the study. A storage holds the backup of one study of a name.
-
-    Raises:
-        StudyError: the storage cannot be read.
+        say: told in one line what was damaged.
     """
 
-    def __init__(self, storage: Storage, directory: StudyDirectory, name: str) -> None:
-        self._storage, self._directory = storage, directory
+    def __init__(
+        self, storage: Storage, directory: StudyDirectory, name: str, say: Callable[[str], None] = print
+    ) -> None:
+        self._storage, self._directory, self._say = storage, directory, say
         self._folder = f"backup/{name}"
         self._note = directory.path / "backup.json"
         self._copied: dict[str, str] = {}
@@ -129,10 +129,15 @@ class Backup:
         return [key for key in self._storage.keys(f"{self._folder}/{kind}") if key.endswith(".db")]
 
     def _newest_whole(self, kind: str) -> tuple[str, bytes] | None:
+        damaged: list[str] = []
         for key in reversed(self._copies(kind)):
             data = self._storage.read(key)
             if hashlib.sha256(data).hexdigest() == _checksum_of(key):
+                for worse in damaged:
+                    self._storage.delete(worse)
+                    self._say(f"damaged backup {worse}: removed; an older one, {key}, is brought back")
                 return key, data
+            damaged.append(key)
         return None
 
     # What this folder knows of it ---------------------------------------------------------------------------------
@@ -162,7 +167,7 @@ def open_backup(storage: Storage, directory: StudyDirectory, name: str, say: Cal
     """
     if not storage.is_remote:
         return None
-    backup = Backup(storage, directory, name)
+    backup = Backup(storage, directory, name, say)
     if not directory.has_no_study:
         backup.check_is_ours()
     elif backup.bring_back():

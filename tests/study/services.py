@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,12 +50,19 @@ def s3_server() -> Iterator[tuple[subprocess.Popen, dict[str, str]]]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+    forget_clients()
     try:
         wait_until_listening(port, process)
         yield process, environment
     finally:
+        forget_clients()
         process.kill()
         process.wait()
+
+
+def forget_clients() -> None:
+    """fsspec keeps its clients, and they the server that they were made for."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +74,7 @@ def _s3() -> Iterator[dict[str, str]]:
 @pytest.fixture
 def bucket(_s3, monkeypatch, tmp_path) -> str:
     """URL of an empty bucket, which this process and those it starts can use."""
+    forget_clients()
     for name, value in _s3.items():
         monkeypatch.setenv(name, value)
     name = "bucket-" + tmp_path.name.replace("_", "-").lower()[:50].strip("-")
@@ -74,13 +83,16 @@ def bucket(_s3, monkeypatch, tmp_path) -> str:
 
 
 @pytest.fixture(scope="module")
-def _postgresql(tmp_path_factory):
-    import pgserver
+def _postgresql():
+    # Not in pytest's folder: where root runs the tests, the server has another user, who must get there.
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", folder)
+        import pgserver
 
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
-    server.psql(f"ALTER USER postgres PASSWORD '{POSTGRESQL_PASSWORD}'")
-    yield server
-    server.cleanup()
+        server = pgserver.get_server(Path(folder) / "data")
+        server.psql(f"ALTER USER postgres PASSWORD '{POSTGRESQL_PASSWORD}'")
+        yield server
+        server.cleanup()
 
 
 @pytest.fixture
