@@ -29,8 +29,9 @@ from study.run import sync as sync_study
 from study.sample import sample as draw_sample
 from study.search_space import listed_specs
 from study.study_file import load_config
-from study.tracking.connection import hide_password, is_database, runs_page
+from study.tracking.connection import runs_page
 from study.trial import TrialSpec
+from study.urls import hide_password, is_database
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,6 +110,13 @@ def run(
         str | None,
         typer.Option(metavar="URI|off", help="MLflow; unless given, the last run's URI, at first a database in DIR."),
     ] = None,
+    ledger: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A PostgreSQL database for the ledger; unless given, the last run's, at first DIR/ledger.db.",
+        ),
+    ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Train again what failed, except for seeds that diverged.")
     ] = False,
@@ -116,7 +124,7 @@ def run(
 ) -> None:
     """Run a study; run it again to resume it. A complete study is left as it is."""
     config = load_config(file, overrides)
-    folder = StudyDirectory(directory if directory is not None else Path("results") / config.name)
+    folder = StudyDirectory(directory if directory is not None else Path("results") / config.name, ledger)
     try:
         outcome = run_study(
             config,
@@ -133,7 +141,8 @@ def run(
         raise typer.Exit(130) from None
     _print_outcome(outcome, config, folder)
     nothing_succeeded = outcome.n_failed > 0 and outcome.n_complete == 0
-    if outcome.aborted is not None or outcome.tracking_trouble is not None or outcome.n_missing or nothing_succeeded:
+    trouble = outcome.aborted or outcome.tracking_trouble or outcome.backup_trouble
+    if trouble is not None or outcome.n_missing or nothing_succeeded:
         raise typer.Exit(1)
 
 
@@ -273,6 +282,14 @@ def _print_outcome(outcome: Outcome, config: StudyConfig, folder: StudyDirectory
     if outcome.tracking_trouble is not None:
         console.print(
             f"MLflow lacks some runs: {outcome.tracking_trouble}; once that is mended: mpo-study sync {_show(folder)}",
+            style="red",
+            markup=False,
+            highlight=False,
+        )
+    if outcome.backup_trouble is not None:
+        console.print(
+            f"the last backup of the study's databases failed: {outcome.backup_trouble}; once that is mended: the same "
+            "command again",
             style="red",
             markup=False,
             highlight=False,

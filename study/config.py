@@ -287,6 +287,9 @@ class Execution(Strict):
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
         default=30, description="Least time between two checkpoints."
     )
+    backup_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=60, description="Least time between two copies of the databases in a storage that is a URL."
+    )
     keep_weights: bool = Field(
         default=False, description="Keep every trained model, as safetensors, in storage and MLflow."
     )

@@ -115,9 +115,9 @@ class Ledger:
         self._engine = open_database(url)
         _metadata.create_all(self._engine)
         self.uuid, self.created = self._open_study(corpus_sha256, uuid)
-        storage = optuna.storages.RDBStorage(url)
+        self._optuna_storage = optuna.storages.RDBStorage(url)
         self._optuna = optuna.create_study(
-            storage=storage,
+            storage=self._optuna_storage,
             study_name=_optuna_name(config.name, self.uuid),
             directions=directions(config),
             load_if_exists=True,
@@ -332,6 +332,7 @@ class Ledger:
 
     def close(self) -> None:
         self._engine.dispose()
+        _close_storage(self._optuna_storage)
 
 
 @contextmanager
@@ -384,10 +385,21 @@ def read_ledger(url: str, name: str) -> Snapshot:
             query = sa.select(_study.c.uuid, _study.c.corpus_sha256).where(_study.c.name == name)
             uuid, corpus_sha256 = connection.execute(query).one()
     except sqlalchemy.exc.SQLAlchemyError:
+        engine.dispose()
         raise StudyError(f"the ledger holds no study {name}") from None
-    study = optuna.load_study(storage=optuna.storages.RDBStorage(url), study_name=_optuna_name(name, uuid))
-    trials = [_trial_from(frozen) for frozen in study.get_trials(deepcopy=False) if _TRIAL in frozen.user_attrs]
-    return Snapshot(trials, read_results(engine, uuid), corpus_sha256)
+    storage = optuna.storages.RDBStorage(url)
+    try:
+        study = optuna.load_study(storage=storage, study_name=_optuna_name(name, uuid))
+        trials = [_trial_from(frozen) for frozen in study.get_trials(deepcopy=False) if _TRIAL in frozen.user_attrs]
+        return Snapshot(trials, read_results(engine, uuid), corpus_sha256)
+    finally:
+        engine.dispose()
+        _close_storage(storage)
+
+
+def _close_storage(storage: optuna.storages.RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def _optuna_name(name: str, uuid: str) -> str:

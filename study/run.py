@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from rich.console import Console
 
+from study.backup import BackgroundBackup, open_backup
 from study.config import MPOArm, StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment
 from study.errors import StudyError
 from study.ledger import Asked, Ledger, read_ledger
+from study.ledger_lock import hold_ledger
 from study.progress import StudyProgress
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
@@ -27,12 +30,12 @@ from study.tracking.connection import (
     TrackingAway,
     connect,
     first_line,
-    is_database,
     prepare_own_database,
     tracking_error,
 )
 from study.tracking.tracker import StudyRecord, Tracker
 from study.trial import SeedResult, TrialSpec, budget_hash, trial_shape, tuning_trials
+from study.urls import is_database
 
 TRACKING_OFF = "off"
 
@@ -47,6 +50,7 @@ class Outcome:
     n_missing: int
     aborted: str | None
     tracking_trouble: str | None
+    backup_trouble: str | None
 
 
 def study_corpus(config: StudyConfig) -> Corpus:
@@ -96,13 +100,14 @@ def run_study(
         StudyError: the study cannot be opened, or another driver has it.
     """
     corpus = study_corpus(config)
-    with directory.locked():
+    with directory.locked(), hold_ledger(directory.ledger_url, config.name):
         directory.check_is_for(config)
         storage = Storage(storage_url or directory.storage_url())
         try:
             store_corpus(storage, corpus)
+            backup = open_backup(storage, directory, config.name, lambda line: console.print(line, markup=False))
         except OSError as error:
-            raise StudyError(f"--storage {storage.url}: cannot write there: {error.strerror or error}") from None
+            raise StudyError(f"--storage {storage.shown}: cannot write there: {error.strerror or error}") from None
         ledger = open_ledger(config, corpus, directory)
         ledger.record_driver(environment())
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
@@ -126,12 +131,18 @@ def run_study(
 
             def on_result(result: SeedResult) -> None:
                 progress.on_result(result)
+                if copies is not None:
+                    copies.note_change()
                 if tracker is not None:
                     for trial in ledger.trials.values():
                         if result.trial in (trial.number, trial.duplicate_of):
                             tracker.put(trial, ledger.on_record(trial))
 
-            queue = Queue(config, ledger, storage, corpus.sha256, on_result)
+            queue = Queue(config, ledger, storage, corpus.sha256, on_result, progress.say)
+            copies = None
+            if backup is not None:
+                seconds = config.execution.backup_seconds
+                copies = BackgroundBackup(backup, seconds, progress.say, partial(setattr, queue, "aborted"))
             try:
                 _execute(queue, progress, executor, directory, address)
             except KeyboardInterrupt:
@@ -142,7 +153,8 @@ def run_study(
                 raise
             finally:
                 trouble = tracker.close() if tracker is not None else None
-        outcome = _outcome(ledger, n_trials, len(config.seed_list), queue.aborted, trouble)
+                lost = copies.close() if copies is not None else None
+        outcome = _outcome(ledger, n_trials, len(config.seed_list), queue.aborted, trouble, lost)
         ledger.close()
         return outcome
 
@@ -164,7 +176,7 @@ def _reopen(
     for result in list(ledger.results.values()):
         arm = ledger.trials[result.trial].spec.arm
         if (arm, result.seed) in needed and result.weights is not None and not storage.exists(result.weights):
-            say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.url}; it is trained again")
+            say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.shown}; it is trained again")
             ledger.reopen([result])
 
 
@@ -250,7 +262,7 @@ def sync(
     Raises:
         StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
     """
-    with directory.locked():
+    with directory.locked(), hold_ledger(directory.ledger_url, config.name):
         storage = Storage(storage_url or directory.storage_url())
         corpus = _known_corpus(config, directory, storage)
         ledger = open_ledger(config, corpus, directory)
@@ -282,7 +294,9 @@ def _known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Stora
         return study_corpus(config)
 
 
-def _outcome(ledger: Ledger, n_trials: int, n_seeds: int, aborted: str | None, trouble: str | None) -> Outcome:
+def _outcome(
+    ledger: Ledger, n_trials: int, n_seeds: int, aborted: str | None, trouble: str | None, lost: str | None
+) -> Outcome:
     states = [result.state for result in ledger.results.values()]
     n_duplicates = sum(trial.duplicate_of is not None for trial in ledger.trials.values())
     return Outcome(
@@ -292,4 +306,5 @@ def _outcome(ledger: Ledger, n_trials: int, n_seeds: int, aborted: str | None, t
         n_missing=(n_trials - n_duplicates) * n_seeds - len(states),
         aborted=aborted,
         tracking_trouble=trouble,
+        backup_trouble=lost,
     )

@@ -29,6 +29,7 @@ class Queue:
 
     Args:
         on_result: called after each recorded result.
+        say: told in one line what the user should know of.
     """
 
     config: StudyConfig
@@ -36,6 +37,7 @@ class Queue:
     storage: Storage
     corpus_sha256: str
     on_result: Callable[[SeedResult], None] = lambda result: None
+    say: Callable[[str], None] = print
     aborted: str | None = None
     """Why no more units are issued although work is left; None while all is well."""
     _in_flight: set[tuple[int, int]] = field(default_factory=set)

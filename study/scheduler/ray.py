@@ -50,7 +50,7 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
     """Run every unit that the queue issues on Ray, as many at once as its resources allow.
 
     Args:
-        scratch: a folder for what a local Ray's Tune leaves behind; a cluster's goes to the study's storage.
+        scratch: a folder for what Tune leaves behind on the driver's machine; workers send it no files.
         address: of a Ray cluster; `RAY_ADDRESS` where None, or else a local Ray that ends with this call.
 
     Raises:
@@ -69,8 +69,7 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
                 f"{there.get('GPU', 0):g} GPUs"
             )
         # Tune leaves a folder for every unit; nothing in them is read again.
-        _clear_tune_folders(queue, scratch)
-        tune_storage = str(scratch.resolve()) if address == "local" else f"{queue.storage.url}/{_tune_folder(queue)}"
+        shutil.rmtree(scratch, ignore_errors=True)
         watch = _NodeWatch(lambda: _slots(execution.cpus, execution.gpus) > 0)
         tuner = tune.Tuner(
             tune.with_resources(_work, {"cpu": execution.cpus, "gpu": execution.gpus}),
@@ -83,7 +82,7 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
             ),
             run_config=tune.RunConfig(
                 name=f"{queue.config.name}-{uuid4().hex[:8]}",
-                storage_path=tune_storage,
+                storage_path=str(scratch.resolve()),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),  # the queue counts, and issues a unit again
                 callbacks=[watch],
@@ -98,18 +97,7 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
             queue.aborted = _NO_NODES
     finally:
         ray.shutdown()
-        _clear_tune_folders(queue, scratch)
-
-
-def _tune_folder(queue: Queue) -> str:
-    return f"{queue.ledger.uuid}/tune"
-
-
-def _clear_tune_folders(queue: Queue, scratch: Path) -> None:
-    """Remove what Tune left behind, be it in a run that was killed."""
-    with contextlib.suppress(OSError):
-        queue.storage.delete_folder(_tune_folder(queue))
-    shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _connect(address: str) -> None:
@@ -160,7 +148,7 @@ def _work(config: dict[str, str]) -> None:
         tune.report({"evaluation": json.dumps([seed, row])})
 
     try:
-        results = run_unit(unit, report_evaluation)
+        results = run_unit(unit, report_evaluation, lambda line: tune.report({"said": line}))
     except OSError as error:
         tune.report({"abort": str(error)})
     except OUT_OF_MEMORY as error:
@@ -255,6 +243,8 @@ class _LedgerSearcher(Searcher):
             self._queue.note_out_of_memory(unit, result["out_of_memory"])
         elif "begin" in result:
             self._queue.note_begin(unit)
+        elif "said" in result:
+            self._queue.say(result["said"])
         elif "evaluation" in result:
             seed, row = json.loads(result["evaluation"])
             self._queue.note_progress(unit, seed, row["step"])

@@ -18,8 +18,9 @@ from analysis import run_schema as schema
 from study.errors import StudyError
 from study.ledger import Trial
 from study.storage import Storage
-from study.tracking.connection import first_line, hide_password
+from study.tracking.connection import first_line
 from study.trial import SeedResult
+from study.urls import hide_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
