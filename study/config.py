@@ -274,6 +274,11 @@ class Execution(Strict):
 
     cpus: Annotated[float, Field(gt=0)] = Field(default=1, description="CPU cores, and threads, of one unit.")
     gpus: Annotated[float, Field(ge=0)] = Field(default=0, description="GPUs of one unit; a fraction shares one.")
+    max_units: PositiveInt | None = Field(
+        default=None,
+        description="Most units at once on a cluster that grows with demand; unless given, as many as fit on its nodes "
+        "when the run starts.",
+    )
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
         default=30, description="Least time between two checkpoints."
     )
