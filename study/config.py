@@ -284,6 +284,11 @@ class Execution(Strict):
         default="auto",
         description="Seeds of a trial that are trained as one model: `auto` is one on a CPU, all it lacks on a GPU.",
     )
+    max_units: PositiveInt | None = Field(
+        default=None,
+        description="Most units at once on a cluster that grows with demand; unless given, as many as fit on its nodes "
+        "when the run starts.",
+    )
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
         default=30, description="Least time between two checkpoints."
     )

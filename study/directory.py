@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +116,28 @@ class StudyDirectory:
         holder = self.path / "driver.json"
         lock = FileLock(self.path / "driver.lock")
         try:
-            lock.acquire(timeout=0)
+            with self._writing():
+                lock.acquire(timeout=0)
         except Timeout:
             raise StudyError(f"{self.path}: another driver runs this study: {_describe_holder(holder)}") from None
         try:
-            holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
+            with self._writing():
+                holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
             yield
         finally:
-            holder.unlink(missing_ok=True)
+            with suppress(OSError):
+                holder.unlink(missing_ok=True)
             lock.release()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say in one line that the disk is full or read-only; filelock's `Timeout` is an OSError, but none of these."""
+        try:
+            yield
+        except Timeout:
+            raise
+        except OSError as error:
+            raise StudyError(f"--dir {self.path}: cannot write there: {error.strerror or error}") from None
 
     def write(self, config: StudyConfig, uuid: str, tracking_uri: str | None, storage: str) -> None:
         """Keep the resolved study file, and the manifest, from which later commands take what they are not told."""
@@ -183,12 +196,12 @@ class StudyDirectory:
             )
         return uri
 
-    @staticmethod
-    def _replace(path: Path, text: str, mode: int = 0o644) -> None:
+    def _replace(self, path: Path, text: str, mode: int = 0o644) -> None:
         partial = path.with_name(f"{path.name}.partial")
-        partial.touch(mode)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with self._writing():
+            partial.touch(mode)
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
 
 
 def _describe_holder(holder: Path) -> str:

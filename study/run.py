@@ -105,7 +105,7 @@ def run_study(
         storage = Storage(storage_url or directory.storage_url())
         try:
             store_corpus(storage, corpus)
-            backup = open_backup(storage, directory, config.name, lambda line: console.print(line, markup=False))
+            backup = open_backup(storage, directory, config.name, partial(_say, console))
         except OSError as error:
             raise StudyError(f"--storage {storage.shown}: cannot write there: {error.strerror or error}") from None
         ledger = open_ledger(config, corpus, directory)
@@ -157,6 +157,10 @@ def run_study(
         outcome = _outcome(ledger, n_trials, len(config.seed_list), queue.aborted, trouble, lost)
         ledger.close()
         return outcome
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _reopen(

@@ -60,7 +60,9 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
     _connect(address)
     try:
         execution = queue.config.execution
-        slots = _slots(execution.cpus, execution.gpus)
+        slots = execution.max_units or _slots(execution.cpus, execution.gpus)
+        if execution.max_units is not None and _slots(execution.cpus, execution.gpus) == 0:
+            queue.say("no node of this Ray can hold a unit yet; waiting for its autoscaler")
         if slots == 0:
             there = ray.cluster_resources()
             raise StudyError(
@@ -70,7 +72,7 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
             )
         # Tune leaves a folder for every unit; nothing in them is read again.
         shutil.rmtree(scratch, ignore_errors=True)
-        watch = _NodeWatch(lambda: _slots(execution.cpus, execution.gpus) > 0)
+        watch = _NodeWatch(lambda: execution.max_units is not None or _slots(execution.cpus, execution.gpus) > 0)
         tuner = tune.Tuner(
             tune.with_resources(_work, {"cpu": execution.cpus, "gpu": execution.gpus}),
             tune_config=tune.TuneConfig(
@@ -91,10 +93,13 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
         try:
             with watch.interrupts():
                 tuner.fit()
-        except Exception:
-            if watch.has_nodes():
+        except Exception as error:
+            if not watch.has_nodes():
+                queue.aborted = _NO_NODES
+            elif isinstance(error, OSError) and error.errno is not None:  # the driver's disk is full, for example
+                queue.aborted = str(error)
+            else:
                 raise
-            queue.aborted = _NO_NODES
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -157,6 +162,9 @@ def _work(config: dict[str, str]) -> None:
         tune.report({"results": json.dumps([asdict(result) for result in results])})
 
 
+_OF_ITS_NODE = "node has died"
+"""In Ray's words for the end of a worker together with its node."""
+
 _NO_NODES = "no node of Ray is left that can hold a unit"
 
 
@@ -199,12 +207,18 @@ class _NodeWatch(tune.Callback):
             if not self.has_nodes():
                 raise ConnectionError(_NO_NODES)
 
-    def error_of(self, trial_id: str) -> str:
-        """What Tune knows of the end of a worker, in one line."""
+    def is_of_its_node(self, trial_id: str) -> bool:
+        """Whether a worker ended together with its node."""
+        return _OF_ITS_NODE in self._error_file(trial_id)
+
+    def _error_file(self, trial_id: str) -> str:
         trial = next((trial for trial in reversed(self._trials) if trial.trial_id == trial_id), None)
         path = trial.error_file if trial is not None else None  # `get_error` looks where it will be copied to later
-        lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).exists() else []
-        lines = [line.strip() for line in lines if line.strip()]
+        return Path(path).read_text(encoding="utf-8") if path and Path(path).exists() else ""
+
+    def error_of(self, trial_id: str) -> str:
+        """What Tune knows of the end of a worker, in one line."""
+        lines = [line.strip() for line in self._error_file(trial_id).splitlines() if line.strip()]
         named = [line for line in lines if "Error: " in line]
         return (named or lines or ["Ray does not say why"])[-1]
 
@@ -255,7 +269,11 @@ class _LedgerSearcher(Searcher):
             self.on_trial_result(trial_id, result)
         unit = self._units.pop(trial_id, None)
         if unit is not None and self._watch.has_nodes():
-            self._queue.note_death(unit, self._watch.error_of(trial_id))
+            if self._watch.is_of_its_node(trial_id):  # no fault of the unit, however often a spot machine is taken away
+                self._queue.put_back(unit)
+                self._queue.say(f"a node of Ray is gone; trial {unit.trial} goes on elsewhere from its checkpoint")
+            else:
+                self._queue.note_death(unit, self._watch.error_of(trial_id))
         elif unit is not None:
             self._queue.put_back(unit)
             self._queue.aborted = _NO_NODES

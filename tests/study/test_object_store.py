@@ -154,7 +154,7 @@ def test_study_on_ray_with_s3_killed_and_resumed_ends_as_if_undisturbed(tmp_path
     time.sleep(0.3)
     kill(driver)
     code, out, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=tmp_path)  # the storage is remembered
-    assert code == 0, err
+    assert code == 0, out + err
     assert "4 trials, 8 runs complete" in out
     assert substance(tmp_path / "kept") == undisturbed
     assert S3_SECRET not in out + err
@@ -207,7 +207,7 @@ def test_study_outlives_its_head_node(tmp_path, bucket, undisturbed):  # noqa: F
         kept |= {key: result.ended for key, result in results_at(tmp_path / "kept").items() if len(kept) < 2}
         shutil.rmtree(tmp_path / "kept")
     code, out, err = cli(*command, cwd=tmp_path)
-    assert code == 0, err
+    assert code == 0, out + err
     assert "study tiny was brought back from its backup" in out
     assert substance(tmp_path / "kept") == undisturbed
     ended = {key: result.ended for key, result in results_at(tmp_path / "kept").items()}

@@ -35,7 +35,9 @@ from study.study_file import load_config
 pytestmark = [
     pytest.mark.service,
     pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:::mlflow", "ignore::DeprecationWarning", "ignore::optuna.exceptions.ExperimentalWarning"
+    ),
 ]
 
 
