@@ -14,12 +14,13 @@ from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment
 from study.errors import StudyError
-from study.ledger import Asked, Ledger, read_ledger
+from study.ledger import Asked, Ledger, Trial, read_ledger
 from study.progress import StudyProgress
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
 from study.scheduler.unit import store_corpus, stored_corpus
 from study.search_space import listed_specs
+from study.tally import n_runs_left, n_trials
 from study.storage import Storage
 from study.study_file import dump_config
 from study.tracking.background import BackgroundTracker
@@ -47,6 +48,9 @@ class Outcome:
     n_missing: int
     aborted: str | None
     tracking_trouble: str | None
+    n_pruned: int = 0
+    n_stopped: int = 0
+    search_ended: str | None = None
 
 
 def study_corpus(config: StudyConfig) -> Corpus:
@@ -106,8 +110,8 @@ def run_study(
         ledger = open_ledger(config, corpus, directory)
         ledger.record_driver(environment())
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        n_trials = len(listed_specs(config)) + config.budget.trials
-        with StudyProgress(console, ledger, n_trials, len(config.seed_list)) as progress:
+        n_listed = len(listed_specs(config))
+        with StudyProgress(console, ledger, config, n_listed) as progress:
 
             def open_this_tracker() -> Tracker:
                 return open_tracker(uri, config, directory, ledger, corpus, storage, progress.say)
@@ -126,12 +130,19 @@ def run_study(
 
             def on_result(result: SeedResult) -> None:
                 progress.on_result(result)
-                if tracker is not None:
-                    for trial in ledger.trials.values():
-                        if result.trial in (trial.number, trial.duplicate_of):
-                            tracker.put(trial, ledger.on_record(trial))
+                for trial in ledger.trials.values():
+                    stopped_now = trial.stop is not None and trial.stop.after == (result.trial, result.seed)
+                    if stopped_now:
+                        progress.on_stop(trial)
+                    if tracker is not None and (stopped_now or result.trial in (trial.number, trial.duplicate_of)):
+                        tracker.put(trial, ledger.on_record(trial))
 
-            queue = Queue(config, ledger, storage, corpus.sha256, on_result)
+            def on_answered(trial: Trial) -> None:
+                progress.on_answered(trial)
+                if tracker is not None:
+                    tracker.put(trial, ledger.on_record(trial))
+
+            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered)
             try:
                 _execute(queue, progress, executor, directory, address)
             except KeyboardInterrupt:
@@ -142,7 +153,7 @@ def run_study(
                 raise
             finally:
                 trouble = tracker.close() if tracker is not None else None
-        outcome = _outcome(ledger, n_trials, len(config.seed_list), queue.aborted, trouble)
+        outcome = _outcome(config, n_listed, ledger, queue.aborted, trouble)
         ledger.close()
         return outcome
 
@@ -282,14 +293,19 @@ def _known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Stora
         return study_corpus(config)
 
 
-def _outcome(ledger: Ledger, n_trials: int, n_seeds: int, aborted: str | None, trouble: str | None) -> Outcome:
+def _outcome(
+    config: StudyConfig, n_listed: int, ledger: Ledger, aborted: str | None, trouble: str | None
+) -> Outcome:
     states = [result.state for result in ledger.results.values()]
-    n_duplicates = sum(trial.duplicate_of is not None for trial in ledger.trials.values())
+    trials = ledger.trials.values()
     return Outcome(
-        n_trials=n_trials,
+        n_trials=n_trials(config, n_listed, trials),
+        n_pruned=sum(trial.pruned is not None for trial in trials),
+        n_stopped=sum(trial.stop is not None and trial.duplicate_of is None for trial in trials),
+        search_ended=ledger.search_ended,
         n_complete=states.count("complete"),
         n_failed=states.count("failed"),
-        n_missing=(n_trials - n_duplicates) * n_seeds - len(states),
+        n_missing=n_runs_left(config, n_listed, trials, ledger.results),
         aborted=aborted,
         tracking_trouble=trouble,
     )
