@@ -83,6 +83,7 @@ def _write_all(runs: StudyRuns, summary: pd.DataFrame, folder: Path) -> None:
             tables.budgets_table(summary),
             tables.failures_table(runs),
             tables.unfinished_table(runs),
+            tables.stopped_table(runs),
         )
     }
     for table in written.values():
@@ -97,7 +98,7 @@ def _write_all(runs: StudyRuns, summary: pd.DataFrame, folder: Path) -> None:
         drawings=drawings,
         tables=written,
         min_seeds=MIN_SEEDS,
-        few=summary[summary["n_seeds"] < MIN_SEEDS],
+        few=summary[(summary["n_seeds"] < MIN_SEEDS) & summary["stopped"].isna()],
         n_stated=n_statement(summary.loc[summary["n_seeds"] > 0, "n_seeds"]),
         corpora=sorted(summary["corpus_sha256"].unique()),
         measured=[schema.FIELDS["final", measure.key].label for measure in MEASURES],
@@ -128,7 +129,7 @@ def _drawings(runs: StudyRuns, summary: pd.DataFrame) -> list[Drawing]:
     shown = data.curve_trials(summary)
     curves = load_curves(runs, shown["trial"].tolist())
     means = data.curve_means(shown, curves)
-    complete = int((summary["n_seeds"] > 0).sum())
+    complete = int(((summary["n_seeds"] > 0) & summary["stopped"].isna()).sum())
     thinned = (
         f"{len(shown)} of {complete} configurations: those on the frontier of their own panel."
         if len(shown) < complete else ""

@@ -401,7 +401,9 @@ class StudyConfig(Strict):
         if stopping is None:
             return
         if not any(isinstance(arm, MPOArm) and arm.is_searched for arm in self.arms):
-            raise ValueError("`early_stopping` has no meaning: no MPO arm has a searched value, and no other is stopped")
+            raise ValueError(
+                "`early_stopping` has no meaning: no MPO arm has a searched value, and no other is stopped"
+            )
         if stopping.metric not in self.objectives:
             raise ValueError(f"`early_stopping.metric` must be one of the objectives, but got {stopping.metric}")
         if stopping.min_seeds >= len(self.seed_list):

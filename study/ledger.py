@@ -377,7 +377,10 @@ class Ledger:
         if told.constraints:
             study_id = self._storage.get_study_id_from_name(self._optuna.study_name)
             trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
-            for name, value in told.constraints.items():  # as `Trial.set_constraint` does, which needs a trial asked now
+            for (
+                name,
+                value,
+            ) in told.constraints.items():  # as `Trial.set_constraint` does, which needs a trial asked now
                 self._storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
         if told.values is None:
             self._optuna.tell(number, state=TrialState.FAIL)

@@ -293,9 +293,7 @@ def _known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Stora
         return study_corpus(config)
 
 
-def _outcome(
-    config: StudyConfig, n_listed: int, ledger: Ledger, aborted: str | None, trouble: str | None
-) -> Outcome:
+def _outcome(config: StudyConfig, n_listed: int, ledger: Ledger, aborted: str | None, trouble: str | None) -> Outcome:
     states = [result.state for result in ledger.results.values()]
     trials = ledger.trials.values()
     return Outcome(

@@ -18,6 +18,7 @@ from analysis import run_schema as schema
 from study.errors import StudyError
 from study.ledger import Trial
 from study.storage import Storage
+from study.telling import Pruned
 from study.tracking.connection import first_line, hide_password
 from study.trial import SeedResult
 
@@ -112,7 +113,7 @@ class Tracker:
             )
             for run in page:
                 n_results = run.data.metrics.get(schema.N_SEEDS, 0) + run.data.metrics.get(schema.N_FAILED, 0)
-                tags, is_over = run.data.tags, run.info.status in ("FINISHED", "FAILED")
+                tags, is_over = run.data.tags, run.info.status in ("FINISHED", "FAILED", "KILLED")
                 ended = run.info.end_time if is_over and schema.WEIGHTS_LOST not in tags else None
                 found = _KnownRun(
                     run.info.run_id,
@@ -165,6 +166,8 @@ class Tracker:
             raise StudyError(hide_password(first_line(error), self._client.tracking_uri)) from error
 
     def _write(self, trial: Trial, results: list[SeedResult], n_seeds: int) -> None:
+        if trial.pruned is not None:
+            self._write_pruned(trial, trial.pruned)
         if not results:
             return
         trial_key = schema.run_key(self._record.uuid, trial.number)
@@ -183,9 +186,20 @@ class Tracker:
                     known.parent = parent.run_id
                 if known is None or known.ended is None:
                     self._write_seed(known or self._create_seed(parent, trial, result), trial, result)
-        is_over = len(results) >= n_seeds
+        is_over = len(results) >= n_seeds or trial.stop is not None
         if parent.n_results < len(results) or (is_over and parent.ended != _milliseconds(results[-1].ended)):
             self._write_aggregates(parent, trial, results, is_over)
+
+    def _write_pruned(self, trial: Trial, pruned: Pruned) -> None:
+        """A trial's run without seeds, over as soon as it was begun."""
+        key, when = schema.run_key(self._record.uuid, trial.number), _milliseconds(pruned.when)
+        known = self._known.get(key)
+        if known is None:
+            tags = _group_tags(trial) | {schema.PRUNED: pruned.reason}
+            known = self._create(key, schema.KIND_TRIAL, trial_name(trial), when, tags)
+        if known.ended is None:
+            self._log(known, _metrics(_counts(trial), when), self._params(trial))
+            self._terminate(known, "KILLED", when)
 
     def _was_before(self, key: str, result: SeedResult) -> bool:
         """Whether the run under this key is one of an earlier training of the seed."""
@@ -237,6 +251,8 @@ class Tracker:
         counts = _metrics(_counts(trial), _milliseconds(results[0].started))
         self._log(run, counts + _metrics(metrics, ended, step=len(results)), self._params(trial))
         run.n_results = len(results)
+        if trial.stop is not None and trial.duplicate_of is None:
+            self._client.set_tag(run.run_id, schema.STOPPED, trial.stop.reason)
         if is_over:
             self._terminate(run, "FINISHED" if complete else "FAILED", ended)
 
