@@ -87,7 +87,8 @@ def _write_all(runs: StudyRuns, summary: pd.DataFrame, folder: Path) -> None:
         )
     }
     for table in written.values():
-        tables.write(table, folder / "tables")
+        if table.name != "stopped" or len(table.data):  # in most studies nothing can be
+            tables.write(table, folder / "tables")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,

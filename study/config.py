@@ -189,7 +189,7 @@ class _Arm(Strict):
 class DenseArm(_Arm):
     """Plain linear layers: the reference, or a narrower model as a control."""
 
-    family: Literal["dense"]
+    family: Literal["dense"] = Field(description="Which kind of arm this is.")
     init: Value[Literal["paper", "variance"]] | None = Field(
         default=None, description="Scale of the linear weights: `paper` (std 0.02) unless given, `variance` (1/√N_in)."
     )
@@ -201,7 +201,7 @@ class DenseArm(_Arm):
 class MPOArm(_Arm):
     """Every linear layer is an MPO."""
 
-    family: Literal["mpo"]
+    family: Literal["mpo"] = Field(description="Which kind of arm this is.")
     chi: Number[PositiveInt] = Field(description="Cap on every bond dimension.")
     n_sites: Number[Sites] | None = Field(
         default=None, description="Number of sites L, 1 to 6; not with factorisation `paper`."
@@ -266,7 +266,7 @@ class Sampler(Strict):
 
     name: Literal["grid", "random", "tpe", "nsga2", "nsga3", "gp"] = Field(
         default="grid",
-        description="`grid`: all is listed. `random` and `tpe` search any space; `nsga2`, `nsga3` and `gp` one arm only, "
+        description="`grid`: all is listed. `random` and `tpe` search any space; `nsga2`, `nsga3` and `gp` one arm, "
         "since the values of several depend on which arm is chosen. `tpe` and `gp` draw their first ten at random.",
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Sampler's own seed.")
@@ -287,10 +287,10 @@ class Budget(Strict):
         "has more is never trained, and the sampler learns that it is too large.",
     )
     min_params: PositiveFloat | None = Field(default=None, description="As max_params, the fewest.")
-    max_repeats: Annotated[int, Field(ge=0)] | None = Field(
+    max_repeats: PositiveInt | None = Field(
         default=None,
-        description="So many searched trials may repeat another (they are answered by it, not trained); then the search "
-        "ends. No limit but `trials` unless given. It may be changed under a study.",
+        description="The search ends when so many of its trials have repeated another, which answers them without "
+        "training. No limit but `trials` unless given. It may be changed under a study.",
     )
 
 
@@ -338,7 +338,9 @@ class StudyConfig(Strict):
         default=None, description="Off unless given; never of dense or listed trials."
     )
     execution: Execution = Execution()
-    arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = Field(
+        description="What is compared; each gives one trial or more."
+    )
 
     @property
     def seed_list(self) -> tuple[int, ...]:

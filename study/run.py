@@ -20,9 +20,9 @@ from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
 from study.scheduler.unit import store_corpus, stored_corpus
 from study.search_space import listed_specs
-from study.tally import n_runs_left, n_trials
 from study.storage import Storage
 from study.study_file import dump_config
+from study.tally import n_runs_left, n_trials
 from study.tracking.background import BackgroundTracker
 from study.tracking.connection import (
     TrackingAway,
@@ -256,7 +256,7 @@ def sync(
     tracking: str | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Write to MLflow whatever of the ledger it lacks; returns the number of trials.
+    """Write to MLflow whatever of the ledger it lacks, and the report's figures; returns the number of trials.
 
     Raises:
         StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
@@ -276,6 +276,7 @@ def sync(
                 if not tracker.answers():
                     raise tracking_error(error, uri) from error
                 refused[trial.number] = error
+        tracker.write_figures(sorted((directory.path / "report" / "figures").glob("*.png")))
         if refused:
             number, error = next(iter(refused.items()))
             raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")

@@ -53,8 +53,11 @@ def panel_of(group: str) -> str:
 
 
 def curve_trials(summary: pd.DataFrame) -> pd.DataFrame:
-    """The trials whose learning curves are shown, with their panel, none that was stopped early: all of a panel that has MAX_CURVES or fewer, else
-    those on the frontier of the panel's own loss, evenly thinned to MAX_CURVES, and always the reference."""
+    """The trials whose learning curves are shown, with their panel; none that was stopped early.
+
+    All of a panel that has MAX_CURVES or fewer, else those on the frontier of the panel's own loss, evenly thinned to
+    MAX_CURVES, and always the reference.
+    """
     complete = summary[(summary["n_seeds"] > 0) & summary["stopped"].isna()].assign(
         panel=lambda frame: frame["group"].map(panel_of)
     )

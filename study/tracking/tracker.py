@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _PAGE = 1000
 """Runs asked for at once."""
 
+_DIGEST = 36
+"""Characters that MLflow takes of a data set's digest."""
+
 
 @dataclass(frozen=True)
 class StudyRecord:
@@ -138,7 +141,7 @@ class Tracker:
 
     def _describe(self) -> None:
         """A summary run that holds the resolved study file and the environment."""
-        key = f"{self._record.uuid}/{schema.KIND_SUMMARY}"
+        key = self._summary_key
         known = self._known.get(key)
         if known is not None and known.ended is not None:
             return
@@ -146,7 +149,24 @@ class Tracker:
         run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
         self._log_file(run, "study.yaml", self._record.study_file.encode())
         self._log_file(run, "environment.json", json.dumps(self._record.environment, indent=2).encode())
+        self._log_corpus(run)
         self._terminate(run, "FINISHED", created)
+
+    @property
+    def _summary_key(self) -> str:
+        return f"{self._record.uuid}/{schema.KIND_SUMMARY}"
+
+    def write_figures(self, figures: Iterable[Path]) -> None:
+        """Put figures of the report on the summary run, in place of those of the same names.
+
+        Raises:
+            StudyError: MLflow did not take them; in one line, without a password.
+        """
+        try:
+            for path in figures:
+                self._client.log_artifact(self._known[self._summary_key].run_id, str(path), "figures")
+        except Exception as error:  # MLflow raises whatever its backend raises
+            raise StudyError(hide_password(first_line(error), self._client.tracking_uri)) from error
 
     # Writing ------------------------------------------------------------------------------------------------------
 
@@ -210,7 +230,9 @@ class Tracker:
         if trial.duplicate_of is not None:
             tags[schema.DUPLICATE_OF] = str(trial.duplicate_of)
         key = schema.run_key(self._record.uuid, trial.number)
-        return self._create(key, schema.KIND_TRIAL, trial_name(trial), _milliseconds(first.started), tags)
+        run = self._create(key, schema.KIND_TRIAL, trial_name(trial), _milliseconds(first.started), tags)
+        self._log_corpus(run)
+        return run
 
     def _create_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> _KnownRun:
         tags = _group_tags(trial) | result.ran_on | {schema.PARENT: parent.run_id}
@@ -281,6 +303,15 @@ class Tracker:
             path = Path(folder) / name
             path.write_bytes(content)
             self._client.log_artifact(run.run_id, str(path))
+
+    def _log_corpus(self, run: _KnownRun) -> None:
+        """Name the text as the run's input, for MLflow's column of data sets."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        sha256 = self._record.corpus_sha256
+        source = json.dumps({"sha256": sha256})
+        corpus = Dataset("corpus", sha256[:_DIGEST], source_type="sha256", source=source)  # more it does not take
+        self._client.log_inputs(run.run_id, [DatasetInput(corpus, [InputTag("mlflow.data.context", "training")])])
 
     def _terminate(self, run: _KnownRun, status: str, ended: int) -> None:
         self._client.set_terminated(run.run_id, status, end_time=ended)

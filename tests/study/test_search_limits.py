@@ -1,4 +1,4 @@
-"""What a search may find but not train: too large or too small, known already, or diverged; and what its sampler learns."""
+"""What a search finds but does not train, or finds to diverge, and what its sampler learns of that."""
 
 from __future__ import annotations
 
