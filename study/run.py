@@ -16,7 +16,7 @@ from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment
 from study.errors import StudyError
-from study.ledger import Asked, Ledger, read_ledger
+from study.ledger import Asked, Ledger, Trial, read_ledger
 from study.ledger_lock import hold_ledger
 from study.progress import StudyProgress
 from study.scheduler.inline import run_inline
@@ -25,6 +25,7 @@ from study.scheduler.unit import store_corpus, stored_corpus
 from study.search_space import listed_specs
 from study.storage import Storage
 from study.study_file import dump_config
+from study.tally import n_runs_left, n_trials
 from study.tracking.background import BackgroundTracker
 from study.tracking.connection import (
     TrackingAway,
@@ -50,7 +51,10 @@ class Outcome:
     n_missing: int
     aborted: str | None
     tracking_trouble: str | None
-    backup_trouble: str | None
+    n_pruned: int = 0
+    n_stopped: int = 0
+    search_ended: str | None = None
+    backup_trouble: str | None = None
 
 
 def study_corpus(config: StudyConfig) -> Corpus:
@@ -111,8 +115,8 @@ def run_study(
         ledger = open_ledger(config, corpus, directory)
         ledger.record_driver(environment())
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        n_trials = len(listed_specs(config)) + config.budget.trials
-        with StudyProgress(console, ledger, n_trials, len(config.seed_list)) as progress:
+        n_listed = len(listed_specs(config))
+        with StudyProgress(console, ledger, config, n_listed) as progress:
 
             def open_this_tracker() -> Tracker:
                 return open_tracker(uri, config, directory, ledger, corpus, storage, progress.say)
@@ -133,12 +137,19 @@ def run_study(
                 progress.on_result(result)
                 if copies is not None:
                     copies.note_change()
-                if tracker is not None:
-                    for trial in ledger.trials.values():
-                        if result.trial in (trial.number, trial.duplicate_of):
-                            tracker.put(trial, ledger.on_record(trial))
+                for trial in ledger.trials.values():
+                    stopped_now = trial.stop is not None and trial.stop.after == (result.trial, result.seed)
+                    if stopped_now:
+                        progress.on_stop(trial)
+                    if tracker is not None and (stopped_now or result.trial in (trial.number, trial.duplicate_of)):
+                        tracker.put(trial, ledger.on_record(trial))
 
-            queue = Queue(config, ledger, storage, corpus.sha256, on_result, progress.say)
+            def on_answered(trial: Trial) -> None:
+                progress.on_answered(trial)
+                if tracker is not None:
+                    tracker.put(trial, ledger.on_record(trial))
+
+            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say)
             copies = None
             if backup is not None:
                 seconds = config.execution.backup_seconds
@@ -154,7 +165,7 @@ def run_study(
             finally:
                 trouble = tracker.close() if tracker is not None else None
                 lost = copies.close() if copies is not None else None
-        outcome = _outcome(ledger, n_trials, len(config.seed_list), queue.aborted, trouble, lost)
+        outcome = _outcome(config, n_listed, ledger, queue.aborted, trouble, lost)
         ledger.close()
         return outcome
 
@@ -261,7 +272,7 @@ def sync(
     tracking: str | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Write to MLflow whatever of the ledger it lacks; returns the number of trials.
+    """Write to MLflow whatever of the ledger it lacks, and the report's figures; returns the number of trials.
 
     Raises:
         StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
@@ -281,6 +292,7 @@ def sync(
                 if not tracker.answers():
                     raise tracking_error(error, uri) from error
                 refused[trial.number] = error
+        tracker.write_figures(sorted((directory.path / "report" / "figures").glob("*.png")))
         if refused:
             number, error = next(iter(refused.items()))
             raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")
@@ -299,15 +311,18 @@ def _known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Stora
 
 
 def _outcome(
-    ledger: Ledger, n_trials: int, n_seeds: int, aborted: str | None, trouble: str | None, lost: str | None
+    config: StudyConfig, n_listed: int, ledger: Ledger, aborted: str | None, trouble: str | None, lost: str | None
 ) -> Outcome:
     states = [result.state for result in ledger.results.values()]
-    n_duplicates = sum(trial.duplicate_of is not None for trial in ledger.trials.values())
+    trials = ledger.trials.values()
     return Outcome(
-        n_trials=n_trials,
+        n_trials=n_trials(config, n_listed, trials),
+        n_pruned=sum(trial.pruned is not None for trial in trials),
+        n_stopped=sum(trial.stop is not None and trial.duplicate_of is None for trial in trials),
+        search_ended=ledger.search_ended,
         n_complete=states.count("complete"),
         n_failed=states.count("failed"),
-        n_missing=(n_trials - n_duplicates) * n_seeds - len(states),
+        n_missing=n_runs_left(config, n_listed, trials, ledger.results),
         aborted=aborted,
         tracking_trouble=trouble,
         backup_trouble=lost,

@@ -23,6 +23,7 @@ from uuid import uuid4
 
 import ray
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from study.errors import StudyError
@@ -73,10 +74,12 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
         # Tune leaves a folder for every unit; nothing in them is read again.
         shutil.rmtree(scratch, ignore_errors=True)
         watch = _NodeWatch(lambda: execution.max_units is not None or _slots(execution.cpus, execution.gpus) > 0)
+        searcher = _LedgerSearcher(queue, on_evaluation, watch)
         tuner = tune.Tuner(
             tune.with_resources(_work, {"cpu": execution.cpus, "gpu": execution.gpus}),
             tune_config=tune.TuneConfig(
-                search_alg=_LedgerSearcher(queue, on_evaluation, watch),
+                search_alg=searcher,
+                scheduler=_Cancelling(searcher.is_cancelled),
                 num_samples=-1,
                 max_concurrent_trials=slots,
                 reuse_actors=True,
@@ -223,6 +226,26 @@ class _NodeWatch(tune.Callback):
         return (named or lines or ["Ray does not say why"])[-1]
 
 
+class _Cancelling(FIFOScheduler):
+    """Ends units whose trial was stopped while they ran.
+
+    Args:
+        is_cancelled: from the id that Tune gave a unit.
+    """
+
+    def __init__(self, is_cancelled: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._is_cancelled = is_cancelled
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        is_last = "results" in result
+        return TrialScheduler.STOP if not is_last and self._is_cancelled(trial.trial_id) else TrialScheduler.CONTINUE
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of the searcher: nothing is restored."""
+        return {}
+
+
 class _LedgerSearcher(Searcher):
     """Suggests units instead of points, and never asks Tune for a metric."""
 
@@ -240,6 +263,11 @@ class _LedgerSearcher(Searcher):
             return None
         self._units[trial_id] = unit
         return {"unit": unit.model_dump_json()}
+
+    def is_cancelled(self, trial_id: str) -> bool:
+        """Whether a unit has to end at its next report."""
+        unit = self._units.get(trial_id)
+        return unit is not None and self._queue.is_cancelled(unit)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         unit = self._units.get(trial_id)
@@ -268,7 +296,9 @@ class _LedgerSearcher(Searcher):
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
         unit = self._units.pop(trial_id, None)
-        if unit is not None and self._watch.has_nodes():
+        if unit is not None and self._queue.is_cancelled(unit):
+            self._queue.put_back(unit)
+        elif unit is not None and self._watch.has_nodes():
             if self._watch.is_of_its_node(trial_id):  # no fault of the unit, however often a spot machine is taken away
                 self._queue.put_back(unit)
                 self._queue.say(f"a node of Ray is gone; trial {unit.trial} goes on elsewhere from its checkpoint")
