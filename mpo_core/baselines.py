@@ -26,7 +26,9 @@ from mpo_core.structured import (
     check_one_cap,
     n_needed,
     rank_within,
+    rounding,
 )
+from mpo_core.tensor_train import in_range
 
 __all__ = ["LowRankLinear", "MonarchLinear", "PrunedLinear"]
 
@@ -84,7 +86,8 @@ class LowRankLinear(StructuredLinear):
         check_error(rel_error, gram)
         if rel_error is not None:
             check_one_cap(rank=rank, max_params=max_params, rel_error=rel_error)
-            rank = max(1, n_needed(torch.linalg.svdvals(W.double()).square(), rel_error))
+            s = torch.linalg.svdvals(in_range(W.double())[0])
+            rank = max(1, n_needed(s.square(), rel_error, rounding(W)))
         layer = cls._empty(W, bias, rank=rank, max_params=max_params, **options)
         A, B = low_rank_svd(W, layer.rank, gram)
         layer.A.data.copy_(A)
@@ -92,24 +95,38 @@ class LowRankLinear(StructuredLinear):
         return layer
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """Draw the parameters of W afresh, each from the generator of its name; `init` is "variance".
+
+        Raises:
+            ValueError: any other init.
+        """
         check_init(self, init)
         normal_(self.A, self.rank**-0.5, generator_for("A"))
         normal_(self.B, self.in_features**-0.5, generator_for("B"))
 
     def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
         with self._no_autocast():
             return self.A @ self.B
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+    @property
+    def weight(self) -> Tensor:
+        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        return self.to_matrix()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), by the factors: W is not formed."""
         return nn.functional.linear(nn.functional.linear(x, self.B), self.A, self.bias)
 
     def products(self, n_tokens: int) -> list[Product]:
+        """The matrix products of a forward over that many tokens."""
         return [
             dense_product(self.rank, self.in_features, n_tokens),
             dense_product(self.out_features, self.rank, n_tokens),
         ]
 
     def structure(self) -> str:
+        """What fixes the shape of the parameters, in a few words."""
         return f"rank={self.rank}"
 
 
@@ -186,7 +203,7 @@ class PrunedLinear(StructuredLinear):
         order = torch.sort(score.flatten(), descending=True, stable=True).indices
         if rel_error is not None:
             check_one_cap(sparsity=sparsity, max_params=max_params, rel_error=rel_error)
-            max_params = max(1, n_needed(W.double().flatten()[order].square(), rel_error))
+            max_params = max(1, n_needed(in_range(W.double())[0].flatten()[order].square(), rel_error))
         layer = cls._empty(W, bias, sparsity=sparsity, max_params=max_params, **options)
         layer._set_mask(order)
         layer.weight.data.copy_(torch.where(layer.mask, W, 0))
@@ -198,6 +215,11 @@ class PrunedLinear(StructuredLinear):
         return self._n_kept if self.mask.is_meta else int(self.mask.sum())
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """Draw the parameters of W afresh, each from the generator of its name; `init` is "variance".
+
+        Raises:
+            ValueError: any other init.
+        """
         check_init(self, init)
         generator = generator_for("weight")
         order = torch.randperm(self.weight.numel(), generator=generator, device=generator.device)
@@ -206,15 +228,19 @@ class PrunedLinear(StructuredLinear):
         self.weight.data.mul_(self.mask)
 
     def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
         return torch.where(self.mask, self.weight, 0)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), with the masked weight."""
         return nn.functional.linear(x, self.to_matrix(), self.bias)
 
     def products(self, n_tokens: int) -> list[Product]:
+        """The matrix products of a forward over that many tokens."""
         return [dense_product(self.out_features, self.in_features, n_tokens)]
 
     def structure(self) -> str:
+        """What fixes the shape of the parameters, in a few words."""
         return f"kept={self.n_params_matrix}"
 
     def _set_mask(self, order: Tensor) -> None:

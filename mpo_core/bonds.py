@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from numbers import Integral
 
 
 def largest_bonds(d_out: Sequence[int], d_in: Sequence[int]) -> tuple[int, ...]:
@@ -32,12 +33,14 @@ def clip_bonds(chi_or_bonds: int | Sequence[int] | None, d_out: Sequence[int], d
         return largest
     if isinstance(chi_or_bonds, Sequence):
         caps = list(chi_or_bonds)
+        check_whole(**{f"bonds[{place}]": cap for place, cap in enumerate(caps)})
         if len(caps) != len(largest) or min(caps) < 1 or caps[0] != 1 or caps[-1] != 1:
             raise ValueError(
                 f"`bonds` must be 1, then a cap of at least 1 between any two of the {len(d_out)} sites, then 1, "
                 f"but got bonds={caps}"
             )
     else:
+        check_whole(chi=chi_or_bonds)
         if chi_or_bonds < 1:
             raise ValueError(f"`chi >= 1` must hold, but got chi={chi_or_bonds}")
         caps = [chi_or_bonds] * len(largest)
@@ -112,6 +115,13 @@ def check_sizes(out_features: int, in_features: int, d_out: Sequence[int], d_in:
             raise ValueError(
                 f"`prod({name}) == {features_name}` must hold, but got {name}={list(sizes)}, {features_name}={features}"
             )
+
+
+def check_whole(**numbers: object) -> None:
+    """Raise ValueError unless these are whole numbers, of numpy or Python's own."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral):
+            raise ValueError(f"`{name}` must be a whole number, but got {number!r}")
 
 
 def site_sizes(d_out: Sequence[int], d_in: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mpo_core.evaluating import evaluating
 from mpo_core.picogpt import KeyValueCache, PicoGPT
 
 
@@ -26,11 +27,11 @@ def generate(
         generator: what the tokens are drawn from, on its own device, so that a GPU draws what a CPU does; needed unless
             temperature is 0.
         temperature: the logits are divided by it; 0 takes the most likely token, of equals the first.
-        top_k: draw from the so many most likely tokens alone; None: from all.
+        top_k: draw from the so many most likely tokens alone, of equals the first; None: from all.
         use_cache: keep keys and values of the tokens so far. Once the context is full every position moves with each
             token, and the whole window is computed again, with a cache or without.
     Returns:
-        (B, T + n_new); the model is in the mode (training or evaluation) it was in.
+        (B, T + n_new). Every module is left in the mode (training or evaluation) it was in, also by an error.
     Raises:
         ValueError: no tokens to continue, n_new < 0, temperature < 0, top_k < 1, or no generator to draw from.
     """
@@ -43,18 +44,16 @@ def generate(
         )
     if temperature > 0 and generator is None:
         raise ValueError("tokens are drawn from `generator`, but got None; pass a torch.Generator or temperature=0")
-    was_training = model.training
-    model.eval()
     cache = KeyValueCache(model, tokens.shape[0]) if use_cache else None
     context = model.config.context
-    for _ in range(n_new):
-        if cache is not None and cache.length < tokens.shape[1] <= context:
-            logits = model(tokens[:, cache.length :], cache)
-        else:
-            logits = model(tokens[:, -context:])
-        chosen = _choose(logits[:, -1], temperature, top_k, generator)
-        tokens = torch.cat([tokens, chosen.to(tokens.device)], dim=1)
-    model.train(was_training)
+    with evaluating(model):
+        for _ in range(n_new):
+            if cache is not None and cache.length < tokens.shape[1] <= context:
+                logits = model(tokens[:, cache.length :], cache)
+            else:
+                logits = model(tokens[:, -context:])
+            chosen = _choose(logits[:, -1], temperature, top_k, generator)
+            tokens = torch.cat([tokens, chosen.to(tokens.device)], dim=1)
     return tokens
 
 
@@ -64,6 +63,7 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: to
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.to(generator.device, torch.promote_types(logits.dtype, torch.float32)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        # Of equals the first, on every device: a threshold would keep them all.
+        beyond = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, top_k:]
+        logits = logits.scatter(-1, beyond, float("-inf"))
     return torch.multinomial(nn.functional.softmax(logits, dim=-1), 1, generator=generator)

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from mpo_core.bonds import clip_bonds
 from mpo_core.contraction import chain
-from mpo_core.tensor_train import balance_cores, bonds_and_sizes, clip_bonds, tt_svd
+from mpo_core.tensor_train import balance_cores, bonds_and_sizes, tt_svd
 
 FRESH_INITS = ("paper", "variance", "orthogonal", "spectral", "tt_svd_fresh")
 """Those that draw cores; see `init_cores_`."""

@@ -44,7 +44,8 @@ class MPOLinear(StructuredLinear):
             "cached": in evaluation mode W is formed once and kept, as long as no gradient of it is asked for and no
             core changes; else as "reconstruct". "auto": whichever of these is fastest for the number of tokens, by a
             cost model calibrated on the device (`cost_model.choose`); it keeps a dense W only where that is fastest.
-            Under torch.compile and torch.func transforms "cached" and "auto" are "reconstruct".
+            Under torch.compile and torch.func transforms "cached" and "auto" are "reconstruct". On an accelerator a
+            core written through `.data` does not drop the W that is kept: call `drop_cached_matrix` after it.
     Shapes:
         x: (..., in_features); y: (..., out_features).
         cores[l]: (bonds[l], d_out[l], d_in[l], bonds[l+1]); bias: (out_features,) or None.
@@ -86,7 +87,7 @@ class MPOLinear(StructuredLinear):
             return _given_sizes(out_features, in_features, d_out, d_in, n_sites, padding)
 
         if bonds is not None:
-            chi = max(bonds)
+            chi = max(bonds, default=1)
         elif max_params is not None:
             chi = _largest_chi(max_params, split, 2 * math.isqrt(in_features * out_features))
         assert chi is not None
@@ -116,6 +117,7 @@ class MPOLinear(StructuredLinear):
         max_params: int | None = None,
         gram: Tensor | None = None,
         method: str | None = None,
+        max_sweeps: int = 20,
         **options: Any,
     ) -> Self:
         """The layer whose cores stand for W (out_features, in_features) as nearly as `method` can.
@@ -123,7 +125,8 @@ class MPOLinear(StructuredLinear):
         Args:
             chi, bonds, max_params: as the constructor; chi may also cap the bonds that `rel_error` leads to.
             rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F allowed; the bonds are those that the data need.
-            gram, method: see `refinement.fit.fit_cores`; "als" under `gram` where that is given, else "tt_svd".
+            gram, method, max_sweeps: see `refinement.fit.fit_cores`; "als" under `gram` where one is given, else
+                "tt_svd".
             options: n_sites, d_out, d_in, factorisation, padding and forward, as the constructor.
         Raises:
             ValueError: as the constructor and `fit_cores`; `rel_error` beside a gram, whose errors are others.
@@ -131,7 +134,8 @@ class MPOLinear(StructuredLinear):
         check_matrix(W)
         if rel_error is None:
             layer = cls._empty(W, bias, chi=chi, bonds=bonds, max_params=max_params, **options)
-            cores = fit_cores(W, layer.d_out, layer.d_in, bonds=layer.bonds, gram=gram, method=method)
+            how = {"gram": gram, "method": method, "max_sweeps": max_sweeps}
+            cores = fit_cores(W, layer.d_out, layer.d_in, bonds=layer.bonds, **how)
         else:
             if gram is not None or method not in (None, "tt_svd"):
                 raise ValueError("`rel_error` is an error of W, not of outputs: give it without `gram` and `method`")
@@ -148,6 +152,7 @@ class MPOLinear(StructuredLinear):
         return layer
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """`init_cores` with core l drawn from generator_for("cores.l")."""
         self.init_cores(init, [generator_for(f"cores.{site}") for site in range(self.n_sites)])
 
     def init_cores(self, init: str, generators: Sequence[torch.Generator]) -> None:
@@ -169,9 +174,15 @@ class MPOLinear(StructuredLinear):
     # Applying ---------------------------------------------------------------------------------------------------------
 
     def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the cores even under autocast."""
         with self._no_autocast():
             W = contract(list(self.cores))
         return W if self._is_exact else W[: self.out_features, : self.in_features]
+
+    @property
+    def weight(self) -> Tensor:
+        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        return self.to_matrix()
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         mode = self._mode(x.numel() // self.in_features, x.requires_grad)
@@ -202,6 +213,7 @@ class MPOLinear(StructuredLinear):
         )
 
     def structure(self) -> str:
+        """The cap, the local sizes and the bonds."""
         return f"chi={self.chi}, d_out={list(self.d_out)}, d_in={list(self.d_in)}, bonds={list(self.bonds)}"
 
     def _mode(self, n_tokens: int, x_has_grad: bool) -> str:
@@ -228,9 +240,11 @@ class MPOLinear(StructuredLinear):
 
     def _compute_dtype(self) -> torch.dtype:
         device_type = self.cores[0].device.type
-        if torch.is_autocast_enabled(device_type):
+        dtype = self.cores[0].dtype
+        # Autocast leaves float64 as it is.
+        if dtype is not torch.float64 and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
-        return self.cores[0].dtype
+        return dtype
 
     # Keeping W --------------------------------------------------------------------------------------------------------
 

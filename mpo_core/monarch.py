@@ -21,7 +21,9 @@ from mpo_core.structured import (
     check_one_cap,
     n_needed,
     rank_within,
+    rounding,
 )
+from mpo_core.tensor_train import in_range
 
 
 class MonarchLinear(StructuredLinear):
@@ -100,8 +102,8 @@ class MonarchLinear(StructuredLinear):
         if rel_error is not None:
             check_one_cap(rank=rank, max_params=max_params, rel_error=rel_error)
             down, across = cls(W.shape[1], W.shape[0], rank=1, n_blocks=n_blocks, device="meta").n_blocks
-            s = torch.linalg.svdvals(_blocks(W.double(), down, across))
-            rank = max(1, n_needed(s.square().sum((0, 1)), rel_error))
+            s = torch.linalg.svdvals(_blocks(in_range(W.double())[0], down, across))
+            rank = max(1, n_needed(s.square().sum((0, 1)), rel_error, rounding(W)))
         layer = cls._empty(W, bias, rank=rank, max_params=max_params, n_blocks=n_blocks, **options)
         blocks = _blocks(W.double(), *layer.n_blocks)  # (down, across, m, p)
         weighted, G = blocks, None
@@ -122,17 +124,29 @@ class MonarchLinear(StructuredLinear):
         return layer
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """Draw the parameters of W afresh, each from the generator of its name; `init` is "variance".
+
+        Raises:
+            ValueError: any other init.
+        """
         check_init(self, init)
         across, _, rank, p = self.R.shape
         normal_(self.L, (across * rank) ** -0.5, generator_for("L"))
         normal_(self.R, p**-0.5, generator_for("R"))
 
     def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
         with self._no_autocast():
             blocks = self.L.transpose(1, 2) @ self.R.transpose(0, 1)  # (down, across, m, p)
         return blocks.transpose(1, 2).reshape(self.out_features, self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+    @property
+    def weight(self) -> Tensor:
+        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        return self.to_matrix()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), by the factors: W is not formed."""
         down, m, across, rank = self.L.shape
         p = self.R.shape[3]
         n = math.prod(x.shape[:-1])
@@ -143,11 +157,13 @@ class MonarchLinear(StructuredLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def products(self, n_tokens: int) -> list[Product]:
+        """The matrix products of a forward over that many tokens."""
         down, m, across, rank = self.L.shape
         right = Product(1, down * rank, self.R.shape[3], n_tokens, copied=n_tokens * down * rank)
         return [right] * across + [Product(1, m, across * rank, n_tokens, copied=n_tokens * m)] * down
 
     def structure(self) -> str:
+        """What fixes the shape of the parameters, in a few words."""
         return f"n_blocks={self.n_blocks}, rank={self.rank}"
 
 

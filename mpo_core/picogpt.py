@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from mpo_core.bonds import contraction_order
 from mpo_core.initialisation import normal_
 from mpo_core.linear import MPOLinear
-from mpo_core.tensor_train import contraction_order
 
 INIT_STD = 0.02
 DENSE_INITS = ("paper", "variance")

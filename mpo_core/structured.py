@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mpo_core.bonds import check_whole
 from mpo_core.contraction import Product, cost
 
 
@@ -67,8 +68,10 @@ class StructuredLinear(nn.Module):
         """`from_matrix` of linear.weight; bias, dtype, device, requires_grad and training mode are carried over.
 
         Raises:
-            ValueError: as `from_matrix`; or the weight is on the meta device and so has no values.
+            ValueError: as `from_matrix`; or `linear` is no nn.Linear, or its weight is on the meta device, so without
+                values.
         """
+        _check_linear(linear)
         weight, bias = linear.weight, linear.bias
         layer = cls.from_matrix(weight.detach(), None if bias is None else bias.detach(), **options)
         return layer._like(linear)
@@ -78,7 +81,11 @@ class StructuredLinear(nn.Module):
         """A layer in the place of `linear`, the parameters of W still to be filled; all else is carried over.
 
         Options are those of the constructor but bias, init, generator, device and dtype.
+
+        Raises:
+            ValueError: as the constructor; or `linear` is no nn.Linear.
         """
+        _check_linear(linear)
         weight, bias = linear.weight, linear.bias
         return cls._empty(weight, bias, **options)._like(linear)
 
@@ -130,6 +137,14 @@ class StructuredLinear(nn.Module):
         return self.train(linear.training)
 
 
+def _check_linear(linear: object) -> None:
+    # The weight of a Conv1D is the transpose, and a square one would pass for the other.
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(
+            f"`linear` must be an nn.Linear, but got {type(linear).__name__}; `compress` takes a Conv1D too"
+        )
+
+
 def check_matrix(W: Tensor) -> None:
     """Raise ValueError unless W is a finite floating-point matrix with values."""
     if W.ndim != 2 or 0 in W.shape:
@@ -157,15 +172,22 @@ def rank_within(rank: int | None, max_params: int | None, per_rank: int, largest
         if rank < 1:
             raise ValueError(f"rank 1 needs {per_rank} parameters, but got max_params={max_params}")
     assert rank is not None
+    check_whole(rank=rank)
     if rank < 1:
         raise ValueError(f"`rank >= 1` must hold, but got rank={rank}")
     return min(rank, largest)
 
 
-def n_needed(squares: Tensor, rel_error: float) -> int:
-    """How many of these squared parts, in descending order, leave at most that relative error."""
+def n_needed(squares: Tensor, rel_error: float, negligible: float = 0.0) -> int:
+    """How many of these squared parts, in descending order, leave at most that relative error; a part that is smaller
+    than `negligible` relative to all counts as rounding, and is not needed."""
     beyond = squares.flip(0).cumsum(0).flip(0)  # entry n: what keeping n leaves
-    return int((beyond > rel_error**2 * beyond[0]).sum())
+    return int(((beyond > rel_error**2 * beyond[0]) & (squares > negligible**2 * beyond[0])).sum())
+
+
+def rounding(W: Tensor) -> float:
+    """Singular values of W that are smaller than this, relative to its norm, are zero but for rounding, as `tt_svd`."""
+    return 16 * max(W.shape) ** 0.5 * torch.finfo(torch.promote_types(W.dtype, torch.float32)).eps
 
 
 def check_error(rel_error: float | None, gram: Tensor | None) -> None:

@@ -12,26 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_core.bonds import check_sizes, clip_bonds, contraction_order, largest_bonds, largest_chi, n_params
-
-__all__ = [
-    "balance_cores",
-    "bonds_and_sizes",
-    "check_sizes",
-    "clip_bonds",
-    "contract",
-    "contraction_order",
-    "frobenius_norm",
-    "inner_product",
-    "largest_bonds",
-    "largest_chi",
-    "merge_cores",
-    "n_params",
-    "orthogonalize",
-    "rel_error",
-    "round_cores",
-    "tt_svd",
-]
+from mpo_core.bonds import check_sizes, clip_bonds, contraction_order
 
 
 @torch.no_grad()
@@ -76,7 +57,7 @@ def tt_svd(
     rel_error = _check_target(chi, bonds, rel_error)
     caps = clip_bonds(chi if bonds is None else bonds, d_out, d_in)
 
-    rest = _interleave(W, d_out, d_in).to(_at_least_float32(W.dtype))
+    rest, scale = in_range(_interleave(W, d_out, d_in).to(_at_least_float32(W.dtype)))
     norm = float(torch.linalg.vector_norm(rest, dtype=torch.float64))
     # Rounding of that size is carried along the sweep: it scales with W's norm, not with each step's largest value.
     negligible = 16 * math.sqrt(max(W.shape)) * torch.finfo(rest.dtype).eps * norm
@@ -88,6 +69,7 @@ def tt_svd(
         U, rest, budget = _cut(M, caps[site + 1], budget, n_cuts, negligible)
         cores.append(U.reshape(left, d_out[site], d_in[site], -1).to(W.dtype).contiguous())
         left = U.shape[1]
+    rest = rest if scale == 1 else rest * scale
     cores.append(rest.reshape(left, d_out[-1], d_in[-1], 1).to(W.dtype))
     return cores
 
@@ -119,6 +101,7 @@ def round_cores(
     dtype = _at_least_float32(cores[0].dtype)
     # Right-orthogonal beyond the first core, so that a cut in the small matrix is a cut of the same size in W.
     rounded = orthogonalize([core.to(dtype) for core in cores], 0)
+    rounded[0], scale = in_range(rounded[0])
     norm = float(torch.linalg.vector_norm(rounded[0], dtype=torch.float64))
     largest = max(core.shape[0] * core.shape[1] * core.shape[2] for core in rounded)
     negligible = 16 * math.sqrt(largest) * torch.finfo(dtype).eps * norm
@@ -129,6 +112,7 @@ def round_cores(
         U, rest, budget = _cut(M, caps[site + 1], budget, n_cuts, negligible)
         rounded[site] = U.reshape(-1, d_out[site], d_in[site], U.shape[1])
         rounded[site + 1] = torch.tensordot(rest, rounded[site + 1], 1)
+    rounded[-1] = rounded[-1] if scale == 1 else rounded[-1] * scale
     return [core.to(cores[0].dtype).contiguous() for core in rounded]
 
 
@@ -249,11 +233,21 @@ def rel_error(W: Tensor, W_hat: Tensor) -> float:
     """
     if W.shape != W_hat.shape:
         raise ValueError(f"`W` and `W_hat` must have the same shape, but got {tuple(W.shape)} and {tuple(W_hat.shape)}")
-    W, W_hat = W.detach().double(), W_hat.detach().double()
+    W, scale = in_range(W.detach().double())
+    W_hat = W_hat.detach().double() / scale
     error, norm = float(torch.linalg.norm(W - W_hat)), float(torch.linalg.norm(W))
     if norm == 0:
         return 0.0 if error == 0 else math.inf
     return error / norm
+
+
+def in_range(W: Tensor) -> tuple[Tensor, float]:
+    """W / scale and the scale, 1 unless squares of W's entries would over- or underflow; a power of two, so exact."""
+    largest = float(W.abs().max())
+    if W.dtype is not torch.float64 or largest == 0 or 1e-100 < largest < 1e100:
+        return W, 1.0
+    scale = 2.0 ** math.frexp(largest)[1] if largest < 1e300 else 2.0**1000
+    return W / scale, scale
 
 
 def bonds_and_sizes(cores: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

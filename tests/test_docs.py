@@ -33,6 +33,18 @@ def test_python_of_a_document_runs(path, capsys):
         assert n_after < 0.33 * n_before
 
 
+def test_places_of_tables_in_a_document_are_filled():
+    places = [
+        (path.name, name, table)
+        for path in DOCUMENTS
+        for name, table in re.findall(r"<!-- begin (\S+) -->(.*?)<!-- end \1 -->", path.read_text("utf-8"), re.DOTALL)
+    ]
+    assert places
+    for document, name, table in places:
+        rows = [line for line in table.splitlines() if line.startswith("| ")]
+        assert len(rows) > 2, f"{document}: {name}"
+
+
 def test_links_of_a_document_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text(encoding="utf-8")):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpo_core.bonds import clip_bonds, n_params
 from mpo_core.refinement.calibration import check_gram
 from mpo_core.refinement.whitening import make_whitener, square_root, times_sites
-from mpo_core.tensor_train import clip_bonds, n_params
 
 Split = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -24,7 +24,8 @@ class Rung:
 
     n_params: int
     error: float
-    """Squared relative error, of the weights or, under a Gram matrix, of the outputs; for chains an upper bound."""
+    """Squared relative error, of the weights or, under a Gram matrix, of the outputs; what holds of it, the function
+    that made the ladder says."""
 
 
 def spread_budget(ladders: Mapping[str, Sequence[Rung]], budget: int) -> dict[str, Rung]:
@@ -74,7 +75,8 @@ def chain_ladder(W: Tensor, gram: Tensor | None, split: Callable[[int], Split]) 
     """Rungs χ = 1, 2, … of a chain of cores, up to the last with fewer parameters than W or the last useful χ.
 
     The error is the sum over the bonds of the singular values cut off, squared (Oseledets 2011, Theorem 2.2), of W or,
-    under a Gram matrix, of W whitened by its nearest Kronecker product; with two sites and no Gram it is exact.
+    under a Gram matrix, of W whitened by its nearest Kronecker product. Without a Gram it is an upper bound on that of
+    `tt_svd`, with two sites exact. Under one that is no such product it is no bound, only falls as the errors do.
 
     Args:
         split: from χ to (d_out, d_in).

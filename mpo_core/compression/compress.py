@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mpo_core.baselines import PrunedLinear
+from mpo_core.bonds import check_whole
 from mpo_core.compression.dense_layers import DenseLayer, as_linear, find_dense_layers, is_dense, linear_layers
 from mpo_core.compression.report import CompressedLayer, CompressionReport
 from mpo_core.compression.sizing import KINDS, Sizer, spread
@@ -33,8 +36,8 @@ def compress(
     chi: int | None = None,
     rel_error: float | None = None,
     budget: float | Mapping[str, int] | None = None,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     factorisation: str = "paper",
     n_sites: int | None = None,
     padding: bool = False,
@@ -48,10 +51,12 @@ def compress(
 ) -> tuple[Model, CompressionReport]:
     """A copy of the model with its linear layers replaced by structured ones; all else is carried over, the model kept.
 
+    Hooks and parametrisations of a layer that is replaced go with it.
+
     Replaced are nn.Linear and the Conv1D of Hugging Face, by name. Layers that hold one weight together get one
     structured weight together. Left as they are, with the reason in the report, are layers whose weight is also an
-    embedding's or belongs to a layer that is not replaced, and those whose owner reads the weight itself
-    (nn.MultiheadAttention, nn.TransformerEncoderLayer); to name such a layer in `include` outright is an error.
+    embedding's or belongs to a layer that is not replaced, and the projections of nn.MultiheadAttention, which uses
+    their weights itself; to name such a layer in `include` outright is an error.
 
     Args:
         layer: "mpo" (MPOLinear), "low_rank", "monarch" or "pruned"; or a function from a layer's name and its weight
@@ -60,12 +65,12 @@ def compress(
             chi: the cap on the bonds of every layer; the rank of "low_rank" and "monarch". Layers are replaced as
             asked, even where that saves nothing; the report then says so.
             rel_error: the smallest layers found whose ‖W − Ŵ‖_F / ‖W‖_F, or with calibration relative output error,
-            is no larger. A layer that would save nothing stays dense.
+            is no larger; of calibrated chains, within 5 % of the smallest. A layer that would save nothing stays dense.
             budget: parameters of all these matrices together; as a float below 1, a fraction of those they have. It is
             spread over the layers by their squared relative errors (`spread_budget`), and a layer may stay dense. Or a
             mapping from layer name to the most parameters of each.
         include, exclude: patterns (fnmatch, case-sensitive) of module names such as "blocks.0.attention.query"; a
-            layer is replaced if it matches one of `include` and none of `exclude`.
+            layer is replaced if it matches one of `include` and none of `exclude`. A string is one pattern.
         factorisation, n_sites, padding: how the weights of "mpo" are split over sites, see `factorise`.
         init: "tt_svd" (in its place "data_aware", where there is calibration) takes the present weights, for every
             kind of layer; the others draw fresh parameters, see `initialisation.FRESH_INITS`, and go with chi alone.
@@ -81,15 +86,18 @@ def compress(
             the smallest layers exceed; an unknown layer, init or method; calibration that is empty or not finite;
             fresh parameters without generator_for; or as `factorise` and `tt_svd`, with the name of the layer.
     """
-    _check(layer, chi, rel_error, budget, init, calibration)
+    _check(layer, chi, rel_error, budget, init, calibration, n_tokens)
+    if layer != "mpo":
+        _check_for_mpo(method=method, n_sites=n_sites, forward=None if forward == "reconstruct" else forward)
     found = find_dense_layers(model, include, exclude)
     targets = [dense for dense in found if dense.reason is None]
     grams = _grams(model, targets, calibration, calibration_forward)
     sizer = None
     if isinstance(layer, str):
         sizer = Sizer(layer, init, factorisation, n_sites, padding, method, forward, generator_for)
-        if isinstance(budget, int | float):
-            budget = spread(sizer, {dense.name: dense.linear for dense in targets}, grams, budget)
+        if isinstance(budget, Real):
+            size = int(budget) if isinstance(budget, Integral) else float(budget)
+            budget = spread(sizer, {dense.name: dense.linear for dense in targets}, grams, size)
     unknown = set(budget) - {dense.name for dense in found} if isinstance(budget, Mapping) else set()
     if unknown:
         raise ValueError(f"`budget` names {', '.join(sorted(unknown))}, which no layer to be replaced is called")
@@ -100,6 +108,9 @@ def compress(
             new = layer(dense.name, dense.linear)
             if not isinstance(new, StructuredLinear | None):
                 raise ValueError(f"`layer` must return a StructuredLinear or None, but returned {type(new).__name__}")
+            if new is not None and (new.out_features, new.in_features) != tuple(dense.linear.weight.shape):
+                shape = tuple(dense.linear.weight.shape)
+                raise ValueError(f"`layer` must return one of shape {shape}, but {type(new).__name__} is {new}")
             return new, None if new is not None else "`layer` left it dense"
         assert sizer is not None
         if chi is not None:
@@ -132,8 +143,12 @@ def compress(
     return compressed, CompressionReport(tuple(in_order), n_params(model), n_params(compressed), n_tokens)
 
 
-def decompress(model: Model) -> Model:
-    """A copy of the model with an nn.Linear of the same matrix in the place of every structured layer.
+@overload
+def decompress(model: StructuredLinear) -> nn.Linear: ...
+@overload
+def decompress(model: Model) -> Model: ...
+def decompress(model: nn.Module) -> nn.Module:
+    """A copy of the model with an nn.Linear of the same matrix in the place of every structured layer, itself included.
 
     Layers that share their parameters share the weight; dtype, device, bias, requires_grad and training mode stay.
     What was a Conv1D before it was compressed becomes an nn.Linear too.
@@ -154,6 +169,8 @@ def decompress(model: Model) -> Model:
             linear.weight = weights[shared]
             linear.register_parameter("bias", layer.bias)
             made[id(layer)] = linear.train(layer.training)
+        if not name:
+            return made[id(layer)]
         dense.set_submodule(name, made[id(layer)])
     return dense
 
@@ -175,7 +192,7 @@ def rel_errors(
 
 
 def n_params(model: nn.Module) -> int:
-    """All trainable parameters of the model, shared ones once; of a pruned matrix, those that are not pruned."""
+    """All trainable parameters of the model that have a shape, shared ones once; of a pruned matrix, those kept."""
     pruned = {
         id(parameter): module.n_params_matrix
         for module in model.modules()
@@ -184,7 +201,9 @@ def n_params(model: nn.Module) -> int:
         if name != "bias"
     }
     return sum(
-        pruned.get(id(parameter), parameter.numel()) for parameter in model.parameters() if parameter.requires_grad
+        pruned.get(id(parameter), parameter.numel())
+        for parameter in model.parameters()
+        if parameter.requires_grad and not is_lazy(parameter)
     )
 
 
@@ -209,7 +228,15 @@ def _check(
     budget: float | Mapping[str, int] | None,
     init: str,
     calibration: object,
+    n_tokens: int,
 ) -> None:
+    check_whole(n_tokens=n_tokens)
+    if n_tokens < 1:
+        raise ValueError(f"`n_tokens >= 1` must hold, but got n_tokens={n_tokens}")
+    if isinstance(budget, Mapping):
+        check_whole(**{f"budget[{name!r}]": size for name, size in budget.items()})
+    elif not isinstance(budget, Real | None):
+        raise ValueError(f"`budget` must be a number or a mapping from layer name to one, but got {budget!r}")
     if isinstance(layer, str) and layer not in KINDS:
         raise ValueError(f"`layer` must be one of {', '.join(KINDS)}, or a function, but got {layer!r}")
     sizes = {"chi": chi, "rel_error": rel_error, "budget": budget}
@@ -223,10 +250,18 @@ def _check(
         raise ValueError(f"`init` must be one of {', '.join(INITS)}, but got {init!r}")
     if init in FRESH_INITS and chi is None:
         raise ValueError(f"init {init!r} goes with `chi` alone: errors of weights say nothing of fresh parameters")
+    if init in FRESH_INITS and calibration is not None:
+        raise ValueError(f"init {init!r} draws fresh parameters, which `calibration` says nothing of: give it without")
     if init == "data_aware" and calibration is None:
         raise ValueError("init 'data_aware' needs `calibration`, but got None")
     if rel_error is not None and not 0 <= rel_error < 1:
         raise ValueError(f"`0 <= rel_error < 1` must hold, but got rel_error={rel_error}")
+
+
+def _check_for_mpo(**options: object) -> None:
+    for name, option in options.items():
+        if option is not None:
+            raise ValueError(f"`{name}` is of layer='mpo' alone, but got {name}={option!r} beside another `layer`")
 
 
 def _grams(
@@ -281,6 +316,8 @@ def _row(
     n_tokens: int,
 ) -> CompressedLayer:
     W = dense.linear.weight
+    if is_lazy(W):  # without a shape, and in_features 0
+        W = torch.empty(dense.linear.out_features, dense.linear.in_features, device="meta")
     out_features, in_features = W.shape
     chain = new if isinstance(new, MPOLinear) else None
     flops, n_bytes = 2 * W.numel() * n_tokens, (W.numel() + n_tokens * sum(W.shape)) * W.element_size()

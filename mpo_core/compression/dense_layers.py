@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,17 @@ class DenseLayer:
     """Why it has to stay as it is; None if it can be replaced."""
 
 
-def find_dense_layers(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> list[DenseLayer]:
+def find_dense_layers(model: nn.Module, include: str | Sequence[str], exclude: str | Sequence[str]) -> list[DenseLayer]:
     """The nn.Linear layers, and Conv1D layers of Hugging Face, that match one of `include` and none of `exclude`.
 
     A layer has to stay as it is where its owner would miss its weight or where the weight is also used elsewhere.
 
+    Args:
+        include, exclude: patterns; a string is one.
     Raises:
         ValueError: nothing matches; or a layer that has to stay is named in `include` outright, not by a pattern.
     """
+    include, exclude = ([given] if isinstance(given, str) else list(given) for given in (include, exclude))
     layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if name and is_dense(module)}
     matching = [
         name
@@ -41,7 +45,7 @@ def find_dense_layers(model: nn.Module, include: Sequence[str], exclude: Sequenc
     ]
     if not matching:
         raise ValueError(
-            f"no nn.Linear inside the model matches include={list(include)}, exclude={list(exclude)}; "
+            f"no nn.Linear inside the model matches include={include}, exclude={exclude}; "
             f"it has {', '.join(layers) or 'none'}"
         )
     holders: dict[int, list[str]] = defaultdict(list)
@@ -54,7 +58,7 @@ def find_dense_layers(model: nn.Module, include: Sequence[str], exclude: Sequenc
         if name in done:
             continue
         module = layers[name]
-        reason = _owner_reads(model, name, module)
+        reason = _owner_reads(module)
         sharers: list[str] = []
         if reason is None:
             sharers = [holder.removesuffix(".weight") for holder in holders[id(module.weight)]]
@@ -100,13 +104,12 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(weight, "ndim", 0) == 2
 
 
-def _owner_reads(model: nn.Module, name: str, module: nn.Module) -> str | None:
+def _owner_reads(module: nn.Module) -> str | None:
+    if isinstance(module.weight, UninitializedParameter):
+        return "its weight has no shape yet: run the model once before"
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         # The out_proj of nn.MultiheadAttention, for one, is never called.
         return f"it is a {type(module).__name__}, whose owner may read its weight"
-    parent, _, child = name.rpartition(".")
-    if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
-        return f"nn.TransformerEncoderLayer reads {child}.weight in evaluation"
     return None
 
 

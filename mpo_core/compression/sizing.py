@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from mpo_core.factorisation import factorise, why_not
 from mpo_core.initialisation import FRESH_INITS
 from mpo_core.linear import MPOLinear
 from mpo_core.refinement.calibration import output_error
-from mpo_core.structured import StructuredLinear, check_matrix
+from mpo_core.structured import StructuredLinear, check_matrix, rounding
 from mpo_core.tensor_train import rel_error
 
 KINDS: dict[str, type[StructuredLinear]] = {
@@ -28,6 +29,16 @@ KINDS: dict[str, type[StructuredLinear]] = {
 
 N_RUNGS = {"monarch": 16, "pruned": 64}
 """Sizes tried of the kinds whose errors are measured one by one."""
+
+N_MEASURED = 6
+"""Sizes of a calibrated chain whose errors are measured; those between are told from them."""
+
+QUICK_ABOVE, QUICK_SWEEPS = 2**16, 2
+"""Chains for matrices with more entries are fitted by that many sweeps where a budget is spread: most is gained by
+then, and the whole fit, which follows, is no worse."""
+
+STEP = 1.05
+"""Ratio of sizes, at least, at which a chain is fitted to find one for an output error: each fit takes its time."""
 
 Outcome = tuple[StructuredLinear | None, str | None]
 """The new layer, or None where the dense one stays; and what is to be said about it."""
@@ -78,6 +89,8 @@ class Sizer:
         check_matrix(W)
         if self.kind == "mpo":
             ladder = chain_ladder(W, gram, lambda chi: self._split(linear, chi))
+            if gram is not None:
+                ladder = self._corrected(linear, gram, ladder)
         elif self.kind == "low_rank":
             ladder = low_rank_ladder(W, gram)
         else:
@@ -87,13 +100,38 @@ class Sizer:
 
     def _measured(self, linear: nn.Linear, gram: Tensor | None, max_params: int) -> Rung | None:
         try:
-            layer = self._decomposed(linear, gram, max_params=max_params)
+            layer = self._decomposed(linear, gram, max_params=max_params, **self._quick(linear))
         except ValueError:  # even the smallest has more
             return None
         return Rung(layer.n_params_matrix, _error(linear, layer, gram) ** 2)
 
+    def _corrected(self, linear: nn.Linear, gram: Tensor, ladder: list[Rung]) -> list[Rung]:
+        """The ladder with errors as the fit has them: measured at some rungs, and between them by the factor there.
+
+        The error of a whitened TT-SVD, which the ladder holds, follows the shape of the fit's but not its size.
+        """
+        if not ladder:
+            return ladder
+        places: Sequence[int] = range(len(ladder))
+        if len(ladder) > N_MEASURED:  # dense where a bond more changes most
+            places = sorted({round(len(ladder) ** (step / (N_MEASURED - 1))) - 1 for step in range(N_MEASURED)})
+        tiny = 1e-16
+        logs = []
+        for place in places:
+            layer = self._decomposed(linear, gram, max_params=ladder[place].n_params, **self._quick(linear))
+            error = _error(linear, layer, gram) ** 2
+            logs.append(math.log((error + tiny) / (ladder[place].error + tiny)))
+        at = [math.log(ladder[place].n_params) for place in places]
+        return [
+            Rung(rung.n_params, (rung.error + tiny) * math.exp(_between(math.log(rung.n_params), at, logs)) - tiny)
+            for rung in ladder
+        ]
+
     def _within_output_error(self, linear: nn.Linear, target: float, gram: Tensor) -> StructuredLinear | None:
-        ladder = self.ladder(linear, gram)
+        if self.kind == "mpo":
+            ladder = _thinned(chain_ladder(linear.weight.detach(), None, lambda chi: self._split(linear, chi)))
+        else:
+            ladder = self.ladder(linear, gram)
         layers: dict[int, StructuredLinear] = {}
 
         def meets(index: int) -> bool:
@@ -107,6 +145,14 @@ class Sizer:
         return layers.get(bisect_left(range(len(ladder)), True, key=meets))
 
     def _within_weight_error(self, linear: nn.Linear, target: float) -> StructuredLinear | None:
+        """The factors are rounded to the weight's dtype, which in bfloat16 may take more than is left of the target."""
+        for share in (1.0, 0.9, 0.5, 0.0):
+            layer = self._of_weight_error(linear, share * target)
+            if layer is None or _error(linear, layer, None) <= max(target * (1 + 1e-6), rounding(linear.weight)):
+                return layer
+        return None
+
+    def _of_weight_error(self, linear: nn.Linear, target: float) -> StructuredLinear | None:
         sizes = {}
         if self.kind == "mpo" and self.factorisation == "min_params":
             # The split follows the cap, and so the cap comes first.
@@ -116,6 +162,10 @@ class Sizer:
             layer = MPOLinear.empty_like(linear, max_params=rung.n_params, **self._options)
             sizes = {"d_out": layer.d_out, "d_in": layer.d_in, "factorisation": "balanced"}
         return self._decomposed(linear, None, rel_error=target, **sizes)
+
+    def _quick(self, linear: nn.Linear) -> dict[str, int]:
+        quick = self.kind == "mpo" and linear.weight.numel() > QUICK_ABOVE
+        return {"max_sweeps": QUICK_SWEEPS} if quick else {}
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -171,6 +221,23 @@ def spread(
 def _error(linear: nn.Linear, layer: StructuredLinear, gram: Tensor | None) -> float:
     W, W_hat = linear.weight, layer.to_matrix()
     return rel_error(W, W_hat) if gram is None else output_error(W, W_hat, gram)
+
+
+def _thinned(ladder: Sequence[Rung]) -> list[Rung]:
+    kept: list[Rung] = []
+    for rung in ladder:
+        if not kept or rung.n_params >= STEP * kept[-1].n_params:
+            kept.append(rung)
+    return kept
+
+
+def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """y at x, on the straight lines between points in ascending order, the first and the last of them included."""
+    right = max(1, min(bisect_left(xs, x), len(xs) - 1))
+    if len(xs) == 1:
+        return ys[0]
+    share = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
+    return ys[right - 1] + share * (ys[right] - ys[right - 1])
 
 
 def _no_smaller(layer: StructuredLinear, linear: nn.Linear) -> str | None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpo_core.evaluating import evaluating
+
 
 class Gram:
     """The second moment of a layer's inputs, G = mean of x xᵀ, accumulated batch by batch in float64.
@@ -92,22 +94,18 @@ def collect_grams(
 
         return hook
 
-    training = {module: module.training for module in model.modules()}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in layer_names
     ]
     n_batches = 0
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches:
                 (forward or _call)(model, batch)
                 n_batches += 1
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     if n_batches == 0:
         raise ValueError("calibration needs at least one batch, but got none")
     silent = [name for name in layer_names if name not in grams]
@@ -148,7 +146,8 @@ def error_ratio(error: float, norm: float) -> float:
 
 
 def check_gram(gram: Tensor, in_features: int) -> Tensor:
-    """`gram` in float64, or ValueError unless it is (in_features, in_features), finite, symmetric and not zero."""
+    """`gram` in float64, or ValueError unless it is (in_features, in_features), finite, symmetric, not zero and
+    positive semi-definite; divided by its largest entry where that is beyond the range in which products hold."""
     if tuple(gram.shape) != (in_features, in_features):
         raise ValueError(f"`gram` must have shape ({in_features}, {in_features}), but got {tuple(gram.shape)}")
     G = gram.detach().double()
@@ -157,9 +156,16 @@ def check_gram(gram: Tensor, in_features: int) -> Tensor:
     largest = float(G.abs().max())
     if largest == 0:
         raise ValueError("`gram` must not be zero, but all of its entries are")
+    if not 1e-100 < largest < 1e100:  # whose products would over- or underflow; only ratios of errors are ever used
+        G, largest = G / largest, 1.0
     if float((G - G.T).abs().max()) > 1e-5 * largest or float(G.diagonal().min()) < 0:
         raise ValueError("`gram` must be symmetric with no negative entry on its diagonal, as Σ x xᵀ is")
-    return (G + G.T) / 2
+    G = (G + G.T) / 2
+    # What rounding in float32 can leave below zero is let pass.
+    shift = 1e-6 * float(G.diagonal().sum()) + 1e-6 * largest
+    if torch.linalg.cholesky_ex(G + shift * torch.eye(in_features, dtype=G.dtype, device=G.device))[1]:
+        raise ValueError("`gram` must be positive semi-definite, as Σ x xᵀ is, but has a negative eigenvalue")
+    return G
 
 
 def _call(model: nn.Module, batch: Any) -> object:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mpo_core.bonds import check_sizes
 from mpo_core.refinement.calibration import check_gram, weighted_norm
 from mpo_core.refinement.least_squares import als
 from mpo_core.refinement.whitening import make_whitener, on_inputs, square_root, times_sites
-from mpo_core.tensor_train import check_sizes, contract, tt_svd
+from mpo_core.tensor_train import balance_cores, contract, tt_svd
 
 FIT_METHODS = ("tt_svd", "whitened", "als")
 
@@ -44,7 +45,8 @@ def fit_cores(
             of those two under `gram`, then `als`. None: "als" where there is a gram, "tt_svd" where there is none.
         max_sweeps, tolerance: of `als`.
     Returns:
-        Cores in W's dtype, on its device. Those of the last two methods are in no particular gauge.
+        Cores in W's dtype, on its device. Those of "tt_svd" are left-orthogonal but the last, which has W's norm;
+        those of the other two have equal norms (`balance_cores`), as an optimiser would want them.
     Raises:
         ValueError: neither or both of chi and bonds; an unknown method; "whitened" or "als" without a gram; a gram of
             the wrong shape, not finite, not symmetric or zero; or as `tt_svd`.
@@ -61,11 +63,16 @@ def fit_cores(
         raise ValueError(f"`method` {method!r} needs the Gram matrix of the inputs, but got gram=None")
     whitened = whitened_tt_svd(W.double(), d_out, d_in, chi, G, bonds=bonds)
     if method == "whitened":
-        return [core.to(W.dtype) for core in whitened]
-    plain = tt_svd(W.double(), d_out, d_in, chi, bonds=bonds)
-    start = min(whitened, plain, key=lambda cores: weighted_norm(W.double() - contract(cores), G))
-    cores, _ = als(W.double(), start, G, max_sweeps=max_sweeps, tolerance=tolerance)
-    return [core.to(W.dtype) for core in cores]
+        return [core.to(W.dtype) for core in balance_cores(whitened)]
+
+    def error_of(cores: Sequence[Tensor]) -> float:
+        return weighted_norm(W.double() - contract([core.double() for core in cores]), G)
+
+    starts = [whitened, tt_svd(W.double(), d_out, d_in, chi, bonds=bonds)]
+    fitted, _ = als(W.double(), min(starts, key=error_of), G, max_sweeps=max_sweeps, tolerance=tolerance)
+    # Rounded first: what little a fit gains can be less than what its rounding costs.
+    balanced = [balance_cores(cores) for cores in (fitted, *starts)]
+    return min(([core.to(W.dtype) for core in cores] for cores in balanced), key=error_of)
 
 
 @torch.no_grad()

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mpo_core.bonds import check_sizes
 from mpo_core.refinement.calibration import check_gram, error_ratio, weighted_norm
 from mpo_core.refinement.whitening import make_whitener, on_inputs, times_sites
-from mpo_core.tensor_train import check_sizes, contract, merge_cores
+from mpo_core.tensor_train import contract, merge_cores
 
 CG_STEPS = 20
 """Conjugate-gradient steps per core: how far the largest cores, whose normal equations are too large, are solved."""
@@ -25,8 +26,9 @@ def als(
     """Alternating least squares: each core in turn is the best one beside the others, in ‖(W − Ŵ) G^{1/2}‖_F.
 
     Sites are visited from left to right and back, the others orthogonalised after whitening (`whitened_tt_svd`). Each
-    core is found by its normal equations, or by conjugate gradients from its present value where that is cheaper; the
-    error never rises, but to rounding.
+    core is found by its normal equations, or by conjugate gradients from its present value where that is cheaper. A
+    sweep after which the error, measured under `gram` itself, is no smaller is undone and ends it: the result is never
+    worse than the start.
 
     Args:
         cores: where to start from; their bonds stay.
@@ -34,7 +36,8 @@ def als(
             fraction of it.
     Returns:
         Cores in the dtype of the ones given, and the relative output error (`output_error`) at the start and after
-        every sweep.
+        every sweep kept, before the cores are rounded to that dtype. Where rounding leaves them worse than the start,
+        the start is returned.
     Raises:
         ValueError: max_sweeps < 0 or tolerance < 0, cores that do not fit W, a gram that does not fit or is not one.
     Source: Holtz, Rohwedder & Schneider 2012.
@@ -48,22 +51,31 @@ def als(
     d_in = [core.shape[2] for core in cores]
     check_sizes(W.shape[0], W.shape[1], [core.shape[1] for core in cores], d_in)
     dtype, G = cores[0].dtype, check_gram(gram, W.shape[1]).to(W.device)
-    whitener = make_whitener(G, d_in)
-    W, G = times_sites(W.double(), whitener.roots), whitener.gram
-    chain = on_inputs([core.to(W) for core in cores], whitener.roots)
-
+    W = W.double()
     norm = weighted_norm(W, G)
-    history = [error_ratio(weighted_norm(W - contract(chain), G), norm)]
+
+    def error_of(cores: Sequence[Tensor]) -> float:
+        return error_ratio(weighted_norm(W - contract([core.to(W) for core in cores]), G), norm)
+
+    # Rounding in what is undone goes with the condition number, and here it only has to speed convergence up.
+    whitener = make_whitener(G, d_in, floor=1e-8)
+    whitened = times_sites(W, whitener.roots)
+    chain = on_inputs([core.to(W) for core in cores], whitener.roots)
+    best, history = list(cores), [error_of(cores)]
     for _ in range(max_sweeps):
-        swept = _sweep(W, G, chain)
-        error = error_ratio(weighted_norm(W - contract(swept), G), norm)
+        chain = _sweep(whitened, whitener.gram, chain)
+        fitted = on_inputs(chain, whitener.inverse_roots)
+        error = error_of(fitted)
         if not error <= history[-1]:  # at an exact fit only rounding is left to gain or lose
             break
-        chain = swept
+        best = fitted
         history.append(error)
         if history[-2] - error <= tolerance * history[-2]:
             break
-    return [core.to(dtype) for core in on_inputs(chain, whitener.inverse_roots)], history
+    rounded = [core.to(dtype) for core in best]
+    if not error_of(rounded) <= history[0]:
+        return list(cores), history[:1]
+    return rounded, history
 
 
 def _sweep(W: Tensor, G: Tensor, cores: Sequence[Tensor]) -> list[Tensor]:

@@ -18,12 +18,18 @@ class Whitener(NamedTuple):
     gram: Tensor
 
 
-def make_whitener(G: Tensor, d_in: Sequence[int]) -> Whitener:
+def make_whitener(G: Tensor, d_in: Sequence[int], floor: float = 1e-12) -> Whitener:
+    """Whitener whose Kronecker product has its eigenvalues within `floor` of the largest, and each factor within 1e-8.
+
+    A floor per factor alone would let the condition number of the product grow with the power of the sites, and what
+    is undone at the end would then be mostly rounding.
+    """
+    lowest = max(1e-8, floor ** (1 / len(d_in)))
     roots, inverse_roots = [], []
     for K in kronecker_factors(G, d_in):
         values, vectors = torch.linalg.eigh(K)
         # Any definite K is a change of coordinates and no more; the floor keeps it one that can be undone.
-        values = values.clamp(min=1e-8 * float(values[-1]))
+        values = values.clamp(min=lowest * float(values[-1]))
         roots.append(vectors * values.sqrt() @ vectors.T)
         inverse_roots.append(vectors * values.rsqrt() @ vectors.T)
     # By way of a square root, as rounding in G itself would come out as negative directions where G is singular.

@@ -345,3 +345,12 @@ def test_baselines_have_the_interface_of_mpo():
         assert drawn == [name for name, _ in fresh.named_parameters() if name != "bias"]
         assert torch.equal(fresh.bias, linear.bias)
         assert torch.isfinite(fresh.to_matrix()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_error_needs_no_more_than_the_numerical_rank(dtype):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(64, 3, generator=generator, dtype=dtype) @ torch.randn(3, 64, generator=generator, dtype=dtype)
+    assert LowRankLinear.from_matrix(W, rel_error=0).rank == 3
+    assert MonarchLinear.from_matrix(W, rel_error=0, n_blocks=4).rank == 3
+    torch.testing.assert_close(LowRankLinear.from_matrix(W, rel_error=0).to_matrix(), W, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpo_core.compression.budget import Rung, chain_ladder, low_rank_ladder, spread_budget
+from mpo_core.compression.sizing import N_MEASURED, Sizer
 from mpo_core.factorisation import factorise
+from mpo_core.linear import MPOLinear
 from mpo_core.refinement.calibration import output_error
 from mpo_core.refinement.fit import fit_cores, low_rank_svd
 from mpo_core.tensor_train import contract, rel_error, tt_svd
@@ -127,3 +129,25 @@ def test_low_rank_ladder_is_exact(gram):
         W_hat = torch.matmul(*low_rank_svd(W, rank, gram))
         error = rel_error(W, W_hat) if gram is None else output_error(W, W_hat, gram)
         assert rung.error == pytest.approx(error**2, abs=1e-10)
+
+
+@pytest.mark.parametrize("n_sites", [2, 3])
+def test_a_calibrated_ladder_of_chains_holds_the_errors_of_fits(n_sites):
+    """Exact where it was measured, near in between; the bound that it starts from is off by a factor of 100."""
+    for spread in (0, 2):
+        linear = torch.nn.Linear(32, 24, bias=False, dtype=torch.float64, device="meta").to_empty(device="cpu")
+        linear.weight.data = normal(24, 32)
+        inputs = normal(32, 32, seed=1) * torch.logspace(0, -spread, 32, dtype=torch.float64)
+        gram = inputs @ inputs.T
+        sizer = Sizer("mpo", "tt_svd", "balanced", n_sites, False, None, "reconstruct", None)
+        ladder = sizer.ladder(linear, gram)
+        assert len(ladder) > N_MEASURED
+        ratios = []
+        for rung in ladder:
+            layer = MPOLinear.from_linear(linear, max_params=rung.n_params, n_sites=n_sites, gram=gram)
+            assert layer.n_params_matrix == rung.n_params
+            ratios.append(output_error(linear.weight, layer.to_matrix(), gram) ** 2 / rung.error)
+        assert ratios[0] == pytest.approx(1)
+        assert ratios[-1] == pytest.approx(1)
+        assert sum(ratio == pytest.approx(1) for ratio in ratios) >= N_MEASURED - 1
+        assert 0.7 < min(ratios) <= max(ratios) < 1.5

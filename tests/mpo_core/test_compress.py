@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from mpo_core.compression.compress import compress, n_params, n_params_compressed, rel_errors
+from mpo_core.baselines import LowRankLinear
+from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
 from mpo_core.linear import MPOLinear
 from mpo_core.picogpt import GPTConfig, PicoGPT
 
@@ -108,6 +109,8 @@ def test_compress_draws_every_core_by_its_own_name():
         (["*"], [], LAYERS),
         (["*"], ["lm_head"], LAYERS[:-1]),
         (["blocks.*.attention.*"], ["*.output"], [name for name in LAYERS if name.endswith(("query", "key", "value"))]),
+        ("blocks.1.*", "*.attention.*", ["blocks.1.feed_forward.up", "blocks.1.feed_forward.down"]),
+        ("lm_head", (), ["lm_head"]),
         (["blocks.1.feed_forward.up", "lm_head"], [], ["blocks.1.feed_forward.up", "lm_head"]),
     ],
 )
@@ -137,6 +140,7 @@ def test_compressed_state_dict_round_trips_through_safetensors():
     ("options", "message"),
     [
         ({"include": ["head"]}, r"no nn.Linear inside the model matches include=\['head'\], exclude=\[\]; it has bl"),
+        ({"include": "head"}, r"no nn.Linear inside the model matches include=\['head'\], exclude=\[\]; it has bl"),
         ({"exclude": ["*"]}, r"matches include=\['\*'\], exclude=\['\*'\]"),
         ({"init": "best"}, "`init` must be one of paper, variance, .*, but got 'best'"),
         ({"init": "variance"}, "blocks.0.attention.query: init 'variance' draws fresh parameters from `generator_for`"),
@@ -157,6 +161,20 @@ def test_compressed_state_dict_round_trips_through_safetensors():
         ({"calibration": []}, "calibration needs at least one batch, but got none"),
         ({"calibration": torch.zeros(2, 10)}, "`calibration` must be a sequence of batches, but got one tensor"),
         ({"calibration": {"lm_head": torch.eye(12)}}, "`calibration` has no Gram matrix for blocks.0.attention.query"),
+        ({"chi": 2.5}, "blocks.0.attention.query: `chi` must be a whole number, but got 2.5"),
+        ({"chi": 2.0, "layer": "low_rank"}, "blocks.0.attention.query: `rank` must be a whole number, but got 2.0"),
+        ({"chi": None, "budget": "half"}, "`budget` must be a number or a mapping .*, but got 'half'"),
+        ({"chi": None, "budget": {"lm_head": 0.5}}, r"`budget\['lm_head'\]` must be a whole number, but got 0.5"),
+        ({"n_tokens": 0}, "`n_tokens >= 1` must hold, but got n_tokens=0"),
+        ({"n_tokens": 1.5}, "`n_tokens` must be a whole number, but got 1.5"),
+        ({"layer": "low_rank", "method": "als"}, "`method` is of layer='mpo' alone, but got method='als'"),
+        ({"layer": "monarch", "forward": "chain"}, "`forward` is of layer='mpo' alone"),
+        ({"layer": "pruned", "n_sites": 2}, "`n_sites` is of layer='mpo' alone"),
+        ({"init": "variance", "calibration": [torch.zeros(2, 3)]}, "init 'variance' draws fresh parameters, which"),
+        (
+            {"chi": None, "layer": lambda name, linear: LowRankLinear(3, 4, rank=1, device="meta")},
+            r"blocks.0.attention.query: `layer` must return one of shape \(12, 12\), but LowRankLinear is .*=3",
+        ),
         ({"chi": 0}, "blocks.0.attention.query: `chi >= 1` must hold, but got chi=0"),
         ({"n_sites": 7}, "blocks.0.attention.query: `1 <= n_sites <= 6` must hold"),
     ],
@@ -214,3 +232,22 @@ def test_n_params_counts_what_is_trainable_and_n_params_compressed_all_matrices(
     model.embedding.weight.requires_grad_(False)
     assert n_params(model) == total - 11 * 12
     assert n_params_compressed(model) == matrices
+
+
+def test_a_budget_may_be_a_number_of_numpy():
+    model = make_model()
+    numbers, plain = (compress(model, budget=budget)[1] for budget in (np.int64(1500), 1500))
+    assert [row.bonds for row in numbers.rows] == [row.bonds for row in plain.rows]
+    assert compress(model, budget=np.float64(0.5))[1].n_params_after == compress(model, budget=0.5)[1].n_params_after
+
+
+def test_decompress_of_a_layer_itself_is_a_linear_layer():
+    layer = MPOLinear(12, 8, chi=2, generator=torch.Generator().manual_seed(0))
+    dense = decompress(layer)
+    assert type(dense) is torch.nn.Linear
+    assert torch.equal(dense.weight, layer.to_matrix())
+
+
+def test_bonds_without_any_are_refused_in_words():
+    with pytest.raises(ValueError, match=r"`bonds` must be 1, then a cap .*, but got bonds=\[\]"):
+        MPOLinear(12, 8, bonds=[], device="meta")

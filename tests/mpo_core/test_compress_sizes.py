@@ -144,6 +144,30 @@ def test_compress_by_error_is_about_outputs_where_calibrated(kind):
         assert row.n_params_after <= by_weights.rows[0].n_params_after
 
 
+@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("target", [0.005, 0.003, 0.001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compress_by_error_holds_after_rounding_to_low_precision(kind, target, dtype):
+    """The factors are within reach of the target, and may miss it once rounded."""
+    model = nn.Sequential(make_linear(64, 64, 0, 0.8, dtype))
+    compressed, report = compress(model, layer=kind, rel_error=target, factorisation="balanced")
+    assert report.rows[0].rel_error <= target * 1.00001
+    if report.rows[0].kind == "dense":
+        assert "with fewer parameters found within rel_error" in report.rows[0].reason
+        assert torch.equal(compressed[0].weight, model[0].weight)
+
+
+def test_compress_by_output_error_finds_a_size_within_a_step_of_the_smallest():
+    model = nn.Sequential(make_linear(64, 64, 0, 0.05, torch.float32))
+    inputs = (normal(200, 12) @ normal(12, 64, seed=1) + 0.1 * normal(200, 64, seed=2)).float()
+    _, report = compress(model, rel_error=0.1, factorisation="balanced", calibration=[inputs])
+    row = report.rows[0]
+    assert row.output_error <= 0.1
+    smaller, _ = compress(model, budget={"0": int(row.n_params_after / 1.1)}, calibration=[inputs])
+    gram = collect_grams(model, ["0"], [inputs])["0"]
+    assert output_error(model[0].weight, smaller[0].to_matrix(), gram) > 0.1
+
+
 # By budget ------------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +195,23 @@ def test_compress_spreads_a_budget_better_than_one_cap_for_all():
     total = sum(row.n_params_after for row in uniform.rows)
     _, report = compress(model, layer="low_rank", budget=total)
     assert sum(error**2 for error in errors(report)) < 0.8 * sum(error**2 for error in errors(uniform))
+
+
+def test_compress_spreads_a_calibrated_budget_by_the_errors_of_fits():
+    """One layer whose inputs lie in few directions, which only ALS makes use of, and one whose inputs do not."""
+    for seed in range(2):
+        model = nn.Sequential(*[nn.Linear(16, 16, bias=False, device="meta").to_empty(device="cpu") for _ in range(2)])
+        for index, layer in enumerate(model):
+            layer.weight.data = normal(16, 16, seed=seed + 50 * index).float() / 4
+        inputs = normal(16, 16, seed=seed + 1) * torch.logspace(0, -1.5, 16, dtype=torch.float64)
+        options = {"factorisation": "balanced", "n_sites": 2}
+        options["calibration"] = {"0": inputs @ inputs.T, "1": torch.eye(16, dtype=torch.float64)}
+
+        def total(budget, model=model, options=options):
+            return sum(row.output_error**2 for row in compress(model, budget=budget, **options)[1].rows)
+
+        best = min(total({"0": size, "1": 256 - size}) for size in range(32, 225, 32))
+        assert total(0.5) < 1.05 * best
 
 
 def test_compress_takes_a_fraction_a_number_or_a_number_per_layer():

@@ -13,8 +13,9 @@ from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mpo_core.bonds import clip_bonds
 from mpo_core.contraction import Product, chain, cheapest_direction, cost, products
-from mpo_core.tensor_train import clip_bonds, contract
+from mpo_core.tensor_train import contract
 
 DIRECTIONS = ("left", "right")
 

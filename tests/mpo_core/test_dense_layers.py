@@ -132,18 +132,21 @@ def test_attention_of_pytorch_is_left_alone():
         compress(model, chi=2, include=["attention.out_proj"])
 
 
+@pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch", "pruned"])
 @pytest.mark.parametrize("training", [True, False])
-def test_transformer_encoder_of_pytorch_still_runs(training):
+def test_transformer_encoder_of_pytorch_still_runs(training, kind):
+    """In evaluation it reads the weights of its two layers and hands them to a kernel of its own."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, device="meta")
     model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2), "head": linear(8, 8)})
     model = fill(model).train(training)
-    compressed, report = compress(model, chi=1000)
-    assert mpo_names(compressed) == ["head"]
-    reasons = {row.name: row.reason for row in report.rows}
-    assert reasons["encoder.layers.1.linear2"] == "nn.TransformerEncoderLayer reads linear2.weight in evaluation"
+    compressed, report = compress(model, layer=kind, budget=0.5, factorisation="balanced")
+    small = [row.name for row in report.rows if row.kind == kind]
+    assert {"encoder.layers.0.linear1", "encoder.layers.1.linear2"} <= set(small)
+    assert not any("self_attn" in name for name in small)
     with torch.no_grad():
         x = normal(2, 3, 8)
-        torch.testing.assert_close(compressed["head"](compressed["encoder"](x)), model["head"](model["encoder"](x)))
+        torch.testing.assert_close(compressed["encoder"](x), decompress(compressed)["encoder"](x))
+        assert not torch.allclose(compressed["encoder"](x), model["encoder"](x))
 
 
 def test_transformer_decoder_of_pytorch_is_compressed():
@@ -152,6 +155,15 @@ def test_transformer_decoder_of_pytorch_is_compressed():
     assert mpo_names(compressed) == ["linear1", "linear2"]
     with torch.no_grad():
         torch.testing.assert_close(compressed(*[normal(2, 3, 8)] * 2), decoder(*[normal(2, 3, 8)] * 2))
+
+
+def test_a_lazy_layer_that_has_no_weight_yet_is_left_with_a_reason():
+    model = nn.Sequential(fill(linear(8, 8)), nn.LazyLinear(4))
+    compressed, report = compress(model, chi=2)
+    assert mpo_names(compressed) == ["0"]
+    assert report.rows[1].reason == "its weight has no shape yet: run the model once before"
+    assert (report.rows[1].n_params_before, report.rows[1].out_features) == (0, 4)
+    assert "no shape yet" in str(report)
 
 
 def test_the_model_itself_must_contain_the_layer():

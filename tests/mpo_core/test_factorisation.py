@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpo_core.bonds import clip_bonds, n_params
 from mpo_core.factorisation import (
     FACTORISATIONS,
     PAPER_FACTORISATIONS,
@@ -17,7 +18,6 @@ from mpo_core.factorisation import (
     max_padding,
     why_not,
 )
-from mpo_core.tensor_train import clip_bonds, n_params
 
 features = st.integers(1, 600)
 n_sites = st.integers(1, 6)

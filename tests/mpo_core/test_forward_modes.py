@@ -122,6 +122,14 @@ def test_modes_agree_under_bfloat16_autocast(mode, evaluates):
 
 
 @modes
+def test_modes_stay_in_float64_under_autocast_as_a_dense_layer_does(mode):
+    layer, x = make_layer(mode).eval(), make_x(5, 8)
+    dense = torch.nn.functional.linear(x, layer.to_matrix(), layer.bias)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(layer(x), dense)
+
+
+@modes
 def test_modes_work_in_bfloat16(mode):
     layer = make_layer(mode, 64, 64, chi=8)
     x = make_x(5, 64)

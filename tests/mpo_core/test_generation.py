@@ -90,6 +90,25 @@ def test_generate_is_repeated_by_its_generator_and_leaves_the_model_alone():
     assert torch.equal(generate(model, prompt(), 0, temperature=0), prompt())
 
 
+def test_generate_keeps_no_more_than_k_of_equally_likely_tokens():
+    model = small_model()
+    model.lm_head.weight.data.zero_()
+    drawn = generate(model, prompt().repeat(50, 1), 1, generator=generator(), top_k=3)[:, -1]
+    assert sorted(set(drawn.tolist())) == [0, 1, 2]
+
+
+def test_generate_leaves_every_module_in_its_own_mode_also_after_an_error():
+    model = small_model(chi=3).train()
+    model.blocks[1].eval()
+    before = [module.training for module in model.modules()]
+    generate(model, prompt(), 2, temperature=0)
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(IndexError):
+        generate(model, prompt() + 11, 2, temperature=0)
+    assert [module.training for module in model.modules()] == before
+    assert model.lm_head._cache is None  # what evaluation keeps is not carried into training
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
+from mpo_core.baselines import LowRankLinear
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
 from mpo_core.linear import MPOLinear
 from mpo_core.refinement.calibration import output_error
@@ -99,6 +107,14 @@ def test_gpt2_conv1d_keeps_its_transposed_weight_bias_and_frozen_parameters():
     )
 
 
+@pytest.mark.parametrize("kind", [MPOLinear, LowRankLinear])
+def test_a_conv1d_alone_is_refused_also_where_it_is_square(kind):
+    conv = seeded(Conv1D(8, 8))
+    for make in (kind.from_linear, kind.empty_like):
+        with pytest.raises(ValueError, match=r"`linear` must be an nn.Linear, but got Conv1D; `compress` takes"):
+            make(conv, max_params=64)
+
+
 def test_gpt2_goes_there_and_back():
     model, tokens = make_gpt2(), make_tokens(2, 9)
     compressed, report = compress(model, budget=0.4, include=["transformer.h.*"], factorisation="balanced")
@@ -172,3 +188,29 @@ def test_llama_reports_the_output_error_of_what_it_holds():
     x, W = seen[0], model.get_submodule(name).weight.detach()
     error = output_error(W, compressed.get_submodule(name).to_matrix(), x.T @ x)
     assert report.rows[0].output_error == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gated-gelu"])
+@pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch", "pruned"])
+def test_t5_reads_the_weight_of_a_layer_and_runs(activation, kind):
+    """T5 asks `wo.weight` for its dtype in every forward."""
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=40,
+        num_layers=LAYERS,
+        num_heads=3,
+        feed_forward_proj=activation,
+        decoder_start_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = seeded(T5ForConditionalGeneration(config))
+    compressed, report = compress(model, layer=kind, budget=0.5, include=["*.wi*", "*.wo"], factorisation="balanced")
+    assert all(row.kind == kind for row in report.rows if row.name.endswith("wo"))
+    tokens = make_tokens(2, 9)
+    with torch.no_grad():
+        ours, theirs = (
+            one(input_ids=tokens, decoder_input_ids=tokens).logits for one in (compressed, decompress(compressed))
+        )
+    torch.testing.assert_close(ours, theirs)

@@ -10,6 +10,7 @@ from chains import few, random_cores, splits
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpo_core.bonds import clip_bonds
 from mpo_core.factorisation import factorise
 from mpo_core.initialisation import (
     FRESH_INITS,
@@ -22,7 +23,7 @@ from mpo_core.initialisation import (
     variance_std,
 )
 from mpo_core.linear import MPOLinear
-from mpo_core.tensor_train import clip_bonds, contract, tt_svd
+from mpo_core.tensor_train import contract, tt_svd
 
 
 def generators(n_sites, seed=0):

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpo_core.refinement.least_squares
+from mpo_core.bonds import clip_bonds
 from mpo_core.refinement.calibration import output_error
 from mpo_core.refinement.fit import FIT_METHODS, fit_cores, low_rank_svd, whitened_tt_svd
 from mpo_core.refinement.least_squares import MAX_ENTRIES, als
 from mpo_core.refinement.whitening import kronecker_factors
-from mpo_core.tensor_train import clip_bonds, contract, rel_error, tt_svd
+from mpo_core.tensor_train import contract, rel_error, tt_svd
 
 few = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -212,6 +213,44 @@ def test_als_recovers_a_chain_from_a_distance(n_sites):
     assert rel_error(W, contract(fitted)) < 1e-3 * history[0]
 
 
+def of_a_mean(size, spread):
+    """E[x xᵀ] of inputs near one vector, with the ridge that calibration adds."""
+    mean = normal(size, seed=1)
+    gram = torch.outer(mean, mean) + spread**2 * make_gram(size, 2, decades=0)
+    return gram + 1e-6 * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("spread", [0, 1e-3])
+@pytest.mark.parametrize("n_sites", [3, 4, 5, 6])
+def test_als_holds_what_it_says_for_inputs_near_one_direction(n_sites, spread):
+    """Where every factor of the whitener is nearly singular, and their product far beyond what float64 can undo."""
+    d_in, d_out = [4, 4, 2, 2, 2, 2][:n_sites], [2] * n_sites
+    W, gram = normal(2**n_sites, math.prod(d_in), seed=0), of_a_mean(math.prod(d_in), spread)
+    start = tt_svd(W, d_out, d_in, 3)
+    cores, history = als(W, start, gram, max_sweeps=3, tolerance=0)
+    assert history[0] == pytest.approx(output_error(W, contract(start), gram), rel=1e-9)
+    assert history[-1] == pytest.approx(output_error(W, contract(cores), gram), rel=1e-9)
+    assert history[-1] < 0.1 * history[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fits_rounded_to_low_precision_are_never_worse_than_their_starts(dtype):
+    d_in, d_out = [4, 4, 4], [2, 2, 2]
+    gram = of_a_mean(64, 0)
+    for seed in range(3):
+        W = normal(8, 64, seed=seed).to(dtype)
+
+        def error_of(cores, W=W):
+            return output_error(W, contract([core.double() for core in cores]), gram)
+
+        # At full bonds TT-SVD is as good as the dtype allows, and a fit can only lose.
+        for chi in (3, 64):
+            start = tt_svd(W, d_out, d_in, chi)
+            assert error_of(als(W, start, gram)[0]) <= error_of(start)
+            fits = [fit_cores(W, d_out, d_in, chi=chi, gram=gram, method=method) for method in FIT_METHODS]
+            assert error_of(fits[2]) <= error_of(fits[1])
+
+
 def test_als_stops_on_tolerance():
     W, gram = normal(12, 12, seed=0), make_gram(12, 1)
     start = tt_svd(W, [3, 4], [4, 3], 2)
@@ -290,6 +329,13 @@ def test_fit_cores_keeps_the_dtype_and_takes_a_cap_per_bond(method, dtype):
     assert [core.shape[3] for core in cores] == [2, 3, 1]
 
 
+@pytest.mark.parametrize("method", ["whitened", "als"])
+def test_fit_cores_under_a_gram_have_equal_norms(method):
+    cores = fit_cores(normal(8, 8, seed=0), [2, 2, 2], [2, 2, 2], chi=3, gram=make_gram(8, 1), method=method)
+    norms = torch.stack([torch.linalg.norm(core) for core in cores])
+    torch.testing.assert_close(norms, norms.mean().expand(3))
+
+
 @pytest.mark.parametrize("method", FIT_METHODS)
 def test_fit_cores_pads_with_rows_and_columns_that_do_not_count(method):
     W, gram = normal(5, 7, seed=0), make_gram(7, 1)
@@ -312,6 +358,27 @@ def test_fit_cores_pads_with_rows_and_columns_that_do_not_count(method):
 def test_fit_cores_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         fit_cores(normal(6, 6, seed=0), [2, 3], [3, 2], **options)
+
+
+def test_a_gram_with_a_negative_eigenvalue_is_refused_and_rounding_is_not():
+    W = normal(2, 2, seed=0)
+    with pytest.raises(ValueError, match="`gram` must be positive semi-definite"):
+        output_error(W, W, torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+    x = normal(300, 2, seed=1).float() @ normal(2, 64, seed=2).float()
+    gram = x.T @ x
+    assert float(torch.linalg.eigvalsh(gram.double())[0]) < 0
+    W = normal(64, 64, seed=3)
+    assert output_error(W, W, gram) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+@pytest.mark.parametrize("method", FIT_METHODS)
+def test_the_scale_of_a_gram_changes_nothing(method, scale):
+    W, gram = normal(6, 6, seed=0), make_gram(6, 1)
+    both = [contract(fit_cores(W, [2, 3], [3, 2], chi=2, gram=G, method=method)) for G in (gram, scale * gram)]
+    torch.testing.assert_close(*both)
+    assert output_error(W, both[0], scale * gram) == pytest.approx(output_error(W, both[0], gram))
+    torch.testing.assert_close(*[torch.matmul(*low_rank_svd(W, 2, G)) for G in (gram, scale * gram)])
 
 
 def test_fit_cores_refuses_sizes_below_the_matrix():

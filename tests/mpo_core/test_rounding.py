@@ -11,10 +11,10 @@ from chains import dense, few, random_cores, seeds, splits, unfolding_singular_v
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpo_core.bonds import clip_bonds
 from mpo_core.tensor_train import (
     balance_cores,
     bonds_and_sizes,
-    clip_bonds,
     contract,
     frobenius_norm,
     inner_product,

@@ -12,15 +12,9 @@ from chains import chain, dense, few, random_cores, random_matrix, seeds, splits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_core.tensor_train import (
-    bonds_and_sizes,
-    clip_bonds,
-    contract,
-    largest_bonds,
-    rel_error,
-    round_cores,
-    tt_svd,
-)
+from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.bonds import clip_bonds, largest_bonds
+from mpo_core.tensor_train import bonds_and_sizes, contract, rel_error, round_cores, tt_svd
 
 
 @few
@@ -267,3 +261,18 @@ def test_rel_error_is_defined_for_zero():
 def test_rel_error_refuses_shapes_that_differ():
     with pytest.raises(ValueError, match=r"must have the same shape, but got \(2, 2\) and \(2,\)"):
         rel_error(torch.ones(2, 2), torch.ones(2))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e170, 1e300])
+def test_errors_are_met_where_squares_over_or_underflow(scale):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(12, 12, generator=generator, dtype=torch.float64) ** 3
+    cores, scaled = (tt_svd(M, [3, 4], [4, 3], rel_error=0.3) for M in (W, scale * W))
+    assert [core.shape for core in scaled] == [core.shape for core in cores]
+    assert cores[0].shape[3] < 12
+    assert rel_error(scale * W, contract(scaled)) == pytest.approx(rel_error(W, contract(cores)), rel=1e-9)
+    rounded, scaled = (round_cores(chain, rel_error=0.6) for chain in (cores, scaled))
+    assert [core.shape for core in scaled] == [core.shape for core in rounded]
+    for kind in (LowRankLinear, MonarchLinear, PrunedLinear):
+        sizes = [kind.from_matrix(M, rel_error=0.3).n_params_matrix for M in (W, scale * W)]
+        assert sizes[0] == sizes[1]
