@@ -294,6 +294,21 @@ def test_stack_with_a_diverged_seed_interrupted_ends_as_undisturbed(spec_of, cor
             assert set(rows) == {0, 5}  # what has diverged is not trained again
 
 
+def test_stack_that_a_seed_leaves_is_kept_as_it_then_is(spec_of, corpus, tmp_path):
+    spec = spec_of()
+    undisturbed = prepared(spec, corpus, tmp_path / "undisturbed", 5, poisoned=[1])
+    expected = train_seeds(spec, SEEDS, corpus, checkpoints=undisturbed)
+    checkpoints = prepared(spec, corpus, tmp_path, 5, poisoned=[1])
+
+    def end(seed, row):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_seeds(spec, SEEDS, corpus, checkpoints=checkpoints, on_evaluation=end)  # no time for other checkpoints
+    assert [each.steps() for each in checkpoints.values()] == [[5, 6], [5], [5, 6]]
+    assert_same(train_seeds(spec, SEEDS, corpus, checkpoints=checkpoints), expected)
+
+
 def test_stack_passes_over_a_damaged_checkpoint(spec_of, corpus, tmp_path):
     spec = spec_of(chi=3)
     end_after(3 * 8, spec, corpus, tmp_path)
