@@ -38,14 +38,15 @@ class Cluster:
 
     def start(self, name: str, *options: str) -> None:
         home = Path(tempfile.mkdtemp(prefix=f"ray-{name}-", dir="/tmp"))  # sockets' paths have to be short
-        self.nodes[name] = subprocess.Popen(
-            [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options],
-            env=self.environment | {"RAY_TMPDIR": str(home), "TMPDIR": str(home)},
-            cwd=self.folder,
-            stdout=(self.folder / f"{name}.log").open("wb"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.nodes[name] = subprocess.Popen(
+                [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options],
+                env=self.environment | {"RAY_TMPDIR": str(home), "TMPDIR": str(home)},
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def start_head(self) -> None:
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1"]
