@@ -11,14 +11,13 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.overrides import TorchFunctionMode
 
 from study.corpus import Corpus, StackedWindows
+from study.seeds_as_batch import SeedsAsBatch
 from study.storage import Checkpoints
 from study.training import Diverged, SeedRun, Training, learning_rate_at
 from study.trial import SeedResult, TrialSpec
@@ -129,7 +128,7 @@ class StackedTraining:
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tokens: Tensor) -> Tensor:
             return functional_call(self._model, (parameters, buffers), (tokens,))
 
-        with _SeedsAsBatch():
+        with SeedsAsBatch():
             return vmap(one, in_dims=(0, 0, tokens_dim))(self._parameters, self._buffers, tokens)
 
     def _remove(self, failures: Mapping[int, Diverged]) -> None:
@@ -308,43 +307,3 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """(seeds, B · T) of logits (seeds, B, T, V) and targets (seeds, B, T)."""
     losses = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     return losses.view(len(logits), -1)
-
-
-# Attention under vmap -------------------------------------------------------------------------------------------------
-
-
-class _SeedsAsBatch(TorchFunctionMode):
-    """Within it, scaled dot-product attention under vmap takes the seeds as more of its batch.
-
-    It has no fused kernel under vmap on a CPU, and need not have one elsewhere; but since a batch is what it takes, the
-    kernel that the single seed's attention has on a device serves the stack too.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            return _Attention.apply(*args, (kwargs or {})["is_causal"])
-        return func(*args, **(kwargs or {}))
-
-
-class _Attention(torch.autograd.Function):
-    """Attention of query, key and value, with a rule for vmap; what autograd needs, it sees inside of that rule."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there is no backward of its own."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        *qkv, is_causal = args
-        flat = []
-        for x, dim in zip(qkv, in_dims[:3], strict=True):
-            assert dim is not None  # every seed has parameters of its own
-            flat.append(x.movedim(dim, 0).flatten(0, 1))  # (seeds · B, H, T, C / H)
-        y = nn.functional.scaled_dot_product_attention(*flat, is_causal=is_causal)
-        return y.unflatten(0, (info.batch_size, -1)), 0

@@ -1,0 +1,47 @@
+"""Attention of models under `torch.func.vmap`, by the kernel that it has without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+
+class SeedsAsBatch(TorchFunctionMode):
+    """Within it, scaled dot-product attention under vmap takes the seeds as more of its batch.
+
+    It has no fused kernel under vmap on a CPU, and need not have one elsewhere; but since a batch is what it takes, the
+    kernel that the single seed's attention has on a device serves the stack too.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return _Attention.apply(*args, (kwargs or {})["is_causal"])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(Function):
+    """Attention of query, key and value, with a rule for vmap; what autograd needs, it sees inside of that rule."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: there is no backward of its own."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        *qkv, is_causal = args
+        flat = []
+        for x, dim in zip(qkv, in_dims[:3], strict=True):
+            assert dim is not None  # every seed has parameters of its own
+            flat.append(x.movedim(dim, 0).flatten(0, 1))  # (seeds · B, H, T, C / H)
+        y = nn.functional.scaled_dot_product_attention(*flat, is_causal=is_causal)
+        return y.unflatten(0, (info.batch_size, -1)), 0
