@@ -83,10 +83,12 @@ def _write_all(runs: StudyRuns, summary: pd.DataFrame, folder: Path) -> None:
             tables.budgets_table(summary),
             tables.failures_table(runs),
             tables.unfinished_table(runs),
+            tables.stopped_table(runs),
         )
     }
     for table in written.values():
-        tables.write(table, folder / "tables")
+        if table.name != "stopped" or len(table.data):  # in most studies nothing can be
+            tables.write(table, folder / "tables")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -97,7 +99,7 @@ def _write_all(runs: StudyRuns, summary: pd.DataFrame, folder: Path) -> None:
         drawings=drawings,
         tables=written,
         min_seeds=MIN_SEEDS,
-        few=summary[summary["n_seeds"] < MIN_SEEDS],
+        few=summary[(summary["n_seeds"] < MIN_SEEDS) & summary["stopped"].isna()],
         n_stated=n_statement(summary.loc[summary["n_seeds"] > 0, "n_seeds"]),
         corpora=sorted(summary["corpus_sha256"].unique()),
         measured=[schema.FIELDS["final", measure.key].label for measure in MEASURES],
@@ -128,7 +130,7 @@ def _drawings(runs: StudyRuns, summary: pd.DataFrame) -> list[Drawing]:
     shown = data.curve_trials(summary)
     curves = load_curves(runs, shown["trial"].tolist())
     means = data.curve_means(shown, curves)
-    complete = int((summary["n_seeds"] > 0).sum())
+    complete = int(((summary["n_seeds"] > 0) & summary["stopped"].isna()).sum())
     thinned = (
         f"{len(shown)} of {complete} configurations: those on the frontier of their own panel."
         if len(shown) < complete else ""

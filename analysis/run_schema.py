@@ -36,6 +36,10 @@ ARM = "mpo.arm"
 """On trials and seeds: the params of those names, as tags by which MLflow's UI groups and filters."""
 DUPLICATE_OF = "mpo.duplicate_of"
 """On a trial (and its runs) whose configuration another trial already has: that trial's number."""
+PRUNED = "mpo.pruned"
+"""On a trial that was never trained, since its parameters break a limit of the search: which, in one line."""
+STOPPED = "mpo.stopped"
+"""On a trial that was given up before it had all its seeds: the rival that beat it, and by how much on which seeds."""
 DEVICE, THREADS, TORCH, STACKED = "mpo.device", "mpo.threads", "mpo.torch", "mpo.stacked"
 RAN_ON = (DEVICE, THREADS, TORCH, STACKED)
 """On a seed: what its numbers depend on to rounding; `STACKED` is how many seeds were trained as one model."""
@@ -88,6 +92,7 @@ PARAMS = (
     Field("refinement", "param", str, "how a teacher's weights became cores"),
     Field("lr_rule", "param", str, "learning rates of the cores: uniform, mup"),
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
+    Field("forward", "param", str, "how an MPO layer is applied: reconstruct, chain"),
     Field("learning_rate", "param", float, "peak learning rate"),
     Field("steps", "param", int, "optimiser steps"),
     Field("warmup_steps", "param", int, "warm-up steps"),

@@ -14,7 +14,7 @@ from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 
 OPTIONAL_PARAMS = (
-    *("seed", "teacher", "chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
+    *("seed", "teacher", "chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay", "forward"),
     *("sites", "largest_bond"),
 )
 """Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
@@ -52,10 +52,12 @@ class StudyAddress:
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """All that is known of one study, duplicated trials left out (n_duplicates counts them).
+    """All that is known of one study, without duplicated trials and those that were never trained since they break a
+    limit of the search (n_duplicates and n_pruned count them).
 
     trials: one row per configuration: trial, the params of the schema but the seed, its counts, and how many of its
-        seeds are complete (n_seeds), failed (n_failed) and not finished yet (n_unfinished).
+        seeds are complete (n_seeds), failed (n_failed) and not finished yet (n_unfinished). stopped: why a trial was
+        given up before it had all its seeds; missing for all others.
     seeds: one row per complete seed: trial, seed, run_id, the final metrics of the schema under their own keys.
     failures: trial, arm, seed, step, reason; a failure of a whole trial has no seed.
     unfinished: trial, arm, seed, status, of seeds neither complete nor failed; a trial that waits for seeds of which
@@ -73,6 +75,7 @@ class StudyRuns:
     unfinished: pd.DataFrame
     rel_errors: pd.DataFrame
     n_duplicates: int
+    n_pruned: int
     latest: pd.Timestamp | None
 
     @property
@@ -98,8 +101,9 @@ def study_runs(address: StudyAddress, trial_runs: list[RunRecord], seed_runs: li
     _check_keys(trial_runs, uuid)
     _check_keys(seed_runs, uuid)
     duplicates = {_param(run, "trial") for run in trial_runs if schema.DUPLICATE_OF in run.tags}
-    trial_runs = [run for run in trial_runs if _param(run, "trial") not in duplicates]
-    seed_runs = [run for run in seed_runs if _param(run, "trial") not in duplicates]
+    pruned = {_param(run, "trial") for run in trial_runs if schema.PRUNED in run.tags}
+    trial_runs = [run for run in trial_runs if _param(run, "trial") not in duplicates | pruned]
+    seed_runs = [run for run in seed_runs if _param(run, "trial") not in duplicates | pruned]
     complete = [run for run in seed_runs if run.status == "FINISHED"]
     failed = [run for run in seed_runs if run.status == "FAILED"]
     unfinished = [run for run in seed_runs if run.status not in _OVER]
@@ -116,6 +120,7 @@ def study_runs(address: StudyAddress, trial_runs: list[RunRecord], seed_runs: li
         unfinished=_unfinished_frame(trial_runs, unfinished),
         rel_errors=_rel_errors_frame(complete),
         n_duplicates=len(duplicates),
+        n_pruned=len(pruned - duplicates),
         latest=pd.Timestamp(max(ends), unit="ms", tz="UTC") if ends else None,
     )
 
@@ -255,9 +260,9 @@ def _trials_frame(trial_runs: list[RunRecord], seed_runs: dict[str, list[RunReco
         row = {field.key: _param(run, field.key) for field in fields}
         row |= {column: count[row["trial"]] for column, count in counts.items()}
         row |= {field.key: _metric(run, "count", field.key, required=row["n_seeds"] > 0) for field in schema.COUNTS}
-        rows.append(row | {"run_id": run.run_id})
+        rows.append(row | {"run_id": run.run_id, "stopped": run.tags.get(schema.STOPPED)})
     dtypes = {field.key: _DTYPES[field.dtype] for field in (*fields, *schema.COUNTS)}
-    return _frame(rows, dtypes | dict.fromkeys(("trial", *counts), "int64") | {"run_id": "str"})
+    return _frame(rows, dtypes | dict.fromkeys(("trial", *counts), "int64") | {"run_id": "str", "stopped": "str"})
 
 
 def _seeds_frame(runs: list[RunRecord]) -> pd.DataFrame:

@@ -135,7 +135,8 @@ def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:
 
 def _add_frontier(summary: pd.DataFrame, measure: Measure) -> None:
     # A mean over the seeds that did not fail is not one over all: it may owe its place to those that are missing.
-    enough = (summary["n_seeds"] >= MIN_SEEDS) & (summary["n_failed"] == 0)
+    # Nor is that of a trial that was given up, when it was, which another order of events might not have.
+    enough = (summary["n_seeds"] >= MIN_SEEDS) & (summary["n_failed"] == 0) & summary["stopped"].isna()
     mean = summary.loc[enough, schema.mean_key(measure.key)]
     summary[frontier_key(measure)] = False
     summary.loc[enough, frontier_key(measure)] = frontier_mask(
@@ -153,7 +154,7 @@ _NAMED = {
     "d_model": "d_model={}".format, "n_layers": "{} layers".format, "d_ff": "d_ff={}".format,
     "n_sites": "L={}".format, "factorisation": str, "init": str,
     "refinement": str, "learning_rate": lambda value: f"lr {_scientific(value)}", "lr_rule": "{} rates".format,
-    "decay": "decay of each {}".format, "steps": "{} steps".format,
+    "decay": "decay of each {}".format, "forward": "by {}".format, "steps": "{} steps".format,
     "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format, "arm": str, "trial": "#{}".format,
 }  # fmt: skip
 """Params that tell trials apart, in the order in which a label takes them up."""

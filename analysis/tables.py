@@ -37,8 +37,8 @@ def trials_table(summary: pd.DataFrame) -> Table:
             "parameters": [_count(value) for value in summary["n_params"]],
             "% of dense": [_digits(value, 1) for value in summary["percent_of_dense"]],
             "seeds": [
-                f"{n} ({failed} failed)" if failed else f"{n}"
-                for n, failed in zip(summary["n_seeds"], summary["n_failed"], strict=True)
+                f"{n}" + (f" ({failed} failed)" if failed else "") + (" (stopped)" if pd.notna(stopped) else "")
+                for n, failed, stopped in zip(summary["n_seeds"], summary["n_failed"], summary["stopped"], strict=True)
             ],
             "val loss (nats)": _intervals(summary, VAL_LOSS.key, VAL_LOSS),
             "val accuracy (%)": _intervals(summary, VAL_ACC.key, VAL_ACC),
@@ -77,6 +77,14 @@ def failures_table(runs: StudyRuns) -> Table:
 def unfinished_table(runs: StudyRuns) -> Table:
     """Every seed that was neither complete nor failed when the runs were read."""
     return Table("unfinished", runs.unfinished, _as_text(runs.unfinished))
+
+
+def stopped_table(runs: StudyRuns) -> Table:
+    """Every trial that was given up before it had all its seeds, with the evidence."""
+    stopped = runs.trials.loc[runs.trials["stopped"].notna(), ["trial", "arm", "n_params", "n_seeds", "stopped"]]
+    data = stopped.reset_index(drop=True)
+    named = {"n_params": "parameters", "n_seeds": "seeds", "stopped": "reason"}
+    return Table("stopped", data, _as_text(data.rename(columns=named)))
 
 
 def budgets_table(summary: pd.DataFrame) -> Table:

@@ -22,15 +22,17 @@ from rich.table import Table
 from study.config import StudyConfig
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.errors import StudyError
-from study.ledger import read_ledger
+from study.ledger import Trial, read_ledger
 from study.plan import plan as make_plan
 from study.run import TRACKING_OFF, Outcome, run_study, study_corpus
 from study.run import sync as sync_study
 from study.sample import sample as draw_sample
 from study.search_space import listed_specs
 from study.study_file import load_config
-from study.tracking.connection import hide_password, is_database, runs_page
+from study.tally import n_runs_left, search_ended
+from study.tracking.connection import runs_page
 from study.trial import TrialSpec
+from study.urls import hide_password, is_database
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,6 +111,13 @@ def run(
         str | None,
         typer.Option(metavar="URI|off", help="MLflow; unless given, the last run's URI, at first a database in DIR."),
     ] = None,
+    ledger: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A PostgreSQL database for the ledger; unless given, the last run's, at first DIR/ledger.db.",
+        ),
+    ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Train again what failed, except for seeds that diverged.")
     ] = False,
@@ -116,7 +125,7 @@ def run(
 ) -> None:
     """Run a study; run it again to resume it. A complete study is left as it is."""
     config = load_config(file, overrides)
-    folder = StudyDirectory(directory if directory is not None else Path("results") / config.name)
+    folder = StudyDirectory(directory if directory is not None else Path("results") / config.name, ledger)
     try:
         outcome = run_study(
             config,
@@ -133,7 +142,8 @@ def run(
         raise typer.Exit(130) from None
     _print_outcome(outcome, config, folder)
     nothing_succeeded = outcome.n_failed > 0 and outcome.n_complete == 0
-    if outcome.aborted is not None or outcome.tracking_trouble is not None or outcome.n_missing or nothing_succeeded:
+    trouble = outcome.aborted or outcome.tracking_trouble or outcome.backup_trouble
+    if trouble is not None or outcome.n_missing or nothing_succeeded:
         raise typer.Exit(1)
 
 
@@ -152,20 +162,22 @@ def status(directory: Folder) -> None:
     for trial in snapshot.trials:
         results = [result for result in snapshot.results if result.trial == trial.number]
         losses = [result.final["final/val_loss"] for result in results if result.state == "complete"]
-        repeats = f" (repeats trial {trial.duplicate_of})" if trial.duplicate_of is not None else ""
+        note = _note(trial)
         table.add_row(
             str(trial.number),
             trial.spec.arm,
-            _what(trial.spec) + repeats,
+            _what(trial.spec) + note,
             f"{trial.shape.n_params:,}",
             str(len(losses)),
             str(len(results) - len(losses)),
             f"{fmean(losses):.4f}" if losses else "–",
         )
     console.print(table)
-    n_trials = len(listed_specs(config)) + config.budget.trials
-    n_repeats = sum(trial.duplicate_of is not None for trial in snapshot.trials)
-    left = (n_trials - n_repeats) * n_seeds - len(snapshot.results)
+    results = {(result.trial, result.seed) for result in snapshot.results}
+    left = n_runs_left(config, len(listed_specs(config)), snapshot.trials, results)
+    ended = search_ended(config, snapshot.trials)
+    if ended is not None:
+        console.print(ended, markup=False, highlight=False)
     console.print(f"{len(snapshot.results)} runs over, {left} left" if left else "complete")
 
 
@@ -212,7 +224,10 @@ def sync(
     ] = None,
     storage: StorageOption = None,
 ) -> None:
-    """Write to MLflow whatever of the ledger it lacks: after a run without it, or to repair or move an experiment."""
+    """Write to MLflow whatever of the ledger it lacks: after a run without it, or to repair or move an experiment.
+
+    The figures of DIR/report, where `mpo-analysis report` has written it, go to the experiment's summary run.
+    """
     folder = StudyDirectory(directory)
     config = folder.load_config()
     if tracking == TRACKING_OFF:
@@ -261,7 +276,13 @@ def main() -> None:
 
 def _print_outcome(outcome: Outcome, config: StudyConfig, folder: StudyDirectory) -> None:
     failed = f", {outcome.n_failed} failed" if outcome.n_failed else ""
-    console.print(f"{config.name}: {outcome.n_trials} trials, {outcome.n_complete} runs complete{failed}")
+    pruned = f", {outcome.n_pruned} pruned" if outcome.n_pruned else ""
+    stopped = f", {outcome.n_stopped} stopped early" if outcome.n_stopped else ""
+    console.print(
+        f"{config.name}: {outcome.n_trials} trials{pruned}{stopped}, {outcome.n_complete} runs complete{failed}"
+    )
+    if outcome.search_ended is not None:
+        console.print(outcome.search_ended, markup=False, highlight=False)
     if outcome.aborted is not None:
         console.print(
             f"stopped early with {outcome.n_missing} runs missing: {outcome.aborted}; mend it, then "
@@ -273,6 +294,14 @@ def _print_outcome(outcome: Outcome, config: StudyConfig, folder: StudyDirectory
     if outcome.tracking_trouble is not None:
         console.print(
             f"MLflow lacks some runs: {outcome.tracking_trouble}; once that is mended: mpo-study sync {_show(folder)}",
+            style="red",
+            markup=False,
+            highlight=False,
+        )
+    if outcome.backup_trouble is not None:
+        console.print(
+            f"the last backup of the study's databases failed: {outcome.backup_trouble}; once that is mended: the same "
+            "command again",
             style="red",
             markup=False,
             highlight=False,
@@ -300,6 +329,15 @@ def _what(spec: TrialSpec) -> str:
         return f"d_model={spec.model.d_model}"
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
     return f"χ={spec.chi} {spec.factorisation}{sites}, {f'from {spec.teacher}' if spec.teacher else spec.init}"
+
+
+def _note(trial: Trial) -> str:
+    """What became of a trial that has not all its seeds trained."""
+    if trial.duplicate_of is not None:
+        return f" (repeats trial {trial.duplicate_of})"
+    if trial.pruned is not None:
+        return f" (pruned: {trial.pruned.reason})"
+    return f" (stopped: {trial.stop.reason})" if trial.stop is not None else ""
 
 
 def _show(folder: StudyDirectory) -> str:

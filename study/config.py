@@ -189,7 +189,7 @@ class _Arm(Strict):
 class DenseArm(_Arm):
     """Plain linear layers: the reference, or a narrower model as a control."""
 
-    family: Literal["dense"]
+    family: Literal["dense"] = Field(description="Which kind of arm this is.")
     init: Value[Literal["paper", "variance"]] | None = Field(
         default=None, description="Scale of the linear weights: `paper` (std 0.02) unless given, `variance` (1/√N_in)."
     )
@@ -201,7 +201,7 @@ class DenseArm(_Arm):
 class MPOArm(_Arm):
     """Every linear layer is an MPO."""
 
-    family: Literal["mpo"]
+    family: Literal["mpo"] = Field(description="Which kind of arm this is.")
     chi: Number[PositiveInt] = Field(description="Cap on every bond dimension.")
     n_sites: Number[Sites] | None = Field(
         default=None, description="Number of sites L, 1 to 6; not with factorisation `paper`."
@@ -230,6 +230,11 @@ class MPOArm(_Arm):
         default=None,
         description="What weight decay shrinks: each core (`parameter`, unless given), or W as if it were dense.",
     )
+    forward: Value[Literal["reconstruct", "chain"]] | None = Field(
+        default=None,
+        description="How a layer is applied: W formed in every forward (`reconstruct`, unless given), or never. "
+        "The same function, to rounding.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> MPOArm:
@@ -248,7 +253,10 @@ def _options(value: Any) -> tuple[Any, ...]:
 
 
 Arm = Annotated[DenseArm | MPOArm, Field(discriminator="family")]
-VALUE_FIELDS = ("learning_rate", "d_model", "chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay")
+VALUE_FIELDS = (
+    *("learning_rate", "d_model", "chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
+    "forward",
+)
 
 Objective = Literal["val_loss", "val_acc", "n_params"]
 
@@ -256,17 +264,47 @@ Objective = Literal["val_loss", "val_acc", "n_params"]
 class Sampler(Strict):
     """Who chooses the searched values: one of Optuna's samplers, or `grid`, which has nothing to choose."""
 
-    name: Literal["grid", "random", "tpe", "nsga2"] = "grid"
+    name: Literal["grid", "random", "tpe", "nsga2", "nsga3", "gp"] = Field(
+        default="grid",
+        description="`grid`: all is listed. `random` and `tpe` search any space; `nsga2`, `nsga3` and `gp` one arm, "
+        "since the values of several depend on which arm is chosen. `tpe` and `gp` draw their first ten at random.",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Sampler's own seed.")
     population_size: Annotated[int, Field(ge=2)] = Field(
-        default=20, description="Trials in a generation of nsga2; the first generation is drawn at random."
+        default=20, description="Trials in a generation of nsga2 and nsga3; the first generation is drawn at random."
     )
 
 
 class Budget(Strict):
-    """How much is searched. Listed trials come on top."""
+    """How much is searched. Listed trials come on top, and no limit is one for them."""
 
-    trials: Annotated[int, Field(ge=0)] = Field(default=0, description="Number of searched trials.")
+    trials: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Number of searched trials, those that need no training included."
+    )
+    max_params: PositiveFloat | None = Field(
+        default=None,
+        description="Most trainable parameters of a searched trial; up to 1, a fraction of the dense model's. One that "
+        "has more is never trained, and the sampler learns that it is too large.",
+    )
+    min_params: PositiveFloat | None = Field(default=None, description="As max_params, the fewest.")
+    max_repeats: PositiveInt | None = Field(
+        default=None,
+        description="The search ends when so many of its trials have repeated another, which answers them without "
+        "training. No limit but `trials` unless given. It may be changed under a study.",
+    )
+
+
+class EarlyStopping(Strict):
+    """When a searched MPO trial is given up. The study then depends on the order in which its trials ended."""
+
+    margin: PositiveFloat = Field(
+        description="In the unit of `metric` (nats, or a fraction). A rival that has no more parameters, is as long "
+        "trained from the same start and is better by so much on every seed that both have ends a trial."
+    )
+    metric: Literal["val_loss", "val_acc"] = Field(
+        default="val_loss", description="At the last step; must be one of the objectives."
+    )
+    min_seeds: Annotated[int, Field(ge=2)] = Field(default=2, description="Fewest seeds that both must have.")
 
 
 def _seeds_per_unit(value: Any) -> Any:
@@ -284,8 +322,16 @@ class Execution(Strict):
         default="auto",
         description="Seeds of a trial that are trained as one model: `auto` is one on a CPU, all it lacks on a GPU.",
     )
+    max_units: PositiveInt | None = Field(
+        default=None,
+        description="Most units at once on a cluster that grows with demand; unless given, as many as fit on its nodes "
+        "when the run starts.",
+    )
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
         default=30, description="Least time between two checkpoints."
+    )
+    backup_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=60, description="Least time between two copies of the databases in a storage that is a URL."
     )
     keep_weights: bool = Field(
         default=False, description="Keep every trained model, as safetensors, in storage and MLflow."
@@ -306,8 +352,13 @@ class StudyConfig(Strict):
     )
     sampler: Sampler = Sampler()
     budget: Budget = Budget()
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="Off unless given; never of dense or listed trials."
+    )
     execution: Execution = Execution()
-    arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = Field(
+        description="What is compared; each gives one trial or more."
+    )
 
     @property
     def seed_list(self) -> tuple[int, ...]:
@@ -330,7 +381,7 @@ class StudyConfig(Strict):
         if searched and self.sampler.name == "grid":
             raise ValueError(
                 f"arm {searched[0]} has searched values, which sampler grid cannot choose; list them as [...], "
-                "or use sampler random, tpe or nsga2"
+                "or use another sampler"
             )
         if self.sampler.name != "grid" and not searched:
             raise ValueError(f"sampler {self.sampler.name} has nothing to choose: no arm has a searched value")
@@ -338,17 +389,48 @@ class StudyConfig(Strict):
             raise ValueError(f"`budget.trials` must be at least 1, since arm {searched[0]} has searched values")
         if not searched and self.budget.trials:
             raise ValueError("`budget.trials` must be 0 (or absent): no arm has a searched value")
-        if self.sampler.name == "nsga2" and len(searched) > 1:
+        self._check_sampler(searched)
+        self._check_limits(searched)
+        return self
+
+    def _check_sampler(self, searched: list[str]) -> None:
+        name, n_trials = self.sampler.name, self.budget.trials
+        if name in ("nsga2", "nsga3", "gp") and len(searched) > 1:
             raise ValueError(
-                f"sampler nsga2 cannot search several arms ({', '.join(searched)}), whose values depend on the arm; "
+                f"sampler {name} cannot search several arms ({', '.join(searched)}), whose values depend on the arm; "
                 "use tpe or random"
             )
-        if self.sampler.name == "nsga2" and self.budget.trials <= self.sampler.population_size:
+        if name in ("nsga2", "nsga3") and n_trials <= self.sampler.population_size:
             raise ValueError(
-                f"`budget.trials` must exceed `sampler.population_size`, or nsga2 draws all at random, but got "
-                f"{self.budget.trials} and {self.sampler.population_size}"
+                f"`budget.trials` must exceed `sampler.population_size`, or {name} draws all at random, but got "
+                f"{n_trials} and {self.sampler.population_size}"
             )
-        return self
+
+    def _check_limits(self, searched: list[str]) -> None:
+        budget, stopping = self.budget, self.early_stopping
+        given = [key for key in ("max_params", "min_params", "max_repeats") if getattr(budget, key) is not None]
+        if given and not searched:
+            raise ValueError(f"`budget.{given[0]}` has no meaning: no arm has a searched value")
+        if budget.min_params is not None and budget.max_params is not None:
+            same_kind = (budget.min_params <= 1) == (budget.max_params <= 1)
+            if same_kind and budget.min_params > budget.max_params:
+                raise ValueError(
+                    f"`budget.min_params <= budget.max_params` must hold, but got min_params={budget.min_params:g}, "
+                    f"max_params={budget.max_params:g}"
+                )
+        if stopping is None:
+            return
+        if not any(isinstance(arm, MPOArm) and arm.is_searched for arm in self.arms):
+            raise ValueError(
+                "`early_stopping` has no meaning: no MPO arm has a searched value, and no other is stopped"
+            )
+        if stopping.metric not in self.objectives:
+            raise ValueError(f"`early_stopping.metric` must be one of the objectives, but got {stopping.metric}")
+        if stopping.min_seeds >= len(self.seed_list):
+            raise ValueError(
+                f"`early_stopping.min_seeds` must be below the number of seeds, or there is none to spare, but got "
+                f"{stopping.min_seeds} and {len(self.seed_list)}"
+            )
 
     def _check_teacher(self, arm: MPOArm) -> None:
         candidates = [

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from analysis import run_schema
 from study.config import StudyConfig
 from study.errors import StudyError
+from study.ledger_lock import check_ledger_url
 from study.study_file import dump_config, load_config
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
@@ -22,10 +23,18 @@ DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 
 
 class StudyDirectory:
-    """Paths below one folder. It is local to the driver; large things may lie elsewhere."""
+    """Paths below one folder. It is local to the driver; large things may lie elsewhere.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        ledger: URL of a PostgreSQL database that holds the ledger; None: what the last run had, at first a file here.
+
+    Raises:
+        StudyError: the path, or the URL, is none that a study can have.
+    """
+
+    def __init__(self, path: str | Path, ledger: str | None = None) -> None:
         self.path = Path(path)
+        self._given_ledger = check_ledger_url(ledger) if ledger is not None else None
         odd = sorted({mark for mark in "?#%" if mark in str(self.path.resolve())})
         if odd:  # in a database's URL they mean something else
             raise StudyError(f"--dir {self.path}: a study's folder may not have {' '.join(odd)} in its path")
@@ -37,11 +46,21 @@ class StudyDirectory:
 
     @property
     def ledger_url(self) -> str:
-        return f"sqlite:///{self._ledger.resolve()}"
+        return self._ledger_elsewhere or f"sqlite:///{self.ledger_file.resolve()}"
 
     @property
-    def _ledger(self) -> Path:
+    def _ledger_elsewhere(self) -> str | None:
+        return self._given_ledger or self._manifest().get("ledger")
+
+    @property
+    def ledger_file(self) -> Path:
+        """The ledger, unless it is in a database elsewhere."""
         return self.path / "ledger.db"
+
+    @property
+    def has_no_study(self) -> bool:
+        """Whether no study was run here, or nothing of it is left."""
+        return not self._manifest_path.exists() and not self.ledger_file.exists()
 
     @property
     def mlflow_database(self) -> Path:
@@ -71,10 +90,10 @@ class StudyDirectory:
 
     def check_ledger(self) -> None:
         """Raise a StudyError where the ledger of a study that was run here is gone."""
-        if not self._ledger.is_file():
+        if self._ledger_elsewhere is None and not self.ledger_file.is_file():
             raise StudyError(
-                f"{self.path}: the study's ledger is gone (no {self._ledger.name}); put it back, or begin a new study "
-                "with another --dir"
+                f"{self.path}: the study's ledger is gone (no {self.ledger_file.name}); put it back, or begin a new "
+                "study with another --dir"
             )
 
     def check_is_for(self, config: StudyConfig) -> None:
@@ -97,15 +116,28 @@ class StudyDirectory:
         holder = self.path / "driver.json"
         lock = FileLock(self.path / "driver.lock")
         try:
-            lock.acquire(timeout=0)
+            with self._writing():
+                lock.acquire(timeout=0)
         except Timeout:
             raise StudyError(f"{self.path}: another driver runs this study: {_describe_holder(holder)}") from None
         try:
-            holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
+            with self._writing():
+                holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
             yield
         finally:
-            holder.unlink(missing_ok=True)
+            with suppress(OSError):
+                holder.unlink(missing_ok=True)
             lock.release()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say in one line that the disk is full or read-only; filelock's `Timeout` is an OSError, but none of these."""
+        try:
+            yield
+        except Timeout:
+            raise
+        except OSError as error:
+            raise StudyError(f"--dir {self.path}: cannot write there: {error.strerror or error}") from None
 
     def write(self, config: StudyConfig, uuid: str, tracking_uri: str | None, storage: str) -> None:
         """Keep the resolved study file, and the manifest, from which later commands take what they are not told."""
@@ -117,6 +149,7 @@ class StudyDirectory:
             "tracking_uri": tracking_uri,
             "experiment": config.name,
             "storage": None if storage == self._own_storage else storage,  # the folder may be moved
+            "ledger": self._ledger_elsewhere,
         }
         self._replace(self._manifest_path, json.dumps(manifest, indent=2) + "\n", mode=0o600)  # URIs hold passwords
 
@@ -163,12 +196,12 @@ class StudyDirectory:
             )
         return uri
 
-    @staticmethod
-    def _replace(path: Path, text: str, mode: int = 0o644) -> None:
+    def _replace(self, path: Path, text: str, mode: int = 0o644) -> None:
         partial = path.with_name(f"{path.name}.partial")
-        partial.touch(mode)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with self._writing():
+            partial.touch(mode)
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
 
 
 def _describe_holder(holder: Path) -> str:

@@ -7,11 +7,10 @@ One SQL database holds Optuna's own tables (the sampler's memory) and the tables
 from __future__ import annotations
 
 import json
-import statistics
 import uuid as uuid_module
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import optuna
@@ -19,11 +18,15 @@ import sqlalchemy as sa
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from study.config import StudyConfig
+from study.early_stopping import Stop, stops_after
 from study.errors import StudyError
-from study.search_space import METRIC_OF_OBJECTIVE, directions, listed_specs, make_sampler, suggest
+from study.samplers import make_sampler
+from study.search_space import directions, listed_specs, suggest
+from study.tally import missing_seeds, search_ended
+from study.telling import Pruned, what_to_tell, why_pruned, worst_loss
 from study.trial import SeedResult, TrialShape, TrialSpec, now
 
 SCHEMA_VERSION = 1
@@ -51,6 +54,13 @@ _result = sa.Table(
     sa.Column("state", sa.String, nullable=False),
     sa.Column("content", sa.Text, nullable=False),  # JSON of the whole SeedResult
 )
+_stop = sa.Table(
+    "mpo_stop",
+    _metadata,
+    sa.Column("study_uuid", sa.String, primary_key=True),
+    sa.Column("trial", sa.Integer, primary_key=True),
+    sa.Column("content", sa.Text, nullable=False),  # JSON of the whole Stop
+)
 _driver = sa.Table(
     "mpo_driver",
     _metadata,
@@ -63,7 +73,10 @@ _driver = sa.Table(
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration, its place in Optuna's numbering, and the counts that its shapes give."""
+    """One configuration, its place in Optuna's numbering, and the counts that its shapes give.
+
+    pruned: it breaks a limit of the budget, and is never trained. stop: it, or the trial it repeats, was given up.
+    """
 
     number: int
     spec: TrialSpec
@@ -71,6 +84,8 @@ class Trial:
     budget_hash: str
     tuning_trials: int
     duplicate_of: int | None = None
+    pruned: Pruned | None = None
+    stop: Stop | None = None
 
 
 @dataclass(frozen=True)
@@ -115,9 +130,9 @@ class Ledger:
         self._engine = open_database(url)
         _metadata.create_all(self._engine)
         self.uuid, self.created = self._open_study(corpus_sha256, uuid)
-        storage = optuna.storages.RDBStorage(url)
+        self._optuna_storage = optuna.storages.RDBStorage(url)
         self._optuna = optuna.create_study(
-            storage=storage,
+            storage=self._optuna_storage,
             study_name=_optuna_name(config.name, self.uuid),
             directions=directions(config),
             load_if_exists=True,
@@ -125,6 +140,7 @@ class Ledger:
         self.results: dict[tuple[int, int], SeedResult] = {
             (result.trial, result.seed): result for result in read_results(self._engine, self.uuid)
         }
+        self._stops = read_stops(self._engine, self.uuid)
         self._reopened: dict[tuple[int, int], SeedResult] = {}
         self.trials: dict[int, Trial] = {}
         self._by_identity: dict[str, int] = {}
@@ -186,7 +202,7 @@ class Ledger:
         """Bring Optuna's tables in line with ours."""
         for frozen in self._optuna.get_trials(deepcopy=False):
             if _TRIAL in frozen.user_attrs:
-                trial = _trial_from(frozen)
+                trial = _trial_from(frozen, self._stops)
                 self._remember(trial)
                 if frozen.state == TrialState.RUNNING:
                     self._untold.add(trial.number)
@@ -217,13 +233,18 @@ class Ledger:
         else:
             return None
         examined = self._examine(spec)
+        original = self._by_identity.get(examined.shape.identity)
+        is_searched = self._config.arm(spec.arm).is_searched
+        reason = why_pruned(self._config.budget, examined.shape) if is_searched and original is None else None
         trial = Trial(
             asked.number,
             spec,
             examined.shape,
             examined.budget_hash,
             examined.tuning_trials,
-            duplicate_of=self._by_identity.get(examined.shape.identity),
+            duplicate_of=original,
+            pruned=Pruned(reason, now()) if reason is not None else None,
+            stop=self._stops.get(original) if original is not None else None,
         )
         asked.set_user_attr(_TRIAL, _attribute(trial))  # with it, the trial is completely written
         self._remember(trial)
@@ -234,7 +255,12 @@ class Ledger:
     @property
     def is_searching(self) -> bool:
         """Whether a sampler has trials to choose yet."""
-        return self._n_searched() < self._config.budget.trials
+        return self._n_searched() < self._config.budget.trials and self.search_ended is None
+
+    @property
+    def search_ended(self) -> str | None:
+        """Why the sampler is asked no more before the budget is met."""
+        return search_ended(self._config, self.trials.values())
 
     def _n_searched(self) -> int:
         return sum(self._config.arm(trial.spec.arm).is_searched for trial in self.trials.values())
@@ -250,9 +276,10 @@ class Ledger:
     # Recording ----------------------------------------------------------------------------------------------------
 
     def record(self, result: SeedResult) -> None:
-        """Write one seed's result; a result that is already there stays as it is."""
+        """Write one seed's result, and which trials it stops; a result that is already there stays as it is."""
         if (result.trial, result.seed) in self.results:
             return
+        stops = self._stops_after(result)
         of_seed = (_result.c.trial == result.trial) & (_result.c.seed == result.seed)
         with self._engine.begin() as connection:
             connection.execute(_result.delete().where((_result.c.study_uuid == self.uuid) & of_seed))  # see `reopen`
@@ -265,16 +292,36 @@ class Ledger:
                     content=json.dumps(result.__dict__, allow_nan=False),
                 )
             )
+            for stop in stops:  # with the result, so that what is decided once is never decided again
+                content = _STOP.dump_json(stop).decode()
+                connection.execute(_stop.insert().values(study_uuid=self.uuid, trial=stop.trial, content=content))
         self.results[result.trial, result.seed] = result
         self._reopened.pop((result.trial, result.seed), None)
-        if not self.missing_seeds(self.trials[result.trial]):
-            self._lacking.pop(result.trial, None)
-        for number in [result.trial, *self._duplicates_of(result.trial)]:
-            self._tell_if_over(number)
+        for stop in stops:
+            self._stops[stop.trial] = stop
+            for number in [stop.trial, *self._duplicates_of(stop.trial)]:
+                self.trials[number] = replace(self.trials[number], stop=stop)
+        for number in [result.trial, *(stop.trial for stop in stops)]:
+            if not self.missing_seeds(self.trials[number]):
+                self._lacking.pop(number, None)
+            for told in [number, *self._duplicates_of(number)]:
+                self._tell_if_over(told)
+
+    def _stops_after(self, result: SeedResult) -> list[Stop]:
+        if self._config.early_stopping is None:
+            return []
+        results = self.results | {(result.trial, result.seed): result}
+
+        def is_open(trial: Trial) -> bool:
+            return trial.number in self._untold and bool(missing_seeds(self._config, trial, results))
+
+        return stops_after(self._config, self.trials, results, result, is_open)
 
     def reopen(self, results: Iterable[SeedResult]) -> None:
         """Take results for missing, until new ones replace them on record; Optuna keeps what it was told."""
         for result in list(results):
+            if self.trials[result.trial].stop is not None:
+                continue  # it would not be trained again
             self._reopened[result.trial, result.seed] = self.results.pop((result.trial, result.seed))
             self._lacking[result.trial] = self.trials[result.trial]
 
@@ -307,31 +354,42 @@ class Ledger:
         return list(self._lacking.values())
 
     def missing_seeds(self, trial: Trial) -> list[int]:
-        """Seeds of the study that this trial has no result for; a duplicate lacks none."""
-        if trial.duplicate_of is not None:
-            return []
-        return [seed for seed in self._config.seed_list if (trial.number, seed) not in self.results]
+        """Seeds of the study that this trial has no result for and is to have."""
+        return missing_seeds(self._config, trial, self.results)
 
     def _duplicates_of(self, number: int) -> Iterator[int]:
         return (trial.number for trial in self.trials.values() if trial.duplicate_of == number)
 
     def _tell_if_over(self, number: int) -> None:
-        """Tell Optuna the seed means of a trial (or of the trial it repeats) once all its first seeds are in."""
+        """Tell Optuna of a trial (or of the trial it repeats) once all its first seeds are in, or it has no more."""
         if number not in self._untold:
             return
         trial = self.trials[number]
         source = self.trials[trial.duplicate_of] if trial.duplicate_of is not None else trial
         if self.missing_seeds(source):
             return
-        results = [self.results[source.number, seed] for seed in self._config.seed_list]
+        keys = [(source.number, seed) for seed in self._config.seed_list]
+        results = [self.results[key] for key in keys if key in self.results]
+        is_lacking = len(results) < len(keys) or any(result.state == "failed" for result in results)
+        worst = worst_loss(source.shape, self.results.values()) if is_lacking else 0.0
+        told = what_to_tell(self._config, trial, source, results, worst)
         self._untold.remove(number)
-        if any(result.state == "failed" for result in results):
+        if told.constraints:
+            study_id = self._optuna_storage.get_study_id_from_name(self._optuna.study_name)
+            trial_id = self._optuna_storage.get_trial_id_from_study_id_trial_number(study_id, number)
+            for (
+                name,
+                value,
+            ) in told.constraints.items():  # as `Trial.set_constraint` does, which needs a trial asked now
+                self._optuna_storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
+        if told.values is None:
             self._optuna.tell(number, state=TrialState.FAIL)
         else:
-            self._optuna.tell(number, [_objective(objective, source, results) for objective in self._config.objectives])
+            self._optuna.tell(number, told.values)
 
     def close(self) -> None:
         self._engine.dispose()
+        _close_storage(self._optuna_storage)
 
 
 @contextmanager
@@ -384,10 +442,24 @@ def read_ledger(url: str, name: str) -> Snapshot:
             query = sa.select(_study.c.uuid, _study.c.corpus_sha256).where(_study.c.name == name)
             uuid, corpus_sha256 = connection.execute(query).one()
     except sqlalchemy.exc.SQLAlchemyError:
+        engine.dispose()
         raise StudyError(f"the ledger holds no study {name}") from None
-    study = optuna.load_study(storage=optuna.storages.RDBStorage(url), study_name=_optuna_name(name, uuid))
-    trials = [_trial_from(frozen) for frozen in study.get_trials(deepcopy=False) if _TRIAL in frozen.user_attrs]
-    return Snapshot(trials, read_results(engine, uuid), corpus_sha256)
+    storage = optuna.storages.RDBStorage(url)
+    try:
+        study = optuna.load_study(storage=storage, study_name=_optuna_name(name, uuid))
+        stops = read_stops(engine, uuid)
+        trials = [
+            _trial_from(frozen, stops) for frozen in study.get_trials(deepcopy=False) if _TRIAL in frozen.user_attrs
+        ]
+        return Snapshot(trials, read_results(engine, uuid), corpus_sha256)
+    finally:
+        engine.dispose()
+        _close_storage(storage)
+
+
+def _close_storage(storage: optuna.storages.RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def _optuna_name(name: str, uuid: str) -> str:
@@ -405,10 +477,26 @@ def read_results(engine: sa.Engine, study_uuid: str) -> list[SeedResult]:
         raise StudyError(f"a result in the ledger is damaged: {error}") from None
 
 
+def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
+    """Every decision to stop a trial, by its number."""
+    query = sa.select(_stop.c.content).where(_stop.c.study_uuid == study_uuid)
+    try:
+        with engine.connect() as connection:
+            rows = connection.execute(query.order_by(_stop.c.trial)).all()
+    except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError):
+        return {}  # a ledger that an earlier version made, and that is only read
+    try:
+        stops = [_STOP.validate_json(row.content) for row in rows]
+    except ValidationError as error:
+        raise StudyError(f"a decision in the ledger is damaged: {error.errors()[0]['msg']}") from None
+    return {stop.trial: stop for stop in stops}
+
+
 def _definition(config: StudyConfig) -> dict[str, Any]:
     """What may not change under a study: all but its words, where it runs, and where its corpus lies."""
     plain = config.model_dump(
-        mode="json", exclude={"description": True, "execution": True, "corpus": {"path", "sha256"}}
+        mode="json",
+        exclude={"description": True, "execution": True, "corpus": {"path", "sha256"}, "budget": {"max_repeats"}},
     )
     plain["seeds"] = list(config.seed_list)
     plain["arms"] = {arm["name"]: arm for arm in plain["arms"]}
@@ -424,12 +512,7 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path} (was {json.dumps(old)}, now {json.dumps(new)})"
 
 
-def _objective(objective: str, trial: Trial, results: list[SeedResult]) -> float:
-    if objective == "n_params":
-        return trial.shape.n_params
-    return statistics.fmean(result.final[METRIC_OF_OBJECTIVE[objective]] for result in results)
-
-
+_STOP = TypeAdapter(Stop)
 _TRIAL = "trial"
 """Optuna's user attribute that holds a trial of ours: one, so that it is written whole or not at all."""
 
@@ -441,10 +524,11 @@ def _attribute(trial: Trial) -> dict[str, Any]:
         "budget_hash": trial.budget_hash,
         "tuning_trials": trial.tuning_trials,
         "duplicate_of": trial.duplicate_of,
+        "pruned": asdict(trial.pruned) if trial.pruned is not None else None,
     }
 
 
-def _trial_from(frozen: optuna.trial.FrozenTrial) -> Trial:
+def _trial_from(frozen: optuna.trial.FrozenTrial, stops: Mapping[int, Stop]) -> Trial:
     content = frozen.user_attrs[_TRIAL]
     try:
         shape = content["shape"] | {"bonds": {name: tuple(b) for name, b in content["shape"]["bonds"].items()}}
@@ -455,6 +539,8 @@ def _trial_from(frozen: optuna.trial.FrozenTrial) -> Trial:
             budget_hash=content["budget_hash"],
             tuning_trials=content["tuning_trials"],
             duplicate_of=content["duplicate_of"],
+            pruned=Pruned(**content["pruned"]) if content.get("pruned") is not None else None,
+            stop=stops.get(frozen.number if content["duplicate_of"] is None else content["duplicate_of"]),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise StudyError(f"trial {frozen.number} in the ledger is damaged: {error}".splitlines()[0]) from None

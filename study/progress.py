@@ -11,8 +11,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from study.ledger import Ledger
+from study.config import StudyConfig
+from study.ledger import Ledger, Trial
 from study.scheduler.unit import Unit
+from study.tally import n_runs_left, n_trials
 from study.trial import SeedResult
 
 
@@ -20,13 +22,12 @@ class StudyProgress:
     """Counts runs (trial × seed) and weighs what is left by its FLOPs.
 
     Args:
-        n_trials: how many trials the study will have.
-        n_seeds: seeds of each.
+        n_listed: how many of the study's trials are listed.
     """
 
-    def __init__(self, console: Console, ledger: Ledger, n_trials: int, n_seeds: int) -> None:
+    def __init__(self, console: Console, ledger: Ledger, config: StudyConfig, n_listed: int) -> None:
         self._console, self._ledger = console, ledger
-        self._n_trials, self._n_seeds = n_trials, n_seeds
+        self._config, self._n_listed = config, n_listed
         self._begun = time.monotonic()
         self._flops_before = self._flops_done()
         self._bar = Progress(
@@ -69,6 +70,17 @@ class StudyProgress:
             self.say(f"{done}  {name}: val loss {loss:.4f}, {seconds:.1f} s, {self._time_left()}")
         self.refresh()
 
+    def on_answered(self, trial: Trial) -> None:
+        """A new trial needs no training."""
+        if trial.pruned is not None:
+            self.say(f"pruned: trial {trial.number} ({trial.spec.arm}): {trial.pruned.reason}")
+        self.refresh()
+
+    def on_stop(self, trial: Trial) -> None:
+        """A trial was given up."""
+        if trial.stop is not None and trial.duplicate_of is None:
+            self.say(f"stopped: trial {trial.number} ({trial.spec.arm}): {trial.stop.reason}")
+
     def say(self, line: str) -> None:
         """Print a line above the display."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -78,13 +90,14 @@ class StudyProgress:
         losses = [r.final["final/val_loss"] for r in self._ledger.results.values() if r.state == "complete"]
         best = f"best loss {min(losses):.3f}, " if losses else ""
         over = sum(not self._ledger.missing_seeds(trial) for trial in self._ledger.trials.values())
-        words = f"trials {over}/{self._n_trials}, {best}{self._time_left()}"
+        of = n_trials(self._config, self._n_listed, self._ledger.trials.values())
+        words = f"trials {over}/{of}, {best}{self._time_left()}"
         self._bar.update(self._task, completed=len(self._ledger.results), total=self._n_runs(), words=words)
 
     def _n_runs(self) -> int:
         """Runs that the study will have; a trial that repeats another has none of its own."""
-        n_repeats = sum(trial.duplicate_of is not None for trial in self._ledger.trials.values())
-        return (self._n_trials - n_repeats) * self._n_seeds
+        results = self._ledger.results
+        return len(results) + n_runs_left(self._config, self._n_listed, self._ledger.trials.values(), results)
 
     def _name(self, number: int, seed: int) -> str:
         spec = self._ledger.trials[number].spec
@@ -98,10 +111,14 @@ class StudyProgress:
 
     def _time_left(self) -> str:
         done = self._flops_done()
-        known = [trial.shape.flops for trial in self._ledger.trials.values() if trial.duplicate_of is None]
+        known = [trial.shape.flops for trial in self._ledger.trials.values() if _is_trained(trial)]
         if done <= self._flops_before or not known:
             return "time left unknown"
         # Trials that are not asked yet are taken to cost what the known ones do on average.
         total = sum(known) / len(known) * self._n_runs()
         rate = (done - self._flops_before) / (time.monotonic() - self._begun)
         return f"{timedelta(seconds=round(max(0.0, total - done) / rate))} left"
+
+
+def _is_trained(trial: Trial) -> bool:
+    return trial.duplicate_of is None and trial.pruned is None

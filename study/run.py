@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from rich.console import Console
 
+from study.backup import BackgroundBackup, open_backup
 from study.config import MPOArm, StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment
 from study.errors import StudyError
-from study.ledger import Asked, Ledger, read_ledger
+from study.ledger import Asked, Ledger, Trial, read_ledger
+from study.ledger_lock import hold_ledger
 from study.progress import StudyProgress
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
@@ -22,17 +25,18 @@ from study.scheduler.unit import store_corpus, stored_corpus
 from study.search_space import listed_specs
 from study.storage import Storage
 from study.study_file import dump_config
+from study.tally import n_runs_left, n_trials
 from study.tracking.background import BackgroundTracker
 from study.tracking.connection import (
     TrackingAway,
     connect,
     first_line,
-    is_database,
     prepare_own_database,
     tracking_error,
 )
 from study.tracking.tracker import StudyRecord, Tracker
 from study.trial import SeedResult, TrialSpec, budget_hash, trial_shape, tuning_trials
+from study.urls import is_database
 
 TRACKING_OFF = "off"
 
@@ -47,6 +51,10 @@ class Outcome:
     n_missing: int
     aborted: str | None
     tracking_trouble: str | None
+    n_pruned: int = 0
+    n_stopped: int = 0
+    search_ended: str | None = None
+    backup_trouble: str | None = None
 
 
 def study_corpus(config: StudyConfig) -> Corpus:
@@ -96,18 +104,19 @@ def run_study(
         StudyError: the study cannot be opened, or another driver has it.
     """
     corpus = study_corpus(config)
-    with directory.locked():
+    with directory.locked(), hold_ledger(directory.ledger_url, config.name):
         directory.check_is_for(config)
         storage = Storage(storage_url or directory.storage_url())
         try:
             store_corpus(storage, corpus)
+            backup = open_backup(storage, directory, config.name, partial(_say, console))
         except OSError as error:
-            raise StudyError(f"--storage {storage.url}: cannot write there: {error.strerror or error}") from None
+            raise StudyError(f"--storage {storage.shown}: cannot write there: {error.strerror or error}") from None
         ledger = open_ledger(config, corpus, directory)
         ledger.record_driver(environment())
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        n_trials = len(listed_specs(config)) + config.budget.trials
-        with StudyProgress(console, ledger, n_trials, len(config.seed_list)) as progress:
+        n_listed = len(listed_specs(config))
+        with StudyProgress(console, ledger, config, n_listed) as progress:
 
             def open_this_tracker() -> Tracker:
                 return open_tracker(uri, config, directory, ledger, corpus, storage, progress.say)
@@ -126,12 +135,25 @@ def run_study(
 
             def on_result(result: SeedResult) -> None:
                 progress.on_result(result)
-                if tracker is not None:
-                    for trial in ledger.trials.values():
-                        if result.trial in (trial.number, trial.duplicate_of):
-                            tracker.put(trial, ledger.on_record(trial))
+                if copies is not None:
+                    copies.note_change()
+                for trial in ledger.trials.values():
+                    stopped_now = trial.stop is not None and trial.stop.after == (result.trial, result.seed)
+                    if stopped_now:
+                        progress.on_stop(trial)
+                    if tracker is not None and (stopped_now or result.trial in (trial.number, trial.duplicate_of)):
+                        tracker.put(trial, ledger.on_record(trial))
 
-            queue = Queue(config, ledger, storage, corpus.sha256, on_result)
+            def on_answered(trial: Trial) -> None:
+                progress.on_answered(trial)
+                if tracker is not None:
+                    tracker.put(trial, ledger.on_record(trial))
+
+            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say)
+            copies = None
+            if backup is not None:
+                seconds = config.execution.backup_seconds
+                copies = BackgroundBackup(backup, seconds, progress.say, partial(setattr, queue, "aborted"))
             try:
                 _execute(queue, progress, executor, directory, address)
             except KeyboardInterrupt:
@@ -142,9 +164,14 @@ def run_study(
                 raise
             finally:
                 trouble = tracker.close() if tracker is not None else None
-        outcome = _outcome(ledger, n_trials, len(config.seed_list), queue.aborted, trouble)
+                lost = copies.close() if copies is not None else None
+        outcome = _outcome(config, n_listed, ledger, queue.aborted, trouble, lost)
         ledger.close()
         return outcome
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _reopen(
@@ -164,7 +191,7 @@ def _reopen(
     for result in list(ledger.results.values()):
         arm = ledger.trials[result.trial].spec.arm
         if (arm, result.seed) in needed and result.weights is not None and not storage.exists(result.weights):
-            say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.url}; it is trained again")
+            say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.shown}; it is trained again")
             ledger.reopen([result])
 
 
@@ -245,12 +272,12 @@ def sync(
     tracking: str | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Write to MLflow whatever of the ledger it lacks; returns the number of trials.
+    """Write to MLflow whatever of the ledger it lacks, and the report's figures; returns the number of trials.
 
     Raises:
         StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
     """
-    with directory.locked():
+    with directory.locked(), hold_ledger(directory.ledger_url, config.name):
         storage = Storage(storage_url or directory.storage_url())
         corpus = _known_corpus(config, directory, storage)
         ledger = open_ledger(config, corpus, directory)
@@ -265,6 +292,7 @@ def sync(
                 if not tracker.answers():
                     raise tracking_error(error, uri) from error
                 refused[trial.number] = error
+        tracker.write_figures(sorted((directory.path / "report" / "figures").glob("*.png")))
         if refused:
             number, error = next(iter(refused.items()))
             raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")
@@ -282,14 +310,20 @@ def _known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Stora
         return study_corpus(config)
 
 
-def _outcome(ledger: Ledger, n_trials: int, n_seeds: int, aborted: str | None, trouble: str | None) -> Outcome:
+def _outcome(
+    config: StudyConfig, n_listed: int, ledger: Ledger, aborted: str | None, trouble: str | None, lost: str | None
+) -> Outcome:
     states = [result.state for result in ledger.results.values()]
-    n_duplicates = sum(trial.duplicate_of is not None for trial in ledger.trials.values())
+    trials = ledger.trials.values()
     return Outcome(
-        n_trials=n_trials,
+        n_trials=n_trials(config, n_listed, trials),
+        n_pruned=sum(trial.pruned is not None for trial in trials),
+        n_stopped=sum(trial.stop is not None and trial.duplicate_of is None for trial in trials),
+        search_ended=ledger.search_ended,
         n_complete=states.count("complete"),
         n_failed=states.count("failed"),
-        n_missing=(n_trials - n_duplicates) * n_seeds - len(states),
+        n_missing=n_runs_left(config, n_listed, trials, ledger.results),
         aborted=aborted,
         tracking_trouble=trouble,
+        backup_trouble=lost,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from itertools import product
 from typing import Any, Literal
@@ -130,36 +129,6 @@ def suggest(config: StudyConfig, trial: optuna.Trial) -> TrialSpec:
     return resolve(config, arm, chosen)
 
 
-def make_sampler(config: StudyConfig, trial_number: int) -> optuna.samplers.BaseSampler:
-    """A fresh sampler for one trial, seeded by (sampler seed, trial number): resuming does not repeat earlier draws."""
-    digest = hashlib.blake2b(f"{config.sampler.seed}/{trial_number}".encode(), digest_size=4).digest()
-    seed = int.from_bytes(digest, "big")
-    match config.sampler.name:
-        case "grid" | "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        case "tpe":
-            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
-        case "nsga2":
-            return _NSGAII(_space(config), seed=seed, population_size=config.sampler.population_size)
-
-
-class _NSGAII(optuna.samplers.NSGAIISampler):
-    """NSGA-II over the study file's space.
-
-    The stock sampler intersects the parameters of all completed trials; a listed trial has none, and would leave it
-    with an empty space.
-    """
-
-    def __init__(self, space: dict[str, BaseDistribution], seed: int, population_size: int) -> None:
-        super().__init__(seed=seed, population_size=population_size)
-        self._space = space
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return self._space
-
-
 def _suggest(trial: optuna.Trial, parameter: str, value: Choices[Any] | Range[Any]) -> Any:
     match _distribution(value):
         case CategoricalDistribution(choices=choices):
@@ -170,7 +139,8 @@ def _suggest(trial: optuna.Trial, parameter: str, value: Choices[Any] | Range[An
             return trial.suggest_float(parameter, low, high, log=log)
 
 
-def _space(config: StudyConfig) -> dict[str, BaseDistribution]:
+def space(config: StudyConfig) -> dict[str, BaseDistribution]:
+    """Distributions of the open values of the one arm that is searched, by the names of their parameters."""
     arm = _searched_arms(config)[0]
     return {_parameter(arm, key): _distribution(value) for key, value in arm.values().items() if _is_open(value)}
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 from uuid import uuid4
@@ -21,6 +22,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from study.errors import StudyError
+from study.urls import hide_password
 
 
 class Damaged(Exception):
@@ -40,9 +42,26 @@ class Storage:
                 raise ValueError("it may not hold ::, by which fsspec chains file systems")
             self._files, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise StudyError(f"--storage {url}: {error}") from None
+            raise StudyError(f"--storage {hide_password(url)}: {hide_password(str(error), url)}") from None
+        self.is_remote = not isinstance(self._files, LocalFileSystem)
         # A worker may have another working folder, where a relative path would be another place.
-        self.url = self._root if isinstance(self._files, LocalFileSystem) else url
+        self.url = url if self.is_remote else self._root
+
+    @property
+    def shown(self) -> str:
+        """The path or URL for a reader, without a password."""
+        return hide_password(self.url)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Raise whatever an object store's own library raises as an OSError, in one line without a password."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # each library has errors of its own
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise OSError(f"{self.shown}: {hide_password(said, self.url)}") from error
 
     def _path(self, key: str) -> str:
         if key.startswith("/") or ".." in PurePosixPath(key).parts:
@@ -52,8 +71,9 @@ class Storage:
     def write(self, key: str, data: bytes) -> None:
         """Write an object whole: a reader sees all of it or nothing."""
         path = self._path(key)
-        if not isinstance(self._files, LocalFileSystem):
-            self._files.pipe_file(path, data)
+        if self.is_remote:
+            with self._answering():
+                self._files.pipe_file(path, data)
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         partial = f"{path}.{uuid4().hex}.partial"
@@ -74,31 +94,52 @@ class Storage:
         Raises:
             FileNotFoundError: there is none.
         """
-        return self._files.cat_file(self._path(key))
+        path = self._path(key)
+        with self._answering():
+            return self._files.cat_file(path)
 
     def exists(self, key: str) -> bool:
-        return self._files.isfile(self._path(key))
+        path = self._path(key)
+        with self._answering():
+            self._files.invalidate_cache()  # others write, too
+            return self._files.isfile(path)
 
     def keys(self, folder: str) -> list[str]:
         """Keys of the objects directly in a folder, sorted; empty where there is no such folder."""
+        path = self._path(folder)
         try:
-            paths = self._files.ls(self._path(folder), detail=False, refresh=True)
+            with self._answering():
+                paths = self._files.ls(path, detail=False, refresh=True)
         except FileNotFoundError:
             return []
         names = (PurePosixPath(path).name for path in paths)
         return sorted(f"{folder}/{name}" for name in names if not name.endswith(".partial"))
 
+    def keys_below(self, folder: str) -> list[str]:
+        """Keys of all objects in a folder and the folders in it, sorted."""
+        path = self._path(folder)
+        with self._answering():
+            self._files.invalidate_cache()
+            found = self._files.find(path)
+        root = self._files._strip_protocol(path)
+        return sorted(f"{folder}/{PurePosixPath(one).relative_to(root)}" for one in found)
+
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error."""
+        path = self._path(key)
         try:
-            self._files.rm_file(self._path(key))
+            with self._answering():
+                self._files.rm_file(path)
         except FileNotFoundError:
             return
 
     def delete_folder(self, folder: str) -> None:
         """Remove all that is in a folder; one that is not there is no error."""
+        path = self._path(folder)
         try:
-            self._files.rm(self._path(folder), recursive=True)
+            with self._answering():
+                self._files.invalidate_cache()
+                self._files.rm(path, recursive=True)
         except FileNotFoundError:
             return
 
@@ -148,15 +189,18 @@ class Checkpoints:
     Args:
         storage: where they lie.
         folder: the run's own: made of study, trial and seed.
+        of: what is trained. A checkpoint of something else is not used: a study whose ledger was brought back from an
+            older backup gives a trial's number anew, perhaps to another configuration.
+        say: told in one line what was damaged.
     """
 
-    def __init__(self, storage: Storage, folder: str) -> None:
-        self._storage = storage
-        self._folder = folder
+    def __init__(self, storage: Storage, folder: str, of: str = "", say: Callable[[str], None] = print) -> None:
+        self._storage, self._folder = storage, folder
+        self._of, self._say = of, say
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> None:
         """Keep the state before optimiser step `step`."""
-        self._storage.write(self._key(step), pack_tensors(tensors, content))
+        self._storage.write(self._key(step), pack_tensors(tensors, {**content, "of": self._of}))
         for key in self._storage.keys(self._folder)[:-2]:
             self._storage.delete(key)
 
@@ -167,15 +211,26 @@ class Checkpoints:
     def load(self, step: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """The newest whole checkpoint, or the one of this step; None if there is none. Damaged ones are removed."""
         keys = self._storage.keys(self._folder) if step is None else [self._key(step)]
+        damaged: list[str] = []
         for key in reversed(keys):
             try:
-                return unpack_tensors(self._storage.read(key))
+                tensors, content = unpack_tensors(self._storage.read(key))
             except Damaged as damage:
-                print(f"checkpoint {key}: {damage}; using an older one, or starting again", flush=True)
+                damaged.append(f"{key} ({damage})")
                 self._storage.delete(key)
             except FileNotFoundError:
                 continue
+            else:
+                if content.pop("of", "") == self._of:
+                    self._tell(damaged, f"going on from an older one, {key}")
+                    return tensors, content
+                self._storage.delete(key)
+        self._tell(damaged, "starting again")
         return None
+
+    def _tell(self, damaged: list[str], instead: str) -> None:
+        if damaged:
+            self._say(f"damaged checkpoint {', '.join(damaged)}: removed; {instead}")
 
     def clear(self) -> None:
         self._storage.delete_folder(self._folder)

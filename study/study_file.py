@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -235,7 +235,9 @@ def _allowed_keys(location: tuple[int | str, ...]) -> Iterator[str]:
             model = Choices if key == "choices" else Range
         elif isinstance(key, str) and key in model.__pydantic_fields__:
             annotation = model.__pydantic_fields__[key].annotation
-            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+            options = (annotation, *get_args(annotation))  # of an optional section, the section
+            sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+            model = next(iter(sections), model)
     yield from model.__pydantic_fields__
 
 

@@ -31,6 +31,8 @@ class TrialSpec(Strict):
     refinement: Literal["tt_svd", "whitened", "als"] | None = None
     lr_rule: Literal["uniform", "mup"] | None = None
     decay: Literal["parameter", "matrix"] | None = None
+    forward: Literal["reconstruct", "chain"] | None = None
+    """None: `reconstruct`."""
 
     @property
     def train_tokens(self) -> int:
@@ -104,6 +106,7 @@ def build_model(
         # Without values there is nothing to decompose, and shapes do not depend on how they are filled.
         init=init if generator_for is not None else "variance",
         generator_for=generator_for,
+        forward=spec.forward or "reconstruct",
         **({"calibration": calibration, "method": spec.refinement} if calibration else {}),
     )
 
@@ -123,6 +126,8 @@ class TrialShape:
     identity: str
     step_flops: float
     flops: float
+    vocab_size: int = 1
+    """Of the corpus: a uniform guess has a loss of its logarithm."""
 
 
 def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: Model) -> TrialShape:
@@ -143,6 +148,7 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         identity=_identity(spec, layers),
         step_flops=_step_flops(spec, model),
         flops=_flops(spec, model, n_validation),
+        vocab_size=vocab_size,
     )
 
 
@@ -150,6 +156,8 @@ def _identity(spec: TrialSpec, layers: list[Any]) -> str:
     """Equal for two specs exactly when they train the same model in the same way."""
     essence = spec.model_dump(mode="json", exclude={"arm", "chi", "n_sites", "factorisation"})
     essence["layers"] = layers
+    if spec.forward in (None, "reconstruct"):
+        del essence["forward"]
     if spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
         essence["chi"] = spec.chi  # this init mode depends on the cap as asked for, not on the bonds it gives
     return _hash(essence)
@@ -157,14 +165,24 @@ def _identity(spec: TrialSpec, layers: list[Any]) -> str:
 
 def _step_flops(spec: TrialSpec, model: mpo_core.PicoGPT) -> float:
     tokens = spec.protocol.batch_size * spec.model.context
-    forward = mpo_core.flops_per_token(model, spec.model.context) * tokens + mpo_core.reconstruct_flops(model)
-    return 3 * forward  # the backward pass costs twice the forward
+    return 3 * _forward_flops(spec, model, tokens)  # the backward pass costs twice the forward
+
+
+def _forward_flops(spec: TrialSpec, model: mpo_core.PicoGPT, n_tokens: int) -> float:
+    flops = mpo_core.flops_per_token(model, spec.model.context) * n_tokens + mpo_core.reconstruct_flops(model)
+    if spec.forward == "chain":
+        layers = [module for module in model.modules() if isinstance(module, mpo_core.MPOLinear)]
+        reconstructed = sum(2 * layer.out_features * layer.in_features for layer in layers) * n_tokens
+        flops += sum(layer.flops(n_tokens) for layer in layers) - reconstructed - mpo_core.reconstruct_flops(model)
+    return flops
 
 
 def _flops(spec: TrialSpec, model: mpo_core.PicoGPT, n_validation: int) -> float:
     protocol = spec.protocol
     sampled = protocol.sampled_eval_batches * protocol.sampled_eval_batch_size * spec.model.context
-    evaluation = mpo_core.flops_per_token(model, spec.model.context) * (n_validation + sampled)
+    evaluation = _forward_flops(spec, model, n_validation + sampled)
+    if spec.forward != "chain":
+        evaluation -= mpo_core.reconstruct_flops(model)
     return protocol.steps * _step_flops(spec, model) + len(evaluation_steps(protocol)) * evaluation
 
 

@@ -297,3 +297,27 @@ def test_storage_that_breaks_on_ray_stops_the_study_and_loses_nothing(work, undi
     code, _, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=work)
     assert code == 0, err
     check_whole(work, undisturbed)
+
+
+def test_damaged_checkpoints_are_said_on_the_drivers_display_and_passed_over(work, undisturbed):
+    driver = start(work)
+    wait_for_results(driver, 1)
+    checkpoints: list[Path] = []
+    deadline = time.monotonic() + 120
+    while not checkpoints and time.monotonic() < deadline:
+        checkpoints = list((work / "kept" / "storage").glob("*/checkpoints/*/*.safetensors"))
+    time.sleep(0.5)
+    kill([driver.pid, *descendants(driver.pid)])
+    driver.communicate()
+    folders = list((work / "kept" / "storage").glob("*/checkpoints/*"))
+    newest = [max(folder.glob("*.safetensors")) for folder in folders if list(folder.glob("*.safetensors"))]
+    assert newest
+    for path in newest:
+        path.write_bytes(path.read_bytes()[:-7])
+    code, out, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=work)
+    assert code == 0, err
+    for path in newest:
+        [line] = [line for line in out.splitlines() if line.startswith("damaged checkpoint") and path.name in line]
+        assert path.parent.name in line
+        assert line.endswith("; starting again") or "; going on from an older one, " in line
+    check_whole(work, undisturbed)

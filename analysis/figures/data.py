@@ -53,9 +53,14 @@ def panel_of(group: str) -> str:
 
 
 def curve_trials(summary: pd.DataFrame) -> pd.DataFrame:
-    """The trials whose learning curves are shown, with their panel: all of a panel that has MAX_CURVES or fewer, else
-    those on the frontier of the panel's own loss, evenly thinned to MAX_CURVES, and always the reference."""
-    complete = summary[summary["n_seeds"] > 0].assign(panel=lambda frame: frame["group"].map(panel_of))
+    """The trials whose learning curves are shown, with their panel; none that was stopped early.
+
+    All of a panel that has MAX_CURVES or fewer, else those on the frontier of the panel's own loss, evenly thinned to
+    MAX_CURVES, and always the reference.
+    """
+    complete = summary[(summary["n_seeds"] > 0) & summary["stopped"].isna()].assign(
+        panel=lambda frame: frame["group"].map(panel_of)
+    )
     chosen: list[int] = []
     for _, panel in complete.groupby("panel"):
         if len(panel) > MAX_CURVES:

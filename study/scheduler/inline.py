@@ -15,7 +15,7 @@ def run_inline(queue: Queue, on_evaluation: Callable[[Unit, int, dict[str, float
         issued = unit
         queue.note_begin(issued)
         try:
-            queue.complete(run_unit(issued, partial(_note_evaluation, queue, on_evaluation, issued)))
+            queue.complete(run_unit(issued, partial(_note_evaluation, queue, on_evaluation, issued), queue.say))
         except OSError as error:
             queue.put_back(issued)
             queue.aborted = str(error)

@@ -29,6 +29,8 @@ class Queue:
 
     Args:
         on_result: called after each recorded result.
+        on_answered: called with a new trial that needs no training: it repeats another, or is pruned.
+        say: told in one line what the user should know of.
     """
 
     config: StudyConfig
@@ -36,6 +38,8 @@ class Queue:
     storage: Storage
     corpus_sha256: str
     on_result: Callable[[SeedResult], None] = lambda result: None
+    on_answered: Callable[[Trial], None] = lambda trial: None
+    say: Callable[[str], None] = print
     aborted: str | None = None
     """Why no more units are issued although work is left; None while all is well."""
     _in_flight: set[tuple[int, int]] = field(default_factory=set)
@@ -91,8 +95,11 @@ class Queue:
                     self._begun -= keys
                     return self._unit(trial, tuple(block))
             # While one that was found waits for its teacher, another would be chosen with nothing learnt from it.
-            if found_waits or self.ledger.ask(self._may_start) is None:
+            asked = None if found_waits else self.ledger.ask(self._may_start)
+            if asked is None:
                 return None
+            if not self.ledger.missing_seeds(asked):
+                self.on_answered(asked)
 
     def _block_size(self, trial: Trial) -> int:
         """The most seeds that a unit of this trial may have."""
@@ -154,6 +161,10 @@ class Queue:
         self._given_up |= {key: why for key in _keys(unit) if self._n_stillborn[key] == MAX_DEATHS}
         if self._n_stillborn_in_a_row == MAX_STILLBORN:
             self.aborted = f"{MAX_STILLBORN} workers in a row died before they began with a run: {why}"
+
+    def is_cancelled(self, unit: Unit) -> bool:
+        """Whether a unit in flight has been stopped meanwhile: nothing waits for what it still trains."""
+        return self.ledger.trials[unit.trial].stop is not None
 
     def put_back(self, unit: Unit) -> None:
         """Take back a unit that ended without results through no fault of its own."""

@@ -23,6 +23,7 @@ from uuid import uuid4
 
 import ray
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from study.errors import StudyError
@@ -50,7 +51,7 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
     """Run every unit that the queue issues on Ray, as many at once as its resources allow.
 
     Args:
-        scratch: a folder for what a local Ray's Tune leaves behind; a cluster's goes to the study's storage.
+        scratch: a folder for what Tune leaves behind on the driver's machine; workers send it no files.
         address: of a Ray cluster; `RAY_ADDRESS` where None, or else a local Ray that ends with this call.
 
     Raises:
@@ -60,7 +61,9 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
     _connect(address)
     try:
         execution = queue.config.execution
-        slots = _slots(execution.cpus, execution.gpus)
+        slots = execution.max_units or _slots(execution.cpus, execution.gpus)
+        if execution.max_units is not None and _slots(execution.cpus, execution.gpus) == 0:
+            queue.say("no node of this Ray can hold a unit yet; waiting for its autoscaler")
         if slots == 0:
             there = ray.cluster_resources()
             raise StudyError(
@@ -69,13 +72,14 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
                 f"{there.get('GPU', 0):g} GPUs"
             )
         # Tune leaves a folder for every unit; nothing in them is read again.
-        _clear_tune_folders(queue, scratch)
-        tune_storage = str(scratch.resolve()) if address == "local" else f"{queue.storage.url}/{_tune_folder(queue)}"
-        watch = _NodeWatch(lambda: _slots(execution.cpus, execution.gpus) > 0)
+        shutil.rmtree(scratch, ignore_errors=True)
+        watch = _NodeWatch(lambda: execution.max_units is not None or _slots(execution.cpus, execution.gpus) > 0)
+        searcher = _LedgerSearcher(queue, on_evaluation, watch)
         tuner = tune.Tuner(
             tune.with_resources(_work, {"cpu": execution.cpus, "gpu": execution.gpus}),
             tune_config=tune.TuneConfig(
-                search_alg=_LedgerSearcher(queue, on_evaluation, watch),
+                search_alg=searcher,
+                scheduler=_Cancelling(searcher.is_cancelled),
                 num_samples=-1,
                 max_concurrent_trials=slots,
                 reuse_actors=True,
@@ -83,7 +87,7 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
             ),
             run_config=tune.RunConfig(
                 name=f"{queue.config.name}-{uuid4().hex[:8]}",
-                storage_path=tune_storage,
+                storage_path=str(scratch.resolve()),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),  # the queue counts, and issues a unit again
                 callbacks=[watch],
@@ -92,24 +96,16 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
         try:
             with watch.interrupts():
                 tuner.fit()
-        except Exception:
-            if watch.has_nodes():
+        except Exception as error:
+            if not watch.has_nodes():
+                queue.aborted = _NO_NODES
+            elif isinstance(error, OSError) and error.errno is not None:  # the driver's disk is full, for example
+                queue.aborted = str(error)
+            else:
                 raise
-            queue.aborted = _NO_NODES
     finally:
         ray.shutdown()
-        _clear_tune_folders(queue, scratch)
-
-
-def _tune_folder(queue: Queue) -> str:
-    return f"{queue.ledger.uuid}/tune"
-
-
-def _clear_tune_folders(queue: Queue, scratch: Path) -> None:
-    """Remove what Tune left behind, be it in a run that was killed."""
-    with contextlib.suppress(OSError):
-        queue.storage.delete_folder(_tune_folder(queue))
-    shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _connect(address: str) -> None:
@@ -160,7 +156,7 @@ def _work(config: dict[str, str]) -> None:
         tune.report({"evaluation": json.dumps([seed, row])})
 
     try:
-        results = run_unit(unit, report_evaluation)
+        results = run_unit(unit, report_evaluation, lambda line: tune.report({"said": line}))
     except OSError as error:
         tune.report({"abort": str(error)})
     except OUT_OF_MEMORY as error:
@@ -168,6 +164,9 @@ def _work(config: dict[str, str]) -> None:
     else:
         tune.report({"results": json.dumps([asdict(result) for result in results])})
 
+
+_OF_ITS_NODE = "node has died"
+"""In Ray's words for the end of a worker together with its node."""
 
 _NO_NODES = "no node of Ray is left that can hold a unit"
 
@@ -211,14 +210,40 @@ class _NodeWatch(tune.Callback):
             if not self.has_nodes():
                 raise ConnectionError(_NO_NODES)
 
-    def error_of(self, trial_id: str) -> str:
-        """What Tune knows of the end of a worker, in one line."""
+    def is_of_its_node(self, trial_id: str) -> bool:
+        """Whether a worker ended together with its node."""
+        return _OF_ITS_NODE in self._error_file(trial_id)
+
+    def _error_file(self, trial_id: str) -> str:
         trial = next((trial for trial in reversed(self._trials) if trial.trial_id == trial_id), None)
         path = trial.error_file if trial is not None else None  # `get_error` looks where it will be copied to later
-        lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).exists() else []
-        lines = [line.strip() for line in lines if line.strip()]
+        return Path(path).read_text(encoding="utf-8") if path and Path(path).exists() else ""
+
+    def error_of(self, trial_id: str) -> str:
+        """What Tune knows of the end of a worker, in one line."""
+        lines = [line.strip() for line in self._error_file(trial_id).splitlines() if line.strip()]
         named = [line for line in lines if "Error: " in line]
         return (named or lines or ["Ray does not say why"])[-1]
+
+
+class _Cancelling(FIFOScheduler):
+    """Ends units whose trial was stopped while they ran.
+
+    Args:
+        is_cancelled: from the id that Tune gave a unit.
+    """
+
+    def __init__(self, is_cancelled: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._is_cancelled = is_cancelled
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        is_last = "results" in result
+        return TrialScheduler.STOP if not is_last and self._is_cancelled(trial.trial_id) else TrialScheduler.CONTINUE
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of the searcher: nothing is restored."""
+        return {}
 
 
 class _LedgerSearcher(Searcher):
@@ -239,6 +264,11 @@ class _LedgerSearcher(Searcher):
         self._units[trial_id] = unit
         return {"unit": unit.model_dump_json()}
 
+    def is_cancelled(self, trial_id: str) -> bool:
+        """Whether a unit has to end at its next report."""
+        unit = self._units.get(trial_id)
+        return unit is not None and self._queue.is_cancelled(unit)
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         unit = self._units.get(trial_id)
         if unit is None:
@@ -255,6 +285,8 @@ class _LedgerSearcher(Searcher):
             self._queue.note_out_of_memory(unit, result["out_of_memory"])
         elif "begin" in result:
             self._queue.note_begin(unit)
+        elif "said" in result:
+            self._queue.say(result["said"])
         elif "evaluation" in result:
             seed, row = json.loads(result["evaluation"])
             self._queue.note_progress(unit, seed, row["step"])
@@ -264,8 +296,14 @@ class _LedgerSearcher(Searcher):
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
         unit = self._units.pop(trial_id, None)
-        if unit is not None and self._watch.has_nodes():
-            self._queue.note_death(unit, self._watch.error_of(trial_id))
+        if unit is not None and self._queue.is_cancelled(unit):
+            self._queue.put_back(unit)
+        elif unit is not None and self._watch.has_nodes():
+            if self._watch.is_of_its_node(trial_id):  # no fault of the unit, however often a spot machine is taken away
+                self._queue.put_back(unit)
+                self._queue.say(f"a node of Ray is gone; trial {unit.trial} goes on elsewhere from its checkpoint")
+            else:
+                self._queue.note_death(unit, self._watch.error_of(trial_id))
         elif unit is not None:
             self._queue.put_back(unit)
             self._queue.aborted = _NO_NODES

@@ -47,11 +47,14 @@ class Unit(Strict):
     checkpoint_seconds: float
 
 
-def run_unit(unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None]) -> list[SeedResult]:
+def run_unit(
+    unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None], say: Callable[[str], None] = print
+) -> list[SeedResult]:
     """Train the unit's seeds from their newest checkpoints: one by itself, several stacked.
 
     Args:
         on_evaluation: called with the seed and every row of its learning curve.
+        say: told in one line what the study's user should know of and need not mend.
     Returns:
         One result per seed; what goes wrong in one is a failed result, and the others go on. Where a stack as a whole
         goes wrong, its seeds are trained one after another, which shows in which of them.
@@ -65,17 +68,17 @@ def run_unit(unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None])
     corpus = _corpus(unit.storage, unit.corpus_sha256, unit.validation_fraction)
     if len(unit.seeds) > 1:
         try:
-            return list(map(_without_non_finite, _run_stack(unit, storage, corpus, on_evaluation)))
+            return list(map(_without_non_finite, _run_stack(unit, storage, corpus, on_evaluation, say)))
         except (OSError, *OUT_OF_MEMORY):
             raise
         except Exception:
             traceback.print_exc()
-            print(f"trial {unit.trial}: seeds {unit.seeds} are trained one after another", flush=True)
+            say(f"trial {unit.trial}: its stack of seeds failed; they are trained one after another")
     results = []
     for seed in unit.seeds:
         started = now()
         try:
-            results.append(_without_non_finite(_run_seed(unit, seed, storage, corpus, on_evaluation)))
+            results.append(_without_non_finite(_run_seed(unit, seed, storage, corpus, on_evaluation, say)))
         except (OSError, *OUT_OF_MEMORY):
             raise
         except Exception as error:
@@ -99,7 +102,11 @@ def _without_non_finite(result: SeedResult) -> SeedResult:
 
 
 def _run_stack(
-    unit: Unit, storage: Storage, corpus: Corpus, on_evaluation: Callable[[int, dict[str, float]], None]
+    unit: Unit,
+    storage: Storage,
+    corpus: Corpus,
+    on_evaluation: Callable[[int, dict[str, float]], None],
+    say: Callable[[str], None],
 ) -> list[SeedResult]:
     weights_of = unit.teachers.weights if unit.teachers is not None else {}
     trained = train_seeds(
@@ -111,7 +118,9 @@ def _run_stack(
         teacher_weights={seed: _teacher_weights(storage, key) for seed, key in weights_of.items()} or None,
         teacher_tokens=unit.teachers.tokens if unit.teachers is not None else 0,
         rel_error_chis=unit.rel_error_chis,
-        checkpoints={seed: checkpoints_of(storage, unit.study_uuid, unit.trial, seed) for seed in unit.seeds},
+        checkpoints={
+            seed: checkpoints_of(storage, unit.study_uuid, unit.trial, seed, unit.spec, say) for seed in unit.seeds
+        },
         checkpoint_seconds=unit.checkpoint_seconds,
         on_evaluation=on_evaluation,
     )
@@ -119,7 +128,12 @@ def _run_stack(
 
 
 def _run_seed(
-    unit: Unit, seed: int, storage: Storage, corpus: Corpus, on_evaluation: Callable[[int, dict[str, float]], None]
+    unit: Unit,
+    seed: int,
+    storage: Storage,
+    corpus: Corpus,
+    on_evaluation: Callable[[int, dict[str, float]], None],
+    say: Callable[[str], None],
 ) -> SeedResult:
     teacher_weights = _teacher_weights(storage, unit.teachers.weights[seed]) if unit.teachers is not None else None
     result, weights = train_seed(
@@ -131,7 +145,7 @@ def _run_seed(
         teacher_weights=teacher_weights,
         teacher_tokens=unit.teachers.tokens if unit.teachers is not None else 0,
         rel_error_chis=unit.rel_error_chis,
-        checkpoints=checkpoints_of(storage, unit.study_uuid, unit.trial, seed),
+        checkpoints=checkpoints_of(storage, unit.study_uuid, unit.trial, seed, unit.spec, say),
         checkpoint_seconds=unit.checkpoint_seconds,
         on_evaluation=lambda row: on_evaluation(seed, row),
     )
@@ -152,7 +166,7 @@ def _teacher_weights(storage: Storage, key: str) -> dict[str, torch.Tensor]:
         return unpack_tensors(storage.read(key))[0]
     except Damaged as damage:
         storage.delete(key)  # the next run of the study sees that it is gone, and trains the teacher again
-        raise OSError(f"{storage.url}/{key}: {damage}; it was removed, to be trained again") from None
+        raise OSError(f"{storage.shown}/{key}: {damage}; it was removed, to be trained again") from None
 
 
 def _device(unit: Unit) -> str:
@@ -163,9 +177,17 @@ def _device(unit: Unit) -> str:
     return "cuda"
 
 
-def checkpoints_of(storage: Storage, study_uuid: str, trial: int, seed: int) -> Checkpoints:
-    """Where one run's checkpoints lie, whichever worker has it."""
-    return Checkpoints(storage, f"{study_uuid}/checkpoints/trial{trial}-seed{seed}")
+def checkpoints_of(
+    storage: Storage,
+    study_uuid: str,
+    trial: int,
+    seed: int,
+    spec: TrialSpec | None = None,
+    say: Callable[[str], None] = print,
+) -> Checkpoints:
+    """Where one run's checkpoints lie, whichever worker has it; only those of this spec are read."""
+    of = "" if spec is None else hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    return Checkpoints(storage, f"{study_uuid}/checkpoints/trial{trial}-seed{seed}", of, say)
 
 
 def store_corpus(storage: Storage, corpus: Corpus) -> None:
@@ -184,8 +206,8 @@ def stored_corpus(storage: Storage, sha256: str, validation_fraction: float) -> 
     key = _corpus_key(sha256)
     data = storage.read(key)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise OSError(f"{storage.url}/{key} is damaged: its checksum is wrong")
-    return corpus_from_bytes(data, f"{storage.url}/{key}", sha256, validation_fraction)
+        raise OSError(f"{storage.shown}/{key} is damaged: its checksum is wrong")
+    return corpus_from_bytes(data, f"{storage.shown}/{key}", sha256, validation_fraction)
 
 
 def _corpus_key(sha256: str) -> str:

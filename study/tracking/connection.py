@@ -8,11 +8,12 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import quote
 
 import sqlalchemy.exc
 
 from study.errors import StudyError
+from study.urls import hide_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -78,25 +79,6 @@ def _is_refusal(error: Exception) -> bool:
         return error.error_code in _REFUSALS or isinstance(error, UnsupportedModelRegistryStoreURIException)
     wrong = (ImportError, sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError)
     return isinstance(error, wrong)
-
-
-def hide_password(text: str, uri: str | None = None) -> str:
-    """The text with the password of a URI, its own unless another is given, made unreadable."""
-    try:
-        parts = urlsplit(uri or text)
-        named = [value for key, value in parse_qsl(parts.query) if "password" in key.lower()]
-    except ValueError:
-        return text if uri is not None else "the URI given"
-    is_token = parts.scheme.startswith("http") and not parts.password
-    for secret in filter(None, [parts.password, parts.username if is_token else None, *named]):
-        for marks in (":{}@", "//{}@", "={}", "{}" if len(secret) > 3 else ":{}@"):
-            text = text.replace(marks.format(secret), marks.format("***"))
-    return text
-
-
-def is_database(uri: str) -> bool:
-    """Whether a tracking URI names a database rather than a server."""
-    return urlsplit(uri).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
 
 
 def first_line(error: Exception) -> str:

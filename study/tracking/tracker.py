@@ -18,8 +18,10 @@ from analysis import run_schema as schema
 from study.errors import StudyError
 from study.ledger import Trial
 from study.storage import Storage
-from study.tracking.connection import first_line, hide_password
+from study.telling import Pruned
+from study.tracking.connection import first_line
 from study.trial import SeedResult
+from study.urls import hide_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 _PAGE = 1000
 """Runs asked for at once."""
+
+_DIGEST = 36
+"""Characters that MLflow takes of a data set's digest."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Tracker:
             )
             for run in page:
                 n_results = run.data.metrics.get(schema.N_SEEDS, 0) + run.data.metrics.get(schema.N_FAILED, 0)
-                tags, is_over = run.data.tags, run.info.status in ("FINISHED", "FAILED")
+                tags, is_over = run.data.tags, run.info.status in ("FINISHED", "FAILED", "KILLED")
                 ended = run.info.end_time if is_over and schema.WEIGHTS_LOST not in tags else None
                 found = _KnownRun(
                     run.info.run_id,
@@ -137,7 +142,7 @@ class Tracker:
 
     def _describe(self) -> None:
         """A summary run that holds the resolved study file and the environment."""
-        key = f"{self._record.uuid}/{schema.KIND_SUMMARY}"
+        key = self._summary_key
         known = self._known.get(key)
         if known is not None and known.ended is not None:
             return
@@ -145,7 +150,24 @@ class Tracker:
         run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
         self._log_file(run, "study.yaml", self._record.study_file.encode())
         self._log_file(run, "environment.json", json.dumps(self._record.environment, indent=2).encode())
+        self._log_corpus(run)
         self._terminate(run, "FINISHED", created)
+
+    @property
+    def _summary_key(self) -> str:
+        return f"{self._record.uuid}/{schema.KIND_SUMMARY}"
+
+    def write_figures(self, figures: Iterable[Path]) -> None:
+        """Put figures of the report on the summary run, in place of those of the same names.
+
+        Raises:
+            StudyError: MLflow did not take them; in one line, without a password.
+        """
+        try:
+            for path in figures:
+                self._client.log_artifact(self._known[self._summary_key].run_id, str(path), "figures")
+        except Exception as error:  # MLflow raises whatever its backend raises
+            raise StudyError(hide_password(first_line(error), self._client.tracking_uri)) from error
 
     # Writing ------------------------------------------------------------------------------------------------------
 
@@ -165,6 +187,8 @@ class Tracker:
             raise StudyError(hide_password(first_line(error), self._client.tracking_uri)) from error
 
     def _write(self, trial: Trial, results: list[SeedResult], n_seeds: int) -> None:
+        if trial.pruned is not None:
+            self._write_pruned(trial, trial.pruned)
         if not results:
             return
         trial_key = schema.run_key(self._record.uuid, trial.number)
@@ -183,9 +207,20 @@ class Tracker:
                     known.parent = parent.run_id
                 if known is None or known.ended is None:
                     self._write_seed(known or self._create_seed(parent, trial, result), trial, result)
-        is_over = len(results) >= n_seeds
+        is_over = len(results) >= n_seeds or trial.stop is not None
         if parent.n_results < len(results) or (is_over and parent.ended != _milliseconds(results[-1].ended)):
             self._write_aggregates(parent, trial, results, is_over)
+
+    def _write_pruned(self, trial: Trial, pruned: Pruned) -> None:
+        """A trial's run without seeds, over as soon as it was begun."""
+        key, when = schema.run_key(self._record.uuid, trial.number), _milliseconds(pruned.when)
+        known = self._known.get(key)
+        if known is None:
+            tags = _group_tags(trial) | {schema.PRUNED: pruned.reason}
+            known = self._create(key, schema.KIND_TRIAL, trial_name(trial), when, tags)
+        if known.ended is None:
+            self._log(known, _metrics(_counts(trial), when), self._params(trial))
+            self._terminate(known, "KILLED", when)
 
     def _was_before(self, key: str, result: SeedResult) -> bool:
         """Whether the run under this key is one of an earlier training of the seed."""
@@ -196,7 +231,9 @@ class Tracker:
         if trial.duplicate_of is not None:
             tags[schema.DUPLICATE_OF] = str(trial.duplicate_of)
         key = schema.run_key(self._record.uuid, trial.number)
-        return self._create(key, schema.KIND_TRIAL, trial_name(trial), _milliseconds(first.started), tags)
+        run = self._create(key, schema.KIND_TRIAL, trial_name(trial), _milliseconds(first.started), tags)
+        self._log_corpus(run)
+        return run
 
     def _create_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> _KnownRun:
         tags = _group_tags(trial) | result.ran_on | {schema.PARENT: parent.run_id}
@@ -237,6 +274,8 @@ class Tracker:
         counts = _metrics(_counts(trial), _milliseconds(results[0].started))
         self._log(run, counts + _metrics(metrics, ended, step=len(results)), self._params(trial))
         run.n_results = len(results)
+        if trial.stop is not None and trial.duplicate_of is None:
+            self._client.set_tag(run.run_id, schema.STOPPED, trial.stop.reason)
         if is_over:
             self._terminate(run, "FINISHED" if complete else "FAILED", ended)
 
@@ -265,6 +304,15 @@ class Tracker:
             path = Path(folder) / name
             path.write_bytes(content)
             self._client.log_artifact(run.run_id, str(path))
+
+    def _log_corpus(self, run: _KnownRun) -> None:
+        """Name the text as the run's input, for MLflow's column of data sets."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        sha256 = self._record.corpus_sha256
+        source = json.dumps({"sha256": sha256})
+        corpus = Dataset("corpus", sha256[:_DIGEST], source_type="sha256", source=source)  # more it does not take
+        self._client.log_inputs(run.run_id, [DatasetInput(corpus, [InputTag("mlflow.data.context", "training")])])
 
     def _terminate(self, run: _KnownRun, status: str, ended: int) -> None:
         self._client.set_terminated(run.run_id, status, end_time=ended)

@@ -49,6 +49,8 @@ class Configuration:
     failed: Sequence[int] = ()
     unfinished: Sequence[int] = ()
     duplicate_of: int | None = None
+    pruned: str | None = None
+    stopped: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -163,7 +165,9 @@ def simulate(
             written = {key: str(value) for key, value in (params | {"seed": seed}).items() if value is not None}
             return SimulatedRun(trial, seed, status, written, metrics, common | own | dict(tags))
 
-        yield run(None, "RUNNING" if configuration.unfinished else "FINISHED", counts)
+        tags = {schema.PRUNED: configuration.pruned, schema.STOPPED: configuration.stopped}
+        status = "KILLED" if configuration.pruned else "RUNNING" if configuration.unfinished else "FINISHED"
+        yield run(None, status, counts, {key: value for key, value in tags.items() if value is not None})
         for seed in configuration.seeds:
             final_loss = configuration.val_loss + noise * rng.normal()
             yield run(seed, "FINISHED", counts + _seed_metrics(configuration, final_loss, n_evaluations, rng))

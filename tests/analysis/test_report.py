@@ -192,3 +192,17 @@ def test_report_of_single_seeds_claims_nothing_and_escapes_names(tmp_path):
     assert "None: no configuration has 3 complete seeds." in page.text
     assert "4 configurations have fewer than 3 complete seeds." in page.text
     assert "All trials here share one." in page.text
+
+
+def test_report_says_what_was_stopped_early_and_what_follows(tmp_path):
+    usual = simulated_study.awkward_studies()["usual"]
+    why = "trial 5 is better in val_loss by 0.02 or more on every seed shared"
+    database = simulated_study.write_study(tmp_path, [*usual, replace(usual[5], seeds=(0, 1), stopped=why)])
+    write_report(load_study(StudyAddress(database, "tiny")), tmp_path / "report")
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "1 stopped early." in text
+    assert "depends on the order in which trials ended" in text
+    assert why in text
+    assert 'href="tables/stopped.csv"' in text
+    assert "2 (stopped)" in text
+    assert "have fewer than" not in text

@@ -147,3 +147,25 @@ def test_n_statement_says_what_holds_for_all(counts, stated):
 )
 def test_interval_statement_promises_no_interval_that_is_not_drawn(counts, stated):
     assert interval_statement("bars", pd.Series(counts)) == stated
+
+
+def test_stopped_trial_is_on_no_frontier_however_good():
+    best = replace(USUAL[3], val_loss=0.5, n_params=10_000)
+    assert summary_of([*USUAL, best]).set_index("trial").loc[len(USUAL), frontier_key(MEASURES[0])]
+    summary = summary_of([*USUAL, replace(best, stopped="trial 3 is better")]).set_index("trial")
+    for measure in MEASURES:
+        assert not summary.loc[len(USUAL), frontier_key(measure)]
+        # Nor does it push others off.
+        assert (
+            summary[frontier_key(measure)]
+            .drop(len(USUAL))
+            .equals(summary_of(USUAL).set_index("trial").loc[summary.index.drop(len(USUAL)), frontier_key(measure)])
+        )
+
+
+def test_pruned_trial_is_left_out_and_counted():
+    pruned = replace(USUAL[3], seeds=(), pruned="1,000 parameters, more than budget.max_params=900")
+    runs, _ = simulated_study.simulated_runs([*USUAL, pruned], n_evaluations=1)
+    assert runs.n_pruned == 1
+    assert len(runs.trials) == len(USUAL)
+    assert runs.unfinished.empty

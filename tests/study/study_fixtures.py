@@ -66,9 +66,9 @@ def write_study(folder: Path, name: str = "tiny", **changes) -> Path:
 
 def write_search(folder: Path, sampler: str = "random", trials: int = 5, **changes) -> Path:
     """A study file with one listed dense trial, and a search over χ and the learning rate."""
-    settings = {"name": sampler, "population_size": 4} if sampler == "nsga2" else {"name": sampler}
-    changes = {"arms": [DENSE, SEARCHED]} | changes
-    return write_study(folder, name=f"search-{sampler}", sampler=settings, budget={"trials": trials}, **changes)
+    settings = {"name": sampler, "population_size": 4} if sampler.startswith("nsga") else {"name": sampler}
+    changes = {"arms": [DENSE, SEARCHED], "budget": {"trials": trials}} | changes
+    return write_study(folder, name=f"search-{sampler}", sampler=settings, **changes)
 
 
 def ledger_at(file: Path, directory: Path, *overrides: str) -> Ledger:

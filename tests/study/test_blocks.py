@@ -313,7 +313,7 @@ def test_what_goes_wrong_in_one_seed_of_a_stack_fails_that_seed_alone(tmp_path, 
     assert [result.state for result in results] == ["complete", "failed", "complete"]
     assert results[1].failure == "ValueError: this one cannot be trained"
     out, err = capfd.readouterr()
-    assert "trial 0: seeds (0, 1, 2) are trained one after another" in out
+    assert "trial 0: its stack of seeds failed; they are trained one after another" in out
     assert "ValueError: one of these cannot be trained" in err
 
 

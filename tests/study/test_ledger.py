@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import optuna
 import pytest
@@ -333,7 +333,7 @@ def search(file, folder, stop_after=()):
 
 @pytest.mark.parametrize(
     ("sampler", "trials"),
-    [("random", 6), ("nsga2", 9), ("tpe", 12)],  # tpe's first ten are random, nsga2's first four
+    [("random", 6), ("nsga2", 9), ("nsga3", 9), ("tpe", 12), ("gp", 12)],  # the first ten or four are random
 )
 def test_search_resumed_is_the_search_undisturbed(tmp_path, sampler, trials):
     file = write_search(tmp_path, sampler=sampler, trials=trials, objectives=["n_params", "val_loss"])
@@ -341,6 +341,20 @@ def test_search_resumed_is_the_search_undisturbed(tmp_path, sampler, trials):
     resumed = search(file, tmp_path / "resumed", stop_after=(1, 2, 9, 12, 22, 23))
     assert resumed.trials == whole.trials
     assert len({trial.spec.protocol.learning_rate for trial in whole.trials.values()}) > 5  # nsga2 may repeat some
+    urls = [StudyDirectory(tmp_path / name).ledger_url for name in ("whole", "resumed")]
+    assert optuna_states(urls[0]) == optuna_states(urls[1])
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "gp"])
+def test_search_within_limits_resumed_is_the_search_undisturbed(tmp_path, sampler):
+    budget = {"trials": 14, "max_params": 0.3, "max_repeats": 9}
+    file = write_search(tmp_path, sampler=sampler, objectives=["n_params", "val_loss"], budget=budget)
+    whole, resumed = search(file, tmp_path / "whole"), search(file, tmp_path / "resumed", stop_after=range(30))
+    trials = [
+        [replace(t, pruned=t.pruned and t.pruned.reason) for t in one.trials.values()] for one in (whole, resumed)
+    ]
+    assert trials[0] == trials[1]
+    assert any(trial.pruned for trial in trials[0])
     urls = [StudyDirectory(tmp_path / name).ledger_url for name in ("whole", "resumed")]
     assert optuna_states(urls[0]) == optuna_states(urls[1])
 

@@ -79,6 +79,7 @@ def test_run_study_completes_every_trial_and_seed(tmp_path, folder):
         "n_missing": 0,
         "aborted": None,
         "tracking_trouble": None,
+        "backup_trouble": None,
     }
     results = results_at(folder)
     assert sorted(results) == [(trial, seed) for trial in range(4) for seed in range(2)]

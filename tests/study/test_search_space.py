@@ -6,7 +6,8 @@ import optuna
 import pytest
 
 from study.errors import StudyError
-from study.search_space import check_trials, directions, listed_specs, make_sampler, suggest
+from study.samplers import make_sampler
+from study.search_space import check_trials, directions, listed_specs, suggest
 from study.study_file import validate
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -130,7 +131,7 @@ def test_choice_that_could_not_be_trained_is_refused_before_the_start(search, ar
     assert str(caught.value).startswith(f"arms[narrow]: {message}")
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "nsga3", "gp"])
 def test_suggestions_lie_within_the_space(search, sampler):
     _, specs = run_study(search(sampler), 30, distance)
     for spec in specs:
@@ -153,13 +154,13 @@ def test_several_arms_are_chosen_between(search, sampler):
         assert {name.partition(".")[0] for name in trial.params} == {"arm", spec.arm}
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "nsga3", "gp"])
 def test_search_repeats_itself(search, sampler):
     first, again = (run_study(search(sampler), 15, distance)[1] for _ in range(2))
     assert first == again
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "nsga3", "gp"])
 def test_draws_differ_by_sampler_seed_and_by_trial(search, sampler):
     rates = [
         spec.protocol.learning_rate for seed in (0, 1) for spec in run_study(search(sampler, seed=seed), 6, distance)[1]

@@ -73,7 +73,7 @@ def test_relative_path_is_the_same_place_from_everywhere(tmp_path, monkeypatch):
     assert Storage(storage.url).read("a") == b"x"
 
 
-@pytest.mark.parametrize("url", ["nonsense://bucket", "s3://bucket/folder"])
+@pytest.mark.parametrize("url", ["nonsense://bucket", "gs://bucket/folder"])
 def test_url_that_cannot_be_opened_is_named(url):
     with pytest.raises(StudyError) as caught:
         Storage(url)

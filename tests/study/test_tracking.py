@@ -31,8 +31,9 @@ from study.run import open_tracker, study_corpus, sync
 from study.storage import Storage
 from study.study_file import load_config
 from study.tracking.background import BackgroundTracker
-from study.tracking.connection import TrackingAway, connect, hide_password, prepare_own_database, tracking_error
+from study.tracking.connection import TrackingAway, connect, prepare_own_database, tracking_error
 from study.tracking.tracker import Tracker
+from study.urls import hide_password
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

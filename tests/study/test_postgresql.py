@@ -1,0 +1,198 @@
+"""A study whose ledger, and whose MLflow, are in a real PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from services import POSTGRESQL_PASSWORD, _postgresql, everything_in, new_database  # noqa: F401 (fixtures)
+from study_fixtures import (
+    cli,
+    nothing_left_running,  # noqa: F401 (a fixture)
+    optuna_states,
+    run_at,
+    start_cli,
+    write_search,
+    write_study,
+)
+
+from analysis import run_schema as schema
+from analysis.load import load_study, resolve_study
+from study.directory import StudyDirectory
+from study.errors import StudyError
+from study.ledger import read_ledger
+from study.ledger_lock import hold_ledger
+from study.run import run_study
+from study.study_file import load_config
+
+pytestmark = [
+    pytest.mark.service,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings(
+        "ignore:::mlflow", "ignore::DeprecationWarning", "ignore::optuna.exceptions.ExperimentalWarning"
+    ),
+]
+
+
+def run_in(directory: StudyDirectory, file, tracking="off", **options):
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=200)
+    return run_study(load_config(file), directory, console, executor="inline", tracking=tracking, **options)
+
+
+def substance_of(url, name="tiny"):
+    """What a ledger's results say, by what was trained and the seed: all of it but times and names of files."""
+    snapshot = read_ledger(url, name)
+    specs = {trial.number: trial.spec.model_dump_json() for trial in snapshot.trials}
+    return {
+        (specs[r.trial], r.seed): (
+            r.state,
+            {key: value for key, value in r.final.items() if key != "train_seconds"},
+            r.curve,
+            r.rel_errors,
+        )
+        for r in snapshot.results
+    }
+
+
+def test_ledger_in_postgresql_says_what_one_in_a_file_says(tmp_path, new_database):  # noqa: F811
+    file = write_study(tmp_path)
+    url = new_database("same")
+    outcome = run_in(StudyDirectory(tmp_path / "kept", url), file)
+    local = run_at(file, tmp_path / "local")
+    assert outcome == local
+    assert not (tmp_path / "kept" / "ledger.db").exists()
+    local_url = StudyDirectory(tmp_path / "local").ledger_url
+    assert substance_of(url) == substance_of(local_url)
+    assert optuna_states(url) == optuna_states(local_url)
+
+
+def test_ledger_url_is_remembered_where_nobody_else_reads_it(tmp_path, new_database):  # noqa: F811
+    file = write_study(tmp_path)
+    url = new_database("remembered")
+    run_in(StudyDirectory(tmp_path / "kept", url), file)
+    manifest = tmp_path / "kept" / schema.STUDY_MANIFEST
+    assert stat.S_IMODE(manifest.stat().st_mode) == 0o600
+    assert json.loads(manifest.read_text())["ledger"] == url
+    again = StudyDirectory(tmp_path / "kept")
+    assert again.ledger_url == url
+    before = read_ledger(url, "tiny")
+    run_in(again, file)
+    assert read_ledger(url, "tiny") == before  # nothing was trained again
+    assert POSTGRESQL_PASSWORD.encode() not in everything_in(tmp_path).replace(manifest.read_bytes(), b"")
+
+
+def test_search_in_postgresql_chooses_what_one_in_a_file_chooses(tmp_path, new_database):  # noqa: F811
+    file = write_search(tmp_path, sampler="tpe", trials=12, seeds=1, objectives=["val_loss"])
+    url = new_database("search")
+    run_in(StudyDirectory(tmp_path / "kept", url), file)
+    run_at(file, tmp_path / "local")
+    local = read_ledger(StudyDirectory(tmp_path / "local").ledger_url, "search-tpe")
+    assert read_ledger(url, "search-tpe").trials == local.trials
+
+
+def test_two_studies_share_a_database_and_directories_do_not_matter(tmp_path, new_database):  # noqa: F811
+    url = new_database("shared")
+    one, other = write_study(tmp_path / "a"), write_study(tmp_path / "b", name="other", seeds=1)
+    run_in(StudyDirectory(tmp_path / "one", url), one)
+    run_in(StudyDirectory(tmp_path / "other", url), other)
+    before = read_ledger(url, "tiny")
+    assert len(before.results) == 8
+    assert len(read_ledger(url, "other").results) == 4
+    run_in(StudyDirectory(tmp_path / "a new machine", url), one)
+    assert read_ledger(url, "tiny") == before
+
+
+def test_second_driver_is_refused_and_the_first_is_named(tmp_path, new_database):  # noqa: F811
+    url = new_database("held")
+    file = write_study(tmp_path)
+    with hold_ledger(url, "tiny"), hold_ledger(url, "another-study"):
+        with pytest.raises(StudyError, match=rf"another driver runs it in this ledger: process {os.getpid()}@"):
+            run_in(StudyDirectory(tmp_path / "elsewhere", url), file)
+    assert run_in(StudyDirectory(tmp_path / "elsewhere", url), file).n_missing == 0
+
+
+def test_lock_ends_with_its_holder(new_database):  # noqa: F811
+    url = new_database("killed")
+    script = (
+        f"import time\nfrom study.ledger_lock import hold_ledger\n"
+        f"with hold_ledger({url!r}, 'tiny'):\n    print('held', flush=True)\n    time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StudyError, match=rf"process {holder.pid}@"), hold_ledger(url, "tiny"):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with hold_ledger(url, "tiny"):
+                return
+        except StudyError:  # the server notices a moment later
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sqlite:////tmp/x.db", r"--ledger sqlite:.*: must be a PostgreSQL database"),
+        ("http://user:secret-word@host/x", r"--ledger http://user:\*\*\*@host/x: must be a PostgreSQL database"),
+        ("nonsense", r"--ledger nonsense: must be a PostgreSQL database"),
+    ],
+)
+def test_ledger_url_that_is_none_is_refused(tmp_path, url, message):
+    with pytest.raises(StudyError, match=message):
+        StudyDirectory(tmp_path, url)
+
+
+def test_ledger_that_cannot_be_reached_is_one_line_without_its_password(tmp_path):
+    url = f"postgresql://postgres:{POSTGRESQL_PASSWORD}@127.0.0.1:9/x"
+    code, out, err = cli("run", write_study(tmp_path), "--dir", "kept", "--ledger", url, cwd=tmp_path)
+    assert code == 2
+    assert re.match(r"mpo-study: cannot open the ledger postgresql://postgres:\*\*\*@127.0.0.1:9/x: ", err)
+    assert len(err.splitlines()) == 1
+    assert POSTGRESQL_PASSWORD not in out + err
+
+
+@pytest.mark.fault
+def test_study_on_postgresql_alone_killed_and_resumed_holds_each_run_once(tmp_path, new_database):  # noqa: F811
+    """The ledger and MLflow in two databases, the units on Ray; no password in any word."""
+    ledger, mlflow = new_database("ledger"), new_database("mlflow")
+    long = {"protocol": {"steps": 400, "eval_every": 40}, "execution": {"checkpoint_seconds": 0.1}}
+    write_study(tmp_path, **long)
+    command = ("run", "tiny.yaml", "--dir", "kept", "--ledger", ledger, "--tracking", mlflow)
+    driver = start_cli(*command, cwd=tmp_path)
+    for line in driver.stdout:
+        if line.startswith("3/"):
+            break
+    else:
+        raise AssertionError(driver.stderr.read())
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    code, out, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=tmp_path)  # both are remembered
+    assert code == 0, err
+    assert "4 trials, 8 runs complete" in out
+    assert POSTGRESQL_PASSWORD not in out + err
+    run_at(tmp_path / "tiny.yaml", tmp_path / "local")
+    assert substance_of(ledger) == substance_of(StudyDirectory(tmp_path / "local").ledger_url)
+    loaded = load_study(resolve_study(tmp_path / "kept"))
+    assert (len(loaded.seeds), len(loaded.failures), len(loaded.unfinished)) == (8, 0, 0)
+    assert not (tmp_path / "kept" / "mlflow.db").exists()
+    code, out, err = cli("status", "kept", cwd=tmp_path)
+    assert (code, POSTGRESQL_PASSWORD in out + err) == (0, False)
+    assert "complete" in out.splitlines()[-1]

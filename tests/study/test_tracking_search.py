@@ -1,0 +1,84 @@
+"""What MLflow shows of a search: what it pruned, what it stopped, its corpus and its figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from study_fixtures import DENSE, contents, mlflow_client, run_at, runs_in, write_search
+
+from analysis import run_schema as schema
+from study.directory import StudyDirectory
+from study.ledger import read_ledger
+from study.run import sync
+
+pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """The runs in MLflow of a search that pruned trials and stopped others, and its ledger's trials."""
+    folder = tmp_path_factory.mktemp("searched")
+    found = {"name": "found", "family": "mpo", "chi": {"choices": [2, 40]}}
+    found["learning_rate"] = {"low": 1e-5, "high": 1e-1, "log": True}
+    file = write_search(
+        folder,
+        arms=[DENSE, found],
+        seeds=3,
+        early_stopping={"margin": 1e-6},
+        budget={"trials": 8, "max_params": 0.6},
+        objectives=["val_loss"],
+    )
+    outcome = run_at(file, folder / "study", tracking=None)
+    assert outcome.tracking_trouble is None
+    trials = read_ledger(StudyDirectory(folder / "study").ledger_url, "search-random").trials
+    return runs_in(folder / "study" / "mlflow.db", "search-random"), trials, folder / "study"
+
+
+def test_tracker_shows_pruned_and_stopped_trials_with_their_reasons(searched):
+    runs, trials, folder = searched
+    uuid = StudyDirectory(folder).uuid()
+    pruned = [trial for trial in trials if trial.pruned is not None]
+    stopped = [trial for trial in trials if trial.stop is not None and trial.duplicate_of is None]
+    assert pruned
+    assert stopped
+    for trial in pruned:
+        [run] = runs[schema.run_key(uuid, trial.number)]
+        assert (run.data.tags[schema.PRUNED], run.info.status) == (trial.pruned.reason, "KILLED")
+        assert run.data.metrics["n_params"] == trial.shape.n_params
+        assert schema.run_key(uuid, trial.number, 0) not in runs
+    for trial in stopped:
+        [run] = runs[schema.run_key(uuid, trial.number)]
+        assert (run.data.tags[schema.STOPPED], run.info.status) == (trial.stop.reason, "FINISHED")
+        assert run.data.metrics[schema.N_SEEDS] < 3
+
+
+def test_sync_changes_nothing_of_pruned_and_stopped_trials_but_adds_the_figures(searched):
+    _, _, folder = searched
+    config, directory = StudyDirectory(folder).load_config(), StudyDirectory(folder)
+    before = contents(folder / "mlflow.db", "search-random")
+    figures = folder / "report" / "figures"
+    figures.mkdir(parents=True)
+    (figures / "frontier_val_loss.png").write_bytes(b"a picture")
+    (figures / "frontier_val_loss.csv").write_bytes(b"its data")
+    sync(config, directory, None, None)
+    assert contents(folder / "mlflow.db", "search-random") == before
+    [summary] = runs_in(folder / "mlflow.db", "search-random")[f"{directory.uuid()}/summary"]
+    client = mlflow_client(folder / "mlflow.db")
+    assert [file.path for file in client.list_artifacts(summary.info.run_id, "figures")] == [
+        "figures/frontier_val_loss.png"
+    ]
+
+
+def test_corpus_is_the_input_of_every_trained_trial_and_of_the_summary(searched):
+    runs, _, folder = searched
+    for key, [run] in runs.items():
+        kind = run.data.tags[schema.KIND]
+        inputs = [given.dataset for given in run.inputs.dataset_inputs]
+        if kind == schema.KIND_SEED or schema.PRUNED in run.data.tags:
+            assert inputs == []
+            continue
+        [corpus] = inputs
+        known = read_ledger(StudyDirectory(folder).ledger_url, "search-random").corpus_sha256
+        assert known.startswith(corpus.digest), key
+        assert json.loads(corpus.source) == {"sha256": known}
