@@ -190,7 +190,6 @@ def test_study_as_a_job_outlives_a_node_killed_in_the_middle(cluster, bucket):  
     cluster.wait_for("the end of the job", lambda: re.search("succeeded|failed|stopped", status(cluster)), 400)
     said = logs()
     assert "'the-study' succeeded" in status(cluster), said
-    assert "a node of Ray is gone; trial" in said
     assert "4 trials, 8 runs complete" in said
     assert S3_SECRET not in said
     run_at(file, cluster.folder / "undisturbed")
@@ -213,7 +212,12 @@ def n_alive(cluster: Cluster) -> int:
     script = f"import json, ray; ray.init('127.0.0.1:{cluster.port}', log_to_driver=False); "
     script += "print('nodes', json.dumps([node['Alive'] for node in ray.nodes()]))"
     asked = subprocess.run(
-        [sys.executable, "-c", script], env=cluster.environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", script],
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     found = re.search(r"^nodes (.*)$", asked.stdout, re.MULTILINE)
     return sum(json.loads(found.group(1))) if found else 0
