@@ -1,4 +1,4 @@
-"""A study on a Ray cluster of several nodes, as `docs/cluster.md` has it, without a cloud: every node is on this machine."""
+"""A study on a Ray cluster of several nodes, as `docs/cluster.md` has it, but all of them on this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore::Depr
 
 @dataclass
 class Cluster:
-    """A head that holds no unit, and nodes of one CPU each; each is a process group of its own, in a folder of its own."""
+    """A head that holds no unit, and nodes of one CPU each; each has a process group and a folder of its own."""
 
     folder: Path
     environment: dict[str, str]
