@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,13 +36,15 @@ class Cluster:
     port: int = field(default_factory=free_port)
     dashboard: int = field(default_factory=free_port)
     nodes: dict[str, subprocess.Popen] = field(default_factory=dict)
+    homes: list[str] = field(default_factory=list)
 
     def start(self, name: str, *options: str) -> None:
-        home = Path(tempfile.mkdtemp(prefix=f"ray-{name}-", dir="/tmp"))  # sockets' paths have to be short
+        home = tempfile.mkdtemp(prefix=f"ray-{name}-", dir="/tmp")  # sockets' paths have to be short
+        self.homes.append(home)
         with (self.folder / f"{name}.log").open("wb") as log:
             self.nodes[name] = subprocess.Popen(
                 [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options],
-                env=self.environment | {"RAY_TMPDIR": str(home), "TMPDIR": str(home)},
+                env=self.environment | {"RAY_TMPDIR": home, "TMPDIR": home},
                 cwd=self.folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -117,6 +120,8 @@ def cluster(tmp_path) -> Iterator[Cluster]:
     yield made
     for name in reversed(list(made.nodes)):
         made.kill(name)
+    for home in made.homes:
+        shutil.rmtree(home, ignore_errors=True)
 
 
 # The file for Ray's cluster launcher ----------------------------------------------------------------------------------
