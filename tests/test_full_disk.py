@@ -19,7 +19,7 @@ OPTIONS = ("run", "tiny.yaml", "--dir", "kept", "--executor", "inline", "--track
 
 @pytest.fixture
 def work(tmp_path):
-    """A folder with a study's file. Weights are kept of the dense arm alone, and only it and the arm after it need any."""
+    """A folder with a study's file; of its arms, the dense one alone writes weights, for the one after it."""
     write_study(tmp_path, arms=[MPO, DENSE, TUNED])
     (tmp_path / "kept" / "storage").mkdir(parents=True)
     return tmp_path

@@ -153,6 +153,12 @@ class Queue:
         self._block_that_fits[unit.trial] = len(unit.seeds) // 2
         self.put_back(unit)
 
+    def forgive_death(self, unit: Unit) -> None:
+        """Its node was lost, as spot machines are: that says nothing of the unit, however often it happens."""
+        key = unit.trial, unit.seeds[0]
+        self._n_deaths[key] = max(0, self._n_deaths[key] - 1)
+        self.say(f"a node of Ray is gone; what it had of trial {unit.trial} goes on elsewhere, from its checkpoint")
+
     def _note_stillborn(self, unit: Unit, why: str) -> None:
         """A worker that did not come up says nothing of the unit it was to have."""
         self._n_stillborn.update(_keys(unit))

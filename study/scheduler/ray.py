@@ -73,7 +73,9 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
             )
         # Tune leaves a folder for every unit; nothing in them is read again.
         shutil.rmtree(scratch, ignore_errors=True)
-        watch = _NodeWatch(lambda: execution.max_units is not None or _slots(execution.cpus, execution.gpus) > 0)
+        watch = _NodeWatch(
+            lambda: execution.max_units is not None or _slots(execution.cpus, execution.gpus) > 0, queue.forgive_death
+        )
         searcher = _LedgerSearcher(queue, on_evaluation, watch)
         tuner = tune.Tuner(
             tune.with_resources(_work, {"cpu": execution.cpus, "gpu": execution.gpus}),
@@ -150,7 +152,7 @@ def _slots(cpus: float, gpus: float) -> int:
 def _work(config: dict[str, str]) -> None:
     """A worker's whole life: one unit. Every result travels in the last report, which must be complete by itself."""
     unit = Unit.model_validate_json(config["unit"])
-    tune.report({"begin": True})
+    tune.report({"begin": ray.get_runtime_context().get_node_id()})
 
     def report_evaluation(seed: int, row: dict[str, float]) -> None:
         tune.report({"evaluation": json.dumps([seed, row])})
@@ -165,9 +167,6 @@ def _work(config: dict[str, str]) -> None:
         tune.report({"results": json.dumps([asdict(result) for result in results])})
 
 
-_OF_ITS_NODE = "node has died"
-"""In Ray's words for the end of a worker together with its node."""
-
 _NO_NODES = "no node of Ray is left that can hold a unit"
 
 
@@ -176,10 +175,13 @@ class _NodeWatch(tune.Callback):
 
     Args:
         has_nodes: whether any node is left that can hold a unit.
+        forgive: told of a unit that died with its node, and was no cause of it.
     """
 
-    def __init__(self, has_nodes: Callable[[], bool]) -> None:
-        self.has_nodes = has_nodes
+    def __init__(self, has_nodes: Callable[[], bool], forgive: Callable[[Unit], None]) -> None:
+        self.has_nodes, self._forgive = has_nodes, forgive
+        self.died: list[tuple[str | None, Unit]] = []
+        """Units whose workers died, with the node they were on: Ray knows of its end only some time later."""
         self._looked = time.monotonic()
         self._trials: list[Any] = []
         self._is_interrupted = False
@@ -207,23 +209,26 @@ class _NodeWatch(tune.Callback):
             raise KeyboardInterrupt
         if time.monotonic() - self._looked > NODE_WATCH_SECONDS:
             self._looked = time.monotonic()
+            if self.died:
+                gone = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+                for _, unit in filter(lambda death: death[0] in gone, self.died):
+                    self._forgive(unit)
+                self.died = [death for death in self.died if death[0] not in gone]
             if not self.has_nodes():
                 raise ConnectionError(_NO_NODES)
 
-    def is_of_its_node(self, trial_id: str) -> bool:
-        """Whether a worker ended together with its node."""
-        return _OF_ITS_NODE in self._error_file(trial_id)
-
-    def _error_file(self, trial_id: str) -> str:
-        trial = next((trial for trial in reversed(self._trials) if trial.trial_id == trial_id), None)
-        path = trial.error_file if trial is not None else None  # `get_error` looks where it will be copied to later
-        return Path(path).read_text(encoding="utf-8") if path and Path(path).exists() else ""
-
     def error_of(self, trial_id: str) -> str:
         """What Tune knows of the end of a worker, in one line."""
-        lines = [line.strip() for line in self._error_file(trial_id).splitlines() if line.strip()]
+        trial = next((trial for trial in reversed(self._trials) if trial.trial_id == trial_id), None)
+        path = trial.error_file if trial is not None else None  # `get_error` looks where it will be copied to later
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).exists() else []
+        lines = [line.strip() for line in lines if line.strip()]
         named = [line for line in lines if "Error: " in line]
         return (named or lines or ["Ray does not say why"])[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its parts for a restore that we never ask for: the ledger holds all."""
+        return {}
 
 
 class _Cancelling(FIFOScheduler):
@@ -254,6 +259,8 @@ class _LedgerSearcher(Searcher):
         self._queue, self._watch = queue, watch
         self._on_evaluation = on_evaluation
         self._units: dict[str, Unit] = {}
+        self._nodes: dict[str, str] = {}
+        """Id of the node on which a unit began."""
 
     def suggest(self, trial_id: str) -> Any:
         unit = self._queue.next_unit()
@@ -285,6 +292,7 @@ class _LedgerSearcher(Searcher):
             self._queue.note_out_of_memory(unit, result["out_of_memory"])
         elif "begin" in result:
             self._queue.note_begin(unit)
+            self._nodes[trial_id] = result["begin"]
         elif "said" in result:
             self._queue.say(result["said"])
         elif "evaluation" in result:
@@ -299,17 +307,14 @@ class _LedgerSearcher(Searcher):
         if unit is not None and self._queue.is_cancelled(unit):
             self._queue.put_back(unit)
         elif unit is not None and self._watch.has_nodes():
-            if self._watch.is_of_its_node(trial_id):  # no fault of the unit, however often a spot machine is taken away
-                self._queue.put_back(unit)
-                self._queue.say(f"a node of Ray is gone; trial {unit.trial} goes on elsewhere from its checkpoint")
-            else:
-                self._queue.note_death(unit, self._watch.error_of(trial_id))
+            self._queue.note_death(unit, self._watch.error_of(trial_id))
+            self._watch.died.append((self._nodes.pop(trial_id, None), unit))
         elif unit is not None:
             self._queue.put_back(unit)
             self._queue.aborted = _NO_NODES
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its parts for a restore that we never ask for: the ledger holds all."""
+        """See `_NodeWatch.__getstate__`."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -110,8 +109,3 @@ def new_database(_postgresql):
 def everything_in(folder: Path) -> bytes:
     """All that is in the files below a folder."""
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def inherited() -> dict[str, str]:
-    """This process's environment without what names a Ray of somebody else's."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

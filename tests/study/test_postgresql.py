@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 from services import POSTGRESQL_PASSWORD, _postgresql, everything_in, new_database  # noqa: F401 (fixtures)
 from study_fixtures import (
     cli,
@@ -42,10 +44,6 @@ pytestmark = [
 
 
 def run_in(directory: StudyDirectory, file, tracking="off", **options):
-    import io
-
-    from rich.console import Console
-
     console = Console(file=io.StringIO(), width=200)
     return run_study(load_config(file), directory, console, executor="inline", tracking=tracking, **options)
 
@@ -116,9 +114,9 @@ def test_two_studies_share_a_database_and_directories_do_not_matter(tmp_path, ne
 def test_second_driver_is_refused_and_the_first_is_named(tmp_path, new_database):  # noqa: F811
     url = new_database("held")
     file = write_study(tmp_path)
-    with hold_ledger(url, "tiny"), hold_ledger(url, "another-study"):
-        with pytest.raises(StudyError, match=rf"another driver runs it in this ledger: process {os.getpid()}@"):
-            run_in(StudyDirectory(tmp_path / "elsewhere", url), file)
+    refused = pytest.raises(StudyError, match=rf"another driver runs it in this ledger: process {os.getpid()}@")
+    with hold_ledger(url, "tiny"), hold_ledger(url, "another-study"), refused:
+        run_in(StudyDirectory(tmp_path / "elsewhere", url), file)
     assert run_in(StudyDirectory(tmp_path / "elsewhere", url), file).n_missing == 0
 
 

@@ -113,6 +113,22 @@ def test_queue_issues_again_what_is_put_back(tmp_path, open_queue):
     assert queue.next_unit() == "finished"
 
 
+def test_queue_does_not_count_a_death_with_its_node(tmp_path, open_queue):
+    queue = open_queue(write_study(tmp_path, seeds=1, arms=[DENSE]))
+    for _ in range(5):
+        unit = queue.next_unit()
+        queue.note_begin(unit)
+        queue.note_death(unit, "gone")
+        queue.forgive_death(unit)
+    for _ in range(2):
+        queue.note_begin(queue.next_unit())
+        queue.note_death(unit, "killed")
+    assert queue.ledger.results == {}
+    queue.note_begin(queue.next_unit())
+    queue.note_death(unit, "killed")
+    assert queue.ledger.results[0, 0].failure == "its worker died 3 times without progress: killed"
+
+
 def test_queue_gives_up_a_unit_whose_worker_dies_three_times_without_progress(tmp_path, open_queue):
     queue = open_queue(write_study(tmp_path, seeds=1, arms=[DENSE]))
     unit = queue.next_unit()
