@@ -67,8 +67,8 @@ def main() -> None:
     RESULTS.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     console = Console()
     console.print(
-        f"{len(ratios)} units of {figures['unit_seconds']:.2f} s: with tracking on they take {median(ratios):.3f} times "
-        f"as long (middle half {lower:.3f} to {upper:.3f}, mean {fmean(ratios):.3f})"
+        f"{len(ratios)} units of {figures['unit_seconds']:.2f} s: with tracking on they take {median(ratios):.3f} "
+        f"times as long (middle half {lower:.3f} to {upper:.3f}, mean {fmean(ratios):.3f})"
     )
     console.print(f"the writer takes {cpu / len(ratios):.3f} s of CPU for a run; written to {RESULTS}")
 
