@@ -1,4 +1,4 @@
-"""The command `mpo-study`: plan, run, status, ui, sync, sample."""
+"""The command `mpo-study`: plan, run, refine, status, export, import, ui, sync, sample."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import warnings
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 import optuna
 import typer
@@ -22,12 +21,14 @@ from rich.table import Table
 from study.config import StudyConfig
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.errors import StudyError
-from study.ledger import read_ledger
+from study.growth import Growth, parse_more
+from study.plan import as_json as plan_as_json
 from study.plan import plan as make_plan
 from study.run import TRACKING_OFF, Outcome, run_study, study_corpus
 from study.run import sync as sync_study
 from study.sample import sample as draw_sample
-from study.search_space import listed_specs
+from study.status import StudyStatus, study_status
+from study.status import as_json as status_as_json
 from study.study_file import load_config
 from study.tracking.connection import hide_password, is_database, runs_page
 from study.trial import TrialSpec
@@ -59,11 +60,35 @@ class Executor(StrEnum):
     inline = "inline"
 
 
+class Where(StrEnum):
+    frontier = "frontier"
+
+
+ExecutorOption = Annotated[Executor, typer.Option(help="Ray Tune, or this process.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="A Ray cluster; $RAY_ADDRESS unless given, else a Ray of its own.")
+]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option(metavar="URI|off", help="MLflow; unless given, the last run's URI, at first a database in DIR."),
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
+ParquetFile = Annotated[Path, typer.Argument(metavar="FILE", help="The Parquet file.")]
+
+
 @app.command()
-def plan(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads the default, nobody writes it)
+def plan(
+    file: StudyFile,
+    as_json: AsJSON = False,
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default, nobody writes it)
+) -> None:
     """Show every trial with its parameters, FLOPs and time on this machine; train nothing."""
     config = load_config(file, overrides)
     planned = make_plan(config, study_corpus(config))
+    slots = max(1, int((os.cpu_count() or 1) / config.execution.cpus))
+    if as_json:
+        sys.stdout.write(plan_as_json(config, planned, slots) + "\n")
+        return
     table = _table(
         f"{config.name}: {planned.n_seeds} seeds for each trial; FLOPs and time are one seed's",
         left=("arm", "what"),
@@ -85,7 +110,6 @@ def plan(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006 (typ
     if planned.n_searched:
         console.print(f"and {planned.n_searched} trials that sampler {config.sampler.name} will choose")
     if planned.trials:
-        slots = max(1, int((os.cpu_count() or 1) / config.execution.cpus))
         console.print(
             f"{len(planned.trials) * planned.n_seeds} runs listed: {planned.unit_seconds / 3600:.3g} hours one after "
             f"another, about {_duration(planned.unit_seconds / slots)} on this machine, {slots} at a time "
@@ -101,33 +125,67 @@ def run(
         Path | None, typer.Option("--dir", metavar="DIR", help="The study's folder; results/NAME unless given.")
     ] = None,
     storage: StorageOption = None,
-    executor: Annotated[Executor, typer.Option(help="Ray Tune, or this process.")] = Executor.ray,
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster; $RAY_ADDRESS unless given, else a Ray of its own.")
-    ] = None,
-    tracking: Annotated[
-        str | None,
-        typer.Option(metavar="URI|off", help="MLflow; unless given, the last run's URI, at first a database in DIR."),
-    ] = None,
+    executor: ExecutorOption = Executor.ray,
+    address: AddressOption = None,
+    tracking: TrackingOption = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Train again what failed, except for seeds that diverged.")
+    ] = False,
+    trials: Annotated[
+        str | None, typer.Option(metavar="+N", help="Let the study grow by so many searched trials, once.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="+N", help="Let every trial of the study have so many more seeds, once.")
+    ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Let the study grow by the trials and seeds that its file now has more.")
     ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Run a study; run it again to resume it. A complete study is left as it is."""
     config = load_config(file, overrides)
     folder = StudyDirectory(directory if directory is not None else Path("results") / config.name)
+    growth = Growth(parse_more("--trials", trials), parse_more("--seeds", seeds), extend=extend)
+    _run(
+        config,
+        folder,
+        storage_url=storage,
+        executor=executor.value,
+        address=address,
+        tracking=tracking,
+        retry_failed=retry_failed,
+        growth=growth,
+    )
+
+
+@app.command()
+def refine(
+    directory: Folder,
+    seeds: Annotated[str, typer.Option(metavar="+N", help="How many seeds more each of these trials gets.")],
+    on: Annotated[
+        Where, typer.Option(help="Trials whose place on the frontier of n_params and val_loss is undecided.")
+    ] = Where.frontier,
+    storage: StorageOption = None,
+    executor: ExecutorOption = Executor.ray,
+    address: AddressOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Add seeds to a finished study where they count, and run them: where the frontier is undecided."""
+    folder = StudyDirectory(directory)
+    _run(
+        folder.load_config(),
+        folder,
+        storage_url=storage,
+        executor=executor.value,
+        address=address,
+        tracking=tracking,
+        growth=Growth(refine=parse_more("--seeds", seeds)),
+    )
+
+
+def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
     try:
-        outcome = run_study(
-            config,
-            folder,
-            console,
-            storage_url=storage,
-            executor=executor.value,
-            address=address,
-            tracking=tracking,
-            retry_failed=retry_failed,
-        )
+        outcome = run_study(config, folder, console, **options)
     except KeyboardInterrupt:
         console.print(f"stopped; what is done is kept. To go on: the same command again ({_show(folder)})")
         raise typer.Exit(130) from None
@@ -138,35 +196,81 @@ def run(
 
 
 @app.command()
-def status(directory: Folder) -> None:
-    """Show what a study has done and what is left."""
+def status(directory: Folder, as_json: AsJSON = False) -> None:
+    """Show what a study has done, what failed and why, its frontier so far, and what is left."""
     folder = StudyDirectory(directory)
-    config = folder.load_config()
-    snapshot = read_ledger(folder.ledger_url, config.name)
-    n_seeds = len(config.seed_list)
+    now = study_status(folder)
+    if as_json:
+        sys.stdout.write(status_as_json(now) + "\n")
+        return
     table = _table(
-        f"{config.name}: {n_seeds} seeds for each trial",
+        f"{now.name}: {len(now.seeds)} seeds for each trial",
         left=("trial", "arm", "what"),
-        right=("parameters", "complete", "failed", "val loss"),
+        right=("parameters", "complete", "failed", "left", "val loss"),
     )
-    for trial in snapshot.trials:
-        results = [result for result in snapshot.results if result.trial == trial.number]
-        losses = [result.final["final/val_loss"] for result in results if result.state == "complete"]
+    for row in now.trials:
+        trial = row.trial
         repeats = f" (repeats trial {trial.duplicate_of})" if trial.duplicate_of is not None else ""
         table.add_row(
             str(trial.number),
             trial.spec.arm,
             _what(trial.spec) + repeats,
             f"{trial.shape.n_params:,}",
-            str(len(losses)),
-            str(len(results) - len(losses)),
-            f"{fmean(losses):.4f}" if losses else "–",
+            str(len(row.complete)),
+            str(len(row.failed)),
+            str(len(row.missing)),
+            (f"{row.val_loss:.4f}" if row.val_loss is not None else "–") + (" *" if row.on_frontier else "  "),
         )
     console.print(table)
-    n_trials = len(listed_specs(config)) + config.budget.trials
-    n_repeats = sum(trial.duplicate_of is not None for trial in snapshot.trials)
-    left = (n_trials - n_repeats) * n_seeds - len(snapshot.results)
-    console.print(f"{len(snapshot.results)} runs over, {left} left" if left else "complete")
+    if now.frontier:
+        console.print("* on the frontier so far: no trial has a lower mean loss with no more parameters")
+    if now.n_unasked:
+        console.print(f"and {now.n_unasked} trials that are still to come")
+    for result in now.failures:
+        step = f" (step {result.failure_step})" if result.failure_step is not None else ""
+        console.print(f"failed: trial {result.trial} seed {result.seed}{step}: {result.failure}", markup=False)
+    again = f"mpo-study run {folder.study_file} --dir {_show(folder)}"
+    if any(result.failure_step is None for result in now.failures):
+        console.print(f"to try again what did not diverge: {again} --retry-failed", markup=False, soft_wrap=True)
+    console.print(_what_is_left(now, again), markup=False, highlight=False, soft_wrap=True)
+
+
+def _what_is_left(now: StudyStatus, again: str) -> str:
+    if not now.n_missing:
+        return "complete"
+    over = f"{now.n_complete + now.n_failed} runs over, {now.n_missing} left"
+    work = f", {_duration(now.run_seconds_left)} one after another" if now.run_seconds_left is not None else ""
+    if now.driver is None:
+        return f"{over}{work}; nobody is at them. To go on: {again}"
+    who = f"process {now.driver.get('pid', 'unknown')} on {now.driver.get('host', 'some host')}"
+    left = f"about {_duration(now.seconds_left)} left" if now.seconds_left is not None else "time left not known yet"
+    return f"{over}{work}; {who} is at them: {left}"
+
+
+@app.command(name="export")
+def export_(directory: Folder, file: ParquetFile) -> None:
+    """Write the whole ledger of a study to one Parquet file, from which `import` makes the study again."""
+    from study.exchange import export_study  # Parquet's reader and writer take a while to come up
+
+    folder = StudyDirectory(directory)
+    n_runs = export_study(folder, file, lambda line: console.print(line, markup=False, soft_wrap=True))
+    console.print(f"{file}: {n_runs} runs. To make a study of it: mpo-study import {file} DIR", markup=False)
+
+
+@app.command(name="import")
+def import_(file: ParquetFile, directory: Folder, storage: StorageOption = None) -> None:
+    """Make a study's folder of what `export` wrote; its checkpoints and weights are not in it."""
+    from study.exchange import import_study
+
+    folder = StudyDirectory(directory)
+    name = import_study(file, folder, storage)
+    shown = _show(folder)
+    console.print(
+        f"{shown}: study {name}. To write its runs to MLflow: mpo-study sync {shown}; "
+        f"to see what is left of it: mpo-study status {shown}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

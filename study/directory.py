@@ -107,6 +107,19 @@ class StudyDirectory:
             holder.unlink(missing_ok=True)
             lock.release()
 
+    def driver(self) -> dict[str, Any] | None:
+        """Host and process of the driver that has the study now; None where nobody has."""
+        holder: dict[str, Any] = {}
+        try:
+            holder = dict(json.loads((self.path / "driver.json").read_text(encoding="utf-8")))
+            if holder["host"] == socket.gethostname():
+                os.kill(holder["pid"], 0)  # asks whether it is there
+        except PermissionError:  # it is, and is another user's
+            pass
+        except (OSError, ValueError, KeyError, TypeError):  # a driver that was killed leaves its name behind
+            return None
+        return holder
+
     def write(self, config: StudyConfig, uuid: str, tracking_uri: str | None, storage: str) -> None:
         """Keep the resolved study file, and the manifest, from which later commands take what they are not told."""
         self._replace(self.study_file, dump_config(config))

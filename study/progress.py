@@ -83,8 +83,7 @@ class StudyProgress:
 
     def _n_runs(self) -> int:
         """Runs that the study will have; a trial that repeats another has none of its own."""
-        n_repeats = sum(trial.duplicate_of is not None for trial in self._ledger.trials.values())
-        return (self._n_trials - n_repeats) * self._n_seeds
+        return len(self._ledger.results) + self._ledger.n_missing
 
     def _name(self, number: int, seed: int) -> str:
         spec = self._ledger.trials[number].spec
@@ -101,7 +100,9 @@ class StudyProgress:
         known = [trial.shape.flops for trial in self._ledger.trials.values() if trial.duplicate_of is None]
         if done <= self._flops_before or not known:
             return "time left unknown"
+        left = [(trial.shape.flops, len(self._ledger.missing_seeds(trial))) for trial in self._ledger.lacking()]
         # Trials that are not asked yet are taken to cost what the known ones do on average.
-        total = sum(known) / len(known) * self._n_runs()
+        n_unasked = self._ledger.n_missing - sum(n for _, n in left)
+        flops = sum(each * n for each, n in left) + sum(known) / len(known) * n_unasked
         rate = (done - self._flops_before) / (time.monotonic() - self._begun)
-        return f"{timedelta(seconds=round(max(0.0, total - done) / rate))} left"
+        return f"{timedelta(seconds=round(flops / rate))} left"

@@ -12,14 +12,15 @@ from rich.console import Console
 from study.config import MPOArm, StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
-from study.environment import environment
+from study.environment import environment, what_changed
 from study.errors import StudyError
+from study.growth import NO_GROWTH, Growth, grow
 from study.ledger import Asked, Ledger, read_ledger
 from study.progress import StudyProgress
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
 from study.scheduler.unit import store_corpus, stored_corpus
-from study.search_space import listed_specs
+from study.search_space import teacher_spec
 from study.storage import Storage
 from study.study_file import dump_config
 from study.tracking.background import BackgroundTracker
@@ -56,21 +57,39 @@ def study_corpus(config: StudyConfig) -> Corpus:
     return corpus
 
 
-def open_ledger(config: StudyConfig, corpus: Corpus, directory: StudyDirectory) -> Ledger:
-    """The ledger of a study folder, begun where there is none."""
-    specs = {spec.arm: spec for spec in listed_specs(config)}
+def open_ledger(
+    config: StudyConfig,
+    corpus: Corpus,
+    directory: StudyDirectory,
+    growth: Growth = NO_GROWTH,
+    say: Callable[[str], None] = lambda line: None,
+) -> Ledger:
+    """The ledger of a study folder, begun where there is none.
 
-    def examine(spec: TrialSpec) -> Asked:
-        teacher = specs[spec.teacher] if spec.teacher is not None else None
+    Args:
+        growth: what the study is to grow by first.
+        say: told in one line what it has grown by.
+    """
+
+    def examine(spec: TrialSpec, config: StudyConfig) -> Asked:
         return Asked(
             trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model),
-            budget_hash(spec, config, corpus.sha256, teacher),
+            budget_hash(spec, config, corpus.sha256, teacher_spec(config, spec)),
             tuning_trials(spec.arm, config),
         )
 
-    if directory.uuid() is not None:
+    uuid = directory.uuid()
+    if uuid is not None:
         directory.check_ledger()
-    return Ledger(directory.ledger_url, config, corpus.sha256, examine, directory.uuid())
+    elif growth.command:
+        raise StudyError(
+            f"{directory.path}: no study here that could grow by {growth.command}; run it without that first"
+        )
+    ledger = Ledger(directory.ledger_url, config, corpus.sha256, examine, uuid, growth.extend)
+    if grow(ledger, growth, say):
+        ledger.close()
+        ledger = Ledger(directory.ledger_url, ledger.config, corpus.sha256, examine, uuid)
+    return ledger
 
 
 def run_study(
@@ -83,6 +102,7 @@ def run_study(
     address: str | None = None,
     tracking: str | None = None,
     retry_failed: bool = False,
+    growth: Growth = NO_GROWTH,
 ) -> Outcome:
     """Run what a study lacks, from its beginning or from where it stopped.
 
@@ -91,9 +111,10 @@ def run_study(
         address: of a Ray cluster.
         tracking: an MLflow tracking URI, "off", or None for what the last run had, at first the folder's own database.
         retry_failed: train again what failed, except for seeds that diverged, which would do so again.
+        growth: what the study is to grow by.
 
     Raises:
-        StudyError: the study cannot be opened, or another driver has it.
+        StudyError: the study cannot be opened, cannot grow so, or another driver has it.
     """
     corpus = study_corpus(config)
     with directory.locked():
@@ -103,11 +124,11 @@ def run_study(
             store_corpus(storage, corpus)
         except OSError as error:
             raise StudyError(f"--storage {storage.url}: cannot write there: {error.strerror or error}") from None
-        ledger = open_ledger(config, corpus, directory)
-        ledger.record_driver(environment())
+        ledger = open_ledger(config, corpus, directory, growth, lambda line: _print(console, line))
+        config = ledger.config
+        _note_start(ledger, lambda line: _print(console, line))
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        n_trials = len(listed_specs(config)) + config.budget.trials
-        with StudyProgress(console, ledger, n_trials, len(config.seed_list)) as progress:
+        with StudyProgress(console, ledger, ledger.n_trials, len(config.seed_list)) as progress:
 
             def open_this_tracker() -> Tracker:
                 return open_tracker(uri, config, directory, ledger, corpus, storage, progress.say)
@@ -122,14 +143,14 @@ def run_study(
             if uri != TRACKING_OFF:
                 tracker = BackgroundTracker(open_this_tracker, len(config.seed_list), progress.say, opened)
                 for trial in ledger.trials.values():
-                    tracker.put(trial, ledger.on_record(trial))
+                    tracker.put(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
 
             def on_result(result: SeedResult) -> None:
                 progress.on_result(result)
                 if tracker is not None:
                     for trial in ledger.trials.values():
                         if result.trial in (trial.number, trial.duplicate_of):
-                            tracker.put(trial, ledger.on_record(trial))
+                            tracker.put(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
 
             queue = Queue(config, ledger, storage, corpus.sha256, on_result)
             try:
@@ -142,9 +163,25 @@ def run_study(
                 raise
             finally:
                 trouble = tracker.close() if tracker is not None else None
-        outcome = _outcome(ledger, n_trials, len(config.seed_list), queue.aborted, trouble)
+        outcome = _outcome(ledger, queue.aborted, trouble)
         ledger.close()
         return outcome
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _note_start(ledger: Ledger, say: Callable[[str], None]) -> None:
+    """Record what the study runs on from now on, and say in one line how that differs from its last run."""
+    now = environment()
+    changed = what_changed(ledger.last_environment(), now)
+    ledger.record_driver(now)
+    if changed and ledger.results:
+        say(
+            f"warning: since this study ran last, {', '.join(changed)}; new runs may differ from old ones in more than "
+            "their seeds. To be sure they do not, stop, go back to what it ran on, and run it again"
+        )
 
 
 def _reopen(
@@ -163,7 +200,9 @@ def _reopen(
     needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
     for result in list(ledger.results.values()):
         arm = ledger.trials[result.trial].spec.arm
-        if (arm, result.seed) in needed and result.weights is not None and not storage.exists(result.weights):
+        if (arm, result.seed) not in needed or result.state != "complete":
+            continue
+        if result.weights is None or not storage.exists(result.weights):  # None: it became a teacher later
             say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.url}; it is trained again")
             ledger.reopen([result])
 
@@ -218,9 +257,10 @@ def open_tracker(
         name=config.name,
         uuid=ledger.uuid,
         description=config.description,
-        study_file=dump_config(config),
+        study_file=dump_config(ledger.config),
         environment=ledger.first_environment(),
         created=ledger.created,
+        changed=ledger.changed,
         corpus_sha256=corpus.sha256,
         vocab_size=len(corpus.vocabulary),
         log_weights=config.execution.keep_weights,
@@ -252,15 +292,16 @@ def sync(
     """
     with directory.locked():
         storage = Storage(storage_url or directory.storage_url())
-        corpus = _known_corpus(config, directory, storage)
+        corpus = known_corpus(config, directory, storage)
         ledger = open_ledger(config, corpus, directory)
+        config = ledger.config
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
         tracker = open_tracker(uri, config, directory, ledger, corpus, storage, say)
         directory.write(config, ledger.uuid, uri, storage.url)
         refused: dict[int, Exception] = {}
         for trial in ledger.trials.values():
             try:
-                tracker.write(trial, ledger.on_record(trial), len(config.seed_list))
+                tracker.write(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
             except Exception as error:  # MLflow raises whatever its backend raises
                 if not tracker.answers():
                     raise tracking_error(error, uri) from error
@@ -273,7 +314,7 @@ def sync(
         return n_trials
 
 
-def _known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
+def known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
     """The corpus of a study that was run before: as its runs had it, or from where its file says."""
     sha256 = read_ledger(directory.ledger_url, config.name).corpus_sha256
     try:
@@ -282,14 +323,13 @@ def _known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Stora
         return study_corpus(config)
 
 
-def _outcome(ledger: Ledger, n_trials: int, n_seeds: int, aborted: str | None, trouble: str | None) -> Outcome:
+def _outcome(ledger: Ledger, aborted: str | None, trouble: str | None) -> Outcome:
     states = [result.state for result in ledger.results.values()]
-    n_duplicates = sum(trial.duplicate_of is not None for trial in ledger.trials.values())
     return Outcome(
-        n_trials=n_trials,
+        n_trials=ledger.n_trials,
         n_complete=states.count("complete"),
         n_failed=states.count("failed"),
-        n_missing=(n_trials - n_duplicates) * n_seeds - len(states),
+        n_missing=ledger.n_missing,
         aborted=aborted,
         tracking_trouble=trouble,
     )

@@ -17,7 +17,7 @@ from study.trial import SeedResult
 _LONGEST_PAUSE = 60.0
 """Seconds between two attempts where MLflow stays away."""
 
-_Job = tuple[Trial, list[SeedResult]]
+_Job = tuple[Trial, list[SeedResult], int]
 
 
 class BackgroundTracker:
@@ -67,9 +67,9 @@ class BackgroundTracker:
         waiting = self._inbox.qsize() + len(self._pending) + len(self._deferred)
         return waiting if self._thread.is_alive() else 0
 
-    def put(self, trial: Trial, results: list[SeedResult]) -> None:
-        """Ask for a trial's runs to be brought up to date."""
-        self._inbox.put((trial, results))
+    def put(self, trial: Trial, results: list[SeedResult], n_seeds: int | None = None) -> None:
+        """Ask for a trial's runs to be brought up to date; `n_seeds`: how many it will have, where trials differ."""
+        self._inbox.put((trial, results, self._n_seeds if n_seeds is None else n_seeds))
 
     def close(self) -> str | None:
         """Write what is pending and end; returns why that was not possible, or None."""
@@ -82,11 +82,11 @@ class BackgroundTracker:
     def _run(self) -> None:
         tracker, pause = self._opened, self._first_pause
         while (job := self._next(pause)) is not None:
-            trial, results = job
+            trial, results, n_seeds = job
             is_last_attempt = self._closing
             try:
                 tracker = tracker or self._connect()
-                tracker.write(trial, results, self._n_seeds)
+                tracker.write(trial, results, n_seeds)
             except Exception as error:  # whatever it is, the study must go on
                 is_refused = tracker is not None and tracker.answers()
                 tracker = None  # what it knows of MLflow's runs may not be so
