@@ -81,7 +81,8 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
     table = pa.table(columns).replace_schema_metadata({_HEADER: json.dumps(header).encode()})
     partial = file.with_name(f"{file.name}.partial")
     try:
-        pq.write_table(table, partial, compression="zstd")
+        with partial.open("wb") as sink:
+            pq.write_table(table, sink, compression="zstd")
         partial.replace(file)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -155,6 +155,9 @@ def run_study(
             queue = Queue(config, ledger, storage, corpus.sha256, on_result)
             try:
                 _execute(queue, progress, executor, directory, address)
+                for trial in ledger.trials.values():
+                    if tracker is not None and trial.duplicate_of is not None:  # it came after its original's results
+                        tracker.put(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
             except KeyboardInterrupt:
                 if tracker is not None and tracker.n_pending:
                     progress.say(

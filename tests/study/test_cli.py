@@ -87,7 +87,7 @@ def test_cli_status_shows_what_failed_and_what_repeats(tmp_path, command):
     run_at(write_study(tmp_path, seeds=1, arms=[DENSE, wild, MPO | {"chi": [500, 1000]}]), tmp_path / "study")
     code, out, _ = command("status", tmp_path / "study")
     assert code == 0
-    assert re.search(r"^ 1 +wild .* 0 +1 +–", out, flags=re.MULTILINE)
+    assert re.search(r"^ 1 +wild .* 0 +1 +0 +–", out, flags=re.MULTILINE)
     assert "repeats" in out
     assert out.splitlines()[-1] == "complete"
 
