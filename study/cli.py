@@ -232,12 +232,16 @@ def status(directory: Folder, as_json: AsJSON = False) -> None:
     again = f"mpo-study run {folder.study_file} --dir {_show(folder)}"
     if any(result.failure_step is None for result in now.failures):
         console.print(f"to try again what did not diverge: {again} --retry-failed", markup=False, soft_wrap=True)
-    console.print(_what_is_left(now, again), markup=False, highlight=False, soft_wrap=True)
+    where = _show(folder)
+    then = f"report: mpo-analysis report {where}"
+    if folder.tracking_uri() is None:
+        then = f"to write its runs to MLflow: mpo-study sync {where}"
+    console.print(_what_is_left(now, again, then), markup=False, highlight=False, soft_wrap=True)
 
 
-def _what_is_left(now: StudyStatus, again: str) -> str:
+def _what_is_left(now: StudyStatus, again: str, then: str) -> str:
     if not now.n_missing:
-        return "complete"
+        return f"complete; {then}"
     over = f"{now.n_complete + now.n_failed} runs over, {now.n_missing} left"
     work = f", {_duration(now.run_seconds_left)} one after another" if now.run_seconds_left is not None else ""
     if now.driver is None:

@@ -114,12 +114,17 @@ def import_study(file: Path, directory: StudyDirectory, storage_url: str | None 
         snapshot = read_ledger(made.ledger_url, header["study"])
         text = _only(rows, _STUDY_FILE)
         config = validate(parse_yaml(text, str(file)), str(file)) if text is not None else snapshot.config
-        made.write(config, snapshot.uuid, None, Storage(storage_url or made.storage_url()).url)
+        own = Storage(made.storage_url())
         corpus = _only(rows, _CORPUS)
         if corpus is not None:
             fraction = config.corpus.validation_fraction
-            text_of = corpus_from_bytes(corpus.encode(), str(file), snapshot.corpus_sha256, fraction)
-            store_corpus(Storage(made.storage_url()), text_of)
+            store_corpus(own, corpus_from_bytes(corpus.encode(), str(file), snapshot.corpus_sha256, fraction))
+            if config.corpus.path is not None and not Path(config.corpus.path).is_file():  # it is on another machine
+                [key] = own.keys("corpus")
+                there = StudyDirectory(path.resolve()).storage_url()
+                here = config.corpus.model_copy(update={"path": f"{there}/{key}"})
+                config = config.model_copy(update={"corpus": here})
+        made.write(config, snapshot.uuid, None, Storage(storage_url).url if storage_url is not None else own.url)
         folder.chmod(0o755)
         os.replace(folder, path)
     except OSError as error:
@@ -227,7 +232,9 @@ def _fill_ledger(url: str, file: Path, header: dict[str, Any], rows: Rows) -> No
         for name, row in _of_tables(rows):
             content = json.loads(row)
             if name not in columns or not content.keys() <= columns[name]:
-                raise StudyError(f"{file}: holds a table or column that this version does not know: {name}")
+                raise StudyError(
+                    f"{file}: holds in {name} what this version does not know; import it with the one that wrote it"
+                )
             marks = ", ".join("?" * len(content))
             command = f"INSERT INTO {name} ({', '.join(content)}) VALUES ({marks})"
             connection.exec_driver_sql(command, tuple(content.values()))

@@ -45,18 +45,13 @@ def points(trials: Iterable[Trial], results: Iterable[SeedResult]) -> list[Point
 
 
 def frontier(among: Sequence[Point]) -> list[Point]:
-    """The points whose mean no other one reaches with fewer parameters or as many, the smallest first."""
-    on = [
-        point
-        for point in among
-        if not any(
-            other.n_params <= point.n_params
-            and other.mean <= point.mean
-            and (other.n_params, other.mean) != (point.n_params, point.mean)
-            for other in among
-        )
-    ]
-    return sorted(on, key=lambda point: (point.n_params, point.trial))
+    """The points that no other one beats, equal ones among them, from the smallest to the one of lowest mean."""
+    on: list[Point] = []
+    for point in sorted(among, key=lambda point: (point.n_params, point.mean, point.trial)):
+        is_equal = bool(on) and (point.n_params, point.mean) == (on[-1].n_params, on[-1].mean)
+        if not on or is_equal or point.mean < on[-1].mean:
+            on.append(point)
+    return on
 
 
 def undecided(among: Sequence[Point]) -> list[Point]:
@@ -66,10 +61,11 @@ def undecided(among: Sequence[Point]) -> list[Point]:
     Whether the point is on the frontier depends on which side of it its mean is. A single seed has no interval: its
     point is undecided wherever it lies, unless nothing else has as few parameters.
     """
+    means = [(point.n_params, point.mean, point) for point in among]
     found = []
-    for point in among:
-        rivals = [other.mean for other in among if other is not point and other.n_params <= point.n_params]
-        if rivals and abs(point.mean - min(rivals)) <= half_width(point.losses):
+    for n_params, mean, point in means:
+        rivals = [theirs for size, theirs, other in means if size <= n_params and other is not point]
+        if rivals and abs(mean - min(rivals)) <= half_width(point.losses):
             found.append(point)
     return found
 

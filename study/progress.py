@@ -21,12 +21,11 @@ class StudyProgress:
 
     Args:
         n_trials: how many trials the study will have.
-        n_seeds: seeds of each.
     """
 
-    def __init__(self, console: Console, ledger: Ledger, n_trials: int, n_seeds: int) -> None:
+    def __init__(self, console: Console, ledger: Ledger, n_trials: int) -> None:
         self._console, self._ledger = console, ledger
-        self._n_trials, self._n_seeds = n_trials, n_seeds
+        self._n_trials = n_trials
         self._begun = time.monotonic()
         self._flops_before = self._flops_done()
         self._bar = Progress(

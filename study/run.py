@@ -128,7 +128,7 @@ def run_study(
         config = ledger.config
         _note_start(ledger, lambda line: _print(console, line))
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        with StudyProgress(console, ledger, ledger.n_trials, len(config.seed_list)) as progress:
+        with StudyProgress(console, ledger, ledger.n_trials) as progress:
 
             def open_this_tracker() -> Tracker:
                 return open_tracker(uri, config, directory, ledger, corpus, storage, progress.say)

@@ -121,6 +121,7 @@ def test_import_then_sync_and_analysis_give_what_they_gave(tmp_path, mlflow_temp
     shutil.rmtree(tmp_path / "work")  # neither study file nor text: what came along must do
     directory = StudyDirectory(tmp_path / "b")
     assert sync(directory.load_config(), directory, None, None) == 4
+    assert run_at(directory.study_file, directory.path).n_missing == 0
 
     def without_ids(folder):
         found = {}

@@ -80,7 +80,7 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     assert "--retry-failed" not in out  # what diverged would do so again
     starred = {int(row) for row in re.findall(r"^ (\d) .* \* *$", out, flags=re.MULTILINE)}
     assert starred == {point["trial"] for point in status["frontier"]}
-    assert out.splitlines()[-1] == "complete"
+    assert out.splitlines()[-1] == f"complete; to write its runs to MLflow: mpo-study sync {folder}"
 
 
 def test_status_in_the_middle_of_a_search_says_what_is_left_and_how_to_go_on(tmp_path, command):
