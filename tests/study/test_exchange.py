@@ -116,9 +116,9 @@ def test_import_then_sync_and_analysis_give_what_they_gave(tmp_path, mlflow_temp
     run_at(file, tmp_path / "a", tracking=None)
     export(tmp_path / "a", tmp_path / "a.parquet")
     (tmp_path / "b" / "mlflow.db").rename(tmp_path / "empty.db")
+    shutil.rmtree(tmp_path / "work")  # neither study file nor text: what came along must do
     import_study(tmp_path / "a.parquet", StudyDirectory(tmp_path / "b"))
     (tmp_path / "empty.db").rename(tmp_path / "b" / "mlflow.db")
-    shutil.rmtree(tmp_path / "work")  # neither study file nor text: what came along must do
     directory = StudyDirectory(tmp_path / "b")
     assert sync(directory.load_config(), directory, None, None) == 4
     assert run_at(directory.study_file, directory.path).n_missing == 0
