@@ -26,7 +26,7 @@ from rich.console import Console
 
 from study.config import StudyConfig
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
-from study.ledger import Ledger
+from study.ledger.ledger import Ledger
 from study.run import open_ledger, open_tracker, study_corpus
 from study.scheduler.queue import Queue
 from study.scheduler.unit import Unit, run_unit, store_corpus
@@ -90,7 +90,7 @@ def measure(queue: Queue, tracker: Tracker, n_rounds: int) -> tuple[dict[str, li
     """Training times, in seconds, of the same units with tracking on and off, and CPU time of what was written."""
     times: dict[str, list[float]] = {"on": [], "off": []}
     written, writer_cpu = [], 0.0
-    background = BackgroundTracker(lambda: tracker, 5, print, tracker)
+    background = BackgroundTracker(lambda: tracker, print, tracker)
     with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as pool:
         for number in range(n_rounds + 1):  # the first one only to come up, and to have something to write
             units = [unit for _ in range(CORES) if isinstance(unit := queue.next_unit(), Unit)]
@@ -116,7 +116,7 @@ def measure(queue: Queue, tracker: Tracker, n_rounds: int) -> tuple[dict[str, li
 def put(background: BackgroundTracker, ledger: Ledger, numbers: Sequence[int]) -> None:
     """Ask for the runs of these trials to be brought up to date."""
     for number in numbers:
-        background.put(ledger.trials[number], ledger.on_record(ledger.trials[number]))
+        background.put(ledger.trials[number], ledger.on_record(ledger.trials[number]), 5)
 
 
 def train(unit: Unit) -> SeedResult:

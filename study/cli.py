@@ -1,4 +1,4 @@
-"""The command `mpo-study`: plan, run, status, ui, sync, sample."""
+"""The command `mpo-study`: plan, run, refine, status, export, import, ui, sync, sample."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ import os
 import socket
 import sys
 import warnings
-from datetime import timedelta
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 import optuna
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from study.config import StudyConfig
-from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.directory import StudyDirectory
 from study.errors import StudyError
-from study.ledger import Trial, read_ledger
+from study.growth import Growth, parse_more
+from study.plan import as_json as plan_as_json
 from study.plan import plan as make_plan
-from study.run import TRACKING_OFF, Outcome, run_study, study_corpus
+from study.progress import say
+from study.run import TRACKING_OFF, run_study, study_corpus
 from study.run import sync as sync_study
 from study.sample import sample as draw_sample
-from study.search_space import listed_specs
+from study.show import show_outcome, show_plan, show_status
+from study.status import as_json as status_as_json
+from study.status import study_status
 from study.study_file import load_config
-from study.tally import n_runs_left, search_ended
 from study.tracking.connection import runs_page
-from study.trial import TrialSpec
 from study.urls import hide_password, is_database
 
 app = typer.Typer(
@@ -61,39 +60,43 @@ class Executor(StrEnum):
     inline = "inline"
 
 
+class Where(StrEnum):
+    frontier = "frontier"
+
+
+ExecutorOption = Annotated[Executor, typer.Option(help="Ray Tune, or this process.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="A Ray cluster; $RAY_ADDRESS unless given, else a Ray of its own.")
+]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option(metavar="URI|off", help="MLflow; unless given, the last run's URI, at first a database in DIR."),
+]
+LedgerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="A PostgreSQL database for the ledger; unless given, the last run's, at first DIR/ledger.db.",
+    ),
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
+ParquetFile = Annotated[Path, typer.Argument(metavar="FILE", help="The Parquet file.")]
+
+
 @app.command()
-def plan(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer reads the default, nobody writes it)
+def plan(
+    file: StudyFile,
+    as_json: AsJSON = False,
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default, nobody writes it)
+) -> None:
     """Show every trial with its parameters, FLOPs and time on this machine; train nothing."""
     config = load_config(file, overrides)
     planned = make_plan(config, study_corpus(config))
-    table = _table(
-        f"{config.name}: {planned.n_seeds} seeds for each trial; FLOPs and time are one seed's",
-        left=("arm", "what"),
-        right=("rate", "steps", "parameters", "of dense", "TFLOP", "time"),
-    )
-    for trial in planned.trials:
-        spec, shape = trial.spec, trial.shape
-        table.add_row(
-            spec.arm,
-            _what(spec),
-            f"{spec.protocol.learning_rate:g}",
-            f"{spec.protocol.steps:,}",
-            f"{shape.n_params:,}",
-            f"{shape.n_params / shape.n_params_dense:.1%}",
-            f"{shape.flops / 1e12:.3g}",
-            _duration(trial.seconds),
-        )
-    console.print(table)
-    if planned.n_searched:
-        console.print(f"and {planned.n_searched} trials that sampler {config.sampler.name} will choose")
-    if planned.trials:
-        slots = max(1, int((os.cpu_count() or 1) / config.execution.cpus))
-        console.print(
-            f"{len(planned.trials) * planned.n_seeds} runs listed: {planned.unit_seconds / 3600:.3g} hours one after "
-            f"another, about {_duration(planned.unit_seconds / slots)} on this machine, {slots} at a time "
-            f"(at {min(planned.rates) / 1e9:.0f} to {max(planned.rates) / 1e9:.0f} GFLOP/s each, measured on the CPU "
-            "just now)."
-        )
+    slots = max(1, int((os.cpu_count() or 1) / config.execution.cpus))
+    if as_json:
+        sys.stdout.write(plan_as_json(config, planned, slots) + "\n")
+        return
+    show_plan(console, config, planned, slots)
 
 
 @app.command()
@@ -103,44 +106,72 @@ def run(
         Path | None, typer.Option("--dir", metavar="DIR", help="The study's folder; results/NAME unless given.")
     ] = None,
     storage: StorageOption = None,
-    executor: Annotated[Executor, typer.Option(help="Ray Tune, or this process.")] = Executor.ray,
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster; $RAY_ADDRESS unless given, else a Ray of its own.")
-    ] = None,
-    tracking: Annotated[
-        str | None,
-        typer.Option(metavar="URI|off", help="MLflow; unless given, the last run's URI, at first a database in DIR."),
-    ] = None,
-    ledger: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="A PostgreSQL database for the ledger; unless given, the last run's, at first DIR/ledger.db.",
-        ),
-    ] = None,
+    executor: ExecutorOption = Executor.ray,
+    address: AddressOption = None,
+    tracking: TrackingOption = None,
+    ledger: LedgerOption = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Train again what failed, except for seeds that diverged.")
+    ] = False,
+    trials: Annotated[
+        str | None, typer.Option(metavar="+N", help="Let the study grow by so many searched trials, once.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="+N", help="Let every trial of the study have so many more seeds, once.")
+    ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Let the study grow by the trials and seeds that its file now has more.")
     ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Run a study; run it again to resume it. A complete study is left as it is."""
     config = load_config(file, overrides)
     folder = StudyDirectory(directory if directory is not None else Path("results") / config.name, ledger)
+    growth = Growth(parse_more("--trials", trials), parse_more("--seeds", seeds), extend=extend)
+    _run(
+        config,
+        folder,
+        storage_url=storage,
+        executor=executor.value,
+        address=address,
+        tracking=tracking,
+        retry_failed=retry_failed,
+        growth=growth,
+    )
+
+
+@app.command()
+def refine(
+    directory: Folder,
+    seeds: Annotated[str, typer.Option(metavar="+N", help="How many seeds more each of these trials gets.")],
+    on: Annotated[
+        Where, typer.Option(help="Trials whose place on the frontier of n_params and val_loss is undecided.")
+    ] = Where.frontier,
+    storage: StorageOption = None,
+    executor: ExecutorOption = Executor.ray,
+    address: AddressOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Add seeds to a finished study where they count, and run them: where the frontier is undecided."""
+    folder = StudyDirectory(directory)
+    _run(
+        folder.load_config(),
+        folder,
+        storage_url=storage,
+        executor=executor.value,
+        address=address,
+        tracking=tracking,
+        growth=Growth(refine=parse_more("--seeds", seeds)),
+    )
+
+
+def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
     try:
-        outcome = run_study(
-            config,
-            folder,
-            console,
-            storage_url=storage,
-            executor=executor.value,
-            address=address,
-            tracking=tracking,
-            retry_failed=retry_failed,
-        )
+        outcome = run_study(config, folder, console, **options)
     except KeyboardInterrupt:
-        console.print(f"stopped; what is done is kept. To go on: the same command again ({_show(folder)})")
+        console.print(f"stopped; what is done is kept. To go on: the same command again ({folder.path})")
         raise typer.Exit(130) from None
-    _print_outcome(outcome, config, folder)
+    show_outcome(console, outcome, config, folder)
     nothing_succeeded = outcome.n_failed > 0 and outcome.n_complete == 0
     trouble = outcome.aborted or outcome.tracking_trouble or outcome.backup_trouble
     if trouble is not None or outcome.n_missing or nothing_succeeded:
@@ -148,37 +179,39 @@ def run(
 
 
 @app.command()
-def status(directory: Folder) -> None:
-    """Show what a study has done and what is left."""
+def status(directory: Folder, as_json: AsJSON = False) -> None:
+    """Show what a study has done, what failed and why, its frontier so far, and what is left."""
     folder = StudyDirectory(directory)
-    config = folder.load_config()
-    snapshot = read_ledger(folder.ledger_url, config.name)
-    n_seeds = len(config.seed_list)
-    table = _table(
-        f"{config.name}: {n_seeds} seeds for each trial",
-        left=("trial", "arm", "what"),
-        right=("parameters", "complete", "failed", "val loss"),
+    now = study_status(folder)
+    if as_json:
+        sys.stdout.write(status_as_json(now) + "\n")
+        return
+    show_status(console, now, folder)
+
+
+@app.command(name="export")
+def export_(directory: Folder, file: ParquetFile) -> None:
+    """Write the whole ledger of a study to one Parquet file, from which `import` makes the study again."""
+    from study.exchange import export_study  # Parquet's reader and writer take a while to come up
+
+    folder = StudyDirectory(directory)
+    n_runs = export_study(folder, file, partial(say, console))
+    say(console, f"{file}: {n_runs} runs. To make a study of it: mpo-study import {file} DIR")
+
+
+@app.command(name="import")
+def import_(file: ParquetFile, directory: Folder, storage: StorageOption = None) -> None:
+    """Make a study's folder of what `export` wrote; its checkpoints and weights are not in it."""
+    from study.exchange import import_study
+
+    folder = StudyDirectory(directory)
+    name = import_study(file, folder, storage)
+    shown = folder.path
+    say(
+        console,
+        f"{shown}: study {name}. To write its runs to MLflow: mpo-study sync {shown}; "
+        f"to see what is left of it: mpo-study status {shown}",
     )
-    for trial in snapshot.trials:
-        results = [result for result in snapshot.results if result.trial == trial.number]
-        losses = [result.final["final/val_loss"] for result in results if result.state == "complete"]
-        note = _note(trial)
-        table.add_row(
-            str(trial.number),
-            trial.spec.arm,
-            _what(trial.spec) + note,
-            f"{trial.shape.n_params:,}",
-            str(len(losses)),
-            str(len(results) - len(losses)),
-            f"{fmean(losses):.4f}" if losses else "–",
-        )
-    console.print(table)
-    results = {(result.trial, result.seed) for result in snapshot.results}
-    left = n_runs_left(config, len(listed_specs(config)), snapshot.trials, results)
-    ended = search_ended(config, snapshot.trials)
-    if ended is not None:
-        console.print(ended, markup=False, highlight=False)
-    console.print(f"{len(snapshot.results)} runs over, {left} left" if left else "complete")
 
 
 @app.command()
@@ -191,7 +224,7 @@ def ui(
     config = folder.load_config()
     recorded = folder.tracking_uri()
     if recorded is None:
-        raise StudyError(f"{_show(folder)}: no runs in MLflow yet; write them: mpo-study sync {_show(folder)}")
+        raise StudyError(f"{folder.path}: no runs in MLflow yet; write them: mpo-study sync {folder.path}")
     uri = folder.resolve_tracking_uri(recorded)
     if not is_database(uri):
         console.print(f"this study's runs are at {hide_password(uri)}: open that in a browser", markup=False)
@@ -232,8 +265,8 @@ def sync(
     config = folder.load_config()
     if tracking == TRACKING_OFF:
         raise StudyError("--tracking off: sync writes to MLflow, it needs a tracking URI")
-    n_trials = sync_study(config, folder, storage, tracking, lambda line: console.print(line, markup=False))
-    console.print(f"MLflow has all {n_trials} trials of {config.name}. To browse them: mpo-study ui {_show(folder)}")
+    n_trials = sync_study(config, folder, storage, tracking, partial(say, console))
+    console.print(f"MLflow has all {n_trials} trials of {config.name}. To browse them: mpo-study ui {folder.path}")
 
 
 @app.command()
@@ -272,77 +305,3 @@ def main() -> None:
     except StudyError as error:
         Console(stderr=True).print(f"mpo-study: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-def _print_outcome(outcome: Outcome, config: StudyConfig, folder: StudyDirectory) -> None:
-    failed = f", {outcome.n_failed} failed" if outcome.n_failed else ""
-    pruned = f", {outcome.n_pruned} pruned" if outcome.n_pruned else ""
-    stopped = f", {outcome.n_stopped} stopped early" if outcome.n_stopped else ""
-    console.print(
-        f"{config.name}: {outcome.n_trials} trials{pruned}{stopped}, {outcome.n_complete} runs complete{failed}"
-    )
-    if outcome.search_ended is not None:
-        console.print(outcome.search_ended, markup=False, highlight=False)
-    if outcome.aborted is not None:
-        console.print(
-            f"stopped early with {outcome.n_missing} runs missing: {outcome.aborted}; mend it, then "
-            "give the same command again",
-            style="red",
-            markup=False,
-            highlight=False,
-        )
-    if outcome.tracking_trouble is not None:
-        console.print(
-            f"MLflow lacks some runs: {outcome.tracking_trouble}; once that is mended: mpo-study sync {_show(folder)}",
-            style="red",
-            markup=False,
-            highlight=False,
-        )
-    if outcome.backup_trouble is not None:
-        console.print(
-            f"the last backup of the study's databases failed: {outcome.backup_trouble}; once that is mended: the same "
-            "command again",
-            style="red",
-            markup=False,
-            highlight=False,
-        )
-    uri = folder.tracking_uri()
-    if uri is None:
-        console.print(f"tracking is off; to write the runs to MLflow: mpo-study sync {_show(folder)}")
-    else:
-        where = folder.mlflow_database if uri == DEFAULT_TRACKING_URI else hide_password(uri)
-        console.print(f"MLflow:  {where}  (browse: mpo-study ui {_show(folder)})", highlight=False, markup=False)
-        console.print(f"report:  mpo-analysis report {_show(folder)}", highlight=False)
-
-
-def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in left:
-        table.add_column(heading, overflow="fold")
-    for heading in right:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _what(spec: TrialSpec) -> str:
-    if spec.family == "dense":
-        return f"d_model={spec.model.d_model}"
-    sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
-    return f"χ={spec.chi} {spec.factorisation}{sites}, {f'from {spec.teacher}' if spec.teacher else spec.init}"
-
-
-def _note(trial: Trial) -> str:
-    """What became of a trial that has not all its seeds trained."""
-    if trial.duplicate_of is not None:
-        return f" (repeats trial {trial.duplicate_of})"
-    if trial.pruned is not None:
-        return f" (pruned: {trial.pruned.reason})"
-    return f" (stopped: {trial.stop.reason})" if trial.stop is not None else ""
-
-
-def _show(folder: StudyDirectory) -> str:
-    return str(folder.path)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from analysis import run_schema
 from study.config import StudyConfig
 from study.errors import StudyError
-from study.ledger_lock import check_ledger_url
+from study.ledger.lock import check_ledger_url
 from study.study_file import dump_config, load_config
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
@@ -138,6 +138,19 @@ class StudyDirectory:
             raise
         except OSError as error:
             raise StudyError(f"--dir {self.path}: cannot write there: {error.strerror or error}") from None
+
+    def driver(self) -> dict[str, Any] | None:
+        """Host and process of the driver that has the study now; None where nobody has."""
+        holder: dict[str, Any] = {}
+        try:
+            holder = dict(json.loads((self.path / "driver.json").read_text(encoding="utf-8")))
+            if holder["host"] == socket.gethostname():
+                os.kill(holder["pid"], 0)  # asks whether it is there
+        except PermissionError:  # it is, and is another user's
+            pass
+        except (OSError, ValueError, KeyError, TypeError):  # a driver that was killed leaves its name behind
+            return None
+        return holder
 
     def write(self, config: StudyConfig, uuid: str, tracking_uri: str | None, storage: str) -> None:
         """Keep the resolved study file, and the manifest, from which later commands take what they are not told."""

@@ -15,7 +15,7 @@ from study.search_space import METRIC_OF_OBJECTIVE
 from study.trial import SeedResult, TrialSpec, now
 
 if TYPE_CHECKING:
-    from study.ledger import Trial
+    from study.ledger.trials import Trial
 
 
 @dataclass(frozen=True)

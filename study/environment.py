@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,24 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": os.cpu_count(),
     }
+
+
+def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of two environments can change a result: Python, torch, and this program, as `torch was 2.1, is 2.2`."""
+
+    def named(one: Mapping[str, Any]) -> dict[str, str | None]:
+        packages = one.get("packages", {})
+        commit = one.get("git_commit")
+        return {
+            "python": one.get("python"),
+            "torch": packages.get("torch"),
+            "mpo-study": packages.get("mpo-study"),
+            "the git commit": commit[:12] if commit else None,
+        }
+
+    old, new = named(before), named(now)
+    known = [key for key in old if old[key] is not None and new[key] is not None]
+    return [f"{key} was {old[key]}, is {new[key]}" for key in known if old[key] != new[key]]
 
 
 def _version(package: str) -> str | None:

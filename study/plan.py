@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 
@@ -55,6 +56,35 @@ def plan(config: StudyConfig, corpus: Corpus) -> Plan:
             rates[kind] = _measured_rate(spec, shape, corpus, config.execution.cpus)
         trials.append(PlannedTrial(spec, shape, shape.flops / rates[kind]))
     return Plan(trials, config.budget.trials, len(config.seed_list), list(rates.values()))
+
+
+def as_json(config: StudyConfig, planned: Plan, slots: int) -> str:
+    """The plan for machines; `flops` and `seconds` of a trial are one seed's.
+
+    Args:
+        slots: runs at a time, by which `seconds` of the whole is what `run_seconds` is one after another.
+    """
+    plain = {
+        "name": config.name,
+        "n_seeds": planned.n_seeds,
+        "n_runs_listed": len(planned.trials) * planned.n_seeds,
+        "n_trials_searched": planned.n_searched,
+        "run_seconds": planned.unit_seconds,
+        "seconds": planned.unit_seconds / slots,
+        "slots": slots,
+        "trials": [
+            {
+                "arm": trial.spec.arm,
+                "spec": trial.spec.model_dump(mode="json"),
+                "n_params": trial.shape.n_params,
+                "n_params_dense": trial.shape.n_params_dense,
+                "flops": trial.shape.flops,
+                "seconds": trial.seconds,
+            }
+            for trial in planned.trials
+        ],
+    }
+    return json.dumps(plain, indent=2)
 
 
 def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: float) -> float:

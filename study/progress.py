@@ -11,23 +11,22 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from study.config import StudyConfig
-from study.ledger import Ledger, Trial
+from study.ledger.ledger import Ledger
+from study.ledger.trials import Trial
 from study.scheduler.unit import Unit
-from study.tally import n_runs_left, n_trials
 from study.trial import SeedResult
 
 
+def say(console: Console, line: str, *, is_trouble: bool = False) -> None:
+    """Print a line as it is: in one piece, whatever brackets and addresses it holds."""
+    console.print(line, style="red" if is_trouble else None, markup=False, highlight=False, soft_wrap=True)
+
+
 class StudyProgress:
-    """Counts runs (trial × seed) and weighs what is left by its FLOPs.
+    """Counts runs (trial × seed) and weighs what is left by its FLOPs."""
 
-    Args:
-        n_listed: how many of the study's trials are listed.
-    """
-
-    def __init__(self, console: Console, ledger: Ledger, config: StudyConfig, n_listed: int) -> None:
+    def __init__(self, console: Console, ledger: Ledger) -> None:
         self._console, self._ledger = console, ledger
-        self._config, self._n_listed = config, n_listed
         self._begun = time.monotonic()
         self._flops_before = self._flops_done()
         self._bar = Progress(
@@ -83,21 +82,19 @@ class StudyProgress:
 
     def say(self, line: str) -> None:
         """Print a line above the display."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, line)
 
     def refresh(self) -> None:
         """Bring the display up to date with the ledger."""
         losses = [r.final["final/val_loss"] for r in self._ledger.results.values() if r.state == "complete"]
         best = f"best loss {min(losses):.3f}, " if losses else ""
         over = sum(not self._ledger.missing_seeds(trial) for trial in self._ledger.trials.values())
-        of = n_trials(self._config, self._n_listed, self._ledger.trials.values())
-        words = f"trials {over}/{of}, {best}{self._time_left()}"
+        words = f"trials {over}/{self._ledger.n_trials}, {best}{self._time_left()}"
         self._bar.update(self._task, completed=len(self._ledger.results), total=self._n_runs(), words=words)
 
     def _n_runs(self) -> int:
         """Runs that the study will have; a trial that repeats another has none of its own."""
-        results = self._ledger.results
-        return len(results) + n_runs_left(self._config, self._n_listed, self._ledger.trials.values(), results)
+        return len(self._ledger.results) + self._ledger.n_missing
 
     def _name(self, number: int, seed: int) -> str:
         spec = self._ledger.trials[number].spec
@@ -114,10 +111,12 @@ class StudyProgress:
         known = [trial.shape.flops for trial in self._ledger.trials.values() if _is_trained(trial)]
         if done <= self._flops_before or not known:
             return "time left unknown"
+        left = [(trial.shape.flops, len(self._ledger.missing_seeds(trial))) for trial in self._ledger.lacking()]
         # Trials that are not asked yet are taken to cost what the known ones do on average.
-        total = sum(known) / len(known) * self._n_runs()
+        n_unasked = self._ledger.n_missing - sum(n for _, n in left)
+        flops = sum(each * n for each, n in left) + sum(known) / len(known) * n_unasked
         rate = (done - self._flops_before) / (time.monotonic() - self._begun)
-        return f"{timedelta(seconds=round(max(0.0, total - done) / rate))} left"
+        return f"{timedelta(seconds=round(flops / rate))} left"
 
 
 def _is_trained(trial: Trial) -> bool:

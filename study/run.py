@@ -14,18 +14,20 @@ from study.backup import BackgroundBackup, open_backup
 from study.config import MPOArm, StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
-from study.environment import environment
+from study.environment import environment, what_changed
 from study.errors import StudyError
-from study.ledger import Asked, Ledger, Trial, read_ledger
-from study.ledger_lock import hold_ledger
-from study.progress import StudyProgress
+from study.growth import NO_GROWTH, Growth, grow
+from study.ledger.ledger import Asked, Ledger
+from study.ledger.lock import hold_ledger
+from study.ledger.snapshot import read_ledger
+from study.ledger.trials import Trial
+from study.progress import StudyProgress, say
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
 from study.scheduler.unit import store_corpus, stored_corpus
-from study.search_space import listed_specs
+from study.search_space import teacher_spec
 from study.storage import Storage
 from study.study_file import dump_config
-from study.tally import n_runs_left, n_trials
 from study.tracking.background import BackgroundTracker
 from study.tracking.connection import (
     TrackingAway,
@@ -64,21 +66,39 @@ def study_corpus(config: StudyConfig) -> Corpus:
     return corpus
 
 
-def open_ledger(config: StudyConfig, corpus: Corpus, directory: StudyDirectory) -> Ledger:
-    """The ledger of a study folder, begun where there is none."""
-    specs = {spec.arm: spec for spec in listed_specs(config)}
+def open_ledger(
+    config: StudyConfig,
+    corpus: Corpus,
+    directory: StudyDirectory,
+    growth: Growth = NO_GROWTH,
+    say: Callable[[str], None] = lambda line: None,
+) -> Ledger:
+    """The ledger of a study folder, begun where there is none.
 
-    def examine(spec: TrialSpec) -> Asked:
-        teacher = specs[spec.teacher] if spec.teacher is not None else None
+    Args:
+        growth: what the study is to grow by first.
+        say: told in one line what it has grown by.
+    """
+
+    def examine(spec: TrialSpec, config: StudyConfig) -> Asked:
         return Asked(
             trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model),
-            budget_hash(spec, config, corpus.sha256, teacher),
+            budget_hash(spec, config, corpus.sha256, teacher_spec(config, spec)),
             tuning_trials(spec.arm, config),
         )
 
-    if directory.uuid() is not None:
+    uuid = directory.uuid()
+    if uuid is not None:
         directory.check_ledger()
-    return Ledger(directory.ledger_url, config, corpus.sha256, examine, directory.uuid())
+    elif growth.command:
+        raise StudyError(
+            f"{directory.path}: no study here that could grow by {growth.command}; run it without that first"
+        )
+    ledger = Ledger(directory.ledger_url, config, corpus.sha256, examine, uuid, growth.extend)
+    if grow(ledger, growth, say):
+        ledger.close()
+        ledger = Ledger(directory.ledger_url, ledger.config, corpus.sha256, examine, uuid)
+    return ledger
 
 
 def run_study(
@@ -91,6 +111,7 @@ def run_study(
     address: str | None = None,
     tracking: str | None = None,
     retry_failed: bool = False,
+    growth: Growth = NO_GROWTH,
 ) -> Outcome:
     """Run what a study lacks, from its beginning or from where it stopped.
 
@@ -99,9 +120,10 @@ def run_study(
         address: of a Ray cluster.
         tracking: an MLflow tracking URI, "off", or None for what the last run had, at first the folder's own database.
         retry_failed: train again what failed, except for seeds that diverged, which would do so again.
+        growth: what the study is to grow by.
 
     Raises:
-        StudyError: the study cannot be opened, or another driver has it.
+        StudyError: the study cannot be opened, cannot grow so, or another driver has it.
     """
     corpus = study_corpus(config)
     with directory.locked(), hold_ledger(directory.ledger_url, config.name):
@@ -109,14 +131,14 @@ def run_study(
         storage = Storage(storage_url or directory.storage_url())
         try:
             store_corpus(storage, corpus)
-            backup = open_backup(storage, directory, config.name, partial(_say, console))
+            backup = open_backup(storage, directory, config.name, partial(say, console))
         except OSError as error:
             raise StudyError(f"--storage {storage.shown}: cannot write there: {error.strerror or error}") from None
-        ledger = open_ledger(config, corpus, directory)
-        ledger.record_driver(environment())
+        ledger = open_ledger(config, corpus, directory, growth, partial(say, console))
+        config = ledger.config
+        _note_start(ledger, partial(say, console))
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        n_listed = len(listed_specs(config))
-        with StudyProgress(console, ledger, config, n_listed) as progress:
+        with StudyProgress(console, ledger) as progress:
 
             def open_this_tracker() -> Tracker:
                 return open_tracker(uri, config, directory, ledger, corpus, storage, progress.say)
@@ -129,9 +151,14 @@ def run_study(
             _reopen(config, ledger, storage, retry_failed, progress.say)
             tracker = None
             if uri != TRACKING_OFF:
-                tracker = BackgroundTracker(open_this_tracker, len(config.seed_list), progress.say, opened)
-                for trial in ledger.trials.values():
-                    tracker.put(trial, ledger.on_record(trial))
+                tracker = BackgroundTracker(open_this_tracker, progress.say, opened)
+
+            def track(trial: Trial) -> None:
+                if tracker is not None:
+                    tracker.put(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
+
+            for trial in ledger.trials.values():
+                track(trial)
 
             def on_result(result: SeedResult) -> None:
                 progress.on_result(result)
@@ -141,13 +168,12 @@ def run_study(
                     stopped_now = trial.stop is not None and trial.stop.after == (result.trial, result.seed)
                     if stopped_now:
                         progress.on_stop(trial)
-                    if tracker is not None and (stopped_now or result.trial in (trial.number, trial.duplicate_of)):
-                        tracker.put(trial, ledger.on_record(trial))
+                    if stopped_now or result.trial == trial.source:
+                        track(trial)
 
             def on_answered(trial: Trial) -> None:
                 progress.on_answered(trial)
-                if tracker is not None:
-                    tracker.put(trial, ledger.on_record(trial))
+                track(trial)
 
             queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say)
             copies = None
@@ -156,6 +182,9 @@ def run_study(
                 copies = BackgroundBackup(backup, seconds, progress.say, partial(setattr, queue, "aborted"))
             try:
                 _execute(queue, progress, executor, directory, address)
+                for trial in ledger.trials.values():
+                    if trial.duplicate_of is not None:  # it came after its original's results
+                        track(trial)
             except KeyboardInterrupt:
                 if tracker is not None and tracker.n_pending:
                     progress.say(
@@ -165,13 +194,21 @@ def run_study(
             finally:
                 trouble = tracker.close() if tracker is not None else None
                 lost = copies.close() if copies is not None else None
-        outcome = _outcome(config, n_listed, ledger, queue.aborted, trouble, lost)
+        outcome = _outcome(ledger, queue.aborted, trouble, lost)
         ledger.close()
         return outcome
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _note_start(ledger: Ledger, say: Callable[[str], None]) -> None:
+    """Record what the study runs on from now on, and say in one line how that differs from its last run."""
+    now = environment()
+    changed = what_changed(ledger.last_environment(), now)
+    ledger.record_driver(now)
+    if changed and ledger.results:
+        say(
+            f"warning: since this study ran last, {', '.join(changed)}; new runs may differ from old ones in more than "
+            "their seeds. To be sure they do not, stop, go back to what it ran on, and run it again"
+        )
 
 
 def _reopen(
@@ -190,7 +227,9 @@ def _reopen(
     needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
     for result in list(ledger.results.values()):
         arm = ledger.trials[result.trial].spec.arm
-        if (arm, result.seed) in needed and result.weights is not None and not storage.exists(result.weights):
+        if (arm, result.seed) not in needed or result.state != "complete":
+            continue
+        if result.weights is None or not storage.exists(result.weights):  # None: it became a teacher later
             say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.shown}; it is trained again")
             ledger.reopen([result])
 
@@ -245,9 +284,10 @@ def open_tracker(
         name=config.name,
         uuid=ledger.uuid,
         description=config.description,
-        study_file=dump_config(config),
+        study_file=dump_config(ledger.config),
         environment=ledger.first_environment(),
         created=ledger.created,
+        changed=ledger.changed,
         corpus_sha256=corpus.sha256,
         vocab_size=len(corpus.vocabulary),
         log_weights=config.execution.keep_weights,
@@ -279,15 +319,16 @@ def sync(
     """
     with directory.locked(), hold_ledger(directory.ledger_url, config.name):
         storage = Storage(storage_url or directory.storage_url())
-        corpus = _known_corpus(config, directory, storage)
+        corpus = known_corpus(config, directory, storage)
         ledger = open_ledger(config, corpus, directory)
+        config = ledger.config
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
         tracker = open_tracker(uri, config, directory, ledger, corpus, storage, say)
         directory.write(config, ledger.uuid, uri, storage.url)
         refused: dict[int, Exception] = {}
         for trial in ledger.trials.values():
             try:
-                tracker.write(trial, ledger.on_record(trial), len(config.seed_list))
+                tracker.write(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
             except Exception as error:  # MLflow raises whatever its backend raises
                 if not tracker.answers():
                     raise tracking_error(error, uri) from error
@@ -301,7 +342,7 @@ def sync(
         return n_trials
 
 
-def _known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
+def known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
     """The corpus of a study that was run before: as its runs had it, or from where its file says."""
     sha256 = read_ledger(directory.ledger_url, config.name).corpus_sha256
     try:
@@ -310,19 +351,17 @@ def _known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Stora
         return study_corpus(config)
 
 
-def _outcome(
-    config: StudyConfig, n_listed: int, ledger: Ledger, aborted: str | None, trouble: str | None, lost: str | None
-) -> Outcome:
+def _outcome(ledger: Ledger, aborted: str | None, trouble: str | None, lost: str | None) -> Outcome:
     states = [result.state for result in ledger.results.values()]
     trials = ledger.trials.values()
     return Outcome(
-        n_trials=n_trials(config, n_listed, trials),
+        n_trials=ledger.n_trials,
         n_pruned=sum(trial.pruned is not None for trial in trials),
         n_stopped=sum(trial.stop is not None and trial.duplicate_of is None for trial in trials),
         search_ended=ledger.search_ended,
         n_complete=states.count("complete"),
         n_failed=states.count("failed"),
-        n_missing=n_runs_left(config, n_listed, trials, ledger.results),
+        n_missing=ledger.n_missing,
         aborted=aborted,
         tracking_trouble=trouble,
         backup_trouble=lost,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mpo_core
 from study.directory import StudyDirectory
 from study.errors import StudyError
-from study.ledger import Snapshot, read_ledger
+from study.ledger.snapshot import Snapshot, read_ledger
 from study.randomness import generator
 from study.scheduler.unit import stored_corpus
 from study.storage import Damaged, Storage, unpack_tensors

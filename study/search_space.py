@@ -114,6 +114,14 @@ def resolve(config: StudyConfig, arm: DenseArm | MPOArm, chosen: dict[str, Any])
         raise StudyError(f"arms[{arm.name}]: {reason.removeprefix('Value error, ')}") from None
 
 
+def teacher_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:
+    """The trial whose trained weights a spec starts from; None where it starts from scratch."""
+    if spec.teacher is None:
+        return None
+    arm = config.arm(spec.teacher)
+    return resolve(config, arm, arm.values())  # no value of a teacher is open
+
+
 # Searched trials ------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from study.search_space import METRIC_OF_OBJECTIVE
 from study.trial import SeedResult, TrialShape
 
 if TYPE_CHECKING:
-    from study.ledger import Trial
+    from study.ledger.trials import Trial
 
 DIVERGED = "diverged"
 """Constraint: share of a trial's seeds that diverged; −1 for none, which is well within."""

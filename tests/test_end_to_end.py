@@ -20,7 +20,7 @@ from study_fixtures import (
 from analysis import run_schema as schema
 from analysis.load import load_curves, load_study, resolve_study
 from study.directory import StudyDirectory
-from study.ledger import read_ledger
+from study.ledger.snapshot import read_ledger
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -114,7 +114,7 @@ def test_init_is_a_docstring(path):
 
 def test_command_line_loads_neither_ray_nor_mlflow():
     # It imports every module of the study but the two that need them.
-    everything = ["study.training", "study.plan", "study.ledger", "study.scheduler.inline"]
+    everything = ["study.training", "study.plan", "study.ledger.ledger", "study.scheduler.inline"]
     assert loaded_by("import study.cli", ["ray", "mlflow", *everything]) == everything
 
 

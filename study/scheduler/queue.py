@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from study.config import Choices, MPOArm, Range, StudyConfig
-from study.ledger import LEDGER_ERRORS, Ledger, Trial
+from study.ledger.ledger import Ledger
+from study.ledger.tables import LEDGER_ERRORS
+from study.ledger.trials import Trial
 from study.scheduler.unit import Teachers, Unit, checkpoints_of
 from study.storage import Storage
 from study.trial import SeedResult, TrialSpec, now

@@ -9,7 +9,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from study.errors import StudyError
-from study.ledger import Trial
+from study.ledger.trials import Trial
 from study.tracking.connection import TrackingAway, first_line
 from study.tracking.tracker import Tracker
 from study.trial import SeedResult
@@ -17,7 +17,7 @@ from study.trial import SeedResult
 _LONGEST_PAUSE = 60.0
 """Seconds between two attempts where MLflow stays away."""
 
-_Job = tuple[Trial, list[SeedResult]]
+_Job = tuple[Trial, list[SeedResult], int]
 
 
 class BackgroundTracker:
@@ -33,12 +33,11 @@ class BackgroundTracker:
     def __init__(
         self,
         connect: Callable[[], Tracker],
-        n_seeds: int,
         say: Callable[[str], None],
         opened: Tracker | None = None,
         pause: float = 1.0,
     ) -> None:
-        self._connect, self._n_seeds, self._say, self._first_pause = connect, n_seeds, say, pause
+        self._connect, self._say, self._first_pause = connect, say, pause
         self._opened = opened
         # The only way from the study's thread to this one: no lock that Ctrl-C could leave locked.
         self._inbox: SimpleQueue[_Job | None] = SimpleQueue()
@@ -67,9 +66,9 @@ class BackgroundTracker:
         waiting = self._inbox.qsize() + len(self._pending) + len(self._deferred)
         return waiting if self._thread.is_alive() else 0
 
-    def put(self, trial: Trial, results: list[SeedResult]) -> None:
-        """Ask for a trial's runs to be brought up to date."""
-        self._inbox.put((trial, results))
+    def put(self, trial: Trial, results: list[SeedResult], n_seeds: int) -> None:
+        """Ask for a trial's runs to be brought up to date; `n_seeds`: how many it will have."""
+        self._inbox.put((trial, results, n_seeds))
 
     def close(self) -> str | None:
         """Write what is pending and end; returns why that was not possible, or None."""
@@ -82,11 +81,11 @@ class BackgroundTracker:
     def _run(self) -> None:
         tracker, pause = self._opened, self._first_pause
         while (job := self._next(pause)) is not None:
-            trial, results = job
+            trial, results, n_seeds = job
             is_last_attempt = self._closing
             try:
                 tracker = tracker or self._connect()
-                tracker.write(trial, results, self._n_seeds)
+                tracker.write(trial, results, n_seeds)
             except Exception as error:  # whatever it is, the study must go on
                 is_refused = tracker is not None and tracker.answers()
                 tracker = None  # what it knows of MLflow's runs may not be so

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import run_schema as schema
 from study.errors import StudyError
-from study.ledger import Trial
+from study.ledger.trials import Trial
 from study.storage import Storage
 from study.telling import Pruned
 from study.tracking.connection import first_line
@@ -44,6 +44,8 @@ class StudyRecord:
     study_file: str
     environment: dict[str, Any]
     created: str
+    changed: str
+    """When the study grew last, or was begun."""
     corpus_sha256: str
     vocab_size: int
     log_weights: bool
@@ -60,6 +62,7 @@ class _KnownRun:
     n_results: int = 0
     parent: str | None = None
     lost_weights: bool = False
+    budget_hash: str | None = None
 
 
 class Tracker:
@@ -126,6 +129,7 @@ class Tracker:
                     int(n_results),
                     tags.get(schema.PARENT),
                     schema.WEIGHTS_LOST in tags,
+                    run.data.params.get("budget_hash"),
                 )
                 both = sorted(
                     (known.get(tags[schema.KEY], found), found), key=lambda one: (one.ended or 0, one.n_results)
@@ -144,14 +148,14 @@ class Tracker:
         """A summary run that holds the resolved study file and the environment."""
         key = self._summary_key
         known = self._known.get(key)
-        if known is not None and known.ended is not None:
+        created, changed = _milliseconds(self._record.created), _milliseconds(self._record.changed)
+        if known is not None and known.ended == changed:
             return
-        created = _milliseconds(self._record.created)
         run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
         self._log_file(run, "study.yaml", self._record.study_file.encode())
         self._log_file(run, "environment.json", json.dumps(self._record.environment, indent=2).encode())
         self._log_corpus(run)
-        self._terminate(run, "FINISHED", created)
+        self._terminate(run, "FINISHED", changed)
 
     @property
     def _summary_key(self) -> str:
@@ -193,9 +197,11 @@ class Tracker:
             return
         trial_key = schema.run_key(self._record.uuid, trial.number)
         keys = {result.seed: schema.run_key(self._record.uuid, trial.number, result.seed) for result in results}
-        if trial.duplicate_of is None:
-            again = [r for r in results if keys[r.seed] in self._known and self._was_before(keys[r.seed], r)]
-            for key in [trial_key, *(keys[result.seed] for result in again)] if again else ():
+        if trial.duplicate_of is not None:
+            keys = {}
+        again = [r for r in results if r.seed in keys and self._is_outdated(keys[r.seed], trial, r)]
+        if again or self._is_outdated(trial_key, trial):
+            for key in [trial_key, *(keys[result.seed] for result in again)]:
                 if key in self._known:  # of what was trained again nothing may stay, means included
                     self._client.delete_run(self._known.pop(key).run_id)
         parent = self._known.get(trial_key) or self._create_trial(trial, results[0])
@@ -222,9 +228,14 @@ class Tracker:
             self._log(known, _metrics(_counts(trial), when), self._params(trial))
             self._terminate(known, "KILLED", when)
 
-    def _was_before(self, key: str, result: SeedResult) -> bool:
-        """Whether the run under this key is one of an earlier training of the seed."""
-        return self._known[key].started != _milliseconds(result.started)
+    def _is_outdated(self, key: str, trial: Trial, result: SeedResult | None = None) -> bool:
+        """Whether there is a run under this key of an earlier training of the seed, or from before the study grew
+        such that its trial belongs to another budget: MLflow lets no param change."""
+        known = self._known.get(key)
+        if known is None:
+            return False
+        was_before = result is not None and known.started != _milliseconds(result.started)
+        return was_before or known.budget_hash not in (None, trial.budget_hash)
 
     def _create_trial(self, trial: Trial, first: SeedResult) -> _KnownRun:
         tags = _group_tags(trial)
@@ -278,6 +289,9 @@ class Tracker:
             self._client.set_tag(run.run_id, schema.STOPPED, trial.stop.reason)
         if is_over:
             self._terminate(run, "FINISHED" if complete else "FAILED", ended)
+        elif run.ended is not None:  # the study has grown
+            self._client.update_run(run.run_id, status="RUNNING")
+            run.ended = None
 
     # MLflow's calls -----------------------------------------------------------------------------------------------
 
@@ -298,6 +312,7 @@ class Tracker:
 
         own = [Param(key, str(value)) for key, value in params.items() if value is not None]
         self._client.log_batch(run.run_id, metrics, own)
+        run.budget_hash = params.get("budget_hash", run.budget_hash)
 
     def _log_file(self, run: _KnownRun, name: str, content: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:

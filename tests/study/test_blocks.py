@@ -9,7 +9,7 @@ import torch
 from study_fixtures import DENSE, MPO, TUNED, ledger_at, made_up, printed_by_run, results_at, run_at, write_study
 
 from study.directory import StudyDirectory
-from study.ledger import read_ledger
+from study.ledger.snapshot import read_ledger
 from study.run import study_corpus
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue

@@ -9,7 +9,7 @@ from rich.console import Console
 from study_fixtures import DENSE, write_search
 
 from study.directory import StudyDirectory
-from study.ledger import read_ledger
+from study.ledger.snapshot import read_ledger
 from study.run import run_study
 from study.study_file import load_config
 

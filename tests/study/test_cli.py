@@ -68,7 +68,7 @@ def test_cli_plans_runs_and_shows_a_study(tmp_path):
 
     code, status, err = cli("status", "results/tiny", cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert status.splitlines()[-1] == "complete"
+    assert status.splitlines()[-1] == "complete; to write its runs to MLflow: mpo-study sync results/tiny"
     assert len(re.findall(r"^ [0-3] ", status, flags=re.MULTILINE)) == 4
     assert max(map(len, status.splitlines())) <= 80
 
@@ -87,9 +87,9 @@ def test_cli_status_shows_what_failed_and_what_repeats(tmp_path, command):
     run_at(write_study(tmp_path, seeds=1, arms=[DENSE, wild, MPO | {"chi": [500, 1000]}]), tmp_path / "study")
     code, out, _ = command("status", tmp_path / "study")
     assert code == 0
-    assert re.search(r"^ 1 +wild .* 0 +1 +–", out, flags=re.MULTILINE)
+    assert re.search(r"^ 1 +wild .* 0 +1 +0 +–", out, flags=re.MULTILINE)
     assert "repeats" in out
-    assert out.splitlines()[-1] == "complete"
+    assert out.splitlines()[-1].startswith("complete; ")
 
 
 def test_cli_run_says_where_it_stopped_and_exits_1(tmp_path, command):

@@ -8,7 +8,7 @@ import pytest
 from study_fixtures import DENSE, SEARCHED, ledger_at, made_up, optuna_states, results_at, run_at, write_search
 
 from study.directory import StudyDirectory
-from study.ledger import read_ledger
+from study.ledger.snapshot import read_ledger
 from study.scheduler.queue import Queue
 from study.storage import Storage
 from study.study_file import load_config

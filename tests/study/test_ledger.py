@@ -20,7 +20,7 @@ from study_fixtures import (
 
 from study.directory import StudyDirectory
 from study.errors import StudyError
-from study.ledger import read_ledger
+from study.ledger.snapshot import read_ledger
 from study.search_space import listed_specs
 from study.study_file import load_config
 

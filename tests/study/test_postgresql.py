@@ -29,8 +29,8 @@ from analysis import run_schema as schema
 from analysis.load import load_study, resolve_study
 from study.directory import StudyDirectory
 from study.errors import StudyError
-from study.ledger import read_ledger
-from study.ledger_lock import hold_ledger
+from study.ledger.lock import hold_ledger
+from study.ledger.snapshot import read_ledger
 from study.run import run_study
 from study.study_file import load_config
 
@@ -123,7 +123,7 @@ def test_second_driver_is_refused_and_the_first_is_named(tmp_path, new_database)
 def test_lock_ends_with_its_holder(new_database):  # noqa: F811
     url = new_database("killed")
     script = (
-        f"import time\nfrom study.ledger_lock import hold_ledger\n"
+        f"import time\nfrom study.ledger.lock import hold_ledger\n"
         f"with hold_ledger({url!r}, 'tiny'):\n    print('held', flush=True)\n    time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

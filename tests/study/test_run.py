@@ -28,7 +28,7 @@ from study_fixtures import (
 from analysis import run_schema as schema
 from study.directory import StudyDirectory
 from study.errors import StudyError
-from study.ledger import read_ledger
+from study.ledger.snapshot import read_ledger
 from study.run import study_corpus
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
@@ -77,6 +77,9 @@ def test_run_study_completes_every_trial_and_seed(tmp_path, folder):
         "n_complete": 8,
         "n_failed": 0,
         "n_missing": 0,
+        "n_pruned": 0,
+        "n_stopped": 0,
+        "search_ended": None,
         "aborted": None,
         "tracking_trouble": None,
         "backup_trouble": None,

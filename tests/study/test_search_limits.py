@@ -10,12 +10,12 @@ import pytest
 from study_fixtures import DENSE, SEARCHED, ledger_at, made_up, optuna_states, write_search
 
 from study.directory import StudyDirectory
-from study.ledger import Trial, read_ledger
+from study.ledger.snapshot import read_ledger
+from study.ledger.trials import Trial
 from study.run import study_corpus
 from study.samplers import make_sampler
 from study.search_space import directions, suggest
 from study.study_file import load_config
-from study.tally import n_runs_left, n_trials, search_ended
 from study.telling import DIVERGED, what_to_tell, why_pruned
 from study.trial import trial_shape
 
@@ -198,9 +198,8 @@ def test_search_ends_when_it_has_repeated_itself_too_often(tmp_path):
     n_searched = len(trials) - 1
     assert n_searched < 30
     assert ledger.search_ended.startswith(f"the search ended after {n_searched} of 30 trials: 4 of them repeat another")
-    config = load_config(file)
-    assert n_trials(config, 1, trials) == 1 + n_searched
-    assert n_runs_left(config, 1, trials, ledger.results) == 3  # dense, χ = 2, and one that is clipped
+    assert ledger.n_trials == 1 + n_searched
+    assert ledger.n_missing == 3  # dense, χ = 2, and one that is clipped
     ledger.close()
 
     more = ledger_at(file, folder, "budget.max_repeats=6")  # which may change, unlike the search itself
@@ -211,9 +210,8 @@ def test_search_ends_when_it_has_repeated_itself_too_often(tmp_path):
 
 
 def test_search_that_meets_its_budget_has_not_ended_early(tmp_path):
-    config = load_config(limited(tmp_path, max_repeats=14))
     ledger = ledger_at(limited(tmp_path, max_repeats=14), tmp_path / "study")
     trials = ask_all(ledger)
     assert len(trials) == 15
-    assert search_ended(config, trials) is None
-    assert n_trials(config, 1, trials) == 15
+    assert ledger.search_ended is None
+    assert ledger.n_trials == 15

@@ -475,9 +475,9 @@ def test_background_tracker_catches_up_once_mlflow_is_back(opened, database):  #
             raise ConnectionError("nobody there\nand more of it")
         return connect(database)
 
-    background = BackgroundTracker(sometimes, 2, said.append, pause=0.01)
+    background = BackgroundTracker(sometimes, said.append, pause=0.01)
     for trial in ledger.trials.values():
-        background.put(trial, ledger.on_record(trial))
+        background.put(trial, ledger.on_record(trial), 2)
     deadline = time.monotonic() + 60
     while "MLflow is back" not in said and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -492,8 +492,8 @@ def test_background_tracker_says_what_is_lacking_when_it_ends(opened):
     def never():
         raise ConnectionError("nobody there")
 
-    background = BackgroundTracker(never, 2, lambda line: None, pause=0.01)
-    background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]))
+    background = BackgroundTracker(never, lambda line: None, pause=0.01)
+    background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
     assert background.close() == "nobody there"
 
 
@@ -507,9 +507,9 @@ def test_background_tracker_writes_the_other_trials_where_mlflow_does_not_take_o
         write(self, trial, *args)
 
     monkeypatch.setattr(Tracker, "write", refuse)
-    background = BackgroundTracker(lambda: connect(database), 2, said.append, pause=0.01)
+    background = BackgroundTracker(lambda: connect(database), said.append, pause=0.01)
     for trial in ledger.trials.values():
-        background.put(trial, ledger.on_record(trial))
+        background.put(trial, ledger.on_record(trial), 2)
     assert background.close() == "trial 0: a metric that MLflow does not take"
     assert said == ["MLflow did not take trial 0, which is tried again later: a metric that MLflow does not take"]
     of_first = [schema.run_key(ledger.uuid, 0, seed) for seed in (None, 0, 7)]
@@ -526,9 +526,9 @@ def test_background_tracker_tries_again_what_mlflow_did_not_take_once(opened, da
         write(self, trial, *args)
 
     monkeypatch.setattr(Tracker, "write", refuse_once)
-    background = BackgroundTracker(lambda: connect(database), 2, lambda line: None, pause=0.01)
+    background = BackgroundTracker(lambda: connect(database), lambda line: None, pause=0.01)
     for trial in ledger.trials.values():
-        background.put(trial, ledger.on_record(trial))
+        background.put(trial, ledger.on_record(trial), 2)
     deadline = time.monotonic() + 60
     while background.n_pending and time.monotonic() < deadline:  # also before it is closed
         time.sleep(0.05)
@@ -547,8 +547,8 @@ def test_background_tracker_ends_where_mlflow_answers_at_times(opened, database,
 
     monkeypatch.setattr(Tracker, "write", fail)
     monkeypatch.setattr(Tracker, "answers", lambda self: False)
-    background = BackgroundTracker(lambda: connect(database), 2, lambda line: None, pause=0.5)
-    background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]))
+    background = BackgroundTracker(lambda: connect(database), lambda line: None, pause=0.5)
+    background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
     time.sleep(0.7)
     assert background.close() == "no route to host"
     assert len(writes) <= 4
@@ -575,9 +575,9 @@ def test_background_tracker_gives_up_where_it_is_refused(opened):
         attempts.append(1)
         raise StudyError("the experiment tiny was deleted")
 
-    background = BackgroundTracker(refused, 2, said.append, pause=0.01)
+    background = BackgroundTracker(refused, said.append, pause=0.01)
     for trial in ledger.trials.values():
-        background.put(trial, ledger.on_record(trial))
+        background.put(trial, ledger.on_record(trial), 2)
     assert background.close() == "the experiment tiny was deleted"
     assert said == ["MLflow takes no more, the study goes on without it: the experiment tiny was deleted"]
     assert len(attempts) == 1

@@ -9,7 +9,7 @@ from study_fixtures import DENSE, contents, mlflow_client, run_at, runs_in, writ
 
 from analysis import run_schema as schema
 from study.directory import StudyDirectory
-from study.ledger import read_ledger
+from study.ledger.snapshot import read_ledger
 from study.run import sync
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")

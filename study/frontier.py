@@ -1,0 +1,82 @@
+"""The frontier of a study that still grows: parameters against validation loss, means over seeds.
+
+What a claim rests on is the analysis's to say; this serves `status`, and `refine`, which decides where seeds are worth
+their time.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from study.ledger.trials import Trial
+from study.trial import SeedResult
+
+LEVEL = 0.95
+"""Coverage of the interval by which a place on the frontier is undecided."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trial none of whose seeds failed: its trainable parameters, and its losses in nats, one per complete seed."""
+
+    trial: int
+    n_params: int
+    losses: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.losses)
+
+
+def points(trials: Iterable[Trial], results: Iterable[SeedResult]) -> list[Point]:
+    """Every trial that may be on the frontier: complete in a seed or more, failed in none, not stopped, no repeat."""
+    of_trial: dict[int, list[SeedResult]] = defaultdict(list)
+    for result in results:
+        of_trial[result.trial].append(result)
+    return [
+        Point(trial.number, trial.shape.n_params, tuple(r.final["final/val_loss"] for r in of_trial[trial.number]))
+        for trial in trials
+        if trial.stop is None
+        and of_trial[trial.number]
+        and all(result.state == "complete" for result in of_trial[trial.number])
+    ]
+
+
+def frontier(among: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats, equal ones among them, from the smallest to the one of lowest mean."""
+    on: list[Point] = []
+    for point in sorted(among, key=lambda point: (point.n_params, point.mean, point.trial)):
+        is_equal = bool(on) and (point.n_params, point.mean) == (on[-1].n_params, on[-1].mean)
+        if not on or is_equal or point.mean < on[-1].mean:
+            on.append(point)
+    return on
+
+
+def undecided(among: Sequence[Point]) -> list[Point]:
+    """The points whose 95 % t interval of the mean reaches the frontier of the others' means.
+
+    That frontier is, at a point's number of parameters, the lowest mean that another one has with no more of them.
+    Whether the point is on the frontier depends on which side of it its mean is. A single seed has no interval: its
+    point is undecided wherever it lies, unless nothing else has as few parameters.
+    """
+    means = [(point.n_params, point.mean, point) for point in among]
+    found = []
+    for n_params, mean, point in means:
+        rivals = [theirs for size, theirs, other in means if size <= n_params and other is not point]
+        if rivals and abs(mean - min(rivals)) <= half_width(point.losses):
+            found.append(point)
+    return found
+
+
+def half_width(losses: Sequence[float]) -> float:
+    """Half the 95 % t interval of the mean, t_{n−1} s / √n; infinite for one seed."""
+    from scipy.special import stdtrit  # a plain run does without it
+
+    n = len(losses)
+    if n < 2:
+        return math.inf
+    return float(stdtrit(n - 1, (1 + LEVEL) / 2)) * statistics.stdev(losses) / math.sqrt(n)

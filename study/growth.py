@@ -1,0 +1,120 @@
+"""Growing a study that was begun: by searched trials, by seeds, by what its file adds, by seeds where they count."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from study.config import StudyConfig
+from study.errors import StudyError
+from study.frontier import points, undecided
+from study.ledger.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a user asks for.
+
+    trials: searched trials more. seeds: seeds more for every trial. refine: seeds more for every trial whose place on
+    the frontier is undecided. extend: whatever the study file has more than the study on record.
+    """
+
+    trials: int = 0
+    seeds: int = 0
+    refine: int = 0
+    extend: bool = False
+
+    @property
+    def command(self) -> str:
+        """What is on record of it."""
+        asked = [("--trials", self.trials), ("--seeds", self.seeds), ("refine --seeds", self.refine)]
+        return " ".join(f"{option} +{number}" for option, number in asked if number)
+
+
+NO_GROWTH = Growth()
+
+
+def parse_more(option: str, text: str | None) -> int:
+    """The number of a `+N`; 0 where the option is not given.
+
+    Raises:
+        StudyError: it is no such thing.
+    """
+    if text is None:
+        return 0
+    if not re.fullmatch(r"\+[1-9][0-9]{0,8}", text):
+        raise StudyError(f"{option} {text}: must be + and how many more, for example {option} +5")
+    return int(text[1:])
+
+
+def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
+    """Record a growth in the ledger, which has to be opened again to have it; returns whether it was recorded.
+
+    The same growth asked for again while the study still lacks runs of it is the same growth: so one goes on with it
+    after an interruption by the same command, too.
+
+    Raises:
+        StudyError: the study cannot grow so.
+    """
+    config, command = ledger.config, growth.command
+    if not command:
+        return False
+    if ledger.newest_growth == command and ledger.n_missing:
+        say(f"going on: this study has grown by {command} already, and lacks {ledger.n_missing} runs of that")
+        return False
+    if growth.refine:
+        return _refine(ledger, growth, say)
+    if growth.trials and config.budget.trials == 0:
+        raise StudyError(
+            f"--trials +{growth.trials}: no arm of study {config.name} has searched values; add listed values or arms "
+            "to its file, and run that with --extend"
+        )
+    seeds = config.seeds + growth.seeds if isinstance(config.seeds, int) else _more(config.seeds, growth.seeds)
+    budget = config.budget.model_copy(update={"trials": config.budget.trials + growth.trials})
+    grown = config.model_copy(update={"seeds": seeds, "budget": budget})
+    ledger.record_growth(command, grown)
+    say(f"grown by {command}: {_size(grown)}, was {_size(config)}; the same command without that goes on with it")
+    return True
+
+
+def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
+    if ledger.n_missing:
+        raise StudyError(
+            f"study {ledger.config.name} lacks {ledger.n_missing} runs; where its frontier is undecided can be said "
+            "when it is finished: run it again first"
+        )
+    asked = points(ledger.trials.values(), ledger.results.values())
+    chosen = {point.trial for point in undecided(asked)}
+    if not chosen:
+        say("every trial's place on the frontier is decided by the seeds it has: there is nothing to refine")
+        return False
+    more = {number: list(_more(tuple(ledger.seeds_of(ledger.trials[number])), growth.refine)) for number in chosen}
+    for number in sorted(chosen):  # which start from a teacher of the same seed
+        arm = ledger.trials[number].spec.teacher
+        teacher = next((trial for trial in ledger.trials.values() if trial.spec.arm == arm), None)
+        if teacher is not None:
+            more[teacher.number] = list(dict.fromkeys([*more.get(teacher.number, []), *more[number]]))
+    more = {n: [s for s in seeds if s not in ledger.seeds_of(ledger.trials[n])] for n, seeds in sorted(more.items())}
+    more = {number: seeds for number, seeds in more.items() if seeds}
+    ledger.record_growth(growth.command, more_seeds=more)
+    as_teachers = f", and trials {_listed(more.keys() - chosen)} as their teachers" if more.keys() - chosen else ""
+    say(
+        f"undecided: trials {_listed(chosen)}, of {len(asked)}; they get {growth.refine} seeds more{as_teachers}: "
+        f"{sum(map(len, more.values()))} runs"
+    )
+    return True
+
+
+def _more(seeds: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """The seeds, and as many more after the largest."""
+    return (*seeds, *range(max(seeds) + 1, max(seeds) + 1 + n))
+
+
+def _size(config: StudyConfig) -> str:
+    searched = f"{config.budget.trials} searched trials, " if config.budget.trials else ""
+    return f"{searched}{len(config.seed_list)} seeds"
+
+
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))

@@ -1,0 +1,437 @@
+"""The ledger that a driver writes.
+
+Only the driver writes. Our tables are the truth: Optuna's are reconciled with them at every opening.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid as uuid_module
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from study.config import MPOArm, StudyConfig
+from study.definition import definition, differences, only_adds, settled
+from study.early_stopping import Stop, stops_after
+from study.errors import StudyError
+from study.ledger.tables import (
+    SCHEMA_VERSION,
+    STOP,
+    close_optuna,
+    driver_table,
+    growth_table,
+    in_one_line,
+    metadata,
+    open_database,
+    optuna_name,
+    read_growths,
+    read_results,
+    read_stops,
+    result_table,
+    stop_table,
+    study_table,
+)
+from study.ledger.tally import Tally
+from study.ledger.trials import TRIAL, Trial, from_attribute, to_attribute
+from study.samplers import make_sampler
+from study.search_space import directions, listed_specs, suggest, teacher_spec
+from study.telling import Pruned, what_to_tell, why_pruned, worst_loss
+from study.trial import SeedResult, TrialShape, TrialSpec, budget_hash, now, tuning_trials
+
+_UNDO = "undo the change, or begin a new study with another name or --dir"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the ledger needs to know of a freshly resolved spec."""
+
+    shape: TrialShape
+    budget_hash: str
+    tuning_trials: int
+
+
+class Ledger:
+    """Open or create the ledger of a study.
+
+    Args:
+        url: SQLAlchemy URL of the database, SQLite or PostgreSQL.
+        config: the study; must define the one on record, as it was begun or as it was before or after any growth.
+        corpus_sha256: must be the one on record.
+        examine: shape and budget of a spec in the study as it is now; called once for each new trial.
+        uuid: of the study that must be there; None where it may be a new one.
+        extend: take what the config has more than the study on record for a growth of it.
+
+    Raises:
+        StudyError: the database holds another study under this name, lacks the one that must be there, or cannot be
+            opened.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        config: StudyConfig,
+        corpus_sha256: str,
+        examine: Callable[[TrialSpec, StudyConfig], Asked],
+        uuid: str | None = None,
+        extend: bool = False,
+    ) -> None:
+        self.config = config
+        """The study as it is now: what the file says, with all that it has grown by since."""
+        self._corpus_sha256 = corpus_sha256
+        self._examine = examine
+        with in_one_line():
+            self._open(url, uuid, extend)
+
+    def _open(self, url: str, uuid: str | None, extend: bool) -> None:
+        self._engine = open_database(url)
+        metadata.create_all(self._engine)
+        self.uuid, self.created = self._open_study(uuid)
+        self._open_growths(extend)
+        self._optuna_storage = optuna.storages.RDBStorage(url)
+        self._optuna = optuna.create_study(
+            storage=self._optuna_storage,
+            study_name=optuna_name(self.config.name, self.uuid),
+            directions=directions(self.config),
+            load_if_exists=True,
+        )
+        self.results: dict[tuple[int, int], SeedResult] = {
+            (result.trial, result.seed): result for result in read_results(self._engine, self.uuid)
+        }
+        self._stops = read_stops(self._engine, self.uuid)
+        self._reopened: dict[tuple[int, int], SeedResult] = {}
+        self.trials: dict[int, Trial] = {}
+        self._by_identity: dict[str, int] = {}
+        self._untold: set[int] = set()
+        """Numbers of the trials that Optuna has not been told of."""
+        self._lacking: dict[int, Trial] = {}
+        """Trials that have no result yet for some seed."""
+        self._unasked = dict.fromkeys(listed_specs(self.config))
+        """Listed specs that are no trial yet, in the order of the file."""
+        self._reconcile()
+
+    # Opening ------------------------------------------------------------------------------------------------------
+
+    def _open_study(self, expected: str | None) -> tuple[str, str]:
+        """UUID and time of creation of the study on record, or of a new one."""
+        name = self.config.name
+        with self._engine.begin() as connection:
+            row = connection.execute(sa.select(study_table).where(study_table.c.name == name)).one_or_none()
+            if expected is not None and (row is None or row.uuid != expected):
+                raise StudyError(
+                    f"the ledger does not hold study {name} ({expected}), which was run here before; "
+                    "put its ledger.db back, or begin a new study with another --dir"
+                )
+            if row is None:
+                uuid, created = uuid_module.uuid4().hex, now()
+                connection.execute(
+                    study_table.insert().values(
+                        name=name,
+                        uuid=uuid,
+                        schema_version=SCHEMA_VERSION,
+                        config=self.config.model_dump_json(),
+                        corpus_sha256=self._corpus_sha256,
+                        created=created,
+                    )
+                )
+                return uuid, created
+        if row.schema_version != SCHEMA_VERSION:
+            raise StudyError(
+                f"the ledger of study {name} has schema version {row.schema_version}, this program knows "
+                f"{SCHEMA_VERSION}"
+            )
+        if row.corpus_sha256 != self._corpus_sha256:
+            raise StudyError(
+                f"study {name} was begun with another study file; it differs in corpus (SHA-256 was "
+                f"{row.corpus_sha256[:12]}…, now {self._corpus_sha256[:12]}…); {_UNDO}"
+            )
+        return row.uuid, row.created
+
+    def _open_growths(self, extend: bool) -> None:
+        """Find out what the study has become, and whether the config means that."""
+        growths = read_growths(self._engine, self.uuid, self.config.name)
+        self._first_seeds = growths.history[0].seed_list
+        self.changed = growths.changed
+        self.newest_growth = growths.newest
+        newest = growths.history[-1]
+        self.config = settled(self.config, growths.history)
+        self._tally = Tally(self.config, growths.more_seeds)
+        changed = list(differences(definition(newest), definition(self.config)))
+        if not changed:
+            self._has_grown = len(growths.history) > 1
+            return
+        adds = only_adds(newest, self.config)
+        if not (adds and extend):
+            hint = "it only adds to the study: give --extend too to let it grow by that, or undo the change"
+            raise StudyError(
+                f"study {newest.name} was begun with another study file; it differs in {', '.join(changed)}; "
+                f"{hint if adds else _UNDO}"
+            )
+        self.record_growth("--extend", self.config)
+        self._has_grown = True
+
+    def record_growth(
+        self, command: str, config: StudyConfig | None = None, more_seeds: Mapping[int, Sequence[int]] | None = None
+    ) -> None:
+        """Let the study grow; all of that but the words on record waits for the next opening.
+
+        Args:
+            command: what the user asked for.
+            config: the study from now on; None where it stays as it is.
+            more_seeds: further seeds of single trials, by their numbers.
+        """
+        self.newest_growth, self.changed = command, now()
+        with in_one_line(), self._engine.begin() as connection:
+            connection.execute(
+                growth_table.insert().values(
+                    study_uuid=self.uuid,
+                    made=self.changed,
+                    command=command,
+                    config=config.model_dump_json() if config is not None else None,
+                    seeds=json.dumps(list(more_seeds.items())) if more_seeds is not None else None,
+                )
+            )
+
+    def _reconcile(self) -> None:
+        """Bring Optuna's tables in line with ours."""
+        for frozen in self._optuna.get_trials(deepcopy=False):
+            if TRIAL in frozen.user_attrs:
+                trial = from_attribute(frozen, self._stops)
+                if self._has_grown:  # then more trials are among those that tuning chooses from
+                    trial = self._with_new_budget(trial)
+                self._remember(trial)
+                if frozen.state == TrialState.RUNNING:
+                    self._untold.add(trial.number)
+            elif frozen.state == TrialState.RUNNING:
+                # The driver died before the trial was completely written.
+                self._optuna.tell(frozen.number, state=TrialState.FAIL)
+        homeless = sorted({number for number, _ in self.results} - self.trials.keys())
+        if homeless:
+            raise StudyError(f"the ledger is damaged: it has results of trial {homeless[0]}, but not the trial")
+        for number in sorted(self._untold):
+            self._tell_if_over(number)
+
+    def _with_new_budget(self, trial: Trial) -> Trial:
+        teacher = teacher_spec(self.config, trial.spec)
+        return replace(
+            trial,
+            budget_hash=budget_hash(trial.spec, self.config, self._corpus_sha256, teacher),
+            tuning_trials=tuning_trials(trial.spec.arm, self.config),
+        )
+
+    # Asking -------------------------------------------------------------------------------------------------------
+
+    def ask(self, may_start: Callable[[TrialSpec], bool] = lambda spec: True) -> Trial | None:
+        """The next trial of the study, or None where its budget is met, or every listed one left may not start yet."""
+        spec = next(filter(may_start, self._unasked), None)
+        if self._unasked and spec is None:
+            return None  # so that what is searched neither comes before it nor makes a duplicate of it
+        if spec is not None:
+            self._optuna.sampler = optuna.samplers.RandomSampler(seed=0)  # has nothing to choose in a listed trial
+            asked = self._optuna.ask()
+        elif self.is_searching:
+            next_number = len(self._optuna.get_trials(deepcopy=False))
+            self._optuna.sampler = make_sampler(self.config, next_number)
+            asked = self._optuna.ask()
+            spec = suggest(self.config, asked)
+        else:
+            return None
+        trial = self._new_trial(asked.number, spec)
+        asked.set_user_attr(TRIAL, to_attribute(trial))  # with it, the trial is completely written
+        self._remember(trial)
+        self._untold.add(trial.number)
+        self._tell_if_over(trial.number)
+        return trial
+
+    def _new_trial(self, number: int, spec: TrialSpec) -> Trial:
+        examined = self._examine(spec, self.config)
+        # What others start from has weights of its own, also where its arm came after a trial that it repeats.
+        is_teacher = spec.arm in {arm.teacher for arm in self.config.arms if isinstance(arm, MPOArm)}
+        original = None if is_teacher else self._by_identity.get(examined.shape.identity)
+        is_searched = self.config.arm(spec.arm).is_searched
+        reason = why_pruned(self.config.budget, examined.shape) if is_searched and original is None else None
+        return Trial(
+            number,
+            spec,
+            examined.shape,
+            examined.budget_hash,
+            examined.tuning_trials,
+            duplicate_of=original,
+            pruned=Pruned(reason, now()) if reason is not None else None,
+            stop=self._stops.get(original) if original is not None else None,
+        )
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether a sampler has trials to choose yet."""
+        n_searched = len(self._tally.searched(self.trials.values()))
+        return n_searched < self.config.budget.trials and self.search_ended is None
+
+    @property
+    def search_ended(self) -> str | None:
+        """Why the sampler is asked no more before the budget is met."""
+        return self._tally.search_ended(self.trials.values())
+
+    def _remember(self, trial: Trial) -> None:
+        self.trials[trial.number] = trial
+        self._unasked.pop(trial.spec, None)
+        if trial.duplicate_of is None:
+            self._by_identity[trial.shape.identity] = trial.number
+        if self.missing_seeds(trial):
+            self._lacking[trial.number] = trial
+
+    # Recording ----------------------------------------------------------------------------------------------------
+
+    def record(self, result: SeedResult) -> None:
+        """Write one seed's result, and which trials it stops; a result that is already there stays as it is."""
+        if (result.trial, result.seed) in self.results:
+            return
+        stops = self._stops_after(result)
+        rows = result_table.c
+        of_seed = (rows.study_uuid == self.uuid) & (rows.trial == result.trial) & (rows.seed == result.seed)
+        with self._engine.begin() as connection:
+            connection.execute(result_table.delete().where(of_seed))  # see `reopen`
+            connection.execute(
+                result_table.insert().values(
+                    study_uuid=self.uuid,
+                    trial=result.trial,
+                    seed=result.seed,
+                    state=result.state,
+                    content=json.dumps(result.__dict__, allow_nan=False),
+                )
+            )
+            for stop in stops:  # with the result, so that what is decided once is never decided again
+                content = STOP.dump_json(stop).decode()
+                connection.execute(stop_table.insert().values(study_uuid=self.uuid, trial=stop.trial, content=content))
+        self.results[result.trial, result.seed] = result
+        self._reopened.pop((result.trial, result.seed), None)
+        for stop in stops:
+            self._stops[stop.trial] = stop
+            for number in [stop.trial, *self._duplicates_of(stop.trial)]:
+                self.trials[number] = replace(self.trials[number], stop=stop)
+        for number in [result.trial, *(stop.trial for stop in stops)]:
+            if not self.missing_seeds(self.trials[number]):
+                self._lacking.pop(number, None)
+            for told in [number, *self._duplicates_of(number)]:
+                self._tell_if_over(told)
+
+    def _stops_after(self, result: SeedResult) -> list[Stop]:
+        if self.config.early_stopping is None:
+            return []
+        results = self.results | {(result.trial, result.seed): result}
+
+        def is_open(trial: Trial) -> bool:
+            return trial.number in self._untold and bool(self._tally.missing_seeds(trial, results))
+
+        return stops_after(self.config, self.trials, results, result, is_open)
+
+    def reopen(self, results: Iterable[SeedResult]) -> None:
+        """Take results for missing, until new ones replace them on record; Optuna keeps what it was told."""
+        for result in list(results):
+            if self.trials[result.trial].stop is not None:
+                continue  # it would not be trained again
+            self._reopened[result.trial, result.seed] = self.results.pop((result.trial, result.seed))
+            self._lacking[result.trial] = self.trials[result.trial]
+
+    def record_driver(self, environment: Mapping[str, Any]) -> None:
+        """Note a start of the driver, with the versions it runs on."""
+        with in_one_line(), self._engine.begin() as connection:
+            connection.execute(
+                driver_table.insert().values(study_uuid=self.uuid, started=now(), environment=json.dumps(environment))
+            )
+
+    # Telling ------------------------------------------------------------------------------------------------------
+
+    def _duplicates_of(self, number: int) -> Iterator[int]:
+        return (trial.number for trial in self.trials.values() if trial.duplicate_of == number)
+
+    def _tell_if_over(self, number: int) -> None:
+        """Tell Optuna of a trial (or of the trial it repeats) once all its first seeds are in, or it has no more.
+
+        They are those that the study was begun with, for each of its trials: so the sampler compares like with like,
+        and a study that grows while it runs is searched as one that grew when it was over.
+        """
+        if number not in self._untold:
+            return
+        trial = self.trials[number]
+        source = self.trials[trial.source]
+        keys = [(source.number, seed) for seed in self._first_seeds]
+        results = [self.results[key] for key in keys if key in self.results]
+        if len(results) < len(keys) and self.missing_seeds(source):
+            return
+        is_lacking = len(results) < len(keys) or any(result.state == "failed" for result in results)
+        worst = worst_loss(source.shape, self.results.values()) if is_lacking else 0.0
+        told = what_to_tell(self.config, trial, source, results, worst)
+        self._untold.remove(number)
+        if told.constraints:
+            self._tell_constraints(number, told.constraints)
+        if told.values is None:
+            self._optuna.tell(number, state=TrialState.FAIL)
+        else:
+            self._optuna.tell(number, told.values)
+
+    def _tell_constraints(self, number: int, constraints: Mapping[str, float]) -> None:
+        """As Optuna's `Trial.set_constraint` does, which needs a trial that was asked in this process."""
+        storage = self._optuna_storage
+        study_id = storage.get_study_id_from_name(self._optuna.study_name)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        for name, value in constraints.items():
+            storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
+
+    # What is there, and what is left ------------------------------------------------------------------------------
+
+    def on_record(self, trial: Trial) -> list[SeedResult]:
+        """A trial's results, or those of the trial it repeats, be they to be replaced."""
+        keys = [(trial.source, seed) for seed in self.seeds_of(trial)]
+        found = [self.results.get(key) or self._reopened.get(key) for key in keys]
+        return [result for result in found if result is not None]
+
+    def unasked(self) -> list[TrialSpec]:
+        """Listed specs that are no trial yet."""
+        return list(self._unasked)
+
+    def lacking(self) -> list[Trial]:
+        """Trials that have no result yet for some seed."""
+        return list(self._lacking.values())
+
+    def seeds_of(self, trial: Trial) -> list[int]:
+        """Seeds that a trial (or the one it repeats) is to have: the study's, and those that were added to it alone."""
+        return self._tally.seeds_of(trial)
+
+    def missing_seeds(self, trial: Trial) -> list[int]:
+        """Seeds that this trial has no result for and is to have."""
+        return self._tally.missing_seeds(trial, self.results)
+
+    @property
+    def n_trials(self) -> int:
+        """Trials that the study will have."""
+        return self._tally.n_trials(self.trials.values())
+
+    @property
+    def n_missing(self) -> int:
+        """Runs that the study lacks, those of trials that are not asked yet included."""
+        known = sum(len(self.missing_seeds(trial)) for trial in self._lacking.values())
+        return known + self._tally.n_runs_unasked(self.trials.values())
+
+    def first_environment(self) -> dict[str, Any]:
+        """What the study was begun on."""
+        return self._environment(driver_table.c.id)
+
+    def last_environment(self) -> dict[str, Any]:
+        """What the study ran on last; empty before its first run."""
+        return self._environment(driver_table.c.id.desc())
+
+    def _environment(self, order: sa.ColumnElement[int]) -> dict[str, Any]:
+        query = sa.select(driver_table.c.environment).where(driver_table.c.study_uuid == self.uuid).order_by(order)
+        with in_one_line(), self._engine.connect() as connection:
+            row = connection.execute(query.limit(1)).one_or_none()
+        return json.loads(row.environment) if row is not None else {}
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._engine.dispose()
+        close_optuna(self._optuna_storage)

@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from study_fixtures import (
+    DENSE,
+    MPO,
+    SEARCHED,
+    TUNED,
+    cli,
+    ledger_at,
+    made_up,
+    mlflow_template,  # noqa: F401 (a fixture)
+    nothing_left_running,  # noqa: F401 (a fixture)
+    optuna_states,
+    printed_by_run,
+    results_at,
+    run_at,
+    runs_in,
+    start_cli,
+    substance,
+    write_search,
+    write_study,
+)
+
+from analysis import run_schema as schema
+from study.directory import StudyDirectory
+from study.errors import StudyError
+from study.growth import Growth, grow, parse_more
+from study.ledger.snapshot import read_ledger
+from study.scheduler.inline import run_inline
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::optuna.exceptions.ExperimentalWarning", "ignore:::mlflow", "ignore::DeprecationWarning"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "study"
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Presses Ctrl-C at that evaluation of a run of a study."""
+
+    def run(after, file, folder, **options):
+        n_evaluations = 0
+
+        def stopping(queue, on_evaluation):
+            def count(*evaluation):
+                nonlocal n_evaluations
+                n_evaluations += 1
+                if n_evaluations == after:
+                    raise KeyboardInterrupt
+                on_evaluation(*evaluation)
+
+            run_inline(queue, count)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("study.run.run_inline", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                run_at(file, folder, **options)
+
+    return run
+
+
+def ledger_of(folder, name="tiny"):
+    return read_ledger(StudyDirectory(folder).ledger_url, name)
+
+
+# The options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["5", "+0", "-5", "+", "+five", "+5.0", "", "++5"])
+def test_parse_more_refuses_what_is_not_plus_and_a_number(text):
+    with pytest.raises(StudyError, match=r"--seeds .*: must be \+ and how many more"):
+        parse_more("--seeds", text)
+
+
+def test_parse_more_reads_plus_and_a_number():
+    assert (parse_more("--seeds", "+12"), parse_more("--seeds", None)) == (12, 0)
+
+
+# By searched trials ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_search_grown_is_the_search_begun_larger(tmp_path, folder, interrupted, sampler):
+    small, large = (write_search(tmp_path / str(n), sampler=sampler, trials=n, seeds=1) for n in (6, 13))
+    run_at(small, folder)
+    growth = Growth(trials=7)
+    interrupted(9, small, folder, growth=growth)
+    interrupted(6, small, folder)  # the same command without the option keeps the grown size
+    outcome, printed = printed_by_run(small, folder, tracking="off", growth=growth)
+    assert "going on: this study has grown by --trials +7 already, and lacks " in printed
+    assert (outcome.n_trials, outcome.n_missing) == (14, 0)
+
+    run_at(large, tmp_path / "whole")
+    grown, whole = (ledger_of(path, f"search-{sampler}") for path in (folder, tmp_path / "whole"))
+    assert [trial.spec for trial in grown.trials] == [trial.spec for trial in whole.trials]
+    urls = [StudyDirectory(path).ledger_url for path in (folder, tmp_path / "whole")]
+    assert optuna_states(urls[0]) == optuna_states(urls[1])
+    assert substance(folder, grown.config.name) == substance(tmp_path / "whole", grown.config.name)
+    ledgers = [ledger_at(small, folder), ledger_at(large, tmp_path / "whole")]
+    assert ledgers[0].trials == ledgers[1].trials  # budgets included, which count all that tuning chose from
+
+
+def test_growth_by_trials_again_when_it_is_over_grows_again(tmp_path, folder):
+    file = write_search(tmp_path, trials=1, seeds=1)
+    for n_trials in (2, 4, 6):
+        outcome = run_at(file, folder, growth=Growth(trials=2 if n_trials > 2 else 0))
+        assert (outcome.n_trials, outcome.n_missing) == (n_trials, 0)
+    assert StudyDirectory(folder).load_config().budget.trials == 5
+
+
+def test_growth_is_refused_where_nothing_is_searched_or_nothing_was_begun(tmp_path, folder):
+    file = write_study(tmp_path, seeds=1, arms=[DENSE])
+    with pytest.raises(StudyError, match=r"no study here that could grow by --trials \+5; run it without that first"):
+        run_at(file, folder, growth=Growth(trials=5))
+    assert not (folder / "ledger.db").exists()
+    run_at(file, folder)
+    with pytest.raises(StudyError, match=r"--trials \+5: no arm of study tiny has searched values; add listed values"):
+        run_at(file, folder, growth=Growth(trials=5))
+    assert run_at(file, folder).n_trials == 1
+
+
+# By seeds -------------------------------------------------------------------------------------------------------------
+
+CLIPPED = {"name": "clipped", "family": "mpo", "chi": [500, 1000]}
+"""At d_model 8 no bond reaches 500: the second one repeats the first."""
+
+
+def test_growth_by_seeds_with_teachers_and_duplicates_reaches_ledger_and_mlflow(
+    tmp_path,
+    folder,
+    interrupted,
+    mlflow_template,  # noqa: F811
+):
+    arms = [DENSE, CLIPPED, TUNED]
+    file = write_study(tmp_path, arms=arms)
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    run_at(file, folder, tracking=None)
+    told = optuna_states(StudyDirectory(folder).ledger_url)
+    means = parents(folder)
+    interrupted(3, file, folder, tracking=None, growth=Growth(seeds=2))
+    interrupted(6, file, folder, tracking=None)
+    assert parents(folder)[0][:2] == ("RUNNING", 3)  # of four
+    outcome = run_at(file, folder, tracking=None)
+    assert (outcome.n_trials, outcome.n_complete, outcome.n_missing) == (4, 12, 0)
+    assert optuna_states(StudyDirectory(folder).ledger_url) == told  # the sampler keeps what it was told first
+
+    run_at(write_study(tmp_path / "large", arms=arms, seeds=4), tmp_path / "whole")
+    assert substance(folder) == substance(tmp_path / "whole")
+    for number, (status, n_seeds, mean) in parents(folder).items():
+        losses = [
+            r.final["final/val_loss"] for (n, _), r in results_at(folder).items() if n == {2: 1}.get(number, number)
+        ]
+        assert (status, n_seeds, len(losses)) == ("FINISHED", 4, 4)
+        assert mean == pytest.approx(sum(losses) / 4)
+        assert mean != means[number][2]
+    runs = runs_in(folder / "mlflow.db")
+    assert {len(same) for same in runs.values()} == {1}
+    assert len(runs) == 1 + 4 + 12
+
+
+def parents(folder):
+    """Status, number of seeds and mean loss of each trial's own run in MLflow."""
+    found = {}
+    for [run] in runs_in(folder / "mlflow.db").values():
+        if run.data.tags[schema.KIND] == schema.KIND_TRIAL:
+            metrics = run.data.metrics
+            mean = metrics[schema.mean_key("final/val_loss")]
+            found[int(run.data.params["trial"])] = (run.info.status, metrics[schema.N_SEEDS], mean)
+    return dict(sorted(found.items()))
+
+
+def test_growth_by_seeds_leaves_what_the_sampler_hears_alone(tmp_path, folder):
+    """It hears the means over the first seeds, of trials that came before the growth and after."""
+    file = write_search(tmp_path, sampler="tpe", trials=4, objectives=["val_loss"])
+    ledger = ledger_at(file, folder)
+    StudyDirectory(folder).write(ledger.config, ledger.uuid, None, "")
+    ledger.ask()
+    ledger.ask()
+    ledger.record(made_up(1, 0, loss=1.0))
+    assert grow(ledger, Growth(seeds=1), lambda line: None)
+    ledger.close()
+    ledger = ledger_at(file, folder)
+    assert ledger.missing_seeds(ledger.trials[1]) == [1, 2]
+    ledger.record(made_up(1, 1, loss=3.0))
+    url = StudyDirectory(folder).ledger_url
+    assert optuna_states(url)[1] == ("COMPLETE", [2.0])
+    ledger.record(made_up(1, 2, loss=50.0))
+    ledger.ask()
+    for seed in (0, 1, 2):
+        ledger.record(made_up(2, seed, loss=seed))
+    assert optuna_states(url)[1:] == [("COMPLETE", [2.0]), ("COMPLETE", [0.5])]
+
+
+def test_growth_by_seeds_goes_on_after_the_largest_of_a_list(tmp_path, folder):
+    file = write_study(tmp_path, seeds=[7, 3], arms=[DENSE])
+    run_at(file, folder)
+    run_at(file, folder, growth=Growth(seeds=2))
+    assert sorted(results_at(folder)) == [(0, 3), (0, 7), (0, 8), (0, 9)]
+
+
+# By what the file adds ------------------------------------------------------------------------------------------------
+
+
+def test_study_file_that_only_adds_extends_a_study_when_told_to(tmp_path, folder):
+    run_at(write_study(tmp_path, arms=[DENSE, MPO]), folder)
+    run_at(write_study(tmp_path, arms=[DENSE, MPO]), folder, growth=Growth(seeds=1))
+    before = results_at(folder)
+    # A longer list, a teacher whose weights were not kept, an arm of its own, and the seeds as the file had them.
+    arms = [TUNED, DENSE, MPO | {"chi": [2, 3, 4]}, {"name": "narrow", "family": "dense", "d_model": 4}]
+    file = write_study(tmp_path, arms=arms)
+    with pytest.raises(StudyError) as error:
+        run_at(file, folder)
+    assert "it differs in arms.mpo.chi (was [2, 4], now [2, 3, 4]), arms.narrow (was null, now {" in str(error.value)
+    assert "it only adds to the study: give --extend too to let it grow by that" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert results_at(folder) == before
+
+    outcome, printed = printed_by_run(file, folder, tracking="off", growth=Growth(extend=True))
+    assert (outcome.n_trials, outcome.n_complete, outcome.n_missing) == (6, 18, 0)
+    assert printed.count("arm dense, seed ") == printed.count("its weights are not in ") == 3
+    assert {key: results_at(folder)[key].curve for key in before} == {key: r.curve for key, r in before.items()}
+    assert run_at(file, folder) == outcome  # the file, and the one that it was before, are the study's now
+    assert run_at(write_study(tmp_path / "old", arms=[DENSE, MPO]), folder) == outcome
+    run_at(write_study(tmp_path / "large", seeds=3, arms=arms), tmp_path / "whole")
+    assert substance(folder) == substance(tmp_path / "whole")
+
+
+def test_study_file_that_takes_away_is_refused_even_to_extend(tmp_path, folder):
+    ledger_at(write_study(tmp_path), folder).close()
+    for override in ("seeds=1", "arms.tuned.chi=3", "protocol.steps=9"):
+        with pytest.raises(StudyError, match="undo the change, or begin a new study"):
+            run_at(write_study(tmp_path), folder, override, growth=Growth(extend=True))
+
+
+def test_extended_search_rewrites_the_budgets_that_mlflow_has(tmp_path, folder, mlflow_template):  # noqa: F811
+    arm = {"name": "mpo", "family": "mpo", "chi": 2, "learning_rate": [0.01, 0.02]}
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    run_at(write_study(tmp_path, seeds=1, arms=[DENSE, arm]), folder, tracking=None)
+    before = {key: runs[0].info.run_id for key, runs in runs_in(folder / "mlflow.db").items()}
+    file = write_study(tmp_path, seeds=1, arms=[DENSE, arm | {"learning_rate": [0.01, 0.02, 0.04]}])
+    run_at(file, folder, tracking=None, growth=Growth(extend=True))
+    runs = runs_in(folder / "mlflow.db")
+    assert {len(same) for same in runs.values()} == {1}
+    params = [run.data.params for [run] in runs.values() if "trial" in run.data.params]
+    assert {(p["arm"], p["tuning_trials"]) for p in params} == {("dense", "1"), ("mpo", "3")}
+    assert len({p["budget_hash"] for p in params if p["arm"] == "mpo"}) == 1
+    assert len(params) == 2 * 4
+    dense = schema.run_key(StudyDirectory(folder).uuid(), 0, 0)
+    assert runs[dense][0].info.run_id == before[dense]  # its budget is as it was
+
+
+def test_arm_that_others_start_from_is_trained_even_where_it_repeats_a_trial(tmp_path, folder):
+    searched = {"name": "found", "family": "dense", "learning_rate": {"choices": [0.01]}}
+    run_at(write_search(tmp_path, trials=1, seeds=1, arms=[searched]), folder)
+    file = write_search(tmp_path, trials=1, seeds=1, arms=[searched, DENSE, TUNED])
+    outcome = run_at(file, folder, growth=Growth(extend=True))
+    assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (3, 0, 0)
+
+
+# Where the frontier is undecided --------------------------------------------------------------------------------------
+
+
+def decide(file, folder, losses):
+    """Record these losses for the trials of a study, seed by seed, and give its folder a manifest."""
+    ledger = ledger_at(file, folder)
+    while ledger.ask() is not None:
+        pass
+    for number, of_seeds in enumerate(losses):
+        for seed, loss in enumerate(of_seeds):
+            ledger.record(made_up(number, seed, loss=loss))
+    StudyDirectory(folder).write(ledger.config, ledger.uuid, None, StudyDirectory(folder).storage_url())
+    ledger.close()
+
+
+def test_refine_adds_seeds_to_undecided_trials_and_their_teachers_alone(tmp_path, folder, interrupted):
+    arms = [{"name": "small", "family": "mpo", "chi": 1}, DENSE, MPO | {"chi": [2, 3]}, TUNED | {"chi": 4}, CLIPPED]
+    file = write_study(tmp_path, arms=arms, seeds=2)
+    # By size: small (chi 1), mpo 2, mpo 3, tuned 4, dense and the clipped ones; trials in the order of the file.
+    run_at(file, folder)
+    with_losses(folder, [(9.0, 9.01), (4.0, 4.01), (3.0, 3.01), (5.0, 5.01), (2.5, 3.6), (8.0, 8.01)])
+    growth = Growth(refine=2)
+    interrupted(3, file, folder, growth=growth)
+    with pytest.raises(StudyError, match=r"study tiny lacks \d runs; .*: run it again first"):
+        run_at(file, folder, growth=Growth(refine=3))
+    outcome, printed = printed_by_run(file, folder, tracking="off", growth=growth)
+    assert "going on: this study has grown by refine --seeds +2 already" in printed
+    assert (outcome.n_complete, outcome.n_missing) == (12 + 4, 0)
+    seeds = {number: sorted(seed for n, seed in results_at(folder) if n == number) for number in range(6)}
+    assert seeds == {0: [0, 1], 1: [0, 1, 2, 3], 2: [0, 1], 3: [0, 1], 4: [0, 1, 2, 3], 5: [0, 1]}
+    snapshot = ledger_of(folder)
+    assert [len(snapshot.seeds_of(trial)) for trial in snapshot.trials] == [2, 4, 2, 2, 4, 2, 2]
+    assert snapshot.config.seeds == 2
+
+    # All others get the same seeds when the whole study grows: results stay comparable seed by seed.
+    outcome = run_at(file, folder, growth=Growth(seeds=1))
+    assert (outcome.n_complete, outcome.n_missing) == (16 + 4, 0)
+    assert sorted(seed for n, seed in results_at(folder) if n == 2) == [0, 1, 2]
+
+
+def with_losses(folder, losses):
+    """Let the ledger have these losses in place of those that were trained."""
+    import sqlite3
+
+    with sqlite3.connect(folder / "ledger.db") as connection:
+        for number, of_seeds in enumerate(losses):
+            for seed, loss in enumerate(of_seeds):
+                connection.execute(
+                    "UPDATE mpo_result SET content = json_set(content, '$.final.\"final/val_loss\"', ?) "
+                    "WHERE trial = ? AND seed = ?",
+                    (loss, number, seed),
+                )
+    connection.close()
+
+
+def test_refine_has_nothing_to_do_where_all_is_decided(tmp_path, folder):
+    file = write_study(tmp_path, arms=[MPO])
+    decide(file, folder, [(3.0, 3.001), (1.0, 1.001)])
+    outcome, printed = printed_by_run(file, folder, tracking="off", growth=Growth(refine=5))
+    assert "there is nothing to refine" in printed
+    assert (outcome.n_complete, outcome.n_missing) == (4, 0)
+    assert ledger_of(folder).more_seeds == {}
+
+
+def test_refined_trials_have_their_own_number_of_seeds_in_mlflow(tmp_path, folder, mlflow_template):  # noqa: F811
+    file = write_study(tmp_path, arms=[MPO])
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    decide(file, folder, [(3.0, 3.001), (1.0, 8.0)])
+    run_at(file, folder, tracking=None, growth=Growth(refine=1))
+    assert {number: one[:2] for number, one in parents(folder).items()} == {0: ("FINISHED", 2), 1: ("FINISHED", 3)}
+
+
+# By the command line --------------------------------------------------------------------------------------------------
+
+
+def test_cli_grows_a_study(tmp_path):
+    file = write_search(tmp_path, trials=2, seeds=1)
+    inline = ("--dir", "kept", "--executor", "inline", "--tracking", "off")
+    assert cli("run", file, *inline, cwd=tmp_path)[0] == 0
+    code, out, err = cli("run", file, *inline, "--trials", "+1", "--seeds", "+1", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "grown by --trials +1 --seeds +1: 3 searched trials, 2 seeds, was 2 searched trials, 1 seeds" in out
+    assert "4 trials, 8 runs complete" in out
+    code, out, err = cli("refine", "kept", "--seeds", "+1", *inline[2:], cwd=tmp_path)
+    assert (code, err) == (0, "")
+    code, _, err = cli("refine", "kept", "--seeds", "3", cwd=tmp_path)
+    assert code == 2
+    assert err == "mpo-study: --seeds 3: must be + and how many more, for example --seeds +5\n"
+
+
+@pytest.mark.fault
+def test_growth_of_a_killed_driver_goes_on_with_the_same_command(tmp_path):
+    file = write_search(tmp_path, trials=2, seeds=1, arms=[DENSE, SEARCHED])
+    inline = ("--dir", "kept", "--executor", "inline", "--tracking", "off")
+    assert cli("run", file, *inline, cwd=tmp_path)[0] == 0
+    grown = ("run", file, *inline, "--trials", "+4")
+    driver = start_cli(*grown, cwd=tmp_path)
+    lines = [driver.stdout.readline() for _ in range(3)]
+    driver.kill()
+    driver.communicate()
+    assert lines[0].startswith("grown by --trials +4")
+    code, out, err = cli(*grown, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "going on" in out
+    assert "7 trials, 7 runs complete" in out
+    run_at(write_search(tmp_path / "large", trials=6, seeds=1), tmp_path / "whole")
+    assert substance(tmp_path / "kept", "search-random") == substance(tmp_path / "whole", "search-random")

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+from study_fixtures import (
+    DENSE,
+    MPO,
+    cli,
+    ledger_at,
+    made_up,
+    nothing_left_running,  # noqa: F401 (a fixture)
+    printed_by_run,
+    run_at,
+    start_cli,
+    write_search,
+    write_study,
+)
+
+from study.cli import main
+from study.directory import StudyDirectory
+from study.environment import environment, what_changed
+from study.growth import Growth
+from study.status import study_status
+
+WILD = {"name": "wild", "family": "dense", "learning_rate": 1e30}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `mpo-study` in this process: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mpo-study", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+# Status ---------------------------------------------------------------------------------------------------------------
+
+
+def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_frontier(tmp_path, command):
+    folder = tmp_path / "study"
+    run_at(write_study(tmp_path, seeds=1, arms=[DENSE, WILD, MPO | {"chi": [1, 500, 1000]}]), folder)
+    code, out, err = command("status", folder, "--json")
+    assert (code, err) == (0, "")
+    status = json.loads(out)
+    assert [(t["number"], t["arm"], t["duplicate_of"], t["missing"]) for t in status["trials"]] == [
+        (0, "dense", None, []),
+        (1, "wild", None, []),
+        (2, "mpo", None, []),
+        (3, "mpo", None, []),
+        (4, "mpo", 3, []),
+    ]
+    assert (status["n_complete"], status["n_failed"], status["n_missing"], status["n_unasked"]) == (3, 1, 0, 0)
+    [failure] = status["failures"]
+    assert (failure["trial"], failure["arm"], failure["seed"]) == (1, "wild", 0)
+    assert failure["reason"].startswith("diverged: ")
+    assert failure["step"] >= 1
+    losses = {t["number"]: t["val_loss"] for t in status["trials"]}
+    sizes = {t["number"]: t["n_params"] for t in status["trials"]}
+    assert status["frontier"][0]["trial"] == 2  # the smallest
+    for point in status["frontier"]:
+        number = point["trial"]
+        assert (point["n_params"], point["val_loss"], point["n_seeds"]) == (sizes[number], losses[number], 1)
+        assert all(sizes[n] > sizes[number] or losses[n] >= losses[number] for n in (0, 2, 3))
+    assert status["driver"] is None
+    assert status["run_seconds_left"] == 0
+    assert status["seconds_left"] is None
+
+    code, out, _ = command("status", folder)
+    assert code == 0
+    assert re.search(r"^failed: trial 1 seed 0 \(step \d\): diverged: ", out, flags=re.MULTILINE)
+    assert "--retry-failed" not in out  # what diverged would do so again
+    starred = {int(row) for row in re.findall(r"^ (\d) .* \* *$", out, flags=re.MULTILINE)}
+    assert starred == {point["trial"] for point in status["frontier"]}
+    assert out.splitlines()[-1] == f"complete; to write its runs to MLflow: mpo-study sync {folder}"
+
+
+def test_status_in_the_middle_of_a_search_says_what_is_left_and_how_to_go_on(tmp_path, command):
+    file, folder = write_search(tmp_path, trials=3), tmp_path / "study"
+    ledger = ledger_at(file, folder)
+    StudyDirectory(folder).write(ledger.config, ledger.uuid, None, "")
+    ledger.ask()
+    ledger.ask()
+    ledger.record(made_up(0, 0))
+    ledger.record(made_up(1, 1, failure="its worker died 3 times without progress: killed"))
+    ledger.record_growth("refine --seeds +1", more_seeds={0: [5]})
+    ledger.close()
+    status = study_status(StudyDirectory(folder))
+    assert [(row.complete, row.failed, row.missing) for row in status.trials] == [([0], [], [1, 5]), ([], [1], [0])]
+    assert (status.n_complete, status.n_failed, status.n_missing, status.n_unasked) == (1, 1, 3 + 2 * 2, 2)
+    flops = [row.trial.shape.flops for row in status.trials]
+    # made_up runs take a second each
+    expected = (2 * flops[0] + flops[1] + 4 * sum(flops) / 2) / flops[0]
+    assert status.run_seconds_left == pytest.approx(expected)
+    code, out, _ = command("status", folder)
+    again = f"mpo-study run {folder}/study.yaml --dir {folder}"
+    assert code == 0
+    assert "failed: trial 1 seed 1: its worker died 3 times without progress: killed" in out
+    assert f"to try again what did not diverge: {again} --retry-failed" in out
+    assert "and 2 trials that are still to come" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("2 runs over, 7 left, ")
+    assert last.endswith(f"; nobody is at them. To go on: {again}")
+
+
+def test_status_of_a_running_study_names_its_driver_and_the_time_left(tmp_path):
+    file = write_study(tmp_path, protocol={"steps": 3000, "eval_every": 1000}, arms=[DENSE, MPO])
+    driver = start_cli("run", file, "--dir", "kept", "--executor", "inline", "--tracking", "off", cwd=tmp_path)
+    assert driver.stdout.readline().startswith("1/6")
+    code, out, err = cli("status", "kept", "--json", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    status = json.loads(out)
+    assert status["driver"]["pid"] == driver.pid
+    assert status["seconds_left"] > 0
+    driver.kill()
+    driver.communicate()
+    code, out, _ = cli("status", "kept", "--json", cwd=tmp_path)
+    assert json.loads(out)["driver"] is None  # although the killed one has left its name behind
+    assert (tmp_path / "kept" / "driver.json").exists()
+
+
+# Plan -----------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_for_machines_says_what_the_table_says(tmp_path, command):
+    code, out, err = command("plan", write_search(tmp_path, trials=5), "--json")
+    assert (code, err) == (0, "")
+    plan = json.loads(out)
+    assert (plan["name"], plan["n_seeds"], plan["n_trials_searched"], plan["n_runs_listed"]) == (
+        "search-random",
+        2,
+        5,
+        2,
+    )
+    [trial] = plan["trials"]
+    assert (trial["arm"], trial["n_params"], trial["spec"]["protocol"]["steps"]) == (
+        "dense",
+        trial["n_params_dense"],
+        6,
+    )
+    assert plan["run_seconds"] == pytest.approx(2 * trial["seconds"])
+    assert 0 < plan["seconds"] <= plan["run_seconds"]
+
+
+# What a study runs on -------------------------------------------------------------------------------------------------
+
+
+def test_what_changed_names_python_torch_program_and_commit():
+    now = environment()
+    assert what_changed(now, now) == []
+    before = now | {
+        "python": "3.10.1",
+        "packages": now["packages"] | {"torch": "2.0", "mpo-study": "0.0.1", "ray": "1.0"},
+        "git_commit": "0" * 40,
+        "cpus": 999,
+    }
+    words = what_changed(before, now | {"git_commit": "f" * 40})
+    assert words == [
+        f"python was 3.10.1, is {now['python']}",
+        f"torch was 2.0, is {now['packages']['torch']}",
+        f"mpo-study was 0.0.1, is {now['packages']['mpo-study']}",
+        f"the git commit was {'0' * 12}, is {'f' * 12}",
+    ]
+    assert what_changed({}, now) == []
+    assert what_changed(before, now | {"git_commit": None})[3:] == []
+
+
+def test_run_warns_in_one_line_where_it_ran_on_something_else_before(tmp_path, monkeypatch):
+    file, folder = write_search(tmp_path, trials=1, seeds=1), tmp_path / "study"
+    real = environment()
+    old = real | {"packages": real["packages"] | {"torch": "2.0"}}
+    monkeypatch.setattr("study.run.environment", lambda: old)
+    _, printed = printed_by_run(file, folder, tracking="off")
+    assert "warning" not in printed
+    monkeypatch.setattr("study.run.environment", lambda: real)
+    for n_warnings in (1, 0):  # once for each change
+        _, printed = printed_by_run(file, folder, tracking="off", growth=Growth(trials=1))
+        lines = [line for line in printed.splitlines() if line.startswith("warning: since this study ran last, ")]
+        assert len(lines) == n_warnings
+        assert all(f"torch was 2.0, is {real['packages']['torch']}; new runs may differ" in line for line in lines)
+    ledger = ledger_at(file, folder)
+    assert ledger.first_environment() == old
+    assert ledger.last_environment() == real
