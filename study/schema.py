@@ -37,8 +37,9 @@ those that know YAML schemas complete keys and show their descriptions. The sche
 than one key (a teacher that exists, a sampler that can search these arms) `mpo-study` checks itself.
 
 `--set KEY=VALUE` overrides any key by its dotted path: `protocol.steps=100`, `arms.mpo.chi=[2, 4]`. A study that was
-begun keeps its file: later runs may change `description`, `execution`, `budget.max_repeats` and where the corpus lies,
-and nothing else.
+begun keeps its file: later runs may change `description`, `execution`, `budget.max_repeats` and where the corpus lies.
+It can grow, by searched trials, seeds and listed values (`run --trials +N`, `--seeds +N`, `--extend`; `refine`), and
+nothing else of it may change.
 
 ## Values of an arm
 

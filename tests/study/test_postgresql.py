@@ -29,6 +29,8 @@ from analysis import run_schema as schema
 from analysis.load import load_study, resolve_study
 from study.directory import StudyDirectory
 from study.errors import StudyError
+from study.exchange import export_study, import_study
+from study.growth import Growth
 from study.ledger.lock import hold_ledger
 from study.ledger.snapshot import read_ledger
 from study.run import run_study
@@ -84,9 +86,9 @@ def test_ledger_url_is_remembered_where_nobody_else_reads_it(tmp_path, new_datab
     assert json.loads(manifest.read_text())["ledger"] == url
     again = StudyDirectory(tmp_path / "kept")
     assert again.ledger_url == url
-    before = read_ledger(url, "tiny")
+    before = read_ledger(url, "tiny").results
     run_in(again, file)
-    assert read_ledger(url, "tiny") == before  # nothing was trained again
+    assert read_ledger(url, "tiny").results == before  # nothing was trained again
     assert POSTGRESQL_PASSWORD.encode() not in everything_in(tmp_path).replace(manifest.read_bytes(), b"")
 
 
@@ -104,11 +106,26 @@ def test_two_studies_share_a_database_and_directories_do_not_matter(tmp_path, ne
     one, other = write_study(tmp_path / "a"), write_study(tmp_path / "b", name="other", seeds=1)
     run_in(StudyDirectory(tmp_path / "one", url), one)
     run_in(StudyDirectory(tmp_path / "other", url), other)
-    before = read_ledger(url, "tiny")
-    assert len(before.results) == 8
+    before = read_ledger(url, "tiny").results
+    assert len(before) == 8
     assert len(read_ledger(url, "other").results) == 4
     run_in(StudyDirectory(tmp_path / "a new machine", url), one)
-    assert read_ledger(url, "tiny") == before
+    assert read_ledger(url, "tiny").results == before
+
+
+def test_study_in_postgresql_grows_and_is_exported_to_a_file(tmp_path, new_database):  # noqa: F811
+    url, file = new_database("grown"), write_search(tmp_path, sampler="tpe", trials=3, seeds=1)
+    kept = StudyDirectory(tmp_path / "kept", url)
+    run_in(kept, file)
+    assert run_in(kept, file, growth=Growth(trials=2, seeds=1)).n_missing == 0
+    there = read_ledger(url, "search-tpe")
+    assert {seed for _, seed in ((r.trial, r.seed) for r in there.results)} == {0, 1}
+
+    export_study(kept, tmp_path / "study.parquet", print)
+    import_study(tmp_path / "study.parquet", StudyDirectory(tmp_path / "imported"))
+    here_url = StudyDirectory(tmp_path / "imported").ledger_url
+    assert read_ledger(here_url, "search-tpe") == there
+    assert optuna_states(here_url) == optuna_states(url)
 
 
 def test_second_driver_is_refused_and_the_first_is_named(tmp_path, new_database):  # noqa: F811
