@@ -102,7 +102,7 @@ def test_search_grown_is_the_search_begun_larger(tmp_path, folder, interrupted, 
     assert [trial.spec for trial in grown.trials] == [trial.spec for trial in whole.trials]
     urls = [StudyDirectory(path).ledger_url for path in (folder, tmp_path / "whole")]
     assert optuna_states(urls[0]) == optuna_states(urls[1])
-    assert substance(folder, grown.config.name) == substance(tmp_path / "whole", grown.config.name)
+    assert substance(folder, f"search-{sampler}") == substance(tmp_path / "whole", f"search-{sampler}")
     ledgers = [ledger_at(small, folder), ledger_at(large, tmp_path / "whole")]
     assert ledgers[0].trials == ledgers[1].trials  # budgets included, which count all that tuning chose from
 
@@ -296,9 +296,10 @@ def test_refine_adds_seeds_to_undecided_trials_and_their_teachers_alone(tmp_path
     assert (outcome.n_complete, outcome.n_missing) == (12 + 4, 0)
     seeds = {number: sorted(seed for n, seed in results_at(folder) if n == number) for number in range(6)}
     assert seeds == {0: [0, 1], 1: [0, 1, 2, 3], 2: [0, 1], 3: [0, 1], 4: [0, 1, 2, 3], 5: [0, 1]}
-    snapshot = ledger_of(folder)
-    assert [len(snapshot.seeds_of(trial)) for trial in snapshot.trials] == [2, 4, 2, 2, 4, 2, 2]
-    assert snapshot.config.seeds == 2
+    ledger = ledger_at(file, folder)
+    assert [len(ledger.seeds_of(trial)) for trial in ledger.trials.values()] == [2, 4, 2, 2, 4, 2, 2]
+    assert ledger.config.seeds == 2
+    ledger.close()
 
     # All others get the same seeds when the whole study grows: results stay comparable seed by seed.
     outcome = run_at(file, folder, growth=Growth(seeds=1))
@@ -327,7 +328,7 @@ def test_refine_has_nothing_to_do_where_all_is_decided(tmp_path, folder):
     outcome, printed = printed_by_run(file, folder, tracking="off", growth=Growth(refine=5))
     assert "there is nothing to refine" in printed
     assert (outcome.n_complete, outcome.n_missing) == (4, 0)
-    assert ledger_of(folder).more_seeds == {}
+    assert ledger_of(folder).growths.more_seeds == {}
 
 
 def test_refined_trials_have_their_own_number_of_seeds_in_mlflow(tmp_path, folder, mlflow_template):  # noqa: F811
