@@ -168,7 +168,7 @@ def refine(
 def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
     try:
         outcome = run_study(config, folder, console, **options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # or SIGTERM
         console.print(f"stopped; what is done is kept. To go on: the same command again ({folder.path})")
         raise typer.Exit(130) from None
     show_outcome(console, outcome, config, folder)

@@ -176,10 +176,21 @@ def test_driver_killed_while_mlflow_makes_its_database_ends_as_if_undisturbed(tm
     check_whole(tmp_path, undisturbed)
 
 
-def test_driver_interrupted_from_the_terminal_goes_on_later(work, undisturbed):
+def ctrl_c(driver):
+    """As a terminal does: to the driver and whatever is in its group."""
+    os.killpg(driver.pid, signal.SIGINT)
+
+
+def terminate(driver):
+    """As a system that ends a job."""
+    driver.terminate()
+
+
+@pytest.mark.parametrize("send", [ctrl_c, terminate], ids=["ctrl_c", "sigterm"])
+def test_driver_that_is_stopped_goes_on_later(work, undisturbed, send):
     driver = start(work)
     wait_for_results(driver, 2)
-    os.killpg(driver.pid, signal.SIGINT)  # as Ctrl-C does: to the driver and whatever is in its group
+    send(driver)
     out, err = driver.communicate(timeout=120)
     assert driver.returncode == 130
     assert "stopped; what is done is kept. To go on: the same command again (kept)" in out

@@ -6,16 +6,13 @@ own restore loses finished trials when its driver is killed, and its repeaters a
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import shutil
-import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from study.errors import StudyError
+from study.scheduler.interrupts import interrupts
 from study.scheduler.queue import Queue
 from study.scheduler.unit import OUT_OF_MEMORY, Unit, run_unit
 from study.trial import SeedResult
@@ -96,7 +94,7 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
             ),
         )
         try:
-            with watch.interrupts():
+            with interrupts(watch.interrupt):
                 tuner.fit()
         except Exception as error:
             if not watch.has_nodes():
@@ -186,22 +184,9 @@ class _NodeWatch(tune.Callback):
         self._trials: list[Any] = []
         self._is_interrupted = False
 
-    @contextlib.contextmanager
-    def interrupts(self) -> Iterator[None]:
-        """Let Ctrl-C act between two steps of Tune, where nobody holds a lock of Ray's; a second one acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def interrupt(*_: Any) -> None:
-            self._is_interrupted = True
-            signal.signal(signal.SIGINT, previous)
-
-        previous = signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+    def interrupt(self) -> None:
+        """End the run between two steps of Tune, where nobody holds a lock of Ray's."""
+        self._is_interrupted = True
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._trials = trials
