@@ -155,6 +155,15 @@ class Backup:
         _replace(self._note, json.dumps(self._read_notes() | {self._storage.shown: keys}).encode())
 
 
+def has_backup(storage: Storage, name: str) -> bool:
+    """Whether a storage has the backup of a study of that name.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return storage.is_remote and bool(storage.keys(f"backup/{name}/ledger"))
+
+
 def open_backup(storage: Storage, directory: StudyDirectory, name: str, say: Callable[[str], None]) -> Backup | None:
     """The backup of a study, brought back where its folder has none; None where the storage is a path.
 
@@ -210,7 +219,7 @@ class BackgroundBackup:
             begun = time.monotonic()
             self._attempt()
             self._is_over.wait(max(0.0, self._seconds - (time.monotonic() - begun)))
-            self._changed.wait()
+            self._changed.wait(self._seconds if self.trouble is not None else None)
             self._changed.clear()
 
     def _attempt(self) -> None:

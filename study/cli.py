@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import warnings
@@ -117,7 +118,8 @@ def run(
         str | None, typer.Option(metavar="+N", help="Let the study grow by so many searched trials, once.")
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="+N", help="Let every trial of the study have so many more seeds, once.")
+        str | None,
+        typer.Option(metavar="+N", help="Let the study have so many more seeds, once."),
     ] = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="Let the study grow by the trials and seeds that its file now has more.")
@@ -128,6 +130,8 @@ def run(
     config = load_config(file, overrides)
     folder = StudyDirectory(directory if directory is not None else Path("results") / config.name, ledger)
     growth = Growth(parse_more("--trials", trials), parse_more("--seeds", seeds), extend=extend)
+    if extend and growth.command:
+        raise StudyError(f"--extend and {growth.command}: give one of them, and then the other")
     _run(
         config,
         folder,
@@ -169,6 +173,7 @@ def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
     try:
         outcome = run_study(config, folder, console, **options)
     except KeyboardInterrupt:  # or SIGTERM
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that another one could end now is this line
         console.print(f"stopped; what is done is kept. To go on: the same command again ({folder.path})")
         raise typer.Exit(130) from None
     show_outcome(console, outcome, config, folder)

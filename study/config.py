@@ -78,7 +78,7 @@ Number = Annotated[
 """A `Value` that may also be `{low: ..., high: ..., log: ...}`."""
 
 Seeds = Annotated[
-    Annotated[int, Field(ge=1), Tag("fixed")] | Listed[Annotated[int, Field(ge=0, lt=2**31)]],
+    Annotated[int, Field(ge=1, le=10_000), Tag("fixed")] | Listed[Annotated[int, Field(ge=0, lt=2**31)]],
     Discriminator(_kind_of_value),
 ]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -278,7 +278,7 @@ class Sampler(Strict):
 class Budget(Strict):
     """How much is searched. Listed trials come on top, and no limit is one for them."""
 
-    trials: Annotated[int, Field(ge=0)] = Field(
+    trials: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         default=0, description="Number of searched trials, those that need no training included."
     )
     max_params: PositiveFloat | None = Field(

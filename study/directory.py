@@ -58,6 +58,11 @@ class StudyDirectory:
         return self.path / "ledger.db"
 
     @property
+    def has_ledger(self) -> bool:
+        """Whether there is a ledger, or a database elsewhere that may hold one."""
+        return self._ledger_elsewhere is not None or self.ledger_file.is_file()
+
+    @property
     def has_no_study(self) -> bool:
         """Whether no study was run here, or nothing of it is left."""
         return not self._manifest_path.exists() and not self.ledger_file.exists()
@@ -90,7 +95,7 @@ class StudyDirectory:
 
     def check_ledger(self) -> None:
         """Raise a StudyError where the ledger of a study that was run here is gone."""
-        if self._ledger_elsewhere is None and not self.ledger_file.is_file():
+        if not self.has_ledger:
             raise StudyError(
                 f"{self.path}: the study's ledger is gone (no {self.ledger_file.name}); put it back, or begin a new "
                 "study with another --dir"
@@ -190,9 +195,13 @@ class StudyDirectory:
         if not self._manifest_path.is_file():
             return {}
         try:
-            return dict(json.loads(self._manifest_path.read_text(encoding="utf-8")))
+            manifest = dict(json.loads(self._manifest_path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise StudyError(f"{self._manifest_path} is damaged: {error}") from None
+        for key in ("name", "uuid", "tracking_uri", "storage", "ledger"):
+            if not isinstance(manifest.get(key), str | None):
+                raise StudyError(f"{self._manifest_path} is damaged: {key} must be a text, but is {manifest[key]!r}")
+        return manifest
 
     def resolve_tracking_uri(self, uri: str) -> str:
         """The URI for MLflow: a relative SQLite path is one from this folder.

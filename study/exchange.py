@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlalchemy as sa
 
+from analysis import run_schema
+from study.backup import has_backup
 from study.corpus import corpus_from_bytes
 from study.directory import StudyDirectory
 from study.environment import environment
@@ -33,6 +35,7 @@ from study.scheduler.unit import store_corpus
 from study.storage import Storage
 from study.study_file import dump_config, parse_yaml, validate
 from study.trial import now
+from study.urls import hide_password
 
 FORMAT = 1
 """Version of the file; a reader refuses newer ones."""
@@ -80,6 +83,8 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
     header["sha256"] = _checksum(header, rows)
     columns = {"table": pa.array([name for name, _ in rows]), "row": pa.array([row for _, row in rows])}
     table = pa.table(columns).replace_schema_metadata({_HEADER: json.dumps(header).encode()})
+    if file.is_dir():
+        raise StudyError(f"{file}: is a folder; give the file to write")
     partial = file.with_name(f"{file.name}.partial")
     try:
         with partial.open("wb") as sink:
@@ -102,6 +107,17 @@ def import_study(file: Path, directory: StudyDirectory, storage_url: str | None 
     """
     header, rows = _read(file)
     path = directory.path
+    storage = Storage(storage_url) if storage_url is not None else None
+    try:
+        if storage is not None and has_backup(storage, header["study"]):
+            raise StudyError(
+                f"--storage {storage.shown}: has a backup of study {header['study']}, which needs no import: run the "
+                "study with that --storage in an empty --dir, and it is brought back"
+            )
+    except OSError as error:
+        raise StudyError(
+            f"--storage {hide_password(str(storage_url))}: cannot read there: {error.strerror or error}"
+        ) from None
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StudyError(f"{path}: is there already; give a folder that is not, for the study to be made in")
     try:
@@ -125,14 +141,23 @@ def import_study(file: Path, directory: StudyDirectory, storage_url: str | None 
                 there = StudyDirectory(path.resolve()).storage_url()
                 here = config.corpus.model_copy(update={"path": f"{there}/{key}"})
                 config = config.model_copy(update={"corpus": here})
-        made.write(config, snapshot.uuid, None, Storage(storage_url).url if storage_url is not None else own.url)
+        made.write(config, snapshot.uuid, None, storage.url if storage is not None else own.url)
         folder.chmod(0o755)
-        os.replace(folder, path)
+        _move(folder, path)
     except OSError as error:
         raise StudyError(f"{path}: cannot make the study there: {error.strerror or error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return config.name
+
+
+def _move(folder: Path, path: Path) -> None:
+    """Put a folder where there is none, or its content into one that is empty and may be somebody's working folder."""
+    if not path.exists():
+        os.replace(folder, path)
+        return
+    for part in sorted(folder.iterdir(), key=lambda part: part.name == run_schema.STUDY_MANIFEST):
+        os.replace(part, path / part.name)  # what makes it a study's folder comes last
 
 
 # From a ledger --------------------------------------------------------------------------------------------------------

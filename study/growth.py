@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from study.config import StudyConfig
 from study.errors import StudyError
 from study.frontier import points, undecided
@@ -70,9 +72,16 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
             f"--trials +{growth.trials}: no arm of study {config.name} has searched values; add listed values or arms "
             "to its file, and run that with --extend"
         )
+    if growth.trials and ledger.search_ended is not None:
+        raise StudyError(f"--trials +{growth.trials}: {ledger.search_ended}")
     seeds = config.seeds + growth.seeds if isinstance(config.seeds, int) else _more(config.seeds, growth.seeds)
     budget = config.budget.model_copy(update={"trials": config.budget.trials + growth.trials})
-    grown = config.model_copy(update={"seeds": seeds, "budget": budget})
+    try:
+        grown = StudyConfig.model_validate_json(
+            config.model_copy(update={"seeds": seeds, "budget": budget}).model_dump_json()
+        )
+    except ValidationError as error:
+        raise StudyError(f"{command}: the study cannot grow so: {error.errors()[0]['msg']}") from None
     ledger.record_growth(command, grown)
     say(f"grown by {command}: {_size(grown)}, was {_size(config)}; the same command without that goes on with it")
     return True

@@ -71,7 +71,7 @@ class StudyProgress:
 
     def on_answered(self, trial: Trial) -> None:
         """A new trial needs no training."""
-        if trial.pruned is not None:
+        if trial.pruned is not None and trial.duplicate_of is None:
             self.say(f"pruned: trial {trial.number} ({trial.spec.arm}): {trial.pruned.reason}")
         self.refresh()
 

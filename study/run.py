@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -90,11 +91,14 @@ def open_ledger(
     uuid = directory.uuid()
     if uuid is not None:
         directory.check_ledger()
-    elif growth.command:
+    elif growth.command and not directory.has_ledger:
         raise StudyError(
             f"{directory.path}: no study here that could grow by {growth.command}; run it without that first"
         )
-    ledger = Ledger(directory.ledger_url, config, corpus.sha256, examine, uuid, growth.extend)
+    may_begin = not growth.command
+    ledger = Ledger(
+        directory.ledger_url, config, corpus.sha256, examine, uuid, may_begin=may_begin, extend=growth.extend
+    )
     if grow(ledger, growth, say):
         ledger.close()
         ledger = Ledger(directory.ledger_url, ledger.config, corpus.sha256, examine, uuid)
@@ -192,8 +196,10 @@ def run_study(
                     )
                 raise
             finally:
-                trouble = tracker.close() if tracker is not None else None
-                lost = copies.close() if copies is not None else None
+                try:
+                    trouble = tracker.close() if tracker is not None else None
+                finally:
+                    lost = copies.close() if copies is not None else None
         outcome = _outcome(ledger, queue.aborted, trouble, lost)
         ledger.close()
         return outcome
@@ -235,8 +241,12 @@ def _reopen(
 
 
 def _to_retry(ledger: Ledger) -> list[SeedResult]:
-    """Failures that may end otherwise: no seed that diverged, and none whose teacher did."""
-    failed = {key: result for key, result in ledger.results.items() if result.state == "failed"}
+    """Failures that may end otherwise: no seed that diverged, none whose teacher did, and none of a stopped trial."""
+    failed = {
+        key: result
+        for key, result in ledger.results.items()
+        if result.state == "failed" and ledger.trials[result.trial].stop is None
+    }
     retried = {key: result for key, result in failed.items() if result.failure_step is None}
     number_of = {trial.spec.arm: number for number, trial in reversed(ledger.trials.items())}
     for (number, seed), result in list(retried.items()):
@@ -257,6 +267,11 @@ def _execute(
     if executor == "inline":
         run_inline(queue, progress.on_evaluation)
     else:
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":
+            # Read as Ray is imported. It is meant for systems with bothersome firewalls; what it does is that Ray's
+            # processes listen on 127.0.0.1 alone.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         from study.scheduler.ray import run_on_ray  # the inline executor must work where Ray is not installed
 
         run_on_ray(queue, progress.on_evaluation, directory.scratch, address)
@@ -356,7 +371,7 @@ def _outcome(ledger: Ledger, aborted: str | None, trouble: str | None, lost: str
     trials = ledger.trials.values()
     return Outcome(
         n_trials=ledger.n_trials,
-        n_pruned=sum(trial.pruned is not None for trial in trials),
+        n_pruned=sum(trial.pruned is not None and trial.duplicate_of is None for trial in trials),
         n_stopped=sum(trial.stop is not None and trial.duplicate_of is None for trial in trials),
         search_ended=ledger.search_ended,
         n_complete=states.count("complete"),

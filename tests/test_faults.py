@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from study_fixtures import (
     DENSE,
@@ -209,6 +211,21 @@ def test_two_drivers_at_once_are_one(work, undisturbed):
     assert out == ""
     assert "another driver runs this study" in err
     check_whole(work, undisturbed)
+
+
+def test_study_on_a_ray_of_its_own_listens_on_this_machine_alone(work):
+    driver = start(work)
+    wait_for_results(driver, 1)
+    processes = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+    listening = {}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for socket in process.net_connections(kind="tcp"):
+                if socket.status == psutil.CONN_LISTEN:
+                    listening.setdefault(socket.laddr.ip.removeprefix("::ffff:"), []).append(process.name())
+    driver.communicate(timeout=300)
+    assert set(listening) == {"127.0.0.1"}, listening
+    assert {"gcs_server", "raylet"} <= set(listening["127.0.0.1"])
 
 
 # Workers --------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ class Ledger:
         config: the study; must define the one on record, as it was begun or as it was before or after any growth.
         corpus_sha256: must be the one on record.
         examine: shape and budget of a spec in the study as it is now; called once for each new trial.
-        uuid: of the study that must be there; None where it may be a new one.
+        uuid: of the study that must be there; None where it may be any.
+        may_begin: whether it may be a new one.
         extend: take what the config has more than the study on record for a growth of it.
 
     Raises:
@@ -78,6 +79,8 @@ class Ledger:
         corpus_sha256: str,
         examine: Callable[[TrialSpec, StudyConfig], Asked],
         uuid: str | None = None,
+        *,
+        may_begin: bool = True,
         extend: bool = False,
     ) -> None:
         self.config = config
@@ -85,13 +88,13 @@ class Ledger:
         self._corpus_sha256 = corpus_sha256
         self._examine = examine
         with in_one_line():
-            self._open(url, uuid, extend)
+            self._open(url, uuid, may_begin, extend)
 
-    def _open(self, url: str, uuid: str | None, extend: bool) -> None:
+    def _open(self, url: str, uuid: str | None, may_begin: bool, extend: bool) -> None:
         self._engine = open_database(url)
         metadata.create_all(self._engine)
-        self.uuid, self.created = self._open_study(uuid)
-        self._open_growths(extend)
+        self.uuid, self.created = self._open_study(uuid, may_begin)
+        is_extended = self._open_growths(extend)
         self._optuna_storage = optuna.storages.RDBStorage(url)
         self._optuna = optuna.create_study(
             storage=self._optuna_storage,
@@ -113,10 +116,12 @@ class Ledger:
         self._unasked = dict.fromkeys(listed_specs(self.config))
         """Listed specs that are no trial yet, in the order of the file."""
         self._reconcile()
+        if is_extended:
+            self.record_growth("--extend", self.config)
 
     # Opening ------------------------------------------------------------------------------------------------------
 
-    def _open_study(self, expected: str | None) -> tuple[str, str]:
+    def _open_study(self, expected: str | None, may_begin: bool) -> tuple[str, str]:
         """UUID and time of creation of the study on record, or of a new one."""
         name = self.config.name
         with self._engine.begin() as connection:
@@ -126,6 +131,8 @@ class Ledger:
                     f"the ledger does not hold study {name} ({expected}), which was run here before; "
                     "put its ledger.db back, or begin a new study with another --dir"
                 )
+            if row is None and not may_begin:
+                raise StudyError(f"no study {name} here that could grow; run it without that first")
             if row is None:
                 uuid, created = uuid_module.uuid4().hex, now()
                 connection.execute(
@@ -151,8 +158,8 @@ class Ledger:
             )
         return row.uuid, row.created
 
-    def _open_growths(self, extend: bool) -> None:
-        """Find out what the study has become, and whether the config means that."""
+    def _open_growths(self, extend: bool) -> bool:
+        """Find out what the study has become, and whether the config means that; returns whether it means more."""
         growths = read_growths(self._engine, self.uuid, self.config.name)
         self._first_seeds = growths.history[0].seed_list
         self.changed = growths.changed
@@ -160,10 +167,11 @@ class Ledger:
         newest = growths.history[-1]
         self.config = settled(self.config, growths.history)
         self._tally = Tally(self.config, growths.more_seeds)
+        self._teacher_arms = {arm.teacher for arm in self.config.arms if isinstance(arm, MPOArm)} - {None}
         changed = list(differences(definition(newest), definition(self.config)))
+        self._has_grown = len(growths.history) > 1 or bool(changed)
         if not changed:
-            self._has_grown = len(growths.history) > 1
-            return
+            return False
         adds = only_adds(newest, self.config)
         if not (adds and extend):
             hint = "it only adds to the study: give --extend too to let it grow by that, or undo the change"
@@ -171,8 +179,7 @@ class Ledger:
                 f"study {newest.name} was begun with another study file; it differs in {', '.join(changed)}; "
                 f"{hint if adds else _UNDO}"
             )
-        self.record_growth("--extend", self.config)
-        self._has_grown = True
+        return True
 
     def record_growth(
         self, command: str, config: StudyConfig | None = None, more_seeds: Mapping[int, Sequence[int]] | None = None
@@ -209,6 +216,12 @@ class Ledger:
             elif frozen.state == TrialState.RUNNING:
                 # The driver died before the trial was completely written.
                 self._optuna.tell(frozen.number, state=TrialState.FAIL)
+        for trial in self.trials.values():
+            if trial.duplicate_of is not None and trial.spec.arm in self._teacher_arms:
+                raise StudyError(
+                    f"arm {trial.spec.arm} cannot be a teacher: its trial {trial.number} repeats trial "
+                    f"{trial.duplicate_of}, and was never trained itself"
+                )
         homeless = sorted({number for number, _ in self.results} - self.trials.keys())
         if homeless:
             raise StudyError(f"the ledger is damaged: it has results of trial {homeless[0]}, but not the trial")
@@ -249,10 +262,9 @@ class Ledger:
 
     def _new_trial(self, number: int, spec: TrialSpec) -> Trial:
         examined = self._examine(spec, self.config)
-        # What others start from has weights of its own, also where its arm came after a trial that it repeats.
-        is_teacher = spec.arm in {arm.teacher for arm in self.config.arms if isinstance(arm, MPOArm)}
-        original = None if is_teacher else self._by_identity.get(examined.shape.identity)
         is_searched = self.config.arm(spec.arm).is_searched
+        original = self._original_for(spec.arm, examined.shape)
+        pruned = original.pruned if original is not None else None
         reason = why_pruned(self.config.budget, examined.shape) if is_searched and original is None else None
         return Trial(
             number,
@@ -260,10 +272,23 @@ class Ledger:
             examined.shape,
             examined.budget_hash,
             examined.tuning_trials,
-            duplicate_of=original,
-            pruned=Pruned(reason, now()) if reason is not None else None,
-            stop=self._stops.get(original) if original is not None else None,
+            duplicate_of=original.number if original is not None else None,
+            pruned=Pruned(reason, now()) if reason is not None else pruned,
+            stop=original.stop if original is not None else None,
         )
+
+    def _original_for(self, arm: str, shape: TrialShape) -> Trial | None:
+        """The trial that a new one of this arm repeats.
+
+        What others start from has weights of its own. A listed trial, which comes after a searched one only in a study
+        that grew, does not share what the search may do to that: prune it, or give it up.
+        """
+        original = self.trials.get(self._by_identity.get(shape.identity, -1))
+        if original is None or arm in self._teacher_arms:
+            return None
+        may_differ = self.config.arm(original.spec.arm).is_searched and not self.config.arm(arm).is_searched
+        is_whole = original.pruned is None and original.stop is None and not self.missing_seeds(original)
+        return original if is_whole or not may_differ else None
 
     @property
     def is_searching(self) -> bool:
@@ -286,48 +311,51 @@ class Ledger:
 
     # Recording ----------------------------------------------------------------------------------------------------
 
-    def record(self, result: SeedResult) -> None:
-        """Write one seed's result, and which trials it stops; a result that is already there stays as it is."""
-        if (result.trial, result.seed) in self.results:
+    def record(self, *results: SeedResult) -> None:
+        """Write results of one trial, all or none, and which trials they stop; one that is there stays as it is."""
+        new = [result for result in results if (result.trial, result.seed) not in self.results]
+        if not new:
             return
-        stops = self._stops_after(result)
+        stops = self._stops_after(new)
         rows = result_table.c
-        of_seed = (rows.study_uuid == self.uuid) & (rows.trial == result.trial) & (rows.seed == result.seed)
         with self._engine.begin() as connection:
-            connection.execute(result_table.delete().where(of_seed))  # see `reopen`
-            connection.execute(
-                result_table.insert().values(
-                    study_uuid=self.uuid,
-                    trial=result.trial,
-                    seed=result.seed,
-                    state=result.state,
-                    content=json.dumps(result.__dict__, allow_nan=False),
+            for result in new:
+                of_seed = (rows.study_uuid == self.uuid) & (rows.trial == result.trial) & (rows.seed == result.seed)
+                connection.execute(result_table.delete().where(of_seed))  # see `reopen`
+                connection.execute(
+                    result_table.insert().values(
+                        study_uuid=self.uuid,
+                        trial=result.trial,
+                        seed=result.seed,
+                        state=result.state,
+                        content=json.dumps(result.__dict__, allow_nan=False),
+                    )
                 )
-            )
             for stop in stops:  # with the result, so that what is decided once is never decided again
                 content = STOP.dump_json(stop).decode()
                 connection.execute(stop_table.insert().values(study_uuid=self.uuid, trial=stop.trial, content=content))
-        self.results[result.trial, result.seed] = result
-        self._reopened.pop((result.trial, result.seed), None)
+        for result in new:
+            self.results[result.trial, result.seed] = result
+            self._reopened.pop((result.trial, result.seed), None)
         for stop in stops:
             self._stops[stop.trial] = stop
             for number in [stop.trial, *self._duplicates_of(stop.trial)]:
                 self.trials[number] = replace(self.trials[number], stop=stop)
-        for number in [result.trial, *(stop.trial for stop in stops)]:
+        for number in [new[0].trial, *(stop.trial for stop in stops)]:
             if not self.missing_seeds(self.trials[number]):
                 self._lacking.pop(number, None)
             for told in [number, *self._duplicates_of(number)]:
                 self._tell_if_over(told)
 
-    def _stops_after(self, result: SeedResult) -> list[Stop]:
+    def _stops_after(self, new: Sequence[SeedResult]) -> list[Stop]:
         if self.config.early_stopping is None:
             return []
-        results = self.results | {(result.trial, result.seed): result}
+        results = self.results | {(result.trial, result.seed): result for result in new}
 
         def is_open(trial: Trial) -> bool:
             return trial.number in self._untold and bool(self._tally.missing_seeds(trial, results))
 
-        return stops_after(self.config, self.trials, results, result, is_open)
+        return stops_after(self.config, self.trials, results, new[-1], is_open)
 
     def reopen(self, results: Iterable[SeedResult]) -> None:
         """Take results for missing, until new ones replace them on record; Optuna keeps what it was told."""

@@ -20,6 +20,7 @@ from study.config import StudyConfig
 from study.early_stopping import Stop
 from study.errors import StudyError
 from study.trial import SeedResult
+from study.urls import hide_password
 
 SCHEMA_VERSION = 1
 
@@ -107,11 +108,8 @@ def open_database(url: str) -> sa.Engine:
         sa.inspect(engine).get_table_names()  # to connect alone does not read a SQLite file
         return engine
     except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
-        try:
-            shown = sa.make_url(url).render_as_string(hide_password=True)
-        except sqlalchemy.exc.SQLAlchemyError:
-            shown = "the URL given"
-        raise StudyError(f"cannot open the ledger {shown}: {str(error).splitlines()[0]}") from None
+        said = hide_password(str(error).splitlines()[0], url)
+        raise StudyError(f"cannot open the ledger {hide_password(url)}: {said}") from None
 
 
 def empty_ledger(url: str) -> sa.Engine:
@@ -192,9 +190,12 @@ def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
             f"{error.errors()[0]['msg']}; go on with that version, or begin a new study with another --dir"
         ) from None
     more_seeds: dict[int, list[int]] = {}
-    for row in rows:
-        for number, seeds in json.loads(row.seeds or "[]"):
-            more_seeds.setdefault(number, []).extend(seeds)
+    try:
+        for row in rows:
+            for number, seeds in json.loads(row.seeds or "[]"):
+                more_seeds.setdefault(number, []).extend(seeds)
+    except (ValueError, TypeError) as error:
+        raise StudyError(f"a growth in the ledger is damaged: {error}") from None
     newest = rows[-1] if rows else None
     return Growths(
         history,

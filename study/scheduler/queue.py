@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -113,16 +113,20 @@ class Queue:
 
     def complete(self, results: Sequence[SeedResult]) -> None:
         """Record a unit's results; where the ledger does not take them, they are missing again, and the study stops."""
+        if not results:
+            return
+        self._in_flight.difference_update((result.trial, result.seed) for result in results)
+        try:
+            self.ledger.record(*results)
+        except LEDGER_ERRORS as error:
+            self.aborted = f"the ledger cannot be written: {error}".splitlines()[0]
+            return
         for result in results:
-            self._in_flight.discard((result.trial, result.seed))
-            try:
-                self.ledger.record(result)
-                checkpoints_of(self.storage, self.ledger.uuid, result.trial, result.seed).clear()
-            except LEDGER_ERRORS as error:
-                self.aborted = f"the ledger cannot be written: {error}".splitlines()[0]
-                continue
-            except OSError as error:
-                self.aborted = str(error)
+            self._forget_checkpoints(result.trial, [result.seed])
+        for trial in self.ledger.trials.values():  # what a stop leaves half trained
+            if trial.stop is not None and trial.duplicate_of is None and trial.stop.after[0] == results[-1].trial:
+                self._forget_checkpoints(trial.number, self.ledger.seeds_of(trial))
+        for result in results:
             self.on_result(result)
 
     def note_begin(self, unit: Unit) -> None:
@@ -157,8 +161,8 @@ class Queue:
 
     def forgive_death(self, unit: Unit) -> None:
         """Its node was lost, as spot machines are: that says nothing of the unit, however often it happens."""
-        key = unit.trial, unit.seeds[0]
-        self._n_deaths[key] = max(0, self._n_deaths[key] - 1)
+        for key in _keys(unit):
+            self._n_deaths[key] = max(0, self._n_deaths[key] - 1)
         self.say(f"a node of Ray is gone; what it had of trial {unit.trial} goes on elsewhere, from its checkpoint")
 
     def _note_stillborn(self, unit: Unit, why: str) -> None:
@@ -177,6 +181,15 @@ class Queue:
     def put_back(self, unit: Unit) -> None:
         """Take back a unit that ended without results through no fault of its own."""
         self._in_flight.difference_update(_keys(unit))
+        if self.is_cancelled(unit):
+            self._forget_checkpoints(unit.trial, unit.seeds)
+
+    def _forget_checkpoints(self, trial: int, seeds: Iterable[int]) -> None:
+        try:
+            for seed in seeds:
+                checkpoints_of(self.storage, self.ledger.uuid, trial, seed).clear()
+        except OSError as error:
+            self.aborted = str(error)
 
     def _may_start(self, spec: TrialSpec) -> bool:
         """Whether a trial can be asked for: what has to wait for its teacher is not, so that others come before it."""

@@ -45,17 +45,16 @@ NODE_WATCH_SECONDS = 10
 OnEvaluation = Callable[[Unit, int, dict[str, float]], None]
 
 
-def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address: str | None = None) -> None:
+def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address: str) -> None:
     """Run every unit that the queue issues on Ray, as many at once as its resources allow.
 
     Args:
         scratch: a folder for what Tune leaves behind on the driver's machine; workers send it no files.
-        address: of a Ray cluster; `RAY_ADDRESS` where None, or else a local Ray that ends with this call.
+        address: of a Ray cluster, or "local": a Ray of its own, which ends with this call.
 
     Raises:
         StudyError: no Ray at that address, or none of its nodes can hold a unit.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     _connect(address)
     try:
         execution = queue.config.execution

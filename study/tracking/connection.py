@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import sqlalchemy
 import sqlalchemy.exc
 
 from study.errors import StudyError
-from study.urls import hide_password
+from study.urls import hide_password, is_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,11 +45,23 @@ def connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient  # which takes seconds, that a study with tracking off should not pay
 
     try:
+        _probe(uri)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow raises whatever its backend raises
         raise tracking_error(error, uri) from error
     return client
+
+
+def _probe(uri: str) -> None:
+    """Raise what a database server's driver raises where nobody answers; MLflow itself would try for minutes first."""
+    if not is_database(uri) or uri.startswith("sqlite"):
+        return
+    engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": 10})
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def _set_up_mlflow() -> None:

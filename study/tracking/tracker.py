@@ -220,6 +220,8 @@ class Tracker:
     def _write_pruned(self, trial: Trial, pruned: Pruned) -> None:
         """A trial's run without seeds, over as soon as it was begun."""
         key, when = schema.run_key(self._record.uuid, trial.number), _milliseconds(pruned.when)
+        if self._is_outdated(key, trial):
+            self._client.delete_run(self._known.pop(key).run_id)
         known = self._known.get(key)
         if known is None:
             tags = _group_tags(trial) | {schema.PRUNED: pruned.reason}
@@ -239,8 +241,6 @@ class Tracker:
 
     def _create_trial(self, trial: Trial, first: SeedResult) -> _KnownRun:
         tags = _group_tags(trial)
-        if trial.duplicate_of is not None:
-            tags[schema.DUPLICATE_OF] = str(trial.duplicate_of)
         key = schema.run_key(self._record.uuid, trial.number)
         run = self._create(key, schema.KIND_TRIAL, trial_name(trial), _milliseconds(first.started), tags)
         self._log_corpus(run)
@@ -358,7 +358,8 @@ def trial_name(trial: Trial) -> str:
 
 
 def _group_tags(trial: Trial) -> dict[str, str]:
-    return {schema.FAMILY: trial.spec.family, schema.ARM: trial.spec.arm}
+    repeats = {} if trial.duplicate_of is None else {schema.DUPLICATE_OF: str(trial.duplicate_of)}
+    return {schema.FAMILY: trial.spec.family, schema.ARM: trial.spec.arm} | repeats
 
 
 def _counts(trial: Trial) -> dict[str, float]:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from analysis import run_schema as schema
 from study.directory import StudyDirectory
+from study.growth import Growth
 from study.ledger.ledger import Ledger
 from study.ledger.snapshot import read_ledger
 from study.ledger.tables import open_database
@@ -73,11 +74,11 @@ def write_search(folder: Path, sampler: str = "random", trials: int = 5, **chang
     return write_study(folder, name=f"search-{sampler}", sampler=settings, **changes)
 
 
-def ledger_at(file: Path, directory: Path, *overrides: str) -> Ledger:
+def ledger_at(file: Path, directory: Path, *overrides: str, extend: bool = False) -> Ledger:
     """The study's ledger, as `run` opens it."""
     config = load_config(file, overrides)
     directory.mkdir(parents=True, exist_ok=True)
-    return open_ledger(config, study_corpus(config), StudyDirectory(directory))
+    return open_ledger(config, study_corpus(config), StudyDirectory(directory), Growth(extend=extend))
 
 
 def run_at(file: Path, directory: Path, *overrides: str, tracking: str | None = "off", **options) -> Outcome:

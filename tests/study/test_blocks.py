@@ -141,6 +141,17 @@ def test_queue_fails_every_seed_of_a_block_that_dies_three_times_without_progres
     assert queue.next_unit() == "finished"
 
 
+def test_queue_does_not_count_deaths_of_a_block_with_its_node(tmp_path, open_queue):
+    queue = open_queue(write_study(tmp_path, seeds=3, arms=[DENSE], execution={"seeds_per_unit": 3}))
+    for _ in range(5):
+        unit = queue.next_unit()
+        assert unit.seeds == (0, 1, 2)
+        queue.note_begin(unit)
+        queue.note_death(unit, "gone")
+        queue.forgive_death(unit)
+    assert queue.ledger.results == {}
+
+
 def test_queue_takes_progress_of_one_seed_for_its_block(tmp_path, open_queue):
     queue = open_queue(write_study(tmp_path, seeds=2, arms=[DENSE], execution={"seeds_per_unit": 2}))
     unit = queue.next_unit()

@@ -122,6 +122,33 @@ def test_finished_trial_is_not_stopped(ledger):
     assert ledger.trials[large].stop is None
 
 
+def test_block_of_seeds_is_judged_as_a_whole(ledger):
+    small, large = of_chi(ledger, 2)[0], of_chi(ledger, 4)[0]
+    record(ledger, small, [1.0] * 3)
+    ledger.record(*(made_up(large, seed, loss=loss) for seed, loss in enumerate([1.5, 1.5, 0.5])))
+    assert ledger.trials[large].stop is None  # its third seed says otherwise, and came with the others
+    other = of_chi(ledger, 4)[1]
+    ledger.record(*(made_up(other, seed, loss=1.5) for seed in range(4)))
+    assert ledger.trials[other].stop is None  # nothing of it is left to be spared
+
+
+def test_listed_trial_that_a_study_grows_by_does_not_share_the_fate_of_a_searched_one(tmp_path):
+    ledger = opened(write(tmp_path), tmp_path / "study")
+    small, large = of_chi(ledger, 2)[0], of_chi(ledger, 4)[0]
+    record(ledger, small, [1.0, 1.0])
+    record(ledger, large, [1.5, 1.5])
+    spec = ledger.trials[large].spec
+    assert ledger.trials[large].stop is not None
+    ledger.close()
+    arm = {"name": "listed", "family": "mpo", "chi": 4, "learning_rate": spec.protocol.learning_rate}
+    grown = ledger_at(write(tmp_path, arms=[DENSE, FOUND, arm]), tmp_path / "study", extend=True)
+    trial = grown.ask()
+    assert trial.spec.arm == "listed"
+    assert (trial.duplicate_of, trial.stop) == (None, None)
+    assert trial.shape.identity == grown.trials[large].shape.identity
+    assert grown.missing_seeds(trial) == [0, 1, 2, 3]
+
+
 def test_accuracy_may_decide(tmp_path):
     file = write(tmp_path, early_stopping={"metric": "val_acc"}, margin=0.05, objectives=["n_params", "val_acc"])
     ledger = opened(file, tmp_path / "study")

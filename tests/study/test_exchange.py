@@ -237,6 +237,12 @@ def test_cli_exports_and_imports(exported, tmp_path):
     code, out, err = cli("import", "out.parquet", "made", cwd=tmp_path)
     assert (code, out) == (2, "")
     assert err == "mpo-study: made: is there already; give a folder that is not, for the study to be made in\n"
+    code, out, err = cli("export", exported / "a", ".", cwd=tmp_path)
+    assert (code, out, err) == (2, "", "mpo-study: .: is a folder; give the file to write\n")
+    (tmp_path / "here").mkdir()
+    code, out, err = cli("import", "../out.parquet", ".", cwd=tmp_path / "here")
+    assert (code, err) == (0, "")
+    assert len(results_at(tmp_path / "here")) == 2
     code, out, err = cli("export", exported / "a", "nowhere/out.parquet", cwd=tmp_path)
     assert (code, out) == (2, "")
     assert err == "mpo-study: nowhere/out.parquet: cannot write there: No such file or directory; give another file\n"

@@ -206,6 +206,30 @@ def test_growth_by_seeds_goes_on_after_the_largest_of_a_list(tmp_path, folder):
     assert sorted(results_at(folder)) == [(0, 3), (0, 7), (0, 8), (0, 9)]
 
 
+def test_growth_beyond_what_a_study_file_may_say_is_refused_and_not_recorded(tmp_path, folder):
+    file = write_study(tmp_path, seeds=[2147483646], arms=[DENSE])
+    run_at(file, folder)
+    with pytest.raises(StudyError, match=r"--seeds \+5: the study cannot grow so: Input should be less than"):
+        run_at(file, folder, growth=Growth(seeds=5))
+    assert run_at(file, folder).n_complete == 1
+
+
+def test_growth_goes_on_from_a_ledger_whose_folder_has_nothing_else(tmp_path, folder):
+    file = write_study(tmp_path, seeds=1, arms=[DENSE])
+    run_at(file, folder)
+    for path in folder.iterdir():  # as a backup brings it back
+        if path.is_file() and path.name != "ledger.db":
+            path.unlink()
+    assert run_at(file, folder, growth=Growth(seeds=1)).n_complete == 2
+
+
+def test_cli_takes_one_way_to_grow_at_a_time(tmp_path):
+    file = write_study(tmp_path)
+    code, out, err = cli("run", file, "--dir", "kept", "--extend", "--seeds", "+1", cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert err == "mpo-study: --extend and --seeds +1: give one of them, and then the other\n"
+
+
 # By what the file adds ------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +288,19 @@ def test_arm_that_others_start_from_is_trained_even_where_it_repeats_a_trial(tmp
     file = write_search(tmp_path, trials=1, seeds=1, arms=[searched, DENSE, TUNED])
     outcome = run_at(file, folder, growth=Growth(extend=True))
     assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (3, 0, 0)
+
+
+def test_arm_that_repeats_a_trial_cannot_become_a_teacher_later(tmp_path, folder):
+    searched = {"name": "found", "family": "dense", "learning_rate": {"choices": [0.01]}}
+    arms = [searched]
+    run_at(write_search(tmp_path, trials=1, seeds=1, arms=arms), folder)
+    grown = write_search(tmp_path, trials=1, seeds=1, arms=[searched, DENSE])
+    assert run_at(grown, folder, growth=Growth(extend=True)).n_missing == 0
+    file = write_search(tmp_path, trials=1, seeds=1, arms=[searched, DENSE, TUNED])
+    with pytest.raises(StudyError, match="arm dense cannot be a teacher: its trial 1 repeats trial 0"):
+        run_at(file, folder, growth=Growth(extend=True))
+    grown = write_search(tmp_path, trials=1, seeds=1, arms=[searched, DENSE])
+    assert run_at(grown, folder).n_missing == 0  # and nothing of what was refused is on record
 
 
 # Where the frontier is undecided --------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from study_fixtures import (
 
 from study.directory import StudyDirectory
 from study.errors import StudyError
+from study.exchange import export_study, import_study
+from study.growth import Growth
 from study.storage import Checkpoints, Damaged, Storage, unpack_tensors
 
 pytestmark = [
@@ -244,6 +246,22 @@ def test_two_directories_cannot_both_own_a_backup(tmp_path, bucket):  # noqa: F8
     with pytest.raises(StudyError, match=r"has a newer backup of study tiny than .*first, from a driver elsewhere"):
         run_at(file, tmp_path / "first")
     assert run_at(file, tmp_path / "second").n_complete == 1
+
+
+def test_import_is_refused_where_the_storage_has_the_studys_own_backup(tmp_path, bucket):  # noqa: F811
+    file = write_study(tmp_path, seeds=1, arms=[DENSE])
+    run_at(file, tmp_path / "first", storage_url=bucket)
+    export_study(StudyDirectory(tmp_path / "first"), tmp_path / "study.parquet", print)
+    with pytest.raises(StudyError, match="has a backup of study tiny, which needs no import: run the study with that"):
+        import_study(tmp_path / "study.parquet", StudyDirectory(tmp_path / "imported"), bucket)
+    assert not (tmp_path / "imported").exists()
+
+
+def test_growth_asked_for_again_goes_on_in_a_folder_that_is_brought_back(tmp_path, bucket):  # noqa: F811
+    file = write_study(tmp_path, seeds=1, arms=[DENSE])
+    run_at(file, tmp_path / "lost", storage_url=bucket)
+    shutil.rmtree(tmp_path / "lost")
+    assert run_at(file, tmp_path / "new", storage_url=bucket, growth=Growth(seeds=1)).n_complete == 2
 
 
 def test_study_goes_on_while_its_backup_cannot_be_written(tmp_path, bucket, monkeypatch):  # noqa: F811

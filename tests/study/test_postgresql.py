@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from services import POSTGRESQL_PASSWORD, _postgresql, everything_in, new_database  # noqa: F401 (fixtures)
 from study_fixtures import (
+    DENSE,
     cli,
     nothing_left_running,  # noqa: F401 (a fixture)
     optuna_states,
@@ -181,6 +182,16 @@ def test_ledger_that_cannot_be_reached_is_one_line_without_its_password(tmp_path
     assert code == 2
     assert re.match(r"mpo-study: cannot open the ledger postgresql://postgres:\*\*\*@127.0.0.1:9/x: ", err)
     assert len(err.splitlines()) == 1
+    assert POSTGRESQL_PASSWORD not in out + err
+
+
+def test_mlflow_in_a_database_that_is_away_is_said_at_once_and_the_study_goes_on(tmp_path):
+    url = f"postgresql://postgres:{POSTGRESQL_PASSWORD}@127.0.0.1:9/x"
+    file = write_study(tmp_path, seeds=1, arms=[DENSE])
+    code, out, err = cli("run", file, "--dir", "kept", "--executor", "inline", "--tracking", url, cwd=tmp_path)
+    assert code == 1, err
+    assert "cannot reach MLflow at postgresql://postgres:***@127.0.0.1:9/x: " in out
+    assert "1 runs complete" in out
     assert POSTGRESQL_PASSWORD not in out + err
 
 

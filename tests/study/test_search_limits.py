@@ -70,7 +70,9 @@ def test_trial_beyond_a_limit_is_pruned_and_lacks_nothing(tmp_path, kind):
     largest = next(trial for trial in own if trial.spec.chi not in (None, 1, 2, 4))
     assert "more than budget.max_params=" in largest.pruned.reason
     # What repeats a pruned trial is answered by it.
-    assert all(trial.pruned is None for trial in trials if trial.duplicate_of is not None)
+    for trial in trials:
+        if trial.duplicate_of is not None:
+            assert trial.pruned == ledger.trials[trial.duplicate_of].pruned
 
 
 def test_pruned_trials_are_the_same_after_reopening(tmp_path):
@@ -84,6 +86,19 @@ def test_pruned_trials_are_the_same_after_reopening(tmp_path):
     assert ledger.trials == before
     assert ledger.ask() is None
     assert read_ledger(StudyDirectory(tmp_path / "study").ledger_url, "search-random").trials == list(before.values())
+
+
+def test_listed_trial_that_a_study_grows_by_has_no_limit(tmp_path):
+    folder = tmp_path / "study"
+    first = ledger_at(limited(tmp_path, max_params=0.6), folder)
+    pruned = next(trial for trial in ask_all(first) if trial.pruned is not None and trial.duplicate_of is None)
+    first.close()
+    listed = {"name": "listed", "family": "mpo", "chi": pruned.spec.chi}
+    file = write_search(tmp_path, arms=[DENSE, CHI, listed], budget={"trials": 14, "max_params": 0.6})
+    ledger = ledger_at(file, folder, extend=True)
+    trial = ledger.ask()
+    assert (trial.spec.arm, trial.duplicate_of, trial.pruned) == ("listed", None, None)
+    assert ledger.missing_seeds(trial) == list(load_config(file).seed_list)
 
 
 def test_sampler_is_told_that_a_pruned_trial_is_infeasible(tmp_path):

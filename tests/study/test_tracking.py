@@ -312,6 +312,10 @@ def test_tracker_says_in_one_line_that_mlflow_is_away(opened, nobody):
         ("http://host:5000", "http://host:5000"),
         ("https://token@host/x", "https://***@host/x"),
         ("mysql://host/db?ssl_password=se-cret", "mysql://host/db?ssl_password=***"),
+        ("mysql://host/db?password=secret%2F99&x=1", "mysql://host/db?password=***&x=1"),
+        ("https://host/x?sig=ab%3D", "https://host/x?sig=***"),
+        ("postgresql://me:a/b#c@d@host/db", "postgresql://me:***@host/db"),
+        ("http://127.0.0.1:5000/#/experiments/1", "http://127.0.0.1:5000/#/experiments/1"),
         ("sqlite:////some/where.db", "sqlite:////some/where.db"),
     ],
 )

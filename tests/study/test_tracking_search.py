@@ -9,6 +9,7 @@ from study_fixtures import DENSE, contents, mlflow_client, run_at, runs_in, writ
 
 from analysis import run_schema as schema
 from study.directory import StudyDirectory
+from study.growth import NO_GROWTH, Growth
 from study.ledger.snapshot import read_ledger
 from study.run import sync
 
@@ -68,6 +69,28 @@ def test_sync_changes_nothing_of_pruned_and_stopped_trials_but_adds_the_figures(
     assert [file.path for file in client.list_artifacts(summary.info.run_id, "figures")] == [
         "figures/frontier_val_loss.png"
     ]
+
+
+def test_every_trial_of_a_search_that_grew_has_its_run_as_it_is_now(tmp_path):
+    chi = {"name": "found", "family": "mpo", "chi": {"choices": [2, 40]}}
+    file = write_search(tmp_path, arms=[DENSE, chi], seeds=1, budget={"trials": 4, "max_params": 0.6})
+    folder = tmp_path / "study"
+    for growth in (NO_GROWTH, Growth(trials=2)):
+        run_at(file, folder, tracking=None, growth=growth)
+    directory = StudyDirectory(folder)
+    trials = read_ledger(directory.ledger_url, "search-random").trials
+    runs = runs_in(folder / "mlflow.db", "search-random")
+    assert any(trial.pruned is not None and trial.duplicate_of is not None for trial in trials)
+    for trial in trials:
+        [run] = runs[schema.run_key(directory.uuid(), trial.number)]
+        assert (schema.PRUNED in run.data.tags) == (trial.pruned is not None)
+        assert run.data.tags.get(schema.DUPLICATE_OF) == (
+            str(trial.duplicate_of) if trial.duplicate_of is not None else None
+        )
+        assert run.data.params["tuning_trials"] == ("6" if trial.spec.arm == "found" else "1")
+    before = contents(folder / "mlflow.db", "search-random")
+    sync(directory.load_config(), directory, None, None)
+    assert contents(folder / "mlflow.db", "search-random") == before
 
 
 def test_corpus_is_the_input_of_every_trained_trial_and_of_the_summary(searched):
