@@ -31,6 +31,7 @@ from study.show import show_outcome, show_plan, show_status
 from study.status import as_json as status_as_json
 from study.status import study_status
 from study.study_file import load_config
+from study.tracking.background import is_left_writing
 from study.tracking.connection import runs_page
 from study.urls import hide_password, is_database
 
@@ -174,7 +175,10 @@ def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
         outcome = run_study(config, folder, console, **options)
     except KeyboardInterrupt:  # or SIGTERM
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that another one could end now is this line
-        console.print(f"stopped; what is done is kept. To go on: the same command again ({folder.path})")
+        say(console, f"stopped; what is done is kept. To go on: the same command again ({folder.path})")
+        if is_left_writing():
+            sys.stdout.flush()
+            os._exit(130)
         raise typer.Exit(130) from None
     show_outcome(console, outcome, config, folder)
     nothing_succeeded = outcome.n_failed > 0 and outcome.n_complete == 0

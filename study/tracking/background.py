@@ -17,7 +17,14 @@ from study.trial import SeedResult
 _LONGEST_PAUSE = 60.0
 """Seconds between two attempts where MLflow stays away."""
 
+_THREAD = "tracking"
+
 _Job = tuple[Trial, list[SeedResult], int]
+
+
+def is_left_writing() -> bool:
+    """Whether a writer was left behind in the middle of a call: the interpreter may wait for it as it ends."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 class BackgroundTracker:
@@ -47,7 +54,7 @@ class BackgroundTracker:
         self._refused: dict[int, str] = {}
         self._away: str | None = None
         self._closing = self._is_last_round = False
-        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=_THREAD, daemon=True)
         self._thread.start()
 
     @property
