@@ -14,8 +14,8 @@ from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 
 OPTIONAL_PARAMS = (
-    *("seed", "teacher", "chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay", "forward"),
-    *("sites", "largest_bond"),
+    *("seed", "teacher", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
+    *("forward", "sites", "largest_bond"),
 )
 """Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
 CLAIMED = ("final/val_loss", "final/val_acc")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpo_core.bonds import contraction_order
 from mpo_core.initialisation import normal_
 from mpo_core.linear import MPOLinear
+from mpo_core.structured import StructuredLinear
 
 INIT_STD = 0.02
 DENSE_INITS = ("paper", "variance")
@@ -217,12 +218,17 @@ def flops_per_token(model: PicoGPT, context: int) -> int:
     """Forward FLOPs per token at sequence length `context`, one multiply-add counted as two.
 
     The sum of 2 · out_features · in_features over all linear maps, MPO layers included since they apply their
-    reconstructed W, and of 4 · context · d_model per layer for the two attention products (scores, and weights times
-    values), without halving for causality. Embedding, LayerNorm, softmax, ReLU and biases are left out, and so is
-    reconstruction, which does not depend on the number of tokens: see `reconstruct_flops`.
+    reconstructed W, and other structured layers as they are applied; and of 4 · context · d_model per layer for the two
+    attention products (scores, and weights times values), without halving for causality. Embedding, LayerNorm, softmax,
+    ReLU and biases are left out, and so is reconstruction, which does not depend on the number of tokens: see
+    `reconstruct_flops`.
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | MPOLinear)]
-    linear = sum(2 * layer.out_features * layer.in_features for layer in layers)
+    linear = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear | MPOLinear):
+            linear += 2 * module.out_features * module.in_features
+        elif isinstance(module, StructuredLinear):
+            linear += module.flops(1)
     return linear + 4 * context * model.config.d_model * model.config.n_layers
 
 

@@ -77,6 +77,9 @@ Number = Annotated[
 ]
 """A `Value` that may also be `{low: ..., high: ..., log: ...}`."""
 
+FixedOrListed = Annotated[Annotated[T, Tag("fixed")] | Listed[T], Discriminator(_kind_of_value)]
+"""A fixed value, or a list of them."""
+
 Seeds = Annotated[
     Annotated[int, Field(ge=1, le=10_000), Tag("fixed")] | Listed[Annotated[int, Field(ge=0, lt=2**31)]],
     Discriminator(_kind_of_value),
@@ -198,37 +201,51 @@ class DenseArm(_Arm):
     )
 
 
-class MPOArm(_Arm):
-    """Every linear layer is an MPO."""
+class CompressedArm(_Arm):
+    """Every linear layer has fewer parameters."""
 
-    family: Literal["mpo"] = Field(description="Which kind of arm this is.")
-    chi: Number[PositiveInt] = Field(description="Cap on every bond dimension.")
     n_sites: Number[Sites] | None = Field(
-        default=None, description="Number of sites L, 1 to 6; not with factorisation `paper`."
+        default=None, description="Number of sites L of an MPO, 1 to 6; not with factorisation `paper`."
     )
     factorisation: Value[Literal["paper", "balanced", "min_params"]] = Field(
         default="paper",
-        description="How sizes split over sites; `paper` falls back to `balanced` where it has no entry, "
+        description="How the sizes of an MPO split over sites; `paper` falls back to `balanced` where it has no entry, "
         "`min_params` has the fewest parameters at its χ.",
-    )
-    init: Value[Literal["paper", "variance", "orthogonal", "spectral", "tt_svd"]] | None = Field(
-        default=None, description="Init mode of an arm trained from scratch; `variance` unless given."
     )
     teacher: Name | None = Field(
         default=None,
         description="A dense arm with one trial: compress its trained model of the same seed, then fine-tune.",
     )
+    lr_rule: Value[Literal["uniform", "mup"]] | None = Field(
+        default=None, description="Learning rates of the factors: `uniform` unless given; `mup` by each one's fan-in."
+    )
+    decay: Value[Literal["parameter", "matrix"]] | None = Field(
+        default=None,
+        description="What weight decay shrinks: each factor (`parameter`, unless given), or W as if it were dense.",
+    )
+    refinement: Any = None
+
+    @model_validator(mode="after")
+    def _sites_and_refinement(self) -> CompressedArm:
+        if self.teacher is None and self.refinement is not None:
+            raise ValueError("`refinement` has no meaning without `teacher`: there are no trained weights to fit")
+        if self.n_sites is not None and "paper" in _options(self.factorisation):
+            raise ValueError("`n_sites` is not allowed with `factorisation: paper`, which has its own")
+        return self
+
+
+class MPOArm(CompressedArm):
+    """Every linear layer is an MPO."""
+
+    family: Literal["mpo"] = Field(description="Which kind of arm this is.")
+    chi: Number[PositiveInt] = Field(description="Cap on every bond dimension.")
+    init: Value[Literal["paper", "variance", "orthogonal", "spectral", "tt_svd"]] | None = Field(
+        default=None, description="Init mode of an arm trained from scratch; `variance` unless given."
+    )
     refinement: Value[Literal["tt_svd", "whitened", "als"]] | None = Field(
         default=None,
         description="How the teacher's weights become cores: `tt_svd` unless given; the others fit the outputs over "
         "protocol.calibration_batches.",
-    )
-    lr_rule: Value[Literal["uniform", "mup"]] | None = Field(
-        default=None, description="Learning rates of the cores: `uniform` unless given; `mup` by each core's fan-in."
-    )
-    decay: Value[Literal["parameter", "matrix"]] | None = Field(
-        default=None,
-        description="What weight decay shrinks: each core (`parameter`, unless given), or W as if it were dense.",
     )
     forward: Value[Literal["reconstruct", "chain"]] | None = Field(
         default=None,
@@ -240,11 +257,24 @@ class MPOArm(_Arm):
     def _consistent(self) -> MPOArm:
         if self.teacher is not None and self.init is not None:
             raise ValueError("`init` has no meaning beside `teacher`: the cores come from the teacher's weights")
-        if self.teacher is None and self.refinement is not None:
-            raise ValueError("`refinement` has no meaning without `teacher`: there are no trained weights to fit")
-        if self.n_sites is not None and "paper" in _options(self.factorisation):
-            raise ValueError("`n_sites` is not allowed with `factorisation: paper`, which has its own")
         return self
+
+
+class ControlArm(CompressedArm):
+    """Every linear layer is of another kind, with at most the parameters that an MPO would have in its place."""
+
+    family: Literal["low_rank", "monarch", "pruned"] = Field(
+        description="Which kind of arm this is: two factors of low rank; Monarch's two block-diagonal ones; or a dense "
+        "weight most of whose entries are 0 and stay so."
+    )
+    as_chi: FixedOrListed[PositiveInt] = Field(
+        description="χ of that MPO, layer by layer. A layer stays dense where the MPO's would not be smaller."
+    )
+    refinement: Value[Literal["weights", "outputs"]] | None = Field(
+        default=None,
+        description="What of the teacher's layers is kept best: their `weights`, unless given; or their `outputs` over "
+        "protocol.calibration_batches.",
+    )
 
 
 def _options(value: Any) -> tuple[Any, ...]:
@@ -252,10 +282,10 @@ def _options(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else value.choices if isinstance(value, Choices) else (value,)
 
 
-Arm = Annotated[DenseArm | MPOArm, Field(discriminator="family")]
+Arm = Annotated[DenseArm | MPOArm | ControlArm, Field(discriminator="family")]
 VALUE_FIELDS = (
-    *("learning_rate", "d_model", "chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
-    "forward",
+    *("learning_rate", "d_model", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule"),
+    *("decay", "forward"),
 )
 
 Objective = Literal["val_loss", "val_acc", "n_params"]
@@ -364,7 +394,7 @@ class StudyConfig(Strict):
     def seed_list(self) -> tuple[int, ...]:
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
-    def arm(self, name: str) -> DenseArm | MPOArm:
+    def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
     @model_validator(mode="after")
@@ -375,7 +405,7 @@ class StudyConfig(Strict):
         names = [arm.name for arm in self.arms]
         _refuse_repeats("arms", names)
         for arm in self.arms:
-            if isinstance(arm, MPOArm) and arm.teacher is not None:
+            if isinstance(arm, CompressedArm) and arm.teacher is not None:
                 self._check_teacher(arm)
         searched = [arm.name for arm in self.arms if arm.is_searched]
         if searched and self.sampler.name == "grid":
@@ -432,7 +462,7 @@ class StudyConfig(Strict):
                 f"{stopping.min_seeds} and {len(self.seed_list)}"
             )
 
-    def _check_teacher(self, arm: MPOArm) -> None:
+    def _check_teacher(self, arm: CompressedArm) -> None:
         candidates = [
             other.name
             for other in self.arms

@@ -76,7 +76,7 @@ def stops_after(
 def _is_stoppable(config: StudyConfig, trial: Trial) -> bool:
     """A searched MPO trial of its own: references, controls and teachers are dense or listed."""
     is_own = trial.duplicate_of is None and trial.pruned is None and trial.stop is None
-    return is_own and trial.spec.family != "dense" and config.arm(trial.spec.arm).is_searched
+    return is_own and trial.spec.family == "mpo" and config.arm(trial.spec.arm).is_searched
 
 
 def _stop(

@@ -98,7 +98,8 @@ class StudyProgress:
 
     def _name(self, number: int, seed: int) -> str:
         spec = self._ledger.trials[number].spec
-        what = f" χ={spec.chi}" if spec.chi is not None else ""
+        chi = spec.chi or spec.as_chi
+        what = f" χ={chi}" if chi is not None else ""
         return f"trial {number} ({spec.arm}{what}) seed {seed}"
 
     # Time left ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Literal
 from rich.console import Console
 
 from study.backup import BackgroundBackup, open_backup
-from study.config import MPOArm, StudyConfig
+from study.config import CompressedArm, StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment, what_changed
@@ -228,7 +228,7 @@ def _reopen(
     # A trial that is not asked yet lacks all its seeds.
     teachers = {spec.teacher for spec in ledger.unasked()}
     if ledger.is_searching:
-        teachers |= {arm.teacher for arm in config.arms if isinstance(arm, MPOArm) and arm.is_searched}
+        teachers |= {arm.teacher for arm in config.arms if isinstance(arm, CompressedArm) and arm.is_searched}
     needed = {(teacher, seed) for teacher in teachers for seed in config.seed_list}
     needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
     for result in list(ledger.results.values()):

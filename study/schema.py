@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from study.config import Choices, DenseArm, MPOArm, Range, StudyConfig
+from study.config import Choices, ControlArm, DenseArm, MPOArm, Range, StudyConfig
 
 SCHEMA, DOCUMENT = "study.schema.json", "study.md"
 
@@ -81,9 +81,9 @@ def document() -> str:
         if section is not None:
             lines += ["", f"## `{name}`", "", _summary(section), "", *_table(section, f"{name}.")]
     lines += ["", "## `arms`", "", "A list; the keys of an item depend on its `family`."]
-    for arm in (DenseArm, MPOArm):
-        family = get_args(arm.model_fields["family"].annotation)[0]
-        lines += ["", f"### `family: {family}`", "", _summary(arm), "", *_table(arm)]
+    for arm in (DenseArm, MPOArm, ControlArm):
+        families = "`, `".join(get_args(arm.model_fields["family"].annotation))
+        lines += ["", f"### `family: {families}`", "", _summary(arm), "", *_table(arm)]
     return "\n".join(lines) + "\n"
 
 

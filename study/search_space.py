@@ -15,7 +15,7 @@ from optuna.distributions import (
 )
 
 from analysis import run_schema
-from study.config import Choices, DenseArm, MPOArm, Range, StudyConfig
+from study.config import Arm, Choices, CompressedArm, ControlArm, Range, StudyConfig
 from study.errors import StudyError
 from study.trial import TrialSpec
 
@@ -78,14 +78,14 @@ def _examples(value: Any) -> tuple[Any, ...]:
             return (value,)
 
 
-def _grid(config: StudyConfig, arm: DenseArm | MPOArm) -> Iterator[TrialSpec]:
+def _grid(config: StudyConfig, arm: Arm) -> Iterator[TrialSpec]:
     values = arm.values()
     options = [value if isinstance(value, tuple) else (value,) for value in values.values()]
     for chosen in product(*options):
         yield resolve(config, arm, dict(zip(values, chosen, strict=True)))
 
 
-def resolve(config: StudyConfig, arm: DenseArm | MPOArm, chosen: dict[str, Any]) -> TrialSpec:
+def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
     """The trial of an arm with these values for the fields that may be listed or searched.
 
     Raises:
@@ -93,11 +93,12 @@ def resolve(config: StudyConfig, arm: DenseArm | MPOArm, chosen: dict[str, Any])
     """
     data: dict[str, Any] = {"arm": arm.name, "family": arm.family}
     data |= {key: value for key, value in chosen.items() if key not in ("learning_rate", "d_model")}
-    if isinstance(arm, MPOArm):
+    if isinstance(arm, CompressedArm):
         data["teacher"] = arm.teacher
         data.setdefault("lr_rule", "uniform")
         data.setdefault("decay", "parameter")
-        data.setdefault(*(("init", "variance") if arm.teacher is None else ("refinement", "tt_svd")))
+        plain = "weights" if isinstance(arm, ControlArm) else "tt_svd"
+        data.setdefault(*(("init", "variance") if arm.teacher is None else ("refinement", plain)))
     else:
         data.setdefault("init", "paper")
     overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {
@@ -153,11 +154,11 @@ def space(config: StudyConfig) -> dict[str, BaseDistribution]:
     return {_parameter(arm, key): _distribution(value) for key, value in arm.values().items() if _is_open(value)}
 
 
-def _searched_arms(config: StudyConfig) -> list[DenseArm | MPOArm]:
+def _searched_arms(config: StudyConfig) -> list[Arm]:
     return [arm for arm in config.arms if arm.is_searched]
 
 
-def _parameter(arm: DenseArm | MPOArm, key: str) -> str:
+def _parameter(arm: Arm, key: str) -> str:
     # Two arms may search the same key in different ranges, which Optuna forbids under one name.
     return f"{arm.name}.{key}"
 

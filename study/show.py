@@ -150,7 +150,9 @@ def _what(spec: TrialSpec) -> str:
     if spec.family == "dense":
         return f"d_model={spec.model.d_model}"
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
-    return f"χ={spec.chi} {spec.factorisation}{sites}, {f'from {spec.teacher}' if spec.teacher else spec.init}"
+    size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
+    start = f"from {spec.teacher} ({spec.refinement})" if spec.teacher is not None else spec.init
+    return f"{size} {spec.factorisation}{sites}, {start}"
 
 
 def _note(trial: Trial) -> str:

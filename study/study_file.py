@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from study.config import VALUE_FIELDS, VALUE_KINDS, Choices, DenseArm, MPOArm, Range, StudyConfig
+from study.config import VALUE_FIELDS, VALUE_KINDS, Choices, ControlArm, DenseArm, MPOArm, Range, StudyConfig
 from study.errors import StudyError
 from study.search_space import check_trials
 
@@ -55,6 +55,10 @@ class _StrictDumper(yaml.SafeDumper):
 
 
 _StrictDumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
+
+_ARMS: dict[str, type[BaseModel]] = {
+    family: arm for arm in (DenseArm, MPOArm, ControlArm) for family in get_args(arm.model_fields["family"].annotation)
+}
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -188,7 +192,7 @@ def _describe(defect: Any, data: Any) -> str:
     if kind == "union_tag_invalid":
         return f"{path}.family: must be one of {context['expected_tags']}, but got {context['tag']!r}"
     if kind == "union_tag_not_found":
-        return f"{path}.family: missing, must be one of 'dense', 'mpo'"
+        return f"{path}.family: missing, must be one of {', '.join(map(repr, _ARMS))}"
     if kind in ("too_short", "too_long"):
         limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
         return f"{path}: must have a length of {limit}, but got {context['actual_length']}"
@@ -229,8 +233,8 @@ def _allowed_keys(location: tuple[int | str, ...]) -> Iterator[str]:
     """The keys of the model in which an unknown key stood."""
     model: Any = StudyConfig
     for key in location[:-1]:
-        if key in ("dense", "mpo"):
-            model = DenseArm if key == "dense" else MPOArm
+        if key in _ARMS:
+            model = _ARMS[str(key)]
         elif key in ("choices", "range"):
             model = Choices if key == "choices" else Range
         elif isinstance(key, str) and key in model.__pydantic_fields__:

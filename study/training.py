@@ -77,7 +77,7 @@ class Training:
         protocol, context = spec.protocol, spec.model.context
         self.spec, self.corpus, self.device = spec, corpus, device
         calibration = []
-        if spec.refinement in ("whitened", "als"):
+        if spec.refinement in ("whitened", "als", "outputs"):
             windows = Windows(
                 corpus.train, protocol.calibration_batches, protocol.batch_size, context, seed, "calibration"
             )
@@ -350,9 +350,10 @@ def _rel_errors(training: Training, chis: Sequence[int], when: str) -> dict[str,
         errors = mpo_core.rel_errors(training.model, chis) if chis else {}
         return {schema.rel_error_key(when, chi, layer): error for (chi, layer), error in errors.items()}
     if when == "init" and training.spec.teacher is not None and training.compression is not None:
-        assert training.spec.chi is not None
+        chi = training.spec.chi or training.spec.as_chi
+        assert chi is not None
         return {
-            schema.rel_error_key("compressed", training.spec.chi, row.name): row.rel_error
+            schema.rel_error_key("compressed", chi, row.name): row.rel_error
             for row in training.compression.rows
             if row.rel_error is not None
         }

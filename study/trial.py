@@ -14,21 +14,23 @@ import torch
 
 import mpo_core
 from study.config import Model, Protocol, Strict, StudyConfig
+from study.errors import StudyError
 
 
 class TrialSpec(Strict):
     """Everything that, with the corpus and a seed, fixes a training run. One configuration: no value is open."""
 
     arm: str
-    family: Literal["dense", "mpo"]
+    family: Literal["dense", "mpo", "low_rank", "monarch", "pruned"]
     model: Model
     protocol: Protocol
     chi: int | None = None
+    as_chi: int | None = None
     n_sites: int | None = None
     factorisation: Literal["paper", "balanced", "min_params"] | None = None
     init: Literal["paper", "variance", "orthogonal", "spectral", "tt_svd"] | None = None
     teacher: str | None = None
-    refinement: Literal["tt_svd", "whitened", "als"] | None = None
+    refinement: Literal["tt_svd", "whitened", "als", "weights", "outputs"] | None = None
     lr_rule: Literal["uniform", "mup"] | None = None
     decay: Literal["parameter", "matrix"] | None = None
     forward: Literal["reconstruct", "chain"] | None = None
@@ -95,6 +97,8 @@ def build_model(
         model.init_parameters(generator_for, (spec.family == "dense" and spec.init) or "paper")
     if spec.family == "dense":
         return model, None
+    if spec.family != "mpo":
+        return _control(spec, model, generator_for, teacher_weights, calibration)
     assert spec.chi is not None
     assert spec.factorisation is not None
     init = "tt_svd" if teacher_weights is not None else spec.init or "variance"
@@ -109,6 +113,40 @@ def build_model(
         forward=spec.forward or "reconstruct",
         **({"calibration": calibration, "method": spec.refinement} if calibration else {}),
     )
+
+
+_CONTROLS: dict[str, type[mpo_core.StructuredLinear]] = {
+    "low_rank": mpo_core.LowRankLinear,
+    "monarch": mpo_core.MonarchLinear,
+    "pruned": mpo_core.PrunedLinear,
+}
+
+
+def _control(
+    spec: TrialSpec,
+    model: mpo_core.PicoGPT,
+    generator_for: Callable[[str], torch.Generator] | None,
+    teacher_weights: dict[str, torch.Tensor] | None,
+    calibration: Sequence[torch.Tensor],
+) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport]:
+    """A model whose layers are as large, each, as those of an MPO, or less."""
+    as_mpo = spec.model_copy(update={"family": "mpo", "chi": spec.as_chi, "init": "variance"})
+    _, report = build_model(as_mpo, model.config.vocab_size, None)
+    assert report is not None
+    sizes = {row.name: row.n_params_after for row in report.rows}
+    if teacher_weights is not None:
+        return mpo_core.compress(model, layer=spec.family, budget=sizes, calibration=calibration or None)
+
+    def fresh(name: str, linear: torch.nn.Linear) -> mpo_core.StructuredLinear | None:
+        if sizes[name] >= linear.weight.numel():  # as a budget does, which the dense layer is within
+            return None
+        layer = _CONTROLS[spec.family].empty_like(linear, max_params=sizes[name])
+        if generator_for is not None:
+            own = generator_for  # for the type checker, which forgets outside a lambda what holds inside
+            layer.draw("variance", lambda parameter: own(f"{name}.{parameter}"))
+        return layer
+
+    return mpo_core.compress(model, layer=fresh)
 
 
 @dataclass(frozen=True)
@@ -136,15 +174,23 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
     Args:
         n_validation: tokens of the validation split.
         reference: sizes of the study's dense model, whose parameters others are a fraction of.
+
+    Raises:
+        StudyError: a layer of it cannot be made.
     """
-    model, report = build_model(spec, vocab_size, None)
+    try:
+        model, report = build_model(spec, vocab_size, None)
+    except ValueError as error:  # the smallest layer of a control's kind is larger than the MPO's
+        raise StudyError(f"arms[{spec.arm}]: {error}") from None
     dense, _ = build_model(spec.model_copy(update={"family": "dense", "model": reference}), vocab_size, None)
-    layers = [] if report is None else [(row.name, row.d_out, row.d_in, row.bonds) for row in report.rows]
+    rows = [] if report is None else report.rows
+    is_mpo = spec.family == "mpo"
+    layers = [(row.name, row.d_out, row.d_in, row.bonds) if is_mpo else (row.name, row.structure) for row in rows]
     return TrialShape(
         n_params=mpo_core.n_params(model),
         n_params_compressed=mpo_core.n_params_compressed(model),
         n_params_dense=mpo_core.n_params(dense),
-        bonds={name: bonds for name, _, _, bonds in layers},
+        bonds={row.name: row.bonds for row in rows if is_mpo},
         identity=_identity(spec, layers),
         step_flops=_step_flops(spec, model),
         flops=_flops(spec, model, n_validation),
@@ -154,11 +200,11 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
 
 def _identity(spec: TrialSpec, layers: list[Any]) -> str:
     """Equal for two specs exactly when they train the same model in the same way."""
-    essence = spec.model_dump(mode="json", exclude={"arm", "chi", "n_sites", "factorisation"})
+    essence = spec.model_dump(mode="json", exclude={"arm", "chi", "as_chi", "n_sites", "factorisation"})
     essence["layers"] = layers
     if spec.forward in (None, "reconstruct"):
         del essence["forward"]
-    if spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
+    if spec.family == "mpo" and spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
         essence["chi"] = spec.chi  # this init mode depends on the cap as asked for, not on the bonds it gives
     return _hash(essence)
 

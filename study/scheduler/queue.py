@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from study.config import Choices, MPOArm, Range, StudyConfig
+from study.config import Choices, CompressedArm, Range, StudyConfig
 from study.ledger.ledger import Ledger
 from study.ledger.tables import LEDGER_ERRORS
 from study.ledger.trials import Trial
@@ -56,7 +56,7 @@ class Queue:
     _furthest_step: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._teacher_arms = {arm.teacher for arm in self.config.arms if isinstance(arm, MPOArm)} - {None}
+        self._teacher_arms = {arm.teacher for arm in self.config.arms if isinstance(arm, CompressedArm)} - {None}
         self._rel_error_chis = study_chis(self.config)
         self._teachers: dict[str, Trial] = {}
 

@@ -353,7 +353,7 @@ class Tracker:
 def trial_name(trial: Trial) -> str:
     """What the MLflow UI calls a trial: its arm, with what sets it apart there."""
     spec = trial.spec
-    what = f"χ={spec.chi}" if spec.family == "mpo" else f"d_model={spec.model.d_model}"
+    what = f"d_model={spec.model.d_model}" if spec.family == "dense" else f"χ={spec.chi or spec.as_chi}"
     return f"{spec.arm} {what} (trial {trial.number})"
 
 

@@ -55,7 +55,7 @@ def test_cli_plans_runs_and_shows_a_study(tmp_path):
     code, out, err = cli("plan", "tiny.yaml", cwd=tmp_path)
     assert (code, err) == (0, "")
     assert re.search(r"dense +d_model=8 +0\.01 +6 +[\d,]+ +100\.0%", out)
-    assert re.search(r"tuned +χ=2 paper, +0\.01 +4 ", out)
+    assert re.search(r"tuned +χ=2 paper, from dense \(tt_svd\) +0\.01 +4 ", out)
     assert "8 runs listed" in out
     assert not (tmp_path / "results").exists()
 
@@ -70,7 +70,7 @@ def test_cli_plans_runs_and_shows_a_study(tmp_path):
     assert (code, err) == (0, "")
     assert status.splitlines()[-1] == "complete; to write its runs to MLflow: mpo-study sync results/tiny"
     assert len(re.findall(r"^ [0-3] ", status, flags=re.MULTILINE)) == 4
-    assert max(map(len, status.splitlines())) <= 80
+    assert max(map(len, status.splitlines())) <= 120
 
 
 def test_cli_plan_counts_what_a_sampler_will_choose(tmp_path, command):

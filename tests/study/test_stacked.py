@@ -23,6 +23,10 @@ ARMS = {
     "chi-1": {"chi": 1},
     "fine-tune": {"chi": 2, "teacher": "dense"},
     "als": {"chi": 3, "teacher": "dense", "refinement": "als"},
+    "low-rank": {"family": "low_rank", "as_chi": 2, "lr_rule": "mup"},
+    "monarch": {"family": "monarch", "as_chi": 4},
+    "pruned": {"family": "pruned", "as_chi": 2},
+    "pruned-fine-tune": {"family": "pruned", "as_chi": 2, "teacher": "dense", "refinement": "outputs"},
 }
 LOW = {"d_model": 4, "n_heads": 1, "n_layers": 1, "context": 1, "d_ff": 1}
 
