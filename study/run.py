@@ -130,7 +130,7 @@ def run_study(
         StudyError: the study cannot be opened, cannot grow so, or another driver has it.
     """
     corpus = study_corpus(config)
-    with directory.locked(), hold_ledger(directory.ledger_url, config.name):
+    with directory.locked(), hold_ledger(directory.ledger_url, config.name) as is_held:
         directory.check_is_for(config)
         storage = Storage(storage_url or directory.storage_url())
         try:
@@ -166,6 +166,8 @@ def run_study(
 
             def on_result(result: SeedResult) -> None:
                 progress.on_result(result)
+                if not is_held():
+                    queue.aborted = "the connection to the ledger was lost, and with it the hold on this study"
                 if copies is not None:
                     copies.note_change()
                 for trial in ledger.trials.values():

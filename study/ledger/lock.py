@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import sqlalchemy as sa
 import sqlalchemy.exc
@@ -41,14 +42,17 @@ def check_ledger_url(url: str) -> str:
 
 
 @contextmanager
-def hold_ledger(url: str, name: str) -> Iterator[None]:
+def hold_ledger(url: str, name: str) -> Iterator[Callable[[], bool]]:
     """Hold a study in a PostgreSQL database by an advisory lock, which ends with this process; SQLite needs none.
+
+    Yields:
+        Whether it is held still: it is not where the connection was lost meanwhile.
 
     Raises:
         StudyError: another driver has it, and is named; or the database cannot be reached.
     """
     if sa.make_url(url).get_backend_name() != "postgresql":
-        yield
+        yield lambda: True
         return
     me = f"{_MARK} {os.getpid()}@{socket.gethostname()}"[:_LONGEST_NAME]
     key = int.from_bytes(hashlib.sha256(f"{_MARK} {name}".encode()).digest()[:8], "big", signed=True)
@@ -72,10 +76,18 @@ def hold_ledger(url: str, name: str) -> Iterator[None]:
         if not is_ours:
             process = (holder or "").removeprefix(_MARK).strip() or "its name is not to be had"
             raise StudyError(f"study {name}: another driver runs it in this ledger: process {process}")
-        yield
+        yield partial(_answers, connection)
     finally:
-        connection.close()
+        with suppress(sqlalchemy.exc.SQLAlchemyError):
+            connection.close()
         engine.dispose()
+
+
+def _answers(connection: sa.Connection) -> bool:
+    try:
+        return connection.scalar(sa.text("SELECT true"))
+    except sqlalchemy.exc.SQLAlchemyError:
+        return False
 
 
 _HOLDER = sa.text(

@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+import sqlalchemy as sa
 from rich.console import Console
 from services import POSTGRESQL_PASSWORD, _postgresql, everything_in, new_database  # noqa: F401 (fixtures)
 from study_fixtures import (
@@ -32,6 +33,7 @@ from study.directory import StudyDirectory
 from study.errors import StudyError
 from study.exchange import export_study, import_study
 from study.growth import Growth
+from study.ledger.ledger import Ledger
 from study.ledger.lock import hold_ledger
 from study.ledger.snapshot import read_ledger
 from study.run import run_study
@@ -161,6 +163,40 @@ def test_lock_ends_with_its_holder(new_database):  # noqa: F811
         except StudyError:  # the server notices a moment later
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def test_hold_that_was_lost_is_noticed_and_stops_the_study(tmp_path, new_database, monkeypatch):  # noqa: F811
+    url, file = new_database("lost"), write_study(tmp_path)
+
+    def drop_holders():
+        engine = sa.create_engine(url)
+        with engine.connect() as connection:
+            connection.execute(
+                sa.text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'mpo-study %'"
+                )
+            )
+        engine.dispose()
+
+    with hold_ledger(url, "tiny") as is_held:
+        assert is_held()
+        drop_holders()
+        assert not is_held()
+
+    record, n_recorded = Ledger.record, 0
+
+    def counted(self, *results):
+        nonlocal n_recorded
+        record(self, *results)
+        n_recorded += 1
+        if n_recorded == 2:
+            drop_holders()
+
+    monkeypatch.setattr(Ledger, "record", counted)
+    outcome = run_in(StudyDirectory(tmp_path / "kept", url), file)
+    assert outcome.aborted == "the connection to the ledger was lost, and with it the hold on this study"
+    assert (outcome.n_complete, outcome.n_missing) == (2, 6)
+    assert run_in(StudyDirectory(tmp_path / "kept", url), file).n_missing == 0
 
 
 @pytest.mark.parametrize(
