@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,6 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.errors import AnalysisError
+
+if TYPE_CHECKING:
+    from analysis.runs import StudyAddress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -39,40 +44,68 @@ def report(
     Name the study by its directory, or by --tracking-uri and --experiment (then --out is needed). A report written
     again replaces the files of the last one and leaves others alone.
     """
-    # MLflow reads these when it is first imported; a server that is away is said to be so within seconds, not minutes.
-    for name, value in (
-        ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        ("DO_NOT_TRACK", "true"),
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-    ):
-        os.environ.setdefault(name, value)
-    try:
+    with _one_line_for_errors():
         _report(study, tracking_uri, experiment, out)
-    except AnalysisError as error:
-        typer.echo(f"mpo-analysis: {error}", err=True)
-        raise typer.Exit(2) from None
+
+
+@app.command()
+def paper(
+    study: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Study directory, as written by `mpo-study run`.")
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow tracking URI, instead of DIR.", metavar="URI")
+    ] = None,
+    experiment: Annotated[str | None, typer.Option(help="MLflow experiment, instead of DIR.", metavar="NAME")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the tables; by default DIR/paper.", metavar="OUT")
+    ] = None,
+) -> None:
+    """Set the numbers of the paper's Tables 2, 3 and 4 beside what its definitions and this study's runs give.
+
+    Measured are runs of the paper's own model under its own protocol; what the study lacks is said, and left open.
+    """
+    with _one_line_for_errors():
+        _paper(study, tracking_uri, experiment, out)
+
+
+def _paper(study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None) -> None:
+    from analysis.load import load_study
+    from analysis.paper.comparison import missing, paper_comparison, shown
+    from analysis.tables import Table as Written
+    from analysis.tables import write
+
+    address, out = _address(study, tracking_uri, experiment, out, "paper")
+    runs = load_study(address)
+    comparison = paper_comparison(runs)
+    table = Written("comparison", comparison, shown(comparison))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        written = write(table, out)
+    except OSError as error:
+        raise AnalysisError(f"cannot write to {out}: {error.strerror or error}") from error
+    console = Console()
+    for number, rows in table.shown.groupby("table"):
+        grid = Table(title=f"Table {number}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        for column in ("what", "published", "here", "can follow"):
+            right = column in ("published", "here")
+            grid.add_column(column, justify="right" if right else "left", no_wrap=right)
+        for row in rows[["what", "published", "here", "can follow"]].itertuples(index=False):
+            grid.add_row(*row)
+        console.print(grid)
+    lacking = missing(runs)
+    if lacking is not None:
+        console.print(f"left open: {lacking}", soft_wrap=True, highlight=False)
+    console.print(f"wrote {written[0]} and {written[1].name}, with the reasons", soft_wrap=True, highlight=False)
 
 
 def _report(study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None) -> None:
-    from analysis.load import load_study, resolve_study
+    from analysis.load import load_study
     from analysis.report import INDEX, write_report
-    from analysis.runs import StudyAddress
     from analysis.summary import MIN_SEEDS
     from analysis.tables import frontier_table
 
-    if study is not None and (tracking_uri or experiment):
-        raise AnalysisError("give either DIR, or --tracking-uri and --experiment, not both")
-    if study is not None:
-        address = resolve_study(study)
-        out = out or study / "report"
-    elif tracking_uri and experiment:
-        address = StudyAddress(tracking_uri, experiment)
-    else:
-        raise AnalysisError("give a study directory, or both --tracking-uri and --experiment")
-    if out is None:
-        raise AnalysisError("give the folder for the report with --out")
-
+    address, out = _address(study, tracking_uri, experiment, out, "report")
     runs = load_study(address)
     summary = write_report(runs, out)
     console = Console()
@@ -94,6 +127,42 @@ def _report(study: Path | None, tracking_uri: str | None, experiment: str | None
         f"{len(runs.unfinished)} unfinished"
     )
     console.print(f"wrote {out / INDEX}, with figures/ and tables/ beside it", soft_wrap=True, highlight=False)
+
+
+def _address(
+    study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None, folder: str
+) -> tuple[StudyAddress, Path]:
+    """Where the runs are, and where to write: by default a folder of the study's own."""
+    from analysis.load import resolve_study
+    from analysis.runs import StudyAddress
+
+    if study is not None and (tracking_uri or experiment):
+        raise AnalysisError("give either DIR, or --tracking-uri and --experiment, not both")
+    if study is not None:
+        return resolve_study(study), out or study / folder
+    if not (tracking_uri and experiment):
+        raise AnalysisError("give a study directory, or both --tracking-uri and --experiment")
+    if out is None:
+        raise AnalysisError(f"give the folder for the {folder} with --out")
+    return StudyAddress(tracking_uri, experiment), out
+
+
+@contextmanager
+def _one_line_for_errors() -> Iterator[None]:
+    """A user's error is one line and exit code 2; MLflow's settings are made before it is first imported."""
+    # A server that is away is said to be so within seconds, not minutes.
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("DO_NOT_TRACK", "true"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+    ):
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    except AnalysisError as error:
+        typer.echo(f"mpo-analysis: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""The paper's published numbers, and what its own definitions and this study's runs make of each."""
