@@ -96,7 +96,7 @@ def _paper(study: Path | None, tracking_uri: str | None, experiment: str | None,
     lacking = missing(runs)
     if lacking is not None:
         console.print(f"left open: {lacking}", soft_wrap=True, highlight=False)
-    console.print(f"wrote {written[0]} and {written[1].name}, with the reasons", soft_wrap=True, highlight=False)
+    console.print(f"wrote {written[0]}, with the reasons; beside it as .md and .tex", soft_wrap=True, highlight=False)
 
 
 def _report(study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None) -> None:

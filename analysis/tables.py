@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +106,12 @@ def budgets_table(summary: pd.DataFrame) -> Table:
 
 
 def write(table: Table, folder: Path) -> list[Path]:
-    """Write `folder`/NAME.csv and NAME.md."""
-    csv, markdown = folder / f"{table.name}.csv", folder / f"{table.name}.md"
+    """Write `folder`/NAME.csv, NAME.md and NAME.tex."""
+    csv, markdown, latex = (folder / f"{table.name}.{kind}" for kind in ("csv", "md", "tex"))
     table.data.to_csv(csv, index=False, lineterminator="\n")
     markdown.write_text(to_markdown(table.shown), encoding="utf-8")
-    return [csv, markdown]
+    latex.write_text(to_latex(table.shown), encoding="utf-8")
+    return [csv, markdown, latex]
 
 
 def to_markdown(shown: pd.DataFrame) -> str:
@@ -120,6 +122,38 @@ def to_markdown(shown: pd.DataFrame) -> str:
 
     lines = [line(list(shown.columns)), line(["---"] * len(shown.columns))]
     return "\n".join([*lines, *(line(list(row)) for row in shown.itertuples(index=False))]) + "\n"
+
+
+def to_latex(shown: pd.DataFrame) -> str:
+    """A tabular for any LaTeX engine, with the rules of booktabs; columns of numbers are set right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(_LATEX.get(mark, mark) for mark in cell) for cell in cells) + r" \\"
+
+    rows = [list(row) for row in shown.itertuples(index=False)]
+    columns = "".join(
+        "r" if rows and all(_NUMBER.fullmatch(row[column]) for row in rows) else "l"
+        for column in range(len(shown.columns))
+    )
+    body = [line(list(shown.columns)), r"\midrule", *map(line, rows)]
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+_NUMBER = re.compile(r"[−+]?[\d,.]+( ± [\d,.]+)?( \(.*\))?|–|")
+_LATEX = {mark: f"\\{mark}" for mark in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\n": " ",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "×": r"$\times$",
+    "√": r"$\surd$",
+    "χ": r"$\chi$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+}
 
 
 def with_interval(mean: float, half_width: float, decimals: int) -> str:

@@ -141,9 +141,15 @@ def test_errors_of_random_weights_are_the_layers_of_each_seed(runs, comparison):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps": 400}, {"learning_rate": 1e-3}, {"d_model": 64}, {"start": "teacher"},
-     {"extra": {"factorisation": "balanced", "init": "paper"}}, {"extra": {"factorisation": "paper", "init": "variance"}}],
-)  # fmt: skip
+    [
+        {"steps": 400},
+        {"learning_rate": 1e-3},
+        {"d_model": 64},
+        {"start": "teacher"},
+        {"extra": {"factorisation": "balanced", "init": "paper"}},
+        {"extra": {"factorisation": "paper", "init": "variance"}},
+    ],
+)
 def test_other_models_and_budgets_are_not_taken_for_the_papers(changes):
     runs = simulated_runs(paper_study(**changes))[0]
     lacking = missing(runs)

@@ -43,17 +43,37 @@ def test_failures_and_unfinished_tables_list_each(runs):
 
 def test_write_keeps_every_digit_in_csv(summary, tmp_path):
     table = tables.trials_table(summary)
-    csv, markdown = tables.write(table, tmp_path)
+    csv, markdown, latex = tables.write(table, tmp_path)
     read = pd.read_csv(csv)
     assert read["mean/final/val_loss"].tolist() == summary["mean/final/val_loss"].tolist()
     lines = markdown.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2 + len(summary)
     assert {line.count("|") for line in lines} == {len(table.shown.columns) + 1}
+    assert latex.read_text(encoding="utf-8").count(r" \\") == 1 + len(summary)
 
 
 def test_to_markdown_keeps_awkward_text_in_its_cell():
     frame = pd.DataFrame({"reason": ["a | b\nc"]})
     assert tables.to_markdown(frame) == "| reason |\n| --- |\n| a \\| b c |\n"
+
+
+def test_to_latex_sets_numbers_right_and_escapes_what_latex_reads():
+    frame = pd.DataFrame({"what": ["MPO χ = 4_x & 50 %\\", "a"], "loss": ["1.60 ± 0.02", "–"], "n": ["808,448", "−3"]})
+    assert tables.to_latex(frame).splitlines() == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"what & loss & n \\",
+        r"\midrule",
+        r"MPO $\chi$ = 4\_x \& 50 \%\textbackslash{} & 1.60 $\pm$ 0.02 & 808,448 \\",
+        r"a & -- & $-$3 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_to_latex_leaves_nothing_that_plain_latex_cannot_set(summary, runs):
+    for table in (tables.trials_table(summary), tables.frontier_table(summary), tables.failures_table(runs)):
+        assert tables.to_latex(table.shown).isascii()
 
 
 @pytest.mark.parametrize(
