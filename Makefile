@@ -23,8 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 study: $(INSTALLED) ## run the quick study and write its report (minutes)
 	$(BIN)/mpo-study run study/configs/quick.yaml --dir results/quick
-	$(BIN)/mpo-analysis report results/quick
-	$(BIN)/mpo-study sync results/quick
+	$(BIN)/mpo-analysis report results/quick --publish
 
 docs: study ## run the quick study and put its frontier where the README shows it
 	mkdir -p docs/figures

@@ -38,6 +38,10 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the report; by default DIR/report.", metavar="OUT")
     ] = None,
+    publish: Annotated[
+        bool,
+        typer.Option("--publish", help="Its figures and tables go to the experiment's summary run in MLflow, too."),
+    ] = False,
 ) -> None:
     """Write a report: a page, figures with the data they show, tables.
 
@@ -45,7 +49,7 @@ def report(
     again replaces the files of the last one and leaves others alone.
     """
     with _one_line_for_errors():
-        _report(study, tracking_uri, experiment, out)
+        _report(study, tracking_uri, experiment, out, publish)
 
 
 @app.command()
@@ -99,8 +103,11 @@ def _paper(study: Path | None, tracking_uri: str | None, experiment: str | None,
     console.print(f"wrote {written[0]}, with the reasons; beside it as .md and .tex", soft_wrap=True, highlight=False)
 
 
-def _report(study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None) -> None:
+def _report(
+    study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None, is_published: bool
+) -> None:
     from analysis.load import load_study
+    from analysis.publish import publish
     from analysis.report import INDEX, write_report
     from analysis.summary import MIN_SEEDS
     from analysis.tables import frontier_table
@@ -127,6 +134,9 @@ def _report(study: Path | None, tracking_uri: str | None, experiment: str | None
         f"{len(runs.unfinished)} unfinished"
     )
     console.print(f"wrote {out / INDEX}, with figures/ and tables/ beside it", soft_wrap=True, highlight=False)
+    if is_published:
+        n = publish(runs, out)
+        console.print(f"published: {n} files on the experiment's summary run in MLflow", soft_wrap=True)
 
 
 def _address(

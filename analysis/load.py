@@ -67,10 +67,10 @@ def load_study(address: StudyAddress, page_size: int = 1000) -> StudyRuns:
         AnalysisError: MLflow cannot be read, the experiment is unknown or holds no such study, or a run is not as the
             schema says: a param missing or of the wrong type, a key twice, a seed without its trial.
     """
-    with _mlflow(address.tracking_uri) as client:
-        experiment_id = _experiment_id(client, address)
-        trial_runs = _search(client, experiment_id, schema.KIND_TRIAL, address.uuid, page_size)
-        seed_runs = _search(client, experiment_id, schema.KIND_SEED, address.uuid, page_size)
+    with connect(address.tracking_uri) as client:
+        where = experiment_id(client, address)
+        trial_runs = search(client, where, schema.KIND_TRIAL, address.uuid, page_size)
+        seed_runs = search(client, where, schema.KIND_SEED, address.uuid, page_size)
     return study_runs(address, trial_runs, seed_runs)
 
 
@@ -89,7 +89,7 @@ def load_curves(
     """
     seeds = runs.seeds if trials is None else runs.seeds[runs.seeds["trial"].isin(trials)]
     frames = []
-    with _mlflow(runs.address.tracking_uri) as client:
+    with connect(runs.address.tracking_uri) as client:
         for trial, seed, run_id in seeds[["trial", "seed", "run_id"]].itertuples(index=False):
             curves = {}
             for key in keys:
@@ -103,7 +103,7 @@ def load_curves(
 
 
 @contextmanager
-def _mlflow(tracking_uri: str) -> Iterator[MlflowClient]:
+def connect(tracking_uri: str) -> Iterator[MlflowClient]:
     """A client whose errors are ours; the user gets no logs of migrations and retries, and no deprecations."""
     _check_database(tracking_uri)
     quiet = {"alembic": logging.WARNING, "mlflow.store.db.utils": logging.WARNING, "urllib3": logging.ERROR}
@@ -118,7 +118,7 @@ def _mlflow(tracking_uri: str) -> Iterator[MlflowClient]:
                 logging.getLogger(name).setLevel(level)
             yield MlflowClient(tracking_uri=tracking_uri)
         except MlflowException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].replace(tracking_uri, without_password(tracking_uri))
             raise AnalysisError(f"cannot read MLflow at {without_password(tracking_uri)}: {reason}") from error
         finally:
             for name, level in before.items():
@@ -143,7 +143,12 @@ def _check_database(tracking_uri: str) -> None:
         raise AnalysisError(f"{path} is not a readable MLflow database: {error}") from error
 
 
-def _experiment_id(client: MlflowClient, address: StudyAddress) -> str:
+def experiment_id(client: MlflowClient, address: StudyAddress) -> str:
+    """MLflow's id of the study's experiment.
+
+    Raises:
+        AnalysisError: there is none, or it is deleted.
+    """
     experiment = client.get_experiment_by_name(address.experiment)
     if experiment is not None and experiment.lifecycle_stage == "active":
         return experiment.experiment_id
@@ -155,7 +160,7 @@ def _experiment_id(client: MlflowClient, address: StudyAddress) -> str:
     )
 
 
-def _search(client: MlflowClient, experiment_id: str, kind: str, uuid: str | None, page_size: int) -> list[RunRecord]:
+def search(client: MlflowClient, experiment_id: str, kind: str, uuid: str | None, page_size: int) -> list[RunRecord]:
     """Every active run of that kind, the oldest first; a run that a shifting page shows twice counts once."""
     wanted = f"tags.`{schema.KIND}` = '{kind}'" + (f" AND tags.`{schema.STUDY_UUID}` = '{uuid}'" if uuid else "")
     runs: dict[str, RunRecord] = {}

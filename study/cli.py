@@ -266,10 +266,7 @@ def sync(
     ] = None,
     storage: StorageOption = None,
 ) -> None:
-    """Write to MLflow whatever of the ledger it lacks: after a run without it, or to repair or move an experiment.
-
-    The figures of DIR/report, where `mpo-analysis report` has written it, go to the experiment's summary run.
-    """
+    """Write to MLflow whatever of the ledger it lacks: after a run without it, or to repair or move an experiment."""
     folder = StudyDirectory(directory)
     config = folder.load_config()
     if tracking == TRACKING_OFF:

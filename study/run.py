@@ -329,7 +329,7 @@ def sync(
     tracking: str | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Write to MLflow whatever of the ledger it lacks, and the report's figures; returns the number of trials.
+    """Write to MLflow whatever of the ledger it lacks; returns the number of trials.
 
     Raises:
         StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
@@ -350,7 +350,6 @@ def sync(
                 if not tracker.answers():
                     raise tracking_error(error, uri) from error
                 refused[trial.number] = error
-        tracker.write_figures(sorted((directory.path / "report" / "figures").glob("*.png")))
         if refused:
             number, error = next(iter(refused.items()))
             raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")

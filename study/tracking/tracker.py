@@ -146,7 +146,7 @@ class Tracker:
 
     def _describe(self) -> None:
         """A summary run that holds the resolved study file and the environment."""
-        key = self._summary_key
+        key = f"{self._record.uuid}/{schema.KIND_SUMMARY}"
         known = self._known.get(key)
         created, changed = _milliseconds(self._record.created), _milliseconds(self._record.changed)
         if known is not None and known.ended == changed:
@@ -156,22 +156,6 @@ class Tracker:
         self._log_file(run, "environment.json", json.dumps(self._record.environment, indent=2).encode())
         self._log_corpus(run)
         self._terminate(run, "FINISHED", changed)
-
-    @property
-    def _summary_key(self) -> str:
-        return f"{self._record.uuid}/{schema.KIND_SUMMARY}"
-
-    def write_figures(self, figures: Iterable[Path]) -> None:
-        """Put figures of the report on the summary run, in place of those of the same names.
-
-        Raises:
-            StudyError: MLflow did not take them; in one line, without a password.
-        """
-        try:
-            for path in figures:
-                self._client.log_artifact(self._known[self._summary_key].run_id, str(path), "figures")
-        except Exception as error:  # MLflow raises whatever its backend raises
-            raise StudyError(hide_password(first_line(error), self._client.tracking_uri)) from error
 
     # Writing ------------------------------------------------------------------------------------------------------
 

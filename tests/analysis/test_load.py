@@ -151,8 +151,9 @@ def test_load_study_leaves_a_foreign_file_alone(tmp_path, content):
 
 
 def test_load_study_says_which_server_it_could_not_read():
-    with pytest.raises(AnalysisError, match="cannot read MLflow at nosuch://user:\\*\\*\\*@host/db"):
+    with pytest.raises(AnalysisError, match="cannot read MLflow at nosuch://user:\\*\\*\\*@host/db") as error:
         load_study(StudyAddress("nosuch://user:secret@host/db", "tiny"))
+    assert "secret" not in str(error.value)
 
 
 def test_resolve_study_reads_the_manifest(study_dir):

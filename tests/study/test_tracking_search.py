@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from study_fixtures import DENSE, contents, mlflow_client, run_at, runs_in, write_search
+from typer.testing import CliRunner
 
 from analysis import run_schema as schema
+from analysis.cli import app
 from study.directory import StudyDirectory
 from study.growth import NO_GROWTH, Growth
 from study.ledger.snapshot import read_ledger
@@ -54,21 +57,30 @@ def test_tracker_shows_pruned_and_stopped_trials_with_their_reasons(searched):
         assert run.data.metrics[schema.N_SEEDS] < 3
 
 
-def test_sync_changes_nothing_of_pruned_and_stopped_trials_but_adds_the_figures(searched):
+def test_sync_changes_nothing_of_pruned_and_stopped_trials(searched):
     _, _, folder = searched
     config, directory = StudyDirectory(folder).load_config(), StudyDirectory(folder)
     before = contents(folder / "mlflow.db", "search-random")
-    figures = folder / "report" / "figures"
-    figures.mkdir(parents=True)
-    (figures / "frontier_val_loss.png").write_bytes(b"a picture")
-    (figures / "frontier_val_loss.csv").write_bytes(b"its data")
     sync(config, directory, None, None)
     assert contents(folder / "mlflow.db", "search-random") == before
-    [summary] = runs_in(folder / "mlflow.db", "search-random")[f"{directory.uuid()}/summary"]
+
+
+def test_published_report_is_on_the_summary_run_and_changes_nothing_else(searched, tmp_path):
+    _, _, folder = searched
+    before = contents(folder / "mlflow.db", "search-random")
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "out"), "--publish"])
+        assert result.exit_code == 0, result.output
+    assert "files on the experiment's summary run in MLflow" in result.output
+    assert contents(folder / "mlflow.db", "search-random") == before
+    [summary] = runs_in(folder / "mlflow.db", "search-random")[f"{StudyDirectory(folder).uuid()}/summary"]
     client = mlflow_client(folder / "mlflow.db")
-    assert [file.path for file in client.list_artifacts(summary.info.run_id, "figures")] == [
-        "figures/frontier_val_loss.png"
-    ]
+    for part in ("figures", "tables"):
+        there = {Path(file.path).name for file in client.list_artifacts(summary.info.run_id, part)}
+        assert there == {path.name for path in (tmp_path / "out" / part).iterdir()}
+    assert {file.path for file in client.list_artifacts(summary.info.run_id)} == {
+        "environment.json", "figures", "study.yaml", "tables",
+    }  # fmt: skip
 
 
 def test_every_trial_of_a_search_that_grew_has_its_run_as_it_is_now(tmp_path):

@@ -1,0 +1,44 @@
+"""Puts a report where the runs are: the only thing that the analysis writes to MLflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from analysis import run_schema as schema
+from analysis.errors import AnalysisError
+from analysis.load import connect, experiment_id, search
+from analysis.report import WRITTEN
+from analysis.runs import StudyRuns
+
+PARTS = ("figures", "tables")
+
+
+def publish(runs: StudyRuns, report: Path) -> int:
+    """Log a report's figures and tables as artifacts of the experiment's summary run, in place of those of the same
+    names; returns how many. Nothing else in MLflow changes.
+
+    Args:
+        report: the folder that `write_report` wrote.
+
+    Raises:
+        AnalysisError: MLflow does not take them, or has no summary run of this study.
+    """
+    names = json.loads((report / WRITTEN).read_text(encoding="utf-8"))["written"]
+    chosen = [name for name in names if Path(name).parts[0] in PARTS]
+    with connect(runs.address.tracking_uri) as client, tempfile.TemporaryDirectory() as scratch:
+        where = experiment_id(client, runs.address)
+        summaries = search(client, where, schema.KIND_SUMMARY, runs.uuid, page_size=2)
+        if len(summaries) != 1:
+            raise AnalysisError(f"study {runs.name!r} has no summary run; `mpo-study sync DIR` writes it")
+        for name in chosen:  # a folder of somebody else's files beside them is not ours to publish
+            target = Path(scratch) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(report / name, target)
+        try:
+            client.log_artifacts(summaries[0].run_id, scratch)
+        except OSError as error:
+            raise AnalysisError(f"the report could not be published: {error.strerror or error}") from error
+    return len(chosen)
