@@ -65,7 +65,7 @@ def paper(
         Path | None, typer.Option("--out", "-o", help="Folder for the tables; by default DIR/paper.", metavar="OUT")
     ] = None,
 ) -> None:
-    """Set the numbers of the paper's Tables 2, 3 and 4 beside what its definitions and this study's runs give.
+    """Set the paper's Tables 2, 3 and 4 and Figure 4 beside what its definitions and this study's runs give.
 
     Measured are runs of the paper's own model under its own protocol; what the study lacks is said, and left open.
     """
@@ -74,8 +74,10 @@ def paper(
 
 
 def _paper(study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None) -> None:
+    from analysis.figures.published import published_figure, published_points
     from analysis.load import load_study
     from analysis.paper.comparison import missing, paper_comparison, shown
+    from analysis.style import save
     from analysis.tables import Table as Written
     from analysis.tables import write
 
@@ -86,6 +88,9 @@ def _paper(study: Path | None, tracking_uri: str | None, experiment: str | None,
     try:
         out.mkdir(parents=True, exist_ok=True)
         written = write(table, out)
+        points = published_points(comparison)
+        points.to_csv(out / "published.csv", index=False, lineterminator="\n")
+        drawn = save(published_figure(points), out / "published")
     except OSError as error:
         raise AnalysisError(f"cannot write to {out}: {error.strerror or error}") from error
     console = Console()
@@ -101,6 +106,7 @@ def _paper(study: Path | None, tracking_uri: str | None, experiment: str | None,
     if lacking is not None:
         console.print(f"left open: {lacking}", soft_wrap=True, highlight=False)
     console.print(f"wrote {written[0]}, with the reasons; beside it as .md and .tex", soft_wrap=True, highlight=False)
+    console.print(f"and {drawn[0]}, beside it as .pdf and .png", soft_wrap=True, highlight=False)
 
 
 def _report(
