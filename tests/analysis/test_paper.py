@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
 
+from analysis import style
+from analysis.figures.published import published_figure, published_points
 from analysis.paper import published
 from analysis.paper.comparison import COLUMNS, missing, model_params, mpo_params, paper_comparison, shown
 
@@ -185,3 +187,40 @@ def test_every_published_number_is_shown(comparison):
     assert not text.isin(["nan", "NaN"]).any().any()
     dense = text[text["what"] == "dense: parameters"].iloc[0]
     assert (dense["published"], dense["here"], dense["difference"]) == ("1,020,224", "808,448", "−211,776")
+
+
+# The figure -----------------------------------------------------------------------------------------------------------
+
+
+def test_figure_shows_every_published_and_every_measured_point(comparison):
+    points = published_points(comparison)
+    assert len(points) == 2 * 5
+    assert points["measured"].notna().all()
+    figure = published_figure(points)
+    for axes, quantity in zip(figure.axes, ("validation loss", "validation accuracy"), strict=True):
+        own = points[points["quantity"] == quantity]
+        hollow, filled = axes.lines[0], axes.lines[1]
+        assert sorted(hollow.get_xdata()) == sorted(own["n_params_published"])
+        assert sorted(hollow.get_ydata()) == sorted(own["published"])
+        assert sorted(filled.get_xdata()) == sorted(own["n_params"])
+        assert sorted(filled.get_ydata()) == pytest.approx(sorted(own["measured"]))
+        low, high = axes.get_ylim()
+        assert own[["published", "measured"]].to_numpy().min() > low
+        assert own[["published", "measured"]].to_numpy().max() < high
+    said = "".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "uncertainty not reported" in said
+    assert "n = 5, bars: 95 % t intervals" in said
+
+
+def test_figure_of_a_study_without_such_runs_says_so():
+    points = published_points(paper_comparison(simulated_runs(paper_study(steps=400))[0]))
+    assert points["measured"].isna().all()
+    said = "".join(text.get_text() for text in published_figure(points).texts)
+    assert "Nothing of this study is measured under the paper's protocol." in said
+
+
+def test_figure_is_written_the_same_twice(comparison, tmp_path):
+    for name in ("a", "b"):
+        style.save(published_figure(published_points(comparison)), tmp_path / name)
+    for form in style.FORMATS:
+        assert (tmp_path / f"a.{form}").read_bytes() == (tmp_path / f"b.{form}").read_bytes()
