@@ -215,7 +215,7 @@ def test_figure_shows_every_published_and_every_measured_point(comparison):
 def test_figure_of_a_study_without_such_runs_says_so():
     points = published_points(paper_comparison(simulated_runs(paper_study(steps=400))[0]))
     assert points["measured"].isna().all()
-    said = "".join(text.get_text() for text in published_figure(points).texts)
+    said = "".join(text.get_text() for text in published_figure(points).texts).replace("\n", " ")
     assert "Nothing of this study is measured under the paper's protocol." in said
 
 
