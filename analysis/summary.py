@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import run_schema as schema
 from analysis.frontier import frontier_mask
 from analysis.runs import StudyRuns
-from analysis.statistics import mean_interval
+from analysis.statistics.intervals import mean_interval
 
 MIN_SEEDS = 3
 """Below this a trial gets no interval, is on no frontier, and no claim is made of it."""
