@@ -38,7 +38,8 @@ def benjamini_hochberg(p: ArrayLike) -> NDArray[np.float64]:
         (..., m), in the order of the input.
     Raises:
         ValueError: a p value is outside [0, 1], or `p` has no axis.
-    Source: Benjamini and Hochberg 1995, Controlling the false discovery rate; Benjamini and Yekutieli 2001 (dependence).
+    Source: Benjamini and Hochberg 1995, Controlling the false discovery rate; for dependence, Benjamini and Yekutieli
+        2001.
     """
     p, order, count = _sorted(p)
     stepped = p * count / np.arange(1, p.shape[-1] + 1)

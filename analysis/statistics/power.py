@@ -97,7 +97,7 @@ def resolved_gap(
 def _rejection(noncentrality: float, df: int, critical: NDArray[np.float64]) -> NDArray[np.float64]:
     """P(|T| > critical), of the shape of critical: T² > c² where χ²_df < df (Z + δ)²/c², averaged over Z."""
     limit = df * (_Z + noncentrality) ** 2 / np.square(critical)[..., None]
-    return stats.chi2.cdf(limit, df) @ _Z_WEIGHTS
+    return np.minimum(stats.chi2.cdf(limit, df) @ _Z_WEIGHTS, 1)
 
 
 def _check(sd: float, correlation: float | None, level: float, power: float | None = None) -> None:
