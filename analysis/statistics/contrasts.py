@@ -178,6 +178,6 @@ def _t_test(difference: NDArray, standard_error: NDArray, df: int, level: float)
 
 def _t(difference: NDArray, standard_error: NDArray) -> NDArray[np.float64]:
     """Their ratio; without noise ±∞, and 0 where the difference is 0 as well."""
-    limit = np.where(difference == 0, 0.0, np.sign(difference) * np.inf)
+    limit = np.where(difference > 0, np.inf, np.where(difference < 0, -np.inf, 0))
     limit = np.where(np.isnan(difference) | np.isnan(standard_error), np.nan, limit)
     return np.divide(difference, standard_error, out=limit, where=standard_error > 0)

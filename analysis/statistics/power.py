@@ -6,11 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from analysis.statistics.intervals import LEVEL
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
 TARGET = 0.8
-TWO_SIDED = 1 - LEVEL
+TWO_SIDED = 0.05
 MAX_SEEDS = 100_000
 
 # The trapezoid rule converges faster than any power of the step for a smooth integrand that vanishes at both ends.

@@ -64,5 +64,6 @@ def complete_table(values: ArrayLike, name: str = "values") -> NDArray[np.float6
         raise ValueError(f"`{name}` must be (..., configurations, seeds), but its shape is {table.shape}")
     missing = table.size - np.isfinite(table).sum()
     if missing:
-        raise ValueError(f"`{name}` must have every seed of every configuration, but {missing} values are missing")
+        count = "1 value is missing" if missing == 1 else f"{missing} values are missing"
+        raise ValueError(f"`{name}` must have every seed of every configuration, but {count}")
     return table

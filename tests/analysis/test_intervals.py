@@ -31,15 +31,6 @@ def test_mean_interval_matches_scipy(values, level):
     assert interval.std == pytest.approx(spread)
 
 
-@pytest.mark.parametrize("n", [3, 5])
-def test_mean_interval_covers_at_its_level(n):
-    rng = np.random.default_rng(7)
-    interval = mean_interval(rng.normal(2.0, 0.4, size=(20_000, n)))
-    covered = (np.abs(interval.mean - 2.0) <= interval.half_width).mean()
-    # Four standard errors of the estimate.
-    assert covered == pytest.approx(0.95, abs=4 * np.sqrt(0.95 * 0.05 / 20_000))
-
-
 def test_mean_interval_of_one_or_no_value_is_nan():
     one = mean_interval([1.5])
     assert one.mean == 1.5
