@@ -10,7 +10,7 @@ from scipy import stats
 
 from analysis.run_schema import Direction
 from analysis.statistics.intervals import LEVEL, check_level
-from analysis.statistics.seed_blocks import MIN_SEEDS, complete_table, two_way
+from analysis.statistics.seed_blocks import MIN_SEEDS, complete_seeds, complete_table, two_way
 
 ONE_SIDED = 0.025
 """Level of a claim of non-inferiority."""
@@ -68,7 +68,7 @@ def contrasts(values: ArrayLike, reference: ArrayLike | int, level: float = LEVE
             raise ValueError(f"`0 <= reference < {rows}` must hold for a row of `values`, but got reference={row}")
         own, together, compared = table[..., row, :], table, np.arange(rows) != row
     else:
-        own = complete_table([reference], "reference")[0]
+        own = complete_seeds(reference, "reference")
         if own.shape[-1] != n:
             raise ValueError(f"`values` and `reference` must have the same seeds, but got {n} and {own.shape[-1]}")
         own = np.broadcast_to(own, (*table.shape[:-2], n))

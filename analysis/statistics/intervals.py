@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from analysis.statistics.seed_blocks import MIN_SEEDS, complete_table, two_way
+from analysis.statistics.seed_blocks import MIN_SEEDS, complete_seeds, complete_table, two_way
 
 LEVEL = 0.95
 
@@ -133,16 +133,15 @@ def ratio_interval(values: ArrayLike, reference: ArrayLike, level: float = LEVEL
     Source: Fieller 1954, Some problems in interval estimation.
     """
     check_level(level)
-    y = complete_table([values])
-    d = complete_table([reference], "reference")
+    y, d = complete_seeds(values), complete_seeds(reference, "reference")
     if y.shape[-1] != d.shape[-1]:
         raise ValueError(f"`values` and `reference` must have the same seeds, but got {y.shape[-1]} and {d.shape[-1]}")
-    shape, n = np.broadcast_shapes(np.shape(values)[:-1], np.shape(reference)[:-1]), y.shape[-1]
     y, d = np.broadcast_arrays(y, d)
-    y_mean, d_mean = y.mean(axis=-1), d.mean(axis=-1)
-    ratio = np.divide(y_mean, d_mean, out=np.full(y_mean.shape, np.nan), where=d_mean != 0)
+    n, y_mean, d_mean = y.shape[-1], y.mean(axis=-1), d.mean(axis=-1)
+    undefined = np.full(y_mean.shape, np.nan)
+    ratio = np.divide(y_mean, d_mean, out=undefined.copy(), where=d_mean != 0)
     if n < MIN_SEEDS:
-        return RatioInterval(ratio.reshape(shape), np.full(shape, np.nan), np.full(shape, np.nan), n)
+        return RatioInterval(ratio, undefined, undefined, n)
     y_off, d_off = y - y_mean[..., None], d - d_mean[..., None]
     scale = stats.t.ppf((1 + level) / 2, n - 1) ** 2 / (n * (n - 1))  # t² / n, and the n − 1 of a variance
     # The set of R with a R² − 2 b R + c ≤ 0.
@@ -151,7 +150,7 @@ def ratio_interval(values: ArrayLike, reference: ArrayLike, level: float = LEVEL
     c = y_mean**2 - scale * (y_off**2).sum(axis=-1)
     a = np.where(a > 0, a, np.nan)
     root = np.sqrt(np.maximum(b**2 - a * c, 0))  # the ratio itself is in the set: below 0 is rounding
-    return RatioInterval(ratio.reshape(shape), ((b - root) / a).reshape(shape), ((b + root) / a).reshape(shape), n)
+    return RatioInterval(ratio, (b - root) / a, (b + root) / a, n)
 
 
 def check_level(level: float) -> None:

@@ -90,7 +90,10 @@ def resolved_gap(
     high = 1.0
     while gap_power(high, n, 1.0, correlation, level) < power:
         high *= 2
-    return sd * optimize.brentq(lambda gap: gap_power(gap, n, 1.0, correlation, level) - power, 0, high, xtol=1e-7)
+    found = optimize.root_scalar(
+        lambda gap: gap_power(gap, n, 1.0, correlation, level) - power, bracket=(0, high), xtol=1e-7
+    )
+    return sd * found.root
 
 
 def _rejection(noncentrality: float, df: int, critical: NDArray[np.float64]) -> NDArray[np.float64]:

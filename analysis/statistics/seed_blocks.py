@@ -56,12 +56,21 @@ def complete_table(values: ArrayLike, name: str = "values") -> NDArray[np.float6
         ValueError: rows have unequal numbers of seeds, there is no row or no seed, or a value is missing (NaN or
             infinite).
     """
+    return _complete(values, name, "(..., configurations, seeds)", 2)
+
+
+def complete_seeds(values: ArrayLike, name: str = "values") -> NDArray[np.float64]:
+    """(..., n) as floats, with every seed. Raises ValueError as `complete_table`."""
+    return _complete(values, name, "(..., seeds)", 1)
+
+
+def _complete(values: ArrayLike, name: str, shape: str, axes: int) -> NDArray[np.float64]:
     try:
         table = np.asarray(values, dtype=np.float64)
     except ValueError:
         raise ValueError(f"every row of `{name}` must have the same seeds, but their numbers differ") from None
-    if table.ndim < 2 or 0 in table.shape[-2:]:
-        raise ValueError(f"`{name}` must be (..., configurations, seeds), but its shape is {table.shape}")
+    if table.ndim < axes or 0 in table.shape[-axes:]:
+        raise ValueError(f"`{name}` must be {shape}, but its shape is {table.shape}")
     missing = table.size - np.isfinite(table).sum()
     if missing:
         count = "1 value is missing" if missing == 1 else f"{missing} values are missing"

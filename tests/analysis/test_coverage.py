@@ -16,7 +16,7 @@ from analysis.statistics.multiplicity import benjamini_hochberg, holm
 from analysis.statistics.ranking import rank_intervals
 from analysis.statistics.seed_blocks import two_way
 
-STUDIES = 4000
+STUDIES = 10_000
 ROUNDING = 0.005
 """Docstrings state rates to two digits."""
 
@@ -32,7 +32,7 @@ def rate(hits, studies=None):
     # Of a ratio of sums over studies, by the delta method.
     deviations = ((hits - share) * counted).sum(axis=1)
     error = 4 * np.sqrt((deviations**2).sum()) / counted.sum()
-    assert 0 < error < 0.04, "too few studies to tell"
+    assert 0 < error < 0.03, "too few studies to tell"
     return share, error
 
 
@@ -91,9 +91,9 @@ def test_block_and_pair_cover_at_their_level(rows, n, correlation, reference_amo
 @pytest.mark.parametrize("n", [3, 10])
 def test_ratio_covers_at_its_level_whatever_the_variances(n, correlation):
     rng = np.random.default_rng(12)
-    shared, own, other = rng.normal(size=(3, 20_000, n))
+    shared, own = rng.normal(size=(2, 20_000, n))
     dense = 5 + shared
-    values = 0.9 * 5 + 3 * (correlation * shared + np.sqrt(1 - correlation**2) * own) + 0 * other
+    values = 0.9 * 5 + 3 * (correlation * shared + np.sqrt(1 - correlation**2) * own)
     interval = ratio_interval(values, dense)
     bounded = np.isfinite(interval.low)
     # Where the set is unbounded it holds the truth as often as a t test of y − R d accepts it.
@@ -152,7 +152,7 @@ def test_fixed_sequence_holds_the_error_of_all_its_claims():
 @pytest.mark.parametrize(("correlation", "rates"), [(0.0, (0.95, 0.95)), (0.5, (0.94, 0.95)), (0.8, (0.92, 0.95))])
 def test_marginal_interval_covers_as_stated(correlation, rates):
     for n, expected in zip((3, 10), rates, strict=True):
-        values, _ = simulate(17, n, correlation, rows=40, studies=10_000)
+        values, _ = simulate(17, n, correlation, rows=40)
         interval = marginal_interval(values)
         assert_rate(np.abs(interval.mean) <= interval.half_width, expected, rounding=ROUNDING)
 
@@ -183,7 +183,7 @@ def test_block_misses_where_variances_differ_and_pairs_do_not(n):
 
 @pytest.mark.parametrize(("rows", "found", "errs"), [(21, 0.51, 0.14), (7, 0.14, 0.08)])
 def test_testing_variances_first_does_not_mend_the_block(rows, found, errs):
-    values, _ = simulate(20, 3, 0.5, rows, studies=10_000, log_sd=0.5)
+    values, _ = simulate(20, 3, 0.5, rows, log_sd=0.5)
     result = contrasts(values[:, 1:], values[:, 0])
     unequal = bartlett_p(values) < 0.05
     assert_rate(unequal, found, rounding=ROUNDING)
@@ -218,11 +218,11 @@ def test_skew_that_the_reference_lacks_stays_in_pairs(n, rate_of_pair, misses):
     assert_rate(result.difference + result.pair.half_width < 0, misses, rounding=ROUNDING)
 
 
-@pytest.mark.parametrize(("spread", "low", "high"), [(1e-6, 0.76, 0.81), (1.0, 0.95, 1.0), (3.0, 0.95, 1.0)])
+@pytest.mark.parametrize(("spread", "low", "high"), [(1e-6, 0.77, 0.80), (1.0, 0.95, 1.0), (3.0, 0.95, 1.0)])
 def test_rank_intervals_cover_as_stated(spread, low, high):
     rng = np.random.default_rng(23)
     hits = []
-    for _ in range(400):
+    for _ in range(800):
         truth = spread * rng.normal(size=20)
         values = truth[:, None] + rng.normal(size=5) + rng.normal(size=(20, 5))
         result = rank_intervals(values, "minimize", rng, n_draws=1000)

@@ -160,6 +160,7 @@ def test_ratio_interval_works_along_the_last_axis():
         ([1.0, 2.0, 3.0], [1.0, 2.0], "must have the same seeds, but got 3 and 2"),
         ([1.0, np.nan, 3.0], [1.0, 2.0, 3.0], "`values` must have every seed of every configuration, but 1 value"),
         ([1.0, 2.0, 3.0], [1.0, np.inf, 3.0], "`reference` must have every seed"),
+        (3.0, [1.0, 2.0, 3.0], r"`values` must be \(\.\.\., seeds\), but its shape is \(\)"),
         ([[1.0, 2.0], [1.0]], [1.0, 2.0], "every row of `values` must have the same seeds"),
     ],
 )
