@@ -96,10 +96,11 @@ def marginal_interval(values: ArrayLike, level: float = LEVEL) -> MarginalInterv
         return MarginalInterval(table.mean(axis=-1), np.full(table.shape[:-1], np.nan), undefined, undefined, n)
     block = two_way(table)
     shared = block.seed_means.var(axis=-1, ddof=1)
-    residual = block.residual_variance if rows > 1 else np.zeros_like(shared)
-    variance = shared + residual * (rows - 1) / rows
-    spread = shared**2 + residual**2 * (rows - 1) / rows**2
-    df = (n - 1) * np.divide(variance**2, spread, out=np.ones_like(spread), where=spread > 0)
+    residual = block.residual_variance * (rows - 1) / rows if rows > 1 else np.zeros_like(shared)
+    variance = shared + residual
+    # Of the sum; of 0, which no df would widen, as if all of it were shared.
+    share = np.divide(shared, variance, out=np.ones_like(shared), where=variance > 0)
+    df = (n - 1) / (share**2 + (1 - share) ** 2 / max(rows - 1, 1))
     half_width = stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance / n)
     return MarginalInterval(block.means, np.broadcast_to(half_width[..., None], block.means.shape), variance, df, n)
 

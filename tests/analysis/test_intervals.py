@@ -95,10 +95,10 @@ def test_marginal_interval_of_one_configuration_is_its_own():
     assert marginal_interval(values).df == 3
 
 
-@given(hnp.arrays(float, st.tuples(st.integers(1, 6), st.integers(3, 6)), elements=st.floats(-100, 100)))
+@given(hnp.arrays(float, st.tuples(st.integers(1, 6), st.integers(3, 6)), elements=st.integers(-100, 100)))
 def test_marginal_interval_has_its_df_between_all_and_nothing_shared(values):
     rows, n = values.shape
-    assert (n - 1) * (1 - 1e-9) <= marginal_interval(values).df <= max(rows, 1) * (n - 1) * (1 + 1e-9)
+    assert (n - 1) * (1 - 1e-9) <= marginal_interval(values).df <= rows * (n - 1) * (1 + 1e-9)
 
 
 def test_marginal_interval_below_three_seeds_is_nan():
@@ -120,7 +120,7 @@ def test_ratio_interval_ends_where_the_t_test_begins_to_reject(values, seed, lev
     reference = 50 + np.random.default_rng(seed).normal(size=len(values))
     interval = ratio_interval(values, reference, level)
     assert interval.ratio == pytest.approx(values.mean() / reference.mean())
-    assert interval.low <= interval.ratio <= interval.high
+    assert interval.low - 1e-9 <= interval.ratio <= interval.high + 1e-9
     for limit in (interval.low, interval.high):
         gap = mean_interval(values - limit * reference, level)
         assert abs(gap.mean) == pytest.approx(gap.half_width, rel=1e-5, abs=1e-5)
