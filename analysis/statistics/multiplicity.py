@@ -43,8 +43,8 @@ def benjamini_hochberg(p: ArrayLike) -> NDArray[np.float64]:
     """
     p, order, count = _sorted(p)
     stepped = p * count / np.arange(1, p.shape[-1] + 1)
-    lowest = np.fmin.accumulate(stepped[..., ::-1], axis=-1)[..., ::-1]
-    return _unsorted(np.where(np.isnan(p), np.nan, np.minimum(lowest, 1)), order)
+    lowest = np.fmin.accumulate(stepped[..., ::-1], axis=-1)[..., ::-1]  # from the NaNs at the end, which it passes
+    return _unsorted(np.minimum(lowest, 1), order)
 
 
 def _sorted(p: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.intp], NDArray[np.intp]]:
