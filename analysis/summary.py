@@ -10,10 +10,8 @@ import pandas as pd
 from analysis import run_schema as schema
 from analysis.frontier import frontier_mask
 from analysis.runs import StudyRuns
-from analysis.statistics import mean_interval
-
-MIN_SEEDS = 3
-"""Below this a trial gets no interval, is on no frontier, and no claim is made of it."""
+from analysis.statistics.intervals import mean_interval
+from analysis.statistics.seed_blocks import MIN_SEEDS
 
 DENSE = "dense"
 SMALLER_DENSE = "dense, smaller"

@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis import run_schema as schema
 from analysis.frontier import frontier_mask
-from analysis.statistics import mean_interval
+from analysis.statistics.intervals import mean_interval
 from analysis.summary import (
     DENSE,
     LARGER_DENSE,

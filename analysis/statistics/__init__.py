@@ -1,0 +1,1 @@
+"""Intervals, contrasts and rankings over seeds: pure functions, arrays in, arrays out."""
