@@ -12,7 +12,8 @@ import pandas as pd
 from analysis.paper import published
 from analysis.paper.published import PublishedLayer, PublishedModel
 from analysis.runs import StudyRuns
-from analysis.statistics import mean_interval
+from analysis.statistics.intervals import mean_interval
+from analysis.statistics.seed_blocks import MIN_SEEDS
 
 COLUMNS = ("table", "row", "quantity", "unit", "published", "ours", "half_width", "n", "kind", "follows", "why")
 
@@ -108,7 +109,7 @@ def _measured(runs: StudyRuns, trial: int | None, key: str, scale: float = 1.0) 
 
 def _over_seeds(values: np.ndarray) -> Value:
     interval = mean_interval(values)
-    half_width = float(interval.half_width) if interval.n >= 3 else math.nan
+    half_width = float(interval.half_width) if interval.n >= MIN_SEEDS else math.nan
     return Value(float(interval.mean), half_width, interval.n) if interval.n else Value()
 
 
@@ -209,7 +210,7 @@ def _against(number: float, ours: Value, rounding: float, says: str) -> tuple[st
     """Whether a number that the definitions give up to the draw of random weights can be the published one."""
     if math.isnan(ours.value):
         return OPEN, "this study has no such run"
-    if ours.n < 3:
+    if ours.n < MIN_SEEDS:
         return OPEN, "this study has fewer than three seeds of it"
     spread = ours.half_width * math.sqrt(ours.n + 1)  # of one more draw, not of the mean of many
     near = abs(number - ours.value) <= spread + rounding
@@ -249,7 +250,7 @@ def _beside(number: float, ours: Value, decimals: int) -> str:
     """How far a published number of one run is from what one more run here would give."""
     if math.isnan(ours.value):
         return "this study has no such run"
-    if ours.n < 3:
+    if ours.n < MIN_SEEDS:
         return "fewer than three seeds here: no interval"
     spread = ours.half_width * math.sqrt(ours.n + 1)
     where = "within" if abs(number - ours.value) <= spread + 0.5 * 10**-decimals else "outside"
