@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.run_schema import Direction
+
+_T = TypeVar("_T", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -75,11 +78,24 @@ class SortedSizes:
         np.not_equal(running[..., 1:], running[..., :-1], out=mask[..., 1:])
         if self.starts.size < self.order.size:
             mask = mask[..., self.group] & (values == running[..., self.group])
-        if self._is_ascending():
-            return mask
-        unsorted = np.empty_like(mask)
-        unsorted[..., self.order] = mask
-        return unsorted
+        return self._as_given(mask)
+
+    def behind(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
+        """By how much each configuration is worse than the best that is at most as large.
+
+        Args:
+            values: (..., C), in the order in which the sizes were given.
+        Returns:
+            (..., C) in the same order, >= 0, in the unit of the values.
+        Raises:
+            ValueError: the last axis is not C, or the direction is unknown.
+        """
+        ascending = self._ascending(values)
+        running = self._running_best(ascending, direction)
+        if self.starts.size < self.order.size:
+            running = running[..., self.group]
+        behind = ascending - running if direction == "minimize" else running - ascending
+        return self._as_given(behind)
 
     def _running_best(self, ascending: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
         best = best_of(direction)
@@ -91,6 +107,13 @@ class SortedSizes:
         if values.shape[-1:] != self.order.shape:
             raise ValueError(f"`values.shape == (..., {self.order.size})` must hold, but got {values.shape}")
         return values if self._is_ascending() else values[..., self.order]
+
+    def _as_given(self, ascending: NDArray[_T]) -> NDArray[_T]:
+        if self._is_ascending():
+            return ascending
+        given = np.empty_like(ascending)
+        given[..., self.order] = ascending
+        return given
 
     def _is_ascending(self) -> bool:
         return bool((self.order[1:] > self.order[:-1]).all())
