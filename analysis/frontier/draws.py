@@ -51,6 +51,26 @@ class SeedMeans:
         variance = (residuals**2).sum() / residual_df if residual_df else 0.0
         return cls(means, float(np.sqrt(variance / n)), residual_df, float(per_seed.std(ddof=1) / np.sqrt(n)), n - 1)
 
+    @property
+    def marginal_se(self) -> float:
+        """Standard error of one mean, its seeds' shift included."""
+        return float(np.sqrt(sum(variance for variance, _ in self._marginal_parts())))
+
+    @property
+    def marginal_df(self) -> float:
+        """Degrees of freedom of `marginal_se`, at least n − 1.
+
+        Source: Satterthwaite 1946, An approximate distribution of estimates of variance components.
+        """
+        parts = self._marginal_parts()
+        denominator = sum(variance**2 / df for variance, df in parts)
+        return sum(variance for variance, _ in parts) ** 2 / denominator if denominator else self.grand_df
+
+    def _marginal_parts(self) -> list[tuple[float, int]]:
+        grand = (self.grand_se**2, self.grand_df)
+        share = 1 - 1 / self.means.size
+        return [grand, (share * self.residual_se**2, self.residual_df)] if self.residual_df else [grand]
+
     def contrast_draws(
         self, n_draws: int, rng: np.random.Generator, chunk: int | None = None
     ) -> Iterator[NDArray[np.float64]]:
@@ -68,7 +88,13 @@ class SeedMeans:
             ValueError: a count below 1.
         Source: Box and Tiao 1973, Bayesian inference in statistical analysis, section 2.7: means under a flat prior.
         """
-        return self._draws(n_draws, rng, chunk, with_shift=False)
+        return self._draws(n_draws, rng, chunk)
+
+    def noise_draws(
+        self, n_draws: int, rng: np.random.Generator, chunk: int | None = None
+    ) -> Iterator[NDArray[np.float64]]:
+        """As `contrast_draws`, but normal always: for what noise as large as the estimated one does on average."""
+        return self._draws(n_draws, rng, chunk, known_scale=True)
 
     def draws(self, n_draws: int, rng: np.random.Generator, chunk: int | None = None) -> Iterator[NDArray[np.float64]]:
         """Draws for what depends on the level of the means too: as `contrast_draws`, and shifted together.
@@ -79,33 +105,28 @@ class SeedMeans:
         return self._draws(n_draws, rng, chunk, with_shift=True)
 
     def _draws(
-        self, n_draws: int, rng: np.random.Generator, chunk: int | None, with_shift: bool
+        self,
+        n_draws: int,
+        rng: np.random.Generator,
+        chunk: int | None,
+        *,
+        known_scale: bool = False,
+        with_shift: bool = False,
     ) -> Iterator[NDArray[np.float64]]:
         if chunk is None:
             chunk = max(1, _CHUNK_VALUES // self.means.size)
         if n_draws < 1 or chunk < 1:
             raise ValueError(f"`n_draws >= 1` and `chunk >= 1` must hold, but got {n_draws=}, {chunk=}")
         # One number per draw comes first, for all draws: the rest is then the same stream, however it is cut.
-        scales, shifts = np.zeros(n_draws), np.zeros(n_draws)
-        if self.residual_df:
-            scales = self.residual_se * np.sqrt(self.residual_df / rng.chisquare(self.residual_df, n_draws))
-        if with_shift:
-            shifts = self.grand_se * rng.standard_t(self.grand_df, n_draws)
-        return self._chunks(scales, shifts, rng, chunk, with_shift)
-
-    def _chunks(
-        self,
-        scales: NDArray[np.float64],
-        shifts: NDArray[np.float64],
-        rng: np.random.Generator,
-        chunk: int,
-        with_shift: bool,
-    ) -> Iterator[NDArray[np.float64]]:
-        for start in range(0, scales.size, chunk):
+        scales = np.full(n_draws, self.residual_se)
+        if self.residual_df and not known_scale:
+            scales *= np.sqrt(self.residual_df / rng.chisquare(self.residual_df, n_draws))
+        shifts = self.grand_se * rng.standard_t(self.grand_df, n_draws) if with_shift else None
+        for start in range(0, n_draws, chunk):
             part = slice(start, start + chunk)
             drawn = rng.standard_normal((scales[part].size, self.means.size))
             drawn *= scales[part, None]
-            if with_shift:
+            if shifts is not None:
                 drawn += (shifts[part] - drawn.mean(axis=1))[:, None]
             drawn += self.means
             yield drawn

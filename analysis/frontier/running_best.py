@@ -59,7 +59,7 @@ class SortedSizes:
         Raises:
             ValueError: the last axis is not C, or the direction is unknown.
         """
-        return self._running_best(self._ascending(values), direction)
+        return self._running_best(self.ascending(values), direction)
 
     def on_frontier(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.bool_]:
         """Which configurations no other dominates, in each row: those that attain a running best where it improves.
@@ -72,13 +72,13 @@ class SortedSizes:
             ValueError: the last axis is not C, or the direction is unknown.
         Source: Kung, Luccio and Preparata 1975, On finding the maxima of a set of vectors, section 2.
         """
-        values = self._ascending(values)
+        values = self.ascending(values)
         running = self._running_best(values, direction)
         mask = np.ones(running.shape, dtype=np.bool_)
         np.not_equal(running[..., 1:], running[..., :-1], out=mask[..., 1:])
         if self.starts.size < self.order.size:
             mask = mask[..., self.group] & (values == running[..., self.group])
-        return self._as_given(mask)
+        return self.as_given(mask)
 
     def behind(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
         """By how much each configuration is worse than the best that is at most as large.
@@ -90,30 +90,36 @@ class SortedSizes:
         Raises:
             ValueError: the last axis is not C, or the direction is unknown.
         """
-        ascending = self._ascending(values)
+        ascending = self.ascending(values)
         running = self._running_best(ascending, direction)
         if self.starts.size < self.order.size:
             running = running[..., self.group]
         behind = ascending - running if direction == "minimize" else running - ascending
-        return self._as_given(behind)
+        return self.as_given(behind)
+
+    def ascending(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values (..., C) in the order of the sizes from the smallest up.
+
+        Raises:
+            ValueError: the last axis is not C.
+        """
+        if values.shape[-1:] != self.order.shape:
+            raise ValueError(f"`values.shape == (..., {self.order.size})` must hold, but got {values.shape}")
+        return values if self._is_ascending() else values[..., self.order]
+
+    def as_given(self, ascending: NDArray[_T]) -> NDArray[_T]:
+        """Values (..., C) in the order of the sizes, put into the order in which those were given."""
+        if self._is_ascending():
+            return ascending
+        given = np.empty_like(ascending)
+        given[..., self.order] = ascending
+        return given
 
     def _running_best(self, ascending: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
         best = best_of(direction)
         if self.starts.size < self.order.size:
             ascending = best.reduceat(ascending, self.starts, axis=-1)  # among the configurations that share one size
         return best.accumulate(ascending, axis=-1)
-
-    def _ascending(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        if values.shape[-1:] != self.order.shape:
-            raise ValueError(f"`values.shape == (..., {self.order.size})` must hold, but got {values.shape}")
-        return values if self._is_ascending() else values[..., self.order]
-
-    def _as_given(self, ascending: NDArray[_T]) -> NDArray[_T]:
-        if self._is_ascending():
-            return ascending
-        given = np.empty_like(ascending)
-        given[..., self.order] = ascending
-        return given
 
     def _is_ascending(self) -> bool:
         return bool((self.order[1:] > self.order[:-1]).all())

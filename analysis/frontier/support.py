@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +45,16 @@ def frontier_support(
 ) -> FrontierSupport:
     """Share of draws of the means in which each configuration is on the frontier, or within ε of it.
 
-    CALIBRATION
+    Support is no probability that the configuration is on the true frontier. It is near one where configurations
+    differ by more than their noise; where many near-equals compete it is too modest in its middle, since redrawing adds
+    the noise a second time. In simulated studies of 40 configurations with 5 seeds (standard error of a mean 0.18),
+    scattered about a steep trend by 0.6 or by 0.2, this share of those with a support near s was on the true frontier:
+
+        s              .05   .19   .40   .60   .81   .95   1.00
+        scatter 0.6    .07   .26   .46   .67   .84   .96   1.00
+        scatter 0.2    .27   .50   .70   .82   .92   .97    .99
+
+    Within ε = 0.2 of it (support near s for that): .08 .27 .49 .69 .86 .97 1.00, and .45 .66 .81 .91 .97 .99 1.00.
 
     Args:
         sizes: (C,), minimised.
@@ -60,12 +70,15 @@ def frontier_support(
         its bias.
     """
     sorted_sizes, seed_means = _prepared(sizes, values, epsilon, "epsilon")
-    on = np.zeros(seed_means.means.size, dtype=np.intp)
-    near = np.zeros_like(on)
+    # Sorted here, the configurations need no sorting in each draw.
+    ascending = SortedSizes.of(np.asarray(sizes)[sorted_sizes.order])
+    seed_means = replace(seed_means, means=sorted_sizes.ascending(seed_means.means))
+    counts = np.zeros((2, seed_means.means.size), dtype=np.intp)
     for drawn in seed_means.contrast_draws(n_draws, rng, chunk):
-        on += np.count_nonzero(sorted_sizes.on_frontier(drawn, direction), axis=0)
-        near += np.count_nonzero(sorted_sizes.behind(drawn, direction) <= epsilon, axis=0)
-    return FrontierSupport(on / n_draws, near / n_draws)
+        counts[0] += np.count_nonzero(ascending.on_frontier(drawn, direction), axis=0)
+        counts[1] += np.count_nonzero(ascending.behind(drawn, direction) <= epsilon, axis=0)
+    on_frontier, near_frontier = sorted_sizes.as_given(counts / n_draws)
+    return FrontierSupport(on_frontier, near_frontier)
 
 
 def size_needed(
@@ -81,7 +94,11 @@ def size_needed(
 ) -> SizeNeeded:
     """Smallest size that loses at most δ against a reference configuration, and how often each size is it.
 
-    The reference itself loses nothing, so that some size always is. SIZECALIBRATION
+    The reference itself loses nothing, so that some size always is.
+
+    The distribution leans to small sizes: among many small configurations some are lucky, and redrawing adds luck. The
+    smallest size up to which the support adds up to 95 % was at least the true one in 97 to 99 % of simulated studies
+    of 40 configurations, but in 86 % of those of 200 near-equals with 3 seeds. Claim a size on fresh seeds only.
 
     Args:
         sizes: (C,), minimised, such as trainable parameters.
