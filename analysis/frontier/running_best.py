@@ -77,7 +77,7 @@ class SortedSizes:
         mask = np.ones(running.shape, dtype=np.bool_)
         np.not_equal(running[..., 1:], running[..., :-1], out=mask[..., 1:])
         if self.starts.size < self.order.size:
-            mask = mask[..., self.group] & (values == running[..., self.group])
+            mask = mask.take(self.group, axis=-1) & (values == running.take(self.group, axis=-1))
         return self.as_given(mask)
 
     def behind(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
@@ -93,7 +93,7 @@ class SortedSizes:
         ascending = self.ascending(values)
         running = self._running_best(ascending, direction)
         if self.starts.size < self.order.size:
-            running = running[..., self.group]
+            running = running.take(self.group, axis=-1)
         behind = ascending - running if direction == "minimize" else running - ascending
         return self.as_given(behind)
 
@@ -105,7 +105,7 @@ class SortedSizes:
         """
         if values.shape[-1:] != self.order.shape:
             raise ValueError(f"`values.shape == (..., {self.order.size})` must hold, but got {values.shape}")
-        return values if self._is_ascending() else values[..., self.order]
+        return values if self._is_ascending() else values.take(self.order, axis=-1)
 
     def as_given(self, ascending: NDArray[_T]) -> NDArray[_T]:
         """Values (..., C) in the order of the sizes, put into the order in which those were given."""
