@@ -86,6 +86,15 @@ def test_interval_of_one_configuration_is_its_t_interval():
     assert interval.high == pytest.approx(values.mean() + half_width, abs=error)
 
 
+def test_interval_lies_below_the_observed_area_where_near_equals_compete():
+    values = np.random.default_rng(4).normal(size=(5, 8))
+    values += 50 - values.mean(axis=0)  # all observed means are equal: any redrawn frontier is better
+    values -= values.mean(axis=1)[:, None] - 50  # no shift that seeds share
+    interval = hypervolume_interval(np.geomspace(1, 10, 8), values, REFERENCE, np.random.default_rng(0))
+    assert interval.observed == pytest.approx(50 * 6)
+    assert interval.low < interval.high < interval.observed
+
+
 def test_interval_does_not_depend_on_the_chunk():
     rng = np.random.default_rng(5)
     sizes, values = rng.integers(1, 10**6, 37), rng.normal(3, 1, size=(3, 37))

@@ -160,6 +160,14 @@ def test_draws_have_the_means_and_errors_of_the_two_way_layout():
     assert (shifted[:, 0] - shifted[:, 1]).var() == pytest.approx(2 * variance * 12 / 10, rel=0.03)
 
 
+def test_draws_stand_still_on_average_where_seeds_do():
+    values = np.random.default_rng(7).normal(size=(4, 5))
+    values -= values.mean(axis=1)[:, None]
+    drawn = np.vstack(list(SeedMeans.of(values).draws(50, np.random.default_rng(0))))
+    assert drawn.mean(axis=1) == pytest.approx(np.zeros(50), abs=1e-12)
+    assert drawn.std() > 0.1
+
+
 def test_marginal_df_without_noise_is_that_of_the_seeds():
     assert SeedMeans.of([[1, 2], [1, 2], [1, 2]]).marginal_df == 2
 
