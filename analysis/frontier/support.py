@@ -62,7 +62,7 @@ def frontier_support(
         rng: source of all draws; the result does not depend on `chunk`.
         epsilon: ε >= 0, in the unit of the values.
         direction: what is better in the values.
-        chunk: draws held at once, which bounds the memory: 9 bytes per draw and configuration.
+        chunk: draws held at once, which bounds the memory.
     Raises:
         ValueError: shapes differ, a value is not finite, fewer than 2 seeds, or a negative ε or count.
     Error: each share has a standard error of sqrt(share (1 − share) / n_draws).
