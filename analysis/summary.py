@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis import run_schema as schema
-from analysis.frontier import frontier_mask
+from analysis.frontier.nondominated import frontier_mask
 from analysis.runs import StudyRuns
 from analysis.statistics.intervals import mean_interval
 from analysis.statistics.seed_blocks import MIN_SEEDS

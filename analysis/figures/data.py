@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import run_schema as schema
-from analysis.frontier import frontier_mask
+from analysis.frontier.nondominated import frontier_mask
 from analysis.statistics.intervals import mean_interval
 from analysis.summary import (
     DENSE,

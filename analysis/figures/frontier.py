@@ -12,7 +12,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from analysis import style
 from analysis.figures import labels
-from analysis.frontier import step_line
+from analysis.frontier.nondominated import step_line
 from analysis.summary import MIN_SEEDS, Measure, n_statement
 
 _MARKER_SIZE = 5.2

@@ -1,10 +1,11 @@
-"""The non-dominated set of two objectives: arrays in, arrays out."""
+"""The non-dominated set of two objectives, and the line that it draws."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from analysis.frontier.running_best import SortedSizes
 from analysis.run_schema import Direction
 
 
@@ -23,23 +24,14 @@ def frontier_mask(
         (n,) mask, in the order of the input.
     Raises:
         ValueError: shapes differ, a value is not finite, or a direction is unknown.
-    Cost: O(n log n), by one sort and a running minimum.
+    Cost: O(n log n), by one sort and a running best.
     Source: Kung, Luccio and Preparata 1975, On finding the maxima of a set of vectors, section 2.
     """
     x, y = _checked(x, y)
     if not set(directions) <= {"minimize", "maximize"}:
         raise ValueError(f"`directions` must be 'minimize' or 'maximize', but got {directions}")
-    if x.size == 0:
-        return np.zeros(0, dtype=np.bool_)
-    x, y = (-v if direction == "maximize" else v for v, direction in zip((x, y), directions, strict=True))
-    order = np.argsort(x, kind="stable")
-    starts = np.flatnonzero(np.append(True, x[order][1:] != x[order][:-1]))
-    lowest = np.minimum.reduceat(y[order], starts)  # among the points that share one x
-    lowest_before = np.minimum.accumulate(np.concatenate(([np.inf], lowest[:-1])))
-    group = np.repeat(np.arange(starts.size), np.diff(starts, append=x.size))
-    mask = np.empty(x.size, dtype=np.bool_)
-    mask[order] = (y[order] == lowest[group]) & (lowest < lowest_before)[group]
-    return mask
+    sizes = SortedSizes.of(-x if directions[0] == "maximize" else x)
+    return sizes.on_frontier(y, directions[1])
 
 
 def step_line(x: ArrayLike, y: ArrayLike, x_end: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,0 +1,132 @@
+"""Draws of what the means of all configurations may truly be, with the noise pooled over configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from analysis.statistics.seed_blocks import two_way
+
+_CHUNK_VALUES = 1 << 17
+"""Values in a chunk unless its size is given: 1 MB, which stays in a processor's cache."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SeedMeans:
+    """Means over n seeds of C configurations that share their seeds, and how uncertain they are.
+
+    The model is value = configuration + seed + residual: a seed (its data order and initial weights) shifts all
+    configurations alike, and the residuals of all configurations have one standard deviation.
+    """
+
+    means: NDArray[np.float64]
+    """(C,), in the unit of the values."""
+    residual_se: float
+    """Standard error of one mean apart from its seeds' shift: pooled residual sd / √n."""
+    residual_df: int
+    """Degrees of freedom of the pooled sd: (C − 1)(n − 1)."""
+    grand_se: float
+    """Standard error of the mean of all means: sd over seeds of the mean over configurations, / √n."""
+    grand_df: int
+    """Degrees of freedom of that: n − 1."""
+
+    @classmethod
+    def of(cls, values: ArrayLike) -> SeedMeans:
+        """Estimate from values (n, C), one row per seed.
+
+        Raises:
+            ValueError: not two axes, fewer than 2 seeds, no configuration, or a value that is not finite.
+        Source: Scheffé 1959, The analysis of variance, section 4.2 (two-way layout, one observation per cell).
+        """
+        values = np.asarray(values, dtype=np.float64)
+        if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 1:
+            raise ValueError(f"`values.shape == (n, C)` with n >= 2 and C >= 1 must hold, but got {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError("`values` must be finite, but got a NaN or an infinity: give complete seeds alone")
+        model, n = two_way(values.T), values.shape[0]
+        residual_se = float(np.sqrt(model.residual_variance / n)) if model.df else 0.0
+        grand_se = float(model.seed_means.std(ddof=1) / np.sqrt(n))
+        return cls(model.means, residual_se, model.df, grand_se, n - 1)
+
+    @property
+    def marginal_se(self) -> float:
+        """Standard error of one mean, its seeds' shift included."""
+        return float(np.sqrt(sum(variance for variance, _ in self._marginal_parts())))
+
+    @property
+    def marginal_df(self) -> float:
+        """Degrees of freedom of `marginal_se`, at least n − 1.
+
+        Source: Satterthwaite 1946, An approximate distribution of estimates of variance components.
+        """
+        parts = self._marginal_parts()
+        denominator = sum(variance**2 / df for variance, df in parts)
+        return sum(variance for variance, _ in parts) ** 2 / denominator if denominator else self.grand_df
+
+    def _marginal_parts(self) -> list[tuple[float, int]]:
+        grand = (self.grand_se**2, self.grand_df)
+        share = 1 - 1 / self.means.size
+        return [grand, (share * self.residual_se**2, self.residual_df)] if self.residual_df else [grand]
+
+    def contrast_draws(
+        self, n_draws: int, rng: np.random.Generator, chunk: int | None = None
+    ) -> Iterator[NDArray[np.float64]]:
+        """Draws for what depends on differences between configurations alone: the seeds' shift is left out.
+
+        Around the configurations' own means, with the pooled standard error: normal with many degrees of freedom, t
+        with few (each draw draws its standard deviation too).
+
+        Args:
+            n_draws: how many draws, >= 1.
+            chunk: draws in one array; it bounds the memory and changes no draw.
+        Yields:
+            (at most `chunk`, C) arrays, `n_draws` rows in all.
+        Raises:
+            ValueError: a count below 1.
+        Source: Box and Tiao 1973, Bayesian inference in statistical analysis, section 2.7: means under a flat prior.
+        """
+        return self._draws(n_draws, rng, chunk)
+
+    def noise_draws(
+        self, n_draws: int, rng: np.random.Generator, chunk: int | None = None
+    ) -> Iterator[NDArray[np.float64]]:
+        """As `contrast_draws`, but normal always: for what noise as large as the estimated one does on average."""
+        return self._draws(n_draws, rng, chunk, known_scale=True)
+
+    def draws(self, n_draws: int, rng: np.random.Generator, chunk: int | None = None) -> Iterator[NDArray[np.float64]]:
+        """Draws for what depends on the level of the means too: as `contrast_draws`, and shifted together.
+
+        A mean of C means is drawn as t with n − 1 degrees of freedom; the deviations from it sum to zero, so that the
+        two sources of noise are counted once each. Of a single configuration this draws Student's t.
+        """
+        return self._draws(n_draws, rng, chunk, with_shift=True)
+
+    def _draws(
+        self,
+        n_draws: int,
+        rng: np.random.Generator,
+        chunk: int | None,
+        *,
+        known_scale: bool = False,
+        with_shift: bool = False,
+    ) -> Iterator[NDArray[np.float64]]:
+        if chunk is None:
+            chunk = max(1, _CHUNK_VALUES // self.means.size)
+        if n_draws < 1 or chunk < 1:
+            raise ValueError(f"`n_draws >= 1` and `chunk >= 1` must hold, but got {n_draws=}, {chunk=}")
+        # One number per draw comes first, for all draws: the rest is then the same stream, however it is cut.
+        scales = np.full(n_draws, self.residual_se)
+        if self.residual_df and not known_scale:
+            scales *= np.sqrt(self.residual_df / rng.chisquare(self.residual_df, n_draws))
+        shifts = self.grand_se * rng.standard_t(self.grand_df, n_draws) if with_shift else None
+        for start in range(0, n_draws, chunk):
+            part = slice(start, start + chunk)
+            drawn = rng.standard_normal((scales[part].size, self.means.size))
+            drawn *= scales[part, None]
+            if shifts is not None:
+                drawn += (shifts[part] - drawn.mean(axis=1))[:, None]
+            drawn += self.means
+            yield drawn

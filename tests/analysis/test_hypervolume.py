@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import moocore
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+
+from analysis.frontier.hypervolume import HypervolumeReference, hypervolume, hypervolume_interval
+
+DIRECTIONS = st.sampled_from(["minimize", "maximize"])
+REFERENCE = HypervolumeReference(worst_value=0.0, largest_size=1e6, base=10, direction="maximize")
+
+
+def by_moocore(log_sizes, values, largest, worst, direction):
+    points = np.column_stack((log_sizes, values))
+    return moocore.hypervolume(points, ref=[largest, worst], maximise=[False, direction == "maximize"])
+
+
+@given(
+    st.integers(1, 12).flatmap(
+        lambda n: st.tuples(
+            hnp.arrays(int, n, elements=st.integers(0, 6)), hnp.arrays(float, n, elements=st.integers(-4, 4))
+        )
+    ),
+    st.integers(0, 7),
+    st.integers(-5, 5),
+    DIRECTIONS,
+)
+def test_hypervolume_equals_moocore_exactly(points, largest, worst, direction):
+    """Sizes are powers of ten, so that neither sum rounds."""
+    exponents, values = points
+    reference = HypervolumeReference(worst_value=worst, largest_size=10.0**largest, base=10, direction=direction)
+    expected = by_moocore(exponents, values, largest, worst, direction)
+    assert hypervolume(10.0**exponents, values, reference) == expected
+
+
+@given(st.integers(0, 2**32), st.integers(1, 60), DIRECTIONS, st.sampled_from([2.0, np.e, 10.0]))
+def test_hypervolume_matches_moocore_on_any_sizes(seed, n, direction, base):
+    rng = np.random.default_rng(seed)
+    sizes, values = rng.integers(1, 1000, n), rng.normal(size=n)
+    reference = HypervolumeReference(worst_value=0.3, largest_size=700, base=base, direction=direction)
+    expected = by_moocore(np.log(sizes) / np.log(base), values, np.log(700) / np.log(base), 0.3, direction)
+    assert hypervolume(sizes, values, reference) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_hypervolume_works_along_the_last_axis():
+    values = np.random.default_rng(0).normal(size=(2, 3, 5))
+    sizes = [1e3, 1e4, 1e4, 1e5, 1e7]
+    areas = hypervolume(sizes, values, REFERENCE)
+    assert areas.shape == (2, 3)
+    for index in np.ndindex(2, 3):
+        assert areas[index] == hypervolume(sizes, values[index], REFERENCE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"base": 1.0}, {"largest_size": 0.0}, {"largest_size": np.inf}, {"worst_value": np.nan}, {"direction": "max"}],
+)
+def test_reference_refuses(change):
+    given = {"worst_value": 0.0, "largest_size": 1e6, "base": 10.0, **change}
+    with pytest.raises(ValueError, match="must"):
+        HypervolumeReference(**given)
+
+
+def test_hypervolume_refuses():
+    with pytest.raises(ValueError, match="`sizes > 0`"):
+        hypervolume([0, 10], [1, 2], REFERENCE)
+    with pytest.raises(ValueError, match="must be finite"):
+        hypervolume([1, 10], [1, np.nan], REFERENCE)
+    with pytest.raises(ValueError, match="must hold, but got"):
+        hypervolume([1, 10], [1, 2, 3], REFERENCE)
+
+
+def test_interval_of_one_configuration_is_its_t_interval():
+    """One configuration of a tenth of the largest size: its area is its mean."""
+    values = np.random.default_rng(1).normal(50, 0.4, (4, 1))
+    interval = hypervolume_interval([1e5], values, REFERENCE, np.random.default_rng(0), n_draws=100_000)
+    half_width = stats.t.ppf(0.975, 3) * values.std(ddof=1) / 2
+    assert interval.observed == pytest.approx(values.mean())
+    # Four Monte-Carlo errors of a t quantile, sqrt(p (1 − p) / draws) / density.
+    error = 4 * np.sqrt(0.975 * 0.025 / 100_000) / stats.t.pdf(stats.t.ppf(0.975, 3), 3) * values.std(ddof=1) / 2
+    assert interval.low == pytest.approx(values.mean() - half_width, abs=error)
+    assert interval.high == pytest.approx(values.mean() + half_width, abs=error)
+
+
+def test_interval_lies_below_the_observed_area_where_near_equals_compete():
+    values = np.random.default_rng(4).normal(size=(5, 8))
+    values += 50 - values.mean(axis=0)  # all observed means are equal: any redrawn frontier is better
+    values -= values.mean(axis=1)[:, None] - 50  # no shift that seeds share
+    interval = hypervolume_interval(np.geomspace(1, 10, 8), values, REFERENCE, np.random.default_rng(0))
+    assert interval.observed == pytest.approx(50 * 6)
+    assert interval.low < interval.high < interval.observed
+
+
+def test_interval_does_not_depend_on_the_chunk():
+    rng = np.random.default_rng(5)
+    sizes, values = rng.integers(1, 10**6, 37), rng.normal(3, 1, size=(3, 37))
+    intervals = {
+        hypervolume_interval(sizes, values, REFERENCE, np.random.default_rng(0), n_draws=101, chunk=chunk)
+        for chunk in (101, 1, 7, 1000, None)
+    }
+    assert len(intervals) == 1
+
+
+def test_interval_is_never_negative():
+    values = np.random.default_rng(5).normal(0, 1, size=(3, 4))
+    values += 0.1 - values.mean(axis=0)  # observed means are all as little better than the worst value
+    interval = hypervolume_interval([1, 2, 3, 4], values, REFERENCE, np.random.default_rng(0))
+    assert 0 == interval.low < interval.observed
+
+
+def test_interval_refuses():
+    with pytest.raises(ValueError, match="n >= 2"):
+        hypervolume_interval([1, 2], [[1, 2]], REFERENCE, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="level=2"):
+        hypervolume_interval([1, 2], [[1, 2], [2, 3]], REFERENCE, np.random.default_rng(0), level=2)
