@@ -6,6 +6,7 @@ own restore loses finished trials when its driver is killed, and its repeaters a
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -68,43 +69,62 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address
                 f"execution.gpus={execution.gpus:g}; in all it has {there.get('CPU', 0):g} CPUs and "
                 f"{there.get('GPU', 0):g} GPUs"
             )
-        # Tune leaves a folder for every unit; nothing in them is read again.
-        shutil.rmtree(scratch, ignore_errors=True)
-        watch = _NodeWatch(
-            lambda: execution.max_units is not None or _slots(execution.cpus, execution.gpus) > 0, queue.forgive_death
-        )
-        searcher = _LedgerSearcher(queue, on_evaluation, watch)
-        tuner = tune.Tuner(
-            tune.with_resources(_work, {"cpu": execution.cpus, "gpu": execution.gpus}),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=_Cancelling(searcher.is_cancelled),
-                num_samples=-1,
-                max_concurrent_trials=slots,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name=f"{queue.config.name}-{uuid4().hex[:8]}",
-                storage_path=str(scratch.resolve()),
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0),  # the queue counts, and issues a unit again
-                callbacks=[watch],
-            ),
-        )
-        try:
-            with interrupts(watch.interrupt):
-                tuner.fit()
-        except Exception as error:
-            if not watch.has_nodes():
-                queue.aborted = _NO_NODES
-            elif isinstance(error, OSError) and error.errno is not None:  # the driver's disk is full, for example
-                queue.aborted = str(error)
-            else:
-                raise
+        _fit(queue, on_evaluation, scratch, slots)
     finally:
-        ray.shutdown()
+        _shut_down()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _fit(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, slots: int) -> None:
+    execution = queue.config.execution
+    # Tune leaves a folder for every unit; nothing in them is read again.
+    shutil.rmtree(scratch, ignore_errors=True)
+    watch = _NodeWatch(
+        lambda: execution.max_units is not None or _slots(execution.cpus, execution.gpus) > 0, queue.forgive_death
+    )
+    searcher = _LedgerSearcher(queue, on_evaluation, watch)
+    tuner = tune.Tuner(
+        tune.with_resources(_work, {"cpu": execution.cpus, "gpu": execution.gpus}),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=_Cancelling(searcher.is_cancelled),
+            num_samples=-1,
+            max_concurrent_trials=slots,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=f"{queue.config.name}-{uuid4().hex[:8]}",
+            storage_path=str(scratch.resolve()),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=0),  # the queue counts, and issues a unit again
+            callbacks=[watch],
+        ),
+    )
+    try:
+        with interrupts(watch.interrupt):
+            tuner.fit()
+    except Exception as error:
+        if not watch.has_nodes():
+            queue.aborted = _NO_NODES
+        elif isinstance(error, OSError) and error.errno is not None:  # the driver's disk is full, for example
+            queue.aborted = str(error)
+        else:
+            raise
+
+
+def _shut_down() -> None:
+    """End Ray's part of this process.
+
+    What Tune leaves behind refers to actors. Where another thread collects that as garbage just while Ray shuts down,
+    Ray ends the whole process at once and without a word (its `QuickExit`); so it is collected before, or after.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
 
 
 def _connect(address: str) -> None:

@@ -70,6 +70,7 @@ def _set_up_mlflow() -> None:
     # By default a server that is away is said to be so after four minutes, and on every one of eight attempts.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for every run that ends
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     # A new database is announced with a line for each of MLflow's migrations, a refused write with its traceback.
     logging.getLogger("alembic").setLevel(logging.WARNING)
