@@ -205,9 +205,9 @@ def test_study_outlives_its_head_node(tmp_path, bucket, undisturbed):  # noqa: F
     for n_results in (2, 5):
         driver = start_cli(*command, cwd=tmp_path)
         wait_for_results(driver, n_results)
+        kept |= {key: result.ended for key, result in results_at(tmp_path / "kept").items() if len(kept) < 2}
         time.sleep(2)  # four times the least time between two copies
         kill(driver)
-        kept |= {key: result.ended for key, result in results_at(tmp_path / "kept").items() if len(kept) < 2}
         shutil.rmtree(tmp_path / "kept")
     code, out, err = cli(*command, cwd=tmp_path)
     assert code == 0, out + err
