@@ -193,9 +193,12 @@ def run_study(
                         track(trial)
             except KeyboardInterrupt:
                 if tracker is not None and tracker.n_pending:
-                    progress.say(
-                        "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)"
-                    )
+                    try:
+                        progress.say(
+                            "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)"
+                        )
+                    except KeyboardInterrupt:
+                        tracker.leave()
                 raise
             finally:
                 try:

@@ -53,7 +53,7 @@ class BackgroundTracker:
         """Trials that MLflow did not take; they are tried again when all others are written."""
         self._refused: dict[int, str] = {}
         self._away: str | None = None
-        self._closing = self._is_last_round = False
+        self._closing = self._is_last_round = self._is_left = False
         self._thread = threading.Thread(target=self._run, name=_THREAD, daemon=True)
         self._thread.start()
 
@@ -77,10 +77,15 @@ class BackgroundTracker:
         """Ask for a trial's runs to be brought up to date; `n_seeds`: how many it will have."""
         self._inbox.put((trial, results, n_seeds))
 
+    def leave(self) -> None:
+        """Let `close` not wait for what is pending."""
+        self._is_left = True
+
     def close(self) -> str | None:
         """Write what is pending and end; returns why that was not possible, or None."""
         self._inbox.put(None)
-        self._thread.join()
+        if not self._is_left:
+            self._thread.join()
         return self.trouble
 
     # In the thread ------------------------------------------------------------------------------------------------
