@@ -6,9 +6,12 @@ import dataclasses
 import os
 import shutil
 import signal
+import sqlite3
 import time
+from contextlib import closing
 
 import pytest
+from disturbance import wait_for_results
 from services import S3_SECRET, _s3, bucket, everything_in, s3_server  # noqa: F401 (fixtures)
 from study_fixtures import (
     DENSE,
@@ -47,12 +50,17 @@ def undisturbed(tmp_path_factory):
     return substance(folder / "kept")
 
 
-def wait_for_results(process, n):
-    """Read the driver's lines until that many runs are over."""
-    for line in process.stdout:
-        if line.startswith(f"{n}/"):
-            return
-    raise AssertionError(f"the driver ended before its result {n}: {process.stderr.read()}")
+def wait_for_backup(url, path, n):
+    """Wait until the ledger's newest copy has that many results; it is read at that path."""
+    storage, deadline = Storage(url), time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for key in storage.keys("backup/tiny/ledger")[-1:]:
+            path.write_bytes(storage.read(key))
+            with closing(sqlite3.connect(path)) as ledger:
+                if ledger.execute("SELECT count(*) FROM mpo_result").fetchone()[0] >= n:
+                    return
+        time.sleep(0.1)
+    raise AssertionError(f"no backup has {n} results")
 
 
 def kill(process):
@@ -202,11 +210,11 @@ def test_study_outlives_its_head_node(tmp_path, bucket, undisturbed):  # noqa: F
     write_study(tmp_path, **LONG)
     command = ("run", "tiny.yaml", "--dir", "kept", "--storage", bucket)
     kept: dict = {}
-    for n_results in (2, 5):
+    for n_more in (1, 2):
         driver = start_cli(*command, cwd=tmp_path)
-        wait_for_results(driver, n_results)
-        kept |= {key: result.ended for key, result in results_at(tmp_path / "kept").items() if len(kept) < 2}
-        time.sleep(2)  # four times the least time between two copies
+        wait_for_results(driver, len(kept) + n_more)
+        kept |= {key: result.ended for key, result in results_at(tmp_path / "kept").items()}
+        wait_for_backup(bucket, tmp_path / "copy.db", len(kept))
         kill(driver)
         shutil.rmtree(tmp_path / "kept")
     code, out, err = cli(*command, cwd=tmp_path)
