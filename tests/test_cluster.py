@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from disturbance import descendants
 from services import S3_SECRET, _s3, bucket, free_port  # noqa: F401 (fixtures)
 from study_fixtures import ENVIRONMENT, results_at, run_at, substance, write_study
 
@@ -89,22 +90,6 @@ class Cluster:
             except ProcessLookupError:
                 continue
         node.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    """Process ids of all that this process started, and of what those started."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended while we looked
-            continue
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, new = [], [pid]
-    while new:
-        new = [child for parent in new for child in children.get(parent, [])]
-        found += new
-    return found
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from study.cli import main
 from study.corpus import load_corpus
 from study.search_space import listed_specs
 from study.study_file import validate
@@ -75,3 +78,17 @@ def spec_of(small_study):
         return listed_specs(validate(small_study(arms=arms, protocol=protocol or {}, model=model or {}), "here"))[-1]
 
     return make
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `mpo-study` in this process: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mpo-study", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return call

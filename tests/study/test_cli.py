@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -28,23 +27,7 @@ from study_fixtures import (
     write_study,
 )
 
-from study.cli import main
-
 INLINE = ("--executor", "inline", "--tracking", "off")
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs `mpo-study` in this process: exit code, standard output, standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mpo-study", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "80")
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 # What is shown --------------------------------------------------------------------------------------------------------

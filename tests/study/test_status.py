@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 
 import pytest
 from study_fixtures import (
@@ -19,27 +18,12 @@ from study_fixtures import (
     write_study,
 )
 
-from study.cli import main
 from study.directory import StudyDirectory
 from study.environment import environment, what_changed
 from study.growth import Growth
 from study.status import study_status
 
 WILD = {"name": "wild", "family": "dense", "learning_rate": 1e30}
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs `mpo-study` in this process: exit code, standard output, standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mpo-study", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "80")
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 # Status ---------------------------------------------------------------------------------------------------------------
