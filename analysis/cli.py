@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
+Study = Annotated[Path | None, typer.Argument(metavar="DIR", help="Study directory, as written by `mpo-study run`.")]
+TrackingURI = Annotated[str | None, typer.Option(help="MLflow tracking URI, instead of DIR.", metavar="URI")]
+Experiment = Annotated[str | None, typer.Option(help="MLflow experiment, instead of DIR.", metavar="NAME")]
+
 
 @app.callback()
 def _commands() -> None:
@@ -28,13 +32,9 @@ def _commands() -> None:
 
 @app.command()
 def report(
-    study: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Study directory, as written by `mpo-study run`.")
-    ] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow tracking URI, instead of DIR.", metavar="URI")
-    ] = None,
-    experiment: Annotated[str | None, typer.Option(help="MLflow experiment, instead of DIR.", metavar="NAME")] = None,
+    study: Study = None,
+    tracking_uri: TrackingURI = None,
+    experiment: Experiment = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the report; by default DIR/report.", metavar="OUT")
     ] = None,
@@ -54,13 +54,9 @@ def report(
 
 @app.command()
 def paper(
-    study: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Study directory, as written by `mpo-study run`.")
-    ] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow tracking URI, instead of DIR.", metavar="URI")
-    ] = None,
-    experiment: Annotated[str | None, typer.Option(help="MLflow experiment, instead of DIR.", metavar="NAME")] = None,
+    study: Study = None,
+    tracking_uri: TrackingURI = None,
+    experiment: Experiment = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the tables; by default DIR/paper.", metavar="OUT")
     ] = None,

@@ -18,7 +18,7 @@ from scipy import stats
 from analysis.frontier.draws import SeedMeans
 from analysis.frontier.running_best import SortedSizes
 from analysis.run_schema import Direction
-from analysis.statistics.intervals import LEVEL
+from analysis.statistics.intervals import LEVEL, check_level
 
 
 class Surfaces(NamedTuple):
@@ -122,6 +122,5 @@ def tail_levels(level: float) -> tuple[float, float]:
     Raises:
         ValueError: `level` is not inside (0, 1).
     """
-    if not 0 < level < 1:
-        raise ValueError(f"`0 < level < 1` must hold, but got level={level}")
+    check_level(level)
     return (1 - level) / 2, (1 + level) / 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analysis.statistics.seed_blocks import two_way
+from analysis.statistics.seed_blocks import marginal_variance, two_way
 
 _CHUNK_VALUES = 1 << 17
 """Values in a chunk unless its size is given: 1 MB, which stays in a processor's cache."""
@@ -32,6 +32,10 @@ class SeedMeans:
     """Standard error of the mean of all means: sd over seeds of the mean over configurations, / √n."""
     grand_df: int
     """Degrees of freedom of that: n − 1."""
+    marginal_se: float
+    """Standard error of one mean, its seeds' shift included."""
+    marginal_df: float
+    """Degrees of freedom of that, at least n − 1."""
 
     @classmethod
     def of(cls, values: ArrayLike) -> SeedMeans:
@@ -49,27 +53,8 @@ class SeedMeans:
         model, n = two_way(values.T), values.shape[0]
         residual_se = float(np.sqrt(model.residual_variance / n)) if model.df else 0.0
         grand_se = float(model.seed_means.std(ddof=1) / np.sqrt(n))
-        return cls(model.means, residual_se, model.df, grand_se, n - 1)
-
-    @property
-    def marginal_se(self) -> float:
-        """Standard error of one mean, its seeds' shift included."""
-        return float(np.sqrt(sum(variance for variance, _ in self._marginal_parts())))
-
-    @property
-    def marginal_df(self) -> float:
-        """Degrees of freedom of `marginal_se`, at least n − 1.
-
-        Source: Satterthwaite 1946, An approximate distribution of estimates of variance components.
-        """
-        parts = self._marginal_parts()
-        denominator = sum(variance**2 / df for variance, df in parts)
-        return sum(variance for variance, _ in parts) ** 2 / denominator if denominator else self.grand_df
-
-    def _marginal_parts(self) -> list[tuple[float, int]]:
-        grand = (self.grand_se**2, self.grand_df)
-        share = 1 - 1 / self.means.size
-        return [grand, (share * self.residual_se**2, self.residual_df)] if self.residual_df else [grand]
+        variance, df = marginal_variance(model)
+        return cls(model.means, residual_se, model.df, grand_se, n - 1, float(np.sqrt(variance / n)), float(df))
 
     def contrast_draws(
         self, n_draws: int, rng: np.random.Generator, chunk: int | None = None

@@ -67,7 +67,7 @@ def model_params(chi: int | None) -> int:
         count = (
             math.prod(layer.d_out) * math.prod(layer.d_in) if chi is None else mpo_params(layer.d_out, layer.d_in, chi)
         )
-        matrices += count * (sizes["n_layers"] * len(layer.layers) if len(layer.layers[0].split(".")) > 1 else 1)
+        matrices += count * (sizes["n_layers"] * layer.n_in_block or 1)
     return rest + matrices
 
 
@@ -145,14 +145,14 @@ def _table_2() -> list[dict[str, object]]:
             why = "the sizes per site give it (Eq. 4)" if same else f"Eq. 4 gives {ours:,}"
             rows.append(_row("2", layer.name, quantity, "", number, Value(ours), YES if same else NO, why))
     attention, up, down, _ = published.LAYERS
-    printed = len(attention.layers) * attention.n_mpo + up.n_mpo + down.n_mpo
-    ours = sum(len(layer.layers) * _at_table_2(layer) for layer in (attention, up, down))
+    printed = attention.n_in_block * attention.n_mpo + up.n_mpo + down.n_mpo
+    ours = sum(layer.n_in_block * _at_table_2(layer) for layer in (attention, up, down))
     same = ours == published.BLOCK_MPO
     why = f"Eq. 4 gives {ours:,}" + ("" if printed == ours else f"; the printed rows give {printed:,}")
     rows.append(
         _row("2", "a block", "parameters at χ = 8", "", published.BLOCK_MPO, Value(ours), YES if same else NO, why)
     )
-    dense = sum(len(layer.layers) * math.prod(layer.d_out) * math.prod(layer.d_in) for layer in (attention, up, down))
+    dense = sum(layer.n_in_block * math.prod(layer.d_out) * math.prod(layer.d_in) for layer in (attention, up, down))
     rows.append(
         _ratio("2", "a block", published.BLOCK_RATIO, dense / ours, published.BLOCK_DENSE / published.BLOCK_MPO)
     )

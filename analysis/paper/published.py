@@ -17,11 +17,11 @@ RETAINED_ACCURACY = 97.7
 class PublishedLayer:
     """A row of Table 2: a kind of linear layer, its sizes per site, and its parameters dense and at χ = 8.
 
-    name: as the paper writes it. layers: the last parts of this project's module names that it stands for.
+    name: as the paper writes it. n_in_block: how many of them a block has; 0 for the one outside the blocks.
     """
 
     name: str
-    layers: tuple[str, ...]
+    n_in_block: int
     d_out: tuple[int, ...]
     d_in: tuple[int, ...]
     n_dense: int
@@ -49,17 +49,10 @@ class PublishedModel:
 
 TABLE_2_CHI = 8
 LAYERS = (
-    PublishedLayer(
-        "W_Q, W_K, W_V, W_O",
-        ("attention.query", "attention.key", "attention.value", "attention.output"),
-        (8, 16),
-        (8, 16),
-        16_384,
-        2_560,
-    ),
-    PublishedLayer("W_1", ("feed_forward.up",), (8, 8, 8), (4, 4, 8), 65_536, 4_864),
-    PublishedLayer("W_2", ("feed_forward.down",), (4, 4, 8), (8, 8, 8), 65_536, 2_816),
-    PublishedLayer("W_LM", ("lm_head",), (5, 13), (8, 16), 8_320, 1_984),
+    PublishedLayer("W_Q, W_K, W_V, W_O", 4, (8, 16), (8, 16), 16_384, 2_560),
+    PublishedLayer("W_1", 1, (8, 8, 8), (4, 4, 8), 65_536, 4_864),
+    PublishedLayer("W_2", 1, (4, 4, 8), (8, 8, 8), 65_536, 2_816),
+    PublishedLayer("W_LM", 0, (5, 13), (8, 16), 8_320, 1_984),
 )
 BLOCK_DENSE = 196_608
 BLOCK_MPO = 17_920

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from analysis.statistics.seed_blocks import MIN_SEEDS, complete_seeds, complete_table, two_way
+from analysis.statistics.seed_blocks import MIN_SEEDS, complete_seeds, complete_table, marginal_variance, two_way
 
 LEVEL = 0.95
 
@@ -91,17 +91,12 @@ def marginal_interval(values: ArrayLike, level: float = LEVEL) -> MarginalInterv
     """
     check_level(level)
     table = complete_table(values)
-    rows, n = table.shape[-2:]
+    n = table.shape[-1]
     if n < MIN_SEEDS:
         undefined = np.full(table.shape[:-2], np.nan)
         return MarginalInterval(table.mean(axis=-1), np.full(table.shape[:-1], np.nan), undefined, undefined, n)
     block = two_way(table)
-    shared = block.seed_means.var(axis=-1, ddof=1)
-    residual = block.residual_variance * (rows - 1) / rows if rows > 1 else np.zeros_like(shared)
-    variance = shared + residual
-    # Of the sum; of 0, which no df would widen, as if all of it were shared.
-    share = np.divide(shared, variance, out=np.ones_like(shared), where=variance > 0)
-    df = (n - 1) / (share**2 + (1 - share) ** 2 / max(rows - 1, 1))
+    variance, df = marginal_variance(block)
     half_width = stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance / n)
     return MarginalInterval(block.means, np.broadcast_to(half_width[..., None], block.means.shape), variance, df, n)
 

@@ -49,6 +49,18 @@ def two_way(values: ArrayLike) -> TwoWay:
     return TwoWay(means, seed_means, variance, df, n)
 
 
+def marginal_variance(model: TwoWay) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Variance of one value, what its seed shares included: s²_marg = V + s²_res (C − 1)/C, V that of the seed means,
+    and Satterthwaite's degrees of freedom; both (...). For the derivation see `intervals.marginal_interval`."""
+    rows, n = model.means.shape[-1], model.n
+    shared = model.seed_means.var(axis=-1, ddof=1)
+    residual = model.residual_variance * (rows - 1) / rows if rows > 1 else np.zeros_like(shared)
+    variance = shared + residual
+    # Of the sum; of 0, which no df would widen, as if all of it were shared.
+    share = np.divide(shared, variance, out=np.ones_like(shared), where=variance > 0)
+    return variance, (n - 1) / (share**2 + (1 - share) ** 2 / max(rows - 1, 1))
+
+
 def complete_table(values: ArrayLike, name: str = "values") -> NDArray[np.float64]:
     """(..., C, n) as floats, with every seed of every configuration.
 
