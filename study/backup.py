@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-from study.directory import StudyDirectory
+from study.directory import StudyDirectory, replace_file
 from study.errors import StudyError
 from study.storage import Storage
 
@@ -70,11 +70,11 @@ class Backup:
             path.write_bytes(data)
             self._files[str(path)] = len(data)
         if mlflow is not None:
-            _replace(self._directory.mlflow_database, mlflow[1])
+            replace_file(self._directory.mlflow_database, mlflow[1])
         if ledger is not None:
             # Last, for it makes the folder a study's: what was cut short before is done again.
             self._write_note([ledger[0]])
-            _replace(self._directory.ledger_file, ledger[1])
+            replace_file(self._directory.ledger_file, ledger[1])
         return ledger is not None or mlflow is not None
 
     def check_is_ours(self) -> None:
@@ -152,7 +152,7 @@ class Backup:
             return {}
 
     def _write_note(self, keys: list[str]) -> None:
-        _replace(self._note, json.dumps(self._read_notes() | {self._storage.shown: keys}).encode())
+        replace_file(self._note, json.dumps(self._read_notes() | {self._storage.shown: keys}).encode())
 
 
 def has_backup(storage: Storage, name: str) -> bool:
@@ -256,9 +256,3 @@ def _snapshot(path: Path) -> bytes:
         ):
             source.backup(target)
         return copy.read_bytes()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)

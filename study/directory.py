@@ -219,11 +219,16 @@ class StudyDirectory:
         return uri
 
     def _replace(self, path: Path, text: str, mode: int = 0o644) -> None:
-        partial = path.with_name(f"{path.name}.partial")
         with self._writing():
-            partial.touch(mode)
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            replace_file(path, text.encode(), mode)
+
+
+def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file whole or not at all, whatever was there before; OSError where that is not possible."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.touch(mode)
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def _describe_holder(holder: Path) -> str:

@@ -12,11 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from analysis.frontier.nondominated import frontier_mask
 from study.ledger.trials import Trial
 from study.trial import SeedResult
-
-LEVEL = 0.95
-"""Coverage of the interval by which a place on the frontier is undecided."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,9 @@ def points(trials: Iterable[Trial], results: Iterable[SeedResult]) -> list[Point
 
 def frontier(among: Sequence[Point]) -> list[Point]:
     """The points that no other one beats, equal ones among them, from the smallest to the one of lowest mean."""
-    on: list[Point] = []
-    for point in sorted(among, key=lambda point: (point.n_params, point.mean, point.trial)):
-        is_equal = bool(on) and (point.n_params, point.mean) == (on[-1].n_params, on[-1].mean)
-        if not on or is_equal or point.mean < on[-1].mean:
-            on.append(point)
-    return on
+    on = frontier_mask([point.n_params for point in among], [point.mean for point in among])
+    found = [point for point, is_on in zip(among, on, strict=True) if is_on]
+    return sorted(found, key=lambda point: (point.n_params, point.mean, point.trial))
 
 
 def undecided(among: Sequence[Point]) -> list[Point]:
@@ -73,10 +68,7 @@ def undecided(among: Sequence[Point]) -> list[Point]:
 
 
 def half_width(losses: Sequence[float]) -> float:
-    """Half the 95 % t interval of the mean, t_{n−1} s / √n; infinite for one seed."""
-    from scipy.special import stdtrit  # a plain run does without it
+    """Half the 95 % t interval of the mean; infinite for one seed."""
+    from analysis.statistics.intervals import mean_interval  # and SciPy, without which a plain run does
 
-    n = len(losses)
-    if n < 2:
-        return math.inf
-    return float(stdtrit(n - 1, (1 + LEVEL) / 2)) * statistics.stdev(losses) / math.sqrt(n)
+    return float(mean_interval(losses).half_width) if len(losses) > 1 else math.inf

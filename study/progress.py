@@ -109,16 +109,7 @@ class StudyProgress:
 
     def _time_left(self) -> str:
         done = self._flops_done()
-        known = [trial.shape.flops for trial in self._ledger.trials.values() if _is_trained(trial)]
-        if done <= self._flops_before or not known:
+        if done <= self._flops_before:
             return "time left unknown"
-        left = [(trial.shape.flops, len(self._ledger.missing_seeds(trial))) for trial in self._ledger.lacking()]
-        # Trials that are not asked yet are taken to cost what the known ones do on average.
-        n_unasked = self._ledger.n_missing - sum(n for _, n in left)
-        flops = sum(each * n for each, n in left) + sum(known) / len(known) * n_unasked
         rate = (done - self._flops_before) / (time.monotonic() - self._begun)
-        return f"{timedelta(seconds=round(flops / rate))} left"
-
-
-def _is_trained(trial: Trial) -> bool:
-    return trial.duplicate_of is None and trial.pruned is None
+        return f"{timedelta(seconds=round(self._ledger.flops_left / rate))} left"

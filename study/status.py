@@ -76,7 +76,7 @@ def study_status(directory: StudyDirectory) -> StudyStatus:
     ]
     n_runs_unasked = tally.n_runs_unasked(snapshot.trials)
     failures = [result for result in snapshot.results if result.state == "failed"]
-    run_seconds_left, seconds_left = _time_left(snapshot, trials, n_runs_unasked, driver is not None)
+    run_seconds_left, seconds_left = _time_left(snapshot, tally.flops_left(snapshot.trials, keys), driver is not None)
     return StudyStatus(
         name=config.name,
         uuid=snapshot.uuid,
@@ -143,22 +143,16 @@ def _trial_status(
     )
 
 
-def _time_left(
-    snapshot: Snapshot, trials: list[TrialStatus], n_runs_unasked: int, is_running: bool
-) -> tuple[float | None, float | None]:
+def _time_left(snapshot: Snapshot, flops_left: float, is_running: bool) -> tuple[float | None, float | None]:
     """Seconds of runs that are left, one after another, and until a driver that is at work is done."""
-    own = [row for row in trials if row.trial.duplicate_of is None and row.trial.pruned is None]
-    flops = {row.trial.number: row.trial.shape.flops for row in own}
+    flops = {trial.number: trial.shape.flops for trial in snapshot.trials}
     done = [result for result in snapshot.results if result.state == "complete"]
     seconds = sum(result.final["train_seconds"] for result in done)
     if not done or seconds <= 0:
         return None, None
-    # Trials that are not asked yet are taken to cost what the known ones do on average.
-    left = sum(flops[row.trial.number] * len(row.missing) for row in own)
-    left += sum(flops.values()) / len(flops) * n_runs_unasked
-    run_seconds_left = left * seconds / sum(flops[result.trial] for result in done)
+    run_seconds_left = flops_left * seconds / sum(flops[result.trial] for result in done)
     recent = [result for result in done if snapshot.driver_started and result.ended > snapshot.driver_started]
     if not (is_running and recent):
         return run_seconds_left, None
     since = datetime.now(UTC) - datetime.fromisoformat(snapshot.driver_started or "")
-    return run_seconds_left, left * since.total_seconds() / sum(flops[result.trial] for result in recent)
+    return run_seconds_left, flops_left * since.total_seconds() / sum(flops[result.trial] for result in recent)

@@ -445,6 +445,11 @@ class Ledger:
         known = sum(len(self.missing_seeds(trial)) for trial in self._lacking.values())
         return known + self._tally.n_runs_unasked(self.trials.values())
 
+    @property
+    def flops_left(self) -> float:
+        """FLOPs of those runs, see `Tally.flops_left`."""
+        return self._tally.flops_left(self.trials.values(), self.results)
+
     def first_environment(self) -> dict[str, Any]:
         """What the study was begun on."""
         return self._environment(driver_table.c.id)

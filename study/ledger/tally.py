@@ -43,6 +43,13 @@ class Tally:
         """Runs (trial × seed) of trials that are not asked yet; each is taken to need all its seeds."""
         return max(0, self.n_trials(trials) - len(trials)) * len(self._config.seed_list)
 
+    def flops_left(self, trials: Collection[Trial], results: Collection[tuple[int, int]]) -> float:
+        """FLOPs of the runs that the study lacks; trials that are not asked yet are taken to cost what the known ones
+        do on average."""
+        known = [trial.shape.flops for trial in trials if trial.duplicate_of is None and trial.pruned is None]
+        left = sum(trial.shape.flops * len(self.missing_seeds(trial, results)) for trial in trials)
+        return left + (sum(known) / len(known) * self.n_runs_unasked(trials) if known else 0.0)
+
     def searched(self, trials: Collection[Trial]) -> list[Trial]:
         """Those that a sampler chose."""
         return [trial for trial in trials if trial.spec.arm in self._searched_arms]

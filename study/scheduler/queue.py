@@ -123,9 +123,10 @@ class Queue:
             return
         for result in results:
             self._forget_checkpoints(result.trial, [result.seed])
-        for trial in self.ledger.trials.values():  # what a stop leaves half trained
-            if trial.stop is not None and trial.duplicate_of is None and trial.stop.after[0] == results[-1].trial:
-                self._forget_checkpoints(trial.number, self.ledger.seeds_of(trial))
+        if self.config.early_stopping is not None:
+            for trial in self.ledger.trials.values():  # what a stop leaves half trained
+                if trial.stop is not None and trial.duplicate_of is None and trial.stop.after[0] == results[-1].trial:
+                    self._forget_checkpoints(trial.number, self.ledger.seeds_of(trial))
         for result in results:
             self.on_result(result)
 
