@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from analysis.errors import AnalysisError
 
@@ -116,9 +118,9 @@ def _report(
 
     address, out = _address(study, tracking_uri, experiment, out, "report")
     runs = load_study(address)
-    summary = write_report(runs, out)
+    findings = write_report(runs, out)
     console = Console()
-    rows = frontier_table(summary).shown
+    rows = frontier_table(findings.summary, findings.uncertainties).shown
     if len(rows):
         table = Table(title="On a frontier", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         shown = ("configuration", "family", "parameters", "val loss (nats)", "val accuracy (%)")
@@ -131,6 +133,10 @@ def _report(
         console.print(table)
     else:
         console.print(f"no trial has {MIN_SEEDS} complete seeds, so there is no frontier")
+    for answer in findings.answers[2:]:  # what was run its user knows, and the frontier stands above
+        console.print(answer.question, style="bold", highlight=False)
+        for sentence in answer.sentences:
+            console.print(Padding(Text(sentence), (0, 0, 0, 2)))
     console.print(
         f"{len(runs.trials)} trials, {len(runs.seeds)} complete seeds, {len(runs.failures)} failed, "
         f"{len(runs.unfinished)} unfinished"

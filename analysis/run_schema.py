@@ -46,6 +46,9 @@ RAN_ON = (DEVICE, THREADS, TORCH, STACKED)
 CLAIMS = "mpo.claims"
 """On the summary: JSON of what the study file declared before it ran, {"margins": {"val_loss": nats, "val_acc":
 fraction}, "contrasts": [{"arm", "against"}, ...]}."""
+ENVIRONMENT = "mpo.environment"
+"""On the summary: JSON of what the study was begun on, {"python", "packages": {name: version}, "git_commit",
+"git_changed", "system", "cpus"}."""
 FAILURE = "mpo.failure"
 """On a failed seed: why, in one line."""
 WEIGHTS_LOST = "mpo.weights_lost"

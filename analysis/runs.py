@@ -75,7 +75,7 @@ class StudyRuns:
         there is no run yet has no seed.
     rel_errors: trial, seed, when, chi, layer, rel_error, of complete seeds.
     latest: when the last of these runs ended, in UTC; None if none has.
-    claims: empty where the study's summary run is missing.
+    claims: empty where the study's summary run is missing. environment: as `run_schema.ENVIRONMENT` says; so is it.
     """
 
     address: StudyAddress
@@ -90,6 +90,7 @@ class StudyRuns:
     n_pruned: int
     latest: pd.Timestamp | None
     claims: Claims = Claims()
+    environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def budgets(self) -> list[str]:
@@ -140,7 +141,8 @@ def study_runs(
         n_duplicates=len(duplicates),
         n_pruned=len(pruned - duplicates),
         latest=pd.Timestamp(max(ends), unit="ms", tz="UTC") if ends else None,
-        claims=_claims(summary_runs, uuid),
+        claims=_claims(_json_tag(summary_runs, uuid, schema.CLAIMS)),
+        environment=_json_tag(summary_runs, uuid, schema.ENVIRONMENT),
     )
 
 
@@ -151,16 +153,20 @@ def without_password(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
 
 
-def _claims(summary_runs: Sequence[RunRecord], uuid: str) -> Claims:
+def _claims(declared: dict[str, Any]) -> Claims:
+    margins = {key: float(value) for key, value in declared.get("margins", {}).items()}
+    return Claims(margins, tuple((pair["arm"], pair["against"]) for pair in declared.get("contrasts", ())))
+
+
+def _json_tag(summary_runs: Sequence[RunRecord], uuid: str, tag: str) -> dict[str, Any]:
+    """What a tag of the study's summary run holds; empty where there is none."""
     for run in summary_runs:
-        if run.tags.get(schema.STUDY_UUID) == uuid and schema.CLAIMS in run.tags:
+        if run.tags.get(schema.STUDY_UUID) == uuid and tag in run.tags:
             try:
-                declared = json.loads(run.tags[schema.CLAIMS])
-                margins = {key: float(value) for key, value in declared["margins"].items()}
-                return Claims(margins, tuple((pair["arm"], pair["against"]) for pair in declared["contrasts"]))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise AnalysisError(f"run {run.run_id}: tag `{schema.CLAIMS}` is not what a study declares") from error
-    return Claims()
+                return dict(json.loads(run.tags[tag]))
+            except (ValueError, TypeError) as error:
+                raise AnalysisError(f"run {run.run_id}: tag `{tag}` is not JSON as a study writes it") from error
+    return {}
 
 
 def _tag(run: RunRecord, key: str) -> str:

@@ -155,6 +155,7 @@ class Tracker:
             return
         run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
         self._client.set_tag(run.run_id, schema.CLAIMS, self._record.claims)
+        self._client.set_tag(run.run_id, schema.ENVIRONMENT, json.dumps(self._record.environment))
         self._log_file(run, "study.yaml", self._record.study_file.encode())
         self._log_file(run, "environment.json", json.dumps(self._record.environment, indent=2).encode())
         self._log_corpus(run)
