@@ -71,6 +71,7 @@ def _write_all(findings: Findings, folder: Path) -> None:
             tables.size_needed_table(findings.uncertainties),
             tables.hypervolume_table(findings.uncertainties),
             tables.budgets_table(summary),
+            tables.arms_table(summary),
             tables.failures_table(runs),
             tables.unfinished_table(runs),
             tables.stopped_table(runs),

@@ -192,6 +192,38 @@ def budgets_table(summary: pd.DataFrame) -> Table:
     return Table("budgets", data, _as_text(data))
 
 
+def arms_table(summary: pd.DataFrame) -> Table:
+    """What each arm of the study file was trained with; several values where its trials differ."""
+    rows = []
+    for arm, group in summary.groupby("arm", sort=False):
+        row: dict[str, object] = {"arm": arm, "trials": len(group)}
+        for key in _TRAINED_WITH:
+            values = sorted(group[key].dropna().unique())
+            row[key] = (
+                "–" if not values else ", ".join(f"{value:g}" if key in _NUMBERS else str(value) for value in values)
+            )
+        rows.append(row)
+    data = pd.DataFrame(rows)
+    some = data.columns[~(data == "–").all()]
+    return Table("arms", data, _as_text(data[some].rename(columns=lambda column: column.replace("_", " "))))
+
+
+_NUMBERS = (
+    "learning_rate",
+    "steps",
+    "warmup_steps",
+    "batch_size",
+    "context",
+    "weight_decay",
+    "d_model",
+    "tuning_trials",
+)
+_TRAINED_WITH = (
+    *("family", "start", "teacher", "init", "refinement", "lr_rule", "decay", "factorisation", "sites"),
+    *_NUMBERS,
+)
+
+
 def write(table: Table, folder: Path) -> list[Path]:
     """Write `folder`/NAME.csv, NAME.md and NAME.tex."""
     csv, markdown, latex = (folder / f"{table.name}.{kind}" for kind in ("csv", "md", "tex"))
