@@ -85,13 +85,10 @@ def seed_table(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataF
     table = own.pivot(index="trial", columns="seed", values=key)
     if table.empty:
         return table
-    has = table.notna()
-    # The first of those that most have; of equally many, the larger set.
-    kinds = has.groupby(list(has.columns)).size().reset_index(name="trials")
-    kinds["seeds"] = kinds[list(has.columns)].sum(axis=1)
-    most = kinds.sort_values(["trials", "seeds"], ascending=False, kind="stable").iloc[0]
-    common = [seed for seed in has.columns if most[seed]]
-    return table.loc[has[common].all(axis=1), common]
+    has = table.notna().to_numpy()
+    kinds, counts = np.unique(has, axis=0, return_counts=True)
+    most = kinds[np.lexsort((kinds.sum(axis=1), counts))[-1]]  # of equally frequent ones the larger
+    return table.loc[has[:, most].all(axis=1), table.columns[most]]
 
 
 # Pairs ----------------------------------------------------------------------------------------------------------------
