@@ -71,7 +71,8 @@ def load_study(address: StudyAddress, page_size: int = 1000) -> StudyRuns:
         where = experiment_id(client, address)
         trial_runs = search(client, where, schema.KIND_TRIAL, address.uuid, page_size)
         seed_runs = search(client, where, schema.KIND_SEED, address.uuid, page_size)
-    return study_runs(address, trial_runs, seed_runs)
+        summary_runs = search(client, where, schema.KIND_SUMMARY, address.uuid, page_size)
+    return study_runs(address, trial_runs, seed_runs, summary_runs)
 
 
 def load_curves(

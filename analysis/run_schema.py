@@ -43,6 +43,9 @@ STOPPED = "mpo.stopped"
 DEVICE, THREADS, TORCH, STACKED = "mpo.device", "mpo.threads", "mpo.torch", "mpo.stacked"
 RAN_ON = (DEVICE, THREADS, TORCH, STACKED)
 """On a seed: what its numbers depend on to rounding; `STACKED` is how many seeds were trained as one model."""
+CLAIMS = "mpo.claims"
+"""On the summary: JSON of what the study file declared before it ran, {"margins": {"val_loss": nats, "val_acc":
+fraction}, "contrasts": [{"arm", "against"}, ...]}."""
 FAILURE = "mpo.failure"
 """On a failed seed: why, in one line."""
 WEIGHTS_LOST = "mpo.weights_lost"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -51,6 +53,15 @@ class StudyAddress:
 
 
 @dataclass(frozen=True)
+class Claims:
+    """What the study file declared before it ran. margins: how much worse is still no loss, by metric of the curves
+    (nats, or a fraction). contrasts: pairs (arm, against)."""
+
+    margins: dict[str, float] = field(default_factory=dict)
+    contrasts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class StudyRuns:
     """All that is known of one study, without duplicated trials and those that were never trained since they break a
     limit of the search (n_duplicates and n_pruned count them).
@@ -64,6 +75,7 @@ class StudyRuns:
         there is no run yet has no seed.
     rel_errors: trial, seed, when, chi, layer, rel_error, of complete seeds.
     latest: when the last of these runs ended, in UTC; None if none has.
+    claims: empty where the study's summary run is missing.
     """
 
     address: StudyAddress
@@ -77,6 +89,7 @@ class StudyRuns:
     n_duplicates: int
     n_pruned: int
     latest: pd.Timestamp | None
+    claims: Claims = Claims()
 
     @property
     def budgets(self) -> list[str]:
@@ -89,7 +102,12 @@ class StudyRuns:
         return f"{without_password(self.address.tracking_uri)}, experiment {self.address.experiment!r}"
 
 
-def study_runs(address: StudyAddress, trial_runs: list[RunRecord], seed_runs: list[RunRecord]) -> StudyRuns:
+def study_runs(
+    address: StudyAddress,
+    trial_runs: list[RunRecord],
+    seed_runs: list[RunRecord],
+    summary_runs: Sequence[RunRecord] = (),
+) -> StudyRuns:
     """Convert and check the runs of one study.
 
     Raises:
@@ -122,6 +140,7 @@ def study_runs(address: StudyAddress, trial_runs: list[RunRecord], seed_runs: li
         n_duplicates=len(duplicates),
         n_pruned=len(pruned - duplicates),
         latest=pd.Timestamp(max(ends), unit="ms", tz="UTC") if ends else None,
+        claims=_claims(summary_runs, uuid),
     )
 
 
@@ -130,6 +149,18 @@ def without_password(uri: str) -> str:
     if parts.password is None:
         return uri
     return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+
+
+def _claims(summary_runs: Sequence[RunRecord], uuid: str) -> Claims:
+    for run in summary_runs:
+        if run.tags.get(schema.STUDY_UUID) == uuid and schema.CLAIMS in run.tags:
+            try:
+                declared = json.loads(run.tags[schema.CLAIMS])
+                margins = {key: float(value) for key, value in declared["margins"].items()}
+                return Claims(margins, tuple((pair["arm"], pair["against"]) for pair in declared["contrasts"]))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise AnalysisError(f"run {run.run_id}: tag `{schema.CLAIMS}` is not what a study declares") from error
+    return Claims()
 
 
 def _tag(run: RunRecord, key: str) -> str:

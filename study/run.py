@@ -11,8 +11,9 @@ from typing import Literal
 
 from rich.console import Console
 
+from study.arms import CompressedArm
 from study.backup import BackgroundBackup, open_backup
-from study.config import CompressedArm, StudyConfig
+from study.config import StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment, what_changed
@@ -305,6 +306,7 @@ def open_tracker(
         uuid=ledger.uuid,
         description=config.description,
         study_file=dump_config(ledger.config),
+        claims=ledger.config.claims.model_dump_json(),
         environment=ledger.first_environment(),
         created=ledger.created,
         changed=ledger.changed,

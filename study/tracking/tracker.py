@@ -42,6 +42,8 @@ class StudyRecord:
     uuid: str
     description: str
     study_file: str
+    claims: str
+    """JSON, see `run_schema.CLAIMS`."""
     environment: dict[str, Any]
     created: str
     changed: str
@@ -152,6 +154,7 @@ class Tracker:
         if known is not None and known.ended == changed:
             return
         run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
+        self._client.set_tag(run.run_id, schema.CLAIMS, self._record.claims)
         self._log_file(run, "study.yaml", self._record.study_file.encode())
         self._log_file(run, "environment.json", json.dumps(self._record.environment, indent=2).encode())
         self._log_corpus(run)
