@@ -9,9 +9,9 @@ from matplotlib.lines import Line2D
 
 from analysis import run_schema as schema
 from analysis import style
+from analysis.comparisons import EQUAL_PARAMETERS
 from analysis.figures import marks
-from analysis.figures.forest import EQUAL_PARAMETERS
-from analysis.figures.rows import Row, lay_out
+from analysis.figures.rows import Row, lay_out, set_limits
 from analysis.summary import MEASURES, MIN_SEEDS, group_order, half_width_key, interval_statement, n_statement
 
 COLUMNS = (
@@ -79,7 +79,9 @@ def families_figure(points: pd.DataFrame, note: str = "") -> Figure:
         sheet = lay_out(
             rows,
             titles=[measure.title for measure in MEASURES],
-            subtitles=[(f"{'lower' if measure.direction == 'minimize' else 'higher'} is better", "") for measure in MEASURES],
+            subtitles=[
+                (f"{'lower' if measure.direction == 'minimize' else 'higher'} is better", "") for measure in MEASURES
+            ],
             axis_labels=[f"Mean ({measure.unit})" for measure in MEASURES],
             heads=["parameters", *(["total tokens"] if budgets else [])],
             beside_head="",
@@ -92,7 +94,7 @@ def families_figure(points: pd.DataFrame, note: str = "") -> Figure:
             half = own["half_width"].fillna(0)
             low, high = (own["mean"] - half).min(), (own["mean"] + half).max()
             space = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-            axes.set_xlim(low - space, high + space)
+            set_limits(axes, low - space, high + space)
             for row, middle in zip(own.to_dict("records"), y, strict=True):
                 ends = (row["mean"] - row["half_width"], row["mean"] + row["half_width"])
                 look, whole = looks[row["group"]], row["n_failed"] == 0
@@ -110,7 +112,7 @@ def _largest(points: pd.DataFrame) -> pd.DataFrame:
 def _legend(once: pd.DataFrame) -> list[Line2D]:
     handles = []
     if ((once["n_failed"] > 0) & (once["n_seeds"] >= MIN_SEEDS)).any():
-        handles.append(marks.legend_point(style.GroupStyle(style.GREY, "o"), "hollow: some seeds failed", filled=False))
+        handles.append(marks.failed_point())
     if (once["n_seeds"] < MIN_SEEDS).any():
         handles.append(marks.few_point())
     return handles

@@ -11,17 +11,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import style
+from analysis.comparisons import BETTER, FAILED, REFERENCE, UNDECIDED, WORSE
 from analysis.figures import marks
-from analysis.figures.rows import Row, lay_out
+from analysis.figures.rows import Row, lay_out, set_limits
 from analysis.summary import MEASURES, MIN_SEEDS, Measure, group_order, n_statement
 
-REFERENCE, EQUAL_PARAMETERS, DECLARED = "reference", "equal parameters", "declared"
-"""Relations of a pair, as `comparisons.compare` names them."""
 MAX_ROWS = 30
 """Pairs that one forest shows at most."""
 
 _BLOCK = "#6b6b6b"
 _MARGIN = "#b03a00"
+_NO_BREAK = "\u00a0"
 _MARGIN_LINE: dict[str, Any] = {"linewidth": 1.1, "linestyle": (0, (2, 1)), "zorder": 2, "gid": "margin"}
 _BLOCK_BELOW = 0.048
 """Inches of the block model's interval below the pair's own."""
@@ -93,17 +93,19 @@ def _rows(pairs: pd.DataFrame, first: pd.DataFrame, measures: list[Measure]) -> 
     """A heading for each group, and a row for each pair."""
     styles = style.group_styles(pairs["group"])
     verdicts = [_of(pairs, first, measure)["verdict"].tolist() for measure in measures]
+    rivals = first.groupby("group")["against_group"].unique()
     to_one = first["relation"].eq(REFERENCE).all()
     some_declared = first["declared"].any() and not first["declared"].all()
     rows, heading = [], None
     for index, row in enumerate(first.to_dict("records")):
         if row["group"] != heading:
             heading = row["group"]
-            rows.append(Row(f"{heading} − {row['against_label']}" if to_one else heading, (), (), True, styles[heading]))
-        rival = f" − {row['against_label']}"
-        if row["against_group"] != row["against_label"]:
-            rival += f" ({row['against_group']})"
-        text = row["label"] + ("" if to_one else rival) + (" *" if some_declared and row["declared"] else "")
+            against = f" − {rivals[heading][0]}" if len(rivals[heading]) == 1 else ""
+            rows.append(Row(heading + against, (), (), True, styles[heading]))
+        text = row["label"] if to_one else f"{row['label']} −{_NO_BREAK}{row['against_label']}"
+        if len(rivals[heading]) > 1:
+            text += f" ({row['against_group']})"
+        text = text.replace("lr ", f"lr{_NO_BREAK}") + (" *" if some_declared and row["declared"] else "")
         if row["n"] < first["n"].max():
             text += f", n={row['n']}"
         differ = not row["same_budget"] or row["total_tokens"] != row["against_total_tokens"]
@@ -119,7 +121,7 @@ def _tokens(count: float) -> str:
 def _draw(axes: Axes, own: pd.DataFrame, measure: Measure, y: list[float]) -> None:
     look = style.group_styles(own["group"])
     low, high = _limits(own)
-    axes.set_xlim(low, high)
+    set_limits(axes, low, high)
     axes.axvline(0, color="black", linewidth=0.7, zorder=1)
     worse = 1 if measure.direction == "minimize" else -1
     margins = own["margin"].unique()
@@ -130,6 +132,8 @@ def _draw(axes: Axes, own: pd.DataFrame, measure: Measure, y: list[float]) -> No
             span = [middle - 0.095, middle + 0.095]
             axes.plot([worse * row["margin"]] * 2, span, color=_MARGIN, **_MARGIN_LINE)
         difference, half, block = row["difference"], row["half_width"], row["block_half_width"]
+        if np.isnan(difference):  # they share no seed
+            continue
         enough = row["n"] >= MIN_SEEDS
         if not low <= difference <= high:
             at = low if difference < low else high
@@ -139,8 +143,9 @@ def _draw(axes: Axes, own: pd.DataFrame, measure: Measure, y: list[float]) -> No
                 color="#333333", bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
             )  # fmt: skip
         else:
-            ends = (max(difference - half, low), min(difference + half, high))
-            marks.point(axes, (difference, middle), ends, look[row["group"]], row["n"], along="x")
+            ends = (np.maximum(difference - half, low), np.minimum(difference + half, high))
+            whole = row["verdict"] != FAILED
+            marks.point(axes, (difference, middle), ends, look[row["group"]], row["n"], along="x", filled=whole)
         if enough and np.isfinite(block) and difference - block < high and difference + block > low:
             below = middle + _BLOCK_BELOW
             span = np.clip((difference - block, difference + block), low, high)
@@ -177,6 +182,8 @@ def _legend(pairs: pd.DataFrame, measures: list[Measure]) -> list[Line2D]:
     if margins:
         text = f"margin: worse by {', '.join(margins)}"
         handles.append(Line2D([], [], color=_MARGIN, linewidth=1.1, linestyle=(0, (2, 1)), label=text))
+    if (pairs["verdict"] == FAILED).any():
+        handles.append(marks.failed_point())
     if (pairs["n"] < MIN_SEEDS).any():
         handles.append(marks.few_point())
     return handles
@@ -196,9 +203,9 @@ def _foot(pairs: pd.DataFrame, first: pd.DataFrame, n_pairs: int | None, note: s
         f"Configuration minus rival on the seeds both have, {n_statement(first['n'])}; final step, whole validation "
         "split.",
         f"Better and worse: p adjusted after {', '.join(tests)}."
-        if pairs["verdict"].isin(["better", "worse", "undecided"]).any()
+        if pairs["verdict"].isin([BETTER, WORSE, UNDECIDED]).any()
         else "",
-        "Not inferior: worse by less than the margin, one-sided at .025, where the bar ends short of it."
+        "Not inferior: worse by less than the margin, one-sided at .025, from an arm's largest χ to the first failure."
         if (pairs["margin"] > 0).any()
         else "",
         "The block model pools the variance of all configurations: too short where these differ."

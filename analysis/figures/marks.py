@@ -14,7 +14,7 @@ from analysis import style
 from analysis.figures import labels
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
-SIZE = 5.0
+SIZE = 4.6
 """Points across a marker."""
 
 
@@ -48,6 +48,11 @@ def legend_point(look: style.GroupStyle, label: str, filled: bool = True) -> Lin
 def few_point() -> Line2D:
     """Legend of a point without interval."""
     return legend_point(style.GroupStyle(style.FEW, "o"), f"grey: fewer than {MIN_SEEDS} seeds", filled=False)
+
+
+def failed_point() -> Line2D:
+    """Legend of a point that `point` drew hollow, since some of its seeds failed."""
+    return legend_point(style.GroupStyle(style.GREY, "o"), "hollow: some seeds failed", filled=False)
 
 
 def group_points(points: pd.DataFrame, n_key: str) -> list[Line2D]:

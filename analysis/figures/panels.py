@@ -25,7 +25,7 @@ _APART = 6.0
 def new_panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels side by side, of their final size; `settle` it once its footer is known."""
     figure = style.new_figure(1)
-    axes = [figure.add_axes((0, 0, 1 - 1e-3 * index, 1)) for index in range(count)]
+    axes = [figure.add_axes((0, 0, 1, 1)) for _ in range(count)]
     _place(figure, axes, 1)
     return figure, axes
 
@@ -58,8 +58,20 @@ def scale_sizes(axes: Axes, sizes: pd.Series) -> None:
         low, high = middle / 2, middle * 2
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    style.set_log_ticks(axes.xaxis, low, high, style.format_count)
+    shown = _apart(axes, style.log_ticks(low, high)[0])
+    style.set_log_ticks(axes.xaxis, low, high, lambda tick: style.format_count(tick) if tick in shown else "")
     axes.set_xlabel("Trainable parameters")
+
+
+def _apart(axes: Axes, ticks: list[float]) -> set[float]:
+    """The ticks whose labels do not touch, those of steps 1-2-5 first."""
+    shown: dict[float, tuple[float, float]] = {}
+    for tick in sorted(ticks, key=lambda tick: f"{tick:e}"[0] not in "125"):
+        at = labels.points_of(axes, [tick], [0])[0, 0]
+        half = labels.text_size(labels.figure_of(axes), style.format_count(tick))[0] / 2
+        if all(abs(at - other) > half + other_half + 2 for other, other_half in shown.values()):
+            shown[tick] = (at, half)
+    return set(shown)
 
 
 def scale_values(axes: Axes, values: pd.Series) -> None:

@@ -19,6 +19,8 @@ from analysis.summary import MIN_SEEDS, VAL_ACC, n_statement
 COLUMNS = ("trial", "label", "group", "n_params", "n_failed", "n", "ratio", "low", "high")
 _LABELLED = 20
 """Configurations up to which each gets a label; of more, only the best of their size or smaller do."""
+_LED_TO = 12
+"""Configurations up to which a line may lead to any label."""
 _DENSE_LINE = {"color": "#444444", "linewidth": 0.9, "linestyle": (0, (5, 3))}
 
 
@@ -28,8 +30,9 @@ def retained_points(runs: StudyRuns, summary: pd.DataFrame, declared: Collection
     Trials of the reference's budget, and those of `declared`, which the study file compares with it across budgets;
     none that was stopped early, and none that shares no seed. Without a reference there are no rows.
 
-    Columns: trial, label, group, n_params, n_failed, n (shared seeds), ratio, low, high (Fieller's 95 % interval) in
-    per cent. Limits are NaN below MIN_SEEDS, and where the seeds do not bound the ratio.
+    Columns: trial, label, group, n_params, n_failed (of either), n (shared seeds), ratio, low, high (Fieller's 95 %
+    interval) in per cent. Limits are NaN below MIN_SEEDS, where a seed failed, whose loss would flatter those that are
+    left, and where the seeds do not bound the ratio.
     """
     accuracy = runs.seeds.set_index(["trial", "seed"])[VAL_ACC.key]
     rows = []
@@ -40,8 +43,12 @@ def retained_points(runs: StudyRuns, summary: pd.DataFrame, declared: Collection
                 continue
             own, dense = shared.to_numpy(dtype=np.float64).T
             found = ratio_interval(own, dense)
-            limits = {key: 100 * float(getattr(found, key)) for key in ("ratio", "low", "high")}
-            rows.append({key: row[key] for key in COLUMNS[:5]} | {"n": found.n} | limits)
+            n_failed = row["n_failed"] + reference["n_failed"]
+            low, high = (float("nan"), float("nan")) if n_failed else (100 * float(found.low), 100 * float(found.high))
+            rows.append(
+                {key: row[key] for key in COLUMNS[:4]}
+                | {"n_failed": n_failed, "n": found.n, "ratio": 100 * float(found.ratio), "low": low, "high": high}
+            )
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -92,8 +99,9 @@ def _labels(drawn: pd.DataFrame, looks: dict[str, style.GroupStyle]) -> list[lab
         shown = shown[shown["important"]]
     return [
         labels.Label(
-            row["x"], row["ratio"], row["label"],
-            looks[row["group"]].color if row["n"] >= MIN_SEEDS else style.FEW, bool(row["important"]),
+            row["x"], row["ratio"] if np.isnan(row["high"]) else row["high"], row["label"],
+            looks[row["group"]].color if row["n"] >= MIN_SEEDS else style.FEW,
+            bool(row["important"] or len(drawn) <= _LED_TO),
         )
         for row in shown.to_dict("records")
     ]  # fmt: skip
@@ -103,14 +111,14 @@ def _legend(points: pd.DataFrame) -> list[Line2D]:
     handles = marks.group_points(points, "n")
     handles.append(Line2D([], [], label="dense = 100 %", **_DENSE_LINE))
     if ((points["n_failed"] > 0) & (points["n"] >= MIN_SEEDS)).any():
-        handles.append(marks.legend_point(style.GroupStyle(style.GREY, "o"), "hollow: some seeds failed", filled=False))
+        handles.append(marks.failed_point())
     if (points["n"] < MIN_SEEDS).any():
         handles.append(marks.few_point())
     return handles
 
 
 def _foot(points: pd.DataFrame, left_out: int, note: str) -> str:
-    enough = points["n"] >= MIN_SEEDS
+    enough = (points["n"] >= MIN_SEEDS) & (points["n_failed"] == 0)
     open_ended = int(points.loc[enough, "low"].isna().sum())
     return style.footer(
         f"Mean accuracy over mean accuracy of dense, on the seeds both have, {n_statement(points['n'])}; final step, "

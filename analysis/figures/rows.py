@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
 from analysis import style
 from analysis.figures import labels
@@ -51,7 +52,7 @@ def lay_out(
     rows: Sequence[Row], titles: Sequence[str], subtitles: Sequence[tuple[str, str]], axis_labels: Sequence[str],
     heads: Sequence[str], beside_head: str, legend: Sequence[Line2D], foot: str,
 ) -> Sheet:  # fmt: skip
-    """Rows of text with one empty panel per title; only the x limits are left to set.
+    """Rows of text with one empty panel per title; only the x limits are left for `set_limits`.
 
     Args:
         rows: from the top; cells as many as `heads`, or none.
@@ -70,7 +71,8 @@ def lay_out(
         return max((width(text) for text in texts), default=0.0)
 
     cells = [
-        widest([head, *(row.cells[column] for row in rows if row.cells)]) + _BETWEEN for column, head in enumerate(heads)
+        widest([head, *(row.cells[column] for row in rows if row.cells)]) + _BETWEEN
+        for column, head in enumerate(heads)
     ]
     besides = [
         widest([beside_head, *(row.beside[panel] for row in rows if row.beside)]) + 2 * _BETWEEN
@@ -127,8 +129,6 @@ def lay_out(
         for row, middle in zip(rows, y, strict=True):
             if not row.heading:
                 axes.axhline(middle, color="#eeeeee", linewidth=0.6, zorder=0)
-        axes.xaxis.set_major_locator(MaxNLocator(3 if panel < 1.6 else 5, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}".replace("-", "−"))
         axes.set_xlabel(axis_labels[index])
         write(left, _HEAD - 0.29, title, fontsize=8)
         write(left, _HEAD - 0.09, subtitles[index][0], color=style.GREY)
@@ -148,6 +148,21 @@ def lay_out(
         )  # fmt: skip
     style.add_footer(figure, foot)
     return Sheet(figure, panels, y)
+
+
+def set_limits(axes: Axes, low: float, high: float) -> None:
+    """Set the x limits of a panel, with as many round ticks, up to six, as their labels leave room for."""
+    axes.set_xlim(low, high)
+    inches = axes.get_window_extent().width / labels.figure_of(axes).dpi
+    for bins in (5, 4, 3, 2, 1):
+        ticks = MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        ticks = ticks[(ticks >= low) & (ticks <= high)]
+        texts = [f"{tick:.6g}".replace("-", "−") for tick in ticks]
+        widths = np.array([labels.text_size(labels.figure_of(axes), text)[0] / 72 for text in texts])
+        if (np.diff(ticks) / (high - low) * inches > (widths[1:] + widths[:-1]) / 2 + 0.08).all():
+            break
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FixedFormatter(texts))
 
 
 def _wrapped(text: str, room: float, width) -> str:

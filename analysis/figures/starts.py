@@ -135,7 +135,7 @@ def _legend(points: pd.DataFrame) -> list[Line2D | Patch]:
         if row["start"] == SCRATCH and row["n_seeds"] >= MIN_SEEDS:
             handles.append(Patch(color=style.BAND, linewidth=0, label="95 % t interval of dense"))
     if ((compressed["n_failed"] > 0) & (compressed["n_seeds"] >= MIN_SEEDS)).any():
-        handles.append(marks.legend_point(style.GroupStyle(style.GREY, "o"), "hollow: some seeds failed", filled=False))
+        handles.append(marks.failed_point())
     if (compressed["n_seeds"] < MIN_SEEDS).any():
         handles.append(marks.few_point())
     return handles
@@ -165,7 +165,9 @@ def _foot(points: pd.DataFrame, left_out: int, note: str) -> str:
         "validation split.",
         "A line joins the two starts of one shape, drawn side by side at its parameters.",
         "The two were trained on different numbers of tokens." if unequal else "",
-        f"Of several trials of one shape and start the first is shown, not the best; {others} are not." if others else "",
+        f"Of several trials of one shape and start the first is shown, not the best; {others} are not."
+        if others
+        else "",
         f"{left_out} label{'s' * (left_out > 1)} left out for lack of room." if left_out else "",
         note,
     )
