@@ -18,13 +18,24 @@ from rich.text import Text
 from analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
-    from analysis.runs import StudyAddress
+    from analysis.runs import StudyRuns
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 Study = Annotated[Path | None, typer.Argument(metavar="DIR", help="Study directory, as written by `mpo-study run`.")]
+Studies = Annotated[
+    list[Path] | None, typer.Argument(metavar="DIR...", help="Study directories, as written by `mpo-study run`.")
+]
 TrackingURI = Annotated[str | None, typer.Option(help="MLflow tracking URI, instead of DIR.", metavar="URI")]
 Experiment = Annotated[str | None, typer.Option(help="MLflow experiment, instead of DIR.", metavar="NAME")]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        metavar="FOLDER",
+        help="Where what was read of a finished study is kept until it changes; by default DIR/cache. May be removed.",
+    ),
+]
 
 
 @app.callback()
@@ -34,9 +45,10 @@ def _commands() -> None:
 
 @app.command()
 def report(
-    study: Study = None,
+    studies: Studies = None,
     tracking_uri: TrackingURI = None,
     experiment: Experiment = None,
+    cache: CacheFolder = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the report; by default DIR/report.", metavar="OUT")
     ] = None,
@@ -47,11 +59,12 @@ def report(
 ) -> None:
     """Write a report: a page, figures with the data they show, tables.
 
-    Name the study by its directory, or by --tracking-uri and --experiment (then --out is needed). A report written
-    again replaces the files of the last one and leaves others alone.
+    Name the study by its directory, or by --tracking-uri and --experiment (then --out is needed). Several directories
+    make one report on all of them, where their runs may be compared (then --out is needed, too). A report written again
+    replaces the files of the last one and leaves others alone.
     """
     with _one_line_for_errors():
-        _report(study, tracking_uri, experiment, out, publish)
+        _report(studies or [], tracking_uri, experiment, cache, out, publish)
 
 
 @app.command()
@@ -59,6 +72,7 @@ def paper(
     study: Study = None,
     tracking_uri: TrackingURI = None,
     experiment: Experiment = None,
+    cache: CacheFolder = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the tables; by default DIR/paper.", metavar="OUT")
     ] = None,
@@ -68,19 +82,19 @@ def paper(
     Measured are runs of the paper's own model under its own protocol; what the study lacks is said, and left open.
     """
     with _one_line_for_errors():
-        _paper(study, tracking_uri, experiment, out)
+        _paper([study] if study else [], tracking_uri, experiment, cache, out)
 
 
-def _paper(study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None) -> None:
+def _paper(
+    studies: list[Path], tracking_uri: str | None, experiment: str | None, cache: Path | None, out: Path | None
+) -> None:
     from analysis.figures.published import published_figure, published_points
-    from analysis.load import load_study
     from analysis.paper.comparison import missing, paper_comparison, shown
     from analysis.style import save
     from analysis.tables import Table as Written
     from analysis.tables import write
 
-    address, out = _address(study, tracking_uri, experiment, out, "paper")
-    runs = load_study(address)
+    runs, out = _read(studies, tracking_uri, experiment, cache, out, "paper")
     comparison = paper_comparison(runs)
     table = Written("comparison", comparison, shown(comparison))
     try:
@@ -108,16 +122,21 @@ def _paper(study: Path | None, tracking_uri: str | None, experiment: str | None,
 
 
 def _report(
-    study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None, is_published: bool
+    studies: list[Path],
+    tracking_uri: str | None,
+    experiment: str | None,
+    cache: Path | None,
+    out: Path | None,
+    is_published: bool,
 ) -> None:
-    from analysis.load import load_study
     from analysis.publish import publish
     from analysis.report import INDEX, write_report
     from analysis.summary import MIN_SEEDS
     from analysis.tables import frontier_table
 
-    address, out = _address(study, tracking_uri, experiment, out, "report")
-    runs = load_study(address)
+    if is_published and len(studies) > 1:
+        raise AnalysisError("a report on several studies has no experiment of its own; publish one on each")
+    runs, out = _read(studies, tracking_uri, experiment, cache, out, "report")
     findings = write_report(runs, out)
     console = Console()
     rows = frontier_table(findings.summary, findings.uncertainties).shown
@@ -147,22 +166,40 @@ def _report(
         console.print(f"published: {n} files on the experiment's summary run in MLflow", soft_wrap=True)
 
 
-def _address(
-    study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None, folder: str
-) -> tuple[StudyAddress, Path]:
-    """Where the runs are, and where to write: by default a folder of the study's own."""
-    from analysis.load import resolve_study
+def _read(
+    studies: list[Path],
+    tracking_uri: str | None,
+    experiment: str | None,
+    cache: Path | None,
+    out: Path | None,
+    folder: str,
+) -> tuple[StudyRuns, Path]:
+    """The runs, and where to write: by default a folder of the study's own."""
+    from analysis.load import load_study, resolve_study
     from analysis.runs import StudyAddress
+    from analysis.studies import join_studies
 
-    if study is not None and (tracking_uri or experiment):
+    if studies and (tracking_uri or experiment):
         raise AnalysisError("give either DIR, or --tracking-uri and --experiment, not both")
-    if study is not None:
-        return resolve_study(study), out or study / folder
-    if not (tracking_uri and experiment):
+    if not studies and not (tracking_uri and experiment):
         raise AnalysisError("give a study directory, or both --tracking-uri and --experiment")
-    if out is None:
+    if out is None and len(studies) != 1:
         raise AnalysisError(f"give the folder for the {folder} with --out")
-    return StudyAddress(tracking_uri, experiment), out
+    if cache is not None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AnalysisError(f"--cache {cache}: {error.strerror or error}") from error
+    if tracking_uri and experiment:
+        runs = load_study(StudyAddress(tracking_uri, experiment), cache=cache)
+    else:
+        addresses = [resolve_study(path) for path in studies]
+        caches = [
+            cache / str(address.uuid) if cache else path / "cache"
+            for path, address in zip(studies, addresses, strict=True)
+        ]
+        runs = join_studies([load_study(address, cache=kept) for address, kept in zip(addresses, caches, strict=True)])
+    return runs, out or studies[0] / folder
 
 
 @contextmanager

@@ -113,9 +113,10 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
 
 
 def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]], reference: dict[str, Any] | None) -> Iterator[Pair]:
-    for arm, rival in runs.claims.contrasts:
-        rivals = [trial for trial in trials if trial["arm"] == rival]
-        for trial in (trial for trial in trials if trial["arm"] == arm and rivals):
+    for study, arm, rival in runs.claims.contrasts:
+        own = [trial for trial in trials if trial["study"] == study]
+        rivals = [trial for trial in own if trial["arm"] == rival]
+        for trial in (trial for trial in own if trial["arm"] == arm and rivals):
             against = _counterpart(trial, rivals)
             is_equal = trial["family"] == "mpo" and against in _controls(trial, [against])
             relation = REFERENCE if against is reference else EQUAL_PARAMETERS if is_equal else DECLARED

@@ -75,10 +75,11 @@ def _write_all(findings: Findings, folder: Path) -> None:
             tables.failures_table(runs),
             tables.unfinished_table(runs),
             tables.stopped_table(runs),
+            tables.pruned_table(runs),
         )
     }
     for table in written.values():
-        if table.name != "stopped" or len(table.data):  # in most studies nothing can be
+        if table.name not in ("stopped", "pruned") or len(table.data):  # in most studies nothing can be
             tables.write(table, folder / "tables")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,

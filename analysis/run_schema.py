@@ -54,6 +54,10 @@ FAILURE = "mpo.failure"
 WEIGHTS_LOST = "mpo.weights_lost"
 """On a seed whose trained weights were gone from storage before MLflow got them: their key there."""
 FAILURE_STEP = "mpo.failure_step"
+REVISION = "mpo.revision"
+"""On the summary run, while the experiment is as its writer left it, whole and with nothing running: a name that no
+other state of it ever had, and after a slash the number of its runs. The writer takes it away before it changes
+anything, so that what was read under one revision holds as long as that revision and that number are there."""
 PARENT = "mlflow.parentRunId"
 
 

@@ -157,7 +157,8 @@ _NAMED = {
     "n_sites": "L={}".format, "factorisation": str, "init": str,
     "refinement": str, "learning_rate": lambda value: f"lr {_scientific(value)}", "lr_rule": "{} rates".format,
     "decay": "decay of each {}".format, "forward": "by {}".format, "steps": "{} steps".format,
-    "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format, "arm": str, "trial": "#{}".format,
+    "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format, "arm": str, "study": str,
+    "trial": "#{}".format,
 }  # fmt: skip
 """Params that tell trials apart, in the order in which a label takes them up."""
 

@@ -169,10 +169,19 @@ def unfinished_table(runs: StudyRuns) -> Table:
 
 def stopped_table(runs: StudyRuns) -> Table:
     """Every trial that was given up before it had all its seeds, with the evidence."""
-    stopped = runs.trials.loc[runs.trials["stopped"].notna(), ["trial", "arm", "n_params", "n_seeds", "stopped"]]
-    data = stopped.reset_index(drop=True)
+    columns = ["trial", "arm", "n_params", "n_seeds", "stopped"]
+    if runs.parts:  # a reason names a rival by its number in its own study
+        columns += ["study", "study_trial"]
+    data = runs.trials.loc[runs.trials["stopped"].notna(), columns].reset_index(drop=True)
     named = {"n_params": "parameters", "n_seeds": "seeds", "stopped": "reason"}
     return Table("stopped", data, _as_text(data.rename(columns=named)))
+
+
+def pruned_table(runs: StudyRuns) -> Table:
+    """Every trial that was never trained, since it breaks a limit of the search."""
+    data = runs.pruned
+    shown = data.assign(n_params=[_count(value) for value in data["n_params"]])
+    return Table("pruned", data, _as_text(shown.rename(columns={"n_params": "parameters", "chi": "χ"})))
 
 
 def budgets_table(summary: pd.DataFrame) -> Table:

@@ -358,6 +358,10 @@ def sync(
         if refused:
             number, error = next(iter(refused.items()))
             raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")
+        try:
+            tracker.settle()
+        except Exception as error:  # MLflow raises whatever its backend raises
+            raise tracking_error(error, uri) from error
         n_trials = len(ledger.trials)
         ledger.close()
         return n_trials

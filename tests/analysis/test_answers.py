@@ -10,7 +10,7 @@ from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulat
 
 from analysis.answers import seed_noise
 from analysis.findings import Findings
-from analysis.runs import Claims
+from analysis.runs import Claims, Contrast
 from analysis.statistics.power import resolved_gap
 from analysis.summary import VAL_LOSS, summarise
 
@@ -29,7 +29,9 @@ def low_rank(chi, loss):
 def answered(found, contrasts=(), **settings):
     """The first screen's questions, and what is said to each, as one text."""
     runs, _ = simulated_runs(found, **settings)
-    findings = Findings.of(replace(runs, claims=Claims(dict(MARGINS), tuple(contrasts))))
+    findings = Findings.of(
+        replace(runs, claims=Claims(dict(MARGINS), tuple(Contrast("tiny", *pair) for pair in contrasts)))
+    )
     return {answer.question: " ".join(answer.sentences) for answer in findings.answers}
 
 

@@ -23,7 +23,7 @@ from analysis.comparisons import (
     reference_trial,
     seed_table,
 )
-from analysis.runs import Claims
+from analysis.runs import Claims, Contrast
 from analysis.statistics.multiplicity import benjamini_hochberg, holm
 from analysis.summary import summarise
 
@@ -43,7 +43,7 @@ def control(chi, loss, family="low_rank", n_params=None, **settings):
 
 def compared(configurations, contrasts=(), margins=MARGINS, **settings):
     runs, _ = simulated_runs(configurations, **settings)
-    runs = replace(runs, claims=Claims(dict(margins), tuple(contrasts)))
+    runs = replace(runs, claims=Claims(dict(margins), tuple(Contrast("tiny", *pair) for pair in contrasts)))
     return compare(runs, summarise(runs)), runs
 
 
