@@ -17,9 +17,9 @@ from analysis.comparisons import (
     UNDECIDED,
     WORSE,
     reference_trial,
-    seed_table,
 )
 from analysis.runs import StudyRuns
+from analysis.selection import seed_table
 from analysis.statistics.intervals import LEVEL as COVERAGE
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
 from analysis.statistics.seed_blocks import MIN_SEEDS, two_way

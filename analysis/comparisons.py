@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis import run_schema as schema
 from analysis.runs import StudyRuns
+from analysis.selection import seed_table
 from analysis.statistics.contrasts import ONE_SIDED, TTest, contrasts, fixed_sequence, headline, non_inferiority
 from analysis.statistics.multiplicity import benjamini_hochberg, holm
 from analysis.statistics.seed_blocks import MIN_SEEDS
@@ -70,25 +71,6 @@ def reference_trial(summary: pd.DataFrame) -> int | None:
     """The dense trial that others are compared with; None if the study has none."""
     trials = summary.loc[summary["is_reference"], "trial"]
     return int(trials.iloc[0]) if len(trials) else None
-
-
-def seed_table(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFrame:
-    """A metric of trials (rows) by seeds (columns), complete: what kernels that pool configurations need.
-
-    In it are trials that have seeds enough, no failed one and were not stopped, on the seeds that most of them have;
-    a trial that lacks one of these is left out.
-    """
-    enough = summary[(summary["n_seeds"] >= MIN_SEEDS) & (summary["n_failed"] == 0) & summary["stopped"].isna()][
-        "trial"
-    ]
-    own = seeds[seeds["trial"].isin(enough)]
-    table = own.pivot(index="trial", columns="seed", values=key)
-    if table.empty:
-        return table
-    has = table.notna().to_numpy()
-    kinds, counts = np.unique(has, axis=0, return_counts=True)
-    most = kinds[np.lexsort((kinds.sum(axis=1), counts))[-1]]  # of equally frequent ones the larger
-    return table.loc[has[:, most].all(axis=1), table.columns[most]]
 
 
 # Pairs ----------------------------------------------------------------------------------------------------------------

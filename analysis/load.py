@@ -192,7 +192,8 @@ def _histories(runs: StudyRuns, wanted: list[tuple[str, str]]) -> pd.DataFrame:
             new = [_history(client, runs, *pair) for pair in lacking]
             known = pd.concat([known, *new], ignore_index=True).astype(empty.dtypes.to_dict())
             if runs.cache is not None:
-                stamp = _stamp(client, experiment_id(client, runs.address), runs.address.uuid)
+                where, uuid = experiment_id(client, runs.address), runs.address.uuid
+                stamp = _stamp(client, where, uuid, search(client, where, schema.KIND_SUMMARY, uuid, _PAGE))
                 if stamp == runs.cache.stamp:
                     with suppress(OSError):
                         runs.cache.write({_CURVES: known})

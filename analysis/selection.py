@@ -37,8 +37,7 @@ def select(trials: pd.DataFrame, seeds: pd.DataFrame, key: str, budgets: Collect
     most = counts.index[counts == counts.max()][:1]
     of_budget = trials[trials["budget_hash"].isin(most if budgets is None else list(budgets))]
     complete = of_budget[is_sound(of_budget) & (of_budget["n_seeds"] >= MIN_SEEDS)]
-    table = seeds[seeds["trial"].isin(complete["trial"])].pivot(index="trial", columns="seed", values=key)
-    table = common_seeds(table.reindex(complete["trial"]))
+    table = seed_table(complete, seeds, key)
     chosen = complete[complete["trial"].isin(table.index)]
     said = left_out_statement(
         {
@@ -55,23 +54,29 @@ def is_sound(trials: pd.DataFrame) -> pd.Series:
     return (trials["n_failed"] == 0) & trials["stopped"].isna()
 
 
-def common_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """The largest complete part of a table, trials × seeds with NaN where a trial lacks a seed.
+def seed_table(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFrame:
+    """A seed metric of trials (rows) by seeds (columns), complete: what kernels that pool configurations need.
 
-    The seeds all trials have, where these are MIN_SEEDS or more. Otherwise (finalists on fresh seeds, say) the seeds
-    of one trial that the most trials have, and these trials.
+    In it are sound trials of MIN_SEEDS or more, on the seeds that most of them have, see `common_seeds`.
+
+    Args:
+        trials: rows of `summary.summarise`.
+        seeds: trial, seed and the metric, one row per complete seed.
     """
+    chosen = trials.loc[is_sound(trials) & (trials["n_seeds"] >= MIN_SEEDS), "trial"]
+    own = seeds[seeds["trial"].isin(chosen)]
+    return common_seeds(own.pivot(index="trial", columns="seed", values=key))
+
+
+def common_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """The seeds that the most trials have, of a table, trials × seeds with NaN where a trial lacks one; and all trials
+    that have these, be it among others. Of two sets that equally many trials have the larger counts."""
+    if table.empty:
+        return table
     held = table.notna().to_numpy()
-    shared = np.flatnonzero(held.all(axis=0))
-    if len(shared) >= MIN_SEEDS:
-        return table.iloc[:, shared]
-    # Of equally many trials the longer set of seeds, then the first.
-    best = (0, 0), np.zeros(len(table), dtype=np.bool_), np.zeros(table.shape[1], dtype=np.bool_)
-    for own in np.unique(held, axis=0):
-        members = held[:, own].all(axis=1)
-        if own.sum() >= MIN_SEEDS and (members.sum(), own.sum()) > best[0]:
-            best = (int(members.sum()), int(own.sum())), members, own
-    return table.iloc[np.flatnonzero(best[1]), np.flatnonzero(best[2])]
+    kinds, counts = np.unique(held, axis=0, return_counts=True)
+    most = np.flatnonzero(kinds[np.lexsort((kinds.sum(axis=1), counts))[-1]])
+    return table.iloc[np.flatnonzero(held[:, most].all(axis=1)), most]
 
 
 def left_out_statement(counts: dict[str, int]) -> str:

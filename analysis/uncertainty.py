@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.comparisons import reference_trial, seed_table
+from analysis.comparisons import reference_trial
 from analysis.frontier.attainment import mean_frontier_band
 from analysis.frontier.hypervolume import HypervolumeReference, hypervolume_interval
 from analysis.frontier.support import frontier_support, size_needed
 from analysis.runs import StudyRuns
+from analysis.selection import seed_table
 from analysis.summary import Measure
 
 N_DRAWS = 10_000

@@ -21,9 +21,9 @@ from analysis.comparisons import (
     WORSE,
     compare,
     reference_trial,
-    seed_table,
 )
 from analysis.runs import Claims, Contrast
+from analysis.selection import seed_table
 from analysis.statistics.multiplicity import benjamini_hochberg, holm
 from analysis.summary import summarise
 
