@@ -32,23 +32,26 @@ def family_points(comparisons: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFr
         Columns: measure, size (parameters of the MPO; a control stands at each size at which it is one), trial, label,
         group, n_params, n_seeds, n_failed, total_tokens, mean, half_width (in the measure's unit; NaN below MIN_SEEDS).
     """
-    named = summary.set_index("trial", drop=False)
+    rows = {row["trial"]: row for row in summary.to_dict("records")}
     members: set[tuple[int, int]] = set()
     own = comparisons[comparisons["relation"] == EQUAL_PARAMETERS]
-    for pair in own[["trial", "against"]].drop_duplicates().to_numpy():
-        sizes = [int(named.loc[trial, "n_params"]) for trial in pair if named.loc[trial, "family"] == "mpo"]
-        members |= {(size, int(trial)) for size in sizes[:1] for trial in pair}
-    rank = {group: index for index, group in enumerate(_order(named["group"]))}
-    ordered = sorted(members, key=lambda key: (key[0], rank[named.loc[key[1], "group"]], key[1]))
-    rows = [
-        {key: named.loc[trial, key] for key in COLUMNS[2:-2]}
-        | {"measure": measure.name, "size": size}
-        | {"mean": measure.scale * named.loc[trial, schema.mean_key(measure.key)]}
-        | {"half_width": measure.scale * named.loc[trial, half_width_key(measure.key)]}
+    for trial, against in zip(own["trial"], own["against"], strict=True):
+        size = int(rows[trial]["n_params"])
+        members |= {(size, trial), (size, against)}
+    rank = {group: index for index, group in enumerate(_order(summary["group"]))}
+    ordered = sorted(members, key=lambda member: (member[0], rank[rows[member[1]]["group"]], member[1]))
+    points = [
+        {
+            **{key: rows[trial][key] for key in COLUMNS[2:-2]},
+            "measure": measure.name,
+            "size": size,
+            "mean": measure.scale * rows[trial][schema.mean_key(measure.key)],
+            "half_width": measure.scale * rows[trial][half_width_key(measure.key)],
+        }
         for measure in MEASURES
         for size, trial in ordered
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(points, columns=list(COLUMNS))
 
 
 def _order(groups: pd.Series) -> list[str]:

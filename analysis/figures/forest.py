@@ -96,7 +96,7 @@ def _rows(pairs: pd.DataFrame, first: pd.DataFrame, measures: list[Measure]) -> 
     rivals = first.groupby("group")["against_group"].unique()
     to_one = first["relation"].eq(REFERENCE).all()
     some_declared = first["declared"].any() and not first["declared"].all()
-    rows, heading = [], None
+    rows, heading = [], ""
     for index, row in enumerate(first.to_dict("records")):
         if row["group"] != heading:
             heading = row["group"]

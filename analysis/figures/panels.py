@@ -16,10 +16,8 @@ from analysis.figures import labels
 
 _HEIGHT, _ABOVE = 2.6, 0.1
 _LEFT, _RIGHT, _LINE = 0.62, 0.15, 0.165
-_SAME_SIZE = 1.03
-"""Ratio of parameters up to which two configurations would be drawn on top of each other."""
-_APART = 6.0
-"""Points between the groups of one size."""
+_TOUCHING, _APART = 8.0, 6.0
+"""Points up to which two sizes are drawn as one, and between the groups of one size."""
 
 
 def new_panels(count: int) -> tuple[Figure, list[Axes]]:
@@ -80,15 +78,14 @@ def scale_values(axes: Axes, values: pd.Series) -> None:
 
 
 def side_by_side(axes: Axes, sizes: pd.Series, groups: pd.Series) -> NDArray[np.float64]:
-    """Where to draw configurations of these sizes so that groups of one size stand beside each other, not on top."""
-    order = np.argsort(sizes.to_numpy(dtype=np.float64), kind="stable")
+    """Where to draw configurations of these sizes, so that groups of one size stand beside each other, not on top."""
     x = sizes.to_numpy(dtype=np.float64)
-    new_size = np.concatenate(([True], x[order][1:] > _SAME_SIZE * x[order][:-1]))
-    drawn = x.copy()
+    order = np.argsort(x, kind="stable")
+    at = labels.points_of(axes, x[order], np.zeros(len(x)))[:, 0]
+    moved = np.empty(len(x))
+    for cluster in np.split(np.arange(len(x)), np.flatnonzero(np.diff(at) > _TOUCHING) + 1):
+        ranks = pd.factorize(groups.iloc[order[cluster]])[0]
+        moved[order[cluster]] = _APART * (ranks - ranks.max() / 2)
     start, end = np.log(axes.get_xlim())
     width = axes.get_window_extent().width * 72 / labels.figure_of(axes).dpi
-    for cluster in np.split(order, np.flatnonzero(new_size)[1:]):
-        ranks = pd.factorize(groups.iloc[cluster], sort=False)[0]
-        offsets = _APART * (ranks - ranks.max() / 2)
-        drawn[cluster] = x[cluster] * np.exp(offsets * (end - start) / width)
-    return drawn
+    return x * np.exp(moved * (end - start) / width)

@@ -155,13 +155,13 @@ def set_limits(axes: Axes, low: float, high: float) -> None:
     axes.set_xlim(low, high)
     inches = axes.get_window_extent().width / labels.figure_of(axes).dpi
     for bins in (5, 4, 3, 2, 1):
-        ticks = MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        ticks = np.asarray(MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
         ticks = ticks[(ticks >= low) & (ticks <= high)]
         texts = [f"{tick:.6g}".replace("-", "−") for tick in ticks]
         widths = np.array([labels.text_size(labels.figure_of(axes), text)[0] / 72 for text in texts])
         if (np.diff(ticks) / (high - low) * inches > (widths[1:] + widths[:-1]) / 2 + 0.08).all():
             break
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
     axes.xaxis.set_major_formatter(FixedFormatter(texts))
 
 

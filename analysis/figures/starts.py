@@ -100,8 +100,9 @@ def _draw_pairs(axes: Axes, points: pd.DataFrame) -> int:
     named, joins = [], []
     for _, pair in drawn.groupby(list(SHAPE), dropna=False, sort=False):
         axes.plot(pair["x"], pair["mean"], color=style.GREY, linewidth=0.7, zorder=2, gid="pair")
-        joins.append(labels.boxes_along(axes, *pair[["x", "mean"]].to_numpy(dtype=float)[:, None], 0.5))
-        top = pair.loc[pair["mean"].idxmax()]
+        ends = pair[["x", "mean"]].to_numpy(dtype=float)
+        joins.append(labels.boxes_along(axes, ends[:1], ends[1:], 0.5))
+        top = pair.sort_values("mean", kind="stable").iloc[-1]
         named.append(labels.Label(top["x"], top["mean"], _name(points, top), looks[top["group"]].color))
     for row in drawn.to_dict("records"):
         look, whole = looks[row["group"]], row["n_failed"] == 0
