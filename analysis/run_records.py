@@ -97,13 +97,19 @@ def trials_frame(trial_runs: list[RunRecord], seed_runs: dict[str, list[RunRecor
         row = {field.key: param_of(run, field.key) for field in fields}
         row |= {column: count[row["trial"]] for column, count in counts.items()}
         row |= {field.key: metric_of(run, "count", field.key, required=row["n_seeds"] > 0) for field in schema.COUNTS}
-        rows.append(
-            row
-            | {"run_id": run.run_id, "stopped": run.tags.get(schema.STOPPED), "study": tag_of(run, schema.STUDY_NAME)}
-        )
+        row |= {"run_id": run.run_id, "stopped": run.tags.get(schema.STOPPED), "study": tag_of(run, schema.STUDY_NAME)}
+        rows.append(row | {"validation_fraction": _validation_fraction(run)})
     dtypes = {field.key: _DTYPES[field.dtype] for field in (*fields, *schema.COUNTS)}
     dtypes |= dict.fromkeys(("trial", *counts), "int64") | dict.fromkeys(("run_id", "stopped", "study"), "str")
-    return _frame(rows, dtypes)
+    return _frame(rows, dtypes | {"validation_fraction": "float64"})
+
+
+def _validation_fraction(run: RunRecord) -> float | None:
+    text = run.tags.get(schema.VALIDATION_FRACTION)
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise AnalysisError(f"{run}: tag `{schema.VALIDATION_FRACTION}` must be a number, but is {text!r}") from None
 
 
 def seeds_frame(runs: list[RunRecord]) -> pd.DataFrame:

@@ -61,6 +61,8 @@ class StudyRuns:
     trials: one row per configuration that was trained: trial, the params of the schema but the seed, its counts, and
         how many of its seeds are complete (n_seeds), failed (n_failed) and not finished yet (n_unfinished). stopped:
         why a trial was given up before it had all its seeds; missing for all others. study: the study's name.
+        validation_fraction: the part of the corpus, at its end, that validates; missing where an older version wrote
+        the runs.
     seeds: one row per complete seed: trial, seed, run_id, the final metrics of the schema under their own keys.
     failures: trial, arm, seed, step, reason; a failure of a whole trial has no seed.
     unfinished: trial, arm, seed, status, of seeds neither complete nor failed; a trial that waits for seeds of which

@@ -11,8 +11,8 @@ import pandas as pd
 from analysis.errors import AnalysisError
 from analysis.runs import Claims, StudyRuns
 
-EVALUATION = ("corpus_sha256", "vocab_size", "context")
-"""Params that a loss depends on however good the model is. What else may differ, the budget hash says."""
+EVALUATION = ("corpus_sha256", "validation_fraction", "vocab_size", "context")
+"""What a loss depends on however good the model is. What else may differ, the budget hash says."""
 
 
 def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
@@ -24,7 +24,7 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
     where their budget hashes are equal, as in one study.
 
     Raises:
-        AnalysisError: there are none, one is given twice, or two differ in corpus, vocabulary or context.
+        AnalysisError: there are none, one is given twice, or two differ in corpus, split, vocabulary or context.
     """
     if not studies:
         raise AnalysisError("there is no study to report on")
@@ -80,7 +80,7 @@ def _check_comparable(one: StudyRuns, other: StudyRuns) -> None:
     if one.uuid == other.uuid:
         raise AnalysisError(f"study {one.name!r} ({one.uuid}) is given twice")
     for key in EVALUATION:
-        values = [sorted(study.trials[key].unique().tolist()) for study in (one, other)]
+        values = [sorted(study.trials[key].dropna().unique().tolist()) for study in (one, other)]
         if all(values) and values[0] != values[1]:
             listed = [", ".join(map(str, value)) for value in values]
             raise AnalysisError(

@@ -311,6 +311,7 @@ def open_tracker(
         created=ledger.created,
         changed=ledger.changed,
         corpus_sha256=corpus.sha256,
+        validation_fraction=config.corpus.validation_fraction,
         vocab_size=len(corpus.vocabulary),
         log_weights=config.execution.keep_weights,
     )

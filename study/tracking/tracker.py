@@ -50,6 +50,7 @@ class StudyRecord:
     changed: str
     """When the study grew last, or was begun."""
     corpus_sha256: str
+    validation_fraction: float
     vocab_size: int
     log_weights: bool
 
@@ -240,7 +241,7 @@ class Tracker:
             self._writer.delete_run(self._known.pop(key).run_id)
         known = self._known.get(key)
         if known is None:
-            tags = _group_tags(trial) | {schema.PRUNED: pruned.reason}
+            tags = self._trial_tags(trial) | {schema.PRUNED: pruned.reason}
             known = self._create(key, schema.KIND_TRIAL, trial_name(trial), when, tags)
         if known.ended is None:
             self._log(known, _metrics(_counts(trial), when), self._params(trial))
@@ -256,11 +257,13 @@ class Tracker:
         return was_before or known.budget_hash not in (None, trial.budget_hash)
 
     def _create_trial(self, trial: Trial, first: SeedResult) -> _KnownRun:
-        tags = _group_tags(trial)
-        key = schema.run_key(self._record.uuid, trial.number)
-        run = self._create(key, schema.KIND_TRIAL, trial_name(trial), _milliseconds(first.started), tags)
+        key, started = schema.run_key(self._record.uuid, trial.number), _milliseconds(first.started)
+        run = self._create(key, schema.KIND_TRIAL, trial_name(trial), started, self._trial_tags(trial))
         self._log_corpus(run)
         return run
+
+    def _trial_tags(self, trial: Trial) -> dict[str, str]:
+        return _group_tags(trial) | {schema.VALIDATION_FRACTION: str(self._record.validation_fraction)}
 
     def _create_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> _KnownRun:
         tags = _group_tags(trial) | result.ran_on | {schema.PARENT: parent.run_id}

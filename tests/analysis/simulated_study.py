@@ -51,6 +51,7 @@ class Configuration:
     duplicate_of: int | None = None
     pruned: str | None = None
     stopped: str | None = None
+    validation_fraction: str | None = "0.1"
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -165,7 +166,11 @@ def simulate(
             written = {key: str(value) for key, value in (params | {"seed": seed}).items() if value is not None}
             return SimulatedRun(trial, seed, status, written, metrics, common | own | dict(tags))
 
-        tags = {schema.PRUNED: configuration.pruned, schema.STOPPED: configuration.stopped}
+        tags = {
+            schema.PRUNED: configuration.pruned,
+            schema.STOPPED: configuration.stopped,
+            schema.VALIDATION_FRACTION: configuration.validation_fraction,
+        }
         status = "KILLED" if configuration.pruned else "RUNNING" if configuration.unfinished else "FINISHED"
         yield run(None, status, counts, {key: value for key, value in tags.items() if value is not None})
         for seed in configuration.seeds:

@@ -80,6 +80,7 @@ def missing(kind, key):
         (([], [record(seed=0)]), "belongs to no trial run"),
         (([], []), "experiment 'tiny' at sqlite:///mlflow.db holds no runs of a study"),
         (([record(tags={schema.SCHEMA: "0"})], []), r"schema versions \['0'\], not 1 only"),
+        (([record(tags={schema.VALIDATION_FRACTION: "x"})], []), "`mpo.validation_fraction` must be a number"),
         (
             ([record()], [record(seed=0, status="FAILED", tags={schema.FAILURE_STEP: "late"})]),
             "tag `mpo.failure_step` must be a whole number, but is 'late'",

@@ -113,6 +113,16 @@ def test_join_studies_refuses_what_cannot_be_compared(key, value, message):
         join_studies([study_of([DENSE, MPO]), other])
 
 
+def test_join_studies_refuses_another_split_of_the_text_where_it_is_known():
+    one = study_of([DENSE, MPO])
+    other, unknown = (
+        study_of([replace(MPO, validation_fraction=fraction)], "two", "uuid-two") for fraction in ("0.2", None)
+    )
+    with pytest.raises(AnalysisError, match=r"validation_fraction is 0.1 in the first and 0.2 in the other$"):
+        join_studies([one, other])
+    assert len(join_studies([one, unknown]).trials) == 3
+
+
 def test_join_studies_refuses_a_study_twice(two):
     with pytest.raises(AnalysisError, match=r"^study 'one' \(uuid-one\) is given twice$"):
         join_studies([*two, two[0]])

@@ -120,6 +120,8 @@ def test_tracker_writes_params_that_the_schema_reads_back(written):
         assert read["seed"] == seed
         assert read["d_ff"] == 32
         assert read["learning_rate"] == trial.spec.protocol.learning_rate
+        [parent] = runs[schema.run_key(ledger.uuid, number)]
+        assert parent.data.tags[schema.VALIDATION_FRACTION] == "0.1"
         assert read["budget_hash"] == trial.budget_hash
         for key in ("arm", "family", "chi", "n_sites", "factorisation", "init", "teacher", "start"):
             assert read.get(key) == getattr(trial.spec, key)
