@@ -67,7 +67,8 @@ def common_seeds(table: pd.DataFrame) -> pd.DataFrame:
         return table.iloc[:, shared]
     # Of equally many trials the longer set of seeds, then the first.
     best = (0, 0), np.zeros(len(table), dtype=np.bool_), np.zeros(table.shape[1], dtype=np.bool_)
-    for own in np.unique(held, axis=0):
+    _, first = np.unique(held, axis=0, return_index=True)
+    for own in held[np.sort(first)]:
         members = held[:, own].all(axis=1)
         if own.sum() >= MIN_SEEDS and (members.sum(), own.sum()) > best[0]:
             best = (int(members.sum()), int(own.sum())), members, own
