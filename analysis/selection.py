@@ -57,7 +57,7 @@ def is_sound(trials: pd.DataFrame) -> pd.Series:
 def seed_table(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFrame:
     """A seed metric of trials (rows) by seeds (columns), complete: what kernels that pool configurations need.
 
-    In it are sound trials of MIN_SEEDS or more, on the seeds that most of them have, see `common_seeds`.
+    In it are sound trials of MIN_SEEDS or more, on the seeds that they have in common, see `common_seeds`.
 
     Args:
         trials: rows of `summary.summarise`.
@@ -69,14 +69,25 @@ def seed_table(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFr
 
 
 def common_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """The seeds that the most trials have, of a table, trials × seeds with NaN where a trial lacks one; and all trials
-    that have these, be it among others. Of two sets that equally many trials have the larger counts."""
+    """The largest complete part of a table, trials × seeds with NaN where a trial lacks a seed.
+
+    The seeds all trials have, where these are MIN_SEEDS or more. Otherwise (finalists on fresh seeds, say) the seeds
+    of one trial that the most trials have, and these trials.
+    """
     if table.empty:
         return table
     held = table.notna().to_numpy()
-    kinds, counts = np.unique(held, axis=0, return_counts=True)
-    most = np.flatnonzero(kinds[np.lexsort((kinds.sum(axis=1), counts))[-1]])
-    return table.iloc[np.flatnonzero(held[:, most].all(axis=1)), most]
+    shared = np.flatnonzero(held.all(axis=0))
+    if len(shared) >= MIN_SEEDS:
+        return table.iloc[:, shared]
+    # Of equally many trials the longer set of seeds, then the first.
+    best = (0, 0), np.zeros(len(table), dtype=np.bool_), np.zeros(table.shape[1], dtype=np.bool_)
+    _, first = np.unique(held, axis=0, return_index=True)
+    for own in held[np.sort(first)]:
+        members = held[:, own].all(axis=1)
+        if own.sum() >= MIN_SEEDS and (members.sum(), own.sum()) > best[0]:
+            best = (int(members.sum()), int(own.sum())), members, own
+    return table.iloc[np.flatnonzero(best[1]), np.flatnonzero(best[2])]
 
 
 def left_out_statement(counts: dict[str, int]) -> str:

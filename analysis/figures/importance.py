@@ -1,0 +1,73 @@
+"""How much of what separates the MPO trials is due to each factor."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis import style
+from analysis.figures import labels
+from analysis.importance import FANOVA, INTERACTIONS
+from analysis.summary import Measure
+
+_ROW = 0.3
+_COLOR = "#0072b2"
+
+
+def importance_figure(shares: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
+    """A dot with the range of the redraws for each factor; what is left to interactions, hollow, below them.
+
+    Args:
+        shares: `importance.factor_importance` of the measure; at least one row.
+        note: sentence added under the figure.
+    """
+    first = shares.iloc[0]
+    forest = first["evaluator"] == FANOVA
+    rest = "interactions and what the forest smooths away" if forest else INTERACTIONS
+    text = style.footer(
+        f"Means of {first['n_trials']} MPO trials over n = {first['n_seeds']} shared seeds, {measure.title.lower()} at "
+        "the last step over the whole validation split; dots: shares of their variance by main effect; hollow: "
+        f"{rest}; bars: 2.5 to 97.5 % of the shares over redrawn means, with the noise pooled over trials.",
+        "The noise of the seeds is taken out of every share"
+        + ("; a forest gives small effects less than theirs." if forest else "."),
+        first["left_out"],
+        note,
+    )
+    with style.context():
+        probe = style.new_figure(1)
+        names = [f"{row['factor']}\n{row['levels']}" if pd.notna(row["levels"]) else row["factor"]
+                 for row in shares.to_dict("records")]  # fmt: skip
+        values = [_percent(row) for row in shares.to_dict("records")]
+        left = max(labels.text_size(probe, name)[0] for name in names) / 72 + 0.24
+        right = max(labels.text_size(probe, value)[0] for value in values) / 72 + 0.28
+        below, above = style.footer_height(text) + 0.42, 0.27
+        height = above + below + _ROW * (len(shares) + 0.2)
+        figure = style.new_figure(height)
+        axes = figure.add_axes(
+            (left / style.WIDTH, below / height, 1 - (left + right) / style.WIDTH, 1 - (above + below) / height)
+        )
+        axes.set_ylim(len(shares) - 0.4, -0.6)
+        axes.set_xlim(-1.5, 101.5)
+        axes.grid(axis="x", visible=True)
+        axes.grid(axis="y", visible=False)
+        axes.set_yticks(range(len(shares)), names)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(measure.title, loc="left")
+        axes.set_xlabel(f"Share of variance (%), {first['evaluator']}")
+        for y, (row, value) in enumerate(zip(shares.to_dict("records"), values, strict=True)):
+            color = style.GREY if row["factor"] == INTERACTIONS else _COLOR
+            axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.3, zorder=3)
+            axes.plot(
+                row["share"], y, linestyle="none", marker="o", markersize=5, markeredgecolor=color, zorder=4,
+                markerfacecolor="white" if row["factor"] == INTERACTIONS else color,
+            )  # fmt: skip
+            axes.annotate(
+                value, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(8, 0), textcoords="offset points",
+                ha="left", va="center", color="#333333", annotation_clip=False,
+            )  # fmt: skip
+        style.add_footer(figure, text)
+    return figure
+
+
+def _percent(row: dict) -> str:
+    return f"{row['share']:.1f} % ({row['low']:.1f} to {row['high']:.1f})"

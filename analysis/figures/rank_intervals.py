@@ -1,0 +1,151 @@
+"""The rank of each configuration, and how far the seeds settle it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from analysis import style
+from analysis.figures import labels
+from analysis.selection import select
+from analysis.statistics.ranking import rank_agreement, rank_intervals, reliability
+from analysis.summary import Measure
+
+MAX_ROWS = 40
+"""Configurations that are shown at most: the best."""
+COLUMNS = (
+    *("trial", "label", "group", "n_params", "rank", "low", "high"),
+    *("n_seeds", "n_ranked", "kendall_tau", "reliability", "left_out"),
+)
+_DRAWN_RANKS = 4_000_000
+_ROW, _LONGEST_LABEL = 0.155, 2.3
+
+
+def rank_rows(
+    summary: pd.DataFrame,
+    seeds: pd.DataFrame,
+    measure: Measure,
+    rng: np.random.Generator,
+    budgets: Collection[str] | None = None,
+) -> pd.DataFrame:
+    """One row for each of the MAX_ROWS best configurations: its rank among all, with a 95 % interval.
+
+    Args:
+        summary: `summary.summarise`.
+        seeds: `StudyRuns.seeds`.
+        rng: draws the means (`ranking.rank_intervals`).
+        budgets: as in `selection.select`.
+    Returns:
+        trial, label, group, n_params; rank from 1, the best, low, high. The same in each row: n_seeds, n_ranked (how
+        many were ranked), kendall_tau (mean of Kendall's τ_b over pairs of seeds), reliability (share of the variance
+        of the means that is not noise), left_out (a sentence on trials that were not ranked). Sorted by rank. Empty
+        for fewer than two configurations.
+    """
+    selected = select(summary, seeds, measure.key, budgets)
+    ranked, values = selected.trials, selected.values.to_numpy()
+    if len(ranked) < 2:
+        return pd.DataFrame(columns=list(COLUMNS))
+    n_draws = int(np.clip(_DRAWN_RANKS // len(ranked), 1000, 10_000))
+    found = rank_intervals(values, measure.direction, rng, n_draws=n_draws)
+    rows = ranked[["trial", "label", "group", "n_params"]].assign(
+        rank=found.rank,
+        low=found.low,
+        high=found.high,
+        n_seeds=values.shape[1],
+        n_ranked=len(ranked),
+        kendall_tau=rank_agreement(values).mean,
+        reliability=float(reliability(values).reliability),
+        left_out=selected.left_out,
+    )
+    return rows.sort_values(["rank", "trial"], kind="stable", ignore_index=True).head(MAX_ROWS)
+
+
+def rank_figure(rows: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
+    """A dot with its interval for each configuration, the best on top; its size at the right.
+
+    Args:
+        rows: `rank_rows` of the measure; at least one row.
+        note: sentence added under the figure.
+    """
+    first = rows.iloc[0]
+    n_ranked = int(first["n_ranked"])
+    text = style.footer(
+        f"Ranks of mean {measure.title.lower()} at the last step over the whole validation split, n = "
+        f"{first['n_seeds']} seeds that all share; bars: 95 % intervals of each rank by itself, from draws of the "
+        "means with the noise pooled over configurations.",
+        f"Kendall's τ between two seeds: {_number(first['kendall_tau'])} on average; share of the variance of the "
+        f"means that is not noise: {_number(first['reliability'])}.",
+        f"The best {len(rows)} of {n_ranked} configurations." if len(rows) < n_ranked else "",
+        first["left_out"],
+        note,
+    )
+    with style.context():
+        probe = style.new_figure(1)
+        names = [_shortened(probe, label) for label in rows["label"]]
+        sizes = [style.format_count(float(f"{n:.3g}")) for n in rows["n_params"]]
+        left = max(labels.text_size(probe, name)[0] for name in names) / 72 + 0.24
+        right = max(labels.text_size(probe, name)[0] for name in [*sizes, "parameters"]) / 72 + 0.2
+        styles = style.group_styles(rows["group"])
+        foot, legend_rows = style.footer_height(text), -(-len(styles) // 4)
+        above, below = 0.24 + 0.155 * legend_rows, foot + 0.42
+        height = above + below + _ROW * (len(rows) + 0.4)
+        figure = style.new_figure(height)
+        axes = figure.add_axes(
+            (left / style.WIDTH, below / height, 1 - (left + right) / style.WIDTH, 1 - (above + below) / height)
+        )
+        axes.set_ylim(len(rows) - 0.3, -0.7)
+        farthest = max(rows["high"].max(), rows["rank"].max())
+        axes.set_xlim(min(0.5, 1 - 0.025 * farthest), farthest + 0.5)
+        ticks = MaxNLocator(10, integer=True).tick_values(1, farthest)
+        axes.set_xticks([tick for tick in sorted({1, *ticks}) if 1 <= tick <= farthest])
+        axes.grid(axis="x", visible=True)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(
+            f"Rank by {measure.title.lower()} (1: {'lowest' if measure.direction == 'minimize' else 'highest'})"
+        )
+        axes.set_yticks(range(len(rows)), names)
+        axes.tick_params(axis="y", length=0)
+        for y, (row, size) in enumerate(zip(rows.to_dict("records"), sizes, strict=True)):
+            own = styles[row["group"]]
+            axes.plot([row["low"], row["high"]], [y, y], color=own.color, linewidth=1.1, zorder=3)
+            axes.plot(
+                row["rank"], y, linestyle="none", marker=own.marker, color=own.color, markersize=4.2, zorder=4,
+                markeredgecolor="white", markeredgewidth=0.4,
+            )  # fmt: skip
+            axes.annotate(
+                size, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(right * 72 - 8, 0),
+                textcoords="offset points", ha="right", va="center_baseline", color="#333333", annotation_clip=False,
+            )  # fmt: skip
+        figure.text(
+            (style.WIDTH - 8 / 72) / style.WIDTH, 1 - (above - 0.05) / height, "parameters", ha="right", color="#333333"
+        )
+        handles = [
+            Line2D([], [], color=own.color, marker=own.marker, markersize=4.2, linewidth=1.1, label=group)
+            for group, own in styles.items()
+        ]
+        figure.legend(
+            handles=handles, loc="upper left", ncols=4, borderaxespad=0, columnspacing=1.6, handlelength=1.8,
+            labelspacing=0.35, bbox_to_anchor=(0.1 / style.WIDTH, 1 - 0.04 / height),
+        )  # fmt: skip
+        style.add_footer(figure, text)
+    return figure
+
+
+def _shortened(figure: Figure, label: str) -> str:
+    """The label, or as much of it as there is room for."""
+    if labels.text_size(figure, label)[0] <= 72 * _LONGEST_LABEL:
+        return label
+    while labels.text_size(figure, f"{label}…")[0] > 72 * _LONGEST_LABEL:
+        label = label[:-1]
+    return f"{label}…"
+
+
+def _number(value: float) -> str:
+    if np.isnan(value):
+        return "undefined"
+    return "above 0.99" if 0.995 <= value < 1 else f"{value:.2f}".replace("-", "−")
