@@ -68,7 +68,7 @@ def published_curves_figure(points: pd.DataFrame, note: str = "") -> Figure:
     text = style.footer(
         f"Hollow, right of step {_LAST:,.0f}: Table 4 as published, of one seed, uncertainty not reported; of other "
         "steps and of the training loss no number is published.",
-        f"Lines: means over the seeds of this study, {n_statement(counts)}, over the whole validation split; "
+        f"Lines: means over the seeds of this study, {n_statement(counts)}, validation over the whole split; "
         f"{interval_statement('bands', counts)}. The axes leave out the start." if len(counts) else
         "Nothing of this study is measured under the paper's protocol.",
         "Dashed grey: fewer than three seeds." if len(counts) and counts.min() < MIN_SEEDS else "",
