@@ -18,6 +18,8 @@ from rich.text import Text
 from analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from analysis.runs import StudyRuns
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -77,7 +79,7 @@ def paper(
         Path | None, typer.Option("--out", "-o", help="Folder for the tables; by default DIR/paper.", metavar="OUT")
     ] = None,
 ) -> None:
-    """Set the paper's Tables 2, 3 and 4 and Figure 4 beside what its definitions and this study's runs give.
+    """Set the paper's Tables 2 to 4 and Figures 2 to 4 beside what its definitions and this study's runs give.
 
     Measured are runs of the paper's own model under its own protocol; what the study lacks is said, and left open.
     """
@@ -88,37 +90,45 @@ def paper(
 def _paper(
     studies: list[Path], tracking_uri: str | None, experiment: str | None, cache: Path | None, out: Path | None
 ) -> None:
-    from analysis.figures.published import published_figure, published_points
-    from analysis.paper.comparison import missing, paper_comparison, shown
-    from analysis.style import save
-    from analysis.tables import Table as Written
-    from analysis.tables import write
+    from analysis.paper.trials import missing, remarks
+    from analysis.paper.write import write_comparison
 
     runs, out = _read(studies, tracking_uri, experiment, cache, out, "paper")
-    comparison = paper_comparison(runs)
-    table = Written("comparison", comparison, shown(comparison))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        written = write(table, out)
-        points = published_points(comparison)
-        points.to_csv(out / "published.csv", index=False, lineterminator="\n")
-        drawn = save(published_figure(points), out / "published")
-    except OSError as error:
-        raise AnalysisError(f"cannot write to {out}: {error.strerror or error}") from error
+    written = write_comparison(runs, out)
     console = Console()
-    for number, rows in table.shown.groupby("table"):
-        grid = Table(title=f"Table {number}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-        for column in ("what", "published", "here", "can follow"):
-            right = column in ("published", "here")
-            grid.add_column(column, justify="right" if right else "left", no_wrap=right)
-        for row in rows[["what", "published", "here", "can follow"]].itertuples(index=False):
-            grid.add_row(*row)
-        console.print(grid)
-    lacking = missing(runs)
+    for place, shown in written.comparison.shown.groupby("place", sort=False):
+        console.print(_beside_each_other(str(place), shown, written.comparison.data.loc[shown.index]))
+    console.print("follows: whether the published number can follow from its own definition", highlight=False)
+    for remark in remarks(written.trials):
+        console.print(remark, soft_wrap=True, highlight=False)
+    lacking = missing(written.trials)
     if lacking is not None:
         console.print(f"left open: {lacking}", soft_wrap=True, highlight=False)
-    console.print(f"wrote {written[0]}, with the reasons; beside it as .md and .tex", soft_wrap=True, highlight=False)
-    console.print(f"and {drawn[0]}, beside it as .pdf and .png", soft_wrap=True, highlight=False)
+    kinds = "published.svg, published_rel_error.svg and published_curves.svg"
+    console.print(f"wrote {out / 'comparison.csv'}, with the reasons; beside it as .md and .tex", soft_wrap=True,
+                  highlight=False)  # fmt: skip
+    console.print(f"and beside it {kinds}, each also as .pdf and .png, with its .csv", soft_wrap=True, highlight=False)
+
+
+def _beside_each_other(title: str, shown: pd.DataFrame, data: pd.DataFrame) -> Table:
+    """A part of the comparison for the terminal: the numbers of a model or layer below its name."""
+    short = {"cannot be told": "open", "nothing published": "–"}
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    table.add_column("")
+    for column in ("published", "here", "difference"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("follows")
+    name = None
+    for text, row in zip(shown.to_dict("records"), data.to_dict("records"), strict=True):
+        if row["row"] != name:
+            name = row["row"]
+            table.add_row(name)
+        quantity = f"{row['quantity']} ({row['unit']})" if row["unit"] else row["quantity"]
+        follows = short.get(row["follows"], row["follows"])
+        table.add_row(Padding(quantity, (0, 0, 0, 1)), text["published"], text["here"], text["difference"], follows)
+    return table
 
 
 def _report(

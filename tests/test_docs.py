@@ -12,7 +12,7 @@ from benchmarks.document import put_table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_PYTHON = [path for path in DOCUMENTS if path.name not in ("study.md", "cluster.md")]
+WITH_PYTHON = [path for path in DOCUMENTS if path.name not in ("study.md", "cluster.md", "analysis.md")]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

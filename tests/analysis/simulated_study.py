@@ -26,7 +26,10 @@ UUID = "6f1c2a52-6a77-4d0e-9a3f-6d1f6a0f4f0e"
 N_PARAMS_DENSE = 808_448
 N_PARAMS_MPO = {4: 42_336, 8: 79_168, 16: 177_408, 32: 472_192}
 TOKENS_PER_STEP = 8192
-_BLOCK = ("attn.w_q", "attn.w_k", "attn.w_v", "attn.w_o", "mlp.w_1", "mlp.w_2")
+_BLOCK = (
+    *("attention.query", "attention.key", "attention.value", "attention.output"),
+    *("feed_forward.up", "feed_forward.down"),
+)
 LAYERS = (*(f"blocks.{block}.{name}" for block in range(4) for name in _BLOCK), "lm_head")
 
 
@@ -217,8 +220,10 @@ def _empty_database() -> bytes:
         return database.read_bytes()
 
 
-def simulated_runs(found: Sequence[Configuration], **settings: Any) -> tuple[StudyRuns, pd.DataFrame]:
-    """The same runs without MLflow, and their curves as `analysis.load.load_curves` gives them."""
+def simulated_runs(
+    found: Sequence[Configuration], keys: Sequence[str] = ("val_loss", "tokens"), **settings: Any
+) -> tuple[StudyRuns, pd.DataFrame]:
+    """The same runs without MLflow, and their curves as `analysis.load.load_curves` gives them for `keys`."""
     simulated = list(simulate(found, **settings))
     records = [
         RunRecord(
@@ -236,7 +241,7 @@ def simulated_runs(found: Sequence[Configuration], **settings: Any) -> tuple[Stu
         {"trial": run.trial, "seed": run.seed, "step": step, "key": key, "value": value}
         for run in simulated
         for key, value, step in run.metrics
-        if key in ("val_loss", "tokens") and run.status == "FINISHED"
+        if key in keys and run.status == "FINISHED"
     ]
     long = pd.DataFrame(rows, columns=["trial", "seed", "step", "key", "value"])
     return runs, long.pivot(index=["trial", "seed", "step"], columns="key", values="value").reset_index()
@@ -286,7 +291,7 @@ def _rel_error_metrics(rng: np.random.Generator) -> list[tuple[str, float, int]]
     for when, scale in (("init", 1.0), ("trained", 0.72)):
         for chi in N_PARAMS_MPO:
             for layer in LAYERS:
-                hardness = {"w_1": 0.006, "w_2": 0.0055, "lm_head": 0.03}.get(layer.split(".")[-1], 0.0143)
+                hardness = {"up": 0.006, "down": 0.0055, "lm_head": 0.03}.get(layer.split(".")[-1], 0.0143)
                 value = np.exp(-(hardness * chi) * (1.6 if when == "trained" else 1.0)) * scale
                 metrics.append((schema.rel_error_key(when, chi, layer), float(value * (1 + 0.01 * rng.normal())), 0))
     return metrics

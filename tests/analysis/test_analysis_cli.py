@@ -108,8 +108,12 @@ def test_paper_writes_the_comparison_and_says_what_is_lacking(invoke, study_dir,
     result = invoke("paper", study_dir, "--out", tmp_path / "paper")
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "paper").iterdir()}
-    figures = {f"published.{kind}" for kind in ("csv", "svg", "pdf", "png")}
-    assert names == {"comparison.csv", "comparison.md", "comparison.tex"} | figures
+    figures = {
+        f"{name}.{kind}"
+        for name in ("published", "published_curves", "published_rel_error") for kind in ("csv", "svg", "pdf", "png")
+    }  # fmt: skip
+    tables = {f"{name}.{kind}" for name in ("comparison", "models") for kind in ("csv", "md", "tex")}
+    assert names == tables | figures
     assert "left open: no run of " in result.output
     assert "Table 2" in result.output
     assert (

@@ -161,11 +161,11 @@ def test_curve_trials_thins_crowded_panels_to_their_own_frontier():
 def test_rel_error_means_average_over_blocks_then_seeds(runs):
     means = data.rel_error_means(runs.rel_errors, 0)
     own = runs.rel_errors.query("trial == 0 and when == 'trained' and chi == 8")
-    w_q = own[own["layer"].str.endswith("w_q")]
-    row = means.query("when == 'trained' and chi == 8 and kind == 'w_q'").iloc[0]
-    assert row["mean"] == pytest.approx(w_q["rel_error"].mean())
+    query = own[own["layer"].str.endswith("query")]
+    row = means.query("when == 'trained' and chi == 8 and kind == 'query'").iloc[0]
+    assert row["mean"] == pytest.approx(query["rel_error"].mean())
     assert row[["n_layers", "n_seeds"]].tolist() == [4, 3]
-    per_seed = w_q.groupby("seed")["rel_error"].mean()
+    per_seed = query.groupby("seed")["rel_error"].mean()
     assert row["half_width"] == pytest.approx(4.303 * per_seed.std() / np.sqrt(3), rel=1e-3)
 
 

@@ -1,0 +1,76 @@
+"""The comparison with the paper as a folder of tables and figures."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis import style, tables
+from analysis.errors import AnalysisError
+from analysis.figures.published import published_figure, published_points
+from analysis.figures.published_curves import published_curves, published_curves_figure
+from analysis.figures.published_rel_errors import published_rel_error_figure, published_rel_errors
+from analysis.load import load_curves
+from analysis.paper.comparison import CURVES, comparison_table, paper_comparison
+from analysis.paper.trials import PaperTrials, paper_trials, remarks
+from analysis.runs import StudyRuns
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the comparison, the trials that it was measured on, and the names of the files."""
+
+    comparison: tables.Table
+    trials: PaperTrials
+    names: list[str]
+
+
+def write_comparison(runs: StudyRuns, out: Path) -> Written:
+    """Write the comparison, the trials taken and three figures to the folder `out`.
+
+    Everything is made in a folder of its own first, then moved in file by file: what breaks leaves no half of it.
+
+    Raises:
+        AnalysisError: a curve cannot be read, or `out` cannot be written.
+    """
+    trials = paper_trials(runs)
+    curves = load_curves(runs, trials.from_scratch, CURVES)
+    comparison = comparison_table(paper_comparison(runs, trials, curves))
+    models = tables.Table("models", trials.frame, trials.frame.astype("object").fillna("–").astype("str"))
+    drawings = _drawings(runs, trials, curves, comparison.data)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as scratch:
+            new = Path(scratch)
+            for table in (comparison, models):
+                tables.write(table, new)
+            for name, (figure, frame) in drawings.items():
+                frame.to_csv(new / f"{name}.csv", index=False, lineterminator="\n")
+                style.save(figure, new / name)
+            names = sorted(path.name for path in new.iterdir())
+            for name in names:
+                os.replace(new / name, out / name)
+    except OSError as error:
+        raise AnalysisError(f"cannot write to {out}: {error.strerror or error}") from error
+    return Written(comparison, trials, names)
+
+
+def _drawings(
+    runs: StudyRuns, trials: PaperTrials, curves: pd.DataFrame, comparison: pd.DataFrame
+) -> dict[str, tuple[Figure, pd.DataFrame]]:
+    note = "models.csv says which trials these are, and what they lack." if remarks(trials) else ""
+    points, errors, ends = (
+        published_points(comparison),
+        published_rel_errors(runs, trials),
+        published_curves(curves, trials),
+    )
+    return {
+        "published": (published_figure(points, note), points),
+        "published_rel_error": (published_rel_error_figure(errors, note), errors),
+        "published_curves": (published_curves_figure(ends, note), ends),
+    }
