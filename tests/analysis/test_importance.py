@@ -197,7 +197,9 @@ def test_importance_figure_keeps_all_its_text_apart_and_inside(searched):
     for name in ("paper", "variance"):
         changes = {"init": f"{name} with more words to it", "refinement": name, "lr_rule": name, "decay": name}
         long = [
-            replace(c, learning_rate=rates[name], extra=c.extra | changes) if c.extra["init"] == name else c
+            replace(c, learning_rate=rates[name], steps=len(name), d_model=len(name), extra=c.extra | changes)
+            if c.extra["init"] == name
+            else c
             for c in long
         ]
     for shares, measure in ((searched, VAL_LOSS), (quiet, VAL_ACC), (noisy, VAL_ACC), (shares_of(long), VAL_LOSS)):
