@@ -13,19 +13,31 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.runs import StudyAddress
+    from analysis.runs import StudyRuns
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 Study = Annotated[Path | None, typer.Argument(metavar="DIR", help="Study directory, as written by `mpo-study run`.")]
+Studies = Annotated[
+    list[Path] | None, typer.Argument(metavar="DIR...", help="Study directories, as written by `mpo-study run`.")
+]
 TrackingURI = Annotated[str | None, typer.Option(help="MLflow tracking URI, instead of DIR.", metavar="URI")]
 Experiment = Annotated[str | None, typer.Option(help="MLflow experiment, instead of DIR.", metavar="NAME")]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        metavar="FOLDER",
+        help="Where what was read of a finished study is kept until it changes; by default DIR/cache. May be removed.",
+    ),
+]
 
 
 @app.callback()
@@ -35,9 +47,10 @@ def _commands() -> None:
 
 @app.command()
 def report(
-    study: Study = None,
+    studies: Studies = None,
     tracking_uri: TrackingURI = None,
     experiment: Experiment = None,
+    cache: CacheFolder = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the report; by default DIR/report.", metavar="OUT")
     ] = None,
@@ -48,11 +61,12 @@ def report(
 ) -> None:
     """Write a report: a page, figures with the data they show, tables.
 
-    Name the study by its directory, or by --tracking-uri and --experiment (then --out is needed). A report written
-    again replaces the files of the last one and leaves others alone.
+    Name the study by its directory, or by --tracking-uri and --experiment (then --out is needed). Several directories
+    make one report on all of them, where their runs may be compared (then --out is needed, too). A report written again
+    replaces the files of the last one and leaves others alone.
     """
     with _one_line_for_errors():
-        _report(study, tracking_uri, experiment, out, publish)
+        _report(studies or [], tracking_uri, experiment, cache, out, publish)
 
 
 @app.command()
@@ -60,6 +74,7 @@ def paper(
     study: Study = None,
     tracking_uri: TrackingURI = None,
     experiment: Experiment = None,
+    cache: CacheFolder = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the tables; by default DIR/paper.", metavar="OUT")
     ] = None,
@@ -69,16 +84,17 @@ def paper(
     Measured are runs of the paper's own model under its own protocol; what the study lacks is said, and left open.
     """
     with _one_line_for_errors():
-        _paper(study, tracking_uri, experiment, out)
+        _paper([study] if study else [], tracking_uri, experiment, cache, out)
 
 
-def _paper(study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None) -> None:
-    from analysis.load import load_study
+def _paper(
+    studies: list[Path], tracking_uri: str | None, experiment: str | None, cache: Path | None, out: Path | None
+) -> None:
     from analysis.paper.trials import missing, remarks
     from analysis.paper.write import write_comparison
 
-    address, out = _address(study, tracking_uri, experiment, out, "paper")
-    written = write_comparison(load_study(address), out)
+    runs, out = _read(studies, tracking_uri, experiment, cache, out, "paper")
+    written = write_comparison(runs, out)
     console = Console()
     for place, shown in written.comparison.shown.groupby("place", sort=False):
         console.print(_beside_each_other(str(place), shown, written.comparison.data.loc[shown.index]))
@@ -116,19 +132,24 @@ def _beside_each_other(title: str, shown: pd.DataFrame, data: pd.DataFrame) -> T
 
 
 def _report(
-    study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None, is_published: bool
+    studies: list[Path],
+    tracking_uri: str | None,
+    experiment: str | None,
+    cache: Path | None,
+    out: Path | None,
+    is_published: bool,
 ) -> None:
-    from analysis.load import load_study
     from analysis.publish import publish
     from analysis.report import INDEX, write_report
     from analysis.summary import MIN_SEEDS
     from analysis.tables import frontier_table
 
-    address, out = _address(study, tracking_uri, experiment, out, "report")
-    runs = load_study(address)
-    summary = write_report(runs, out)
+    if is_published and len(studies) > 1:
+        raise AnalysisError("a report on several studies has no experiment of its own; publish one on each")
+    runs, out = _read(studies, tracking_uri, experiment, cache, out, "report")
+    findings = write_report(runs, out)
     console = Console()
-    rows = frontier_table(summary).shown
+    rows = frontier_table(findings.summary, findings.uncertainties).shown
     if len(rows):
         table = Table(title="On a frontier", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         shown = ("configuration", "family", "parameters", "val loss (nats)", "val accuracy (%)")
@@ -141,6 +162,10 @@ def _report(
         console.print(table)
     else:
         console.print(f"no trial has {MIN_SEEDS} complete seeds, so there is no frontier")
+    for answer in findings.answers[2:]:  # what was run its user knows, and the frontier stands above
+        console.print(answer.question, style="bold", highlight=False)
+        for sentence in answer.sentences:
+            console.print(Padding(Text(sentence), (0, 0, 0, 2)))
     console.print(
         f"{len(runs.trials)} trials, {len(runs.seeds)} complete seeds, {len(runs.failures)} failed, "
         f"{len(runs.unfinished)} unfinished"
@@ -151,22 +176,40 @@ def _report(
         console.print(f"published: {n} files on the experiment's summary run in MLflow", soft_wrap=True)
 
 
-def _address(
-    study: Path | None, tracking_uri: str | None, experiment: str | None, out: Path | None, folder: str
-) -> tuple[StudyAddress, Path]:
-    """Where the runs are, and where to write: by default a folder of the study's own."""
-    from analysis.load import resolve_study
+def _read(
+    studies: list[Path],
+    tracking_uri: str | None,
+    experiment: str | None,
+    cache: Path | None,
+    out: Path | None,
+    folder: str,
+) -> tuple[StudyRuns, Path]:
+    """The runs, and where to write: by default a folder of the study's own."""
+    from analysis.load import load_study, resolve_study
     from analysis.runs import StudyAddress
+    from analysis.studies import join_studies
 
-    if study is not None and (tracking_uri or experiment):
+    if studies and (tracking_uri or experiment):
         raise AnalysisError("give either DIR, or --tracking-uri and --experiment, not both")
-    if study is not None:
-        return resolve_study(study), out or study / folder
-    if not (tracking_uri and experiment):
+    if not studies and not (tracking_uri and experiment):
         raise AnalysisError("give a study directory, or both --tracking-uri and --experiment")
-    if out is None:
+    if out is None and len(studies) != 1:
         raise AnalysisError(f"give the folder for the {folder} with --out")
-    return StudyAddress(tracking_uri, experiment), out
+    if cache is not None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AnalysisError(f"--cache {cache}: {error.strerror or error}") from error
+    if tracking_uri and experiment:
+        runs = load_study(StudyAddress(tracking_uri, experiment), cache=cache)
+    else:
+        addresses = [resolve_study(path) for path in studies]
+        caches = [
+            cache / str(address.uuid) if cache else path / "cache"
+            for path, address in zip(studies, addresses, strict=True)
+        ]
+        runs = join_studies([load_study(address, cache=kept) for address, kept in zip(addresses, caches, strict=True)])
+    return runs, out or studies[0] / folder
 
 
 @contextmanager

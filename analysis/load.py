@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import logging
 import sqlite3
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from analysis import run_schema as schema
+from analysis.cache import Cache
 from analysis.errors import AnalysisError
-from analysis.runs import RunRecord, StudyAddress, StudyRuns, study_runs, without_password
+from analysis.runs import RunRecord, StudyAddress, StudyRuns, claims_of, environment_of, study_runs, without_password
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+_FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned")
+_CURVES = "curves"
+_PAGE = 1000
 
 
 def resolve_study(path: Path) -> StudyAddress:
@@ -57,21 +65,91 @@ def resolve_study(path: Path) -> StudyAddress:
     return StudyAddress(tracking_uri, experiment, uuid)
 
 
-def load_study(address: StudyAddress, page_size: int = 1000) -> StudyRuns:
+def load_study(address: StudyAddress, page_size: int = _PAGE, cache: Path | None = None) -> StudyRuns:
     """Read the trials and seeds of one study; only active runs count.
 
     Args:
         address: the experiment, and the study in it if it holds several.
         page_size: runs asked of MLflow at a time; all pages are read.
+        cache: folder to keep what was read of a study that is not running, and to take it from as long as the study is
+            in the same state, see `_stamp`; None: it is always read.
     Raises:
         AnalysisError: MLflow cannot be read, the experiment is unknown or holds no such study, or a run is not as the
             schema says: a param missing or of the wrong type, a key twice, a seed without its trial.
     """
     with connect(address.tracking_uri) as client:
         where = experiment_id(client, address)
+        summary_runs = search(client, where, schema.KIND_SUMMARY, address.uuid, page_size)
+        stamp = None if cache is None else _stamp(client, where, address.uuid, summary_runs)
+        if cache is not None and stamp is not None:
+            kept = _from_cache(address, Cache(cache, stamp), summary_runs)
+            if kept is not None:
+                return kept
         trial_runs = search(client, where, schema.KIND_TRIAL, address.uuid, page_size)
         seed_runs = search(client, where, schema.KIND_SEED, address.uuid, page_size)
-    return study_runs(address, trial_runs, seed_runs)
+        runs = study_runs(address, trial_runs, seed_runs, summary_runs)
+        is_over = all(run.end_time is not None for run in (*trial_runs, *seed_runs))
+        # What was read may be of several states, unless the state is the same after it as before.
+        if cache is not None and stamp is not None and is_over:
+            summary_runs = search(client, where, schema.KIND_SUMMARY, address.uuid, page_size)
+            if stamp == _stamp(client, where, address.uuid, summary_runs):
+                runs = replace(runs, cache=Cache(cache, stamp))
+                _keep(runs)
+    return runs
+
+
+def _stamp(
+    client: MlflowClient, experiment_id: str, uuid: str | None, summaries: Sequence[RunRecord]
+) -> dict[str, Any] | None:
+    """What names the state that a study's runs are in, in two more small requests; None while it may be changing.
+
+    The revision is the writer's, who takes it away before it changes anything. What people do by hand it cannot know:
+    a run deleted or restored shows in the number of runs and in the list of the deleted. (Params, metrics and tags that
+    somebody else writes to its runs do not show; MLflow's own pages change none of these that is read here.)
+    """
+    if len(summaries) != 1:
+        return None
+    revision = summaries[0].tags.get(schema.REVISION, "")
+    n_runs = revision.partition("/")[2]
+    if not n_runs.isdecimal() or not _is_number_of_runs(client, experiment_id, uuid, int(n_runs)):
+        return None
+    deleted = "".join(sorted(run.run_id for run in _runs(client, experiment_id, _study_filter(uuid), deleted=True)))
+    return {
+        "schema": schema.SCHEMA_VERSION,
+        "study": summaries[0].tags.get(schema.STUDY_UUID),
+        "revision": revision,
+        "deleted": hashlib.sha256(deleted.encode()).hexdigest(),
+    }
+
+
+def _from_cache(address: StudyAddress, cache: Cache, summary_runs: Sequence[RunRecord]) -> StudyRuns | None:
+    frames = cache.read((*_FRAMES, "study"))
+    if frames is None:
+        return None
+    name, uuid, n_duplicates, latest = frames.pop("study")[["name", "uuid", "n_duplicates", "latest"]].iloc[0]
+    return StudyRuns(
+        address=address,
+        name=name,
+        uuid=uuid,
+        trials=frames["trials"],
+        seeds=frames["seeds"],
+        failures=frames["failures"],
+        unfinished=frames["unfinished"],
+        rel_errors=frames["rel_errors"],
+        pruned=frames["pruned"],
+        n_duplicates=int(n_duplicates),
+        latest=None if pd.isna(latest) else latest,
+        claims=claims_of(summary_runs, name, uuid),
+        environment=environment_of(summary_runs, uuid),
+        cache=cache,
+    )
+
+
+def _keep(runs: StudyRuns) -> None:
+    study = {"name": runs.name, "uuid": runs.uuid, "n_duplicates": runs.n_duplicates, "latest": runs.latest}
+    assert runs.cache is not None
+    with suppress(OSError):  # a study in a folder that cannot be written is read all the same
+        runs.cache.write({key: getattr(runs, key) for key in _FRAMES} | {"study": pd.DataFrame([study])})
 
 
 def load_curves(
@@ -79,7 +157,8 @@ def load_curves(
 ) -> pd.DataFrame:
     """Learning curves of the complete seeds, one row per evaluation: trial, seed, step and one column per key.
 
-    One request per seed and key, so ask for the trials that will be shown.
+    One request per seed and key that is not in the cache, so ask for the trials that will be shown. Several joined
+    studies are each read at their own address.
 
     Args:
         trials: trial numbers; None for all.
@@ -88,18 +167,47 @@ def load_curves(
         AnalysisError: MLflow cannot be read, or a seed has no such curve.
     """
     seeds = runs.seeds if trials is None else runs.seeds[runs.seeds["trial"].isin(trials)]
-    frames = []
-    with connect(runs.address.tracking_uri) as client:
-        for trial, seed, run_id in seeds[["trial", "seed", "run_id"]].itertuples(index=False):
-            curves = {}
-            for key in keys:
-                history = client.get_metric_history(run_id, key)
-                if not history:
-                    raise AnalysisError(f"run {run_id} (trial {trial}, seed {seed}) has no curve `{key}`")
-                curves[key] = pd.Series({metric.step: metric.value for metric in history}, dtype="float64")
-            frames.append(pd.DataFrame(curves).rename_axis("step").reset_index().assign(trial=trial, seed=seed))
     columns = ["trial", "seed", "step", *keys]
-    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+    if seeds.empty:
+        return pd.DataFrame(columns=columns)
+    histories = []
+    for part in runs.parts or (runs,):
+        own = seeds[seeds["run_id"].isin(part.seeds["run_id"])]
+        wanted = [(run_id, key) for run_id in own["run_id"] for key in keys]
+        histories.append(_histories(part, wanted))
+    wide = pd.concat(histories).pivot(index=["run_id", "step"], columns="key", values="value")
+    return seeds[["trial", "seed", "run_id"]].merge(wide.reset_index(), on="run_id")[columns]
+
+
+def _histories(runs: StudyRuns, wanted: list[tuple[str, str]]) -> pd.DataFrame:
+    """run_id, key, step, value, of these runs and keys, from the cache or else from MLflow."""
+    empty = pd.DataFrame({"run_id": [], "key": [], "step": [], "value": []})
+    empty = empty.astype({"run_id": "str", "key": "str", "step": "int64", "value": "float64"})
+    kept = None if runs.cache is None else runs.cache.read([_CURVES])
+    known = empty if kept is None else kept[_CURVES]
+    there = set(known[["run_id", "key"]].drop_duplicates().itertuples(index=False, name=None))
+    lacking = [pair for pair in wanted if pair not in there]
+    if lacking:
+        with connect(runs.address.tracking_uri) as client:
+            new = [_history(client, runs, *pair) for pair in lacking]
+            known = pd.concat([known, *new], ignore_index=True).astype(empty.dtypes.to_dict())
+            if runs.cache is not None:
+                where, uuid = experiment_id(client, runs.address), runs.address.uuid
+                stamp = _stamp(client, where, uuid, search(client, where, schema.KIND_SUMMARY, uuid, _PAGE))
+                if stamp == runs.cache.stamp:
+                    with suppress(OSError):
+                        runs.cache.write({_CURVES: known})
+    run_ids, keys = zip(*wanted, strict=True) if wanted else ((), ())
+    return known[known["run_id"].isin(run_ids) & known["key"].isin(keys)]
+
+
+def _history(client: MlflowClient, runs: StudyRuns, run_id: str, key: str) -> pd.DataFrame:
+    history = client.get_metric_history(run_id, key)
+    if not history:
+        trial, seed = runs.seeds.loc[runs.seeds["run_id"] == run_id, ["trial", "seed"]].iloc[0]
+        raise AnalysisError(f"run {run_id} (trial {trial}, seed {seed}) has no curve `{key}`")
+    values = {metric.step: metric.value for metric in history}
+    return pd.DataFrame({"run_id": run_id, "key": key, "step": list(values), "value": list(values.values())})
 
 
 @contextmanager
@@ -162,17 +270,54 @@ def experiment_id(client: MlflowClient, address: StudyAddress) -> str:
 
 def search(client: MlflowClient, experiment_id: str, kind: str, uuid: str | None, page_size: int) -> list[RunRecord]:
     """Every active run of that kind, the oldest first; a run that a shifting page shows twice counts once."""
-    wanted = f"tags.`{schema.KIND}` = '{kind}'" + (f" AND tags.`{schema.STUDY_UUID}` = '{uuid}'" if uuid else "")
+    return _runs(client, experiment_id, f"{_study_filter(uuid)} AND tags.`{schema.KIND}` = '{kind}'", page_size)
+
+
+def _study_filter(uuid: str | None) -> str:
+    """The runs of this study; uuid None: of any."""
+    return f"tags.`{schema.STUDY_UUID}` = '{uuid}'" if uuid else f"tags.`{schema.KIND}` LIKE '%'"
+
+
+def _runs(
+    client: MlflowClient, experiment_id: str, wanted: str, page_size: int = _PAGE, deleted: bool = False
+) -> list[RunRecord]:
+    from mlflow.entities import ViewType
+
+    view = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
+    oldest_first = ["attributes.start_time ASC"]
     runs: dict[str, RunRecord] = {}
     token = None
-    while True:
-        page = client.search_runs(
-            [experiment_id], wanted, max_results=page_size, order_by=["attributes.start_time ASC"], page_token=token
-        )
-        for run in page:
-            runs[run.info.run_id] = RunRecord(
-                run.info.run_id, run.info.status, run.info.end_time, run.data.params, run.data.metrics, run.data.tags
-            )
-        token = page.token
-        if not token:
-            return list(runs.values())
+    with _no_garbage_collection():
+        while True:
+            page = client.search_runs([experiment_id], wanted, view, page_size, oldest_first, token)
+            for run in page:
+                info, data = run.info, run.data
+                runs[info.run_id] = RunRecord(
+                    info.run_id, info.status, info.end_time, data.params, data.metrics, data.tags
+                )
+            token = page.token
+            if not token:
+                return list(runs.values())
+
+
+def _is_number_of_runs(client: MlflowClient, experiment_id: str, uuid: str | None, n: int) -> bool:
+    """Whether the study has so many active runs, by looking at the page on which the last one would be alone."""
+    from mlflow.entities import ViewType
+    from mlflow.utils.search_utils import SearchUtils
+
+    token = SearchUtils.create_page_token(n - 1).decode()
+    page = client.search_runs([experiment_id], _study_filter(uuid), ViewType.ACTIVE_ONLY, 1, None, token)
+    return len(page) == 1 and not page.token
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """MLflow makes hundreds of thousands of objects for a page of runs, and none of them is garbage until the page is
+    done: the collector's going through them takes most of the time of reading a large study."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -26,6 +26,8 @@ def publish(runs: StudyRuns, report: Path) -> int:
     Raises:
         AnalysisError: MLflow does not take them, or has no summary run of this study.
     """
+    if runs.parts:
+        raise AnalysisError("a report on several studies has no experiment of its own to be published to")
     names = json.loads((report / WRITTEN).read_text(encoding="utf-8"))["written"]
     chosen = [name for name in names if Path(name).parts[0] in PARTS]
     with connect(runs.address.tracking_uri) as client, tempfile.TemporaryDirectory() as scratch:

@@ -43,11 +43,21 @@ STOPPED = "mpo.stopped"
 DEVICE, THREADS, TORCH, STACKED = "mpo.device", "mpo.threads", "mpo.torch", "mpo.stacked"
 RAN_ON = (DEVICE, THREADS, TORCH, STACKED)
 """On a seed: what its numbers depend on to rounding; `STACKED` is how many seeds were trained as one model."""
+CLAIMS = "mpo.claims"
+"""On the summary: JSON of what the study file declared before it ran, {"margins": {"val_loss": nats, "val_acc":
+fraction}, "contrasts": [{"arm", "against"}, ...]}."""
+ENVIRONMENT = "mpo.environment"
+"""On the summary: JSON of what the study was begun on, {"python", "packages": {name: version}, "git_commit",
+"git_changed", "system", "cpus"}."""
 FAILURE = "mpo.failure"
 """On a failed seed: why, in one line."""
 WEIGHTS_LOST = "mpo.weights_lost"
 """On a seed whose trained weights were gone from storage before MLflow got them: their key there."""
 FAILURE_STEP = "mpo.failure_step"
+REVISION = "mpo.revision"
+"""On the summary run, while the experiment is as its writer left it, whole and with nothing running: a name that no
+other state of it ever had, and after a slash the number of its runs. The writer takes it away before it changes
+anything, so that what was read under one revision holds as long as that revision and that number are there."""
 PARENT = "mlflow.parentRunId"
 
 

@@ -25,13 +25,17 @@ TOKENS = ("train_tokens", "total_tokens")
 
 @dataclass(frozen=True)
 class Measure:
-    """A final metric that a frontier is drawn of; `scale` turns the recorded unit into `unit`."""
+    """A final metric that a frontier is drawn of; `scale` turns the recorded unit into `unit`.
+
+    margin: how much worse is near, in the recorded unit, where the study file is not there to say.
+    """
 
     name: str
     key: str
     title: str
     short: str
     unit: str
+    margin: float
     scale: float = 1.0
 
     @property
@@ -45,8 +49,8 @@ class Measure:
         return f"{self.title} ({self.unit})"
 
 
-VAL_LOSS = Measure("val_loss", "final/val_loss", "Validation loss", "loss", "nats")
-VAL_ACC = Measure("val_acc", "final/val_acc", "Validation token accuracy", "accuracy", "%", scale=100)
+VAL_LOSS = Measure("val_loss", "final/val_loss", "Validation loss", "loss", "nats", margin=0.02)
+VAL_ACC = Measure("val_acc", "final/val_acc", "Validation token accuracy", "accuracy", "%", margin=0.005, scale=100)
 MEASURES = (VAL_LOSS, VAL_ACC)
 
 
@@ -153,7 +157,8 @@ _NAMED = {
     "n_sites": "L={}".format, "factorisation": str, "init": str,
     "refinement": str, "learning_rate": lambda value: f"lr {_scientific(value)}", "lr_rule": "{} rates".format,
     "decay": "decay of each {}".format, "forward": "by {}".format, "steps": "{} steps".format,
-    "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format, "arm": str, "trial": "#{}".format,
+    "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format, "arm": str, "study": str,
+    "trial": "#{}".format,
 }  # fmt: skip
 """Params that tell trials apart, in the order in which a label takes them up."""
 

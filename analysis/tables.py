@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pandas as pd
 from analysis import run_schema as schema
 from analysis.runs import StudyRuns
 from analysis.summary import MEASURES, VAL_ACC, VAL_LOSS, Measure, frontier_key, half_width_key
+from analysis.uncertainty import FrontierUncertainty
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def trials_table(summary: pd.DataFrame) -> Table:
     return Table("trials", summary, shown)
 
 
-def frontier_table(summary: pd.DataFrame) -> Table:
-    """The trials on the frontier of any measure, the smallest first."""
+def frontier_table(summary: pd.DataFrame, uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
+    """The trials on the frontier of any measure, the smallest first, with their support."""
     on_any = summary[[frontier_key(measure) for measure in MEASURES]].any(axis=1)
     rows = summary[on_any].sort_values("n_params", kind="stable")
     columns = [
@@ -66,8 +67,94 @@ def frontier_table(summary: pd.DataFrame) -> Table:
         "seeds",
         "on frontier of",
     ]
-    shown = trials_table(summary).shown.loc[rows.index, columns]
-    return Table("frontier", rows.reset_index(drop=True), shown.reset_index(drop=True))
+    shown = trials_table(summary).shown.loc[rows.index, columns].reset_index(drop=True)
+    data = rows.reset_index(drop=True)
+    for measure in MEASURES:
+        support = uncertainties[measure.name].support.set_index("trial")["support"].reindex(data["trial"])
+        data[f"support/{measure.name}"] = support.to_numpy(dtype="float64")
+        shown[f"support, {measure.short}"] = ["–" if pd.isna(share) else percent(share) for share in support]
+    return Table("frontier", data, shown)
+
+
+def comparisons_table(compared: pd.DataFrame) -> Table:
+    """Every comparison, the declared ones first: the difference with its interval, the tests, the verdict."""
+    data = compared.sort_values(["declared", "relation", "measure"], ascending=[False, False, False], kind="stable")
+    rows: list[dict[str, str]] = []
+    for _, own in data.groupby(["declared", "relation", "measure"], sort=False):
+        decimals = decimals_for(own["half_width"])
+        for row in own.to_dict("records"):
+            block = _digits(row["block_half_width"], decimals) if pd.notna(row["block_half_width"]) else "–"
+            rows.append(
+                {
+                    "compared": f"{row['label']} ({row['group']})",
+                    "against": f"{row['against_label']} ({row['against_group']})",
+                    "measure": _UNITS[row["measure"]],
+                    "difference": signed(row["difference"], row["half_width"], decimals),
+                    "seeds": str(row["n"]),
+                    "p": _p_value(row["p"]),
+                    "p adjusted": f"{_p_value(row['p_adjusted'])} ({row['adjustment']})",
+                    "± of the block": block,
+                    "worst not excluded": "–" if pd.isna(row["bound"]) else signed(row["bound"], math.nan, decimals),
+                    "margin": "–" if pd.isna(row["margin"]) else f"{row['margin']:g}",
+                    "not inferior": "–" if pd.isna(row["margin"]) else "yes" if row["non_inferior"] else "no",
+                    "verdict": row["verdict"],
+                    "declared": "yes" if row["declared"] else "no",
+                    "tokens": _both(row["total_tokens"], row["against_total_tokens"]),
+                }
+            )
+    return Table("comparisons", data.reset_index(drop=True), pd.DataFrame(rows))
+
+
+def size_needed_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
+    """How large a configuration has to be in order to lose at most the margin against dense, by measure."""
+    frames = [
+        uncertainty.size_needed.assign(measure=name, margin=uncertainty.epsilon)
+        for name, uncertainty in uncertainties.items()
+    ]
+    data = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+    shown = pd.DataFrame(
+        {
+            "measure": [_UNITS[name] for name in data["measure"]],
+            "margin": [f"{margin:g}" for margin in data["margin"]],
+            "parameters": [_count(size) for size in data["n_params"]],
+            "smallest within the margin, by the means": ["yes" if is_it else "" for is_it in data["observed"]],
+            "share of redraws": [percent(share) for share in data["support"]],
+            "this size or smaller": [percent(share) for share in data["cumulative"]],
+        }
+    )
+    return Table("size_needed", data, shown)
+
+
+def hypervolume_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
+    """The area under each frontier, with its interval and what it is measured against."""
+    frames = [uncertainty.hypervolume.assign(measure=name) for name, uncertainty in uncertainties.items()]
+    data = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+    shown = pd.DataFrame(
+        [
+            {
+                "measure": _UNITS[row["measure"]],
+                "hypervolume": _digits(row["observed"], 3),
+                "95 % interval": f"{_digits(row['low'], 3)} to {_digits(row['high'], 3)}",
+                "measured against": f"{row['worst_value']:.4g}, {_count(row['largest_size'])} parameters",
+                "unit": f"unit of the measure × factor {row['base']:g} of parameters",
+            }
+            for row in data.to_dict("records")
+        ]
+    )
+    return Table("hypervolume", data, shown)
+
+
+_UNITS = {
+    measure.name: f"{measure.short} ({'points' if measure.unit == '%' else measure.unit})" for measure in MEASURES
+}
+
+
+def _p_value(p: float) -> str:
+    return "–" if math.isnan(p) else "<0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def _both(tokens: int, against: int) -> str:
+    return _count(tokens) if tokens == against else f"{_count(tokens)} against {_count(against)}"
 
 
 def failures_table(runs: StudyRuns) -> Table:
@@ -82,10 +169,19 @@ def unfinished_table(runs: StudyRuns) -> Table:
 
 def stopped_table(runs: StudyRuns) -> Table:
     """Every trial that was given up before it had all its seeds, with the evidence."""
-    stopped = runs.trials.loc[runs.trials["stopped"].notna(), ["trial", "arm", "n_params", "n_seeds", "stopped"]]
-    data = stopped.reset_index(drop=True)
+    columns = ["trial", "arm", "n_params", "n_seeds", "stopped"]
+    if runs.parts:  # a reason names a rival by its number in its own study
+        columns += ["study", "study_trial"]
+    data = runs.trials.loc[runs.trials["stopped"].notna(), columns].reset_index(drop=True)
     named = {"n_params": "parameters", "n_seeds": "seeds", "stopped": "reason"}
     return Table("stopped", data, _as_text(data.rename(columns=named)))
+
+
+def pruned_table(runs: StudyRuns) -> Table:
+    """Every trial that was never trained, since it breaks a limit of the search."""
+    data = runs.pruned
+    shown = data.assign(n_params=[_count(value) for value in data["n_params"]])
+    return Table("pruned", data, _as_text(shown.rename(columns={"n_params": "parameters", "chi": "χ"})))
 
 
 def budgets_table(summary: pd.DataFrame) -> Table:
@@ -103,6 +199,38 @@ def budgets_table(summary: pd.DataFrame) -> Table:
         )
     data = pd.DataFrame(rows)
     return Table("budgets", data, _as_text(data))
+
+
+def arms_table(summary: pd.DataFrame) -> Table:
+    """What each arm of the study file was trained with; several values where its trials differ."""
+    rows = []
+    for arm, group in summary.groupby("arm", sort=False):
+        row: dict[str, object] = {"arm": arm, "trials": len(group)}
+        for key in _TRAINED_WITH:
+            values = sorted(group[key].dropna().unique())
+            row[key] = (
+                "–" if not values else ", ".join(f"{value:g}" if key in _NUMBERS else str(value) for value in values)
+            )
+        rows.append(row)
+    data = pd.DataFrame(rows)
+    some = data.columns[~(data == "–").all()]
+    return Table("arms", data, _as_text(data[some].rename(columns=lambda column: column.replace("_", " "))))
+
+
+_NUMBERS = (
+    "learning_rate",
+    "steps",
+    "warmup_steps",
+    "batch_size",
+    "context",
+    "weight_decay",
+    "d_model",
+    "tuning_trials",
+)
+_TRAINED_WITH = (
+    *("family", "start", "teacher", "init", "refinement", "lr_rule", "decay", "factorisation", "sites"),
+    *_NUMBERS,
+)
 
 
 def write(table: Table, folder: Path) -> list[Path]:
@@ -162,6 +290,18 @@ def with_interval(mean: float, half_width: float, decimals: int) -> str:
         return "–"
     shown = _digits(mean, decimals)
     return shown if math.isnan(half_width) else f"{shown} ± {_digits(half_width, decimals)}"
+
+
+def signed(difference: float, half_width: float, decimals: int) -> str:
+    """`+0.031 ± 0.008`, as `with_interval`."""
+    shown = with_interval(difference, half_width, decimals)
+    return f"+{shown}" if difference > 0 else shown
+
+
+def percent(share: float) -> str:
+    """Whole per cent; 100 or 0 only where the share is."""
+    whole = round(100 * share)
+    return "<1 %" if whole == 0 and share > 0 else ">99 %" if whole == 100 and share < 1 else f"{whole} %"
 
 
 def decimals_for(half_widths: pd.Series) -> int:

@@ -1,96 +1,15 @@
-"""The study file: one strict, frozen tree of models, read from YAML.
-
-A *listed* value (`chi: [4, 8]`) gives one trial for each of its elements, whatever the sampler. A *searched* value
-(`chi: {choices: [4, 8]}`, `learning_rate: {low: 1e-4, high: 1e-2, log: true}`) is the sampler's to choose. An arm has
-values of one sort or the other beside its fixed ones.
-"""
+"""The study file: one strict, frozen tree of models, read from YAML."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import BeforeValidator, Field, model_validator
 
-
-class Strict(BaseModel):
-    """No unknown keys, no conversions, no changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-# Values of an arm: fixed, listed or searched --------------------------------------------------------------------------
-
-T = TypeVar("T")
-
-
-_SEARCHED = ConfigDict(extra="forbid", strict=True)
-
-
-@dataclass(frozen=True, config=_SEARCHED)  # not a model: those do not pass T on when an alias of them is filled in
-class Choices(Generic[T]):
-    """One of these, chosen by the sampler."""
-
-    choices: Annotated[tuple[T, ...], Field(min_length=1)]
-
-
-@dataclass(frozen=True, config=_SEARCHED)
-class Range(Generic[T]):
-    """A number between `low` and `high`, both included, chosen by the sampler."""
-
-    low: T
-    high: T
-    log: Annotated[bool, Field(description="Uniform in the logarithm.")] = False
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Range[T]:
-        if not self.low < self.high:  # type: ignore[operator]
-            raise ValueError(f"`low < high` must hold, but got low={self.low}, high={self.high}")
-        if self.log and self.low <= 0:  # type: ignore[operator]
-            raise ValueError(f"`low` must be positive where `log` is true, but got low={self.low}")
-        return self
-
-
-VALUE_KINDS = ("fixed", "listed", "choices", "range")
-
-
-def _kind_of_value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "listed"
-    if isinstance(value, Choices) or (isinstance(value, dict) and "choices" in value):
-        return "choices"
-    if isinstance(value, Range | dict):
-        return "range"
-    return "fixed"
-
-
-Listed = Annotated[tuple[T, ...], Field(min_length=1), Tag("listed")]
-Value = Annotated[
-    Annotated[T, Tag("fixed")] | Listed[T] | Annotated[Choices[T], Tag("choices")], Discriminator(_kind_of_value)
-]
-"""A fixed value, a list of them, or `{choices: [...]}`."""
-Number = Annotated[
-    Annotated[T, Tag("fixed")] | Listed[T] | Annotated[Choices[T], Tag("choices")] | Annotated[Range[T], Tag("range")],
-    Discriminator(_kind_of_value),
-]
-"""A `Value` that may also be `{low: ..., high: ..., log: ...}`."""
-
-FixedOrListed = Annotated[Annotated[T, Tag("fixed")] | Listed[T], Discriminator(_kind_of_value)]
-"""A fixed value, or a list of them."""
-
-Seeds = Annotated[
-    Annotated[int, Field(ge=1, le=10_000), Tag("fixed")] | Listed[Annotated[int, Field(ge=0, lt=2**31)]],
-    Discriminator(_kind_of_value),
-]
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Sites = Annotated[int, Field(ge=1, le=6)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-
-
-# The parts of a study file --------------------------------------------------------------------------------------------
+from study.arms import Arm, CompressedArm, DenseArm, MPOArm
+from study.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Strict
 
 
 class Corpus(Strict):
@@ -155,139 +74,6 @@ class Protocol(Strict):
         return self
 
 
-class _Arm(Strict):
-    name: Name = Field(description="Unique in the study; what figures and tables call it.")
-    learning_rate: Number[PositiveFloat] | None = Field(default=None, description="Overrides the protocol's.")
-    steps: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Overrides the protocol's.")
-    eval_every: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
-
-    def values(self) -> dict[str, Any]:
-        """The fields that may be listed or searched and are given, in the order of the model."""
-        return {
-            name: getattr(self, name)
-            for name, field in type(self).model_fields.items()
-            if name in VALUE_FIELDS and getattr(self, name) is not None
-        }
-
-    @property
-    def is_searched(self) -> bool:
-        return any(isinstance(value, Choices | Range) for value in self.values().values())
-
-    @model_validator(mode="after")
-    def _listed_or_searched(self) -> _Arm:
-        listed = [name for name, value in self.values().items() if isinstance(value, tuple)]
-        if listed and self.is_searched:
-            raise ValueError(
-                f"an arm has listed or searched values, not both; write `{listed[0]}: {{choices: [...]}}` "
-                "to let the sampler choose"
-            )
-        for name, value in self.values().items():
-            options = _options(value)
-            if len(set(options)) != len(options):
-                raise ValueError(f"`{name}` names a value twice: {list(options)}")
-        return self
-
-
-class DenseArm(_Arm):
-    """Plain linear layers: the reference, or a narrower model as a control."""
-
-    family: Literal["dense"] = Field(description="Which kind of arm this is.")
-    init: Value[Literal["paper", "variance"]] | None = Field(
-        default=None, description="Scale of the linear weights: `paper` (std 0.02) unless given, `variance` (1/√N_in)."
-    )
-    d_model: Number[PositiveInt] | None = Field(
-        default=None, description="Overrides the model's; d_ff follows as 4 × d_model."
-    )
-
-
-class CompressedArm(_Arm):
-    """Every linear layer has fewer parameters."""
-
-    n_sites: Number[Sites] | None = Field(
-        default=None, description="Number of sites L of an MPO, 1 to 6; not with factorisation `paper`."
-    )
-    factorisation: Value[Literal["paper", "balanced", "min_params"]] = Field(
-        default="paper",
-        description="How the sizes of an MPO split over sites; `paper` falls back to `balanced` where it has no entry, "
-        "`min_params` has the fewest parameters at its χ.",
-    )
-    teacher: Name | None = Field(
-        default=None,
-        description="A dense arm with one trial: compress its trained model of the same seed, then fine-tune.",
-    )
-    lr_rule: Value[Literal["uniform", "mup"]] | None = Field(
-        default=None, description="Learning rates of the factors: `uniform` unless given; `mup` by each one's fan-in."
-    )
-    decay: Value[Literal["parameter", "matrix"]] | None = Field(
-        default=None,
-        description="What weight decay shrinks: each factor (`parameter`, unless given), or W as if it were dense.",
-    )
-    refinement: Any = None
-
-    @model_validator(mode="after")
-    def _sites_and_refinement(self) -> CompressedArm:
-        if self.teacher is None and self.refinement is not None:
-            raise ValueError("`refinement` has no meaning without `teacher`: there are no trained weights to fit")
-        if self.n_sites is not None and "paper" in _options(self.factorisation):
-            raise ValueError("`n_sites` is not allowed with `factorisation: paper`, which has its own")
-        return self
-
-
-class MPOArm(CompressedArm):
-    """Every linear layer is an MPO."""
-
-    family: Literal["mpo"] = Field(description="Which kind of arm this is.")
-    chi: Number[PositiveInt] = Field(description="Cap on every bond dimension.")
-    init: Value[Literal["paper", "variance", "orthogonal", "spectral", "tt_svd"]] | None = Field(
-        default=None, description="Init mode of an arm trained from scratch; `variance` unless given."
-    )
-    refinement: Value[Literal["tt_svd", "whitened", "als"]] | None = Field(
-        default=None,
-        description="How the teacher's weights become cores: `tt_svd` unless given; the others fit the outputs over "
-        "protocol.calibration_batches.",
-    )
-    forward: Value[Literal["reconstruct", "chain"]] | None = Field(
-        default=None,
-        description="How a layer is applied: W formed in every forward (`reconstruct`, unless given), or never. "
-        "The same function, to rounding.",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> MPOArm:
-        if self.teacher is not None and self.init is not None:
-            raise ValueError("`init` has no meaning beside `teacher`: the cores come from the teacher's weights")
-        return self
-
-
-class ControlArm(CompressedArm):
-    """Every linear layer is of another kind, with at most the parameters that an MPO would have in its place."""
-
-    family: Literal["low_rank", "monarch", "pruned"] = Field(
-        description="Which kind of arm this is: two factors of low rank; Monarch's two block-diagonal ones; or a dense "
-        "weight most of whose entries are 0 and stay so."
-    )
-    as_chi: FixedOrListed[PositiveInt] = Field(
-        description="χ of that MPO, layer by layer. A layer stays dense where the MPO's would not be smaller."
-    )
-    refinement: Value[Literal["weights", "outputs"]] | None = Field(
-        default=None,
-        description="What of the teacher's layers is kept best: their `weights`, unless given; or their `outputs` over "
-        "protocol.calibration_batches.",
-    )
-
-
-def _options(value: Any) -> tuple[Any, ...]:
-    """What a `Value` may become."""
-    return value if isinstance(value, tuple) else value.choices if isinstance(value, Choices) else (value,)
-
-
-Arm = Annotated[DenseArm | MPOArm | ControlArm, Field(discriminator="family")]
-VALUE_FIELDS = (
-    *("learning_rate", "d_model", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule"),
-    *("decay", "forward"),
-)
-
 Objective = Literal["val_loss", "val_acc", "n_params"]
 
 
@@ -335,6 +121,33 @@ class EarlyStopping(Strict):
         default="val_loss", description="At the last step; must be one of the objectives."
     )
     min_seeds: Annotated[int, Field(ge=2)] = Field(default=2, description="Fewest seeds that both must have.")
+
+
+class Margins(Strict):
+    """How much worse is still no loss, at the last step."""
+
+    val_loss: PositiveFloat = Field(default=0.02, description="In nats.")
+    val_acc: PositiveFloat = Field(default=0.005, description="As a fraction: 0.005 is half a point.")
+
+
+class Contrast(Strict):
+    """Each trial of an arm against its counterpart in another one, on the seeds that both have."""
+
+    arm: Name = Field(description="An arm of the study.")
+    against: Name = Field(
+        description="Another arm. Of several trials in it, that of the same χ (`as_chi` counts) is the counterpart."
+    )
+
+
+class Claims(Strict):
+    """What the study is to decide, fixed before it runs; the analysis tests this, and calls all else exploration."""
+
+    margins: Margins = Margins()
+    contrasts: tuple[Contrast, ...] = Field(
+        default=(),
+        description="Comparisons that are claimed, tested as one family. Arms of different budgets are compared only "
+        "where it is declared here.",
+    )
 
 
 def _seeds_per_unit(value: Any) -> Any:
@@ -385,6 +198,7 @@ class StudyConfig(Strict):
     early_stopping: EarlyStopping | None = Field(
         default=None, description="Off unless given; never of dense or listed trials."
     )
+    claims: Claims = Claims()
     execution: Execution = Execution()
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = Field(
         description="What is compared; each gives one trial or more."
@@ -407,6 +221,7 @@ class StudyConfig(Strict):
         for arm in self.arms:
             if isinstance(arm, CompressedArm) and arm.teacher is not None:
                 self._check_teacher(arm)
+        self._check_contrasts(names)
         searched = [arm.name for arm in self.arms if arm.is_searched]
         if searched and self.sampler.name == "grid":
             raise ValueError(
@@ -422,6 +237,16 @@ class StudyConfig(Strict):
         self._check_sampler(searched)
         self._check_limits(searched)
         return self
+
+    def _check_contrasts(self, arms: list[str]) -> None:
+        pairs = [(contrast.arm, contrast.against) for contrast in self.claims.contrasts]
+        for arm in (name for pair in pairs for name in pair):
+            if arm not in arms:
+                raise ValueError(f"`claims.contrasts` names arm {arm}, which the study lacks; it has {', '.join(arms)}")
+        _refuse_repeats("claims.contrasts", [f"{arm} against {against}" for arm, against in pairs])
+        for arm, against in pairs:
+            if arm == against:
+                raise ValueError(f"`claims.contrasts` sets arm {arm} against itself")
 
     def _check_sampler(self, searched: list[str]) -> None:
         name, n_trials = self.sampler.name, self.budget.trials

@@ -11,8 +11,9 @@ from typing import Literal
 
 from rich.console import Console
 
+from study.arms import CompressedArm
 from study.backup import BackgroundBackup, open_backup
-from study.config import CompressedArm, StudyConfig
+from study.config import StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment, what_changed
@@ -305,6 +306,7 @@ def open_tracker(
         uuid=ledger.uuid,
         description=config.description,
         study_file=dump_config(ledger.config),
+        claims=ledger.config.claims.model_dump_json(),
         environment=ledger.first_environment(),
         created=ledger.created,
         changed=ledger.changed,
@@ -356,6 +358,10 @@ def sync(
         if refused:
             number, error = next(iter(refused.items()))
             raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")
+        try:
+            tracker.settle()
+        except Exception as error:  # MLflow raises whatever its backend raises
+            raise tracking_error(error, uri) from error
         n_trials = len(ledger.trials)
         ledger.close()
         return n_trials

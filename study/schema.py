@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from study.config import Choices, ControlArm, DenseArm, MPOArm, Range, StudyConfig
+from study.arms import ControlArm, DenseArm, MPOArm
+from study.config import StudyConfig
+from study.values import Choices, Range
 
 SCHEMA, DOCUMENT = "study.schema.json", "study.md"
 
@@ -35,6 +37,16 @@ arms:
 The first line is for editors: with it, and the path of [study.schema.json](study.schema.json) as seen from the file,
 those that know YAML schemas complete keys and show their descriptions. The schema knows shapes; what depends on more
 than one key (a teacher that exists, a sampler that can search these arms) `mpo-study` checks itself.
+
+`claims` says beforehand what the study is to decide:
+
+```yaml
+claims:
+  margins: {val_loss: 0.02, val_acc: 0.005}
+  contrasts:
+    - {arm: mpo, against: dense}
+    - {arm: mpo, against: low-rank}
+```
 
 `--set KEY=VALUE` overrides any key by its dotted path: `protocol.steps=100`, `arms.mpo.chi=[2, 4]`. A study that was
 begun keeps its file: later runs may change `description`, `execution`, `budget.max_repeats` and where the corpus lies.
@@ -102,22 +114,41 @@ def _summary(model: type[BaseModel]) -> str:
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
     """The model of a key that holds further keys."""
+    if get_origin(field.annotation) is tuple:
+        return None
     options = (field.annotation, *get_args(field.annotation))
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def _item(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of the elements of a list."""
+    item = next(iter(get_args(field.annotation)), None) if get_origin(field.annotation) is tuple else None
+    return item if isinstance(item, type) and issubclass(item, BaseModel) else None
 
 
 def _table(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     yield "| key | type | default | meaning |"
     yield "| --- | --- | --- | --- |"
+    yield from _rows(model, prefix)
+
+
+def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
     shapes = _filled_in(model.model_json_schema())["properties"]
     for name, field in model.model_fields.items():
-        section = _section(field)
+        section, item = _section(field), _item(field)
+        if prefix and section is not None:  # has no heading of its own
+            yield from _rows(section, f"{prefix}{name}.")
+            continue
         if section is not None:
             kind = f"[section](#{name})"
+        elif name == "arms":
+            kind = "[list](#arms)"
         else:
-            kind = "[list](#arms)" if name == "arms" else _kind(shapes[name])
+            kind = _kind(shapes[name]) if item is None else "list of {" + ", ".join(item.model_fields) + "}"
         said = field.description or (_summary(section) if section is not None else "")
         yield f"| `{prefix}{name}` | {kind} | {_default(field, section is not None)} | {said} |"
+        if item is not None:
+            yield from _rows(item, f"{prefix}{name}[].")
 
 
 def _default(field: FieldInfo, is_section: bool) -> str:

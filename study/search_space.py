@@ -15,9 +15,11 @@ from optuna.distributions import (
 )
 
 from analysis import run_schema
-from study.config import Arm, Choices, CompressedArm, ControlArm, Range, StudyConfig
+from study.arms import Arm, CompressedArm, ControlArm
+from study.config import StudyConfig
 from study.errors import StudyError
 from study.trial import TrialSpec
+from study.values import Choices, Range
 
 ARM = "arm"
 """Name of the Optuna parameter that chooses between several searched arms."""

@@ -11,9 +11,11 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from study.config import VALUE_FIELDS, VALUE_KINDS, Choices, ControlArm, DenseArm, MPOArm, Range, StudyConfig
+from study.arms import VALUE_FIELDS, ControlArm, DenseArm, MPOArm
+from study.config import StudyConfig
 from study.errors import StudyError
 from study.search_space import check_trials
+from study.values import VALUE_KINDS, Choices, Range
 
 _TAG = "tag:yaml.org,2002:"
 

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 
 import mpo_core
-from study.config import Model, Protocol, Strict, StudyConfig
+from study.config import Model, Protocol, StudyConfig
 from study.errors import StudyError
+from study.values import Strict
 
 
 class TrialSpec(Strict):

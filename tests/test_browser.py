@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
 import socket
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
+from chromium import PATIENCE, browser, keep_screenshot  # noqa: F401 (a fixture)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from study_fixtures import (
@@ -32,9 +28,6 @@ from study_fixtures import (
 from analysis import run_schema as schema
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-
-PATIENCE = 90
-"""Seconds for a page to show what it should; a single slow core renders MLflow's in about ten."""
 
 
 @pytest.fixture(scope="module")
@@ -78,46 +71,15 @@ def address(study):
         server.communicate(timeout=60)
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    options = Options()
-    options.binary_location = shutil.which("chromium") or ""
-    for switch in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "disable-dev-shm-usage",
-        "window-size=1600,1000",
-    ):
-        options.add_argument(f"--{switch}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    driver.set_page_load_timeout(PATIENCE)
-    yield driver
-    driver.quit()
-
-
-def text_of(browser):
+def text_of(browser):  # noqa: F811
     return browser.find_element(By.TAG_NAME, "body").text
 
 
-def wait_for(browser, *words):
+def wait_for(browser, *words):  # noqa: F811
     """Wait until the page shows all of these."""
     WebDriverWait(browser, PATIENCE).until(
         lambda page: all(word in text_of(page) for word in words), f"the page does not show all of {words}"
     )
-
-
-def keep_screenshot(browser, tmp_path, name):
-    path = tmp_path / f"{name}.png"
-    assert browser.save_screenshot(str(path))
-    assert path.stat().st_size > 10_000
-    if "MPO_STUDY_SCREENS" in os.environ:
-        shutil.copy(path, Path(os.environ["MPO_STUDY_SCREENS"]) / path.name)
 
 
 def page_of(address, run):
@@ -126,7 +88,7 @@ def page_of(address, run):
     return f"{root}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
-def test_ui_lists_trials_with_their_seeds_folded_under_them(browser, address, tmp_path):
+def test_ui_lists_trials_with_their_seeds_folded_under_them(browser, address, tmp_path):  # noqa: F811
     browser.get(address)
     names = ("mpo χ=2", "mpo χ=4", "tuned χ=2", "dense d_model=8", "wild d_model=8")
     wait_for(browser, *names)
@@ -145,7 +107,7 @@ def test_ui_lists_trials_with_their_seeds_folded_under_them(browser, address, tm
     assert text_of(browser).count("seed 0") == 1
 
 
-def test_ui_shows_a_seeds_params_metrics_and_curve(browser, address, study, tmp_path):
+def test_ui_shows_a_seeds_params_metrics_and_curve(browser, address, study, tmp_path):  # noqa: F811
     [run] = next(same for key, same in runs_in(study / "mlflow.db").items() if key.endswith("/1/0"))
     browser.get(page_of(address, run))
     wait_for(browser, "seed 0 of mpo χ=2 (trial 1)", "learning_rate", "budget_hash", "final/val_loss")
@@ -164,7 +126,7 @@ def test_ui_shows_a_seeds_params_metrics_and_curve(browser, address, study, tmp_
     assert len(set(corners)) >= 5  # seven evaluations; Plotly leaves out points on a straight line
 
 
-def test_ui_shows_a_trials_aggregates_and_a_failures_reason(browser, address, study, tmp_path):
+def test_ui_shows_a_trials_aggregates_and_a_failures_reason(browser, address, study, tmp_path):  # noqa: F811
     runs = runs_in(study / "mlflow.db")
     [trial] = next(same for key, same in runs.items() if key.endswith("/1") and key.count("/") == 1)
     browser.get(page_of(address, trial))

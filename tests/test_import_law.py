@@ -67,8 +67,18 @@ def test_mpo_core_needs_torch_and_the_standard_library_alone():
     assert loaded_by("import mpo_core", ["pandas", "scipy", "tensorly", "transformers"]) == []
 
 
-def test_analysis_needs_neither_torch_nor_ray_nor_optuna():
-    assert importers("analysis", ("torch", "ray", "optuna")) == set()
+def test_analysis_needs_neither_torch_nor_ray():
+    assert importers("analysis", ("torch", "ray")) == set()
+
+
+def test_analysis_takes_of_optuna_its_importance_alone():
+    """And what that is fed with: no sampler, no storage. It brings neither torch nor Ray."""
+    assert importers("analysis", ("optuna",)) == {"analysis/importance.py"}
+    taken = {name for name in imports(ROOT / "analysis/importance.py") if name.startswith("optuna")}
+    modules = ("importance", "distributions", "logging", "study.create_study", "trial.create_trial")
+    assert all(name.removeprefix("optuna.").startswith(modules) for name in taken)
+    assert loaded_by("import analysis.importance", ["optuna"]) == []
+    assert loaded_by("import optuna.importance", ["torch", "ray"]) == []
 
 
 def test_mlflow_has_one_writer_and_one_reader():

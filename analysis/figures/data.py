@@ -27,9 +27,10 @@ MAX_CURVES = 6
 """Learning curves that one panel shows at most."""
 
 
-def frontier_points(summary: pd.DataFrame, measure: Measure) -> pd.DataFrame:
+def frontier_points(summary: pd.DataFrame, measure: Measure, support: pd.DataFrame) -> pd.DataFrame:
     """One row per trial with a complete seed: identity, n_params, n_seeds, mean and half_width in the measure's unit,
-    on_frontier, is_reference."""
+    on_frontier, is_reference; support and near_support, NaN where the trial is not in `support` (as
+    `uncertainty.FrontierUncertainty` has it)."""
     points = summary.loc[
         summary["n_seeds"] > 0,
         ["trial", "arm", "group", "label", "n_params", "percent_of_dense", "n_seeds", "is_reference"],
@@ -37,7 +38,8 @@ def frontier_points(summary: pd.DataFrame, measure: Measure) -> pd.DataFrame:
     points["mean"] = measure.scale * summary[schema.mean_key(measure.key)]
     points["half_width"] = measure.scale * summary[half_width_key(measure.key)]
     points["on_frontier"] = summary[frontier_key(measure)]
-    return points.reset_index(drop=True)
+    shares = support.set_index("trial").astype("float64").reindex(points["trial"])
+    return pd.concat((points.reset_index(drop=True), shares.reset_index(drop=True)), axis=1)
 
 
 def seed_points(summary: pd.DataFrame, seeds: pd.DataFrame, measure: Measure) -> pd.DataFrame:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,6 +16,8 @@ from analysis import style
 from analysis.figures import labels
 from analysis.frontier.nondominated import step_line
 from analysis.summary import MIN_SEEDS, Measure, n_statement
+from analysis.tables import percent
+from analysis.uncertainty import N_DRAWS, FrontierUncertainty
 
 _MARKER_SIZE = 5.2
 _AXES_HEIGHT, _ABOVE = 2.6, 0.45
@@ -22,18 +26,25 @@ _FEW = "#8c8c8c"
 """Colour of a mean over too few seeds."""
 _LABELLED = 20
 """Configurations up to which each gets a label; of more, only those on the frontier do."""
+_BAND = "#dbe9f6"
+_WORTH_SAYING = 0.05
+"""Support from which a configuration off the frontier is labelled with it."""
 _SEEDS_BESIDE = 5.0
 """Points between a mean and the dots of its seeds, which it would hide."""
 
 
-def frontier_figure(points: pd.DataFrame, seeds: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
-    """Mean of a measure against trainable parameters, with the frontier of the means.
+def frontier_figure(
+    points: pd.DataFrame, seeds: pd.DataFrame, uncertainty: FrontierUncertainty, measure: Measure, note: str = ""
+) -> Figure:
+    """Mean of a measure against trainable parameters, with the frontier of the means, its support and its band.
 
     Args:
         points: `data.frontier_points` of the measure; at least one row.
         seeds: `data.seed_points` of the measure.
+        uncertainty: of the same frontier; its frames may be empty.
         note: sentence added under the figure.
     """
+    band = uncertainty.band
     enough = points.loc[points["n_seeds"] >= MIN_SEEDS, "n_seeds"]
     statement = (
         f"Means over complete seeds, {n_statement(enough)}; bars: 95 % t intervals of the mean; dots: seeds, drawn "
@@ -41,18 +52,26 @@ def frontier_figure(points: pd.DataFrame, seeds: pd.DataFrame, measure: Measure,
         if len(enough)
         else f"No configuration has {MIN_SEEDS} complete seeds: no intervals and no frontier."
     )
+    redrawn = (
+        f"In brackets: support, the share of {N_DRAWS:,} redraws of the means, with the noise of the "
+        f"{uncertainty.n} seeds that {uncertainty.n_trials} configurations share, in which one is on the frontier. "
+        "Band: 95 %, pointwise, for the frontier of the true means, which the observed one tends to flatter."
+        if len(band)
+        else ""
+    )
     with style.context():
-        legend = _legend(points)
+        legend = _legend(points, has_band=len(band) > 0)
         figure = style.new_figure(_ABOVE + _AXES_HEIGHT + 1)
         axes = figure.add_axes((0, 0, 1, 1))
         _lay_out(figure, axes, below=1)
-        _scale_axes(axes, points, seeds, measure)
+        _scale_axes(axes, points, seeds, band, measure)
+        _draw_band(axes, band)
         _draw_reference(axes, points)
         hard, soft = _draw_points(axes, points, seeds)
         left_out = labels.place_labels(axes, _point_labels(points), hard, soft)
         missing = f"{left_out} label{'s' * (left_out > 1)} left out for lack of room." if left_out else ""
         only = "Only the frontier and dense are labelled." if len(points) > _LABELLED else ""
-        text = style.footer(statement, only, missing, note)
+        text = style.footer(statement, redrawn, only, missing, note)
         below = 0.46 + 0.155 * -(-len(legend) // 3) + style.footer_height(text)
         _lay_out(figure, axes, below)
         figure.legend(
@@ -70,7 +89,7 @@ def _lay_out(figure: Figure, axes: Axes, below: float) -> None:
     axes.set_position((0.62 / style.WIDTH, below / height, (style.WIDTH - 0.8) / style.WIDTH, _AXES_HEIGHT / height))
 
 
-def _scale_axes(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, measure: Measure) -> None:
+def _scale_axes(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, band: pd.DataFrame, measure: Measure) -> None:
     sizes = points["n_params"].astype("float64")
     low, high = sizes.min() / 1.25, sizes.max() * 1.25
     if high / low < 4:
@@ -80,7 +99,8 @@ def _scale_axes(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, measure: 
     axes.set_xlim(low, high)
     style.set_log_ticks(axes.xaxis, low, high, style.format_count)
     half = points["half_width"].fillna(0)
-    values = pd.concat([points["mean"] - half, points["mean"] + half, seeds["value"]])
+    drawn = [points["mean"] - half, points["mean"] + half, seeds["value"], band["low"], band["high"]]
+    values = pd.concat([part.astype("float64") for part in drawn if len(part)])
     margin = 0.07 * (values.max() - values.min()) or 0.05 * abs(values.max()) or 1.0
     axes.set_ylim(values.min() - margin, values.max() + margin)
     axes.set_xlabel("Trainable parameters")
@@ -96,6 +116,14 @@ def _scale_axes(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, measure: 
     top.spines["top"].set_visible(True)
     axes.set_zorder(top.get_zorder() + 1)
     axes.patch.set_visible(False)
+
+
+def _draw_band(axes: Axes, band: pd.DataFrame) -> None:
+    """As steps: between two sizes the smaller one's limits hold."""
+    if len(band):
+        edges = np.append(band["n_params"].to_numpy(dtype=float), axes.get_xlim()[1])
+        low, high = (np.append(band[limit], band[limit].iloc[-1]).astype(float) for limit in ("low", "high"))
+        axes.fill_between(edges, low, high, step="post", color=_BAND, linewidth=0, zorder=0.6)
 
 
 def _draw_reference(axes: Axes, points: pd.DataFrame) -> None:
@@ -182,12 +210,19 @@ def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
         ["on_frontier", "is_reference", "n_params", "mean"], ascending=[False, False, True, True], kind="stable"
     )
     return [
-        labels.Label(float(row["n_params"]), row["mean"], row["label"], row["color"], bool(row["important"]))
+        labels.Label(float(row["n_params"]), row["mean"], _labelled(row), row["color"], bool(row["important"]))
         for row in ordered.to_dict("records")
     ]
 
 
-def _legend(points: pd.DataFrame) -> list[Line2D | Patch]:
+def _labelled(row: dict[Any, Any]) -> str:
+    """With its support, where it is on the frontier of the means or nearly so."""
+    share = row["support"]
+    is_worth_it = pd.notna(share) and (row["on_frontier"] or share >= _WORTH_SAYING)
+    return f"{row['label']} ({percent(share)})" if is_worth_it else row["label"]
+
+
+def _legend(points: pd.DataFrame, has_band: bool) -> list[Line2D | Patch]:
     def marker(shape: str, color: str, filled: bool, label: str) -> Line2D:
         return Line2D(
             [],
@@ -207,6 +242,8 @@ def _legend(points: pd.DataFrame) -> list[Line2D | Patch]:
         handles.append(marker(group_style.marker, group_style.color if shown else _FEW, shown, group))
     if points["on_frontier"].any():
         handles.append(Line2D([], [], color=style.GREY, linewidth=0.9, label="frontier of the means (filled)"))
+    if has_band:
+        handles.append(Patch(color=_BAND, linewidth=0, label="95 % band of the frontier"))
     if (enough & ~points["on_frontier"]).any():
         handles.append(marker("o", style.GREY, False, "hollow: dominated"))
     if not enough.all():

@@ -15,7 +15,8 @@ import optuna
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from study.config import CompressedArm, StudyConfig
+from study.arms import CompressedArm
+from study.config import StudyConfig
 from study.definition import definition, differences, only_adds, settled
 from study.early_stopping import Stop, stops_after
 from study.errors import StudyError

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from study.config import Choices, CompressedArm, Range, StudyConfig
+from study.arms import CompressedArm
+from study.config import StudyConfig
 from study.ledger.ledger import Ledger
 from study.ledger.tables import LEDGER_ERRORS
 from study.ledger.trials import Trial
 from study.scheduler.unit import Teachers, Unit, checkpoints_of
 from study.storage import Storage
 from study.trial import SeedResult, TrialSpec, now
+from study.values import Choices, Range
 
 MAX_DEATHS = 3
 """A unit whose worker died this often, with no evaluation passed in between, is recorded as failed; or, where no

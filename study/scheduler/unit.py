@@ -11,12 +11,12 @@ from functools import lru_cache
 
 import torch
 
-from study.config import Strict
 from study.corpus import Corpus, corpus_from_bytes
 from study.stacked import train_seeds
 from study.storage import Checkpoints, Damaged, Storage, pack_tensors, unpack_tensors
 from study.training import train_seed
 from study.trial import SeedResult, TrialSpec, now
+from study.values import Strict
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 """Of one unit on one machine: the study's other units may fit."""

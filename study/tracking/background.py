@@ -117,6 +117,9 @@ class BackgroundTracker:
             pause = self._first_pause
             self._refused.pop(trial.number, None)
             del self._pending[trial.number]
+        if tracker is not None and not self._refused:
+            with suppress(Exception):  # without it readers read more than they need
+                tracker.settle()
 
     def _next(self, pause: float) -> _Job | None:
         """A trial to write, waited for; None where there will be none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -42,6 +43,8 @@ class StudyRecord:
     uuid: str
     description: str
     study_file: str
+    claims: str
+    """JSON, see `run_schema.CLAIMS`."""
     environment: dict[str, Any]
     created: str
     changed: str
@@ -63,6 +66,8 @@ class _KnownRun:
     parent: str | None = None
     lost_weights: bool = False
     budget_hash: str | None = None
+    revision: str | None = None
+    """The summary's: what readers know the experiment by, see `analysis.run_schema`."""
 
 
 class Tracker:
@@ -80,7 +85,9 @@ class Tracker:
     def __init__(self, client: MlflowClient, artifacts: str | None, storage: Storage, record: StudyRecord) -> None:
         self._client, self._record, self._storage = client, record, storage
         self._experiment_id = self._open_experiment(artifacts)
-        self._known = self._existing_runs()
+        self._summary_key = f"{record.uuid}/{schema.KIND_SUMMARY}"
+        self._known: dict[str, _KnownRun] = {}
+        self._find_runs()
         self._describe()
 
     def answers(self) -> bool:
@@ -103,12 +110,35 @@ class Tracker:
             raise StudyError(f"the experiment {name} holds another study of that name; give this one another name")
         return experiment.experiment_id
 
-    def _existing_runs(self) -> dict[str, _KnownRun]:
-        """Active runs of this study by key.
+    @property
+    def _writer(self) -> MlflowClient:
+        """The client for calls that change something, of which readers are warned first."""
+        summary = self._known.get(self._summary_key)
+        if summary is not None and summary.revision is not None:
+            self._client.delete_tag(summary.run_id, schema.REVISION)
+            summary.revision = None
+        return self._client
+
+    def settle(self) -> None:
+        """Tell readers that this state of the experiment will stay, unless something in it is still to come.
+
+        To be called when all is written.
+        """
+        summary = self._known[self._summary_key]
+        if any(run.ended is None for run in self._known.values()):
+            return
+        n_runs = str(len(self._known))
+        if summary.revision is None or summary.revision.partition("/")[2] != n_runs:
+            revision = f"{uuid.uuid4().hex}/{n_runs}"
+            self._client.set_tag(summary.run_id, schema.REVISION, revision)
+            summary.revision = revision
+
+    def _find_runs(self) -> None:
+        """Take up the active runs of this study by key.
 
         Of two under one key (a call whose answer was lost, and that was made again) the one that is over stays.
         """
-        known: dict[str, _KnownRun] = {}
+        known = self._known
         doomed: list[_KnownRun] = []  # deleted at the end: a page begins where the runs before it end
         token: str | None = None
         while True:
@@ -130,6 +160,7 @@ class Tracker:
                     tags.get(schema.PARENT),
                     schema.WEIGHTS_LOST in tags,
                     run.data.params.get("budget_hash"),
+                    tags.get(schema.REVISION),
                 )
                 both = sorted(
                     (known.get(tags[schema.KEY], found), found), key=lambda one: (one.ended or 0, one.n_results)
@@ -141,17 +172,18 @@ class Tracker:
             if not token:
                 break
         for run in doomed:
-            self._client.delete_run(run.run_id)
-        return known
+            self._writer.delete_run(run.run_id)
 
     def _describe(self) -> None:
         """A summary run that holds the resolved study file and the environment."""
-        key = f"{self._record.uuid}/{schema.KIND_SUMMARY}"
+        key = self._summary_key
         known = self._known.get(key)
         created, changed = _milliseconds(self._record.created), _milliseconds(self._record.changed)
         if known is not None and known.ended == changed:
             return
         run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
+        self._client.set_tag(run.run_id, schema.CLAIMS, self._record.claims)
+        self._client.set_tag(run.run_id, schema.ENVIRONMENT, json.dumps(self._record.environment))
         self._log_file(run, "study.yaml", self._record.study_file.encode())
         self._log_file(run, "environment.json", json.dumps(self._record.environment, indent=2).encode())
         self._log_corpus(run)
@@ -187,13 +219,13 @@ class Tracker:
         if again or self._is_outdated(trial_key, trial):
             for key in [trial_key, *(keys[result.seed] for result in again)]:
                 if key in self._known:  # of what was trained again nothing may stay, means included
-                    self._client.delete_run(self._known.pop(key).run_id)
+                    self._writer.delete_run(self._known.pop(key).run_id)
         parent = self._known.get(trial_key) or self._create_trial(trial, results[0])
         if trial.duplicate_of is None:
             for result in results:
                 known = self._known.get(keys[result.seed])
                 if known is not None and known.parent != parent.run_id:  # somebody deleted the parent that it had
-                    self._client.set_tag(known.run_id, schema.PARENT, parent.run_id)
+                    self._writer.set_tag(known.run_id, schema.PARENT, parent.run_id)
                     known.parent = parent.run_id
                 if known is None or known.ended is None:
                     self._write_seed(known or self._create_seed(parent, trial, result), trial, result)
@@ -205,7 +237,7 @@ class Tracker:
         """A trial's run without seeds, over as soon as it was begun."""
         key, when = schema.run_key(self._record.uuid, trial.number), _milliseconds(pruned.when)
         if self._is_outdated(key, trial):
-            self._client.delete_run(self._known.pop(key).run_id)
+            self._writer.delete_run(self._known.pop(key).run_id)
         known = self._known.get(key)
         if known is None:
             tags = _group_tags(trial) | {schema.PRUNED: pruned.reason}
@@ -251,9 +283,9 @@ class Tracker:
             try:
                 self._log_file(run, Path(result.weights).name, self._storage.read(result.weights))
                 if run.lost_weights:
-                    self._client.delete_tag(run.run_id, schema.WEIGHTS_LOST)
+                    self._writer.delete_tag(run.run_id, schema.WEIGHTS_LOST)
             except FileNotFoundError:  # its numbers are no less true for that
-                self._client.set_tag(run.run_id, schema.WEIGHTS_LOST, result.weights)
+                self._writer.set_tag(run.run_id, schema.WEIGHTS_LOST, result.weights)
         self._terminate(run, "FINISHED" if result.state == "complete" else "FAILED", ended)
 
     def _write_aggregates(self, run: _KnownRun, trial: Trial, results: list[SeedResult], is_over: bool) -> None:
@@ -270,11 +302,11 @@ class Tracker:
         self._log(run, counts + _metrics(metrics, ended, step=len(results)), self._params(trial))
         run.n_results = len(results)
         if trial.stop is not None and trial.duplicate_of is None:
-            self._client.set_tag(run.run_id, schema.STOPPED, trial.stop.reason)
+            self._writer.set_tag(run.run_id, schema.STOPPED, trial.stop.reason)
         if is_over:
             self._terminate(run, "FINISHED" if complete else "FAILED", ended)
         elif run.ended is not None:  # the study has grown
-            self._client.update_run(run.run_id, status="RUNNING")
+            self._writer.update_run(run.run_id, status="RUNNING")
             run.ended = None
 
     # MLflow's calls -----------------------------------------------------------------------------------------------
@@ -287,7 +319,7 @@ class Tracker:
             schema.STUDY_UUID: self._record.uuid,
             schema.SCHEMA: str(schema.SCHEMA_VERSION),
         }
-        run = self._client.create_run(self._experiment_id, start_time=started, tags=own | tags, run_name=name)
+        run = self._writer.create_run(self._experiment_id, start_time=started, tags=own | tags, run_name=name)
         self._known[key] = _KnownRun(run.info.run_id, started, parent=tags.get(schema.PARENT))
         return self._known[key]
 
@@ -295,14 +327,14 @@ class Tracker:
         from mlflow.entities import Param
 
         own = [Param(key, str(value)) for key, value in params.items() if value is not None]
-        self._client.log_batch(run.run_id, metrics, own)
+        self._writer.log_batch(run.run_id, metrics, own)
         run.budget_hash = params.get("budget_hash", run.budget_hash)
 
     def _log_file(self, run: _KnownRun, name: str, content: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(content)
-            self._client.log_artifact(run.run_id, str(path))
+            self._writer.log_artifact(run.run_id, str(path))
 
     def _log_corpus(self, run: _KnownRun) -> None:
         """Name the text as the run's input, for MLflow's column of data sets."""
@@ -311,10 +343,10 @@ class Tracker:
         sha256 = self._record.corpus_sha256
         source = json.dumps({"sha256": sha256})
         corpus = Dataset("corpus", sha256[:_DIGEST], source_type="sha256", source=source)  # more it does not take
-        self._client.log_inputs(run.run_id, [DatasetInput(corpus, [InputTag("mlflow.data.context", "training")])])
+        self._writer.log_inputs(run.run_id, [DatasetInput(corpus, [InputTag("mlflow.data.context", "training")])])
 
     def _terminate(self, run: _KnownRun, status: str, ended: int) -> None:
-        self._client.set_terminated(run.run_id, status, end_time=ended)
+        self._writer.set_terminated(run.run_id, status, end_time=ended)
         run.ended = ended
 
     def _params(self, trial: Trial) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 import simulated_study
-from matplotlib.text import Annotation, Text
+from drawn import Drawn, apart
 
 from analysis import style
 from analysis.figures import data, labels
@@ -38,37 +38,6 @@ def draw(name: str) -> dict:
 @pytest.fixture(scope="module", params=STUDIES)
 def drawn(request) -> dict[str, Drawn]:
     return {name: Drawn(figure) for name, figure in draw(request.param).items()}
-
-
-class Drawn:
-    """A figure after drawing, and where its visible texts stand, in points."""
-
-    def __init__(self, figure):
-        figure.canvas.draw()
-        renderer = figure.canvas.get_renderer()
-        self.figure = figure
-        self.placed: list[tuple[Text, np.ndarray]] = []
-        self.others: list[tuple[Text, np.ndarray]] = []
-        undrawn = _undrawn_ticks(figure)
-        for text in figure.findobj(Text):
-            if text.get_visible() and text.get_text() and id(text) not in undrawn:
-                extent = Text.get_window_extent(text, renderer).extents * 72 / figure.dpi
-                (self.placed if isinstance(text, Annotation) else self.others).append((text, extent))
-
-
-def _undrawn_ticks(figure) -> set[int]:
-    """Matplotlib keeps ticks beyond the limits, switched off or of a hidden axis, without drawing them."""
-    kept, drawn = set(), set()
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            ticks = axis._update_ticks() if axis.get_visible() else []
-            drawn |= {id(label) for tick in ticks for label in (tick.label1, tick.label2) if label.get_visible()}
-            kept |= {id(label) for tick in (*axis.majorTicks, *axis.minorTicks) for label in (tick.label1, tick.label2)}
-    return kept - drawn
-
-
-def apart(a, b) -> bool:
-    return bool((a[2:] <= b[:2] + 0.01).any() or (b[2:] <= a[:2] + 0.01).any())
 
 
 def test_figures_write_the_same_bytes_twice(tmp_path):

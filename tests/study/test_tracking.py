@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from study_fixtures import (
     DENSE,
@@ -24,6 +25,7 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
+from analysis.load import StudyAddress, load_study
 from study.config import Execution
 from study.directory import StudyDirectory
 from study.errors import StudyError
@@ -263,6 +265,101 @@ def test_tracker_writes_a_deleted_run_again(opened, database, deleted):  # noqa:
         assert child.data.tags[schema.PARENT] == parent.info.run_id
 
 
+# What readers know a state by -----------------------------------------------------------------------------------------
+
+
+def revision_of(path):
+    [(summary,)] = [runs for key, runs in runs_in(path).items() if key.endswith("/summary")]
+    return summary.data.tags.get(schema.REVISION)
+
+
+def test_tracker_names_a_state_in_which_all_is_written(opened, database):  # noqa: F811
+    ledger, connect = opened
+    tracker = connect(database)
+    write_all(ledger, tracker)
+    assert revision_of(database) is None
+    tracker.settle()
+    first = revision_of(database)
+    assert first.partition("/")[2] == str(len(keys_of(ledger)))
+    again = connect(database)
+    write_all(ledger, again)  # which changes nothing
+    again.settle()
+    assert revision_of(database) == first
+
+
+def test_tracker_takes_the_name_of_a_state_away_before_it_changes_it(opened, database, monkeypatch):  # noqa: F811
+    from mlflow import MlflowClient
+
+    ledger, connect = opened
+    tracker = connect(database)
+    write_all(ledger, tracker)
+    tracker.settle()
+    first = revision_of(database)
+    [run] = runs_in(database)[schema.run_key(ledger.uuid, 0, 7)]
+    mlflow_client(database).delete_run(run.info.run_id)
+    seen = {}
+
+    def watch(name):
+        real = getattr(MlflowClient, name)
+
+        def call(self, *arguments, **settings):
+            seen[name] = revision_of(database)
+            return real(self, *arguments, **settings)
+
+        monkeypatch.setattr(MlflowClient, name, call)
+
+    for name in ("create_run", "log_batch", "log_artifact", "log_inputs", "set_terminated", "delete_run"):
+        watch(name)
+    again = connect(database)
+    write_all(ledger, again)
+    assert seen == {"create_run": None, "log_batch": None, "set_terminated": None}
+    assert revision_of(database) is None  # a writer that is killed here leaves it so
+    again.settle()
+    assert revision_of(database) not in (None, first)
+
+
+def test_tracker_names_no_state_in_which_a_run_is_running(opened, database):  # noqa: F811
+    ledger, connect = opened
+    tracker = connect(database)
+    tracker.write(ledger.trials[0], ledger.on_record(ledger.trials[0])[:1], 2)
+    tracker.settle()
+    assert revision_of(database) is None
+    write_all(ledger, tracker)
+    tracker.settle()
+    assert revision_of(database) is not None
+
+
+def test_cache_of_the_analysis_follows_what_a_tracker_does(opened, database, tmp_path):  # noqa: F811
+    ledger, connect = opened
+    address, cache = StudyAddress(f"sqlite:///{database}", "tiny"), tmp_path / "cache"
+
+    def check(is_kept):
+        kept, read = load_study(address, cache=cache), load_study(address)
+        for name in ("trials", "seeds", "failures", "unfinished"):
+            pd.testing.assert_frame_equal(getattr(kept, name), getattr(read, name))
+        assert (kept.cache is not None) == is_kept
+        return len(read.seeds)
+
+    tracker = connect(database)
+    half = list(ledger.trials.values())[:1]
+    for trial in half:
+        tracker.write(trial, ledger.on_record(trial), 2)
+    check(False)
+    tracker.settle()  # the study was stopped here
+    n_first = check(True)
+    write_all(ledger, tracker)
+    assert check(False) > n_first
+    tracker.settle()
+    n_all = check(True)
+    [run] = runs_in(database)[schema.run_key(ledger.uuid, 0, 7)]
+    mlflow_client(database).delete_run(run.info.run_id)
+    assert check(False) == n_all - 1
+    again = connect(database)
+    write_all(ledger, again)
+    again.settle()
+    assert check(True) == n_all
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -413,6 +510,7 @@ def test_run_study_writes_mlflow_as_it_goes_and_again_nothing(tmp_path, mlflow_t
         [schema.run_key(ledger.uuid, t, s) for t in range(4) for s in (None, 0, 1)] + [f"{ledger.uuid}/summary"]
     )
     ledger.close()
+    assert revision_of(folder / "mlflow.db").endswith("/13")
     before = contents(folder / "mlflow.db")
     assert run_at(file, folder, tracking=None) == first
     assert contents(folder / "mlflow.db") == before
@@ -450,10 +548,12 @@ def test_sync_writes_the_other_trials_where_mlflow_does_not_take_one(tmp_path, d
     with pytest.raises(StudyError, match="MLflow lacks 1 trials; it did not take trial 0: no"):
         sync(load_config(file), StudyDirectory(folder), None, f"sqlite:///{database}")
     assert len(runs_in(database)) == 1 + 2 * 2
+    assert revision_of(database) is None
     monkeypatch.undo()
     (tmp_path / "text.txt").unlink()  # sync needs no more of it than storage has
     assert sync(load_config(file), StudyDirectory(folder), None, f"sqlite:///{database}") == 3
     assert len(runs_in(database)) == 1 + 3 * 2
+    assert revision_of(database).endswith("/7")
 
 
 def test_run_study_goes_on_without_mlflow_and_sync_catches_up(tmp_path, database, nobody):  # noqa: F811
@@ -518,6 +618,7 @@ def test_background_tracker_writes_the_other_trials_where_mlflow_does_not_take_o
     assert said == ["MLflow did not take trial 0, which is tried again later: a metric that MLflow does not take"]
     of_first = [schema.run_key(ledger.uuid, 0, seed) for seed in (None, 0, 7)]
     assert sorted(runs_in(database)) == sorted(set(keys_of(ledger)) - set(of_first))
+    assert revision_of(database) is None
 
 
 def test_background_tracker_tries_again_what_mlflow_did_not_take_once(opened, database, monkeypatch):  # noqa: F811

@@ -1,0 +1,85 @@
+"""Frames kept as Parquet files in a folder, which are either what was written, whole, or not there. Knows no MLflow.
+
+The files are for this program alone: what is in them is in MLflow, and the folder may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+VERSION = 1
+"""Raised when what is kept, or how it was computed from the runs, changes: then older caches are ignored."""
+MANIFEST = "cache.json"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Frames of one state of one study.
+
+    `stamp`: what names the state; frames under another stamp are not there for this one, and give way to its own.
+    """
+
+    folder: Path
+    stamp: dict[str, Any]
+
+    def read(self, names: Iterable[str]) -> dict[str, pd.DataFrame] | None:
+        """These frames; None where any is missing, damaged or of another stamp."""
+        sums = self._sums()
+        try:
+            return {name: self._frame(name, sums[name]) for name in names}
+        except (OSError, ValueError, KeyError):  # pyarrow's own errors are ValueErrors and OSErrors
+            return None
+
+    def write(self, frames: dict[str, pd.DataFrame]) -> None:
+        """Keep these frames beside others of the same stamp; the manifest, by which they count, is written last.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sums = self._sums()
+        for name, frame in frames.items():
+            data = io.BytesIO()
+            frame.to_parquet(data, index=False, engine="pyarrow")
+            sums[name] = hashlib.sha256(data.getvalue()).hexdigest()
+            self._replace(f"{name}.parquet", data.getvalue())
+        self._replace(MANIFEST, json.dumps({"stamp": self._full_stamp, "sha256": sums}, indent=1).encode())
+
+    @property
+    def _full_stamp(self) -> dict[str, Any]:
+        return {"version": VERSION, "pandas": pd.__version__, **self.stamp}
+
+    def _sums(self) -> dict[str, str]:
+        """SHA-256 of each frame's file that there is under this stamp."""
+        try:
+            manifest = json.loads((self.folder / MANIFEST).read_bytes())
+            return dict(manifest["sha256"]) if manifest["stamp"] == self._full_stamp else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _frame(self, name: str, sha256: str) -> pd.DataFrame:
+        data = (self.folder / f"{name}.parquet").read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"{name} is not what was written")
+        return pd.read_parquet(io.BytesIO(data), engine="pyarrow")
+
+    def _replace(self, name: str, data: bytes) -> None:
+        """Whole or not at all, also when two reports are made at once."""
+        handle, partial = tempfile.mkstemp(prefix=f".{name}-", dir=self.folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(partial, self.folder / name)
+        except BaseException:
+            os.unlink(partial)
+            raise

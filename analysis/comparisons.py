@@ -1,0 +1,231 @@
+"""Which trial is compared with which, and what the seeds that both have say of the difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from analysis import run_schema as schema
+from analysis.runs import StudyRuns
+from analysis.selection import seed_table
+from analysis.statistics.contrasts import ONE_SIDED, TTest, contrasts, fixed_sequence, headline, non_inferiority
+from analysis.statistics.multiplicity import benjamini_hochberg, holm
+from analysis.statistics.seed_blocks import MIN_SEEDS
+from analysis.summary import MEASURES, Measure
+
+LEVEL = 0.05
+"""Of a family of tests, two-sided."""
+EQUAL_SIZE = 0.05
+"""A control whose parameters differ from a trial's by at most this share has equal parameters."""
+
+REFERENCE, EQUAL_PARAMETERS, DECLARED = "reference", "equal parameters", "declared"
+BETTER, WORSE, NOT_INFERIOR, UNDECIDED = "better", "worse", "not inferior", "undecided"
+TOO_FEW, FAILED = "too few seeds", "failed seeds"
+
+COLUMNS = (
+    *("measure", "trial", "label", "group", "n_params", "total_tokens", "against", "against_label", "against_group"),
+    *("against_n_params", "against_total_tokens", "relation", "declared", "same_budget", "n", "difference"),
+    *("half_width", "p", "p_adjusted", "adjustment", "block_half_width", "block_p", "margin", "bound", "non_inferior"),
+    "verdict",
+)
+
+
+class Pair(NamedTuple):
+    """Two trials that are compared, and why."""
+
+    trial: int
+    against: int
+    relation: str
+    declared: bool
+
+
+def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
+    """The differences that a study is about, tested on the seeds that both trials have.
+
+    Compared are the pairs that the study file declares, of any budgets; and, of one budget, each trial with the dense
+    reference and each MPO trial with the controls of equal parameters: that of each family which stands for its χ, or
+    is within `EQUAL_SIZE` of its parameters, from the same start. Trials that were stopped early are left out.
+
+    Claims rest on each pair's own t test (see `statistics.contrasts.headline`). Declared pairs are one family for each
+    measure, adjusted by Holm; the others are exploration, adjusted by Benjamini and Hochberg. Non-inferiority to the
+    reference, by the study file's margin, is tested at .025 one-sided within each arm, from its largest χ (or, without
+    χ, its largest model) downwards, up to the first that fails; where two are equally large, by Holm.
+
+    Returns:
+        One row per measure and pair, with `COLUMNS`. difference (trial − against), half_width (95 %), margin and bound
+        are in the measure's unit. bound: worst difference that is not excluded. block_half_width, block_p: of the block
+        model over all trials of the trial's budget that have the seeds of most; NaN where either trial has not.
+        verdict: on this difference alone; of a pair with fewer than 3 shared seeds, or a failed seed, nothing is said.
+    """
+    rows = summary.set_index("trial")
+    pairs = list(_pairs(runs, summary))
+    frames = [_measured(runs, rows, pairs, measure) for measure in MEASURES] if pairs else []
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
+
+
+def reference_trial(summary: pd.DataFrame) -> int | None:
+    """The dense trial that others are compared with; None if the study has none."""
+    trials = summary.loc[summary["is_reference"], "trial"]
+    return int(trials.iloc[0]) if len(trials) else None
+
+
+# Pairs ----------------------------------------------------------------------------------------------------------------
+
+
+def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
+    compared = summary[(summary["n_seeds"] > 0) & summary["stopped"].isna()].copy()
+    compared["cap"] = compared["chi"].fillna(compared["as_chi"])
+    trials: list[dict[str, Any]] = compared.to_dict("records")  # type: ignore[assignment]
+    reference = next((trial for trial in trials if trial["is_reference"]), None)
+    declared = list(_declared_pairs(runs, trials, reference))
+    yield from declared
+    known = {(pair.trial, pair.against) for pair in declared}
+    for trial in trials:
+        own = [] if reference is None or trial is reference else [(reference, REFERENCE)]
+        own += [(control, EQUAL_PARAMETERS) for control in _controls(trial, trials)]
+        for against, relation in own:
+            pair = (trial["trial"], against["trial"])
+            if pair not in known and trial["budget_hash"] == against["budget_hash"]:
+                known.add(pair)
+                yield Pair(*pair, relation, declared=False)
+
+
+def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]], reference: dict[str, Any] | None) -> Iterator[Pair]:
+    for study, arm, rival in runs.claims.contrasts:
+        own = [trial for trial in trials if trial["study"] == study]
+        rivals = [trial for trial in own if trial["arm"] == rival]
+        for trial in (trial for trial in own if trial["arm"] == arm and rivals):
+            against = _counterpart(trial, rivals)
+            is_equal = trial["family"] == "mpo" and against in _controls(trial, [against])
+            relation = REFERENCE if against is reference else EQUAL_PARAMETERS if is_equal else DECLARED
+            yield Pair(trial["trial"], against["trial"], relation, declared=True)
+
+
+def _counterpart(trial: dict[str, Any], rivals: list[dict[str, Any]]) -> dict[str, Any]:
+    """That of the same χ, or else the nearest in parameters; of several the first."""
+    same = [rival for rival in rivals if pd.notna(trial["cap"]) and rival["cap"] == trial["cap"]]
+    return min(same or rivals, key=lambda rival: (_distance(trial, rival), rival["trial"]))
+
+
+def _controls(trial: dict[str, Any], trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each other family, the trial of equal parameters from the same start that is nearest to an MPO trial."""
+    if trial["family"] != "mpo":
+        return []
+    nearest: dict[str, dict[str, Any]] = {}
+    for other in trials:
+        stands_for = pd.notna(other["as_chi"]) and other["as_chi"] == trial["chi"]
+        is_equal = stands_for or _distance(trial, other) <= math.log1p(EQUAL_SIZE)
+        if other["family"] == "mpo" or other["start"] != trial["start"] or not is_equal:
+            continue
+        known = nearest.get(other["family"])
+        if known is None or _distance(trial, other) < _distance(trial, known):
+            nearest[other["family"]] = other
+    return list(nearest.values())
+
+
+def _distance(trial: dict[str, Any], other: dict[str, Any]) -> float:
+    return abs(math.log(other["n_params"] / trial["n_params"]))
+
+
+# Tests ----------------------------------------------------------------------------------------------------------------
+
+
+def _measured(runs: StudyRuns, rows: pd.DataFrame, pairs: list[Pair], measure: Measure) -> pd.DataFrame:
+    trial, against = rows.loc[[pair.trial for pair in pairs]], rows.loc[[pair.against for pair in pairs]]
+    frame = pd.DataFrame(pairs).assign(measure=measure.name)
+    for name in ("label", "group", "n_params", "total_tokens"):
+        frame[name] = trial[name].to_numpy()
+        frame[f"against_{name}"] = against[name].to_numpy()
+    frame["same_budget"] = trial["budget_hash"].to_numpy() == against["budget_hash"].to_numpy()
+    values = (measure.scale * runs.seeds.pivot(index="trial", columns="seed", values=measure.key)).sort_index(axis=1)
+    failed = trial["n_failed"].to_numpy() + against["n_failed"].to_numpy() > 0
+    margin = measure.scale * runs.claims.margins.get(measure.name, math.nan)
+    _add_pair_tests(frame, values, margin, measure.direction, failed)
+    _add_block_tests(frame, rows, values, failed)
+    _adjust(frame)
+    frame["arm"] = trial["arm"].to_numpy()
+    frame["order"] = trial["chi"].fillna(trial["as_chi"]).fillna(trial["n_params"]).to_numpy(dtype=np.float64)
+    frame["non_inferior"] = _non_inferior(frame)
+    frame["verdict"] = [
+        FAILED if is_failed else _verdict(row, measure.direction)
+        for row, is_failed in zip(frame.to_dict("records"), failed, strict=True)
+    ]
+    return frame[list(COLUMNS)]
+
+
+def _add_pair_tests(
+    frame: pd.DataFrame, values: pd.DataFrame, margin: float, direction: schema.Direction | None, failed: np.ndarray
+) -> None:
+    assert direction is not None
+    for column in ("difference", "half_width", "p", "bound", "inferiority_p"):
+        frame[column] = math.nan
+    has = values.notna()
+    shared = (has.loc[frame["trial"]].to_numpy() & has.loc[frame["against"]].to_numpy()).astype(bool)
+    frame["n"] = shared.sum(axis=1)
+    # Pairs of one rival with the same seeds are one call.
+    alike = pd.Series(list(map(bytes, np.packbits(shared, axis=1))), frame.index)
+    for _, group in frame[frame["n"] > 0].groupby([frame["against"], alike]):
+        own = values.loc[:, shared[group.index[0]]]
+        found = contrasts(own.loc[group["trial"]], own.loc[group["against"].iloc[0]])
+        test = headline(found)
+        frame.loc[group.index, "difference"] = found.difference
+        if found.n < MIN_SEEDS:
+            continue
+        frame.loc[group.index, "half_width"], frame.loc[group.index, "p"] = test.half_width, test.p
+        if margin > 0:
+            result = non_inferiority(found.difference, test, margin, direction)
+            frame.loc[group.index, "bound"], frame.loc[group.index, "inferiority_p"] = result.bound, result.p
+    frame.loc[failed, ["half_width", "p", "bound", "inferiority_p"]] = math.nan
+    # A margin is one against the reference: that a control is not much better is another question.
+    frame["margin"] = np.where(frame["relation"] == REFERENCE, margin, math.nan)
+    frame.loc[frame["relation"] != REFERENCE, ["bound", "inferiority_p"]] = math.nan
+
+
+def _add_block_tests(frame: pd.DataFrame, rows: pd.DataFrame, values: pd.DataFrame, failed: np.ndarray) -> None:
+    frame["block_half_width"] = frame["block_p"] = math.nan
+    seeds = values.melt(var_name="seed", value_name="value", ignore_index=False).dropna().reset_index()
+    reference = rows.index[rows["is_reference"]]
+    budgets = rows["budget_hash"].reindex(frame["trial"]).to_numpy()
+    for budget, group in frame[~failed].groupby(budgets[~failed]):
+        inside = rows.index[rows["budget_hash"] == budget].union(reference).union(pd.Index(group["against"]))
+        table = seed_table(rows.loc[inside].reset_index(), seeds, "value")
+        group = group[group["trial"].isin(table.index) & group["against"].isin(table.index)]
+        for against, own in group.groupby("against"):
+            block: TTest = contrasts(table.to_numpy(), int(table.index.get_loc(against))).block  # type: ignore[arg-type]
+            at = table.index.get_indexer(pd.Index(own["trial"]))
+            frame.loc[own.index, "block_half_width"] = block.half_width[at]
+            frame.loc[own.index, "block_p"] = block.p[at]
+
+
+def _adjust(frame: pd.DataFrame) -> None:
+    declared = frame["declared"].to_numpy(dtype=bool)
+    frame["adjustment"] = np.where(declared, "Holm", "BH")
+    p = frame["p"].to_numpy(dtype=np.float64)
+    adjusted = np.full(p.shape, math.nan)
+    adjusted[declared] = holm(p[declared])
+    adjusted[~declared] = benjamini_hochberg(p[~declared])
+    frame["p_adjusted"] = adjusted
+
+
+def _non_inferior(frame: pd.DataFrame) -> np.ndarray:
+    holds = np.zeros(len(frame), dtype=bool)
+    tested = frame[frame["relation"] == REFERENCE]
+    for _, arm in tested.groupby("arm"):
+        at, p, order = arm.index.to_numpy(), arm["inferiority_p"].to_numpy(), arm["order"].to_numpy()
+        if np.unique(order).size == order.size:
+            holds[at] = fixed_sequence(p, order)
+        else:
+            holds[at] = holm(p) < ONE_SIDED
+    return holds
+
+
+def _verdict(row: dict[Any, Any], direction: schema.Direction) -> str:
+    if math.isnan(row["p"]):
+        return TOO_FEW
+    if row["p_adjusted"] < LEVEL:
+        return BETTER if (row["difference"] > 0) == (direction == "maximize") else WORSE
+    return NOT_INFERIOR if row["non_inferior"] else UNDECIDED

@@ -1,0 +1,130 @@
+"""Families beside each other at equal parameters: MPO and its controls, size by size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import run_schema as schema
+from analysis import style
+from analysis.comparisons import EQUAL_PARAMETERS
+from analysis.figures import marks
+from analysis.figures.rows import Row, lay_out, set_limits
+from analysis.summary import MEASURES, MIN_SEEDS, group_order, half_width_key, interval_statement, n_statement
+
+COLUMNS = (
+    *("measure", "size", "trial", "label", "group", "n_params", "n_seeds", "n_failed", "total_tokens"),
+    *("mean", "half_width"),
+)
+MAX_ROWS = 40
+"""Configurations that are shown at most, but all of the largest size."""
+
+
+def family_points(comparisons: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
+    """Every MPO that has a control of equal parameters, and these controls, sorted by size and group.
+
+    Args:
+        comparisons: of `comparisons.compare`, whose rows of the relation "equal parameters" say which pairs there are.
+        summary: of the same study.
+    Returns:
+        Columns: measure, size (parameters of the MPO; a control stands at each size at which it is one), trial, label,
+        group, n_params, n_seeds, n_failed, total_tokens, mean, half_width (in the measure's unit; NaN below MIN_SEEDS).
+    """
+    named = summary.set_index("trial", drop=False)
+    members: set[tuple[int, int]] = set()
+    own = comparisons[comparisons["relation"] == EQUAL_PARAMETERS]
+    for pair in own[["trial", "against"]].drop_duplicates().to_numpy():
+        sizes = [int(named.loc[trial, "n_params"]) for trial in pair if named.loc[trial, "family"] == "mpo"]
+        members |= {(size, int(trial)) for size in sizes[:1] for trial in pair}
+    rank = {group: index for index, group in enumerate(_order(named["group"]))}
+    ordered = sorted(members, key=lambda key: (key[0], rank[named.loc[key[1], "group"]], key[1]))
+    rows = [
+        {key: named.loc[trial, key] for key in COLUMNS[2:-2]}
+        | {"measure": measure.name, "size": size}
+        | {"mean": measure.scale * named.loc[trial, schema.mean_key(measure.key)]}
+        | {"half_width": measure.scale * named.loc[trial, half_width_key(measure.key)]}
+        for measure in MEASURES
+        for size, trial in ordered
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _order(groups: pd.Series) -> list[str]:
+    """MPO first, then what it is to be compared with."""
+    return sorted(group_order(groups), key=lambda group: not group.startswith("MPO"))
+
+
+def families_figure(points: pd.DataFrame, note: str = "") -> Figure:
+    """Means with their own intervals, grouped by size, one panel per measure.
+
+    Args:
+        points: `family_points`; at least one row.
+        note: sentence added under the figure.
+    """
+    shown, n_sizes = _largest(points), points["size"].nunique()
+    looks = style.group_styles(shown["group"])
+    once = shown[shown["measure"] == MEASURES[0].name]
+    budgets = once.groupby("size")["total_tokens"].nunique(dropna=False).max() > 1
+    with style.context():
+        rows = []
+        for size, block in once.groupby("size"):
+            rows.append(Row(f"{size:,} parameters", heading=True))
+            for row in block.to_dict("records"):
+                tokens = "?" if pd.isna(row["total_tokens"]) else f"{row['total_tokens']:,}"
+                cells = (f"{row['n_params']:,}", *([tokens] if budgets else []))
+                few = f", n={row['n_seeds']}" if row["n_seeds"] < once["n_seeds"].max() else ""
+                rows.append(Row(f"{row['group']}, {row['label']}{few}", cells, (), look=looks[row["group"]]))
+        sheet = lay_out(
+            rows,
+            titles=[measure.title for measure in MEASURES],
+            subtitles=[
+                (f"{'lower' if measure.direction == 'minimize' else 'higher'} is better", "") for measure in MEASURES
+            ],
+            axis_labels=[f"Mean ({measure.unit})" for measure in MEASURES],
+            heads=["parameters", *(["total tokens"] if budgets else [])],
+            beside_head="",
+            legend=_legend(once),
+            foot=_foot(once, n_sizes, note),
+        )
+        y = [middle for row, middle in zip(rows, sheet.y, strict=True) if not row.heading]
+        for measure, axes in zip(MEASURES, sheet.panels, strict=True):
+            own = shown[shown["measure"] == measure.name].sort_values("size", kind="stable")
+            half = own["half_width"].fillna(0)
+            low, high = (own["mean"] - half).min(), (own["mean"] + half).max()
+            space = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+            set_limits(axes, low - space, high + space)
+            for row, middle in zip(own.to_dict("records"), y, strict=True):
+                ends = (row["mean"] - row["half_width"], row["mean"] + row["half_width"])
+                look, whole = looks[row["group"]], row["n_failed"] == 0
+                marks.point(axes, (row["mean"], middle), ends, look, row["n_seeds"], along="x", filled=whole)
+    return sheet.figure
+
+
+def _largest(points: pd.DataFrame) -> pd.DataFrame:
+    """The largest sizes whose configurations are no more than MAX_ROWS."""
+    counts = points[points["measure"] == MEASURES[0].name].groupby("size").size().sort_index(ascending=False)
+    fits = counts.index[np.maximum(counts.cumsum() <= MAX_ROWS, np.arange(len(counts)) == 0)]
+    return points[points["size"].isin(fits)]
+
+
+def _legend(once: pd.DataFrame) -> list[Line2D]:
+    handles = []
+    if ((once["n_failed"] > 0) & (once["n_seeds"] >= MIN_SEEDS)).any():
+        handles.append(marks.failed_point())
+    if (once["n_seeds"] < MIN_SEEDS).any():
+        handles.append(marks.few_point())
+    return handles
+
+
+def _foot(once: pd.DataFrame, n_sizes: int, note: str) -> str:
+    counts = once["n_seeds"]
+    left_out = n_sizes - once["size"].nunique()
+    return style.footer(
+        f"Means over complete seeds, {n_statement(counts)}; {interval_statement('bars', counts)}, each mean's own; "
+        "final step, whole validation split.",
+        "Whether two differ is for their paired difference to say: intervals that overlap do not make them equal.",
+        f"Shown: the {n_sizes - left_out} largest of {n_sizes} sizes." if left_out else "",
+        note,
+    )

@@ -1,0 +1,94 @@
+"""Panels with parameters on a logarithmic axis, the legend and the footer under them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from analysis import style
+from analysis.figures import labels
+
+_HEIGHT, _ABOVE = 2.6, 0.1
+_LEFT, _RIGHT, _LINE = 0.62, 0.15, 0.165
+_SAME_SIZE = 1.03
+"""Ratio of parameters up to which two configurations would be drawn on top of each other."""
+_APART = 6.0
+"""Points between the groups of one size."""
+
+
+def new_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels side by side, of their final size; `settle` it once its footer is known."""
+    figure = style.new_figure(1)
+    axes = [figure.add_axes((0, 0, 1, 1)) for _ in range(count)]
+    _place(figure, axes, 1)
+    return figure, axes
+
+
+def settle(figure: Figure, axes: list[Axes], legend: Sequence[Artist], foot: str, columns: int = 3) -> None:
+    """Write legend and footer under the panels; their size stays the same, so that labels keep their places."""
+    below = 0.46 + _LINE * -(-len(legend) // columns) + style.footer_height(foot)
+    _place(figure, axes, below)
+    figure.legend(
+        handles=list(legend), loc="upper left", ncols=columns, borderaxespad=0, columnspacing=1.8, handlelength=1.8,
+        labelspacing=0.35, bbox_to_anchor=(0.55 / style.WIDTH, (below - 0.38) / figure.get_figheight()),
+    )  # fmt: skip
+    style.add_footer(figure, foot)
+
+
+def _place(figure: Figure, axes: list[Axes], below: float) -> None:
+    height = _ABOVE + _HEIGHT + below
+    figure.set_size_inches(style.WIDTH, height)
+    each = style.WIDTH / len(axes)
+    for index, panel in enumerate(axes):
+        left, width = index * each + _LEFT, each - _LEFT - _RIGHT
+        panel.set_position((left / style.WIDTH, below / height, width / style.WIDTH, _HEIGHT / height))
+
+
+def scale_sizes(axes: Axes, sizes: pd.Series) -> None:
+    """A logarithmic axis of parameters with room on either side."""
+    low, high = float(sizes.min()) / 1.3, float(sizes.max()) * 1.3
+    if high / low < 4:
+        middle = np.sqrt(low * high)
+        low, high = middle / 2, middle * 2
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    shown = _apart(axes, style.log_ticks(low, high)[0])
+    style.set_log_ticks(axes.xaxis, low, high, lambda tick: style.format_count(tick) if tick in shown else "")
+    axes.set_xlabel("Trainable parameters")
+
+
+def _apart(axes: Axes, ticks: list[float]) -> set[float]:
+    """The ticks whose labels do not touch, those of steps 1-2-5 first."""
+    shown: dict[float, tuple[float, float]] = {}
+    for tick in sorted(ticks, key=lambda tick: f"{tick:e}"[0] not in "125"):
+        at = labels.points_of(axes, [tick], [0])[0, 0]
+        half = labels.text_size(labels.figure_of(axes), style.format_count(tick))[0] / 2
+        if all(abs(at - other) > half + other_half + 2 for other, other_half in shown.values()):
+            shown[tick] = (at, half)
+    return set(shown)
+
+
+def scale_values(axes: Axes, values: pd.Series) -> None:
+    margin = 0.08 * (values.max() - values.min()) or 0.05 * abs(values.max()) or 1.0
+    axes.set_ylim(values.min() - margin, values.max() + margin)
+
+
+def side_by_side(axes: Axes, sizes: pd.Series, groups: pd.Series) -> NDArray[np.float64]:
+    """Where to draw configurations of these sizes so that groups of one size stand beside each other, not on top."""
+    order = np.argsort(sizes.to_numpy(dtype=np.float64), kind="stable")
+    x = sizes.to_numpy(dtype=np.float64)
+    new_size = np.concatenate(([True], x[order][1:] > _SAME_SIZE * x[order][:-1]))
+    drawn = x.copy()
+    start, end = np.log(axes.get_xlim())
+    width = axes.get_window_extent().width * 72 / labels.figure_of(axes).dpi
+    for cluster in np.split(order, np.flatnonzero(new_size)[1:]):
+        ranks = pd.factorize(groups.iloc[cluster], sort=False)[0]
+        offsets = _APART * (ranks - ranks.max() / 2)
+        drawn[cluster] = x[cluster] * np.exp(offsets * (end - start) / width)
+    return drawn

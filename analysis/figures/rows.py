@@ -1,0 +1,174 @@
+"""Rows of text with panels of marks beside them: what a forest and a dot plot are drawn on."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
+
+from analysis import style
+from analysis.figures import labels
+
+_LINE, _GAP = 0.122, 0.068
+"""Inches of a line of text, and between rows."""
+_BASELINE = 0.037
+"""Inches from the middle of a line of text down to its baseline."""
+_PANEL = 1.3
+"""Inches that a panel has at least, the longer the texts of rows the more of them are wrapped."""
+_EDGE, _BETWEEN, _INDENT = 0.08, 0.13, 0.14
+_HEAD, _AXIS, _LEGEND_LINE = 0.46, 0.46, 0.165
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its text, the cells of the columns next to it, and what is written to the right of each panel.
+
+    A heading has no marks of its own; `look` is drawn before its text.
+    """
+
+    text: str
+    cells: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    heading: bool = False
+    look: style.GroupStyle | None = None
+
+
+class Sheet(NamedTuple):
+    """A figure of rows. y: the height of each row in the data coordinates of every panel, growing downwards."""
+
+    figure: Figure
+    panels: list[Axes]
+    y: list[float]
+
+
+def lay_out(
+    rows: Sequence[Row], titles: Sequence[str], subtitles: Sequence[tuple[str, str]], axis_labels: Sequence[str],
+    heads: Sequence[str], beside_head: str, legend: Sequence[Line2D], foot: str,
+) -> Sheet:  # fmt: skip
+    """Rows of text with one empty panel per title; only the x limits are left for `set_limits`.
+
+    Args:
+        rows: from the top; cells as many as `heads`, or none.
+        titles, subtitles, axis_labels: of the panels; a subtitle is what its left and its right end are called.
+        heads: of the columns of cells.
+        beside_head: of the texts to the right of the panels; "" for none.
+        legend: handles.
+        foot: text of `style.footer`.
+    """
+    figure = style.new_figure(1)
+
+    def width(text: str) -> float:
+        return float(labels.text_size(figure, text)[0]) / 72 if text else 0.0
+
+    def widest(texts: Sequence[str]) -> float:
+        return max((width(text) for text in texts), default=0.0)
+
+    cells = [
+        widest([head, *(row.cells[column] for row in rows if row.cells)]) + _BETWEEN
+        for column, head in enumerate(heads)
+    ]
+    besides = [
+        widest([beside_head, *(row.beside[panel] for row in rows if row.beside)]) + 2 * _BETWEEN
+        for panel in range(len(titles))
+    ]
+    fixed = 2 * _EDGE + _BETWEEN + sum(cells) + sum(besides)
+    room = style.WIDTH - fixed - len(titles) * _PANEL - _INDENT
+    # A text may run on over the columns where it has nothing in them.
+    spare = [0.0 if any(row.cells) else sum(cells) for row in rows]
+    texts = [_wrapped(row.text, room + more, width) for row, more in zip(rows, spare, strict=True)]
+    text_width = _INDENT + max(width(text) - more for text, more in zip(texts, spare, strict=True))
+    panel = (style.WIDTH - fixed - text_width) / len(titles)
+    y, bottom = [], 0.0
+    for row, text in zip(rows, texts, strict=True):
+        bottom += _GAP if row.heading and bottom else 0
+        tall = _LINE * (text.count("\n") + 1) + _GAP
+        y.append(bottom + tall / 2)
+        bottom += tall
+    columns = min(2, len(legend)) or 1
+    below = _AXIS + _LEGEND_LINE * -(-len(legend) // columns) + style.footer_height(foot)
+    height = _HEAD + bottom + below
+    figure.set_size_inches(style.WIDTH, height)
+
+    def write(x: float, down: float, text: str, **settings) -> None:
+        lines = text.split("\n")
+        for index, line in enumerate(lines):
+            baseline = down + _BASELINE + _LINE * (index - (len(lines) - 1) / 2)
+            figure.text(x / style.WIDTH, 1 - baseline / height, line, **settings)
+
+    for row, text, middle in zip(rows, texts, y, strict=True):
+        down = _HEAD + middle
+        write(_EDGE + (_INDENT if not row.heading or row.look else 0), down, text)
+        if row.look:
+            figure.add_artist(
+                Line2D(
+                    [(_EDGE + 0.05) / style.WIDTH], [1 - down / height], marker=row.look.marker, markersize=4.6,
+                    color=row.look.color, linestyle="none",
+                )
+            )  # fmt: skip
+    panels, left = [], _EDGE + text_width
+    for column, head in enumerate(heads):
+        left += cells[column]
+        write(left, _HEAD - 0.09, head, ha="right", color=style.GREY)
+        for row, middle in zip(rows, y, strict=True):
+            if row.cells:
+                write(left, _HEAD + middle, row.cells[column], ha="right")
+    left += _BETWEEN
+    for index, title in enumerate(titles):
+        axes = figure.add_axes((left / style.WIDTH, below / height, panel / style.WIDTH, bottom / height))
+        axes.set_ylim(bottom, 0)
+        axes.yaxis.set_visible(False)
+        axes.spines["left"].set_visible(False)
+        axes.grid(False)
+        for row, middle in zip(rows, y, strict=True):
+            if not row.heading:
+                axes.axhline(middle, color="#eeeeee", linewidth=0.6, zorder=0)
+        axes.set_xlabel(axis_labels[index])
+        write(left, _HEAD - 0.29, title, fontsize=8)
+        write(left, _HEAD - 0.09, subtitles[index][0], color=style.GREY)
+        write(left + panel, _HEAD - 0.09, subtitles[index][1], ha="right", color=style.GREY)
+        left += panel + besides[index]
+        if beside_head:
+            start = left - besides[index] + _BETWEEN
+            write(start, _HEAD - 0.09, beside_head, color=style.GREY)
+            for row, middle in zip(rows, y, strict=True):
+                if row.beside:
+                    write(start, _HEAD + middle, row.beside[index])
+        panels.append(axes)
+    if legend:
+        figure.legend(
+            handles=legend, loc="upper left", ncols=columns, borderaxespad=0, columnspacing=1.6, handlelength=1.8,
+            labelspacing=0.35, bbox_to_anchor=(_EDGE / style.WIDTH, (below - _AXIS + 0.05) / height), borderpad=0,
+        )  # fmt: skip
+    style.add_footer(figure, foot)
+    return Sheet(figure, panels, y)
+
+
+def set_limits(axes: Axes, low: float, high: float) -> None:
+    """Set the x limits of a panel, with as many round ticks, up to six, as their labels leave room for."""
+    axes.set_xlim(low, high)
+    inches = axes.get_window_extent().width / labels.figure_of(axes).dpi
+    for bins in (5, 4, 3, 2, 1):
+        ticks = MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        ticks = ticks[(ticks >= low) & (ticks <= high)]
+        texts = [f"{tick:.6g}".replace("-", "−") for tick in ticks]
+        widths = np.array([labels.text_size(labels.figure_of(axes), text)[0] / 72 for text in texts])
+        if (np.diff(ticks) / (high - low) * inches > (widths[1:] + widths[:-1]) / 2 + 0.08).all():
+            break
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FixedFormatter(texts))
+
+
+def _wrapped(text: str, room: float, width) -> str:
+    """The text in as many lines as it needs to be no wider than `room` inches, where its words allow it."""
+    for characters in range(len(text), 11, -1):
+        lines = "\n".join(textwrap.wrap(text, characters, break_long_words=False)) or text
+        if width(lines) <= room:
+            return lines
+    return "\n".join(textwrap.wrap(text, 12)) or text

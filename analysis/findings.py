@@ -1,0 +1,31 @@
+"""All that a study's runs say, computed once: the report writes it, the command prints it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.answers import Answer, answers
+from analysis.comparisons import compare
+from analysis.runs import StudyRuns
+from analysis.summary import MEASURES, summarise
+from analysis.uncertainty import FrontierUncertainty, frontier_uncertainty
+
+
+@dataclass(frozen=True)
+class Findings:
+    """summary: `summary.summarise`. compared: `comparisons.compare`. uncertainties: by the name of the measure."""
+
+    runs: StudyRuns
+    summary: pd.DataFrame
+    compared: pd.DataFrame
+    uncertainties: dict[str, FrontierUncertainty]
+    answers: list[Answer]
+
+    @classmethod
+    def of(cls, runs: StudyRuns) -> Findings:
+        summary = summarise(runs)
+        compared = compare(runs, summary)
+        uncertainties = {measure.name: frontier_uncertainty(runs, summary, measure) for measure in MEASURES}
+        return cls(runs, summary, compared, uncertainties, answers(runs, summary, compared, uncertainties))

@@ -1,0 +1,177 @@
+"""Runs as the tracking server holds them, and the frames that are made of them: each value typed by the schema."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis import run_schema as schema
+from analysis.errors import AnalysisError
+
+OPTIONAL_PARAMS = (
+    *("seed", "teacher", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
+    *("forward", "sites", "largest_bond"),
+)
+"""Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
+CLAIMED = ("final/val_loss", "final/val_acc")
+"""Metrics that claims rest on: a complete seed has them, finite. Other final metrics may be absent (NaN)."""
+
+OVER = ("FINISHED", "FAILED")
+_DTYPES = {int: "Int64", float: "float64", str: "str"}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as the tracking server holds it: params and tags are strings, metrics the last logged values."""
+
+    run_id: str
+    status: str
+    end_time: int | None
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+    def __str__(self) -> str:
+        seed = f", seed {self.params['seed']}" if "seed" in self.params else ""
+        return f"run {self.run_id} (trial {self.params.get('trial', 'unknown')}{seed})"
+
+
+def tag_of(run: RunRecord, key: str) -> str:
+    if key not in run.tags:
+        raise AnalysisError(f"{run} has no tag `{key}`")
+    return run.tags[key]
+
+
+def param_of(run: RunRecord, key: str) -> Any:
+    """The param as the schema types it, None where it has no meaning."""
+    dtype = schema.FIELDS["param", key].dtype
+    text = run.params.get(key)
+    if text is None:
+        if key in OPTIONAL_PARAMS:
+            return None
+        raise AnalysisError(f"{run} has no param `{key}`")
+    try:
+        return dtype(text)
+    except ValueError as error:
+        raise AnalysisError(f"{run}: param `{key}` must be {dtype.__name__}, but is {text!r}") from error
+
+
+def metric_of(run: RunRecord, kind: str, key: str, required: bool) -> float | int | None:
+    dtype = schema.FIELDS[kind, key].dtype
+    value = run.metrics.get(key)
+    if value is None:
+        if required:
+            raise AnalysisError(f"{run} is complete but has no metric `{key}`")
+        return None
+    # MLflow stores an infinity as the largest float.
+    if required and not abs(value) < 1e308:
+        raise AnalysisError(f"{run} is complete but its metric `{key}` is {value:.3g}")
+    if dtype is int:
+        if not math.isfinite(value) or value != int(value):
+            raise AnalysisError(f"{run}: metric `{key}` must be a whole number, but is {value}")
+        return int(value)
+    return value
+
+
+def _frame(rows: list[dict[str, Any]], dtypes: dict[str, str]) -> pd.DataFrame:
+    """Rows sorted by their first columns; the dtypes hold for an empty frame too."""
+    frame = pd.DataFrame(rows, columns=list(dtypes)).astype(dtypes)
+    keys = [key for key in ("trial", "seed", "when", "chi", "layer") if key in dtypes]
+    return frame.sort_values(keys, kind="stable", ignore_index=True)
+
+
+def _names(run: RunRecord) -> dict[str, Any]:
+    return {key: param_of(run, key) for key in ("trial", "arm", "seed")}
+
+
+def trials_frame(trial_runs: list[RunRecord], seed_runs: dict[str, list[RunRecord]]) -> pd.DataFrame:
+    """`seed_runs`: by the column that counts them."""
+    fields = [field for field in schema.PARAMS if field.key != "seed"]
+    counts = {column: Counter(param_of(run, "trial") for run in runs) for column, runs in seed_runs.items()}
+    rows = []
+    for run in trial_runs:
+        row = {field.key: param_of(run, field.key) for field in fields}
+        row |= {column: count[row["trial"]] for column, count in counts.items()}
+        row |= {field.key: metric_of(run, "count", field.key, required=row["n_seeds"] > 0) for field in schema.COUNTS}
+        rows.append(
+            row
+            | {"run_id": run.run_id, "stopped": run.tags.get(schema.STOPPED), "study": tag_of(run, schema.STUDY_NAME)}
+        )
+    dtypes = {field.key: _DTYPES[field.dtype] for field in (*fields, *schema.COUNTS)}
+    dtypes |= dict.fromkeys(("trial", *counts), "int64") | dict.fromkeys(("run_id", "stopped", "study"), "str")
+    return _frame(rows, dtypes)
+
+
+def seeds_frame(runs: list[RunRecord]) -> pd.DataFrame:
+    rows = [
+        {"trial": param_of(run, "trial"), "seed": param_of(run, "seed"), "run_id": run.run_id}
+        | {field.key: metric_of(run, "final", field.key, required=field.key in CLAIMED) for field in schema.FINALS}
+        for run in runs
+    ]
+    finals = {field.key: _DTYPES[field.dtype] for field in schema.FINALS}
+    return _frame(rows, {"trial": "int64", "seed": "int64", "run_id": "str"} | finals)
+
+
+def failures_frame(runs: list[RunRecord]) -> pd.DataFrame:
+    """Failed seeds, and trials that failed as a whole; a FAILED run without a reason is still a failure."""
+    rows = [
+        {**_names(run), "step": _failure_step(run), "reason": run.tags.get(schema.FAILURE, "not recorded")}
+        for run in runs
+        if schema.FAILURE in run.tags or "seed" in run.params
+    ]
+    return _frame(rows, {"trial": "int64", "arm": "str", "seed": "Int64", "step": "Int64", "reason": "str"})
+
+
+def _failure_step(run: RunRecord) -> int | None:
+    text = run.tags.get(schema.FAILURE_STEP)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise AnalysisError(f"{run}: tag `{schema.FAILURE_STEP}` must be a whole number, but is {text!r}")
+    return int(text)
+
+
+def unfinished_frame(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) -> pd.DataFrame:
+    """Seeds that are not finished, and trials of which more seeds are to come that have no run yet."""
+    begun = {param_of(run, "trial") for run in seed_runs}
+    waiting = [run for run in trial_runs if run.status not in OVER and param_of(run, "trial") not in begun]
+    rows = [{**_names(run), "status": run.status} for run in (*seed_runs, *waiting)]
+    return _frame(rows, {"trial": "int64", "arm": "str", "seed": "Int64", "status": "str"})
+
+
+def pruned_frame(runs: list[RunRecord]) -> pd.DataFrame:
+    """Trials that were never trained, since they break a limit of the search."""
+    rows = [
+        {key: param_of(run, key) for key in ("trial", "arm", "family", "chi")}
+        | {"n_params": metric_of(run, "count", "n_params", required=False), "reason": run.tags[schema.PRUNED]}
+        for run in runs
+    ]
+    return _frame(
+        rows, {"trial": "int64", "arm": "str", "family": "str", "chi": "Int64", "n_params": "Int64", "reason": "str"}
+    )
+
+
+def rel_errors_frame(runs: list[RunRecord]) -> pd.DataFrame:
+    rows = []
+    for run in runs:
+        for key, value in run.metrics.items():
+            parsed = schema.parse_rel_error_key(key)
+            if parsed is not None:
+                when, chi, layer = parsed
+                rows.append(
+                    {
+                        "trial": param_of(run, "trial"),
+                        "seed": param_of(run, "seed"),
+                        "when": when,
+                        "chi": chi,
+                        "layer": layer,
+                        "rel_error": value,
+                    }
+                )
+    return _frame(
+        rows, {"trial": "int64", "seed": "int64", "when": "str", "chi": "int64", "layer": "str", "rel_error": "float64"}
+    )

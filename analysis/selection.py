@@ -1,0 +1,88 @@
+"""Which trials may stand in one table of values: of budgets that compare, sound, with the seeds they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.statistics.seed_blocks import MIN_SEEDS
+
+INCOMPLETE = f"with a failed seed, given up or of fewer than {MIN_SEEDS} seeds"
+OTHER_BUDGET = "of another budget"
+OTHER_SEEDS = "without the seeds that the others share"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """trials: rows of a summary. values: one row per trial (index) and one column per seed, none missing, in the
+    unit that is recorded. left_out: a sentence on the trials that are not in it, empty if all are."""
+
+    trials: pd.DataFrame
+    values: pd.DataFrame
+    left_out: str
+
+
+def select(trials: pd.DataFrame, seeds: pd.DataFrame, key: str, budgets: Collection[str] | None = None) -> Selection:
+    """The trials that have a complete table of the seed metric `key`; at most all of `trials`, in their order.
+
+    Args:
+        trials: rows of `summary.summarise`.
+        seeds: `StudyRuns.seeds`.
+        budgets: budget hashes that may stand side by side; by default the one of most trials, the first of several.
+    """
+    counts = trials["budget_hash"].value_counts(sort=False)
+    most = counts.index[counts == counts.max()][:1]
+    of_budget = trials[trials["budget_hash"].isin(most if budgets is None else list(budgets))]
+    complete = of_budget[is_sound(of_budget) & (of_budget["n_seeds"] >= MIN_SEEDS)]
+    table = seed_table(complete, seeds, key)
+    chosen = complete[complete["trial"].isin(table.index)]
+    said = left_out_statement(
+        {
+            OTHER_BUDGET: len(trials) - len(of_budget),
+            INCOMPLETE: len(of_budget) - len(complete),
+            OTHER_SEEDS: len(complete) - len(chosen),
+        }
+    )
+    return Selection(chosen.reset_index(drop=True), table.loc[chosen["trial"]], said)
+
+
+def is_sound(trials: pd.DataFrame) -> pd.Series:
+    """Whether the mean over a trial's seeds is one over all it was to have: none failed, and it was not given up."""
+    return (trials["n_failed"] == 0) & trials["stopped"].isna()
+
+
+def seed_table(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFrame:
+    """A seed metric of trials (rows) by seeds (columns), complete: what kernels that pool configurations need.
+
+    In it are sound trials of MIN_SEEDS or more, on the seeds that most of them have, see `common_seeds`.
+
+    Args:
+        trials: rows of `summary.summarise`.
+        seeds: trial, seed and the metric, one row per complete seed.
+    """
+    chosen = trials.loc[is_sound(trials) & (trials["n_seeds"] >= MIN_SEEDS), "trial"]
+    own = seeds[seeds["trial"].isin(chosen)]
+    return common_seeds(own.pivot(index="trial", columns="seed", values=key))
+
+
+def common_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """The seeds that the most trials have, of a table, trials × seeds with NaN where a trial lacks one; and all trials
+    that have these, be it among others. Of two sets that equally many trials have the larger counts."""
+    if table.empty:
+        return table
+    held = table.notna().to_numpy()
+    kinds, counts = np.unique(held, axis=0, return_counts=True)
+    most = np.flatnonzero(kinds[np.lexsort((kinds.sum(axis=1), counts))[-1]])
+    return table.iloc[np.flatnonzero(held[:, most].all(axis=1)), most]
+
+
+def left_out_statement(counts: dict[str, int]) -> str:
+    """`Left out: 2 trials with a failed seed, 1 of another budget.`, by the reason; empty where every count is 0."""
+    parts = [(n, reason) for reason, n in counts.items() if n]
+    if not parts:
+        return ""
+    (n, reason), *others = parts
+    return "; ".join([f"Left out: {n} trial{'s' * (n > 1)} {reason}", *(f"{n} {reason}" for n, reason in others)]) + "."

@@ -1,0 +1,169 @@
+"""How long does it take to read a study of 10,000 runs from MLflow, at first and again?
+
+    python -m benchmarks.analysis_load [--trials 2000] [--seeds 5]    (writes results/analysis_load.json)
+
+The study is made in a real SQLite database of MLflow's, by inserting rows into its tables as its store does: through
+`log_batch` it would take many minutes. Each reading is checked against what was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import sqlalchemy
+from mlflow.store.tracking.dbmodels import models
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from rich.console import Console
+
+from analysis import run_schema as schema
+from analysis.load import load_curves, load_study
+from analysis.runs import StudyAddress, StudyRuns
+
+RESULTS = Path("results/analysis_load.json")
+STUDY = "large"
+N_EVALUATIONS = 20
+N_CURVES = 40
+"""Trials whose learning curves are asked for: about as many as a figure can show."""
+BEGUN = 1_790_000_000_000
+ROWS_AT_ONCE = 50_000
+LATEST = models.SqlLatestMetric
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=2_000)
+    parser.add_argument("--seeds", type=int, default=5)
+    arguments = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"sqlite:///{folder}/mlflow.db"
+        finals = write_study(uri, arguments.trials, arguments.seeds)
+        size = Path(folder, "mlflow.db").stat().st_size / 2**20
+        console.print(f"{arguments.trials} trials with {arguments.seeds} seeds each in a database of {size:.0f} MiB")
+        rows = []
+        for what in ("from MLflow", "from the cache"):
+            load, runs = timed(load_study, StudyAddress(uri, STUDY), cache=Path(folder, "cache"))
+            curve, curves = timed(load_curves, runs, list(range(N_CURVES)))
+            check(runs, curves, finals)
+            console.print(
+                f"{what}: params and finals {load['wall_seconds']:.2f} s (CPU {load['cpu_seconds']:.2f} s), "
+                f"curves of {N_CURVES} trials {curve['wall_seconds']:.2f} s (CPU {curve['cpu_seconds']:.2f} s)"
+            )
+            rows.append({"what": what, "load": load, "curves": curve})
+    machine = {"cpu": platform.processor() or platform.machine(), "mlflow": mlflow.__version__, **vars(arguments)}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    console.print(f"written to {RESULTS}")
+
+
+def timed(call: Callable, *arguments: Any, **settings: Any) -> tuple[dict[str, float], Any]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = call(*arguments, **settings)
+    return {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}, result
+
+
+def check(runs: StudyRuns, curves: pd.DataFrame, finals: np.ndarray) -> None:
+    if not np.array_equal(runs.seeds["final/val_loss"].to_numpy(), finals.ravel()):
+        raise SystemExit("what was read is not what was written")
+    if len(curves) != N_CURVES * finals.shape[1] * N_EVALUATIONS:
+        raise SystemExit("there are learning curves missing")
+
+
+def write_study(uri: str, n_trials: int, n_seeds: int) -> np.ndarray:
+    """A finished study as the tracker would leave it; the final losses, (n_trials, n_seeds)."""
+    store = SqlAlchemyStore(uri, "mlartifacts")
+    experiment_id = int(store.create_experiment(STUDY))
+    finals = np.random.default_rng(0).normal(1.7, 0.1, (n_trials, n_seeds))
+    study_uuid = uuid.uuid4().hex
+    # The others refer to runs, which come first therefore.
+    tables = {table: [] for table in (models.SqlRun, models.SqlTag, models.SqlParam, models.SqlMetric, LATEST)}
+
+    def flush() -> None:
+        with store.engine.begin() as connection:
+            for table, rows in tables.items():
+                connection.execute(sqlalchemy.insert(table), rows)
+                rows.clear()
+
+    for table, row in rows_of(study_uuid, experiment_id, finals):
+        tables[table].append(row)
+        if len(tables[table]) == ROWS_AT_ONCE:
+            flush()
+    flush()
+    store.engine.dispose()
+    return finals
+
+
+def rows_of(study_uuid: str, experiment_id: int, finals: np.ndarray) -> Iterator[tuple[type, dict[str, Any]]]:
+    common = {schema.STUDY_NAME: STUDY, schema.STUDY_UUID: study_uuid, schema.SCHEMA: str(schema.SCHEMA_VERSION)}
+
+    def run_of(kind: str, key: str, own: dict[str, str], started: int) -> Iterator[tuple[type, dict[str, Any]]]:
+        run_id = uuid.uuid4().hex
+        yield (
+            models.SqlRun,
+            {
+                "run_uuid": run_id, "name": key, "status": "FINISHED", "start_time": started, "end_time": started + 1,
+                "lifecycle_stage": "active", "experiment_id": experiment_id, "user_id": "", "source_type": "LOCAL",
+                "artifact_uri": f"mlartifacts/{run_id}/artifacts",
+            },
+        )  # fmt: skip
+        for tag, value in (common | {schema.KIND: kind, schema.KEY: key} | own).items():
+            yield models.SqlTag, {"key": tag, "value": value, "run_uuid": run_id}
+
+    revision = f"{uuid.uuid4().hex}/{1 + len(finals) + finals.size}"
+    yield from run_of(schema.KIND_SUMMARY, f"{study_uuid}/summary", {schema.REVISION: revision}, BEGUN)
+    for trial, losses in enumerate(finals):
+        family = {schema.FAMILY: "mpo", schema.ARM: "mpo"}
+        params, parent = params_of(trial), None
+        for seed in (None, *range(len(losses))):
+            kind = schema.KIND_TRIAL if seed is None else schema.KIND_SEED
+            rows = list(run_of(kind, schema.run_key(study_uuid, trial, seed), family, BEGUN + 10 * trial))
+            run_id = rows[0][1]["run_uuid"]
+            parent = parent or run_id
+            yield from rows
+            metrics = {"n_params": 10_000 + 10 * trial, "n_params_compressed": 9_000, "n_params_dense": 808_448}
+            if seed is not None:
+                yield models.SqlTag, {"key": schema.PARENT, "value": parent, "run_uuid": run_id}
+                metrics |= {field.key: int(1000 * losses[seed]) for field in schema.FINALS}
+                metrics |= {"final/val_loss": losses[seed], "final/val_acc": 0.4}
+            own = params if seed is None else params | {"seed": str(seed)}
+            for key, value in own.items():
+                yield models.SqlParam, {"key": key, "value": value, "run_uuid": run_id}
+            for key, value in metrics.items():
+                yield from metric_of(run_id, key, [value], is_curve=False)
+            for curve in schema.CURVES if seed is not None else ():
+                yield from metric_of(run_id, curve.key, np.linspace(4, losses[seed], N_EVALUATIONS), is_curve=True)
+
+
+def params_of(trial: int) -> dict[str, str]:
+    """Params of an MPO, of the types of the schema."""
+    absent = ("seed", "teacher", "as_chi", "refinement")
+    values = {field.key: {int: "2", float: "0.0003", str: "text"}[field.dtype] for field in schema.PARAMS}
+    values |= {"trial": str(trial), "arm": "mpo", "family": "mpo", "start": "scratch", "chi": str(2 + trial)}
+    return {key: value for key, value in values.items() if key not in absent}
+
+
+def metric_of(run_id: str, key: str, values: Any, is_curve: bool) -> Iterator[tuple[type, dict[str, Any]]]:
+    row: dict[str, Any] = {}
+    for number, value in enumerate(values):
+        row = {
+            "key": key, "value": float(value), "timestamp": BEGUN, "step": 100 * number, "is_nan": False,
+            "run_uuid": run_id,
+        }  # fmt: skip
+        if not is_curve or key in ("val_loss", "tokens"):  # no reader asks for the history of others here
+            yield models.SqlMetric, row
+    yield LATEST, row
+
+
+if __name__ == "__main__":
+    main()

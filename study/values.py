@@ -1,0 +1,90 @@
+"""Values in a study file: fixed, listed or searched.
+
+A *listed* value (`chi: [4, 8]`) gives one trial for each of its elements, whatever the sampler. A *searched* value
+(`chi: {choices: [4, 8]}`, `learning_rate: {low: 1e-4, high: 1e-2, log: true}`) is the sampler's to choose.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic.dataclasses import dataclass
+
+
+class Strict(BaseModel):
+    """No unknown keys, no conversions, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+T = TypeVar("T")
+
+
+_SEARCHED = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, config=_SEARCHED)  # not a model: those do not pass T on when an alias of them is filled in
+class Choices(Generic[T]):
+    """One of these, chosen by the sampler."""
+
+    choices: Annotated[tuple[T, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=_SEARCHED)
+class Range(Generic[T]):
+    """A number between `low` and `high`, both included, chosen by the sampler."""
+
+    low: T
+    high: T
+    log: Annotated[bool, Field(description="Uniform in the logarithm.")] = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range[T]:
+        if not self.low < self.high:  # type: ignore[operator]
+            raise ValueError(f"`low < high` must hold, but got low={self.low}, high={self.high}")
+        if self.log and self.low <= 0:  # type: ignore[operator]
+            raise ValueError(f"`low` must be positive where `log` is true, but got low={self.low}")
+        return self
+
+
+VALUE_KINDS = ("fixed", "listed", "choices", "range")
+
+
+def _kind_of_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "listed"
+    if isinstance(value, Choices) or (isinstance(value, dict) and "choices" in value):
+        return "choices"
+    if isinstance(value, Range | dict):
+        return "range"
+    return "fixed"
+
+
+Listed = Annotated[tuple[T, ...], Field(min_length=1), Tag("listed")]
+Value = Annotated[
+    Annotated[T, Tag("fixed")] | Listed[T] | Annotated[Choices[T], Tag("choices")], Discriminator(_kind_of_value)
+]
+"""A fixed value, a list of them, or `{choices: [...]}`."""
+Number = Annotated[
+    Annotated[T, Tag("fixed")] | Listed[T] | Annotated[Choices[T], Tag("choices")] | Annotated[Range[T], Tag("range")],
+    Discriminator(_kind_of_value),
+]
+"""A `Value` that may also be `{low: ..., high: ..., log: ...}`."""
+
+FixedOrListed = Annotated[Annotated[T, Tag("fixed")] | Listed[T], Discriminator(_kind_of_value)]
+"""A fixed value, or a list of them."""
+
+Seeds = Annotated[
+    Annotated[int, Field(ge=1, le=10_000), Tag("fixed")] | Listed[Annotated[int, Field(ge=0, lt=2**31)]],
+    Discriminator(_kind_of_value),
+]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Sites = Annotated[int, Field(ge=1, le=6)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+def options(value: Any) -> tuple[Any, ...]:
+    """What a `Value` may become."""
+    return value if isinstance(value, tuple) else value.choices if isinstance(value, Choices) else (value,)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
+
+from analysis.answers import seed_noise
+from analysis.findings import Findings
+from analysis.runs import Claims, Contrast
+from analysis.statistics.power import resolved_gap
+from analysis.summary import VAL_LOSS, summarise
+
+DENSE = Configuration("dense", N_PARAMS_DENSE, 1.60, "dense", seeds=range(5))
+MARGINS = {"val_loss": 0.02, "val_acc": 0.005}
+
+
+def mpo(chi, loss, **settings):
+    return Configuration("mpo", N_PARAMS_MPO[chi], loss, chi=chi, seeds=range(5), **settings)
+
+
+def low_rank(chi, loss):
+    return Configuration("low-rank", N_PARAMS_MPO[chi], loss, "low_rank", seeds=range(5), extra={"as_chi": chi})
+
+
+def answered(found, contrasts=(), **settings):
+    """The first screen's questions, and what is said to each, as one text."""
+    runs, _ = simulated_runs(found, **settings)
+    findings = Findings.of(
+        replace(runs, claims=Claims(dict(MARGINS), tuple(Contrast("tiny", *pair) for pair in contrasts)))
+    )
+    return {answer.question: " ".join(answer.sentences) for answer in findings.answers}
+
+
+def test_first_screen_says_what_was_run_and_what_is_on_the_frontier():
+    said = answered([DENSE, mpo(8, 1.8), low_rank(8, 1.9)], noise=0.002)
+    assert said["What was run?"].startswith(
+        "3 configurations (1 dense; 1 MPO from scratch; 1 low_rank from scratch) of 79,168 to 808,448 parameters, n = 5"
+    )
+    assert (
+        "By validation loss: χ=8 (MPO from scratch, support 100 %) and dense (dense, support 100 %)."
+        in (said["What is on the frontier?"])
+    )
+
+
+def test_first_screen_counts_what_beats_its_controls():
+    found = [DENSE, mpo(4, 2.0), low_rank(4, 2.1), mpo(8, 1.8), low_rank(8, 1.7), mpo(16, 1.7), low_rank(16, 1.7)]
+    said = answered(found, noise=0.002)["Does MPO beat its controls of equal parameters?"]
+    tally = "better at 1, worse at 1 and undecided at 1 of 3 sizes"
+    assert f"MPO from scratch against low_rank from scratch, validation loss: {tally} (χ=4 −0.1" in said
+    assert re.search(r"χ=8 \+0\.(1|09)", said)
+    assert f"validation token accuracy: {tally} (χ=4 +2" in said
+
+
+def test_first_screen_says_from_which_chi_on_dense_is_matched():
+    said = answered([DENSE, mpo(8, 1.8), mpo(16, 1.605), mpo(32, 1.6)], [("mpo", "dense")], noise=0.002)
+    dense = said["Does it keep up with dense?"]
+    assert "not inferior by the margin of 0.02 nats: χ=16 and χ=32" in dense
+    assert f"within 0.02 nats of dense has {N_PARAMS_MPO[16]:,} parameters (22 %) by the means" in dense
+    assert (
+        "3 comparisons were declared before the study ran and are adjusted together (Holm, 0.05)."
+        in said["How sure is that?"]
+    )
+    assert "exploration" not in said["How sure is that?"]
+
+
+@pytest.mark.parametrize(
+    ("found", "question", "sentence"),
+    [
+        ([DENSE, mpo(8, 1.8)], "Does MPO beat its controls of equal parameters?", "this study cannot say"),
+        ([DENSE, low_rank(8, 1.8)], "Does MPO beat its controls of equal parameters?", "There is no MPO"),
+        ([mpo(8, 1.8), low_rank(8, 1.8)], "Does it keep up with dense?", "There is no dense model"),
+        (
+            [DENSE, mpo(8, 1.8, budget_hash="0ddba11e")],
+            "Does it keep up with dense?",
+            "No MPO has the budget of the dense model",
+        ),
+        ([replace(DENSE, seeds=(0,))], "What is on the frontier?", "none, since no configuration has 3 complete seeds"),
+    ],
+)
+def test_first_screen_says_what_it_cannot_say(found, question, sentence):
+    assert sentence in answered(found)[question]
+
+
+def test_seed_noise_finds_the_standard_deviation_and_what_seeds_share():
+    rng = np.random.default_rng(5)
+    found = [DENSE, *(mpo(chi, 1.7) for chi in (4, 8, 16, 32))]
+    found = [replace(one, seeds=range(400)) for one in found]
+    runs, _ = simulated_runs(found, n_evaluations=1, noise=0.0)
+    shared = 0.3 * rng.normal(size=400)
+    seeds = runs.seeds.assign(
+        **{VAL_LOSS.key: shared[runs.seeds["seed"]] + 0.4 * rng.normal(size=len(runs.seeds)) + runs.seeds["trial"]}
+    )
+    runs = replace(runs, seeds=seeds)
+    noise = seed_noise(runs, summarise(runs), VAL_LOSS)
+    assert noise is not None
+    assert noise.sd == pytest.approx(0.5, rel=0.05)
+    assert noise.correlation == pytest.approx(0.36, abs=0.04)
+    assert noise.n == 400
+
+
+def test_gap_that_the_seeds_resolve_is_said():
+    found = [DENSE, mpo(8, 1.8), mpo(16, 1.7)]
+    runs, _ = simulated_runs(found)
+    noise = seed_noise(runs, summarise(runs), VAL_LOSS)
+    assert noise is not None
+    gap = resolved_gap(5, noise.sd, noise.correlation)
+    assert math.isfinite(gap)
+    assert (
+        f"With 5 seeds a paired test finds a true gap of {gap:.2g} nats in 80 % of studies"
+        in answered(found)["How sure is that?"]
+    )

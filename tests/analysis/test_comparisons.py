@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
+
+from analysis.comparisons import (
+    BETTER,
+    COLUMNS,
+    EQUAL_PARAMETERS,
+    FAILED,
+    NOT_INFERIOR,
+    REFERENCE,
+    TOO_FEW,
+    UNDECIDED,
+    WORSE,
+    compare,
+    reference_trial,
+)
+from analysis.runs import Claims, Contrast
+from analysis.selection import seed_table
+from analysis.statistics.multiplicity import benjamini_hochberg, holm
+from analysis.summary import summarise
+
+DENSE = Configuration("dense", N_PARAMS_DENSE, 1.60, "dense", seeds=range(5))
+MARGINS = {"val_loss": 0.02, "val_acc": 0.005}
+
+
+def mpo(chi, loss, arm="mpo", **settings):
+    return Configuration(arm, N_PARAMS_MPO[chi], loss, chi=chi, seeds=settings.pop("seeds", range(5)), **settings)
+
+
+def control(chi, loss, family="low_rank", n_params=None, **settings):
+    size = N_PARAMS_MPO[chi] if n_params is None else n_params
+    seeds = settings.pop("seeds", range(5))
+    return Configuration(family, size, loss, family, seeds=seeds, extra={"as_chi": chi}, **settings)
+
+
+def compared(configurations, contrasts=(), margins=MARGINS, **settings):
+    runs, _ = simulated_runs(configurations, **settings)
+    runs = replace(runs, claims=Claims(dict(margins), tuple(Contrast("tiny", *pair) for pair in contrasts)))
+    return compare(runs, summarise(runs)), runs
+
+
+def row_of(frame, trial, against, measure="val_loss"):
+    [row] = frame[(frame["trial"] == trial) & (frame["against"] == against) & (frame["measure"] == measure)].to_dict(
+        "records"
+    )
+    return row
+
+
+def values_of(runs, trial, key="final/val_loss"):
+    return runs.seeds[runs.seeds["trial"] == trial].set_index("seed")[key]
+
+
+# Which pairs ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_trial_of_the_budget_meets_the_reference_and_its_controls():
+    frame, _ = compared([DENSE, mpo(4, 2.0), mpo(16, 1.7), control(4, 1.9), control(16, 1.8)])
+    pairs = set(frame[["trial", "against", "relation"]].itertuples(index=False, name=None))
+    assert pairs == {
+        *((trial, 0, REFERENCE) for trial in (1, 2, 3, 4)),
+        (1, 3, EQUAL_PARAMETERS),
+        (2, 4, EQUAL_PARAMETERS),
+    }
+    assert not frame["declared"].any()
+    assert list(frame.columns) == list(COLUMNS)
+    assert len(frame) == 2 * len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("size", "is_control"), [(1.0, True), (1.049, True), (1 / 1.049, True), (1.06, False), (1 / 1.06, False)]
+)
+def test_narrow_dense_model_is_a_control_where_its_size_is_within_five_per_cent(size, is_control):
+    narrow = Configuration("narrow", round(N_PARAMS_MPO[16] * size), 1.9, "dense", d_model=64, seeds=range(5))
+    frame, _ = compared([DENSE, mpo(16, 1.7), narrow])
+    assert (((frame["trial"] == 1) & (frame["against"] == 2)).any()) == is_control
+
+
+def test_of_the_controls_of_a_family_the_nearest_is_taken_and_another_start_is_none():
+    tuned = control(16, 1.8, start="teacher")
+    frame, _ = compared([DENSE, mpo(16, 1.7), control(16, 1.8, n_params=170_000), control(16, 1.8), tuned])
+    assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
+
+
+def test_budgets_meet_only_where_it_is_declared():
+    tuned = mpo(16, 1.6, "tuned", start="teacher", budget_hash="0ddba11e")
+    frame, _ = compared([DENSE, mpo(16, 1.7), tuned])
+    assert set(frame["trial"]) == {1}
+    frame, _ = compared([DENSE, mpo(16, 1.7), tuned], [("tuned", "dense")])
+    row = row_of(frame, 2, 0)
+    assert (row["declared"], row["same_budget"], row["relation"], row["adjustment"]) == (True, False, REFERENCE, "Holm")
+    assert row["total_tokens"] == 2 * row["against_total_tokens"]
+    assert row_of(frame, 1, 0)["adjustment"] == "BH"
+
+
+def test_counterpart_has_the_same_chi_or_else_the_nearest_size():
+    narrow = [
+        Configuration("narrow", n, 1.9, "dense", d_model=d, seeds=range(5)) for d, n in ((20, 50_000), (40, 150_000))
+    ]
+    found = [
+        DENSE,
+        mpo(4, 2.0),
+        mpo(16, 1.7),
+        control(16, 1.8, n_params=40_000),
+        control(4, 1.9, n_params=170_000),
+        *narrow,
+    ]
+    frame, _ = compared(found, [("mpo", "low_rank"), ("mpo", "narrow")])
+    declared = frame[frame["declared"]]
+    pairs = set(declared[["trial", "against"]].itertuples(index=False, name=None))
+    assert pairs == {(1, 4), (2, 3), (1, 5), (2, 6)}
+    assert len(frame) == len(frame.drop_duplicates(["measure", "trial", "against"]))
+
+
+def test_trials_that_were_stopped_are_left_out_and_a_study_without_dense_has_its_controls():
+    frame, _ = compared([DENSE, mpo(16, 1.7, stopped="trial 0 is better", seeds=(0, 1))])
+    assert frame.empty
+    assert list(frame.columns) == list(COLUMNS)
+    frame, _ = compared([mpo(16, 1.7), control(16, 1.8)])
+    assert set(frame["relation"]) == {EQUAL_PARAMETERS}
+
+
+# What is said of them -------------------------------------------------------------------------------------------------
+
+
+def test_difference_and_tests_are_those_of_the_paired_seeds():
+    frame, runs = compared([DENSE, mpo(8, 1.8), mpo(16, 1.61), mpo(32, 1.6)], noise=0.02)
+    for trial in (1, 2, 3):
+        for measure, key, scale in (("val_loss", "final/val_loss", 1), ("val_acc", "final/val_acc", 100)):
+            row = row_of(frame, trial, 0, measure)
+            own, reference = values_of(runs, trial, key) * scale, values_of(runs, 0, key) * scale
+            oracle = stats.ttest_rel(own, reference)
+            interval = oracle.confidence_interval()
+            assert row["difference"] == pytest.approx((own - reference).mean())
+            assert row["half_width"] == pytest.approx((interval.high - interval.low) / 2)
+            assert row["p"] == pytest.approx(oracle.pvalue)
+            sign = 1 if measure == "val_acc" else -1
+            worst = row["difference"] - sign * stats.t.ppf(0.975, 4) * (own - reference).std() / np.sqrt(5)
+            assert row["bound"] == pytest.approx(worst)
+            assert row["margin"] == pytest.approx({"val_loss": 0.02, "val_acc": 0.5}[measure])
+    one = frame[frame["measure"] == "val_loss"]
+    np.testing.assert_allclose(one["p_adjusted"], benjamini_hochberg(one["p"]))
+
+
+def test_only_seeds_that_both_have_are_paired():
+    frame, runs = compared([DENSE, mpo(16, 1.7, seeds=(1, 2, 4, 7))])
+    row = row_of(frame, 1, 0)
+    shared = values_of(runs, 1)[[1, 2, 4]] - values_of(runs, 0)[[1, 2, 4]]
+    assert row["n"] == 3
+    assert row["difference"] == pytest.approx(shared.mean())
+
+
+def test_block_interval_is_of_all_trials_with_the_common_seeds():
+    frame, runs = compared([DENSE, mpo(4, 2.0), mpo(8, 1.8), mpo(16, 1.7, seeds=range(3))], noise=0.02)
+    table = np.stack([values_of(runs, trial) for trial in (0, 1, 2)])
+    residuals = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    half = stats.t.ppf(0.975, 8) * np.sqrt(2 * (residuals**2).sum() / 8 / 5)
+    assert row_of(frame, 1, 0)["block_half_width"] == pytest.approx(half)
+    assert row_of(frame, 2, 0)["block_half_width"] == pytest.approx(half)
+    assert math.isnan(row_of(frame, 3, 0)["block_half_width"])
+    assert row_of(frame, 3, 0)["n"] == 3
+
+
+def test_verdicts():
+    found = [
+        DENSE,
+        mpo(4, 2.0),
+        mpo(8, 1.601),
+        mpo(16, 1.2),
+        mpo(32, 1.63, seeds=range(2)),
+        control(4, 1.5, failed=(9,)),
+    ]
+    frame, _ = compared(found, noise=0.002)
+    verdicts = {trial: row_of(frame, trial, 0)["verdict"] for trial in (1, 3, 4, 5)}
+    assert verdicts == {1: WORSE, 3: BETTER, 4: TOO_FEW, 5: FAILED}
+    assert {trial: row_of(frame, trial, 0, "val_acc")["verdict"] for trial in (1, 3)} == {1: WORSE, 3: BETTER}
+    for trial in (4, 5):
+        row = row_of(frame, trial, 0)
+        assert all(math.isnan(row[key]) for key in ("p", "p_adjusted", "half_width", "block_half_width", "bound"))
+        assert not row["non_inferior"]
+        assert math.isfinite(row["difference"])
+
+
+def test_non_inferiority_goes_from_the_largest_chi_to_the_first_that_fails():
+    losses = {4: 1.601, 8: 1.8, 16: 1.602, 32: 1.601}
+    frame, _ = compared([DENSE, *(mpo(chi, loss) for chi, loss in losses.items())], noise=0.004)
+    found = {chi: row_of(frame, trial, 0) for trial, chi in enumerate(losses, start=1)}
+    assert {chi: row["non_inferior"] for chi, row in found.items()} == {4: False, 8: False, 16: True, 32: True}
+    assert found[32]["verdict"] in (NOT_INFERIOR, WORSE, BETTER)
+    assert found[4]["bound"] < 0.02  # by itself it would have held
+    assert found[8]["bound"] > 0.02
+
+
+def test_equally_large_models_of_an_arm_share_the_level():
+    alike = [mpo(32, 1.6, seeds=range(3), extra={"n_sites": n_sites}) for n_sites in (2, 3, 4)]
+    frame, runs = compared([replace(DENSE, seeds=range(3)), *alike], noise=0.003)
+    differences = [values_of(runs, trial) - values_of(runs, 0) for trial in (1, 2, 3)]
+    p = [stats.ttest_1samp(own, 0.02, alternative="less").pvalue for own in differences]
+    assert [row_of(frame, trial, 0)["non_inferior"] for trial in (1, 2, 3)] == list(holm(p) < 0.025)
+    assert max(p) > 0.025 / 3  # else the order of the tests would not show
+
+
+def test_without_a_margin_nothing_is_not_inferior():
+    frame, _ = compared([DENSE, mpo(32, 1.6)], margins={})
+    row = row_of(frame, 1, 0)
+    assert math.isnan(row["margin"])
+    assert math.isnan(row["bound"])
+    assert row["verdict"] in (UNDECIDED, BETTER, WORSE)
+    assert not row["non_inferior"]
+
+
+def test_a_margin_is_one_against_the_reference_alone():
+    frame, _ = compared([DENSE, mpo(16, 1.7), control(16, 1.7)])
+    row = row_of(frame, 1, 2)
+    assert math.isnan(row["margin"])
+    assert not row["non_inferior"]
+
+
+def test_declared_pairs_of_a_measure_are_one_family():
+    found = [DENSE, *(mpo(chi, 1.62) for chi in (4, 8, 16)), *(control(chi, 1.63) for chi in (4, 8, 16))]
+    frame, _ = compared(found, [("mpo", "dense"), ("mpo", "low_rank")], noise=0.02)
+    for measure in ("val_loss", "val_acc"):
+        one = frame[(frame["measure"] == measure) & frame["declared"]]
+        assert len(one) == 6
+        np.testing.assert_allclose(one["p_adjusted"], holm(one["p"]))
+        others = frame[(frame["measure"] == measure) & ~frame["declared"]]
+        assert set(others["trial"]) == {4, 5, 6}
+
+
+# The table of seeds ---------------------------------------------------------------------------------------------------
+
+
+def test_seed_table_has_the_seeds_of_most_and_the_trials_that_have_them():
+    found = [
+        DENSE,
+        mpo(4, 2.0, seeds=range(8)),
+        mpo(8, 1.8, seeds=range(4)),
+        mpo(16, 1.7, failed=(9,)),
+        mpo(32, 1.7),
+        control(4, 1.9, seeds=(100, 101, 102)),
+        control(8, 1.9, seeds=range(2)),
+    ]
+    runs, _ = simulated_runs(found)
+    table = seed_table(summarise(runs), runs.seeds, "final/val_loss")
+    assert list(table.index) == [0, 1, 4]
+    assert list(table.columns) == [0, 1, 2, 3, 4]
+    assert table.loc[1, 3] == values_of(runs, 1)[3]
+
+
+def test_seed_table_of_too_few_seeds_is_empty():
+    runs, _ = simulated_runs([replace(DENSE, seeds=range(2)), mpo(4, 2.0, seeds=(0,))])
+    assert seed_table(summarise(runs), runs.seeds, "final/val_loss").empty
+
+
+def test_reference_trial_is_the_summary_s():
+    runs, _ = simulated_runs([mpo(4, 2.0), DENSE])
+    assert reference_trial(summarise(runs)) == 1
+    assert reference_trial(pd.DataFrame({"trial": [1], "is_reference": [False]})) is None

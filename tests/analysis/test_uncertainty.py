@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
+
+from analysis.frontier.hypervolume import HypervolumeReference, hypervolume
+from analysis.runs import Claims
+from analysis.summary import MEASURES, VAL_ACC, VAL_LOSS, frontier_key, summarise
+from analysis.uncertainty import N_DRAWS, frontier_uncertainty
+
+LOSSES = {4: 2.0, 8: 1.8, 16: 1.605, 32: 1.60}
+FOUND = [
+    Configuration("dense", N_PARAMS_DENSE, 1.6, "dense", seeds=range(5)),
+    *(Configuration("mpo", N_PARAMS_MPO[chi], loss, chi=chi, seeds=range(5)) for chi, loss in LOSSES.items()),
+]
+
+
+def uncertainty_of(found, measure=VAL_LOSS, margins=None, **settings):
+    runs, _ = simulated_runs(found, **settings)
+    runs = replace(runs, claims=Claims(margins or {}))
+    summary = summarise(runs)
+    return frontier_uncertainty(runs, summary, measure), runs, summary
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
+def test_clear_points_have_full_support_and_close_ones_share_it(measure):
+    found, _, summary = uncertainty_of(FOUND, measure)
+    support = found.support.set_index("trial")["support"]
+    assert support[[1, 2]].tolist() == [1, 1]
+    assert all(0.02 < share < 0.98 for share in support[[0, 4]])
+    assert (found.support["near_support"] >= found.support["support"]).all()
+    on = summary.set_index("trial")[frontier_key(measure)]
+    assert support[on].min() > 0.05
+    assert (found.n, found.n_trials, found.n_left_out) == (5, 5, 0)
+
+
+def test_band_holds_a_frontier_without_noise_and_is_in_the_measure_s_unit():
+    found, _, _ = uncertainty_of(FOUND, noise=0.0)
+    np.testing.assert_allclose(found.band["low"], found.band["observed"])
+    np.testing.assert_allclose(found.band["observed"], [2.0, 1.8, 1.605, 1.6, 1.6])
+    assert found.band["n_params"].tolist() == [*N_PARAMS_MPO.values(), N_PARAMS_DENSE]
+    accuracy, _, _ = uncertainty_of(FOUND, VAL_ACC)
+    assert (accuracy.band["observed"] > 30).all()
+    assert (accuracy.band["high"] > accuracy.band["low"]).all()
+
+
+def test_same_runs_give_the_same_numbers():
+    first, second = (uncertainty_of(FOUND)[0] for _ in range(2))
+    for name in ("support", "band", "hypervolume", "size_needed"):
+        assert getattr(first, name).equals(getattr(second, name))
+
+
+def test_size_needed_goes_by_the_margin_of_the_study():
+    found, _, _ = uncertainty_of(FOUND, noise=0.001, margins={"val_loss": 0.25})
+    assert found.epsilon == 0.25
+    needed = found.size_needed.set_index("n_params")
+    assert needed.index[needed["observed"].astype(bool)].tolist() == [N_PARAMS_MPO[8]]
+    assert needed["support"][N_PARAMS_MPO[8]] == 1
+    assert needed["cumulative"].iloc[-1] == pytest.approx(1, abs=1 / N_DRAWS)
+    default, _, _ = uncertainty_of(FOUND, noise=0.001)
+    assert default.epsilon == VAL_LOSS.margin
+    sizes = default.size_needed
+    assert sizes.loc[sizes["observed"].astype(bool), "n_params"].tolist() == [N_PARAMS_MPO[16]]
+
+
+def test_hypervolume_is_measured_against_guessing_and_the_dense_size():
+    found, runs, _ = uncertainty_of(FOUND)
+    [row] = found.hypervolume.to_dict("records")
+    assert row["worst_value"] == pytest.approx(np.log(65))
+    assert row["largest_size"] == N_PARAMS_DENSE
+    means = runs.seeds.groupby("trial")["final/val_loss"].mean()
+    sizes = runs.trials.set_index("trial")["n_params"].astype(float)
+    corner = HypervolumeReference(worst_value=np.log(65), largest_size=N_PARAMS_DENSE, base=10)
+    assert row["observed"] == pytest.approx(float(hypervolume(sizes, means, corner)))
+    assert row["low"] < row["observed"] < row["high"]
+
+
+def test_trial_without_the_common_seeds_is_counted_as_left_out():
+    other = Configuration("mpo", 60_000, 1.0, chi=6, seeds=(7, 8, 9))
+    found, _, _ = uncertainty_of([*FOUND, other])
+    assert found.n_left_out == 1
+    assert 5 not in set(found.support["trial"])
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_too_few_seeds_give_empty_frames(seeds):
+    found, _, _ = uncertainty_of([replace(one, seeds=seeds) for one in FOUND])
+    assert all(getattr(found, name).empty for name in ("support", "band", "hypervolume", "size_needed"))
+    assert list(found.support.columns) == ["trial", "support", "near_support"]
+
+
+def test_study_without_dense_needs_no_size():
+    found, _, _ = uncertainty_of(FOUND[1:])
+    assert found.size_needed.empty
+    assert len(found.support) == 4
