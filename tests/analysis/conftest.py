@@ -10,9 +10,11 @@ import pytest
 import simulated_study
 
 from analysis import run_schema as schema
+from analysis.findings import Findings
 from analysis.load import load_study, resolve_study
 from analysis.runs import StudyRuns
 from analysis.summary import summarise
+from analysis.uncertainty import FrontierUncertainty
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +38,13 @@ def runs(study_dir: Path) -> StudyRuns:
 @pytest.fixture(scope="session")
 def summary(runs: StudyRuns) -> pd.DataFrame:
     return summarise(runs)
+
+
+@pytest.fixture(scope="session")
+def findings(runs: StudyRuns) -> Findings:
+    return Findings.of(runs)
+
+
+@pytest.fixture(scope="session")
+def uncertainties(findings: Findings) -> dict[str, FrontierUncertainty]:
+    return findings.uncertainties

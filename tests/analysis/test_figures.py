@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import simulated_study
 from drawn import Drawn, apart
+from matplotlib.collections import PolyCollection
 
 from analysis import style
 from analysis.figures import data, labels
@@ -14,20 +15,24 @@ from analysis.figures.curves import learning_curves_figure
 from analysis.figures.frontier import frontier_figure
 from analysis.figures.rel_errors import rel_error_figure
 from analysis.summary import MEASURES, VAL_ACC, VAL_LOSS, summarise
+from analysis.tables import percent
+from analysis.uncertainty import frontier_uncertainty
 
 STUDIES = simulated_study.awkward_studies()
+
+
+def drawn_frontier(runs, summary, measure, note=""):
+    """The figure, and the points it shows."""
+    uncertainty = frontier_uncertainty(runs, summary, measure)
+    points = data.frontier_points(summary, measure, uncertainty.support)
+    return frontier_figure(points, data.seed_points(summary, runs.seeds, measure), uncertainty, measure, note), points
 
 
 def draw(name: str) -> dict:
     """Every figure that the study has data for."""
     runs, curves = simulated_study.simulated_runs(STUDIES[name], n_evaluations=8)
     summary = summarise(runs)
-    figures = {
-        measure.name: frontier_figure(
-            data.frontier_points(summary, measure), data.seed_points(summary, runs.seeds, measure), measure, "A note."
-        )
-        for measure in MEASURES
-    }
+    figures = {measure.name: drawn_frontier(runs, summary, measure, "A note.")[0] for measure in MEASURES}
     shown = data.curve_trials(summary)
     figures["curves"] = learning_curves_figure(data.curve_means(shown, curves), curves, "A note.")
     for trial in summary.loc[summary["is_reference"], "trial"]:
@@ -98,8 +103,7 @@ def test_frontier_labels_keep_off_every_marker(drawn):
 def test_frontier_figure_shows_the_numbers_it_is_given(measure):
     runs, _ = simulated_study.simulated_runs(STUDIES["one to five seeds"])
     summary = summarise(runs)
-    points = data.frontier_points(summary, measure)
-    figure = frontier_figure(points, data.seed_points(summary, runs.seeds, measure), measure)
+    figure, points = drawn_frontier(runs, summary, measure)
     axes = figure.axes[0]
     markers = [line for line in axes.lines if line.get_linestyle() == "None" and str(line.get_marker()) in "Do^s"]
     drawn = {tuple(np.asarray(line.get_xydata())[0]): line for line in markers}
@@ -113,9 +117,7 @@ def test_frontier_figure_shows_the_numbers_it_is_given(measure):
 
 
 def test_frontier_figure_shares_its_axis_with_the_percentage(summary, runs):
-    figure = frontier_figure(
-        data.frontier_points(summary, VAL_LOSS), data.seed_points(summary, runs.seeds, VAL_LOSS), VAL_LOSS
-    )
+    figure, _ = drawn_frontier(runs, summary, VAL_LOSS)
     bottom, top = figure.axes
     assert np.array(top.get_xlim()) == pytest.approx(100 * np.array(bottom.get_xlim()) / 808_448)
 
@@ -123,10 +125,21 @@ def test_frontier_figure_shares_its_axis_with_the_percentage(summary, runs):
 def test_frontier_figure_says_when_there_is_no_frontier():
     runs, _ = simulated_study.simulated_runs(STUDIES["one seed"])
     summary = summarise(runs)
-    figure = frontier_figure(
-        data.frontier_points(summary, VAL_ACC), data.seed_points(summary, runs.seeds, VAL_ACC), VAL_ACC
-    )
+    figure, _ = drawn_frontier(runs, summary, VAL_ACC)
     assert figure.texts[0].get_text().startswith("No configuration has 3 complete seeds: no intervals and no frontier.")
+
+
+def test_frontier_figure_draws_its_band_and_names_the_support(summary, runs):
+    figure, points = drawn_frontier(runs, summary, VAL_LOSS)
+    uncertainty = frontier_uncertainty(runs, summary, VAL_LOSS)
+    [band] = [part for part in figure.axes[0].collections if isinstance(part, PolyCollection) and part.get_zorder() < 1]
+    drawn = np.unique(np.round(band.get_paths()[0].vertices[:, 1], 9))
+    expected = np.unique(np.round(uncertainty.band[["low", "high"]].to_numpy(dtype=float), 9))
+    assert np.array_equal(drawn, expected)
+    texts = {text.get_text() for text in figure.axes[0].texts}
+    for row in points[points["on_frontier"]].to_dict("records"):
+        assert f"{row['label']} ({percent(row['support'])})" in texts
+    assert "10,000 redraws" in figure.texts[0].get_text().replace("\n", " ")
 
 
 def test_curve_means_average_over_seeds():

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import simulated_study
-from drawn_text import faults
+from drawn import check_texts
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from scipy import stats
@@ -49,7 +49,7 @@ STUDIES = {
 @pytest.mark.parametrize("name", STUDIES)
 def test_heat_map_keeps_all_its_text_apart_and_inside(name, measure):
     figure = heat_map_figure(cells_of(STUDIES[name], measure), measure, "A note.")
-    assert faults(figure) == []
+    check_texts(figure)
     assert figure.get_figwidth() == style.WIDTH
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 import pytest
 import simulated_study
-from drawn_text import faults
+from drawn import check_texts
 from simulated_study import Configuration
 
 from analysis import style
@@ -204,7 +204,7 @@ def test_importance_figure_keeps_all_its_text_apart_and_inside(searched):
         ]
     for shares, measure in ((searched, VAL_LOSS), (quiet, VAL_ACC), (noisy, VAL_ACC), (shares_of(long), VAL_LOSS)):
         figure = importance_figure(shares, measure, "A note.")
-        assert faults(figure) == []
+        check_texts(figure)
         assert figure.get_figwidth() == style.WIDTH
         assert figure.axes[0].get_position().width * style.WIDTH > 2
 

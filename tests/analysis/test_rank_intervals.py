@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import simulated_study
-from drawn_text import faults
+from drawn import check_texts
 from scipy import stats
 from simulated_study import Configuration
 
@@ -31,7 +31,7 @@ def rows_of(found, measure=VAL_LOSS, budgets=None, **settings):
 def test_rank_figure_keeps_all_its_text_apart_and_inside(name):
     for measure in (VAL_LOSS, VAL_ACC):
         figure = rank_figure(rows_of(STUDIES[name], measure), measure, "A note.")
-        assert faults(figure) == []
+        check_texts(figure)
         assert figure.get_figwidth() == style.WIDTH
 
 

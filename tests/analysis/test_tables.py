@@ -20,12 +20,57 @@ def test_trials_table_shows_every_trial_with_its_interval(summary):
     assert shown["tokens"] == "20,480,000"
 
 
-def test_frontier_table_holds_the_frontier_from_the_smallest_up(summary):
-    table = tables.frontier_table(summary)
+def test_frontier_table_holds_the_frontier_from_the_smallest_up(summary, uncertainties):
+    table = tables.frontier_table(summary, uncertainties)
     assert table.data["n_params"].is_monotonic_increasing
     on = summary["on_frontier/val_loss"] | summary["on_frontier/val_acc"]
     assert sorted(table.data["trial"]) == sorted(summary.loc[on, "trial"])
     assert set(table.shown["on frontier of"]) <= {"loss", "accuracy", "loss, accuracy"}
+
+
+def test_frontier_table_says_the_support(summary, uncertainties):
+    table = tables.frontier_table(summary, uncertainties)
+    support = uncertainties["val_loss"].support.set_index("trial")["support"]
+    for shown, trial in zip(table.shown["support, loss"], table.data["trial"], strict=True):
+        assert shown == tables.percent(support[trial])
+
+
+def test_comparisons_table_shows_declared_ones_first_with_their_tests(findings):
+    compared = findings.compared.assign(declared=findings.compared["trial"] == 6)
+    shown = tables.comparisons_table(compared).shown
+    assert shown["declared"].tolist() == sorted(shown["declared"], reverse=True)
+    [row] = shown[(shown["declared"] == "yes") & (shown["measure"] == "loss (nats)")].to_dict("records")
+    [data] = compared[(compared["trial"] == 6) & (compared["measure"] == "val_loss")].to_dict("records")
+    assert (row["against"], row["seeds"], row["verdict"]) == ("dense (dense)", "3", data["verdict"])
+    assert row["difference"].startswith(f"+{data['difference']:.3f}")
+    assert row["margin"] == "–"  # this study declares none
+
+
+def test_size_needed_table_adds_up_and_marks_what_is_observed(uncertainties):
+    table = tables.size_needed_table(uncertainties)
+    own = table.shown[table.shown["measure"] == "loss (nats)"]
+    assert own["this size or smaller"].iloc[-1] == "100 %"
+    assert (own["smallest within the margin, by the means"] == "yes").sum() == 1
+
+
+def test_hypervolume_table_says_what_it_is_measured_against(uncertainties):
+    shown = tables.hypervolume_table(uncertainties).shown
+    assert shown["measured against"].tolist() == ["4.174, 808,448 parameters", "0, 808,448 parameters"]
+
+
+def test_arms_table_lists_what_trials_of_an_arm_differ_in(summary):
+    shown = tables.arms_table(summary).shown.set_index("arm")
+    assert shown.loc["mpo-tuned", "steps"] == "500"
+    assert shown.loc["mpo-tuned", "teacher"] == "dense"
+    assert shown.loc["dense", "learning rate"] == "0.0003"
+    assert "refinement" not in shown.columns
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(0, "0 %"), (0.001, "<1 %"), (0.5, "50 %"), (0.999, ">99 %"), (1, "100 %"), (0.004999, "<1 %")]
+)
+def test_percent_is_certain_only_where_the_share_is(share, shown):
+    assert tables.percent(share) == shown
 
 
 def test_budgets_table_shows_both_totals_of_tokens(summary):
@@ -71,8 +116,16 @@ def test_to_latex_sets_numbers_right_and_escapes_what_latex_reads():
     ]
 
 
-def test_to_latex_leaves_nothing_that_plain_latex_cannot_set(summary, runs):
-    for table in (tables.trials_table(summary), tables.frontier_table(summary), tables.failures_table(runs)):
+def test_to_latex_leaves_nothing_that_plain_latex_cannot_set(summary, runs, findings, uncertainties):
+    for table in (
+        tables.trials_table(summary),
+        tables.frontier_table(summary, uncertainties),
+        tables.comparisons_table(findings.compared),
+        tables.size_needed_table(uncertainties),
+        tables.hypervolume_table(uncertainties),
+        tables.arms_table(summary),
+        tables.failures_table(runs),
+    ):
         assert tables.to_latex(table.shown).isascii()
 
 
