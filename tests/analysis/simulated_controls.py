@@ -9,7 +9,7 @@ import pandas as pd
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, awkward_studies, simulated_runs
 
 from analysis.comparisons import compare
-from analysis.runs import Claims, StudyRuns
+from analysis.runs import Claims, Contrast, StudyRuns
 from analysis.summary import summarise
 
 CONTRASTS = (("mpo-tuned", "dense"), ("mpo-tuned", "mpo"), ("mpo", "low_rank"))
@@ -49,6 +49,6 @@ def compared(
 ) -> tuple[StudyRuns, pd.DataFrame, pd.DataFrame]:  # fmt: skip
     """Runs, their summary and their comparisons; of the contrasts, those whose arms the study has."""
     runs, _ = simulated_runs(found, n_evaluations=2, **settings)
-    runs = replace(runs, claims=Claims(margins, tuple(contrasts)))
+    runs = replace(runs, claims=Claims(margins, tuple(Contrast(runs.name, *pair) for pair in contrasts)))
     summary = summarise(runs)
     return runs, summary, compare(runs, summary)
