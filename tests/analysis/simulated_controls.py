@@ -49,6 +49,6 @@ def compared(
 ) -> tuple[StudyRuns, pd.DataFrame, pd.DataFrame]:  # fmt: skip
     """Runs, their summary and their comparisons; of the contrasts, those whose arms the study has."""
     runs, _ = simulated_runs(found, n_evaluations=2, **settings)
-    runs = replace(runs, claims=Claims(margins, tuple(Contrast("tiny", *pair) for pair in contrasts)))
+    runs = replace(runs, claims=Claims(margins, tuple(Contrast(runs.name, *pair) for pair in contrasts)))
     summary = summarise(runs)
     return runs, summary, compare(runs, summary)
