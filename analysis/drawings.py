@@ -100,8 +100,8 @@ def _families(findings: Findings) -> Iterator[Drawing]:
             "families",
             families_figure(points),
             "Families at equal parameters",
-            f"Means of validation loss and accuracy with 95 % t intervals of {points['group'].nunique()} families, side "
-            f"by side at {points['size'].nunique()} sizes.",
+            f"Means of validation loss and accuracy with 95 % t intervals of {points['group'].nunique()} families, "
+            f"side by side at {points['size'].nunique()} sizes.",
             {"families": points},
         )
 
@@ -152,7 +152,8 @@ def _learning_curves(findings: Findings, note: str) -> Drawing:
         "learning_curves",
         learning_curves_figure(means, curves, f"{thinned} {note}".strip()),
         "Learning curves",
-        f"Validation loss of {len(shown)} configurations against the training tokens of each run, one panel per family.",
+        f"Validation loss of {len(shown)} configurations against the training tokens of each run, one panel per "
+        "family.",
         {"learning_curves": means, "learning_curves_seeds": curves},
     )
 
@@ -165,8 +166,8 @@ def _rel_errors(findings: Findings) -> Iterator[Drawing]:
                 "rel_error",
                 rel_error_figure(errors),
                 "Reconstruction error of the dense weights",
-                f"Relative error of TT-SVD at {errors['chi'].nunique()} caps χ, for {errors['kind'].nunique()} kinds of "
-                "layers, before and after training, on logarithmic axes.",
+                f"Relative error of TT-SVD at {errors['chi'].nunique()} caps χ, for {errors['kind'].nunique()} kinds "
+                "of layers, before and after training, on logarithmic axes.",
                 {"rel_error": errors},
             )
 

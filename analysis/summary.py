@@ -148,7 +148,7 @@ def _add_frontier(summary: pd.DataFrame, measure: Measure) -> None:
 
 def _scientific(value: float) -> str:
     """`3e-4`: as people write learning rates."""
-    mantissa, exponent = f"{value:.6e}".split("e")
+    mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
@@ -164,12 +164,15 @@ _NAMED = {
 
 
 def _labels(summary: pd.DataFrame) -> pd.Series:
-    """χ, or what it is; then whatever tells apart the trials of a group that would otherwise be called the same."""
+    """χ, or the χ it stands for, or what it is; then whatever tells apart the trials of a group that would otherwise be
+    called the same."""
     reference_shape = summary.loc[summary["group"] == DENSE, ["d_model", "n_layers", "d_ff"]].head(1)
 
     def shortest(row: dict) -> str:
         if pd.notna(row["chi"]):
             return f"χ={row['chi']}"
+        if pd.notna(row["as_chi"]):
+            return f"as χ={row['as_chi']}"
         if row["group"] in (SMALLER_DENSE, LARGER_DENSE) and len(reference_shape):
             differing = [key for key in reference_shape.columns if row[key] != reference_shape[key].item()]
             return _NAMED[differing[0]](row[differing[0]]) if differing else row["arm"]

@@ -22,8 +22,6 @@ from analysis.uncertainty import N_DRAWS, FrontierUncertainty
 _MARKER_SIZE = 5.2
 _AXES_HEIGHT, _ABOVE = 2.6, 0.45
 """Inches of the axes, and of what stands above them."""
-_FEW = "#8c8c8c"
-"""Colour of a mean over too few seeds."""
 _LABELLED = 20
 """Configurations up to which each gets a label; of more, only those on the frontier do."""
 _BAND = "#dbe9f6"
@@ -196,7 +194,7 @@ def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple
 def _point_colors(points: pd.DataFrame) -> list[str]:
     styles = style.group_styles(points["group"])
     return [
-        styles[group].color if n_seeds >= MIN_SEEDS else _FEW
+        styles[group].color if n_seeds >= MIN_SEEDS else style.FEW
         for group, n_seeds in zip(points["group"], points["n_seeds"], strict=True)
     ]
 
@@ -239,7 +237,7 @@ def _legend(points: pd.DataFrame, has_band: bool) -> list[Line2D | Patch]:
     handles: list[Line2D | Patch] = []
     for group, group_style in style.group_styles(points["group"]).items():
         shown = bool(enough[points["group"] == group].any())
-        handles.append(marker(group_style.marker, group_style.color if shown else _FEW, shown, group))
+        handles.append(marker(group_style.marker, group_style.color if shown else style.FEW, shown, group))
     if points["on_frontier"].any():
         handles.append(Line2D([], [], color=style.GREY, linewidth=0.9, label="frontier of the means (filled)"))
     if has_band:
@@ -247,9 +245,9 @@ def _legend(points: pd.DataFrame, has_band: bool) -> list[Line2D | Patch]:
     if (enough & ~points["on_frontier"]).any():
         handles.append(marker("o", style.GREY, False, "hollow: dominated"))
     if not enough.all():
-        handles.append(marker("o", _FEW, False, f"grey: fewer than {MIN_SEEDS} seeds"))
+        handles.append(marker("o", style.FEW, False, f"grey: fewer than {MIN_SEEDS} seeds"))
     if (points["n_seeds"] > 1).any():
-        handles.append(Line2D([], [], linestyle="none", marker="o", markersize=2, color=_FEW, label="one seed"))
+        handles.append(Line2D([], [], linestyle="none", marker="o", markersize=2, color=style.FEW, label="one seed"))
     for row in points[points["is_reference"]].to_dict("records"):
         handles.append(Line2D([], [], color="#444444", linewidth=0.9, linestyle=(0, (5, 3)), label="mean of dense"))
         if row["n_seeds"] >= MIN_SEEDS:

@@ -58,12 +58,17 @@ def page(report):
     return Page((report / "index.html").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def explore(report):
+    return Page((report / "explore.html").read_text(encoding="utf-8"))
+
+
 def files(folder) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_report_refers_only_to_files_it_holds(report, page):
-    local = {reference for reference in page.references if not reference.startswith("#")}
+def test_report_refers_only_to_files_it_holds(report, page, explore):
+    local = {reference for reference in page.references + explore.references if not reference.startswith("#")}
     assert local
     for reference in local:
         assert "//" not in reference
@@ -77,14 +82,20 @@ def test_report_fetches_nothing(report):
         assert word not in text
 
 
-def test_report_links_every_file_it_wrote(report, page):
+def test_page_to_explore_takes_its_script_from_beside_it(report, explore):
+    assert explore.references.count("scripts/plotly.min.js") == 1
+    assert explore.references.count("index.html") == 1
+    assert {"explore_val_loss", "explore_val_acc", "explore_parallel"} <= set(explore.ids)
+
+
+def test_report_links_every_file_it_wrote(report, page, explore):
     written = set(files(report)) - {"index.html", "report.json"}
-    assert written <= set(page.references)
+    assert written <= set(page.references + explore.references)
     assert json.loads((report / "report.json").read_text())["written"] == sorted(written | {"index.html"})
 
 
 def test_report_describes_each_figure_in_words(page):
-    assert len(page.alts) == 4
+    assert len(page.alts) == 10
     assert all(alt and len(alt) > 40 for alt in page.alts)
     assert "χ=8 (MPO fine-tuned)" in page.alts[0]
 
@@ -100,6 +111,9 @@ def test_report_says_what_a_reader_must_know(page, runs):
         "95 % t intervals of the mean",
         "1 duplicated trial left out",
         "full validation split",
+        "exploration, adjusted by Benjamini and Hochberg",
+        "What is on the frontier?",
+        "Support is how often a configuration is on it",
         *runs.budgets,
         runs.uuid,
         runs.trials["corpus_sha256"][0],
