@@ -116,10 +116,12 @@ def seeds_frame(runs: list[RunRecord]) -> pd.DataFrame:
     rows = [
         {"trial": param_of(run, "trial"), "seed": param_of(run, "seed"), "run_id": run.run_id}
         | {field.key: metric_of(run, "final", field.key, required=field.key in CLAIMED) for field in schema.FINALS}
+        | {tag: run.tags.get(tag) for tag in schema.RAN_ON}
         for run in runs
     ]
     finals = {field.key: _DTYPES[field.dtype] for field in schema.FINALS}
-    return _frame(rows, {"trial": "int64", "seed": "int64", "run_id": "str"} | finals)
+    ran_on = dict.fromkeys(schema.RAN_ON, "str")
+    return _frame(rows, {"trial": "int64", "seed": "int64", "run_id": "str"} | finals | ran_on)
 
 
 def failures_frame(runs: list[RunRecord]) -> pd.DataFrame:

@@ -63,7 +63,8 @@ class StudyRuns:
         why a trial was given up before it had all its seeds; missing for all others. study: the study's name.
         validation_fraction: the part of the corpus, at its end, that validates; missing where an older version wrote
         the runs.
-    seeds: one row per complete seed: trial, seed, run_id, the final metrics of the schema under their own keys.
+    seeds: one row per complete seed: trial, seed, run_id, the final metrics of the schema and its tags `RAN_ON`, under
+        their own keys.
     failures: trial, arm, seed, step, reason; a failure of a whole trial has no seed.
     unfinished: trial, arm, seed, status, of seeds neither complete nor failed; a trial that waits for seeds of which
         there is no run yet has no seed.
@@ -101,6 +102,16 @@ class StudyRuns:
     def budgets(self) -> list[str]:
         """The budget hashes of the trials, sorted; trials are comparable without a word of warning if there is one."""
         return sorted(self.trials["budget_hash"].unique())
+
+    @property
+    def ran_on(self) -> dict[str, int]:
+        """Machines in words, each with how many complete seeds ran on it, most first; those that say nothing left out.
+
+        Between two of them the same seed differs by rounding, which training makes larger.
+        """
+        known = self.seeds.dropna(subset=[schema.DEVICE, schema.THREADS, schema.TORCH])
+        words = known[schema.DEVICE] + ", threads: " + known[schema.THREADS] + ", torch " + known[schema.TORCH]
+        return {str(machine): int(n) for machine, n in words.value_counts().items()}
 
     @property
     def data_source(self) -> str:

@@ -148,3 +148,14 @@ def test_study_runs_refuses_a_finished_run_without_params():
 )
 def test_without_password_hides_only_the_password(uri, shown):
     assert without_password(uri) == shown
+
+
+def test_ran_on_counts_the_machines_that_are_known():
+    found = simulated_study.configurations()[:2]
+    runs, _ = simulated_study.simulated_runs(found)
+    assert runs.ran_on == {}
+    seeds = runs.seeds.assign(**{schema.DEVICE: "cpu", schema.THREADS: "1", schema.TORCH: "2.13.0"})
+    seeds.loc[0, schema.THREADS] = "2"
+    seeds.loc[1, schema.DEVICE] = None
+    machines = replace(runs, seeds=seeds).ran_on
+    assert machines == {"cpu, threads: 1, torch 2.13.0": 4, "cpu, threads: 2, torch 2.13.0": 1}
