@@ -24,14 +24,10 @@ LOCAL_SERVER = "http://127.0.0.1:5000"
 """Where `mpo-study ui DIR` serves MLflow."""
 
 _SYMBOLS = {
-    "D": "diamond",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "o": "circle",
-    "s": "square",
-    "P": "cross",
-    "X": "x",
-}
+    "D": "diamond", "o": "circle", "s": "square", "P": "cross", "X": "x", "*": "star", "h": "hexagon", "p": "pentagon",
+    "^": "triangle-up", "v": "triangle-down", "<": "triangle-left", ">": "triangle-right", "d": "diamond-tall",
+    "8": "octagon", "H": "hexagon2",
+}  # fmt: skip
 _FACTORS = (
     *("family", "start", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
     *("forward", "d_model", "learning_rate", "steps"),

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import simulated_controls
 from simulated_study import simulated_runs
 
 from analysis.figures import data
@@ -40,6 +41,19 @@ def test_chart_describes_every_configuration_and_links_its_run(runs, summary):
     ):
         assert part in dense
     assert [symbol for trace in found for symbol in trace["marker"]["symbol"]].count("diamond") == 1
+
+
+@pytest.mark.parametrize("name", ["controls", "no dense model", "crowded"])
+def test_every_group_has_its_symbol(name):
+    runs, _ = simulated_runs(simulated_controls.studies()[name], n_evaluations=1)
+    summary = summarise(runs)
+    points = points_of(runs, summary)
+    found = [trace for trace in traces(frontier_chart(runs, points, VAL_LOSS)) if trace.get("mode") == "markers"]
+    shapes = [{symbol.removesuffix("-open") for symbol in trace["marker"]["symbol"]} for trace in found]
+    assert len(found) == points["group"].nunique()
+    assert all(len(shape) == 1 for shape in shapes)
+    looks = {(trace["marker"]["color"], *shape) for trace, shape in zip(found, shapes, strict=True)}
+    assert len(looks) == len(found)
 
 
 def test_parallel_axes_are_the_factors_that_vary(runs, summary):
