@@ -84,9 +84,10 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     declared = list(_declared_pairs(runs, trials, reference))
     yield from declared
     known = {(pair.trial, pair.against) for pair in declared}
+    others = [trial for trial in trials if trial["family"] != "mpo"]
     for trial in trials:
         own = [] if reference is None or trial is reference else [(reference, REFERENCE)]
-        own += [(control, EQUAL_PARAMETERS) for control in _controls(trial, trials)]
+        own += [(control, EQUAL_PARAMETERS) for control in _controls(trial, others)]
         for against, relation in own:
             pair = (trial["trial"], against["trial"])
             if pair not in known and trial["budget_hash"] == against["budget_hash"]:
@@ -100,7 +101,7 @@ def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]], reference: di
         rivals = [trial for trial in own if trial["arm"] == rival]
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
             against = _counterpart(trial, rivals)
-            is_equal = trial["family"] == "mpo" and against in _controls(trial, [against])
+            is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
             relation = REFERENCE if against is reference else EQUAL_PARAMETERS if is_equal else DECLARED
             yield Pair(trial["trial"], against["trial"], relation, declared=True)
 
@@ -111,15 +112,15 @@ def _counterpart(trial: dict[str, Any], rivals: list[dict[str, Any]]) -> dict[st
     return min(same or rivals, key=lambda rival: (_distance(trial, rival), rival["trial"]))
 
 
-def _controls(trial: dict[str, Any], trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each other family, the trial of equal parameters from the same start that is nearest to an MPO trial."""
+def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each family among trials that are no MPO, that of equal parameters and the same start nearest to an MPO."""
     if trial["family"] != "mpo":
         return []
     nearest: dict[str, dict[str, Any]] = {}
-    for other in trials:
+    for other in others:
         stands_for = pd.notna(other["as_chi"]) and other["as_chi"] == trial["chi"]
         is_equal = stands_for or _distance(trial, other) <= math.log1p(EQUAL_SIZE)
-        if other["family"] == "mpo" or other["start"] != trial["start"] or not is_equal:
+        if other["start"] != trial["start"] or not is_equal:
             continue
         known = nearest.get(other["family"])
         if known is None or _distance(trial, other) < _distance(trial, known):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,9 @@ ANOVA, FANOVA = "factorial analysis of variance", "fANOVA"
 INTERACTIONS = "interactions"
 MIN_TRIALS = 20
 """Fewest trials a forest is grown on; of 12, the main share of a known truth came out anywhere from .5 to .9."""
+
+MAX_TRIALS = 200
+"""Most trials a forest is grown on, drawn at random; its cost grows with their square."""
 
 _NO_FACTORS = (
     *("trial", "seed", "arm", "family", "as_chi", "sites", "largest_bond", "tuning_trials"),
@@ -59,7 +63,8 @@ def factor_importance(
         seeds: `StudyRuns.seeds`.
         rng: redraws, and seeds the forests.
         budgets: as in `selection.select`.
-    Cost: a grid well under a second; a forest 10 to 20 s for 60 trials of 4 factors, nearly all for the redraws.
+    Cost: a grid well under a second; a forest about 10 s for 60 trials of 4 factors and a minute for MAX_TRIALS or
+        more, nearly all for the redraws.
     Returns:
         One row per factor, the largest share first, `interactions` last. factor: its name. levels, n_levels: what it
         was set to; missing for the rest. share, low, high: per cent. evaluator, n_trials, n_seeds, left_out: of the
@@ -80,11 +85,15 @@ def factor_importance(
     if _is_grid(codes):
         evaluator, shares = ANOVA, _anova_shares(codes, means, rng)
     elif len(codes) >= MIN_TRIALS:
-        evaluator, shares = FANOVA, _fanova_shares(_coordinates(selected.trials, factors, codes), means, rng)
+        drawn = np.sort(rng.permutation(len(codes))[:MAX_TRIALS])
+        coordinates = _coordinates(selected.trials, factors, codes)[drawn]
+        evaluator, shares = FANOVA, _fanova_shares(coordinates, replace(means, means=means.means[drawn]), rng)
     else:
         return pd.DataFrame(columns=list(COLUMNS))
     if np.isnan(shares).any():
         return pd.DataFrame(columns=list(COLUMNS))
+    is_sample = evaluator == FANOVA and len(codes) > MAX_TRIALS
+    too_many = f"A random {MAX_TRIALS} of {len(codes)} trials stand for all." if is_sample else ""
     levels = [_levels(selected.trials[keys[0]]) for keys in factors]
     frame = pd.DataFrame(
         {
@@ -95,9 +104,9 @@ def factor_importance(
             "low": 100 * shares[1],
             "high": 100 * shares[2],
             "evaluator": evaluator,
-            "n_trials": len(codes),
+            "n_trials": len(codes) if evaluator == ANOVA else min(len(codes), MAX_TRIALS),
             "n_seeds": selected.values.shape[1],
-            "left_out": selected.left_out,
+            "left_out": " ".join(said for said in (selected.left_out, too_many) if said),
         }
     )
     main = frame.iloc[:-1].sort_values("share", ascending=False, kind="stable")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from analysis import run_schema as schema
@@ -126,13 +127,18 @@ def _group(family: str, start: str, percent_of_dense: float) -> str:
 
 
 def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:
-    values = {trial: group[key].to_numpy() for trial, group in seeds.groupby("trial")}
-    intervals = [mean_interval(values.get(trial, ())) for trial in summary["trial"]]
-    summary[schema.mean_key(key)] = [float(interval.mean) for interval in intervals]
-    summary[schema.std_key(key)] = [float(interval.std) for interval in intervals]
-    summary[half_width_key(key)] = [
-        float(interval.half_width) if interval.n >= MIN_SEEDS else float("nan") for interval in intervals
-    ]
+    columns = [schema.mean_key(key), schema.std_key(key), half_width_key(key)]
+    summary[columns] = float("nan")
+    ordered = seeds.sort_values(["trial", "seed"])
+    counts = ordered["trial"].map(ordered["trial"].value_counts())
+    for n, own in ordered.groupby(counts):  # trials of as many seeds are one table
+        interval = mean_interval(own[key].to_numpy().reshape(-1, int(n)))
+        half_width = interval.half_width if interval.n >= MIN_SEEDS else np.full(interval.mean.shape, np.nan)
+        found = pd.DataFrame(
+            dict(zip(columns, (interval.mean, interval.std, half_width), strict=True)), index=own["trial"].unique()
+        )
+        rows = summary["trial"].isin(found.index)
+        summary.loc[rows, columns] = found.loc[summary.loc[rows, "trial"]].to_numpy()
 
 
 def _add_frontier(summary: pd.DataFrame, measure: Measure) -> None:
@@ -180,8 +186,8 @@ def _labels(summary: pd.DataFrame) -> pd.Series:
 
     labels = pd.Series([shortest(row) for row in summary.to_dict("records")], summary.index, dtype="str")
     for key, form in _NAMED.items():
-        for _, same in summary.groupby([summary["group"], labels], sort=False):
-            if len(same) > 1 and same[key].nunique(dropna=False) > 1:
-                named = same[key].map(lambda value, form=form: "" if pd.isna(value) else f", {form(value)}")
-                labels.loc[same.index] += named
+        values = pd.Series(pd.factorize(summary[key], use_na_sentinel=False)[0], summary.index)
+        differ = values.groupby([summary["group"], labels], sort=False).transform("nunique") > 1
+        named = summary.loc[differ, key].map(lambda value, form=form: "" if pd.isna(value) else f", {form(value)}")
+        labels[differ] += named.astype("str")
     return labels

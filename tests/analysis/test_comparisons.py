@@ -157,15 +157,20 @@ def test_only_seeds_that_both_have_are_paired():
     assert row["difference"] == pytest.approx(shared.mean())
 
 
-def test_block_interval_is_of_all_trials_with_the_common_seeds():
-    frame, runs = compared([DENSE, mpo(4, 2.0), mpo(8, 1.8), mpo(16, 1.7, seeds=range(3))], noise=0.02)
-    table = np.stack([values_of(runs, trial) for trial in (0, 1, 2)])
+@pytest.mark.parametrize(("seeds", "n_shared"), [(range(3), 3), ((5, 6, 7), 5)])
+def test_block_interval_is_of_all_trials_with_the_common_seeds(seeds, n_shared):
+    """Three seeds that all have are enough; of fewer, the trials that have the seeds of most are the block."""
+    frame, runs = compared([DENSE, mpo(4, 2.0), mpo(8, 1.8), mpo(16, 1.7, seeds=seeds)], noise=0.02)
+    inside = (0, 1, 2, 3) if n_shared == 3 else (0, 1, 2)
+    table = np.stack([values_of(runs, trial)[list(range(n_shared))] for trial in inside])
     residuals = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
-    half = stats.t.ppf(0.975, 8) * np.sqrt(2 * (residuals**2).sum() / 8 / 5)
+    df = (len(inside) - 1) * (n_shared - 1)
+    half = stats.t.ppf(0.975, df) * np.sqrt(2 * (residuals**2).sum() / df / n_shared)
     assert row_of(frame, 1, 0)["block_half_width"] == pytest.approx(half)
     assert row_of(frame, 2, 0)["block_half_width"] == pytest.approx(half)
-    assert math.isnan(row_of(frame, 3, 0)["block_half_width"])
-    assert row_of(frame, 3, 0)["n"] == 3
+    assert row_of(frame, 1, 0)["n"] == 5  # its own test keeps all its seeds
+    last = row_of(frame, 3, 0)
+    assert (last["n"], math.isnan(last["block_half_width"])) == ((3, False) if n_shared == 3 else (0, True))
 
 
 def test_verdicts():

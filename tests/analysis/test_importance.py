@@ -10,7 +10,7 @@ import simulated_study
 from drawn import check_texts
 from simulated_study import Configuration
 
-from analysis import style
+from analysis import importance, style
 from analysis.figures.importance import importance_figure
 from analysis.importance import ANOVA, COLUMNS, FACTORS, FANOVA, INTERACTIONS, MIN_TRIALS, factor_importance
 from analysis.summary import VAL_ACC, VAL_LOSS, summarise
@@ -129,6 +129,15 @@ def test_forest_is_the_same_each_time_and_leaves_optunas_logging_alone():
     assert optuna.logging.get_verbosity() == before
     assert len(once) > 1
     assert again.equals(once)
+
+
+def test_forest_of_a_large_search_is_one_of_some_of_its_trials(monkeypatch):
+    monkeypatch.setattr(importance, "MAX_TRIALS", 40)
+    monkeypatch.setattr(importance, "_FOREST_DRAWS", 10)
+    shares = shares_of(search(90, np.random.default_rng(2)))
+    assert set(shares["n_trials"]) == {40}
+    assert set(shares["left_out"]) == {"A random 40 of 90 trials stand for all."}
+    assert shares.set_index("factor").loc["χ", "share"] == pytest.approx(90, abs=10)
 
 
 def test_a_grid_with_a_hole_goes_to_the_forest():
