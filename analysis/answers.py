@@ -135,6 +135,9 @@ def _against_dense(
                 words += f"; not inferior by the margin of {margin:g} {unit}: " + (
                     _listed(list(holds["label"])) if len(holds) else "none"
                 )
+            if not rows["same_budget"].all():
+                tokens, dense_tokens = (_range(rows[key]) for key in ("total_tokens", "against_total_tokens"))
+                words += f"; their budget is another, {tokens} tokens in all against {dense_tokens}"
             said.append(f"{words}.")
         needed = uncertainties[measure.name].size_needed
         if len(needed):

@@ -67,6 +67,13 @@ def test_first_screen_says_from_which_chi_on_dense_is_matched():
     assert "exploration" not in said["How sure is that?"]
 
 
+def test_first_screen_names_the_tokens_where_budgets_differ():
+    tuned = mpo(16, 1.6, start="teacher", budget_hash="0ddba11e")
+    said = answered([DENSE, tuned], [("mpo", "dense")])["Does it keep up with dense?"]
+    assert "their budget is another, 32,768,000 tokens in all against 16,384,000." in said
+    assert "budget" not in answered([DENSE, mpo(16, 1.6)])["Does it keep up with dense?"]
+
+
 @pytest.mark.parametrize(
     ("found", "question", "sentence"),
     [
