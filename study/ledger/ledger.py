@@ -23,6 +23,7 @@ from study.errors import StudyError
 from study.ledger.tables import (
     SCHEMA_VERSION,
     STOP,
+    check_results,
     close_optuna,
     driver_table,
     growth_table,
@@ -223,9 +224,7 @@ class Ledger:
                     f"arm {trial.spec.arm} cannot be a teacher: its trial {trial.number} repeats trial "
                     f"{trial.duplicate_of}, and was never trained itself"
                 )
-        homeless = sorted({number for number, _ in self.results} - self.trials.keys())
-        if homeless:
-            raise StudyError(f"the ledger is damaged: it has results of trial {homeless[0]}, but not the trial")
+        check_results(self.results.values(), self.trials)
         for number in sorted(self._untold):
             self._tell_if_over(number)
 

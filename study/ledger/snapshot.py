@@ -11,6 +11,7 @@ import sqlalchemy.exc
 from study.errors import StudyError
 from study.ledger.tables import (
     Growths,
+    check_results,
     close_optuna,
     driver_table,
     open_database,
@@ -41,7 +42,7 @@ def read_ledger(url: str, name: str) -> Snapshot:
     """Read a ledger, also while a driver writes.
 
     Raises:
-        StudyError: there is no such study.
+        StudyError: there is no such study, or it is damaged.
     """
     engine = open_database(url)
     try:
@@ -54,10 +55,9 @@ def read_ledger(url: str, name: str) -> Snapshot:
         latest = sa.select(sa.func.max(driver_table.c.started)).where(driver_table.c.study_uuid == uuid)
         with engine.connect() as connection:
             started = connection.execute(latest).scalar()
-        trials = _read_trials(url, engine, name, uuid)
-        return Snapshot(
-            uuid, corpus_sha256, trials, read_results(engine, uuid), read_growths(engine, uuid, name), started
-        )
+        trials, results = _read_trials(url, engine, name, uuid), read_results(engine, uuid)
+        check_results(results, {trial.number for trial in trials})
+        return Snapshot(uuid, corpus_sha256, trials, results, read_growths(engine, uuid, name), started)
     finally:
         engine.dispose()
 

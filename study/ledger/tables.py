@@ -6,7 +6,7 @@ One SQL database holds Optuna's own tables (the sampler's memory) and those belo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -138,6 +138,13 @@ def read_results(engine: sa.Engine, study_uuid: str) -> list[SeedResult]:
         return [SeedResult(**json.loads(row.content)) for row in rows]
     except (ValueError, TypeError) as error:
         raise StudyError(f"a result in the ledger is damaged: {error}") from None
+
+
+def check_results(results: Iterable[SeedResult], trials: Container[int]) -> None:
+    """Raise a StudyError where a result's trial is not on record."""
+    homeless = next((result.trial for result in results if result.trial not in trials), None)
+    if homeless is not None:
+        raise StudyError(f"the ledger is damaged: it has results of trial {homeless}, but not the trial")
 
 
 def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:

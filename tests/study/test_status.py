@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
+from contextlib import closing
 
 import pytest
 from study_fixtures import (
@@ -65,6 +67,17 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     starred = {int(row) for row in re.findall(r"^ (\d) .* \* *$", out, flags=re.MULTILINE)}
     assert starred == {point["trial"] for point in status["frontier"]}
     assert out.splitlines()[-1] == f"complete; to write its runs to MLflow: mpo-study sync {folder}"
+
+
+@pytest.mark.parametrize("words", [("status",), ("run", "tiny.yaml", "--dir"), ("sync",)])
+def test_ledger_whose_trials_are_gone_is_said_to_be_damaged(tmp_path, command, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_at(write_study(tmp_path, seeds=1, arms=[DENSE]), tmp_path / "kept")
+    with closing(sqlite3.connect(tmp_path / "kept" / "ledger.db")) as ledger, ledger:
+        ledger.execute("DELETE FROM trial_user_attributes")
+    code, _, err = command(*words, "kept")
+    assert code == 2
+    assert err == "mpo-study: the ledger is damaged: it has results of trial 0, but not the trial\n"
 
 
 def test_status_in_the_middle_of_a_search_says_what_is_left_and_how_to_go_on(tmp_path, command):
