@@ -92,7 +92,7 @@ def _against_controls(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str
         if not (summary["family"] == "mpo").any():
             return ["There is no MPO in this study."]
         return [
-            "No MPO and control of equal parameters, start and budget both have complete seeds, so this study cannot say."
+            "No MPO and control of equal parameters, start and budget have complete seeds, so this study cannot say."
         ]
     said = []
     for measure in MEASURES:
