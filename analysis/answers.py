@@ -12,8 +12,11 @@ import pandas as pd
 from analysis.comparisons import (
     BETTER,
     EQUAL_PARAMETERS,
+    FAILED,
     LEVEL,
+    NOT_INFERIOR,
     REFERENCE,
+    TOO_FEW,
     UNDECIDED,
     WORSE,
     reference_trial,
@@ -88,7 +91,9 @@ def _against_controls(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str
     if equal.empty:
         if not (summary["family"] == "mpo").any():
             return ["There is no MPO in this study."]
-        return ["No other family has a configuration of equal parameters, so this study cannot say."]
+        return [
+            "No MPO and control of equal parameters, start and budget have complete seeds, so this study cannot say."
+        ]
     said = []
     for measure in MEASURES:
         own = equal[equal["measure"] == measure.name]
@@ -98,9 +103,10 @@ def _against_controls(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str
 
 
 def _tally(rows: pd.DataFrame, measure: Measure) -> str:
-    verdicts = rows["verdict"].where(rows["verdict"].isin([BETTER, WORSE]), UNDECIDED)
+    verdicts = rows["verdict"].replace(_TALLIED)
     n = len(rows)
-    parts = [f"{word} at {(verdicts == word).sum()}" for word in (BETTER, WORSE, UNDECIDED) if (verdicts == word).any()]
+    words = (BETTER, WORSE, UNDECIDED, *_TALLIED.values())
+    parts = [f"{word} at {(verdicts == word).sum()}" for word in dict.fromkeys(words) if (verdicts == word).any()]
     decimals = decimals_for(rows["half_width"])
     unit = "points" if measure.unit == "%" else measure.unit
     gaps = [
@@ -108,6 +114,9 @@ def _tally(rows: pd.DataFrame, measure: Measure) -> str:
     ]
     shown = gaps if n <= _MOST_NAMED else [*gaps[: _MOST_NAMED - 1], "…"]
     return f"{_listed(parts)} of {n} {'size' if n == 1 else 'sizes'} ({'; '.join(shown)} {unit})"
+
+
+_TALLIED = {NOT_INFERIOR: UNDECIDED, TOO_FEW: "not tested (too few seeds)", FAILED: "not tested (failed seeds)"}
 
 
 def _against_dense(
@@ -122,6 +131,11 @@ def _against_dense(
     mpo = set(summary.loc[summary["family"] == "mpo", "trial"])
     tested = compared[(compared["relation"] == REFERENCE) & compared["trial"].isin(mpo)]
     if tested.empty:
+        with_seeds = summary[summary["trial"].isin(mpo) & (summary["n_seeds"] > 0) & summary["stopped"].isna()]
+        if not mpo:
+            return ["There is no MPO in this study."]
+        if with_seeds.empty:
+            return ["No MPO has a complete seed and was not given up, so this study cannot say."]
         return ["No MPO has the budget of the dense model, and the study file declares no contrast across budgets."]
     said = []
     for measure in MEASURES:
@@ -167,7 +181,10 @@ def _how_sure(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) ->
             f"{n_explored} {'others are' if n_declared else 'comparisons were not declared: they are'} exploration, "
             f"adjusted by Benjamini and Hochberg; confirm what they find on fresh seeds."
         )
-    said.append("Each rests on the paired differences of its own seeds (t interval, 95 %).")
+    if compared["p"].notna().any():
+        said.append("Each rests on the paired differences of its own seeds (t interval, 95 %).")
+    else:
+        said.append(f"Nothing was compared on {MIN_SEEDS} seeds or more.")
     noise = seed_noise(runs, summary, VAL_LOSS)
     if noise is not None:
         gap = runs.claims.margins.get(VAL_LOSS.name, VAL_LOSS.margin)

@@ -15,7 +15,7 @@ from analysis.selection import seed_table
 from analysis.statistics.contrasts import ONE_SIDED, TTest, contrasts, fixed_sequence, headline, non_inferiority
 from analysis.statistics.multiplicity import benjamini_hochberg, holm
 from analysis.statistics.seed_blocks import MIN_SEEDS
-from analysis.summary import MEASURES, Measure
+from analysis.summary import DENSE, MEASURES, Measure
 
 LEVEL = 0.05
 """Of a family of tests, two-sided."""
@@ -81,24 +81,32 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     compared["cap"] = compared["chi"].fillna(compared["as_chi"])
     trials: list[dict[str, Any]] = compared.to_dict("records")  # type: ignore[assignment]
     reference = next((trial for trial in trials if trial["is_reference"]), None)
-    declared = list(_declared_pairs(runs, trials, reference))
+    declared = list(_declared_pairs(runs, trials))
     yield from declared
     known = {(pair.trial, pair.against) for pair in declared}
-    others = [trial for trial in trials if trial["family"] != "mpo"]
+    # Against its own study's reference a trial of several joined ones needs no other.
+    settled = {pair.trial for pair in declared if pair.relation == REFERENCE}
+    others: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
-        own = [] if reference is None or trial is reference else [(reference, REFERENCE)]
-        own += [(control, EQUAL_PARAMETERS) for control in _controls(trial, others)]
+        if trial["family"] != "mpo":
+            others.setdefault(trial["budget_hash"], []).append(trial)
+    for trial in trials:
+        alike = others.get(trial["budget_hash"], [])
+        against_it = [other for other in alike if other is reference and trial is not reference]
+        own = [(other, REFERENCE) for other in against_it if trial["trial"] not in settled]
+        own += [(control, EQUAL_PARAMETERS) for control in _controls(trial, alike)]
         for against, relation in own:
             pair = (trial["trial"], against["trial"])
-            if pair not in known and trial["budget_hash"] == against["budget_hash"]:
+            if pair not in known:
                 known.add(pair)
                 yield Pair(*pair, relation, declared=False)
 
 
-def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]], reference: dict[str, Any] | None) -> Iterator[Pair]:
+def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]]) -> Iterator[Pair]:
     for study, arm, rival in runs.claims.contrasts:
         own = [trial for trial in trials if trial["study"] == study]
         rivals = [trial for trial in own if trial["arm"] == rival]
+        reference = _reference_of(own)
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
             against = _counterpart(trial, rivals)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
@@ -106,14 +114,24 @@ def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]], reference: di
             yield Pair(trial["trial"], against["trial"], relation, declared=True)
 
 
+def _reference_of(own: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The dense trial that those of one study are compared with, as `summary.summarise` chooses it."""
+    dense = [trial for trial in own if trial["group"] == DENSE]
+    enough = [trial for trial in dense if trial["n_seeds"] >= MIN_SEEDS]
+    return min(enough or dense, key=lambda trial: trial["trial"], default=None)
+
+
 def _counterpart(trial: dict[str, Any], rivals: list[dict[str, Any]]) -> dict[str, Any]:
-    """That of the same χ, or else the nearest in parameters; of several the first."""
+    """That of the same χ, or else the nearest in parameters; of several the one trained most alike, then the first."""
     same = [rival for rival in rivals if pd.notna(trial["cap"]) and rival["cap"] == trial["cap"]]
-    return min(same or rivals, key=lambda rival: (_distance(trial, rival), rival["trial"]))
+    if same:
+        return min(same, key=lambda rival: (_unlike(trial, rival), _distance(trial, rival), rival["trial"]))
+    return min(rivals, key=lambda rival: (_distance(trial, rival), _unlike(trial, rival), rival["trial"]))
 
 
 def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each family among trials that are no MPO, that of equal parameters and the same start nearest to an MPO."""
+    """Of each family among trials that are no MPO, that of equal parameters from the same start which was trained most
+    like an MPO trial, and of several the nearest to it."""
     if trial["family"] != "mpo":
         return []
     nearest: dict[str, dict[str, Any]] = {}
@@ -123,9 +141,21 @@ def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[
         if other["start"] != trial["start"] or not is_equal:
             continue
         known = nearest.get(other["family"])
-        if known is None or _distance(trial, other) < _distance(trial, known):
+        if known is None or _nearness(trial, other) < _nearness(trial, known):
             nearest[other["family"]] = other
     return list(nearest.values())
+
+
+def _nearness(trial: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
+    return _unlike(trial, other), _distance(trial, other)
+
+
+def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> int:
+    """In how much of how they were trained, and of what an arm may list, two trials differ."""
+    return sum(str(trial[key]) != str(other[key]) for key in _TRAINED)
+
+
+_TRAINED = ("budget_hash", "learning_rate", "lr_rule", "decay", "factorisation", "n_sites")
 
 
 def _distance(trial: dict[str, Any], other: dict[str, Any]) -> float:
@@ -148,7 +178,7 @@ def _measured(runs: StudyRuns, rows: pd.DataFrame, pairs: list[Pair], measure: M
     _add_pair_tests(frame, values, margin, measure.direction, failed)
     _add_block_tests(frame, rows, values, failed)
     _adjust(frame)
-    frame["arm"] = trial["arm"].to_numpy()
+    frame["study"], frame["arm"] = trial["study"].to_numpy(), trial["arm"].to_numpy()
     frame["order"] = trial["chi"].fillna(trial["as_chi"]).fillna(trial["n_params"]).to_numpy(dtype=np.float64)
     frame["non_inferior"] = _non_inferior(frame)
     frame["verdict"] = [
@@ -215,7 +245,7 @@ def _adjust(frame: pd.DataFrame) -> None:
 def _non_inferior(frame: pd.DataFrame) -> np.ndarray:
     holds = np.zeros(len(frame), dtype=bool)
     tested = frame[frame["relation"] == REFERENCE]
-    for _, arm in tested.groupby("arm"):
+    for _, arm in tested.groupby(["study", "arm"]):
         at, p, order = arm.index.to_numpy(), arm["inferiority_p"].to_numpy(), arm["order"].to_numpy()
         if np.unique(order).size == order.size:
             holds[at] = fixed_sequence(p, order)

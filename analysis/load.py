@@ -19,6 +19,7 @@ import pandas as pd
 from analysis import run_schema as schema
 from analysis.cache import Cache
 from analysis.errors import AnalysisError
+from analysis.run_records import no_frames
 from analysis.runs import RunRecord, StudyAddress, StudyRuns, claims_of, environment_of, study_runs, without_password
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ def _stamp(
 
 def _from_cache(address: StudyAddress, cache: Cache, summary_runs: Sequence[RunRecord]) -> StudyRuns | None:
     frames = cache.read((*_FRAMES, "study"))
-    if frames is None:
-        return None
+    if frames is None or any(not frames[key].dtypes.equals(frame.dtypes) for key, frame in no_frames().items()):
+        return None  # or what another version of this program made of the same runs
     name, uuid, n_duplicates, latest = frames.pop("study")[["name", "uuid", "n_duplicates", "latest"]].iloc[0]
     return StudyRuns(
         address=address,

@@ -183,3 +183,15 @@ def rel_errors_frame(runs: list[RunRecord]) -> pd.DataFrame:
     return _frame(
         rows, {"trial": "int64", "seed": "int64", "when": "str", "chi": "int64", "layer": "str", "rel_error": "float64"}
     )
+
+
+def no_frames() -> dict[str, pd.DataFrame]:
+    """The frames of no runs, by their name in `runs.StudyRuns`: the columns and types that they have of any."""
+    return {
+        "trials": trials_frame([], {"n_seeds": [], "n_failed": [], "n_unfinished": []}),
+        "seeds": seeds_frame([]),
+        "failures": failures_frame([]),
+        "unfinished": unfinished_frame([], []),
+        "rel_errors": rel_errors_frame([]),
+        "pruned": pruned_frame([]),
+    }

@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from dataclasses import field as with_default
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,8 @@ class _KnownRun:
     budget_hash: str | None = None
     revision: str | None = None
     """The summary's: what readers know the experiment by, see `analysis.run_schema`."""
+    tags: dict[str, str] = with_default(default_factory=dict)
+    """The summary's."""
 
 
 class Tracker:
@@ -162,6 +165,7 @@ class Tracker:
                     schema.WEIGHTS_LOST in tags,
                     run.data.params.get("budget_hash"),
                     tags.get(schema.REVISION),
+                    dict(tags) if tags.get(schema.KIND) == schema.KIND_SUMMARY else {},
                 )
                 both = sorted(
                     (known.get(tags[schema.KEY], found), found), key=lambda one: (one.ended or 0, one.n_results)
@@ -175,16 +179,22 @@ class Tracker:
         for run in doomed:
             self._writer.delete_run(run.run_id)
 
+    @property
+    def _summary_tags(self) -> dict[str, str]:
+        return {schema.CLAIMS: self._record.claims, schema.ENVIRONMENT: json.dumps(self._record.environment)}
+
     def _describe(self) -> None:
         """A summary run that holds the resolved study file and the environment."""
         key = self._summary_key
         known = self._known.get(key)
         created, changed = _milliseconds(self._record.created), _milliseconds(self._record.changed)
-        if known is not None and known.ended == changed:
-            return
         run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
-        self._client.set_tag(run.run_id, schema.CLAIMS, self._record.claims)
-        self._client.set_tag(run.run_id, schema.ENVIRONMENT, json.dumps(self._record.environment))
+        for tag, value in self._summary_tags.items():
+            if run.tags.get(tag) != value:  # of an older version's run, or taken away by hand
+                self._writer.set_tag(run.run_id, tag, value)
+                run.tags[tag] = value
+        if run.ended == changed:
+            return
         self._log_file(run, "study.yaml", self._record.study_file.encode())
         self._log_file(run, "environment.json", json.dumps(self._record.environment, indent=2).encode())
         self._log_corpus(run)

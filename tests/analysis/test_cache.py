@@ -263,6 +263,17 @@ def test_load_study_replaces_a_cache_that_is_anothers(study, requests):
         assert json.loads((study.cache / MANIFEST).read_text())["stamp"][key] != "another"
 
 
+@pytest.mark.parametrize("name", ["trials", "seeds", "failures", "unfinished", "rel_errors", "pruned"])
+def test_load_study_replaces_what_another_version_made_of_the_same_runs(study, requests, name):
+    sound = study.load()
+    frame = getattr(sound, name)
+    for changed in (frame.iloc[:, :-1], frame.assign(more=1), frame.astype({"trial": "float64"})):
+        sound.cache.write({name: changed})
+        del requests[:]
+        same(study.load(), sound)
+        assert "'seed'" in requests
+
+
 @pytest.mark.parametrize("harm", [truncate, flip, empty, lambda path: path.unlink()])
 @pytest.mark.parametrize("name", ["a.parquet", MANIFEST])
 def test_cache_that_is_damaged_is_not_there(tmp_path, harm, name):

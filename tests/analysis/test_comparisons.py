@@ -25,6 +25,7 @@ from analysis.comparisons import (
 from analysis.runs import Claims, Contrast
 from analysis.selection import seed_table
 from analysis.statistics.multiplicity import benjamini_hochberg, holm
+from analysis.studies import join_studies
 from analysis.summary import summarise
 
 DENSE = Configuration("dense", N_PARAMS_DENSE, 1.60, "dense", seeds=range(5))
@@ -87,6 +88,35 @@ def test_of_the_controls_of_a_family_the_nearest_is_taken_and_another_start_is_n
     tuned = control(16, 1.8, start="teacher")
     frame, _ = compared([DENSE, mpo(16, 1.7), control(16, 1.8, n_params=170_000), control(16, 1.8), tuned])
     assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
+
+
+def test_control_of_the_own_budget_and_learning_rate_is_taken_whatever_others_there_are():
+    found = [
+        DENSE,
+        mpo(16, 1.7),
+        mpo(16, 1.7, learning_rate=3e-3),
+        control(16, 1.9, budget_hash="0ddba11e"),
+        control(16, 1.9),
+        control(16, 1.7, learning_rate=3e-3),
+    ]
+    for contrasts in ((), [("mpo", "low_rank")]):
+        frame, _ = compared(found, contrasts)
+        equal = frame[frame["relation"] == EQUAL_PARAMETERS]
+        assert set(equal[["trial", "against"]].itertuples(index=False, name=None)) == {(1, 4), (2, 5)}
+
+
+def test_studies_that_are_joined_claim_what_each_of_them_would():
+    def study(name, *chis):
+        found = [DENSE, *(mpo(chi, 1.6 if chi in (8, 32) else 1.9) for chi in chis)]
+        runs, _ = simulated_runs(found, experiment=name, uuid=name, noise=0.002)
+        return replace(runs, claims=Claims(MARGINS, (Contrast(name, "mpo", "dense"),)))
+
+    runs = join_studies([study("one", 4, 16), study("two", 8, 32)])
+    frame = compare(runs, summarise(runs))
+    for trial, against, holds in ((1, 0, False), (2, 0, False), (4, 3, True), (5, 3, True)):
+        row = row_of(frame, trial, against)
+        assert (row["relation"], row["declared"], row["non_inferior"]) == (REFERENCE, True, holds)
+    assert set(frame.loc[~frame["declared"], "trial"]) == {3}  # the other dense model, with the first
 
 
 def test_budgets_meet_only_where_it_is_declared():

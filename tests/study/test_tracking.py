@@ -267,6 +267,19 @@ def test_tracker_writes_a_deleted_run_again(opened, database, deleted):  # noqa:
         assert child.data.tags[schema.PARENT] == parent.info.run_id
 
 
+@pytest.mark.parametrize("tag", [schema.CLAIMS, schema.ENVIRONMENT])
+def test_tracker_writes_again_what_the_summary_lacks(opened, database, tag):  # noqa: F811
+    ledger, connect = opened
+    connect(database)
+    key = f"{ledger.uuid}/{schema.KIND_SUMMARY}"
+    [before] = runs_in(database)[key]
+    mlflow_client(database).delete_tag(before.info.run_id, tag)
+    connect(database)
+    [after] = runs_in(database)[key]
+    assert after.data.tags[tag] == before.data.tags[tag]
+    assert after.info.end_time == before.info.end_time
+
+
 # What readers know a state by -----------------------------------------------------------------------------------------
 
 
