@@ -281,6 +281,9 @@ _LATEX = {mark: f"\\{mark}" for mark in "&%$#_{}"} | {
     "χ": r"$\chi$",
     "≥": r"$\geq$",
     "≤": r"$\leq$",
+    "<": "$<$",  # in LaTeX's default font encoding these three are other marks
+    ">": "$>$",
+    "|": "$|$",
 }
 
 

@@ -116,6 +116,10 @@ def test_to_latex_sets_numbers_right_and_escapes_what_latex_reads():
     ]
 
 
+def test_to_latex_does_not_print_less_than_as_an_inverted_exclamation_mark():
+    assert r"$<$0.0001 & $>$99 \% \\" in tables.to_latex(pd.DataFrame({"p": ["<0.0001"], "support": [">99 %"]}))
+
+
 def test_to_latex_leaves_nothing_that_plain_latex_cannot_set(summary, runs, findings, uncertainties):
     for table in (
         tables.trials_table(summary),
