@@ -16,18 +16,19 @@ from analysis.comparisons import (
     LEVEL,
     NOT_INFERIOR,
     REFERENCE,
+    STOPPED,
     TOO_FEW,
     UNDECIDED,
+    UNFINISHED,
     WORSE,
     reference_trial,
 )
 from analysis.runs import StudyRuns
 from analysis.selection import seed_table
-from analysis.statistics.intervals import LEVEL as COVERAGE
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
 from analysis.statistics.seed_blocks import MIN_SEEDS, two_way
 from analysis.summary import MEASURES, VAL_LOSS, Measure, frontier_key, n_statement
-from analysis.tables import decimals_for, percent, signed
+from analysis.tables import counted, difference_shown, percent
 from analysis.uncertainty import FrontierUncertainty
 
 
@@ -54,7 +55,7 @@ def answers(
         Answer("What was run?", _what_was_run(runs, summary)),
         Answer("What is on the frontier?", [_on_frontier(summary, uncertainties, measure) for measure in MEASURES]),
         Answer("Does MPO beat its controls of equal parameters?", _against_controls(summary, compared)),
-        Answer("Does it keep up with dense?", _against_dense(runs, summary, compared, uncertainties)),
+        Answer("Does it keep up with dense?", _against_dense(summary, compared)),
         Answer("How sure is that?", _how_sure(runs, summary, compared)),
     ]
 
@@ -66,7 +67,9 @@ def _what_was_run(runs: StudyRuns, summary: pd.DataFrame) -> list[str]:
     tokens = done["train_tokens"].dropna()
     trained = f", {_range(tokens)} training tokens a run" if len(tokens) else ""
     sizes = f"{_range(done['n_params'])} parameters"
-    return [f"{len(done)} configurations ({kinds}) of {sizes}, {n_statement(done['n_seeds'])} seeds each{trained}."]
+    one = done["n_seeds"].max() == 1
+    each = f"{n_statement(done['n_seeds'])} {'seed' if one else 'seeds'} each"
+    return [f"{counted(len(done), 'configuration')} ({kinds}) of {sizes}, {each}{trained}."]
 
 
 def _on_frontier(summary: pd.DataFrame, uncertainties: dict[str, FrontierUncertainty], measure: Measure) -> str:
@@ -107,24 +110,27 @@ def _tally(rows: pd.DataFrame, measure: Measure) -> str:
     n = len(rows)
     words = (BETTER, WORSE, UNDECIDED, *_TALLIED.values())
     parts = [f"{word} at {(verdicts == word).sum()}" for word in dict.fromkeys(words) if (verdicts == word).any()]
-    decimals = decimals_for(rows["half_width"])
-    unit = "points" if measure.unit == "%" else measure.unit
-    gaps = [
-        f"{row['label']} {signed(row['difference'], row['half_width'], decimals)}" for row in rows.to_dict("records")
-    ]
-    shown = gaps if n <= _MOST_NAMED else [*gaps[: _MOST_NAMED - 1], "…"]
-    return f"{_listed(parts)} of {n} {'size' if n == 1 else 'sizes'} ({'; '.join(shown)} {unit})"
+    kind = "size" if rows["n_params"].nunique() == n else "configuration"
+    known = rows.dropna(subset=["difference"])
+    gaps = [f"{row['label']} {difference_shown(row)}" for row in known.to_dict("records")]
+    shown = gaps if len(gaps) <= _MOST_NAMED else [*gaps[: _MOST_NAMED - 1], "…"]
+    differences = f" ({'; '.join(shown)} {_unit(measure)})" if shown else ""
+    return f"{_listed(parts)} of {counted(n, kind)}{differences}"
 
 
-_TALLIED = {NOT_INFERIOR: UNDECIDED, TOO_FEW: "not tested (too few seeds)", FAILED: "not tested (failed seeds)"}
+_TALLIED = {
+    NOT_INFERIOR: UNDECIDED,
+    **{verdict: f"not tested ({verdict})" for verdict in (TOO_FEW, FAILED, STOPPED)},
+    UNFINISHED: "not decided yet",
+}
 
 
-def _against_dense(
-    runs: StudyRuns,
-    summary: pd.DataFrame,
-    compared: pd.DataFrame,
-    uncertainties: dict[str, FrontierUncertainty],
-) -> list[str]:
+def _unit(measure: Measure) -> str:
+    """Of a difference."""
+    return "points" if measure.unit == "%" else measure.unit
+
+
+def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
     reference = reference_trial(summary)
     if reference is None:
         return ["There is no dense model in this study."]
@@ -139,12 +145,12 @@ def _against_dense(
         return ["No MPO has the budget of the dense model, and the study file declares no contrast across budgets."]
     said = []
     for measure in MEASURES:
-        unit = "points" if measure.unit == "%" else measure.unit
+        unit = _unit(measure)
         own = tested[tested["measure"] == measure.name]
         margin = own["margin"].iloc[0]
         for group, rows in own.groupby("group", sort=False):
             words = f"{group}, {measure.title.lower()}: {_tally(rows, measure)}"
-            if math.isfinite(margin):
+            if math.isfinite(margin) and rows["p_adjusted"].notna().any():
                 holds = rows[rows["non_inferior"]].sort_values("n_params")
                 words += f"; not inferior by the margin of {margin:g} {unit}: " + (
                     _listed(list(holds["label"])) if len(holds) else "none"
@@ -153,33 +159,50 @@ def _against_dense(
                 tokens, dense_tokens = (_range(rows[key]) for key in ("total_tokens", "against_total_tokens"))
                 words += f"; their budget is another, {tokens} tokens in all against {dense_tokens}"
             said.append(f"{words}.")
-        needed = uncertainties[measure.name].size_needed
-        if len(needed):
-            sure = needed[needed["cumulative"] >= COVERAGE]["n_params"]
-            observed = int(needed.loc[needed["observed"].astype(bool), "n_params"].iloc[0])
-            percent_of_dense = 100 * observed / int(summary.loc[summary["is_reference"], "n_params"].iloc[0])
-            said.append(
-                f"The smallest configuration of any family within {uncertainties[measure.name].epsilon:g} {unit} of "
-                f"dense has {observed:,} parameters ({percent_of_dense:.0f} %) by the means; "
-                f"{int(sure.iloc[0]):,} suffice in 95 % of their redraws."
-            )
-    return said
+        said.append(_smallest(summary, compared, measure))
+    return [sentence for sentence in said if sentence]
+
+
+def _smallest(summary: pd.DataFrame, compared: pd.DataFrame, measure: Measure) -> str:
+    """Of any family; by the paired tests, since redraws take all noise as one."""
+    own = compared[(compared["relation"] == REFERENCE) & (compared["measure"] == measure.name)]
+    if own["margin"].isna().all():
+        return ""
+    margin = f"the margin of {own['margin'].max():g} {_unit(measure)}"
+    holds = own[own["non_inferior"]].sort_values(["n_params", "trial"])
+    if holds.empty:
+        return f"No configuration of any family is shown to lose less {measure.short} than {margin}."
+    row = holds.iloc[0]
+    share = 100 * row["n_params"] / row["against_n_params"]
+    return (
+        f"The smallest configuration of any family that is shown to lose less {measure.short} than {margin} is "
+        f"{row['label']} ({row['group']}): {row['n_params']:,} parameters, {share:.0f} % of dense."
+    )
 
 
 def _how_sure(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
     said = []
-    declared = compared[compared["declared"]]
-    n_declared, n_explored = (
-        len(part.drop_duplicates(["trial", "against"])) for part in (declared, compared[~compared["declared"]])
-    )
-    if n_declared:
+    lacking = runs.n_missing + len(runs.unfinished)
+    if lacking:
         said.append(
-            f"{n_declared} comparisons were declared before the study ran and are adjusted together (Holm, {LEVEL:g})."
+            f"The study is not finished: {counted(lacking, 'run')} to come. Until then nothing that was declared is "
+            "decided."
+        )
+    is_declared = compared["declared"].astype(bool)
+    n_declared, n_explored = (
+        len(part.drop_duplicates(["trial", "against"])) for part in (compared[is_declared], compared[~is_declared])
+    )
+    if n_declared and not lacking:
+        were = "was" if n_declared == 1 else "were"
+        said.append(
+            f"{counted(n_declared, 'comparison')} {were} declared before the study ran, a family for each measure "
+            f"(Holm, {LEVEL:g})."
         )
     if n_explored:
+        are = "is" if n_explored == 1 else "are"
         said.append(
-            f"{n_explored} {'others are' if n_declared else 'comparisons were not declared: they are'} exploration, "
-            f"adjusted by Benjamini and Hochberg; confirm what they find on fresh seeds."
+            f"{counted(n_explored, 'comparison')} {are} exploration, adjusted by Benjamini and Hochberg; confirm on "
+            "fresh seeds what they find."
         )
     if compared["p"].notna().any():
         said.append("Each rests on the paired differences of its own seeds (t interval, 95 %).")
@@ -190,8 +213,8 @@ def _how_sure(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) ->
         gap = runs.claims.margins.get(VAL_LOSS.name, VAL_LOSS.margin)
         found = resolved_gap(noise.n, noise.sd, noise.correlation)
         said.append(
-            f"With {noise.n} seeds a paired test finds a true gap of {found:.2g} nats in {100 * TARGET:.0f} % of "
-            f"studies; one of {gap:g} would need {_needed(gap, noise)} seeds."
+            f"With {noise.n} seeds a single paired test finds a true gap of {found:.2g} nats in {100 * TARGET:.0f} % "
+            f"of studies, by the noise of all configurations; one of {gap:g} would need {_needed(gap, noise)} seeds."
         )
     return said
 

@@ -24,7 +24,7 @@ EQUAL_SIZE = 0.05
 
 REFERENCE, EQUAL_PARAMETERS, DECLARED = "reference", "equal parameters", "declared"
 BETTER, WORSE, NOT_INFERIOR, UNDECIDED = "better", "worse", "not inferior", "undecided"
-TOO_FEW, FAILED = "too few seeds", "failed seeds"
+TOO_FEW, FAILED, STOPPED, UNFINISHED = "too few seeds", "failed seeds", "stopped early", "study unfinished"
 
 COLUMNS = (
     *("measure", "trial", "label", "group", "n_params", "total_tokens", "against", "against_label", "against_group"),
@@ -47,11 +47,13 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
     """The differences that a study is about, tested on the seeds that both trials have.
 
     Compared are the pairs that the study file declares, of any budgets; and, of one budget, each trial with the dense
-    reference and each MPO trial with the controls of equal parameters: that of each family which stands for its χ, or
-    is within `EQUAL_SIZE` of its parameters, from the same start. Trials that were stopped early are left out.
+    reference and each MPO trial with the controls of equal parameters: of each family, one within `EQUAL_SIZE` of its
+    parameters, from the same start. Trials that were stopped early are in no pair that is not declared.
 
     Claims rest on each pair's own t test (see `statistics.contrasts.headline`). Declared pairs are one family for each
-    measure, adjusted by Holm; the others are exploration, adjusted by Benjamini and Hochberg. Non-inferiority to the
+    measure, adjusted by Holm; those of them that could not be tested count in it all the same, as p = 1. The others are
+    exploration, adjusted by Benjamini and Hochberg. While the study lacks runs nothing declared is decided: neither is
+    the family complete, nor has the order of tests begun where it must. Non-inferiority to the
     reference, by the study file's margin, is tested at .025 one-sided within each arm, from its largest χ (or, without
     χ, its largest model) downwards, up to the first that fails; where two are equally large, by Holm.
 
@@ -59,7 +61,8 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
         One row per measure and pair, with `COLUMNS`. difference (trial − against), half_width (95 %), margin and bound
         are in the measure's unit. bound: worst difference that is not excluded. block_half_width, block_p: of the block
         model over all trials of the trial's budget that have the seeds of most; NaN where either trial has not.
-        verdict: on this difference alone; of a pair with fewer than 3 shared seeds, or a failed seed, nothing is said.
+        verdict: on this difference alone; of a pair with fewer than 3 shared seeds, a failed seed or a trial that was
+        stopped early, nothing is said.
     """
     rows = summary.set_index("trial")
     pairs = list(_pairs(runs, summary))
@@ -77,11 +80,12 @@ def reference_trial(summary: pd.DataFrame) -> int | None:
 
 
 def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
-    compared = summary[(summary["n_seeds"] > 0) & summary["stopped"].isna()].copy()
+    compared = summary[summary["n_seeds"] > 0].copy()
     compared["cap"] = compared["chi"].fillna(compared["as_chi"])
-    trials: list[dict[str, Any]] = compared.to_dict("records")  # type: ignore[assignment]
+    everything: list[dict[str, Any]] = compared.to_dict("records")  # type: ignore[assignment]
+    trials = [trial for trial in everything if pd.isna(trial["stopped"])]
     reference = next((trial for trial in trials if trial["is_reference"]), None)
-    declared = list(_declared_pairs(runs, trials))
+    declared = list(_declared_pairs(runs, everything))
     yield from declared
     known = {(pair.trial, pair.against) for pair in declared}
     # Against its own study's reference a trial of several joined ones needs no other.
@@ -105,7 +109,7 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
 def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]]) -> Iterator[Pair]:
     for study, arm, rival in runs.claims.contrasts:
         own = [trial for trial in trials if trial["study"] == study]
-        rivals = [trial for trial in own if trial["arm"] == rival]
+        rivals = [trial for trial in own if trial["arm"] == rival and pd.isna(trial["stopped"])]
         reference = _reference_of(own)
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
             against = _counterpart(trial, rivals)
@@ -136,9 +140,7 @@ def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[
         return []
     nearest: dict[str, dict[str, Any]] = {}
     for other in others:
-        stands_for = pd.notna(other["as_chi"]) and other["as_chi"] == trial["chi"]
-        is_equal = stands_for or _distance(trial, other) <= math.log1p(EQUAL_SIZE)
-        if other["start"] != trial["start"] or not is_equal:
+        if other["start"] != trial["start"] or _distance(trial, other) > math.log1p(EQUAL_SIZE):
             continue
         known = nearest.get(other["family"])
         if known is None or _nearness(trial, other) < _nearness(trial, known):
@@ -173,17 +175,19 @@ def _measured(runs: StudyRuns, rows: pd.DataFrame, pairs: list[Pair], measure: M
         frame[f"against_{name}"] = against[name].to_numpy()
     frame["same_budget"] = trial["budget_hash"].to_numpy() == against["budget_hash"].to_numpy()
     values = (measure.scale * runs.seeds.pivot(index="trial", columns="seed", values=measure.key)).sort_index(axis=1)
-    failed = trial["n_failed"].to_numpy() + against["n_failed"].to_numpy() > 0
+    stopped = trial["stopped"].notna().to_numpy()
+    failed = stopped | (trial["n_failed"].to_numpy() + against["n_failed"].to_numpy() > 0)
+    is_unfinished = runs.n_missing > 0 or len(runs.unfinished) > 0
     margin = measure.scale * runs.claims.margins.get(measure.name, math.nan)
     _add_pair_tests(frame, values, margin, measure.direction, failed)
     _add_block_tests(frame, rows, values, failed)
-    _adjust(frame)
+    _adjust(frame, is_unfinished)
     frame["study"], frame["arm"] = trial["study"].to_numpy(), trial["arm"].to_numpy()
     frame["order"] = trial["chi"].fillna(trial["as_chi"]).fillna(trial["n_params"]).to_numpy(dtype=np.float64)
-    frame["non_inferior"] = _non_inferior(frame)
+    frame["non_inferior"] = np.zeros(len(frame), dtype=bool) if is_unfinished else _non_inferior(frame)
     frame["verdict"] = [
-        FAILED if is_failed else _verdict(row, measure.direction)
-        for row, is_failed in zip(frame.to_dict("records"), failed, strict=True)
+        STOPPED if is_stopped else FAILED if is_failed else _verdict(row, measure.direction)
+        for row, is_failed, is_stopped in zip(frame.to_dict("records"), failed, stopped, strict=True)
     ]
     return frame[list(COLUMNS)]
 
@@ -232,12 +236,14 @@ def _add_block_tests(frame: pd.DataFrame, rows: pd.DataFrame, values: pd.DataFra
             frame.loc[own.index, "block_p"] = block.p[at]
 
 
-def _adjust(frame: pd.DataFrame) -> None:
+def _adjust(frame: pd.DataFrame, is_unfinished: bool) -> None:
     declared = frame["declared"].to_numpy(dtype=bool)
     frame["adjustment"] = np.where(declared, "Holm", "BH")
     p = frame["p"].to_numpy(dtype=np.float64)
     adjusted = np.full(p.shape, math.nan)
-    adjusted[declared] = holm(p[declared])
+    if not is_unfinished:
+        planned = p[declared]  # those without a result count as planned
+        adjusted[declared] = np.where(np.isnan(planned), math.nan, holm(np.nan_to_num(planned, nan=1.0)))
     adjusted[~declared] = benjamini_hochberg(p[~declared])
     frame["p_adjusted"] = adjusted
 
@@ -257,6 +263,8 @@ def _non_inferior(frame: pd.DataFrame) -> np.ndarray:
 def _verdict(row: dict[Any, Any], direction: schema.Direction) -> str:
     if math.isnan(row["p"]):
         return TOO_FEW
+    if math.isnan(row["p_adjusted"]):
+        return UNFINISHED
     if row["p_adjusted"] < LEVEL:
         return BETTER if (row["difference"] > 0) == (direction == "maximize") else WORSE
     return NOT_INFERIOR if row["non_inferior"] else UNDECIDED

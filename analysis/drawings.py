@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.comparisons import EQUAL_PARAMETERS, REFERENCE
+from analysis.comparisons import DECLARED, EQUAL_PARAMETERS, REFERENCE
 from analysis.figures import data
 from analysis.figures.curves import learning_curves_figure
 from analysis.figures.families import families_figure, family_points
@@ -77,6 +77,7 @@ def _forests(findings: Findings) -> Iterator[Drawing]:
     for relation, name, against in (
         (REFERENCE, "forest_dense", "dense"),
         (EQUAL_PARAMETERS, "forest_controls", "controls of equal parameters"),
+        (DECLARED, "forest_declared", "the other rivals that the study file declares"),
     ):
         own = findings.compared[findings.compared["relation"] == relation]
         if len(own):

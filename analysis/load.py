@@ -20,7 +20,16 @@ from analysis import run_schema as schema
 from analysis.cache import Cache
 from analysis.errors import AnalysisError
 from analysis.run_records import no_frames
-from analysis.runs import RunRecord, StudyAddress, StudyRuns, claims_of, environment_of, study_runs, without_password
+from analysis.runs import (
+    RunRecord,
+    StudyAddress,
+    StudyRuns,
+    claims_of,
+    environment_of,
+    n_missing_of,
+    study_runs,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -140,6 +149,7 @@ def _from_cache(address: StudyAddress, cache: Cache, summary_runs: Sequence[RunR
         pruned=frames["pruned"],
         n_duplicates=int(n_duplicates),
         latest=None if pd.isna(latest) else latest,
+        n_missing=n_missing_of(summary_runs, uuid),
         claims=claims_of(summary_runs, name, uuid),
         environment=environment_of(summary_runs, uuid),
         cache=cache,

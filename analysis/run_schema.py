@@ -48,6 +48,8 @@ RAN_ON = (DEVICE, THREADS, TORCH, STACKED)
 CLAIMS = "mpo.claims"
 """On the summary: JSON of what the study file declared before it ran, {"margins": {"val_loss": nats, "val_acc":
 fraction}, "contrasts": [{"arm", "against"}, ...]}."""
+MISSING = "mpo.missing"
+"""On the summary: how many runs (trial × seed) the study lacked when its driver began or ended last."""
 ENVIRONMENT = "mpo.environment"
 """On the summary: JSON of what the study was begun on, {"python", "packages": {name: version}, "git_commit",
 "git_changed", "system", "cpus"}."""

@@ -72,6 +72,8 @@ class StudyRuns:
     pruned: trial, arm, family, chi, n_params, reason, of trials that were never trained since they break a limit of the
         search.
     latest: when the last of these runs ended, in UTC; None if none has.
+    n_missing: runs that the study lacked when its driver began or ended last, besides those that are unfinished here; 0
+        where its summary run does not say.
     claims: empty where the study's summary run is missing. environment: as `run_schema.ENVIRONMENT` says; so is it.
     cache: where what is read of this state of the study may be kept; None where nowhere.
     parts: the studies that were joined, see `analysis.studies`; empty for a study of its own. A joined one has the
@@ -89,6 +91,7 @@ class StudyRuns:
     pruned: pd.DataFrame
     n_duplicates: int
     latest: pd.Timestamp | None
+    n_missing: int = 0
     claims: Claims = Claims()
     environment: dict[str, Any] = field(default_factory=dict)
     cache: Cache | None = None
@@ -161,6 +164,7 @@ def study_runs(
         pruned=pruned_frame(pruned_runs),
         n_duplicates=len(duplicates),
         latest=pd.Timestamp(max(ends), unit="ms", tz="UTC") if ends else None,
+        n_missing=n_missing_of(summary_runs, uuid),
         claims=claims_of(summary_runs, name, uuid),
         environment=environment_of(summary_runs, uuid),
     )
@@ -183,6 +187,12 @@ def claims_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> Claim
     margins = {key: float(value) for key, value in declared.get("margins", {}).items()}
     contrasts = (Contrast(study, pair["arm"], pair["against"]) for pair in declared.get("contrasts", ()))
     return Claims(margins, tuple(contrasts))
+
+
+def n_missing_of(summary_runs: Sequence[RunRecord], uuid: str) -> int:
+    """How many runs the study lacked, as its summary run says; 0 where it does not."""
+    tags = (run.tags.get(schema.MISSING, "") for run in summary_runs if run.tags.get(schema.STUDY_UUID) == uuid)
+    return next((int(text) for text in tags if text.isdecimal()), 0)
 
 
 def environment_of(summary_runs: Sequence[RunRecord], uuid: str) -> dict[str, Any]:

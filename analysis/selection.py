@@ -57,7 +57,7 @@ def is_sound(trials: pd.DataFrame) -> pd.Series:
 def seed_table(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFrame:
     """A seed metric of trials (rows) by seeds (columns), complete: what kernels that pool configurations need.
 
-    In it are sound trials of MIN_SEEDS or more, on the seeds that they have in common, see `common_seeds`.
+    In it are sound trials of MIN_SEEDS or more, on the seeds of most, see `common_seeds`.
 
     Args:
         trials: rows of `summary.summarise`.
@@ -69,21 +69,21 @@ def seed_table(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFr
 
 
 def common_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """The largest complete part of a table, trials × seeds with NaN where a trial lacks a seed.
+    """The seeds of most trials, and the trials that have these, of a table, trials × seeds with NaN where one lacks a
+    seed; empty where these are fewer than MIN_SEEDS.
 
-    The seeds all trials have, where these are MIN_SEEDS or more. Otherwise (finalists on fresh seeds, say) the seeds
-    of one trial that the most trials have, and these trials.
+    Looked at are the trials that have no fewer seeds than half of all do, so that one trial with few costs no other its
+    own: the seeds that they all share, or else the seeds of one of them that the most trials have, of equally many
+    trials the larger set, then the first.
     """
     if table.empty:
         return table
     held = table.notna().to_numpy()
-    shared = np.flatnonzero(held.all(axis=0))
-    if len(shared) >= MIN_SEEDS:
-        return table.iloc[:, shared]
-    # Of equally many trials the longer set of seeds, then the first.
-    best = (0, 0), np.zeros(len(table), dtype=np.bool_), np.zeros(table.shape[1], dtype=np.bool_)
-    _, first = np.unique(held, axis=0, return_index=True)
-    for own in held[np.sort(first)]:
+    counts = held.sum(axis=1)
+    enough = held[counts >= np.sort(counts)[(len(counts) - 1) // 2]]
+    _, first = np.unique(enough, axis=0, return_index=True)
+    best = (0, 0), np.zeros(held.shape[0], dtype=np.bool_), np.zeros(held.shape[1], dtype=np.bool_)
+    for own in (enough.all(axis=0), *enough[np.sort(first)]):
         members = held[:, own].all(axis=1)
         if own.sum() >= MIN_SEEDS and (members.sum(), own.sum()) > best[0]:
             best = (int(members.sum()), int(own.sum())), members, own

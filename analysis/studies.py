@@ -55,6 +55,7 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
         pruned=_concat([part["pruned"] for part in parts]),
         n_duplicates=sum(study.n_duplicates for study in studies),
         latest=max(ends) if ends else None,
+        n_missing=sum(study.n_missing for study in studies),
         claims=_claims(studies, names),
         environment=_shared([study.environment for study in studies]),
         parts=tuple(studies),

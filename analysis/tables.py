@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -79,39 +80,40 @@ def frontier_table(summary: pd.DataFrame, uncertainties: Mapping[str, FrontierUn
 def comparisons_table(compared: pd.DataFrame) -> Table:
     """Every comparison, the declared ones first: the difference with its interval, the tests, the verdict."""
     data = compared.sort_values(["declared", "relation", "measure"], ascending=[False, False, False], kind="stable")
-    rows: list[dict[str, str]] = []
-    for _, own in data.groupby(["declared", "relation", "measure"], sort=False):
-        decimals = decimals_for(own["half_width"])
-        for row in own.to_dict("records"):
-            block = _digits(row["block_half_width"], decimals) if pd.notna(row["block_half_width"]) else "–"
-            rows.append(
-                {
-                    "compared": f"{row['label']} ({row['group']})",
-                    "against": f"{row['against_label']} ({row['against_group']})",
-                    "measure": _UNITS[row["measure"]],
-                    "difference": signed(row["difference"], row["half_width"], decimals),
-                    "seeds": str(row["n"]),
-                    "p": _p_value(row["p"]),
-                    "p adjusted": f"{_p_value(row['p_adjusted'])} ({row['adjustment']})",
-                    "± of the block": block,
-                    "worst not excluded": "–" if pd.isna(row["bound"]) else signed(row["bound"], math.nan, decimals),
-                    "margin": "–" if pd.isna(row["margin"]) else f"{row['margin']:g}",
-                    "not inferior": "–" if pd.isna(row["margin"]) else "yes" if row["non_inferior"] else "no",
-                    "verdict": row["verdict"],
-                    "declared": "yes" if row["declared"] else "no",
-                    "tokens": _both(row["total_tokens"], row["against_total_tokens"]),
-                }
-            )
+    rows = []
+    for row in data.to_dict("records"):
+        decimals = decimals_for(pd.Series([row["half_width"]]))
+        block = _digits(row["block_half_width"], decimals) if pd.notna(row["block_half_width"]) else "–"
+        rows.append(
+            {
+                "compared": f"{row['label']} ({row['group']})",
+                "against": f"{row['against_label']} ({row['against_group']})",
+                "measure": _UNITS[row["measure"]],
+                "difference": difference_shown(row),
+                "verdict": row["verdict"],
+                "not inferior": "–" if pd.isna(row["margin"]) else "yes" if row["non_inferior"] else "no",
+                "declared": "yes" if row["declared"] else "no",
+                "seeds": str(row["n"]),
+                "p": _p_value(row["p"]),
+                "p adjusted": f"{_p_value(row['p_adjusted'])} ({row['adjustment']})",
+                "± of the block": block,
+                "worst not excluded": "–" if pd.isna(row["bound"]) else signed(row["bound"], math.nan, decimals),
+                "margin": "–" if pd.isna(row["margin"]) else f"{row['margin']:g}",
+                "tokens": _both(row["total_tokens"], row["against_total_tokens"]),
+            }
+        )
     return Table("comparisons", data.reset_index(drop=True), pd.DataFrame(rows))
 
 
 def size_needed_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
-    """How large a configuration has to be in order to lose at most the margin against dense, by measure."""
+    """How large a configuration has to be in order to lose at most the margin against dense, by measure; shown are the
+    sizes that are it in at least one of 200 redraws, or by the means."""
     frames = [
         uncertainty.size_needed.assign(measure=name, margin=uncertainty.epsilon)
         for name, uncertainty in uncertainties.items()
     ]
     data = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+    data = data[(data["support"] >= 0.005) | data["observed"].astype(bool)].reset_index(drop=True)
     shown = pd.DataFrame(
         {
             "measure": [_UNITS[name] for name in data["measure"]],
@@ -299,6 +301,16 @@ def signed(difference: float, half_width: float, decimals: int) -> str:
     """`+0.031 ± 0.008`, as `with_interval`."""
     shown = with_interval(difference, half_width, decimals)
     return f"+{shown}" if difference > 0 else shown
+
+
+def difference_shown(row: Mapping[Any, Any]) -> str:
+    """Of a row of `comparisons.compare`: its difference, with the digits that its own interval leaves meaningful."""
+    return signed(row["difference"], row["half_width"], decimals_for(pd.Series([row["half_width"]])))
+
+
+def counted(n: int, noun: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def percent(share: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,9 @@ class FrontierUncertainty(NamedTuple):
     n_left_out: int
 
 
-def frontier_uncertainty(runs: StudyRuns, summary: pd.DataFrame, measure: Measure) -> FrontierUncertainty:
+def frontier_uncertainty(
+    runs: StudyRuns, summary: pd.DataFrame, measure: Measure, declared: Collection[int] = ()
+) -> FrontierUncertainty:
     """Redraw the means of all trials with the noise that their common seeds show (see `analysis.frontier.draws`).
 
     The draws come from a fixed seed: the same runs give the same numbers. The area of the hypervolume is bounded by the
@@ -51,6 +54,8 @@ def frontier_uncertainty(runs: StudyRuns, summary: pd.DataFrame, measure: Measur
 
     Args:
         measure: of which frontier.
+        declared: trials of other budgets than the reference's that the study file compares with it; of all others
+            none is a size that dense could be replaced by.
     """
     table = measure.scale * seed_table(summary, runs.seeds, measure.key)
     epsilon = measure.scale * runs.claims.margins.get(measure.name, measure.margin)
@@ -82,7 +87,7 @@ def frontier_uncertainty(runs: StudyRuns, summary: pd.DataFrame, measure: Measur
         hypervolume=pd.DataFrame(
             [(*area, corner.worst_value, corner.largest_size, corner.base)], columns=list(_HYPERVOLUME)
         ),
-        size_needed=_size_needed(summary, table, sizes, epsilon, measure, rng),
+        size_needed=_size_needed(summary, table, declared, epsilon, measure, rng),
     )
 
 
@@ -95,7 +100,7 @@ _SIZE_NEEDED = ("n_params", "support", "cumulative", "observed")
 def _size_needed(
     summary: pd.DataFrame,
     table: pd.DataFrame,
-    sizes: np.ndarray,
+    declared: Collection[int],
     epsilon: float,
     measure: Measure,
     rng: np.random.Generator,
@@ -103,6 +108,9 @@ def _size_needed(
     reference = reference_trial(summary)
     if reference is None or reference not in table.index:
         return pd.DataFrame(columns=list(_SIZE_NEEDED))
+    budgets = summary.set_index("trial")["budget_hash"]
+    table = table[(budgets[table.index] == budgets[reference]) | table.index.isin(list(declared))]
+    sizes = summary.set_index("trial")["n_params"][table.index].to_numpy(dtype=np.float64)
     row = int(table.index.get_indexer(pd.Index([reference]))[0])
     needed = size_needed(
         sizes, table.to_numpy().T, row, rng, delta=epsilon, direction=measure.direction, n_draws=N_DRAWS

@@ -107,7 +107,7 @@ def measure(queue: Queue, tracker: Tracker, n_rounds: int) -> tuple[dict[str, li
                     writer_cpu += (time.process_time() - begun) * (1 if mode == "on" else -1)
             queue.complete(results)
             written = sorted({result.trial for result in results})
-    trouble = background.close()
+    trouble = background.close(0)
     if trouble is not None:
         raise SystemExit(f"MLflow: {trouble}")
     return times, writer_cpu

@@ -203,7 +203,7 @@ def run_study(
                 raise
             finally:
                 try:
-                    trouble = tracker.close() if tracker is not None else None
+                    trouble = tracker.close(ledger.n_missing) if tracker is not None else None
                 finally:
                     lost = copies.close() if copies is not None else None
         outcome = _outcome(ledger, queue.aborted, trouble, lost)
@@ -308,6 +308,7 @@ def open_tracker(
         study_file=dump_config(ledger.config),
         claims=ledger.config.claims.model_dump_json(),
         environment=ledger.first_environment(),
+        n_missing=ledger.n_missing,
         created=ledger.created,
         changed=ledger.changed,
         corpus_sha256=corpus.sha256,
@@ -360,7 +361,7 @@ def sync(
             number, error = next(iter(refused.items()))
             raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")
         try:
-            tracker.settle()
+            tracker.settle(ledger.n_missing)
         except Exception as error:  # MLflow raises whatever its backend raises
             raise tracking_error(error, uri) from error
         n_trials = len(ledger.trials)

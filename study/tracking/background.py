@@ -54,6 +54,7 @@ class BackgroundTracker:
         self._refused: dict[int, str] = {}
         self._away: str | None = None
         self._closing = self._is_last_round = self._is_left = False
+        self._n_missing = 0
         self._thread = threading.Thread(target=self._run, name=_THREAD, daemon=True)
         self._thread.start()
 
@@ -81,8 +82,13 @@ class BackgroundTracker:
         """Let `close` not wait for what is pending."""
         self._is_left = True
 
-    def close(self) -> str | None:
-        """Write what is pending and end; returns why that was not possible, or None."""
+    def close(self, n_missing: int) -> str | None:
+        """Write what is pending and end; returns why that was not possible, or None.
+
+        Args:
+            n_missing: runs that the study still lacks.
+        """
+        self._n_missing = n_missing
         self._inbox.put(None)
         if not self._is_left:
             self._thread.join()
@@ -119,7 +125,7 @@ class BackgroundTracker:
             del self._pending[trial.number]
         if tracker is not None and not self._refused:
             with suppress(Exception):  # without it readers read more than they need
-                tracker.settle()
+                tracker.settle(self._n_missing)
 
     def _next(self, pause: float) -> _Job | None:
         """A trial to write, waited for; None where there will be none."""

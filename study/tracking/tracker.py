@@ -47,6 +47,8 @@ class StudyRecord:
     claims: str
     """JSON, see `run_schema.CLAIMS`."""
     environment: dict[str, Any]
+    n_missing: int
+    """Runs that the study lacks at this start."""
     created: str
     changed: str
     """When the study grew last, or was begun."""
@@ -123,12 +125,16 @@ class Tracker:
             summary.revision = None
         return self._client
 
-    def settle(self) -> None:
+    def settle(self, n_missing: int) -> None:
         """Tell readers that this state of the experiment will stay, unless something in it is still to come.
 
         To be called when all is written.
+
+        Args:
+            n_missing: runs that the study still lacks.
         """
         summary = self._known[self._summary_key]
+        self._tag_summary(summary, {schema.MISSING: str(n_missing)})
         if any(run.ended is None for run in self._known.values()):
             return
         n_runs = str(len(self._known))
@@ -181,7 +187,17 @@ class Tracker:
 
     @property
     def _summary_tags(self) -> dict[str, str]:
-        return {schema.CLAIMS: self._record.claims, schema.ENVIRONMENT: json.dumps(self._record.environment)}
+        return {
+            schema.CLAIMS: self._record.claims,
+            schema.ENVIRONMENT: json.dumps(self._record.environment),
+            schema.MISSING: str(self._record.n_missing),
+        }
+
+    def _tag_summary(self, run: _KnownRun, tags: dict[str, str]) -> None:
+        for tag, value in tags.items():
+            if run.tags.get(tag) != value:  # of an older version's run, taken away by hand, or no longer so
+                self._writer.set_tag(run.run_id, tag, value)
+                run.tags[tag] = value
 
     def _describe(self) -> None:
         """A summary run that holds the resolved study file and the environment."""
@@ -189,10 +205,7 @@ class Tracker:
         known = self._known.get(key)
         created, changed = _milliseconds(self._record.created), _milliseconds(self._record.changed)
         run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
-        for tag, value in self._summary_tags.items():
-            if run.tags.get(tag) != value:  # of an older version's run, or taken away by hand
-                self._writer.set_tag(run.run_id, tag, value)
-                run.tags[tag] = value
+        self._tag_summary(run, self._summary_tags)
         if run.ended == changed:
             return
         self._log_file(run, "study.yaml", self._record.study_file.encode())

@@ -26,10 +26,11 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
+from analysis.load import load_study, resolve_study
 from study.directory import StudyDirectory
 from study.errors import StudyError
 from study.ledger.snapshot import read_ledger
-from study.run import study_corpus
+from study.run import study_corpus, sync
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
 from study.scheduler.unit import store_corpus
@@ -125,6 +126,22 @@ def test_run_study_interrupted_ends_as_if_undisturbed(tmp_path, folder):
     assert outcome.n_complete == 8
     run_at(file, tmp_path / "undisturbed")
     assert substance(folder) == substance(tmp_path / "undisturbed")
+
+
+def test_run_study_tells_readers_how_many_runs_are_missing(tmp_path, folder, mlflow_template):  # noqa: F811
+    file = write_study(tmp_path)
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    interrupt(file, folder, 9)  # its first results are in the ledger alone
+    config = load_config(file)
+    done = len(results_at(folder))
+    assert 0 < done < 8
+    assert sync(config, StudyDirectory(folder), None, None) > 0
+    runs = load_study(resolve_study(folder))
+    assert (len(runs.seeds), runs.n_missing) == (done, 8 - done)
+    run_at(file, folder, tracking=None)
+    runs = load_study(resolve_study(folder))
+    assert (len(runs.seeds), runs.n_missing) == (8, 0)
 
 
 def test_run_study_interrupted_finds_the_same_trials_in_a_search(tmp_path, folder):

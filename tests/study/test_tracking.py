@@ -293,12 +293,12 @@ def test_tracker_names_a_state_in_which_all_is_written(opened, database):  # noq
     tracker = connect(database)
     write_all(ledger, tracker)
     assert revision_of(database) is None
-    tracker.settle()
+    tracker.settle(0)
     first = revision_of(database)
     assert first.partition("/")[2] == str(len(keys_of(ledger)))
     again = connect(database)
     write_all(ledger, again)  # which changes nothing
-    again.settle()
+    again.settle(0)
     assert revision_of(database) == first
 
 
@@ -308,7 +308,7 @@ def test_tracker_takes_the_name_of_a_state_away_before_it_changes_it(opened, dat
     ledger, connect = opened
     tracker = connect(database)
     write_all(ledger, tracker)
-    tracker.settle()
+    tracker.settle(0)
     first = revision_of(database)
     [run] = runs_in(database)[schema.run_key(ledger.uuid, 0, 7)]
     mlflow_client(database).delete_run(run.info.run_id)
@@ -329,7 +329,7 @@ def test_tracker_takes_the_name_of_a_state_away_before_it_changes_it(opened, dat
     write_all(ledger, again)
     assert seen == {"create_run": None, "log_batch": None, "set_terminated": None}
     assert revision_of(database) is None  # a writer that is killed here leaves it so
-    again.settle()
+    again.settle(0)
     assert revision_of(database) not in (None, first)
 
 
@@ -337,10 +337,10 @@ def test_tracker_names_no_state_in_which_a_run_is_running(opened, database):  # 
     ledger, connect = opened
     tracker = connect(database)
     tracker.write(ledger.trials[0], ledger.on_record(ledger.trials[0])[:1], 2)
-    tracker.settle()
+    tracker.settle(0)
     assert revision_of(database) is None
     write_all(ledger, tracker)
-    tracker.settle()
+    tracker.settle(0)
     assert revision_of(database) is not None
 
 
@@ -360,18 +360,18 @@ def test_cache_of_the_analysis_follows_what_a_tracker_does(opened, database, tmp
     for trial in half:
         tracker.write(trial, ledger.on_record(trial), 2)
     check(False)
-    tracker.settle()  # the study was stopped here
+    tracker.settle(0)  # the study was stopped here
     n_first = check(True)
     write_all(ledger, tracker)
     assert check(False) > n_first
-    tracker.settle()
+    tracker.settle(0)
     n_all = check(True)
     [run] = runs_in(database)[schema.run_key(ledger.uuid, 0, 7)]
     mlflow_client(database).delete_run(run.info.run_id)
     assert check(False) == n_all - 1
     again = connect(database)
     write_all(ledger, again)
-    again.settle()
+    again.settle(0)
     assert check(True) == n_all
 
 
@@ -600,7 +600,7 @@ def test_background_tracker_catches_up_once_mlflow_is_back(opened, database):  #
     deadline = time.monotonic() + 60
     while "MLflow is back" not in said and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert background.close() is None
+    assert background.close(0) is None
     assert said == ["MLflow is away, the study goes on and catches up later: nobody there", "MLflow is back"]
     assert sorted(runs_in(database)) == keys_of(ledger)
 
@@ -613,7 +613,7 @@ def test_background_tracker_says_what_is_lacking_when_it_ends(opened):
 
     background = BackgroundTracker(never, lambda line: None, pause=0.01)
     background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
-    assert background.close() == "nobody there"
+    assert background.close(0) == "nobody there"
 
 
 def test_background_tracker_writes_the_other_trials_where_mlflow_does_not_take_one(opened, database, monkeypatch):  # noqa: F811
@@ -629,7 +629,7 @@ def test_background_tracker_writes_the_other_trials_where_mlflow_does_not_take_o
     background = BackgroundTracker(lambda: connect(database), said.append, pause=0.01)
     for trial in ledger.trials.values():
         background.put(trial, ledger.on_record(trial), 2)
-    assert background.close() == "trial 0: a metric that MLflow does not take"
+    assert background.close(0) == "trial 0: a metric that MLflow does not take"
     assert said == ["MLflow did not take trial 0, which is tried again later: a metric that MLflow does not take"]
     of_first = [schema.run_key(ledger.uuid, 0, seed) for seed in (None, 0, 7)]
     assert sorted(runs_in(database)) == sorted(set(keys_of(ledger)) - set(of_first))
@@ -653,7 +653,7 @@ def test_background_tracker_tries_again_what_mlflow_did_not_take_once(opened, da
     while background.n_pending and time.monotonic() < deadline:  # also before it is closed
         time.sleep(0.05)
     assert background.trouble is None
-    assert background.close() is None
+    assert background.close(0) is None
     assert sorted(runs_in(database)) == keys_of(ledger)
 
 
@@ -670,7 +670,7 @@ def test_background_tracker_ends_where_mlflow_answers_at_times(opened, database,
     background = BackgroundTracker(lambda: connect(database), lambda line: None, pause=0.5)
     background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
     time.sleep(0.7)
-    assert background.close() == "no route to host"
+    assert background.close(0) == "no route to host"
     assert len(writes) <= 4
 
 
@@ -698,7 +698,7 @@ def test_background_tracker_gives_up_where_it_is_refused(opened):
     background = BackgroundTracker(refused, said.append, pause=0.01)
     for trial in ledger.trials.values():
         background.put(trial, ledger.on_record(trial), 2)
-    assert background.close() == "the experiment tiny was deleted"
+    assert background.close(0) == "the experiment tiny was deleted"
     assert said == ["MLflow takes no more, the study goes on without it: the experiment tiny was deleted"]
     assert len(attempts) == 1
 
