@@ -32,7 +32,7 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
         return studies[0]
     for one, other in combinations(studies, 2):
         _check_comparable(one, other)
-    names = _names(studies)
+    names = part_names(studies)
     offsets, n = [], 0
     for study in studies:
         offsets.append(n)
@@ -89,8 +89,8 @@ def _check_comparable(one: StudyRuns, other: StudyRuns) -> None:
             )
 
 
-def _names(studies: Sequence[StudyRuns]) -> list[str]:
-    """The studies' names, with so much of the UUID that they differ."""
+def part_names(studies: Sequence[StudyRuns]) -> list[str]:
+    """What studies are called where they are joined: by name, and where two have one name with part of the UUID."""
     names = [study.name for study in studies]
     return [f"{study.name} ({study.uuid[:8]})" if names.count(study.name) > 1 else study.name for study in studies]
 
