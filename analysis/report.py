@@ -15,6 +15,7 @@ from analysis.figures import data
 from analysis.findings import Findings
 from analysis.folder import OutputFolder
 from analysis.runs import StudyRuns
+from analysis.studies import environments
 from analysis.summary import MEASURES, MIN_SEEDS, VAL_LOSS, n_statement
 
 INDEX, EXPLORE = "index.html", "explore.html"
@@ -84,6 +85,7 @@ def _write_all(findings: Findings, folder: Path) -> None:
         min_seeds=MIN_SEEDS,
         few=summary[(summary["n_seeds"] < MIN_SEEDS) & summary["stopped"].isna()],
         n_stated=n_statement(summary.loc[summary["n_seeds"] > 0, "n_seeds"]),
+        environments=environments(runs),
         corpora=sorted(summary["corpus_sha256"].unique()),
         measured=[schema.FIELDS["final", measure.key].label for measure in MEASURES],
         sampled=schema.FIELDS["final", "final/val_loss_sampled"].label,

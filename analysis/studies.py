@@ -61,6 +61,18 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
     )
 
 
+def environments(runs: StudyRuns) -> list[tuple[str, dict[str, Any]]]:
+    """What runs were begun on, with the name of the study: one entry without a name where it is the same for all.
+
+    Of joined studies that differ each has an entry, empty where nothing is known of it; none has where of none is.
+    """
+    if runs.environment:
+        return [("", runs.environment)]
+    known = any(part.environment for part in runs.parts)
+    named = zip(part_names(runs.parts), runs.parts, strict=True)
+    return [(name, part.environment) for name, part in named] if known else []
+
+
 def _claims(studies: Sequence[StudyRuns], names: Sequence[str]) -> Claims:
     """Every study's contrasts, and the margins if they are the same in all: else none was fixed for these runs."""
     contrasts = [
