@@ -143,15 +143,9 @@ def _learning_curves(findings: Findings, note: str) -> Drawing:
     shown = data.curve_trials(summary)
     curves = load_curves(findings.runs, shown["trial"].tolist())
     means = data.curve_means(shown, curves)
-    complete = int(((summary["n_seeds"] > 0) & summary["stopped"].isna()).sum())
-    thinned = (
-        f"{len(shown)} of {complete} configurations: those on the frontier of their own panel."
-        if len(shown) < complete
-        else ""
-    )
     return Drawing(
         "learning_curves",
-        learning_curves_figure(means, curves, f"{thinned} {note}".strip()),
+        learning_curves_figure(means, curves, f"{data.curves_left_out(summary)} {note}".strip()),
         "Learning curves",
         f"Validation loss of {len(shown)} configurations against the training tokens of each run, one panel per "
         "family.",

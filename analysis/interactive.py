@@ -15,6 +15,7 @@ from analysis import run_schema as schema
 from analysis import style
 from analysis.frontier.nondominated import step_line
 from analysis.runs import StudyRuns
+from analysis.studies import part_names
 from analysis.summary import MIN_SEEDS, VAL_LOSS, Measure
 from analysis.tables import percent
 
@@ -54,7 +55,7 @@ def frontier_chart(runs: StudyRuns, points: pd.DataFrame, measure: Measure) -> s
         figure.add_scatter(
             x=x, y=y, mode="lines", line={"color": style.GREY, "width": 1}, name="frontier", hoverinfo="skip"
         )
-    described = points.merge(runs.trials[["trial", "run_id"]], on="trial", validate="one_to_one")
+    described = points.merge(runs.trials[["trial", "run_id", "study"]], on="trial", validate="one_to_one")
     for group, group_style in style.group_styles(points["group"]).items():
         own = described[described["group"] == group]
         symbols = [
@@ -68,7 +69,7 @@ def frontier_chart(runs: StudyRuns, points: pd.DataFrame, measure: Measure) -> s
             marker={"symbol": symbols, "size": 10, "color": group_style.color, "line": {"width": 1.5}},
             name=group,
             text=[_hover(row, measure) for row in own.to_dict("records")],
-            customdata=[run_link(runs, run_id) for run_id in own["run_id"]],
+            customdata=[run_link(runs, *of_run) for of_run in zip(own["run_id"], own["study"], strict=True)],
             hovertemplate="%{text}<extra></extra>",
         )
     figure.update_layout(
@@ -94,9 +95,14 @@ def parallel_chart(runs: StudyRuns, summary: pd.DataFrame) -> str:
     return _html(figure, "explore_parallel")
 
 
-def run_link(runs: StudyRuns, run_id: str) -> str:
-    """Address of a run in MLflow's pages: its server's, or that of `mpo-study ui` where there is a database alone."""
-    uri = runs.address.tracking_uri
+def run_link(runs: StudyRuns, run_id: str, study: str) -> str:
+    """Address of a run in MLflow's pages: its server's, or that of `mpo-study ui` where there is a database alone.
+
+    Args:
+        study: as in `runs.trials`; of studies that were joined, each has a server of its own.
+    """
+    addresses = dict(zip(part_names(runs.parts), (part.address for part in runs.parts), strict=True))
+    uri = addresses.get(study, runs.address).tracking_uri
     server = uri.rstrip("/") if uri.startswith(("http://", "https://")) else LOCAL_SERVER
     return f"{without_credentials(server)}/#/runs/{run_id}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 from analysis.load import connect, experiment_id, search
-from analysis.report import WRITTEN
+from analysis.report import FOLDER
 from analysis.runs import StudyRuns
 
 PARTS = ("figures", "tables")
@@ -28,7 +28,7 @@ def publish(runs: StudyRuns, report: Path) -> int:
     """
     if runs.parts:
         raise AnalysisError("a report on several studies has no experiment of its own to be published to")
-    names = json.loads((report / WRITTEN).read_text(encoding="utf-8"))["written"]
+    names = json.loads((report / FOLDER.listed).read_text(encoding="utf-8"))["written"]
     chosen = [name for name in names if Path(name).parts[0] in PARTS]
     with connect(runs.address.tracking_uri) as client, tempfile.TemporaryDirectory() as scratch:
         where = experiment_id(client, runs.address)

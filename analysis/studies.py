@@ -32,7 +32,7 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
         return studies[0]
     for one, other in combinations(studies, 2):
         _check_comparable(one, other)
-    names = _names(studies)
+    names = part_names(studies)
     offsets, n = [], 0
     for study in studies:
         offsets.append(n)
@@ -60,6 +60,18 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
         environment=_shared([study.environment for study in studies]),
         parts=tuple(studies),
     )
+
+
+def environments(runs: StudyRuns) -> list[tuple[str, dict[str, Any]]]:
+    """What runs were begun on, with the name of the study: one entry without a name where it is the same for all.
+
+    Of joined studies that differ each has an entry, empty where nothing is known of it; none has where of none is.
+    """
+    if runs.environment:
+        return [("", runs.environment)]
+    known = any(part.environment for part in runs.parts)
+    named = zip(part_names(runs.parts), runs.parts, strict=True)
+    return [(name, part.environment) for name, part in named] if known else []
 
 
 def _claims(studies: Sequence[StudyRuns], names: Sequence[str]) -> Claims:
@@ -90,8 +102,8 @@ def _check_comparable(one: StudyRuns, other: StudyRuns) -> None:
             )
 
 
-def _names(studies: Sequence[StudyRuns]) -> list[str]:
-    """The studies' names, with so much of the UUID that they differ."""
+def part_names(studies: Sequence[StudyRuns]) -> list[str]:
+    """What studies are called where they are joined: by name, and where two have one name with part of the UUID."""
     names = [study.name for study in studies]
     return [f"{study.name} ({study.uuid[:8]})" if names.count(study.name) > 1 else study.name for study in studies]
 

@@ -60,9 +60,7 @@ def curve_trials(summary: pd.DataFrame) -> pd.DataFrame:
     All of a panel that has MAX_CURVES or fewer, else those on the frontier of the panel's own loss, evenly thinned to
     MAX_CURVES, and always the reference.
     """
-    complete = summary[(summary["n_seeds"] > 0) & summary["stopped"].isna()].assign(
-        panel=lambda frame: frame["group"].map(panel_of)
-    )
+    complete = _with_curves(summary)
     chosen: list[int] = []
     for _, panel in complete.groupby("panel"):
         if len(panel) > MAX_CURVES:
@@ -73,6 +71,24 @@ def curve_trials(summary: pd.DataFrame) -> pd.DataFrame:
             panel = pd.concat((reference, others.iloc[evenly]))
         chosen += panel["trial"].tolist()
     return complete[complete["trial"].isin(chosen)]
+
+
+def curves_left_out(summary: pd.DataFrame) -> str:
+    """Which of the configurations `curve_trials` shows, in a sentence; empty where it shows all."""
+    complete, shown = _with_curves(summary), curve_trials(summary)
+    if len(shown) == len(complete):
+        return ""
+    crowded = complete.groupby("panel")["trial"].transform("size") > MAX_CURVES
+    dense = ", the dense reference among them" if complete.loc[crowded, "is_reference"].any() else ""
+    return (
+        f"{len(shown)} of {len(complete)} configurations: a panel with more than {MAX_CURVES} shows at most "
+        f"{MAX_CURVES}, picked evenly along its own frontier{dense}."
+    )
+
+
+def _with_curves(summary: pd.DataFrame) -> pd.DataFrame:
+    complete = summary[(summary["n_seeds"] > 0) & summary["stopped"].isna()]
+    return complete.assign(panel=complete["group"].map(panel_of))
 
 
 def curve_means(shown: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:

@@ -16,6 +16,8 @@ PARAMS_SHARE = 18.8
 """Per cent of the dense parameters at that χ (conclusion)."""
 BLOCK_CHI, BLOCK_RATIO_THERE = 4, 13.0
 """χ, and compression of a transformer block at it (abstract)."""
+EVAL_EVERY = 100
+"""Steps between evaluations (section 4.2)."""
 EVALUATED = (20, 8, 256)
 """Batches, sequences and tokens of one evaluation (section 4.2)."""
 LOW_LOSS, LOW_ACCURACY = 3.29, 7.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +9,25 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style, tables
-from analysis.errors import AnalysisError
 from analysis.figures.published import published_figure, published_points
 from analysis.figures.published_curves import published_curves, published_curves_figure
 from analysis.figures.published_rel_errors import published_rel_error_figure, published_rel_errors
+from analysis.folder import OutputFolder
 from analysis.load import load_curves
 from analysis.paper.comparison import CURVES, comparison_table, paper_comparison
 from analysis.paper.trials import PaperTrials, paper_trials, remarks
 from analysis.runs import StudyRuns
+
+FIGURES = ("published", "published_rel_error", "published_curves")
+FOLDER = OutputFolder(
+    "comparison",
+    main="comparison.md",
+    listed="paper.json",
+    names=(
+        *(f"{table}.{form}" for table in ("comparison", "models") for form in ("csv", "md", "tex")),
+        *(f"{figure}.{form}" for figure in FIGURES for form in ("csv", *style.FORMATS)),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -33,31 +42,26 @@ class Written:
 def write_comparison(runs: StudyRuns, out: Path) -> Written:
     """Write the comparison, the trials taken and three figures to the folder `out`.
 
-    Everything is made in a folder of its own first, then moved in file by file: what breaks leaves no half of it.
+    Files of an earlier comparison are replaced; files of others are not touched.
 
     Raises:
-        AnalysisError: a curve cannot be read, or `out` cannot be written.
+        AnalysisError: a curve cannot be read, `out` cannot be written, or a file there was not written by a comparison.
     """
+    FOLDER.check(out)
     trials = paper_trials(runs)
     curves = load_curves(runs, trials.from_scratch, CURVES)
     comparison = comparison_table(paper_comparison(runs, trials, curves))
     models = tables.Table("models", trials.frame, trials.frame.astype("object").fillna("–").astype("str"))
     drawings = _drawings(runs, trials, curves, comparison.data)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as scratch:
-            new = Path(scratch)
-            for table in (comparison, models):
-                tables.write(table, new)
-            for name, (figure, frame) in drawings.items():
-                frame.to_csv(new / f"{name}.csv", index=False, lineterminator="\n")
-                style.save(figure, new / name)
-            names = sorted(path.name for path in new.iterdir())
-            for name in names:
-                os.replace(new / name, out / name)
-    except OSError as error:
-        raise AnalysisError(f"cannot write to {out}: {error.strerror or error}") from error
-    return Written(comparison, trials, names)
+
+    def make(folder: Path) -> None:
+        for table in (comparison, models):
+            tables.write(table, folder)
+        for name, (figure, frame) in drawings.items():
+            frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+            style.save(figure, folder / name)
+
+    return Written(comparison, trials, FOLDER.write(out, make))
 
 
 def _drawings(

@@ -171,6 +171,38 @@ def test_curve_trials_thins_crowded_panels_to_their_own_frontier():
         assert ordered.is_monotonic_decreasing
 
 
+def sizes(n, family="mpo"):
+    """So many configurations of one family, each larger and better than the last: all are on the frontier."""
+    return [
+        simulated_study.Configuration(
+            f"{family}-{i}", 50_000 + 20_000 * i, 2 - 0.05 * i, family, **({"chi": 4 + i} if family == "mpo" else {})
+        )
+        for i in range(n)
+    ]
+
+
+def test_what_is_said_of_curves_left_out_is_so():
+    def shown_and_said(found):
+        summary = summarise(simulated_study.simulated_runs(found, n_evaluations=1, noise=0.001)[0])
+        return data.curve_trials(summary), data.curves_left_out(summary)
+
+    dense = STUDIES["usual"][0]
+    assert shown_and_said([dense, *sizes(data.MAX_CURVES)])[1] == ""
+    # Nine of one panel are on its frontier, and fewer are shown: not "those on the frontier".
+    shown, said = shown_and_said([dense, *sizes(9)])
+    assert len(shown) == 7
+    assert said == (
+        "7 of 10 configurations: a panel with more than 6 shows at most 6, picked evenly along its own frontier."
+    )
+    shown, said = shown_and_said([dense, *sizes(9, "dense")])
+    assert len(shown) == 6
+    assert shown["is_reference"].sum() == 1
+    assert said == (
+        "6 of 10 configurations: a panel with more than 6 shows at most 6, picked evenly along its own frontier, "
+        "the dense reference among them."
+    )
+
+
 def test_rel_error_means_average_over_blocks_then_seeds(runs):
     means = data.rel_error_means(runs.rel_errors, 0)
     own = runs.rel_errors.query("trial == 0 and when == 'trained' and chi == 8")

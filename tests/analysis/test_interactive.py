@@ -10,6 +10,7 @@ from simulated_study import simulated_runs
 
 from analysis.figures import data
 from analysis.interactive import frontier_chart, parallel_chart, plotly_script, run_link
+from analysis.studies import join_studies
 from analysis.summary import VAL_LOSS, summarise
 from analysis.uncertainty import frontier_uncertainty
 
@@ -91,7 +92,26 @@ def test_chart_of_few_seeds_says_that_it_has_no_interval():
     ],
 )
 def test_run_link_is_an_address_without_a_password(runs, uri, link):
-    assert run_link(replace(runs, address=replace(runs.address, tracking_uri=uri)), "abc") == link
+    assert run_link(replace(runs, address=replace(runs.address, tracking_uri=uri)), "abc", "tiny") == link
+
+
+@pytest.mark.parametrize("names", [("one", "two"), ("same", "same")])
+def test_runs_of_joined_studies_link_to_their_own_servers(names):
+    from simulated_study import Configuration
+
+    parts = []
+    for name, uuid, size in zip(names, ("aaaaaaaa-1", "bbbbbbbb-2"), (79_168, 177_408), strict=True):
+        part, _ = simulated_runs(
+            [Configuration("mpo", size, 1.8, chi=size // 10_000)], experiment=name, uuid=uuid, n_evaluations=1
+        )
+        parts.append(replace(part, address=replace(part.address, tracking_uri=f"http://server-{uuid[0]}")))
+    runs = join_studies(parts)
+    points = points_of(runs, summarise(runs))
+    found = [trace for trace in traces(frontier_chart(runs, points, VAL_LOSS)) if trace.get("mode") == "markers"]
+    links = {text: link for trace in found for text, link in zip(trace["text"], trace["customdata"], strict=True)}
+    assert len(links) == 2
+    for text, link in links.items():
+        assert link == f"http://server-{'a' if '79,168 parameters' in text else 'b'}/#/runs/0-None"
 
 
 def test_charts_offer_no_upload(runs, summary):

@@ -243,6 +243,37 @@ def test_curves_that_never_fall_are_told_as_well(comparison):
     assert cell(comparison, "all models", "lowest accuracy, loss ≤ 3.29")["follows"] == "yes"
 
 
+STEPS_DIFFER = {
+    "half as often": lambda curves: curves[curves["step"] % 200 == 0],
+    "first left out": lambda curves: curves[curves["step"] > 0],
+    "one more": lambda curves: pd.concat((curves, curves[curves["step"] == 100].assign(step=150))),
+    "not sampled": lambda curves: curves.assign(val_acc_sampled=np.nan),
+    "one seed otherwise": lambda curves: curves[(curves["seed"] > 0) | (curves["step"] != 700)],
+}
+
+
+@pytest.mark.parametrize("change", STEPS_DIFFER.values(), ids=STEPS_DIFFER)
+def test_curves_of_other_evaluations_say_nothing_of_the_published_ones(change):
+    found = compared(paper_study(), lambda runs, curves: (runs, change(with_noise(runs, curves)[1])))
+    for quantity in ("falls between evaluations", "lowest accuracy, loss ≤ 3.29"):
+        row = cell(found, "0 of 5 models", quantity)
+        assert row["follows"] == "cannot be told"
+        assert row["why"] == "no model of this study is evaluated as published, every 100 steps on a sample"
+        assert math.isnan(row["ours"])
+
+
+def test_curves_of_models_evaluated_as_published_count_without_the_others():
+    def change(runs, curves):
+        runs, curves = with_noise(runs, curves)
+        return runs, curves[(curves["trial"] > 1) | (curves["step"] % 200 == 0)]
+
+    all_models, some = compared(paper_study(), with_noise), compared(paper_study(), change)
+    for quantity in ("falls between evaluations", "lowest accuracy, loss ≤ 3.29"):
+        whole, row = cell(all_models, "all models", quantity), cell(some, "3 of 5 models", quantity)
+        assert (row["follows"], row["n"]) == ("no", 5)
+        assert row["ours"] < whole["ours"] if quantity.startswith("falls") else row["ours"] >= whole["ours"]
+
+
 def test_lower_loss_with_lower_accuracy_is_pointed_out(comparison):
     gaps = of(comparison, "loss gap")
     said = gaps["why"].str.startswith("the loss is better than dense's and the accuracy is worse")

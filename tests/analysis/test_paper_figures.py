@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -199,7 +200,8 @@ def test_folder_has_tables_figures_and_what_they_show(folder):
         f"{name}.{kind}"
         for name in ("published", "published_rel_error", "published_curves") for kind in ("csv", *style.FORMATS)
     }  # fmt: skip
-    assert {path.name for path in out.iterdir()} == tables | figures == set(written.names)
+    assert tables | figures == set(written.names)
+    assert {path.name for path in out.iterdir()} == {*written.names, "paper.json"}
     read = pd.read_csv(out / "comparison.csv", keep_default_na=True)
     assert list(read["published"]) == pytest.approx(list(written.comparison.data["published"]), nan_ok=True)
     models = pd.read_csv(out / "models.csv")
@@ -216,6 +218,21 @@ def test_folder_written_again_is_the_same_and_keeps_other_files(folder, address,
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
+def test_folder_written_again_replaces_what_it_wrote_and_nothing_else(address, tmp_path):
+    runs = load_study(address)
+    (tmp_path / "published.csv").write_text("mine")
+    with pytest.raises(AnalysisError, match=r"published\.csv exists and was not written by a comparison"):
+        write_comparison(runs, tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("published.csv", "mine")]
+    (tmp_path / "published.csv").unlink()
+    written = write_comparison(runs, tmp_path)
+    listed = json.loads((tmp_path / "paper.json").read_text())["written"]
+    assert listed == written.names
+    (tmp_path / "models.csv").write_text("changed")
+    write_comparison(runs, tmp_path)
+    assert (tmp_path / "models.csv").read_text() != "changed"
+
+
 @pytest.mark.parametrize("kind", ["file", "taken name"])
 def test_what_cannot_be_written_leaves_nothing_half_done(address, tmp_path, kind):
     out = tmp_path / "out"
@@ -223,7 +240,8 @@ def test_what_cannot_be_written_leaves_nothing_half_done(address, tmp_path, kind
         out.write_text("a file")
     else:
         (out / "comparison.csv").mkdir(parents=True)
-    with pytest.raises(AnalysisError, match=r"cannot write to .*out: "):
+    why = "cannot write the comparison to .*out: " if kind == "file" else "comparison.csv exists and was not written by"
+    with pytest.raises(AnalysisError, match=why):
         write_comparison(load_study(address), out)
     left = [path.name for path in tmp_path.rglob("*")]
     assert left == (["out"] if kind == "file" else ["out", "comparison.csv"])

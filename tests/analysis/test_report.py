@@ -169,6 +169,13 @@ def test_report_overwrites_nothing_it_did_not_write(runs, tmp_path):
     assert files(tmp_path) == {"index.html": b"my own page"}
 
 
+def test_report_names_a_file_where_its_folder_must_be(runs, tmp_path):
+    (tmp_path / "figures").write_text("mine")
+    with pytest.raises(AnalysisError, match=r"figures exists and is no folder"):
+        write_report(runs, tmp_path)
+    assert files(tmp_path) == {"figures": b"mine"}
+
+
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"written": ["../precious"]}', '{"written": ["/etc/precious"]}', '{"written": ["other"]}']
 )

@@ -14,8 +14,9 @@ from analysis import run_schema as schema
 from analysis.cli import app
 from analysis.errors import AnalysisError
 from analysis.load import load_curves, load_study, resolve_study
+from analysis.report import write_report
 from analysis.runs import StudyRuns
-from analysis.studies import join_studies
+from analysis.studies import environments, join_studies
 from analysis.summary import summarise
 from analysis.tables import pruned_table, stopped_table
 
@@ -180,6 +181,51 @@ def test_report_command_reports_on_several_studies(directories, tmp_path):
     assert all(str(folder / "mlflow.db") in page for folder in directories)
     assert pd.read_csv(out / "tables" / "trials.csv")["study"].tolist() == ["one", "one", "two"]
     assert pd.read_csv(out / "tables" / "pruned.csv")["reason"].tolist() == ["p"]
+
+
+ENVIRONMENT = {
+    "python": "3.12.1", "packages": {"torch": "2.8", "ray": None}, "git_commit": "c0ffee", "git_changed": False,
+    "system": "Linux", "cpus": 2,
+}  # fmt: skip
+
+
+def test_environments_are_told_apart_only_where_they_differ(two):
+    first, second = (replace(study, environment=ENVIRONMENT) for study in two)
+    other = replace(second, environment=ENVIRONMENT | {"git_commit": "decaf"})
+    unknown = replace(second, environment={})
+    assert environments(first) == environments(join_studies([first, second])) == [("", ENVIRONMENT)]
+    assert environments(join_studies([first, other])) == [("one", ENVIRONMENT), ("two", other.environment)]
+    assert environments(join_studies([first, unknown])) == [("one", ENVIRONMENT), ("two", {})]
+    assert environments(unknown) == environments(join_studies([replace(first, environment={}), unknown])) == []
+
+
+CHANGED = ENVIRONMENT | {"git_commit": "decaf", "git_changed": True, "packages": {"torch": "2.9"}}
+
+
+@pytest.mark.parametrize(
+    ("other", "begun_with", "commit"),
+    [
+        (
+            CHANGED,
+            "torch 2.9, Python 3.12.1; Linux, 2 CPU cores",
+            "<code>decaf</code>, with changes that were not committed",
+        ),
+        ({}, "not known", "not known"),
+    ],
+)
+def test_report_on_studies_begun_on_different_code_says_so_of_each(directories, tmp_path, other, begun_with, commit):
+    first, second = (load_study(resolve_study(folder)) for folder in directories)
+    joined = join_studies([replace(first, environment=ENVIRONMENT), replace(second, environment=other)])
+    write_report(joined, tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert (
+        "<dt>Begun with</dt>\n"
+        "<dd>one: torch 2.8, Python 3.12.1; Linux, 2 CPU cores</dd>\n"
+        f"<dd>two: {begun_with}</dd>\n"
+        "<dt>Git commit</dt>\n"
+        "<dd>one: <code>c0ffee</code></dd>\n"
+        f"<dd>two: {commit}</dd>\n"
+    ) in page
 
 
 @pytest.mark.parametrize(
