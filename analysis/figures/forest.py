@@ -109,7 +109,7 @@ def _rows(pairs: pd.DataFrame, first: pd.DataFrame, measures: list[Measure]) -> 
         if row["n"] < first["n"].max():
             text += f", n={row['n']}"
         differ = not row["same_budget"] or row["total_tokens"] != row["against_total_tokens"]
-        tokens = f"{_tokens(row['total_tokens'])} − {_tokens(row['against_total_tokens'])}" if differ else ""
+        tokens = f"{_tokens(row['total_tokens'])} vs {_tokens(row['against_total_tokens'])}" if differ else ""
         rows.append(Row(text, (tokens,), tuple(own[index] for own in verdicts)))
     return rows
 
