@@ -42,7 +42,8 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
             panel: (max(labels.text_size(probe, text)[0] for text in own["label"].unique()) + 14) / 72
             for panel, own in means.groupby("panel")
         }
-        n_columns = min(len(panels), 3 if max(beside.values()) < 1 else 2)
+        most = 3 if max(beside.values()) < 1 and len(panels) != 4 else 2
+        n_columns = min(len(panels), most)
         n_rows = -(-len(panels) // n_columns)
         row_height = _PANEL_HEIGHT + 0.68
         foot = style.footer_height(text)

@@ -113,7 +113,7 @@ def test_paper_writes_the_comparison_and_says_what_is_lacking(invoke, study_dir,
         for name in ("published", "published_curves", "published_rel_error") for kind in ("csv", "svg", "pdf", "png")
     }  # fmt: skip
     tables = {f"{name}.{kind}" for name in ("comparison", "models") for kind in ("csv", "md", "tex")}
-    assert names == tables | figures
+    assert names == tables | figures | {"paper.json"}
     assert "left open: no run of " in result.output
     assert "Table 2" in result.output
     assert (
