@@ -28,7 +28,7 @@ from analysis.selection import seed_table
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
 from analysis.statistics.seed_blocks import MIN_SEEDS, two_way
 from analysis.summary import MEASURES, VAL_LOSS, Measure, frontier_key, n_statement
-from analysis.tables import counted, difference_shown, percent
+from analysis.tables import counted, difference_shown, percent, range_shown
 from analysis.uncertainty import FrontierUncertainty
 
 
@@ -65,8 +65,8 @@ def _what_was_run(runs: StudyRuns, summary: pd.DataFrame) -> list[str]:
     counts = done["group"].value_counts(sort=False)
     kinds = "; ".join(f"{n} {group}" for group, n in counts.items())
     tokens = done["train_tokens"].dropna()
-    trained = f", {_range(tokens)} training tokens a run" if len(tokens) else ""
-    sizes = f"{_range(done['n_params'])} parameters"
+    trained = f", {range_shown(tokens)} training tokens a run" if len(tokens) else ""
+    sizes = f"{range_shown(done['n_params'])} parameters"
     one = done["n_seeds"].max() == 1
     each = f"{n_statement(done['n_seeds'])} {'seed' if one else 'seeds'} each"
     return [f"{counted(len(done), 'configuration')} ({kinds}) of {sizes}, {each}{trained}."]
@@ -114,7 +114,7 @@ def _tally(rows: pd.DataFrame, measure: Measure) -> str:
     known = rows.dropna(subset=["difference"])
     gaps = [f"{row['label']} {difference_shown(row)}" for row in known.to_dict("records")]
     shown = gaps if len(gaps) <= _MOST_NAMED else [*gaps[: _MOST_NAMED - 1], "…"]
-    differences = f" ({'; '.join(shown)} {_unit(measure)})" if shown else ""
+    differences = f" ({'; '.join(shown)} {measure.difference_unit})" if shown else ""
     return f"{_listed(parts)} of {counted(n, kind)}{differences}"
 
 
@@ -123,11 +123,6 @@ _TALLIED = {
     **{verdict: f"not tested ({verdict})" for verdict in (TOO_FEW, FAILED, STOPPED)},
     UNFINISHED: "not decided yet",
 }
-
-
-def _unit(measure: Measure) -> str:
-    """Of a difference."""
-    return "points" if measure.unit == "%" else measure.unit
 
 
 def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
@@ -145,7 +140,7 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
         return ["No MPO has the budget of the dense model, and the study file declares no contrast across budgets."]
     said = []
     for measure in MEASURES:
-        unit = _unit(measure)
+        unit = measure.difference_unit
         own = tested[tested["measure"] == measure.name]
         margin = own["margin"].iloc[0]
         for group, rows in own.groupby("group", sort=False):
@@ -156,19 +151,19 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
                     _listed(list(holds["label"])) if len(holds) else "none"
                 )
             if not rows["same_budget"].all():
-                tokens, dense_tokens = (_range(rows[key]) for key in ("total_tokens", "against_total_tokens"))
+                tokens, dense_tokens = (range_shown(rows[key]) for key in ("total_tokens", "against_total_tokens"))
                 words += f"; their budget is another, {tokens} tokens in all against {dense_tokens}"
             said.append(f"{words}.")
-        said.append(_smallest(summary, compared, measure))
+        said.append(_smallest(compared, measure))
     return [sentence for sentence in said if sentence]
 
 
-def _smallest(summary: pd.DataFrame, compared: pd.DataFrame, measure: Measure) -> str:
+def _smallest(compared: pd.DataFrame, measure: Measure) -> str:
     """Of any family; by the paired tests, since redraws take all noise as one."""
     own = compared[(compared["relation"] == REFERENCE) & (compared["measure"] == measure.name)]
     if own["margin"].isna().all():
         return ""
-    margin = f"the margin of {own['margin'].max():g} {_unit(measure)}"
+    margin = f"the margin of {own['margin'].max():g} {measure.difference_unit}"
     holds = own[own["non_inferior"]].sort_values(["n_params", "trial"])
     if holds.empty:
         return f"No configuration of any family is shown to lose less {measure.short} than {margin}."
@@ -256,8 +251,3 @@ def _needed(gap: float, noise: SeedNoise) -> str:
 
 def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" and {words[-1]}"
-
-
-def _range(values: pd.Series) -> str:
-    low, high = int(values.min()), int(values.max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

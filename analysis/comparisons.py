@@ -76,6 +76,11 @@ def reference_trial(summary: pd.DataFrame) -> int | None:
     return int(trials.iloc[0]) if len(trials) else None
 
 
+def declared_against_reference(compared: pd.DataFrame) -> set[int]:
+    """Trials that the study file compares with the dense reference, of whatever budget."""
+    return set(compared.loc[(compared["relation"] == REFERENCE) & compared["declared"].astype(bool), "trial"])
+
+
 # Pairs ----------------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.comparisons import DECLARED, EQUAL_PARAMETERS, REFERENCE
+from analysis.comparisons import DECLARED, EQUAL_PARAMETERS, REFERENCE, declared_against_reference
 from analysis.figures import data
 from analysis.figures.curves import learning_curves_figure
 from analysis.figures.families import families_figure, family_points
@@ -168,10 +168,9 @@ def _rel_errors(findings: Findings) -> Iterator[Drawing]:
 
 
 def _heat_map(findings: Findings, measure: Measure) -> Iterator[Drawing]:
-    compared = findings.compared
-    against_dense = compared.loc[(compared["relation"] == REFERENCE) & compared["declared"].astype(bool), "trial"]
     summary = findings.summary
-    budgets = set(summary.loc[summary["trial"].isin(against_dense), "budget_hash"])
+    declared = declared_against_reference(findings.compared)
+    budgets = set(summary.loc[summary["trial"].isin(declared), "budget_hash"])
     cells = heat_map_cells(summary, findings.runs.seeds, measure, budgets)
     if len(cells):
         name = f"heat_map_{measure.name}"

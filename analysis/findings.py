@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.answers import Answer, answers
-from analysis.comparisons import REFERENCE, compare
+from analysis.comparisons import compare, declared_against_reference
 from analysis.runs import StudyRuns
 from analysis.summary import MEASURES, summarise
 from analysis.uncertainty import FrontierUncertainty, frontier_uncertainty
@@ -27,6 +27,6 @@ class Findings:
     def of(cls, runs: StudyRuns) -> Findings:
         summary = summarise(runs)
         compared = compare(runs, summary)
-        declared = set(compared.loc[(compared["relation"] == REFERENCE) & compared["declared"].astype(bool), "trial"])
+        declared = declared_against_reference(compared)
         uncertainties = {measure.name: frontier_uncertainty(runs, summary, measure, declared) for measure in MEASURES}
         return cls(runs, summary, compared, uncertainties, answers(runs, summary, compared, uncertainties))

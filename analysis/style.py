@@ -11,11 +11,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
 from analysis.summary import DENSE, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED, SMALLER_DENSE, group_order
 
@@ -151,6 +152,17 @@ def set_log_ticks(axis: Axis, low: float, high: float, text: Callable[[float], s
     axis.set_major_formatter(FixedFormatter([text(tick) for tick in major]))
     axis.set_minor_locator(FixedLocator(minor))
     axis.set_minor_formatter(NullFormatter())
+
+
+def set_chi_axis(axes: Axes, chis: Iterable[int], room: float) -> None:
+    """Make the x axis a logarithmic one of caps χ, with a tick at each; `room`: factor left free at either end."""
+    ticks = sorted(chis)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(ticks[0] / room, ticks[-1] * room)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FixedFormatter([str(tick) for tick in ticks]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("Bond-dimension cap χ")
 
 
 def footer(*sentences: str) -> str:

@@ -46,6 +46,11 @@ class Measure:
         return direction
 
     @property
+    def difference_unit(self) -> str:
+        """Unit of a difference: percentages differ by points."""
+        return "points" if self.unit == "%" else self.unit
+
+    @property
     def axis_label(self) -> str:
         return f"{self.title} ({self.unit})"
 

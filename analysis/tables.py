@@ -146,9 +146,7 @@ def hypervolume_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table
     return Table("hypervolume", data, shown)
 
 
-_UNITS = {
-    measure.name: f"{measure.short} ({'points' if measure.unit == '%' else measure.unit})" for measure in MEASURES
-}
+_UNITS = {measure.name: f"{measure.short} ({measure.difference_unit})" for measure in MEASURES}
 
 
 def _p_value(p: float) -> str:
@@ -195,8 +193,8 @@ def budgets_table(summary: pd.DataFrame) -> Table:
                 "budget": budget,
                 "arms": ", ".join(sorted(group["arm"].unique())),
                 "trials": len(group),
-                "tokens of the run": _range(group["train_tokens"]),
-                "tokens with the teacher's": _range(group["total_tokens"]),
+                "tokens of the run": range_shown(group["train_tokens"]),
+                "tokens with the teacher's": range_shown(group["total_tokens"]),
             }
         )
     data = pd.DataFrame(rows)
@@ -344,7 +342,8 @@ def _count(value: float) -> str:
     return "–" if pd.isna(value) else f"{int(value):,}"
 
 
-def _range(values: pd.Series) -> str:
+def range_shown(values: pd.Series) -> str:
+    """`1,000 to 2,000`; one number where all are equal, a dash where there is none."""
     known = values.dropna()
     if known.empty:
         return "–"

@@ -67,7 +67,7 @@ def forest_figure(pairs: pd.DataFrame, n_pairs: int | None = None, note: str = "
                 ("← better", "worse →") if measure.direction == "minimize" else ("← worse", "better →")
                 for measure in measures
             ],
-            axis_labels=[f"Difference ({_unit(measure)})" for measure in measures],
+            axis_labels=[f"Difference ({measure.difference_unit})" for measure in measures],
             heads=["total tokens"] if budgets else [],
             beside_head="verdict",
             legend=_legend(pairs, measures),
@@ -83,10 +83,6 @@ def _of(pairs: pd.DataFrame, first: pd.DataFrame, measure: Measure) -> pd.DataFr
     """The pairs' rows of one measure, in the order of `first`."""
     own = pairs[pairs["measure"] == measure.name].set_index(["trial", "against"])
     return own.loc[list(zip(first["trial"], first["against"], strict=True))].reset_index()
-
-
-def _unit(measure: Measure) -> str:
-    return "points" if measure.unit == "%" else measure.unit
 
 
 def _rows(pairs: pd.DataFrame, first: pd.DataFrame, measures: list[Measure]) -> list[Row]:
@@ -178,7 +174,7 @@ def _legend(pairs: pd.DataFrame, measures: list[Measure]) -> list[Line2D]:
     margins = []
     for measure in measures:
         values = sorted(pairs.loc[(pairs["measure"] == measure.name) & (pairs["margin"] > 0), "margin"].unique())
-        margins += [f"{' or '.join(f'{value:g}' for value in values)} {_unit(measure)}"] if values else []
+        margins += [f"{' or '.join(f'{value:g}' for value in values)} {measure.difference_unit}"] if values else []
     if margins:
         text = f"margin: worse by {', '.join(margins)}"
         handles.append(Line2D([], [], color=_MARGIN, linewidth=1.1, linestyle=(0, (2, 1)), label=text))

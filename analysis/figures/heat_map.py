@@ -175,7 +175,7 @@ def _panels(cells: pd.DataFrame, most: int) -> list[_Panel]:
 
 
 def _sentences(cells: pd.DataFrame, measure: Measure) -> list[str]:
-    unit = "points" if measure.unit == "%" else measure.unit
+    unit = measure.difference_unit
     enough = bool((cells["n_seeds"] >= MIN_SEEDS).any())
     said = [
         f"MPO minus dense in {measure.title.lower()} ({unit}) at the last step over the whole validation split, mean "

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from analysis import style
 from analysis.figures import labels
@@ -109,13 +108,7 @@ def _of_panel(points: pd.DataFrame, when: str, overall: bool) -> pd.DataFrame:
 
 
 def _draw_panel(axes: Axes, points: pd.DataFrame, overall: bool) -> None:
-    chis = sorted(points["chi"].unique())
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(chis[0] / 1.2, chis[-1] * 1.2)
-    axes.xaxis.set_major_locator(FixedLocator(chis))
-    axes.xaxis.set_major_formatter(FixedFormatter([str(chi) for chi in chis]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("Bond-dimension cap χ")
+    style.set_chi_axis(axes, points["chi"].unique(), room=1.2)
     ends = []
     for index, name in enumerate(points["layers"].unique()):
         line = points[points["layers"] == name].sort_values("chi")

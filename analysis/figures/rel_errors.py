@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from analysis import style
 from analysis.figures import labels
@@ -54,13 +53,7 @@ def rel_error_figure(means: pd.DataFrame, note: str = "") -> Figure:
 
 
 def _draw_panel(axes: Axes, means: pd.DataFrame, colors: dict[str, str]) -> None:
-    chis = sorted(means["chi"].unique())
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(chis[0] / 1.15, chis[-1] * 1.15)
-    axes.xaxis.set_major_locator(FixedLocator(chis))
-    axes.xaxis.set_major_formatter(FixedFormatter([str(chi) for chi in chis]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("Bond-dimension cap χ")
+    style.set_chi_axis(axes, means["chi"].unique(), room=1.15)
     ends = []
     for index, (kind, color) in enumerate(colors.items()):
         line = means[means["kind"] == kind].sort_values("chi")
