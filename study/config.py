@@ -199,6 +199,11 @@ class StudyConfig(Strict):
         default=None, description="Off unless given; never of dense or listed trials."
     )
     claims: Claims = Claims()
+    rel_error_chi: tuple[PositiveInt, ...] = Field(
+        default=(),
+        description="χ, beside those of its arms, at which the layers of every dense model are decomposed, untrained and "
+        "trained, and their relative errors recorded.",
+    )
     execution: Execution = Execution()
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = Field(
         description="What is compared; each gives one trial or more."

@@ -249,8 +249,8 @@ class Queue:
 
 
 def study_chis(config: StudyConfig) -> tuple[int, ...]:
-    """Every χ of the study, at which dense layers are decomposed; a searched range stands for the powers of 2 in it."""
-    chis: set[int] = set()
+    """Every χ at which dense layers are decomposed; a searched range stands for the powers of 2 in it."""
+    chis = set(config.rel_error_chi)
     for arm in config.arms:
         match arm.values().get("chi"):
             case tuple(listed):

@@ -282,3 +282,5 @@ def test_queue_never_issues_a_duplicate(tmp_path, open_queue):
 def test_study_chis_are_the_listed_ones_and_powers_of_two_in_a_range(tmp_path):
     arms = [DENSE, SEARCHED | {"chi": {"low": 3, "high": 20}}, {"name": "few", "family": "mpo", "chi": 5}]
     assert study_chis(load_config(write_search(tmp_path, arms=arms))) == (3, 4, 5, 8, 16, 20)
+    more = load_config(write_search(tmp_path, arms=arms, rel_error_chi=[2, 5]))
+    assert study_chis(more) == (2, 3, 4, 5, 8, 16, 20)
