@@ -193,7 +193,8 @@ def _words(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if schema["type"] == "array":
         items = schema.get("items") or schema["prefixItems"][0]
-        count = f"{schema['minItems']} × " if schema.get("minItems") == schema.get("maxItems") else ""
+        fixed = "minItems" in schema and schema["minItems"] == schema.get("maxItems")
+        count = f"{schema['minItems']} × " if fixed else ""
         return f"list of {count}{_words(items)}"
     names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
     marks = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
