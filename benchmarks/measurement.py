@@ -29,7 +29,18 @@ SHORTEST = 2e-3
 """Seconds: a shorter call is repeated until a timing takes about so long."""
 THREADS = 2
 
-PACKAGES = ("torch", "numpy", "pandas", "ray", "optuna", "mlflow", "tensorly", "tensorly-torch", "opt-einsum", "moocore")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "pandas",
+    "ray",
+    "optuna",
+    "mlflow",
+    "tensorly",
+    "tensorly-torch",
+    "opt-einsum",
+    "moocore",
+)
 
 Call = Callable[[], Any]
 
