@@ -2,10 +2,10 @@
 
 Square layers with two balanced sites in float32, over width, tokens and χ, in three uses: a forward that keeps nothing,
 a forward in evaluation, where ours may keep W, and forward and backward with the gradients of the input and all cores.
-The rival is the faster of tensorly-torch's two implementations in that cell ("factorized" is one einsum, "reconstructed"
-forms W); values and gradients of both must agree. The target is 1.03 times its time where its time is dense matrix
-products for 80 % or more, and its time otherwise. A way that would need more than MOST_BYTES for its states between the
-sites is left out, of ours and theirs.
+The rival is the faster of tensorly-torch's two implementations in that cell ("factorized" is one einsum,
+"reconstructed" forms W); values and gradients of both must agree. The target is 1.03 times its time where dense matrix
+products are 80 % of that or more, and its time otherwise. A way that would need more than MOST_BYTES for its states
+between the sites is left out, of ours and theirs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from benchmarks.measurement import Call, Row, fastest, paired, repeats_of, run_alone, seconds_of
@@ -63,7 +63,7 @@ def cell(use: str, width: int, n_tokens: int, chi: int) -> list[Row]:
         modes.append("chain")
         implementations.append("factorized")
     ours = {mode: layer_of(width, chi, mode, use) for mode in modes}
-    cores = [core.detach().clone().requires_grad_(training) for core in layer.cores]
+    cores = [nn.Parameter(core.detach().clone(), requires_grad=training) for core in layer.cores]
     theirs = {name: peer_of(layer, cores, name) for name in implementations}
 
     auto = call_of(layer, x, list(layer.cores), dy)
@@ -101,17 +101,15 @@ def layer_of(width: int, chi: int, mode: str, use: str) -> MPOLinear:
     return layer.train(use != "forward in evaluation")
 
 
-def peer_of(layer: MPOLinear, cores: Sequence[Tensor], implementation: str) -> Callable[[Tensor], Tensor]:
+def peer_of(layer: MPOLinear, cores: Sequence[nn.Parameter], implementation: str) -> Callable[[Tensor], Tensor]:
     """tensorly-torch's layer on cores that are given."""
     sizes = (layer.d_out, layer.d_in)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        parameters = [torch.nn.Parameter(core, requires_grad=core.requires_grad) for core in cores]
-        weight = BlockTT(parameters, tensorized_shape=sizes, rank=layer.bonds)
-        peer = tltorch.FactorizedLinear(
+        weight = BlockTT(list(cores), tensorized_shape=sizes, rank=layer.bonds)
+        return tltorch.FactorizedLinear(
             layer.d_in, layer.d_out, bias=False, factorization=weight, implementation=implementation
         )
-    return peer
 
 
 def call_of(layer: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], dy: Tensor | None) -> Call:
