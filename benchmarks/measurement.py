@@ -116,9 +116,10 @@ def rate(
     note: str = "",
     sizes: Mapping[str, int] | None = None,
 ) -> Row:
-    """The row of values already measured in pairs, at least two, in any unit; see `paired`."""
+    """The row of values already measured in pairs, in any unit; see `paired`. Of two the spread is their range."""
     ratios = [ours / theirs for ours, theirs in zip(values, rival_values, strict=True)]
-    low, ratio, high = quantiles(ratios, n=4) if len(ratios) > 1 else [*ratios] * 3
+    # Quartiles of two would lie outside of them.
+    low, ratio, high = quantiles(ratios, n=4) if len(ratios) > 2 else (min(ratios), median(ratios), max(ratios))
     is_met = None if target is None else ratio <= target if at_most else ratio >= target
     medians = median(values), median(rival_values)
     return Row(
