@@ -30,8 +30,8 @@ PAIRS = 3
 EQUAL = 1.001
 
 LIMITS = {
-    SECTION: "Where ours, too, computes every singular value of an unfolding, to keep 64 of them, the two take the "
-    "same time: only a truncated or randomised SVD whose error is controlled can be faster."
+    SECTION: "`tt_svd` computes every singular value of an unfolding to keep a few of them, as tensorly's default does: "
+    "only a truncated or randomised SVD whose error is controlled can be faster at equal error."
 }
 
 

@@ -27,8 +27,9 @@ FORWARD = "4096 × 4096, chain against dense: forward"
 MEMORY = "4096 × 4096, peak memory of inference, chain against dense"
 
 LIMITS = {
-    MEMORY: "Between the two sites the chain's state holds 64 · χ numbers for each of 64 rows of a token: for many "
-    "tokens at once it is larger than x and y together, and grows with χ. For few tokens the cores are what there is."
+    MEMORY: "Between the two sites the chain's state holds χ numbers for each of a token's entries of x: it grows with "
+    "the tokens that are given at once, and for many of them it is as large as W. A chain over a few tokens at a time "
+    "would bound it."
 }
 
 

@@ -27,12 +27,10 @@ MPO = "MPO training step against the dense one"
 SQUARES = (512, 1024, 2048)
 
 LIMITS = {
-    RATE: "Half of the step or so is no large matrix product: the attention kernel, softmax and cross-entropy, "
-    "LayerNorm, ReLU, residual sums and the optimiser read and write memory, and count no FLOPs. Products with a side "
-    "of 128 run below the rate of large square ones, and a causal kernel computes more of its diagonal blocks than is "
-    "counted.",
-    MPO: "Every layer's W is formed anew in each step and its gradient is taken back to the cores: work that does not "
-    "depend on the number of tokens and grows with χ.",
+    RATE: "No profile has confirmed it yet: softmax, LayerNorm, ReLU, residual sums, cross-entropy and the optimiser "
+    "read and write memory and count no FLOPs, and products with a side of 128 need not reach the rate of square ones.",
+    MPO: "No profile has confirmed it yet: every layer's W is formed anew in each step and its gradient is taken back "
+    "to the cores, which does not depend on the number of tokens and grows with χ.",
 }
 
 
