@@ -30,8 +30,8 @@ PAIRS = 3
 EQUAL = 1.001
 
 LIMITS = {
-    SECTION: "`tt_svd` computes every singular value of an unfolding to keep a few of them, as tensorly's default does: "
-    "only a truncated or randomised SVD whose error is controlled can be faster at equal error."
+    SECTION: "`tt_svd` computes every singular value of an unfolding to keep a few of them, as tensorly's default "
+    "does: only a truncated or randomised SVD whose error is controlled can be faster at equal error."
 }
 
 
