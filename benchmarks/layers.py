@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def peer_of(layer: MPOLinear, cores: Sequence[nn.Parameter], implementation: str
     sizes = (layer.d_out, layer.d_in)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        weight = BlockTT(list(cores), tensorized_shape=sizes, rank=layer.bonds)
+        weight: Any = BlockTT(list(cores), tensorized_shape=sizes, rank=layer.bonds)
         return tltorch.FactorizedLinear(
             layer.d_in, layer.d_out, bias=False, factorization=weight, implementation=implementation
         )
