@@ -1,91 +1,76 @@
-"""Run every benchmark, print one table, and write it as JSON beside this file's results folder.
+"""Run every benchmark, print one table, and write results/benchmarks.json: `make bench`.
 
-A figure is a ratio of two things timed alternately in one run; its spread is the range of the middle half of the pairs.
+    python -m benchmarks [NAME ...]    (all, or those named, whose old figures in the JSON are then replaced)
+
+The JSON is written after each of them, so that one that fails costs no other its figures.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import platform
 import time
-from collections.abc import Callable
+import traceback
+from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from study.config import Model, Protocol
-from study.corpus import load_corpus
-from study.training import Training
-from study.trial import TrialSpec
+from benchmarks.measurement import THREADS, machine, print_table
 
 RESULTS = Path("results/benchmarks.json")
-PAIRS = 15
+NAMES = ("training_step", "layers", "large_layer", "growth", "decompositions", "decoding", "engine", "analysis")
+"""Modules with `rows() -> list[Row]`; a docstring that says what is measured; and maybe `LIMITS`, from a section's name
+to why a target is missed there."""
 
 
 def main() -> None:
-    torch.set_num_threads(2)
-    rows = training_steps()
-    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 2}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    table = Table(title=f"torch {torch.__version__}, 2 threads, {PAIRS} pairs", title_justify="left")
-    for heading in ("what", "against", "median (ms)", "rival (ms)", "ratio", "middle half"):
-        table.add_column(heading)
-    for row in rows:
-        low, high = row["middle_half"]
-        table.add_row(
-            row["what"],
-            row["against"],
-            f"{1e3 * row['seconds']:.1f}",
-            f"{1e3 * row['rival_seconds']:.1f}",
-            f"{row['ratio']:.2f}",
-            f"{low:.2f} to {high:.2f}",
-        )
-    Console().print(table)
-    Console().print(f"written to {RESULTS}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    names = parser.parse_args().names or NAMES
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        parser.error(f"there is no {', '.join(unknown)}, only {', '.join(NAMES)}")
+    console = Console()
+    failed, rows = [], []
+    for name in names:
+        console.rule(name)
+        torch.set_num_threads(THREADS)
+        begun = time.perf_counter()
+        try:
+            module = import_module(f"benchmarks.{name}")
+            measured = module.rows()
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        print_table(measured, console)
+        rows += measured
+        entry = {
+            "about": (module.__doc__ or "").strip(),
+            "limits": getattr(module, "LIMITS", {}),
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "took_seconds": time.perf_counter() - begun,
+            "machine": machine(),
+            "rows": [row._asdict() for row in measured],
+        }
+        write(RESULTS, name, entry)
+    with_target = [row for row in rows if row.is_met is not None]
+    console.print(f"{sum(map(bool, (row.is_met for row in with_target)))} of {len(with_target)} targets are met")
+    console.print(f"written to {RESULTS}; `python -m benchmarks.report` makes docs/performance.md of it")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def training_steps() -> list[dict]:
-    """One optimiser step of the paper's model as MPO, against the same step of the dense one."""
-    corpus = load_corpus()
-    protocol = Protocol(steps=10_000)
-
-    def training(**family: object) -> Training:
-        spec = TrialSpec.model_validate({"arm": "benchmark", "model": Model(), "protocol": protocol, **family})
-        return Training(spec, 0, corpus)
-
-    dense = training(family="dense")
-    rows = []
-    for chi in (4, 8, 16, 32):
-        mpo = training(family="mpo", chi=chi, factorisation="paper", init="variance")
-        rows.append(paired(f"training step, MPO χ={chi}", mpo.optimiser_step, "dense", dense.optimiser_step))
-    return rows
-
-
-def paired(what: str, run: Callable[[], None], against: str, rival: Callable[[], None]) -> dict:
-    """Time two calls alternately, in both orders, after one call of each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    calls = (run, rival)
-    for call in calls:
-        call()
-    for pair in range(PAIRS):
-        for which in (0, 1) if pair % 2 else (1, 0):
-            start = time.perf_counter()
-            calls[which]()
-            times[which].append(time.perf_counter() - start)
-    ratios = [ours / theirs for ours, theirs in zip(*times, strict=True)]
-    lower, _, upper = quantiles(ratios, n=4)
-    return {
-        "what": what,
-        "against": against,
-        "seconds": median(times[0]),
-        "rival_seconds": median(times[1]),
-        "ratio": median(ratios),
-        "middle_half": [lower, upper],
-    }
+def write(path: Path, name: str, entry: dict) -> None:
+    """Put the entry of one benchmark beside those of the others, in their order."""
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    entries[name] = entry
+    in_order = {known: entries[known] for known in NAMES if known in entries}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(in_order, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""MPOLinear against tensorly-torch on the same cores, and its mode `auto` against the best of our own modes.
+
+Square layers with two balanced sites in float32, over width, tokens and χ, in three uses: a forward that keeps nothing,
+a forward in evaluation, where ours may keep W, and forward and backward with the gradients of the input and all cores.
+The rival is the faster of tensorly-torch's two implementations in that cell ("factorized" is one einsum,
+"reconstructed" forms W); values and gradients of both must agree. The target is 1.03 times its time where dense matrix
+products are 80 % of that or more, and its time otherwise. A way that would need more than MOST_BYTES for its states
+between the sites is left out, of ours and theirs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from benchmarks.measurement import Call, Row, fastest, paired, repeats_of, run_alone, seconds_of
+from mpo_core.contraction import chain_products
+from mpo_core.linear import MPOLinear
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import tltorch
+    from tltorch.factorized_tensors.tensorized_matrices import BlockTT
+
+WIDTHS = (128, 512, 1024, 4096)
+TOKENS = (1, 16, 256, 2048, 8192)
+CHIS = (4, 8, 16, 32)
+USES = ("forward, nothing kept", "forward in evaluation", "forward+backward")
+MOST_BYTES = 4 * 2**30
+DENSE_SHARE = 0.8
+
+LIMITS: dict[str, str] = {}
+
+
+def rows() -> list[Row]:
+    cells = [
+        row
+        for use in USES
+        for width in WIDTHS
+        for n_tokens in TOKENS
+        for chi in CHIS
+        for row in cell(use, width, n_tokens, chi)
+    ]
+    return sorted(cells, key=lambda row: row.section.startswith("auto"))
+
+
+def cell(use: str, width: int, n_tokens: int, chi: int) -> list[Row]:
+    """Ours against tensorly-torch, and `auto` against the best of our modes."""
+    training = use == "forward+backward"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n_tokens, width, generator=generator).requires_grad_(training)
+    dy = torch.randn(n_tokens, width, generator=generator) if training else None
+    layer = layer_of(width, chi, "auto", use)
+    state = largest_state(layer, n_tokens)
+
+    modes = ["reconstruct"] if use != "forward in evaluation" else ["reconstruct", "cached"]
+    implementations = ["reconstructed"]
+    if state * (4 if training else 2) <= MOST_BYTES:
+        modes.append("chain")
+        implementations.append("factorized")
+    ours = {mode: layer_of(width, chi, mode, use) for mode in modes}
+    cores = [nn.Parameter(core.detach().clone(), requires_grad=training) for core in layer.cores]
+    theirs = {name: peer_of(layer, cores, name) for name in implementations}
+
+    auto = call_of(layer, x, list(layer.cores), dy)
+    our_calls = {mode: call_of(each, x, list(each.cores), dy) for mode, each in ours.items()}
+    their_calls = {name: call_of(each, x, cores, dy) for name, each in theirs.items()}
+    check(auto(), their_calls["reconstructed"]())
+
+    rival = fastest(their_calls)
+    W = layer.to_matrix().detach().requires_grad_(training)
+    share = 0.0
+    if rival == "reconstructed":
+        dense = call_of(lambda x: linear(x, W), x, [W], dy)
+        share = min(1.0, least_seconds(dense) / least_seconds(their_calls[rival]))
+    what, sizes = f"{width}², {n_tokens} tokens, χ={chi}", {"width": width, "tokens": n_tokens, "χ": chi}
+    best = fastest(our_calls)
+    return [
+        paired(
+            f"MPOLinear against tensorly-torch: {use}",
+            what,
+            auto,
+            rival,
+            their_calls[rival],
+            target=1.03 if share >= DENSE_SHARE else 1.0,
+            note=f"dense products {100 * share:.0f} % of its time" if share else "",
+            sizes=sizes,
+        ),
+        paired(f"auto against our best mode: {use}", what, auto, best, our_calls[best], target=1.1, sizes=sizes),
+    ]
+
+
+def layer_of(width: int, chi: int, mode: str, use: str) -> MPOLinear:
+    """The layer of a cell: the same cores in every mode."""
+    generator = torch.Generator().manual_seed(1)
+    layer = MPOLinear(width, width, chi=chi, bias=False, generator=generator, forward=mode)
+    return layer.train(use != "forward in evaluation")
+
+
+def peer_of(layer: MPOLinear, cores: Sequence[nn.Parameter], implementation: str) -> Callable[[Tensor], Tensor]:
+    """tensorly-torch's layer on cores that are given."""
+    sizes = (layer.d_out, layer.d_in)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weight: Any = BlockTT(list(cores), tensorized_shape=sizes, rank=layer.bonds)
+        return tltorch.FactorizedLinear(
+            layer.d_in, layer.d_out, bias=False, factorization=weight, implementation=implementation
+        )
+
+
+def call_of(layer: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], dy: Tensor | None) -> Call:
+    """A forward without gradients; or, given dy, a forward and the gradients of x and the weights.
+
+    It returns what it computed: y, or y and the gradients.
+    """
+    if dy is None:
+
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                return [layer(x)]
+
+        return forward
+
+    wanted = [x, *weights]
+
+    def forward_and_backward() -> list[Tensor]:
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
+
+    return forward_and_backward
+
+
+def check(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Raise where values or gradients differ by more than rounding in float32."""
+    for a, b in zip(ours, theirs, strict=True):
+        error, scale = float((a - b).norm()), float(b.norm())
+        if error > 1e-4 * scale:
+            raise ValueError(f"tensorly-torch's result differs: ‖a − b‖ = {error:.2g}, ‖b‖ = {scale:.2g}")
+
+
+def largest_state(layer: MPOLinear, n_tokens: int) -> int:
+    """Bytes in float32 of the largest state between two sites of a chain."""
+    return 4 * max(step.written for step in chain_products(layer.bonds, layer.d_out, layer.d_in, n_tokens))
+
+
+def least_seconds(call: Call) -> float:
+    repeats = repeats_of(call)
+    return min(seconds_of(call, repeats) for _ in range(3))
+
+
+if __name__ == "__main__":
+    run_alone(rows)

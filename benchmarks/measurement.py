@@ -1,0 +1,233 @@
+"""How every benchmark measures: two things alternately in one run, the ratio of each pair, and its spread.
+
+A figure is the median of the pairs' ratios; its spread is the range of their middle half. What else runs on the machine
+then slows both alike. A call shorter than a clock can tell is repeated within one timing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+PAIRS = 15
+MIN_PAIRS = 5
+"""Pairs that are timed however long they take, unless fewer are asked for."""
+PATIENCE = 15.0
+"""Seconds after which no further pair is begun."""
+SHORTEST = 2e-3
+"""Seconds: a shorter call is repeated until a timing takes about so long."""
+THREADS = 2
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "pandas",
+    "ray",
+    "optuna",
+    "mlflow",
+    "tensorly",
+    "tensorly-torch",
+    "opt-einsum",
+    "moocore",
+)
+
+Call = Callable[[], Any]
+
+
+class Row(NamedTuple):
+    """One comparison. Where nothing is a rival, the rival is the limit itself."""
+
+    section: str
+    what: str
+    against: str
+    seconds: float
+    """Median of ours; of another unit than seconds where `unit` says so."""
+    rival_seconds: float
+    ratio: float
+    """Median of the pairs' ratios, ours over the rival's."""
+    low: float
+    high: float
+    """The middle half of the pairs' ratios."""
+    target: float | None
+    """The limit on the ratio; None: there is none."""
+    is_met: bool | None
+    note: str = ""
+    unit: str = "s"
+    """Of `seconds` and `rival_seconds`: "s", "bytes" or "FLOP/s"."""
+    n_pairs: int = PAIRS
+    at_most: bool = True
+    """Whether the target is the most that the ratio may be, or the least."""
+    sizes: Mapping[str, int] | None = None
+    """What a table of many such rows is over, such as {"width": 128, "tokens": 1, "χ": 4}."""
+
+
+def paired(
+    section: str,
+    what: str,
+    run: Call,
+    against: str,
+    rival: Call,
+    *,
+    target: float | None = None,
+    at_most: bool = True,
+    pairs: int = PAIRS,
+    note: str = "",
+    sizes: Mapping[str, int] | None = None,
+) -> Row:
+    """Time two calls alternately, in both orders, after one call of each; ratio = seconds / rival_seconds.
+
+    Args:
+        target, at_most: met when ratio <= target, or without `at_most` when ratio >= target.
+        pairs: fewer are timed, but at least MIN_PAIRS of them, when they take longer than PATIENCE.
+    """
+    calls = (run, rival)
+    repeats = [repeats_of(call) for call in calls]
+    times: tuple[list[float], list[float]] = ([], [])
+    begun = time.perf_counter()
+    for pair in range(pairs):
+        if pair >= MIN_PAIRS and time.perf_counter() - begun > PATIENCE:
+            break
+        for which in (0, 1) if pair % 2 else (1, 0):
+            times[which].append(seconds_of(calls[which], repeats[which]))
+    return rate(section, what, times[0], against, times[1], target=target, at_most=at_most, note=note, sizes=sizes)
+
+
+def rate(
+    section: str,
+    what: str,
+    values: Sequence[float],
+    against: str,
+    rival_values: Sequence[float],
+    *,
+    unit: str = "s",
+    target: float | None = None,
+    at_most: bool = True,
+    note: str = "",
+    sizes: Mapping[str, int] | None = None,
+) -> Row:
+    """The row of values already measured in pairs, in any unit; see `paired`. Of two the spread is their range."""
+    ratios = [ours / theirs for ours, theirs in zip(values, rival_values, strict=True)]
+    # Quartiles of two would lie outside of them.
+    low, ratio, high = quantiles(ratios, n=4) if len(ratios) > 2 else (min(ratios), median(ratios), max(ratios))
+    is_met = None if target is None else ratio <= target if at_most else ratio >= target
+    medians = median(values), median(rival_values)
+    return Row(
+        section, what, against, *medians, ratio, low, high, target, is_met, note, unit, len(ratios), at_most, sizes
+    )
+
+
+def within(
+    section: str, what: str, values: Sequence[float], limit: float, *, unit: str = "s", note: str = "", **options: Any
+) -> Row:
+    """The row of values that have a limit and no rival: met when their median is at most the limit."""
+    limits = [limit] * len(values)
+    return rate(section, what, values, "limit", limits, unit=unit, target=1.0, note=note, **options)
+
+
+def fastest(calls: Mapping[str, Call], rounds: int = 3) -> str:
+    """The name of the fastest call: the least of a few timings each, of one only where it is twice the least."""
+    repeats = {name: repeats_of(call) for name, call in calls.items()}
+    least = {name: seconds_of(call, repeats[name]) for name, call in calls.items()}
+    close = [name for name, seconds in least.items() if seconds < 2 * min(least.values())]
+    if len(close) > 1:
+        for _ in range(rounds - 1):
+            for name in close:
+                least[name] = min(least[name], seconds_of(calls[name], repeats[name]))
+    return min(close, key=lambda name: least[name])
+
+
+def seconds_of(call: Call, repeats: int = 1) -> float:
+    """Seconds of one call, the mean of so many in a row."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def repeats_of(call: Call) -> int:
+    """How many calls make a timing; calls it once or twice, which warms it up."""
+    seconds = seconds_of(call)  # the first also chooses kernels and maps memory
+    if seconds < 50 * SHORTEST:
+        seconds = seconds_of(call)
+    return max(1, math.ceil(SHORTEST / max(seconds, 1e-7)))
+
+
+# The machine and the table --------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores, threads of PyTorch, load of the last minute, and versions of what is installed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "versions": versions,
+    }
+
+
+def run_alone(rows: Callable[[], list[Row]]) -> None:
+    """What `python -m benchmarks.NAME` does: measure, and print the table; nothing is written."""
+    torch.set_num_threads(THREADS)
+    measured = rows()
+    print_table(measured)
+
+
+def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
+    console = console or Console()
+    for section in dict.fromkeys(row.section for row in rows):
+        table = Table(title=section, title_justify="left")
+        for heading in ("what", "against", "median", "rival", "ratio", "middle half", "target", "met", "note"):
+            table.add_column(heading)
+        for row in rows:
+            if row.section == section:
+                table.add_row(row.what, row.against, *cells_of(row), row.note)
+        console.print(table)
+
+
+def cells_of(row: Row) -> list[str]:
+    """Median, rival's median, ratio, middle half, target and whether it is met, as text."""
+    target = "" if row.target is None else f"{'≤' if row.at_most else '≥'} {row.target:.3g}"
+    met = {None: "", True: "yes", False: "no"}[row.is_met]
+    values = [quantity(value, row.unit) for value in (row.seconds, row.rival_seconds)]
+    return [*values, f"{row.ratio:.3g}", f"{row.low:.3g} to {row.high:.3g}", target, met]
+
+
+def quantity(value: float, unit: str) -> str:
+    """A value with three digits and a unit that suits its size."""
+    scales = {
+        "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+        "bytes": ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
+        "FLOP/s": ((1e9, "GFLOP/s"),),
+    }.get(unit, ((1.0, unit),))
+    scale, name = next(((scale, name) for scale, name in scales if abs(value) >= scale), scales[-1])
+    scaled = value / scale
+    return f"{scaled:.0f} {name}" if abs(scaled) >= 100 else f"{scaled:.3g} {name}"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,134 @@
+"""One optimiser step of PicoGPT at the paper's sizes, 32 sequences of 256 tokens, in float32: what it is made of.
+
+The dense step is compared with a plain eager loop (`benchmarks.plain_gpt`) that trains the same model on the same
+windows: losses of the first steps must agree. It is compared with this machine's own float32 matrix products, too: the
+FLOPs of the step's matrix products over its time, against the rate of the square product that is fastest. A backward
+pass counts as two forward passes, what is no matrix product counts nothing. And a step with MPO layers is compared with
+the dense one.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from benchmarks.measurement import PAIRS, Row, paired, rate, run_alone, seconds_of
+from benchmarks.plain_gpt import PlainTraining
+from mpo_core.picogpt import PicoGPT, flops_per_token
+from study.config import Model, Protocol
+from study.corpus import Corpus, load_corpus
+from study.training import Training
+from study.trial import TrialSpec
+
+PLAIN = "PicoGPT training step against a plain eager loop"
+RATE = "PicoGPT training step against the machine's matrix products"
+MPO = "MPO training step against the dense one"
+SQUARES = (512, 1024, 2048)
+
+LIMITS = {
+    RATE: "No profile has confirmed it yet: softmax, LayerNorm, ReLU, residual sums, cross-entropy and the optimiser "
+    "read and write memory and count no FLOPs, and products with a side of 128 need not reach the rate of square ones.",
+    MPO: "No profile has confirmed it yet: every layer's W is formed anew in each step and its gradient is taken back "
+    "to the cores, which does not depend on the number of tokens and grows with χ.",
+}
+
+
+def rows() -> list[Row]:
+    corpus = load_corpus()
+    dense = training(corpus, family="dense")
+    return [against_plain(corpus), *against_the_machine(dense), *mpo_against_dense(corpus, dense)]
+
+
+def training(corpus: Corpus, **family: object) -> Training:
+    protocol = Protocol(steps=100_000)
+    spec = TrialSpec.model_validate({"arm": "benchmark", "model": Model(), "protocol": protocol, **family})
+    return Training(spec, 0, corpus)
+
+
+def against_plain(corpus: Corpus) -> Row:
+    ours = training(corpus, family="dense")
+    plain = PlainTraining(ours)
+    for _ in range(3):
+        before = ours._loss_sum
+        ours.optimiser_step()
+        torch.testing.assert_close(ours._loss_sum - before, plain.optimiser_step(), rtol=1e-4, atol=1e-4)
+    return paired(
+        PLAIN,
+        "dense step, 32 × 256 tokens",
+        ours.optimiser_step,
+        "plain eager step",
+        plain.optimiser_step,
+        target=1 / 1.7,
+        note="1.7 times as fast",
+    )
+
+
+def against_the_machine(dense: Training) -> list[Row]:
+    """The step's FLOPs a second, attention counted as far as it is causal, and counted in full."""
+    assert isinstance(dense.model, PicoGPT)
+    config, batch_size = dense.model.config, dense.spec.protocol.batch_size
+    matrices = {n: torch.ones(n, n) for n in SQUARES}
+    size = fastest_size(matrices)
+    A = matrices[size]
+    full = flops_per_token(dense.model, config.context)
+    # Token t attends to t + 1 tokens, on average to half of the context and a half.
+    causal = full - 4 * config.n_layers * config.d_model * (config.context - (config.context + 1) / 2)
+    n_tokens = batch_size * config.context
+    step_seconds, product_rates = [], []
+
+    def step() -> None:
+        step_seconds.append(seconds_of(dense.optimiser_step))
+
+    def product() -> None:
+        begun, n = time.perf_counter(), 0
+        while n < 3 or time.perf_counter() - begun < 0.2:
+            torch.mm(A, A)
+            n += 1
+        product_rates.append(2 * size**3 * n / (time.perf_counter() - begun))
+
+    dense.optimiser_step()
+    for pair in range(PAIRS):
+        for call in (step, product) if pair % 2 else (product, step):
+            call()
+    rival = f"{size}² × {size}² product"
+    return [
+        rate(
+            RATE,
+            f"dense step, {what}",
+            [3 * flops * n_tokens / seconds for seconds in step_seconds],
+            rival,
+            product_rates,
+            unit="FLOP/s",
+            target=target,
+            at_most=False,
+            note=note,
+        )
+        for what, flops, target, note in (
+            ("attention's causal half counted", causal, 0.55, "what is computed"),
+            ("attention counted in full", full, None, "as `flops_per_token` counts"),
+        )
+    ]
+
+
+def fastest_size(matrices: dict[int, torch.Tensor]) -> int:
+    """The n whose (n, n) product has the highest rate."""
+    seconds = {}
+    for n, A in matrices.items():
+        torch.mm(A, A)
+        seconds[n] = min(seconds_of(lambda A=A: torch.mm(A, A)) for _ in range(5)) / n**3
+    return min(seconds, key=lambda n: seconds[n])
+
+
+def mpo_against_dense(corpus: Corpus, dense: Training) -> list[Row]:
+    found = []
+    for chi in (4, 8, 16, 32):
+        mpo = training(corpus, family="mpo", chi=chi, factorisation="paper", init="variance")
+        target = 1.1 if chi <= 16 else 1.2
+        what = f"MPO step, χ={chi}"
+        found.append(paired(MPO, what, mpo.optimiser_step, "dense step", dense.optimiser_step, target=target))
+    return found
+
+
+if __name__ == "__main__":
+    run_alone(rows)
