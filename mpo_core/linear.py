@@ -99,6 +99,7 @@ class MPOLinear(StructuredLinear):
         self._direction = cheapest_direction(self.bonds, self.d_out, self.d_in)
         self._is_exact = math.prod(self.d_out) == out_features and math.prod(self.d_in) == in_features
         self._cache: CachedMatrix | None = None
+        self._held: Tensor | None = None
         shapes = zip(self.bonds[:-1], self.d_out, self.d_in, self.bonds[1:], strict=True)
         self.cores = nn.ParameterList([torch.empty(shape, device=device, dtype=dtype) for shape in shapes])
         self._draw_unless_meta(init, generator)
@@ -185,6 +186,8 @@ class MPOLinear(StructuredLinear):
         return self.to_matrix()
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if self._held is not None:
+            return nn.functional.linear(x, self._held, self.bias)
         mode = self._mode(x.numel() // self.in_features, x.requires_grad)
         if mode != "chain":
             return nn.functional.linear(x, self._kept_matrix() if mode == "cached" else self.to_matrix(), self.bias)
@@ -248,9 +251,19 @@ class MPOLinear(StructuredLinear):
 
     # Keeping W --------------------------------------------------------------------------------------------------------
 
-    def drop_cached_matrix(self) -> None:
-        """Free the W that the modes "cached" and "auto" keep; it is formed anew when needed."""
+    def hold_matrix(self) -> None:
+        """Form W, and apply it in every forward until `drop_cached_matrix`, or a change of mode, device or dtype.
+
+        In all forward modes, without a gradient to the cores, and without the look at whether they changed that the
+        mode "cached" takes at every call.
+        """
+        self._held = None
+        self._held = self._kept_matrix()
         self._cache = None
+
+    def drop_cached_matrix(self) -> None:
+        """Free the W that `hold_matrix` and the modes "cached" and "auto" keep; it is formed anew when needed."""
+        self._cache = self._held = None
 
     def _kept_matrix(self) -> Tensor:
         dtype = self._compute_dtype()
@@ -270,7 +283,7 @@ class MPOLinear(StructuredLinear):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}  # a copy forms its own
+        return {**self.__dict__, "_cache": None, "_held": None}  # a copy forms its own
 
 
 def _given_sizes(
