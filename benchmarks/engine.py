@@ -5,7 +5,8 @@
 Both run a whole study as `mpo-study run` does, with Ray, ledger and MLflow in the study's folder, two units at once.
 
 The units that do nothing report all that a unit of the quick study does, but train nothing. Their time runs from the
-call, so that Ray's start is in it, to the last write of the ledger, and to the end of the call, when MLflow has all.
+call, all modules imported, so that Ray's start is in it, to the last write of the ledger, and to the end of the call,
+when MLflow has all.
 
 The bare loop trains what the quick study trained, in the same order, in two processes of a pool, and does nothing else:
 no ledger, no Ray, no MLflow, no file. Its losses must be the study's to the last bit. Starting up is left out of both:
@@ -93,6 +94,7 @@ def units_that_do_nothing(times: int = 3) -> list[Row]:
 def engine_alone(n_units: int) -> tuple[float, float]:
     """Seconds from the call of a study to the last write of its ledger, and to its end."""
     config = study_of(n_units)
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as `run_study` does before it imports Ray
     with (
         tempfile.TemporaryDirectory() as folder,
         patch("study.scheduler.ray._work", nothing),
