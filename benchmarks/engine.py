@@ -177,7 +177,7 @@ def bare_loop(config: StudyConfig, corpus: Corpus, trained: Snapshot) -> float:
     """Seconds of the same trainings in a pool of processes that are up.
 
     Raises:
-        SystemExit: a loss is not the study's.
+        RuntimeError: a loss is not the study's.
     """
     specs = {trial.number: trial.spec for trial in trained.trials}
     keys = sorted((result.trial, result.seed) for result in trained.results)
@@ -208,7 +208,7 @@ def bare_loop(config: StudyConfig, corpus: Corpus, trained: Snapshot) -> float:
         losses = {key: future.result()[0] for key, future in futures.items()}
         seconds = time.perf_counter() - begun
     if losses != {(result.trial, result.seed): result.final["final/val_loss"] for result in trained.results}:
-        raise SystemExit("the bare loop did not train what the study did")
+        raise RuntimeError("the bare loop did not train what the study did")
     return seconds
 
 
@@ -242,12 +242,12 @@ def run_whole(config: StudyConfig, folder: str, n_units: int | None = None) -> S
     """Run a study in an empty folder; what its ledger has then.
 
     Raises:
-        SystemExit: something failed or is missing.
+        RuntimeError: something failed or is missing.
     """
     directory = StudyDirectory(folder)
     outcome = run_study(config, directory, Console(file=io.StringIO()))
     if outcome.n_failed or outcome.n_missing or outcome.tracking_trouble or n_units not in (None, outcome.n_complete):
-        raise SystemExit(f"a study for a benchmark went wrong: {outcome}")
+        raise RuntimeError(f"a study for a benchmark went wrong: {outcome}")
     return read_ledger(directory.ledger_url, config.name)
 
 
