@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.bonds import check_sizes, clip_bonds, largest_bonds, n_params
+from mpo_core.bonds import clip_bonds, given_sizes, largest_bonds, n_params
 from mpo_core.cached_matrix import CachedMatrix
 from mpo_core.contraction import Product, chain, cheapest_direction, pad_features, products
 from mpo_core.cost_model import calibration_of, choose
@@ -84,7 +84,7 @@ class MPOLinear(StructuredLinear):
                 return factorise(
                     out_features, in_features, method=factorisation, n_sites=n_sites, chi=chi, padding=padding
                 )
-            return _given_sizes(out_features, in_features, d_out, d_in, n_sites, padding)
+            return given_sizes(out_features, in_features, d_out, d_in, n_sites, padding)
 
         if bonds is not None:
             chi = max(bonds, default=1)
@@ -284,23 +284,6 @@ class MPOLinear(StructuredLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None, "_held": None}  # a copy forms its own
-
-
-def _given_sizes(
-    out_features: int,
-    in_features: int,
-    d_out: Sequence[int] | None,
-    d_in: Sequence[int] | None,
-    n_sites: int | None,
-    padding: bool,
-) -> tuple[Sizes, Sizes]:
-    if d_out is None or d_in is None:
-        raise ValueError(f"`d_out` and `d_in` must be given together, but got d_out={d_out}, d_in={d_in}")
-    if not padding or math.prod(d_out) < out_features or math.prod(d_in) < in_features:
-        check_sizes(out_features, in_features, d_out, d_in)
-    if n_sites not in (None, len(d_out)):
-        raise ValueError(f"`n_sites == len(d_out)` must hold, but got n_sites={n_sites}, d_out={list(d_out)}")
-    return tuple(d_out), tuple(d_in)
 
 
 def _largest_chi(max_params: int, split: Callable[[int], tuple[Sizes, Sizes]], limit: int) -> int:
