@@ -22,6 +22,11 @@ N_NEW = 255
 """From one token up to a full context of 256."""
 BATCHES = (1, 16)
 
+LIMITS = {
+    SECTION: "Once W is formed, an MPO layer does what a dense one does; forming it, once for all tokens, is what it "
+    "takes more. The fewer tokens, the larger that share."
+}
+
 
 def rows() -> list[Row]:
     """MPO against dense is the one with a target: no slower."""

@@ -257,9 +257,9 @@ class MPOLinear(StructuredLinear):
         In all forward modes, without a gradient to the cores, and without the look at whether they changed that the
         mode "cached" takes at every call.
         """
-        self._held = None
-        self._held = self._kept_matrix()
         self._cache = None
+        with torch.inference_mode(False), torch.no_grad():  # see `_kept_matrix`
+            self._held = self.to_matrix().to(self._compute_dtype())
 
     def drop_cached_matrix(self) -> None:
         """Free the W that `hold_matrix` and the modes "cached" and "auto" keep; it is formed anew when needed."""
