@@ -66,7 +66,7 @@ def study_of(n_trials: int, n_seeds: int = N_SEEDS) -> StudyRuns:
     trial_runs, seed_runs = [], []
     for trial, (family, n_params) in enumerate(zip(families, sizes, strict=True)):
         params = params_of(trial, str(family))
-        counts = {"n_params": int(n_params), "n_params_compressed": int(n_params) - 9_000}
+        counts: dict[str, float] = {"n_params": int(n_params), "n_params_compressed": int(n_params) - 9_000}
         counts["n_params_dense"] = N_PARAMS_DENSE
         trial_runs.append(record(schema.KIND_TRIAL, schema.run_key(UUID, trial), params, counts))
         losses = 1.6 - 0.3 * np.log10(n_params / N_PARAMS_DENSE) + effects + rng.normal(0, 0.01, n_seeds)
