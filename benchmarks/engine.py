@@ -137,7 +137,7 @@ def nothing(config: dict[str, str]) -> None:
         for row in curve:
             tune.report({"evaluation": json.dumps([seed, row])})
         final = {field.key: 1.0 for field in schema.FINALS}
-        ran_on: dict[str, str] = {tag: "1" for tag in schema.RAN_ON}
+        ran_on: dict[str, str] = dict.fromkeys(schema.RAN_ON, "1")
         results.append(
             SeedResult(unit.trial, seed, "complete", started, now(), final=final, curve=curve, ran_on=ran_on)
         )
