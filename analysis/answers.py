@@ -112,8 +112,9 @@ def _tally(rows: pd.DataFrame, measure: Measure) -> str:
     parts = [f"{word} at {(verdicts == word).sum()}" for word in dict.fromkeys(words) if (verdicts == word).any()]
     kind = "size" if rows["n_params"].nunique() == n else "configuration"
     known = rows.dropna(subset=["difference"])
-    gaps = [f"{row['label']} {difference_shown(row)}" for row in known.to_dict("records")]
-    shown = gaps if len(gaps) <= _MOST_NAMED else [*gaps[: _MOST_NAMED - 1], "…"]
+    n_shown = len(known) if len(known) <= _MOST_NAMED else _MOST_NAMED - 1
+    shown = [f"{row['label']} {difference_shown(row)}" for row in known.head(n_shown).to_dict("records")]
+    shown += ["…"] * (len(known) > n_shown)
     differences = f" ({'; '.join(shown)} {measure.difference_unit})" if shown else ""
     return f"{_listed(parts)} of {counted(n, kind)}{differences}"
 

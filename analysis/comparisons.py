@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from operator import ne
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,14 @@ import pandas as pd
 from analysis import run_schema as schema
 from analysis.runs import StudyRuns
 from analysis.selection import seed_table
-from analysis.statistics.contrasts import ONE_SIDED, TTest, contrasts, fixed_sequence, headline, non_inferiority
+from analysis.statistics.contrasts import (
+    ONE_SIDED,
+    block_tests,
+    contrasts,
+    fixed_sequence,
+    headline,
+    non_inferiority,
+)
 from analysis.statistics.multiplicity import benjamini_hochberg, holm
 from analysis.statistics.seed_blocks import MIN_SEEDS
 from analysis.summary import DENSE, MEASURES, Measure
@@ -88,6 +97,8 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     compared = summary[summary["n_seeds"] > 0].copy()
     compared["cap"] = compared["chi"].fillna(compared["as_chi"])
     everything: list[dict[str, Any]] = compared.to_dict("records")  # type: ignore[assignment]
+    for trial in everything:
+        trial["trained"] = tuple(str(trial[key]) for key in _TRAINED)
     trials = [trial for trial in everything if pd.isna(trial["stopped"])]
     reference = next((trial for trial in trials if trial["is_reference"]), None)
     declared = list(_declared_pairs(runs, everything))
@@ -99,11 +110,14 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     for trial in trials:
         if trial["family"] != "mpo":
             others.setdefault(trial["budget_hash"], []).append(trial)
+    by_size = {budget: _BySize(alike) for budget, alike in others.items()}
     for trial in trials:
-        alike = others.get(trial["budget_hash"], [])
-        against_it = [other for other in alike if other is reference and trial is not reference]
-        own = [(other, REFERENCE) for other in against_it if trial["trial"] not in settled]
-        own += [(control, EQUAL_PARAMETERS) for control in _controls(trial, alike)]
+        own = []
+        if reference is not None and trial is not reference and trial["trial"] not in settled:
+            own += [(reference, REFERENCE)] if trial["budget_hash"] == reference["budget_hash"] else []
+        if trial["budget_hash"] in by_size:
+            alike = by_size[trial["budget_hash"]].near(trial["n_params"])
+            own += [(control, EQUAL_PARAMETERS) for control in _controls(trial, alike)]
         for against, relation in own:
             pair = (trial["trial"], against["trial"])
             if pair not in known:
@@ -132,7 +146,7 @@ def _reference_of(own: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _counterpart(trial: dict[str, Any], rivals: list[dict[str, Any]]) -> dict[str, Any]:
     """That of the same χ, or else the nearest in parameters; of several the one trained most alike, then the first."""
-    same = [rival for rival in rivals if pd.notna(trial["cap"]) and rival["cap"] == trial["cap"]]
+    same = [rival for rival in rivals if rival["cap"] == trial["cap"]] if pd.notna(trial["cap"]) else []
     if same:
         return min(same, key=lambda rival: (_unlike(trial, rival), _distance(trial, rival), rival["trial"]))
     return min(rivals, key=lambda rival: (_distance(trial, rival), _unlike(trial, rival), rival["trial"]))
@@ -153,13 +167,28 @@ def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[
     return list(nearest.values())
 
 
+class _BySize:
+    """Trials in their own order, of which those near a size are found without a look at all of them."""
+
+    def __init__(self, trials: list[dict[str, Any]]) -> None:
+        self._trials = trials
+        self._ascending = sorted(range(len(trials)), key=lambda at: trials[at]["n_params"])
+        self._sizes = [trials[at]["n_params"] for at in self._ascending]
+
+    def near(self, size: float) -> list[dict[str, Any]]:
+        """Those within `EQUAL_SIZE` of it, and maybe some a little further away."""
+        reach = 1 + 1.01 * EQUAL_SIZE
+        within = slice(bisect_left(self._sizes, size / reach), bisect_right(self._sizes, size * reach))
+        return [self._trials[at] for at in sorted(self._ascending[within])]
+
+
 def _nearness(trial: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
     return _unlike(trial, other), _distance(trial, other)
 
 
 def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> int:
     """In how much of how they were trained, and of what an arm may list, two trials differ."""
-    return sum(str(trial[key]) != str(other[key]) for key in _TRAINED)
+    return sum(map(ne, trial["trained"], other["trained"]))
 
 
 _TRAINED = ("budget_hash", "learning_rate", "lr_rule", "decay", "factorisation", "n_sites")
@@ -206,19 +235,20 @@ def _add_pair_tests(
     has = values.notna()
     shared = (has.loc[frame["trial"]].to_numpy() & has.loc[frame["against"]].to_numpy()).astype(bool)
     frame["n"] = shared.sum(axis=1)
-    # Pairs of one rival with the same seeds are one call.
+    # Pairs with the same seeds are one call, each a table of one row: what is found has the shape (pairs, 1).
     alike = pd.Series(list(map(bytes, np.packbits(shared, axis=1))), frame.index)
-    for _, group in frame[frame["n"] > 0].groupby([frame["against"], alike]):
+    for _, group in frame[frame["n"] > 0].groupby(alike):
         own = values.loc[:, shared[group.index[0]]]
-        found = contrasts(own.loc[group["trial"]], own.loc[group["against"].iloc[0]])
+        found = contrasts(own.loc[group["trial"]].to_numpy()[:, None], own.loc[group["against"]].to_numpy())
         test = headline(found)
-        frame.loc[group.index, "difference"] = found.difference
+        frame.loc[group.index, "difference"] = found.difference[:, 0]
         if found.n < MIN_SEEDS:
             continue
-        frame.loc[group.index, "half_width"], frame.loc[group.index, "p"] = test.half_width, test.p
+        frame.loc[group.index, "half_width"], frame.loc[group.index, "p"] = test.half_width[:, 0], test.p[:, 0]
         if margin > 0:
             result = non_inferiority(found.difference, test, margin, direction)
-            frame.loc[group.index, "bound"], frame.loc[group.index, "inferiority_p"] = result.bound, result.p
+            frame.loc[group.index, "bound"] = result.bound[:, 0]
+            frame.loc[group.index, "inferiority_p"] = result.p[:, 0]
     frame.loc[failed, ["half_width", "p", "bound", "inferiority_p"]] = math.nan
     # A margin is one against the reference: that a control is not much better is another question.
     frame["margin"] = np.where(frame["relation"] == REFERENCE, margin, math.nan)
@@ -234,11 +264,11 @@ def _add_block_tests(frame: pd.DataFrame, rows: pd.DataFrame, values: pd.DataFra
         inside = rows.index[rows["budget_hash"] == budget].union(reference).union(pd.Index(group["against"]))
         table = seed_table(rows.loc[inside].reset_index(), seeds, "value")
         group = group[group["trial"].isin(table.index) & group["against"].isin(table.index)]
-        for against, own in group.groupby("against"):
-            block: TTest = contrasts(table.to_numpy(), int(table.index.get_loc(against))).block  # type: ignore[arg-type]
-            at = table.index.get_indexer(pd.Index(own["trial"]))
-            frame.loc[own.index, "block_half_width"] = block.half_width[at]
-            frame.loc[own.index, "block_p"] = block.p[at]
+        if group.empty:
+            continue
+        at, against = (table.index.get_indexer(pd.Index(group[name])) for name in ("trial", "against"))
+        block = block_tests(table.to_numpy(), at, against)
+        frame.loc[group.index, "block_half_width"], frame.loc[group.index, "block_p"] = block.half_width, block.p
 
 
 def _adjust(frame: pd.DataFrame, is_unfinished: bool) -> None:

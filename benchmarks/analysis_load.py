@@ -1,36 +1,37 @@
 """How long does it take to read a study of 10,000 runs from MLflow, at first and again?
 
-    python -m benchmarks.analysis_load [--trials 2000] [--seeds 5]    (writes results/analysis_load.json)
-
 The study is made in a real SQLite database of MLflow's, by inserting rows into its tables as its store does: through
 `log_batch` it would take many minutes. Each reading is checked against what was written.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
+import math
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pandas as pd
 import sqlalchemy
 from mlflow.store.tracking.dbmodels import models
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from rich.console import Console
 
 from analysis import run_schema as schema
 from analysis.load import load_curves, load_study
 from analysis.runs import StudyAddress, StudyRuns
+from benchmarks.measurement import Row, rate, run_alone, within
 
-RESULTS = Path("results/analysis_load.json")
+SECTION = "analysis"
+FIRST, AGAIN = "the first time", "from the cache"
+FIRST_LIMIT, AGAIN_LIMIT = 20.0, 1.0
+"""Seconds for params and final metrics."""
+FINALS, CURVES = "params and final metrics", "curves"
+SMALLER = 4
+"""The smaller study has so many times fewer runs."""
 STUDY = "large"
 N_EVALUATIONS = 20
 N_CURVES = 40
@@ -40,44 +41,46 @@ ROWS_AT_ONCE = 50_000
 LATEST = models.SqlLatestMetric
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=2_000)
-    parser.add_argument("--seeds", type=int, default=5)
-    arguments = parser.parse_args()
-    console = Console()
+def rows(n_trials: int = 2_000, n_seeds: int = 5, times: int = 3) -> list[Row]:
+    """Params and final metrics, and some curves, the first time and from the cache, of this study and a smaller one.
+
+    Raises:
+        RuntimeError: what was read is not what was written.
+    """
+    sizes = (n_trials // SMALLER, n_trials)
+    seconds: dict[tuple[int, str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        uri = f"sqlite:///{folder}/mlflow.db"
-        finals = write_study(uri, arguments.trials, arguments.seeds)
-        size = Path(folder, "mlflow.db").stat().st_size / 2**20
-        console.print(f"{arguments.trials} trials with {arguments.seeds} seeds each in a database of {size:.0f} MiB")
-        rows = []
-        for what in ("from MLflow", "from the cache"):
-            load, runs = timed(load_study, StudyAddress(uri, STUDY), cache=Path(folder, "cache"))
-            curve, curves = timed(load_curves, runs, list(range(N_CURVES)))
-            check(runs, curves, finals)
-            console.print(
-                f"{what}: params and finals {load['wall_seconds']:.2f} s (CPU {load['cpu_seconds']:.2f} s), "
-                f"curves of {N_CURVES} trials {curve['wall_seconds']:.2f} s (CPU {curve['cpu_seconds']:.2f} s)"
-            )
-            rows.append({"what": what, "load": load, "curves": curve})
-    machine = {"cpu": platform.processor() or platform.machine(), "mlflow": mlflow.__version__, **vars(arguments)}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    console.print(f"written to {RESULTS}")
-
-
-def timed(call: Callable, *arguments: Any, **settings: Any) -> tuple[dict[str, float], Any]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = call(*arguments, **settings)
-    return {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}, result
+        uris = {size: f"sqlite:///{folder}/{size}.db" for size in sizes}
+        finals = {size: write_study(uri, size, n_seeds) for size, uri in uris.items()}
+        mebibytes = Path(folder, f"{n_trials}.db").stat().st_size / 2**20
+        for number in range(times):
+            for size in sizes[:: -1 if number % 2 else 1]:
+                for way in (FIRST, AGAIN):
+                    begun = time.perf_counter()
+                    runs = load_study(StudyAddress(uris[size], STUDY), cache=Path(folder, f"cache{size}-{number}"))
+                    loaded = time.perf_counter()
+                    curves = load_curves(runs, list(range(N_CURVES)))
+                    seconds.setdefault((size, way, FINALS), []).append(loaded - begun)
+                    seconds.setdefault((size, way, CURVES), []).append(time.perf_counter() - loaded)
+                    check(runs, curves, finals[size])
+    of = f"{n_trials:,} trials × {n_seeds} seeds"
+    found = []
+    for way, limit in ((FIRST, FIRST_LIMIT), (AGAIN, AGAIN_LIMIT)):
+        own, fewer = seconds[n_trials, way, FINALS], seconds[sizes[0], way, FINALS]
+        curves = seconds[n_trials, way, CURVES]
+        found.append(within(SECTION, f"{FINALS} of {of}, {way}", own, limit, note=f"a database of {mebibytes:.0f} MiB"))
+        found.append(rate(SECTION, f"{CURVES} of {N_CURVES} trials of them, {way}", curves, FINALS, own))
+        grown = rate(SECTION, f"{FINALS} of {of}, {way}", own, f"{sizes[0]:,} trials", fewer)
+        exponent = math.log(grown.ratio) / math.log(n_trials / sizes[0])
+        found.append(grown._replace(note=f"time ∝ runs^{exponent:.2f}"))
+    return found
 
 
 def check(runs: StudyRuns, curves: pd.DataFrame, finals: np.ndarray) -> None:
     if not np.array_equal(runs.seeds["final/val_loss"].to_numpy(), finals.ravel()):
-        raise SystemExit("what was read is not what was written")
+        raise RuntimeError("what was read is not what was written")
     if len(curves) != N_CURVES * finals.shape[1] * N_EVALUATIONS:
-        raise SystemExit("there are learning curves missing")
+        raise RuntimeError("there are learning curves missing")
 
 
 def write_study(uri: str, n_trials: int, n_seeds: int) -> np.ndarray:
@@ -166,4 +169,4 @@ def metric_of(run_id: str, key: str, values: Any, is_curve: bool) -> Iterator[tu
 
 
 if __name__ == "__main__":
-    main()
+    run_alone(rows)

@@ -117,6 +117,27 @@ def check_sizes(out_features: int, in_features: int, d_out: Sequence[int], d_in:
             )
 
 
+def given_sizes(
+    out_features: int,
+    in_features: int,
+    d_out: Sequence[int] | None,
+    d_in: Sequence[int] | None,
+    n_sites: int | None,
+    padding: bool,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """d_out and d_in as they are given; ValueError unless both are, and split the features over n_sites (None: any).
+
+    With `padding` they may exceed the features.
+    """
+    if d_out is None or d_in is None:
+        raise ValueError(f"`d_out` and `d_in` must be given together, but got d_out={d_out}, d_in={d_in}")
+    if not padding or math.prod(d_out) < out_features or math.prod(d_in) < in_features:
+        check_sizes(out_features, in_features, d_out, d_in)
+    if n_sites not in (None, len(d_out)):
+        raise ValueError(f"`n_sites == len(d_out)` must hold, but got n_sites={n_sites}, d_out={list(d_out)}")
+    return tuple(d_out), tuple(d_in)
+
+
 def check_whole(**numbers: object) -> None:
     """Raise ValueError unless these are whole numbers, of numpy or Python's own."""
     for name, number in numbers.items():

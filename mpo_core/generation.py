@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mpo_core.evaluating import evaluating
+from mpo_core.linear import MPOLinear
 from mpo_core.picogpt import KeyValueCache, PicoGPT
 
 
@@ -21,6 +22,8 @@ def generate(
     use_cache: bool = True,
 ) -> Tensor:
     """Continue each row of tokens by `n_new` tokens; the model sees at most its last `context` of them.
+
+    No core changes meanwhile: of MPO layers in the modes "reconstruct" and "cached" W is formed once and held.
 
     Args:
         tokens: (B, T) int64, T >= 1.
@@ -47,6 +50,7 @@ def generate(
     cache = KeyValueCache(model, tokens.shape[0]) if use_cache else None
     context = model.config.context
     with evaluating(model):
+        _hold_matrices(model)  # `evaluating` frees them, also after an error
         for _ in range(n_new):
             if cache is not None and cache.length < tokens.shape[1] <= context:
                 logits = model(tokens[:, cache.length :], cache)
@@ -55,6 +59,12 @@ def generate(
             chosen = _choose(logits[:, -1], temperature, top_k, generator)
             tokens = torch.cat([tokens, chosen.to(tokens.device)], dim=1)
     return tokens
+
+
+def _hold_matrices(model: PicoGPT) -> None:
+    for module in model.modules():
+        if isinstance(module, MPOLinear) and module.forward_mode in ("reconstruct", "cached"):
+            module.hold_matrix()
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

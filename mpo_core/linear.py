@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.bonds import check_sizes, clip_bonds, largest_bonds, n_params
+from mpo_core.bonds import clip_bonds, given_sizes, largest_bonds, n_params
 from mpo_core.cached_matrix import CachedMatrix
 from mpo_core.contraction import Product, chain, cheapest_direction, pad_features, products
 from mpo_core.cost_model import calibration_of, choose
@@ -84,7 +84,7 @@ class MPOLinear(StructuredLinear):
                 return factorise(
                     out_features, in_features, method=factorisation, n_sites=n_sites, chi=chi, padding=padding
                 )
-            return _given_sizes(out_features, in_features, d_out, d_in, n_sites, padding)
+            return given_sizes(out_features, in_features, d_out, d_in, n_sites, padding)
 
         if bonds is not None:
             chi = max(bonds, default=1)
@@ -99,6 +99,7 @@ class MPOLinear(StructuredLinear):
         self._direction = cheapest_direction(self.bonds, self.d_out, self.d_in)
         self._is_exact = math.prod(self.d_out) == out_features and math.prod(self.d_in) == in_features
         self._cache: CachedMatrix | None = None
+        self._held: Tensor | None = None
         shapes = zip(self.bonds[:-1], self.d_out, self.d_in, self.bonds[1:], strict=True)
         self.cores = nn.ParameterList([torch.empty(shape, device=device, dtype=dtype) for shape in shapes])
         self._draw_unless_meta(init, generator)
@@ -185,6 +186,8 @@ class MPOLinear(StructuredLinear):
         return self.to_matrix()
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if self._held is not None:
+            return nn.functional.linear(x, self._held, self.bias)
         mode = self._mode(x.numel() // self.in_features, x.requires_grad)
         if mode != "chain":
             return nn.functional.linear(x, self._kept_matrix() if mode == "cached" else self.to_matrix(), self.bias)
@@ -248,9 +251,19 @@ class MPOLinear(StructuredLinear):
 
     # Keeping W --------------------------------------------------------------------------------------------------------
 
-    def drop_cached_matrix(self) -> None:
-        """Free the W that the modes "cached" and "auto" keep; it is formed anew when needed."""
+    def hold_matrix(self) -> None:
+        """Form W, and apply it in every forward until `drop_cached_matrix`, or a change of mode, device or dtype.
+
+        In all forward modes, without a gradient to the cores, and without the look at whether they changed that the
+        mode "cached" takes at every call.
+        """
         self._cache = None
+        with torch.inference_mode(False), torch.no_grad():  # see `_kept_matrix`
+            self._held = self.to_matrix().to(self._compute_dtype())
+
+    def drop_cached_matrix(self) -> None:
+        """Free the W that `hold_matrix` and the modes "cached" and "auto" keep; it is formed anew when needed."""
+        self._cache = self._held = None
 
     def _kept_matrix(self) -> Tensor:
         dtype = self._compute_dtype()
@@ -270,24 +283,7 @@ class MPOLinear(StructuredLinear):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}  # a copy forms its own
-
-
-def _given_sizes(
-    out_features: int,
-    in_features: int,
-    d_out: Sequence[int] | None,
-    d_in: Sequence[int] | None,
-    n_sites: int | None,
-    padding: bool,
-) -> tuple[Sizes, Sizes]:
-    if d_out is None or d_in is None:
-        raise ValueError(f"`d_out` and `d_in` must be given together, but got d_out={d_out}, d_in={d_in}")
-    if not padding or math.prod(d_out) < out_features or math.prod(d_in) < in_features:
-        check_sizes(out_features, in_features, d_out, d_in)
-    if n_sites not in (None, len(d_out)):
-        raise ValueError(f"`n_sites == len(d_out)` must hold, but got n_sites={n_sites}, d_out={list(d_out)}")
-    return tuple(d_out), tuple(d_in)
+        return {**self.__dict__, "_cache": None, "_held": None}  # a copy forms its own
 
 
 def _largest_chi(max_params: int, split: Callable[[int], tuple[Sizes, Sizes]], limit: int) -> int:

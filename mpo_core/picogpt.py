@@ -70,9 +70,13 @@ class Attention(nn.Module):
             y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, C / H)
         else:
             k, v = past.append(k, v)  # (B, H, P + T, C / H), P tokens of them from before
-            sees = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=_seen(T, k.shape[2], x.device))
         return self.output(y.transpose(1, 2).reshape(B, T, C))
+
+
+def _seen(T: int, length: int, device: torch.device) -> Tensor | None:
+    """(T, length) bool: which of so many tokens each of the last T attends to; None for the last alone: all."""
+    return None if T == 1 else torch.ones(T, length, dtype=torch.bool, device=device).tril(length - T)
 
 
 class FeedForward(nn.Module):

@@ -84,6 +84,29 @@ def contrasts(values: ArrayLike, reference: ArrayLike | int, level: float = LEVE
     return Contrasts(mean, _t_test(mean, block, model.df, level), _t_test(mean, pair, n - 1, level), n)
 
 
+def block_tests(values: ArrayLike, rows: ArrayLike, references: ArrayLike, level: float = LEVEL) -> TTest:
+    """The block model's tests of `contrasts` for many pairs of rows of one table at once.
+
+    Args:
+        values: (C, n), configurations × the same seeds, n >= 3; all of them are in the estimate of the noise.
+        rows, references: (P,), the two rows of each pair.
+        level: coverage, in (0, 1).
+    Returns:
+        (P,) arrays: for a pair (c, r) what `contrasts(values, r).block` has for c.
+    Raises:
+        ValueError: `level` is not inside (0, 1), there are fewer than 3 seeds, or a value is missing.
+    """
+    check_level(level)
+    table = complete_table(values)
+    n = table.shape[-1]
+    if n < MIN_SEEDS:
+        raise ValueError(f"`values` must have at least {MIN_SEEDS} seeds, but got {n}")
+    model = two_way(table)
+    difference = (table[np.asarray(rows)] - table[np.asarray(references)]).mean(axis=-1)
+    standard_error = np.full(difference.shape, np.sqrt(2 * model.residual_variance / n))
+    return _t_test(difference, standard_error, model.df, level)
+
+
 def headline(result: Contrasts) -> TTest:
     """The tests that claims rest on: each pair's own, always; the block's stand beside them, labelled.
 

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from least_squares import anova_residual
 from scipy import stats
 
-from analysis.statistics.contrasts import contrasts, fixed_sequence, headline, non_inferiority
+from analysis.statistics.contrasts import block_tests, contrasts, fixed_sequence, headline, non_inferiority
 
 
 @pytest.fixture
@@ -81,6 +81,22 @@ def test_contrasts_work_along_leading_axes():
     assert result.block.p.shape == (2, 3, 4)
     assert result.block.p[1, 2] == pytest.approx(one.block.p)
     assert result.pair.half_width[1, 2] == pytest.approx(one.pair.half_width)
+
+
+def test_block_tests_are_those_of_contrasts_for_each_pair(study):
+    table = np.vstack(study)
+    rows, references = [0, 3, 7, 2], [7, 2, 0, 3]
+    tests = block_tests(table, rows, references)
+    for at, (row, reference) in enumerate(zip(rows, references, strict=True)):
+        expected = contrasts(table, reference).block
+        assert tests.df == expected.df
+        for found, wanted in zip(tests[:3], expected[:3], strict=True):
+            assert found[at] == wanted[row]
+
+
+def test_block_tests_refuse_fewer_than_three_seeds(study):
+    with pytest.raises(ValueError, match="at least 3 seeds, but got 2"):
+        block_tests(study[0][:, :2], [0], [1])
 
 
 def test_below_three_seeds_there_are_differences_and_no_claims():

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from mpo_core.compression.compress import compress
 from mpo_core.generation import generate
+from mpo_core.linear import MPOLinear
 from mpo_core.picogpt import GPTConfig, KeyValueCache, PicoGPT
 
 
@@ -12,21 +15,22 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def small_model(chi=None):
+def small_model(chi=None, forward="cached"):
     config = GPTConfig(vocab_size=11, d_model=8, n_heads=2, n_layers=2, context=6)
     model = PicoGPT(config, dtype=torch.float64)
     draws = generator(1)
     model.init_parameters(lambda name: draws, "variance")
-    return model if chi is None else compress(model, chi=chi, forward="cached")[0]
+    return model if chi is None else compress(model, chi=chi, forward=forward)[0]
 
 
-def prompt(length=3):
-    return torch.randint(11, (4, length), generator=generator(2))
+def prompt(length=3, batch=4):
+    return torch.randint(11, (batch, length), generator=generator(2))
 
 
 @pytest.mark.parametrize("pieces", [(6,), (1, 1, 1, 1, 1, 1), (2, 3, 1), (5, 1)])
-def test_cache_gives_the_logits_of_the_whole_sequence(pieces):
-    model, tokens = small_model(), prompt(6)
+@pytest.mark.parametrize("chi", [None, 3])
+def test_cache_gives_the_logits_of_the_whole_sequence(pieces, chi):
+    model, tokens = small_model(chi).eval(), prompt(6)
     cache = KeyValueCache(model, 4)
     with torch.no_grad():
         logits = [model(piece, cache) for piece in tokens.split(pieces, dim=1)]
@@ -51,6 +55,49 @@ def test_generate_with_a_cache_gives_what_it_gives_without(chi, options):
     assert both[0].shape == (4, 12)
     assert torch.equal(*both)
     assert torch.equal(both[0][:, :3], prompt())
+
+
+@pytest.mark.parametrize("forward", ["reconstruct", "chain", "auto"])
+def test_generate_with_a_cache_gives_what_it_gives_without_in_every_forward_mode(forward):
+    model = small_model(3, forward)
+    held, compared = (generate(model, prompt(), 9, generator=generator(5), use_cache=cache) for cache in (True, False))
+    assert torch.equal(held, compared)
+    assert torch.equal(held, generate(small_model(3), prompt(), 9, generator=generator(5)))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("length", [1, 5, 6, 8])
+def test_generate_with_a_cache_gives_what_it_gives_without_also_beyond_the_context(batch, length):
+    tokens = prompt(length, batch)
+    both = [generate(small_model(), tokens, 4, generator=generator(5), use_cache=cache) for cache in (True, False)]
+    assert both[0].shape == (batch, length + 4)
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize(("forward", "n_formed"), [("reconstruct", 1), ("cached", 1), ("chain", 0)])
+def test_generate_forms_each_matrix_once_and_frees_it(monkeypatch, forward, n_formed):
+    model = small_model(3, forward)
+    layers = [module for module in model.modules() if isinstance(module, MPOLinear)]
+    formed = []
+    to_matrix = MPOLinear.to_matrix
+    monkeypatch.setattr(MPOLinear, "to_matrix", lambda layer: formed.append(layer) or to_matrix(layer))
+    generate(model, prompt(), 9, temperature=0)
+    assert layers
+    assert [formed.count(layer) for layer in layers] == [n_formed] * len(layers)
+    assert all(layer._held is None and layer._cache is None for layer in layers)
+
+
+def test_a_held_matrix_is_applied_until_it_is_dropped_and_is_not_copied():
+    layer = MPOLinear(8, 6, chi=3, generator=generator(), dtype=torch.float64)
+    x = torch.randn(5, 8, generator=generator(3), dtype=torch.float64)
+    before = layer(x).detach()
+    layer.hold_matrix()
+    with torch.no_grad():
+        layer.cores[0].mul_(2)
+    assert torch.equal(layer(x), before)
+    torch.testing.assert_close(copy.deepcopy(layer)(x), 2 * before)
+    layer.drop_cached_matrix()
+    torch.testing.assert_close(layer(x), 2 * before)
 
 
 def test_generate_at_temperature_0_takes_the_most_likely():
@@ -106,7 +153,7 @@ def test_generate_leaves_every_module_in_its_own_mode_also_after_an_error():
     with pytest.raises(IndexError):
         generate(model, prompt() + 11, 2, temperature=0)
     assert [module.training for module in model.modules()] == before
-    assert model.lm_head._cache is None  # what evaluation keeps is not carried into training
+    assert model.lm_head._cache is model.lm_head._held is None  # what evaluation keeps is not carried into training
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,272 @@
+"""What the engine takes beside training: units that do nothing, and the quick study against a bare loop.
+
+    python -m benchmarks.engine [--pairs 3] [--override protocol.steps=100 ...]
+
+Both run a whole study as `mpo-study run` does, with Ray, ledger and MLflow in the study's folder, two units at once.
+
+The units that do nothing report all that a unit of the quick study does, but train nothing. Their time runs from the
+call, all modules imported, so that Ray's start is in it, to the last write of the ledger, and to the end of the call,
+when MLflow has all.
+
+The bare loop trains what the quick study trained, in the same order, in two processes of a pool, and does nothing else:
+no ledger, no Ray, no MLflow, no file. Its losses must be the study's to the last bit. Starting up is left out of both:
+the pool's processes are up before its time begins, and the study's begins with its first training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from functools import partial
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from rich.console import Console
+
+import study
+from analysis import run_schema as schema
+from benchmarks.measurement import Row, rate, run_alone, within
+from study.config import StudyConfig
+from study.corpus import Corpus, load_corpus
+from study.directory import StudyDirectory
+from study.ledger.ledger import Ledger
+from study.ledger.snapshot import Snapshot, read_ledger
+from study.run import run_study
+from study.scheduler.queue import study_chis
+from study.scheduler.unit import Unit
+from study.study_file import load_config
+from study.training import train_seed
+from study.trial import SeedResult, TrialSpec, evaluation_steps, now
+
+SECTION = "engine"
+QUICK = Path(study.__file__).parent / "configs" / "quick.yaml"
+PROCESSES = 2
+N_SEEDS = 5
+N_UNITS = (50, 200)
+"""The limits are for the last; the first shows how much of it is starting up."""
+LEDGER_LIMIT, MLFLOW_LIMIT = 0.150, 0.250
+"""Seconds for each unit."""
+QUICK_LIMIT = 1.05
+
+
+def rows(pairs: int = 3, overrides: Sequence[str] = ()) -> list[Row]:
+    """Both parts; `overrides` of the quick study's file, for a shorter one."""
+    return [*units_that_do_nothing(), quick_study(pairs, overrides)]
+
+
+# Units that do nothing ------------------------------------------------------------------------------------------------
+
+
+def units_that_do_nothing(times: int = 3) -> list[Row]:
+    found, totals = [], {}
+    for n_units in N_UNITS:
+        measured = [engine_alone(n_units) for _ in range(times)]
+        to_ledger, to_mlflow = ([value / n_units for value in values] for values in zip(*measured, strict=True))
+        totals[n_units] = [median(values) for values in zip(*measured, strict=True)]
+        what = f"{n_units} units that do nothing, each"
+        both = [
+            within(SECTION, f"{what}, to the last ledger write", to_ledger, LEDGER_LIMIT),
+            within(SECTION, f"{what}, until MLflow has caught up", to_mlflow, MLFLOW_LIMIT),
+        ]
+        found += [row if n_units == N_UNITS[-1] else row._replace(target=None, is_met=None) for row in both]
+    fewer, more = N_UNITS
+    notes = []
+    for few, many in zip(totals[fewer], totals[more], strict=True):
+        each = (many - few) / (more - fewer)
+        notes.append(f"{1e3 * each:.0f} ms for each further unit, {few - fewer * each:.1f} s for none")
+    return [row._replace(note=notes[index % 2]) for index, row in enumerate(found)]
+
+
+def engine_alone(n_units: int) -> tuple[float, float]:
+    """Seconds from the call of a study to the last write of its ledger, and to its end."""
+    config = study_of(n_units)
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as `run_study` does before it imports Ray
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch("study.scheduler.ray._work", nothing),
+        ledger_writes() as writes,
+    ):
+        begun = time.perf_counter()
+        run_whole(config, folder, n_units)
+        return writes[-1] - begun, time.perf_counter() - begun
+
+
+def study_of(n_units: int) -> StudyConfig:
+    """The quick study's model and protocol, and as many units, none of which repeats another."""
+    chis, n_trials = [2, 4, 8, 16, 32], n_units // N_SEEDS
+    content = load_config(QUICK).model_dump(mode="json", include={"model", "protocol"}) | {
+        "name": "nothing",
+        "seeds": N_SEEDS,
+        "execution": {"max_units": PROCESSES},
+        "arms": [
+            {"name": "mpo", "family": "mpo", "chi": chis}
+            | {"learning_rate": [1e-3 * (1 + index) for index in range(n_trials // len(chis))]}
+        ],
+    }
+    return StudyConfig.model_validate_json(json.dumps(content))
+
+
+def nothing(config: dict[str, str]) -> None:
+    """In place of `study.scheduler.ray._work`: all that a worker reports of a unit, and no training."""
+    import ray  # not before `run_study` has set what it reads then
+    from ray import tune
+
+    unit = Unit.model_validate_json(config["unit"])
+    tune.report({"begin": ray.get_runtime_context().get_node_id()})
+    results = []
+    for seed in unit.seeds:
+        started = now()
+        curve = [
+            {"step": step, **{field.key: 1.0 for field in schema.CURVES}}
+            for step in evaluation_steps(unit.spec.protocol)
+        ]
+        for row in curve:
+            tune.report({"evaluation": json.dumps([seed, row])})
+        final = {field.key: 1.0 for field in schema.FINALS}
+        ran_on: dict[str, str] = dict.fromkeys(schema.RAN_ON, "1")
+        results.append(
+            SeedResult(unit.trial, seed, "complete", started, now(), final=final, curve=curve, ran_on=ran_on)
+        )
+    tune.report({"results": json.dumps([asdict(result) for result in results])})
+
+
+# The quick study ------------------------------------------------------------------------------------------------------
+
+
+def quick_study(pairs: int, overrides: Sequence[str] = ()) -> Row:
+    """The study and the bare loop in turns first."""
+    config = load_config(QUICK, [*overrides, f"execution.max_units={PROCESSES}"])
+    corpus = load_corpus()
+    of_study, of_loop = [], []
+    trained = None
+    for pair in range(pairs):
+        if pair % 2 and trained is not None:
+            of_loop.append(bare_loop(config, corpus, trained))
+        seconds, trained = study_alone(config)
+        of_study.append(seconds)
+        if not pair % 2:
+            of_loop.append(bare_loop(config, corpus, trained))
+    what = f"quick study, {len(trained.results) if trained else 0} trainings, start-up left out"
+    note = ", ".join(overrides)
+    return rate(SECTION, what, of_study, "bare loop", of_loop, target=QUICK_LIMIT, note=note)
+
+
+def study_alone(config: StudyConfig) -> tuple[float, Snapshot]:
+    """Seconds from the first training to the last write of the ledger, and what was trained."""
+    with tempfile.TemporaryDirectory() as folder, ledger_writes(time.time) as writes:
+        trained = run_whole(config, folder)
+    first = min(datetime.fromisoformat(result.started).timestamp() for result in trained.results)
+    return writes[-1] - first, trained
+
+
+def bare_loop(config: StudyConfig, corpus: Corpus, trained: Snapshot) -> float:
+    """Seconds of the same trainings in a pool of processes that are up.
+
+    Raises:
+        RuntimeError: a loss is not the study's.
+    """
+    specs = {trial.number: trial.spec for trial in trained.trials}
+    keys = sorted((result.trial, result.seed) for result in trained.results)
+    teachers = {spec.teacher for spec in specs.values()} - {None}
+    chis = study_chis(config)
+    context = multiprocessing.get_context("spawn")
+    up = context.Barrier(PROCESSES + 1)
+    with ProcessPoolExecutor(PROCESSES, context, _begin, (corpus.sha256, corpus.validation_fraction, up)) as pool:
+        pool.submit(int)
+        up.wait()
+        begun = time.perf_counter()
+        futures = {
+            (number, seed): pool.submit(train, specs[number], seed, chis, specs[number].arm in teachers)
+            for number, seed in keys
+            if specs[number].teacher is None
+        }
+        # Teachers come first, so that others are still to be trained when these wait for them.
+        weights: dict[tuple[str | None, int], dict[str, np.ndarray]] = {
+            (specs[number].arm, seed): futures[number, seed].result()[1]
+            for number, seed in futures
+            if specs[number].arm in teachers
+        }
+        futures |= {
+            (number, seed): pool.submit(train, specs[number], seed, (), False, weights[specs[number].teacher, seed])
+            for number, seed in keys
+            if specs[number].teacher is not None
+        }
+        losses = {key: future.result()[0] for key, future in futures.items()}
+        seconds = time.perf_counter() - begun
+    if losses != {(result.trial, result.seed): result.final["final/val_loss"] for result in trained.results}:
+        raise RuntimeError("the bare loop did not train what the study did")
+    return seconds
+
+
+_corpora: dict[str, Corpus] = {}
+
+
+def _begin(sha256: str, validation_fraction: float, up: Barrier) -> None:
+    torch.set_num_threads(1)
+    _corpora["own"] = load_corpus(None, sha256, validation_fraction)
+    up.wait()
+
+
+def train(
+    spec: TrialSpec, seed: int, chis: Sequence[int], keeps: bool, teacher: dict[str, np.ndarray] | None = None
+) -> tuple[float, dict[str, np.ndarray]]:
+    """The final loss, and the weights of a teacher."""
+    result, weights = train_seed(
+        spec,
+        seed,
+        _corpora["own"],
+        teacher_weights={name: torch.from_numpy(weight) for name, weight in teacher.items()} if teacher else None,
+        rel_error_chis=chis if spec.family == "dense" else (),
+    )
+    return result.final["final/val_loss"], {name: weight.numpy() for name, weight in weights.items()} if keeps else {}
+
+
+# A study --------------------------------------------------------------------------------------------------------------
+
+
+def run_whole(config: StudyConfig, folder: str, n_units: int | None = None) -> Snapshot:
+    """Run a study in an empty folder; what its ledger has then.
+
+    Raises:
+        RuntimeError: something failed or is missing.
+    """
+    directory = StudyDirectory(folder)
+    outcome = run_study(config, directory, Console(file=io.StringIO()))
+    if outcome.n_failed or outcome.n_missing or outcome.tracking_trouble or n_units not in (None, outcome.n_complete):
+        raise RuntimeError(f"a study for a benchmark went wrong: {outcome}")
+    return read_ledger(directory.ledger_url, config.name)
+
+
+@contextmanager
+def ledger_writes(clock: Callable[[], float] = time.perf_counter) -> Iterator[list[float]]:
+    """When each write of results in it was done."""
+    record, times = Ledger.record, []
+
+    def noted(ledger: Ledger, *results: SeedResult) -> None:
+        record(ledger, *results)
+        times.append(clock())
+
+    with patch.object(Ledger, "record", noted):
+        yield times
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3, help="of the quick study and the bare loop")
+    parser.add_argument("--override", nargs="*", default=[], help="of the quick study's file")
+    arguments = parser.parse_args()
+    run_alone(partial(rows, arguments.pairs, arguments.override))
