@@ -201,8 +201,8 @@ class StudyConfig(Strict):
     claims: Claims = Claims()
     rel_error_chi: tuple[PositiveInt, ...] = Field(
         default=(),
-        description="χ, beside those of its arms, at which the layers of every dense model are decomposed, untrained and "
-        "trained, and their relative errors recorded.",
+        description="χ, beside those of its arms, at which the layers of every dense model are decomposed, untrained "
+        "and trained, and their relative errors recorded.",
     )
     execution: Execution = Execution()
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = Field(
