@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mpo_core.bonds import check_sizes, clip_bonds, contraction_order
+from mpo_core.leading_subspace import leading_left
 
 
 @torch.no_grad()
@@ -29,7 +30,8 @@ def tt_svd(
 
     All cores but the last are left-orthogonal; the last carries the norm. The squared error is the sum of what the cuts
     discard, and at most the sum over the bonds of the squared singular values of W's own unfoldings beyond that bond
-    (paper, Eq. 5). For L <= 3 it never rises with chi, as the subspaces kept are nested; for L >= 4 it can.
+    (paper, Eq. 5). For L <= 3 it never rises with chi, as the subspaces kept are nested; for L >= 4 it can. Without
+    rel_error, a large unfolding is cut by `leading_left`, to the tolerance stated there, and not by a full SVD.
 
     Args:
         W: (out_features, in_features), out_features = prod(d_out), in_features = prod(d_in). Computed in W's dtype, or
@@ -284,6 +286,10 @@ def _cut(
     k is `cap`, or fewer if the budget of squared error allows: this cut, the first of n_cuts to come, takes at most its
     equal share of it, and returns what is left.
     """
+    if budget is None:
+        U = leading_left(M, cap)
+        if U is not None:
+            return U, U.mT @ M, None
     U, s, Vh = torch.linalg.svd(M, full_matrices=False)
     if budget is not None:
         tails = s.double().square().flip(0).cumsum(0).flip(0)  # tails[k]: squared error of keeping k

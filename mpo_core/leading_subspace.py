@@ -1,0 +1,79 @@
+"""The leading left singular vectors of a large matrix, without all the others.
+
+A full SVD of M (m, n) costs about 20 m² n operations for m <= n, however few of its singular vectors are kept. Where
+they are few, subspace iteration on random vectors finds them by a handful of products with M; where one side of M is
+short, the eigenvectors of its Gram matrix are they.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGE = 2**22
+"""Entries of a matrix from which on a full SVD is avoided; it takes seconds."""
+FEW = 8
+"""Subspace iteration finds at most a FEW-th of all singular vectors: of more, it is no faster."""
+OBLONG = 8
+"""A Gram matrix is formed where one side of M is so many times as long as the other."""
+OVERSAMPLING = 32
+MIN_ITERATIONS, MAX_ITERATIONS = 3, 100
+TOLERANCE = 1e-5
+"""How much of the squared error may be there for want of iterations."""
+
+
+def leading_left(M: Tensor, k: int) -> Tensor | None:
+    """The k leading left singular vectors U (m, k) of a large matrix M (m, n), orthonormal, the first ones first.
+
+    The squared error ‖M − U Uᵀ M‖² is the least there is, to the rounding of M's dtype where a Gram matrix gives U;
+    else, as far as the convergence of the iteration tells, to a factor of 1 + TOLERANCE. Deterministic: the random start
+    is the same for every M of a shape.
+
+    Returns:
+        None where a full SVD is the better way: M is not large, k is no small part of its singular vectors, or the
+        iteration has not converged.
+    Source: Halko, Martinsson, Tropp 2011, Algorithm 4.4, with a stopping rule on the captured squared norm.
+    """
+    m, n = M.shape
+    if m * n < LARGE:
+        return None
+    if max(m, n) >= OBLONG * min(m, n) and M.dtype is not torch.float64:
+        return _by_gram(M, k)
+    return _by_iteration(M, k) if FEW * k <= min(m, n) else None
+
+
+def _by_gram(M: Tensor, k: int) -> Tensor:
+    """From the Gram matrix in float64, in which squaring costs none of the digits that M's own dtype has."""
+    D = M.double()
+    if M.shape[0] <= M.shape[1]:
+        return torch.linalg.eigh(D @ D.mT)[1].flip(1)[:, :k].to(M.dtype)
+    V = torch.linalg.eigh(D.mT @ D)[1].flip(1)[:, :k]
+    # M V has orthogonal columns; QR makes them orthonormal even where singular values are 0.
+    return torch.linalg.qr(D @ V)[0].to(M.dtype)
+
+
+def _by_iteration(M: Tensor, k: int) -> Tensor | None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(M.shape[1], k + OVERSAMPLING, dtype=M.dtype, generator=generator).to(M.device)
+    rounding = (8 * torch.finfo(M.dtype).eps * float(torch.linalg.vector_norm(M, dtype=torch.float64))) ** 2
+    errors: list[float] = []
+    while len(errors) < MAX_ITERATIONS:
+        Q, _ = torch.linalg.qr(M @ X)
+        B = Q.mT @ M
+        values, vectors = torch.linalg.eigh(B.double() @ B.double().mT)
+        # Not ‖M‖² less what is captured: in M's own dtype a small error would be lost in that difference.
+        outside = torch.linalg.vector_norm(torch.addmm(M, Q, B, alpha=-1), dim=1).double().square().sum()
+        errors.append(float(outside + values[:-k].clamp(min=0).sum()))
+        if errors[-1] <= rounding or _have_converged(errors):
+            return Q @ vectors.flip(1)[:, :k].to(M.dtype)
+        X, _ = torch.linalg.qr(B.mT)
+    return None
+
+
+def _have_converged(errors: list[float]) -> bool:
+    """Whether what the iterations to come would still take from the squared error, were it a geometric series, is
+    within the tolerance."""
+    if len(errors) < MIN_ITERATIONS:
+        return False
+    before, gain = errors[-3] - errors[-2], errors[-2] - errors[-1]
+    return gain <= 0 or (gain < before and gain * max(1.0, gain / (before - gain)) <= TOLERANCE * errors[-1])
