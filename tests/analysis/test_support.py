@@ -181,9 +181,9 @@ def test_running_best_is_the_best_of_all_that_are_no_larger(seed, direction, n_c
     assert sorted_sizes.distinct.tolist() == sorted(set(sizes))
     for row, ours in zip(values, running, strict=True):
         assert ours.tolist() == [best(row[sizes <= size]) for size in sorted_sizes.distinct]
-    behind = sorted_sizes.behind(values, direction)
+    on_frontier, behind = sorted_sizes.standing(values, direction)
     assert (behind >= 0).all()
-    assert (sorted_sizes.on_frontier(values, direction) <= (behind == 0)).all()
+    assert (on_frontier <= (behind == 0)).all()
 
 
 def test_sorted_sizes_refuses():
