@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from functools import partial
 from operator import ne
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ def declared_against_reference(compared: pd.DataFrame) -> set[int]:
 def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     compared = summary[summary["n_seeds"] > 0].copy()
     compared["cap"] = compared["chi"].fillna(compared["as_chi"])
-    everything: list[dict[str, Any]] = compared.to_dict("records")  # type: ignore[assignment]
+    everything: list[dict[str, Any]] = compared[list(_KNOWN)].to_dict("records")  # type: ignore[assignment]
     for trial in everything:
         trial["trained"] = tuple(str(trial[key]) for key in _TRAINED)
     trials = [trial for trial in everything if pd.isna(trial["stopped"])]
@@ -157,14 +158,11 @@ def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[
     like an MPO trial, and of several the nearest to it."""
     if trial["family"] != "mpo":
         return []
-    nearest: dict[str, dict[str, Any]] = {}
+    families: dict[str, list[dict[str, Any]]] = {}
     for other in others:
-        if other["start"] != trial["start"] or _distance(trial, other) > math.log1p(EQUAL_SIZE):
-            continue
-        known = nearest.get(other["family"])
-        if known is None or _nearness(trial, other) < _nearness(trial, known):
-            nearest[other["family"]] = other
-    return list(nearest.values())
+        if other["start"] == trial["start"] and _distance(trial, other) <= math.log1p(EQUAL_SIZE):
+            families.setdefault(other["family"], []).append(other)
+    return [min(family, key=partial(_nearness, trial)) for family in families.values()]
 
 
 class _BySize:
@@ -192,6 +190,11 @@ def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> int:
 
 
 _TRAINED = ("budget_hash", "learning_rate", "lr_rule", "decay", "factorisation", "n_sites")
+_KNOWN = (
+    *("trial", "study", "arm", "group", "family", "start", "cap", "n_params", "n_seeds", "stopped", "is_reference"),
+    *_TRAINED,
+)
+"""What of a trial tells which pairs it is in."""
 
 
 def _distance(trial: dict[str, Any], other: dict[str, Any]) -> float:
@@ -221,7 +224,7 @@ def _measured(runs: StudyRuns, rows: pd.DataFrame, pairs: list[Pair], measure: M
     frame["non_inferior"] = np.zeros(len(frame), dtype=bool) if is_unfinished else _non_inferior(frame)
     frame["verdict"] = [
         STOPPED if is_stopped else FAILED if is_failed else _verdict(row, measure.direction)
-        for row, is_failed, is_stopped in zip(frame.to_dict("records"), failed, stopped, strict=True)
+        for row, is_failed, is_stopped in zip(frame[list(_JUDGED)].to_dict("records"), failed, stopped, strict=True)
     ]
     return frame[list(COLUMNS)]
 
@@ -293,6 +296,9 @@ def _non_inferior(frame: pd.DataFrame) -> np.ndarray:
         else:
             holds[at] = holm(p) < ONE_SIDED
     return holds
+
+
+_JUDGED = ("p", "p_adjusted", "difference", "non_inferior")
 
 
 def _verdict(row: dict[Any, Any], direction: schema.Direction) -> str:
