@@ -32,8 +32,9 @@ class SortedSizes:
 
     order: NDArray[np.intp]
     """(C,): indices of the configurations from the smallest to the largest."""
+    starts: NDArray[np.intp]
     ends: NDArray[np.intp]
-    """(G,): where in that order each distinct size has its last configuration."""
+    """(G,): where in that order the first and the last configuration of each distinct size are."""
     group: NDArray[np.intp]
     """(C,): number of the distinct size, in that order."""
     distinct: NDArray[np.float64]
@@ -54,8 +55,9 @@ class SortedSizes:
         order = np.argsort(sizes, kind="stable")
         ascending = sizes[order]
         ends = np.flatnonzero(np.append(ascending[1:] != ascending[:-1], True)[: sizes.size])
-        group = np.repeat(np.arange(ends.size), np.diff(ends, prepend=-1))
-        return cls(order, ends, group, ascending[ends])
+        starts = np.append(0, ends + 1)[: ends.size]
+        group = np.repeat(np.arange(ends.size), ends - starts + 1)
+        return cls(order, starts, ends, group, ascending[ends])
 
     def running_best(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
         """Best value of any configuration at most as large as each distinct size.
@@ -68,7 +70,8 @@ class SortedSizes:
         Raises:
             ValueError: the last axis is not C, or the direction is unknown.
         """
-        return self._running_best(self.ascending(values), direction)
+        # The last of those that share one size has been compared with all of them.
+        return best_of(direction).accumulate(self.ascending(values), axis=-1).take(self.ends, axis=-1)
 
     def standing(self, values: NDArray[np.float64], direction: Direction) -> Standing:
         """How configurations stand in each row: on the frontier are those that attain a running best where it improves.
@@ -80,12 +83,13 @@ class SortedSizes:
         Source: Kung, Luccio and Preparata 1975, On finding the maxima of a set of vectors, section 2.
         """
         values = self.ascending(values)
-        running = self._running_best(values, direction)
+        running = best_of(direction).accumulate(values, axis=-1)
+        first, last = self.starts[self.group], self.ends[self.group]
+        shared = np.flatnonzero(first != last)  # mostly few: sizes are counts of parameters
+        running[..., shared] = running[..., last[shared]]
         on_frontier = np.ones(running.shape, dtype=np.bool_)
         np.not_equal(running[..., 1:], running[..., :-1], out=on_frontier[..., 1:])
-        if self.ends.size < self.order.size:
-            running = running.take(self.group, axis=-1)
-            on_frontier = on_frontier.take(self.group, axis=-1) & (values == running)
+        on_frontier[..., shared] = on_frontier[..., first[shared]] & (values[..., shared] == running[..., shared])
         behind = values - running if direction == "minimize" else running - values
         return Standing(self.as_given(on_frontier), self.as_given(behind))
 
@@ -106,11 +110,6 @@ class SortedSizes:
         given = np.empty_like(ascending)
         given[..., self.order] = ascending
         return given
-
-    def _running_best(self, ascending: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
-        running = best_of(direction).accumulate(ascending, axis=-1)
-        # The last of those that share one size has been compared with all of them.
-        return running if self.ends.size == self.order.size else running.take(self.ends, axis=-1)
 
     def _is_ascending(self) -> bool:
         return bool((self.order[1:] > self.order[:-1]).all())
