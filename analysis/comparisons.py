@@ -131,8 +131,12 @@ def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]]) -> Iterator[P
         own = [trial for trial in trials if trial["study"] == study]
         rivals = [trial for trial in own if trial["arm"] == rival and pd.isna(trial["stopped"])]
         reference = _reference_of(own)
+        of_cap: dict[Any, list[dict[str, Any]]] = {}
+        for trial in rivals:
+            if pd.notna(trial["cap"]):
+                of_cap.setdefault(trial["cap"], []).append(trial)
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
-            against = _counterpart(trial, rivals)
+            against = _counterpart(trial, of_cap.get(trial["cap"], []), rivals)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
             relation = REFERENCE if against is reference else EQUAL_PARAMETERS if is_equal else DECLARED
             yield Pair(trial["trial"], against["trial"], relation, declared=True)
@@ -145,9 +149,8 @@ def _reference_of(own: list[dict[str, Any]]) -> dict[str, Any] | None:
     return min(enough or dense, key=lambda trial: trial["trial"], default=None)
 
 
-def _counterpart(trial: dict[str, Any], rivals: list[dict[str, Any]]) -> dict[str, Any]:
+def _counterpart(trial: dict[str, Any], same: list[dict[str, Any]], rivals: list[dict[str, Any]]) -> dict[str, Any]:
     """That of the same χ, or else the nearest in parameters; of several the one trained most alike, then the first."""
-    same = [rival for rival in rivals if rival["cap"] == trial["cap"]] if pd.notna(trial["cap"]) else []
     if same:
         return min(same, key=lambda rival: (_unlike(trial, rival), _distance(trial, rival), rival["trial"]))
     return min(rivals, key=lambda rival: (_distance(trial, rival), _unlike(trial, rival), rival["trial"]))
