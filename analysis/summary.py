@@ -178,7 +178,7 @@ def _labels(summary: pd.DataFrame) -> pd.Series:
     """χ, or the χ it stands for, or what it is; then whatever tells apart the trials of a group that would otherwise be
     called the same."""
     dense = summary.loc[summary["group"] == DENSE, ["d_model", "n_layers", "d_ff"]]
-    reference_shape = dense.iloc[0].to_dict() if len(dense) else {}
+    reference_shape = {key: dense[key].iloc[0] for key in dense.columns if len(dense)}
 
     def shortest(row: dict) -> str:
         if pd.notna(row["chi"]):
@@ -193,8 +193,12 @@ def _labels(summary: pd.DataFrame) -> pd.Series:
     named_first = summary[["group", "arm", "chi", "as_chi", *dense.columns]]
     labels = pd.Series([shortest(row) for row in named_first.to_dict("records")], summary.index, dtype="str")
     for key, form in _NAMED.items():
-        values = pd.Series(pd.factorize(summary[key], use_na_sentinel=False)[0], summary.index)
-        differ = values.groupby([summary["group"], labels], sort=False).transform("nunique") > 1
+        codes, distinct = pd.factorize(summary[key], use_na_sentinel=False)
+        if len(distinct) < 2:
+            continue
+        differ = (
+            pd.Series(codes, summary.index).groupby([summary["group"], labels], sort=False).transform("nunique") > 1
+        )
         named = summary.loc[differ, key].map(lambda value, form=form: "" if pd.isna(value) else f", {form(value)}")
         labels[differ] += named.astype("str")
     return labels

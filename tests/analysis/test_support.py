@@ -129,6 +129,8 @@ def test_size_needed_refuses():
             size_needed([1, 2], [[1, 2], [1, 3]], reference, np.random.default_rng(0), delta=0)
     with pytest.raises(ValueError, match="delta"):
         size_needed([1, 2], [[1, 2], [1, 3]], 0, np.random.default_rng(0), delta=-1)
+    with pytest.raises(ValueError, match="direction"):
+        size_needed([1, 2], [[1, 2], [1, 3]], 0, np.random.default_rng(0), delta=0, direction="upwards")  # type: ignore[arg-type]
 
 
 # The draws and the kernel ---------------------------------------------------------------------------------------------
