@@ -73,7 +73,7 @@ def _what_was_run(runs: StudyRuns, summary: pd.DataFrame) -> list[str]:
 
 
 def _on_frontier(summary: pd.DataFrame, uncertainties: dict[str, FrontierUncertainty], measure: Measure) -> str:
-    on = summary[summary[frontier_key(measure)]].sort_values("n_params")
+    on = summary.loc[summary[frontier_key(measure)], ["label", "group", "trial", "n_params"]].sort_values("n_params")
     if on.empty:
         return f"By {measure.title.lower()}: none, since no configuration has {MIN_SEEDS} complete seeds."
     support = uncertainties[measure.name].support.set_index("trial")["support"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from functools import partial
 from operator import ne
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ def declared_against_reference(compared: pd.DataFrame) -> set[int]:
 def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     compared = summary[summary["n_seeds"] > 0].copy()
     compared["cap"] = compared["chi"].fillna(compared["as_chi"])
-    everything: list[dict[str, Any]] = compared.to_dict("records")  # type: ignore[assignment]
+    everything: list[dict[str, Any]] = compared[list(_KNOWN)].to_dict("records")  # type: ignore[assignment]
     for trial in everything:
         trial["trained"] = tuple(str(trial[key]) for key in _TRAINED)
     trials = [trial for trial in everything if pd.isna(trial["stopped"])]
@@ -130,8 +131,12 @@ def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]]) -> Iterator[P
         own = [trial for trial in trials if trial["study"] == study]
         rivals = [trial for trial in own if trial["arm"] == rival and pd.isna(trial["stopped"])]
         reference = _reference_of(own)
+        of_cap: dict[Any, list[dict[str, Any]]] = {}
+        for trial in rivals:
+            if pd.notna(trial["cap"]):
+                of_cap.setdefault(trial["cap"], []).append(trial)
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
-            against = _counterpart(trial, rivals)
+            against = _counterpart(trial, of_cap.get(trial["cap"], []), rivals)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
             relation = REFERENCE if against is reference else EQUAL_PARAMETERS if is_equal else DECLARED
             yield Pair(trial["trial"], against["trial"], relation, declared=True)
@@ -144,9 +149,8 @@ def _reference_of(own: list[dict[str, Any]]) -> dict[str, Any] | None:
     return min(enough or dense, key=lambda trial: trial["trial"], default=None)
 
 
-def _counterpart(trial: dict[str, Any], rivals: list[dict[str, Any]]) -> dict[str, Any]:
+def _counterpart(trial: dict[str, Any], same: list[dict[str, Any]], rivals: list[dict[str, Any]]) -> dict[str, Any]:
     """That of the same χ, or else the nearest in parameters; of several the one trained most alike, then the first."""
-    same = [rival for rival in rivals if rival["cap"] == trial["cap"]] if pd.notna(trial["cap"]) else []
     if same:
         return min(same, key=lambda rival: (_unlike(trial, rival), _distance(trial, rival), rival["trial"]))
     return min(rivals, key=lambda rival: (_distance(trial, rival), _unlike(trial, rival), rival["trial"]))
@@ -157,14 +161,11 @@ def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[
     like an MPO trial, and of several the nearest to it."""
     if trial["family"] != "mpo":
         return []
-    nearest: dict[str, dict[str, Any]] = {}
+    families: dict[str, list[dict[str, Any]]] = {}
     for other in others:
-        if other["start"] != trial["start"] or _distance(trial, other) > math.log1p(EQUAL_SIZE):
-            continue
-        known = nearest.get(other["family"])
-        if known is None or _nearness(trial, other) < _nearness(trial, known):
-            nearest[other["family"]] = other
-    return list(nearest.values())
+        if other["start"] == trial["start"] and _distance(trial, other) <= math.log1p(EQUAL_SIZE):
+            families.setdefault(other["family"], []).append(other)
+    return [min(family, key=partial(_nearness, trial)) for family in families.values()]
 
 
 class _BySize:
@@ -192,6 +193,11 @@ def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> int:
 
 
 _TRAINED = ("budget_hash", "learning_rate", "lr_rule", "decay", "factorisation", "n_sites")
+_KNOWN = (
+    *("trial", "study", "arm", "group", "family", "start", "cap", "n_params", "n_seeds", "stopped", "is_reference"),
+    *_TRAINED,
+)
+"""What of a trial tells which pairs it is in."""
 
 
 def _distance(trial: dict[str, Any], other: dict[str, Any]) -> float:
@@ -221,7 +227,7 @@ def _measured(runs: StudyRuns, rows: pd.DataFrame, pairs: list[Pair], measure: M
     frame["non_inferior"] = np.zeros(len(frame), dtype=bool) if is_unfinished else _non_inferior(frame)
     frame["verdict"] = [
         STOPPED if is_stopped else FAILED if is_failed else _verdict(row, measure.direction)
-        for row, is_failed, is_stopped in zip(frame.to_dict("records"), failed, stopped, strict=True)
+        for row, is_failed, is_stopped in zip(frame[list(_JUDGED)].to_dict("records"), failed, stopped, strict=True)
     ]
     return frame[list(COLUMNS)]
 
@@ -293,6 +299,9 @@ def _non_inferior(frame: pd.DataFrame) -> np.ndarray:
         else:
             holds[at] = holm(p) < ONE_SIDED
     return holds
+
+
+_JUDGED = ("p", "p_adjusted", "difference", "non_inferior")
 
 
 def _verdict(row: dict[Any, Any], direction: schema.Direction) -> str:

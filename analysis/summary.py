@@ -177,22 +177,28 @@ _NAMED = {
 def _labels(summary: pd.DataFrame) -> pd.Series:
     """χ, or the χ it stands for, or what it is; then whatever tells apart the trials of a group that would otherwise be
     called the same."""
-    reference_shape = summary.loc[summary["group"] == DENSE, ["d_model", "n_layers", "d_ff"]].head(1)
+    dense = summary.loc[summary["group"] == DENSE, ["d_model", "n_layers", "d_ff"]]
+    reference_shape = {key: dense[key].iloc[0] for key in dense.columns if len(dense)}
 
     def shortest(row: dict) -> str:
         if pd.notna(row["chi"]):
             return f"χ={row['chi']}"
         if pd.notna(row["as_chi"]):
             return f"as χ={row['as_chi']}"
-        if row["group"] in (SMALLER_DENSE, LARGER_DENSE) and len(reference_shape):
-            differing = [key for key in reference_shape.columns if row[key] != reference_shape[key].item()]
+        if row["group"] in (SMALLER_DENSE, LARGER_DENSE) and reference_shape:
+            differing = [key for key, value in reference_shape.items() if row[key] != value]
             return _NAMED[differing[0]](row[differing[0]]) if differing else row["arm"]
         return row["group"] if row["group"] == DENSE else row["arm"]
 
-    labels = pd.Series([shortest(row) for row in summary.to_dict("records")], summary.index, dtype="str")
+    named_first = summary[["group", "arm", "chi", "as_chi", *dense.columns]]
+    labels = pd.Series([shortest(row) for row in named_first.to_dict("records")], summary.index, dtype="str")
     for key, form in _NAMED.items():
-        values = pd.Series(pd.factorize(summary[key], use_na_sentinel=False)[0], summary.index)
-        differ = values.groupby([summary["group"], labels], sort=False).transform("nunique") > 1
+        codes, distinct = pd.factorize(summary[key], use_na_sentinel=False)
+        if len(distinct) < 2:
+            continue
+        differ = (
+            pd.Series(codes, summary.index).groupby([summary["group"], labels], sort=False).transform("nunique") > 1
+        )
         named = summary.loc[differ, key].map(lambda value, form=form: "" if pd.isna(value) else f", {form(value)}")
         labels[differ] += named.astype("str")
     return labels

@@ -31,7 +31,7 @@ def frontier_mask(
     if not set(directions) <= {"minimize", "maximize"}:
         raise ValueError(f"`directions` must be 'minimize' or 'maximize', but got {directions}")
     sizes = SortedSizes.of(-x if directions[0] == "maximize" else x)
-    return sizes.on_frontier(y, directions[1])
+    return sizes.standing(y, directions[1]).on_frontier
 
 
 def step_line(x: ArrayLike, y: ArrayLike, x_end: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

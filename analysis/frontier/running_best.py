@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,6 +11,15 @@ from numpy.typing import ArrayLike, NDArray
 from analysis.run_schema import Direction
 
 _T = TypeVar("_T", bound=np.generic)
+
+
+class Standing(NamedTuple):
+    """How each configuration stands against all that are at most as large; arrays (..., C), in the order given."""
+
+    on_frontier: NDArray[np.bool_]
+    """No other dominates it; all copies of a frontier point are on the frontier."""
+    behind: NDArray[np.float64]
+    """By how much it is worse than the best of them, >= 0, in the unit of the values."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -24,7 +33,8 @@ class SortedSizes:
     order: NDArray[np.intp]
     """(C,): indices of the configurations from the smallest to the largest."""
     starts: NDArray[np.intp]
-    """(G,): where in that order each distinct size begins."""
+    ends: NDArray[np.intp]
+    """(G,): where in that order the first and the last configuration of each distinct size are."""
     group: NDArray[np.intp]
     """(C,): number of the distinct size, in that order."""
     distinct: NDArray[np.float64]
@@ -44,9 +54,10 @@ class SortedSizes:
             raise ValueError("`sizes` must be finite, but got a NaN or an infinity")
         order = np.argsort(sizes, kind="stable")
         ascending = sizes[order]
-        starts = np.flatnonzero(np.append(True, ascending[1:] != ascending[:-1])[: sizes.size])
-        group = np.repeat(np.arange(starts.size), np.diff(starts, append=sizes.size))
-        return cls(order, starts, group, ascending[starts])
+        ends = np.flatnonzero(np.append(ascending[1:] != ascending[:-1], True)[: sizes.size])
+        starts = np.append(0, ends + 1)[: ends.size]
+        group = np.repeat(np.arange(ends.size), ends - starts + 1)
+        return cls(order, starts, ends, group, ascending[ends])
 
     def running_best(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
         """Best value of any configuration at most as large as each distinct size.
@@ -59,45 +70,30 @@ class SortedSizes:
         Raises:
             ValueError: the last axis is not C, or the direction is unknown.
         """
-        return self._running_best(self.ascending(values), direction)
+        # The last of those that share one size has been compared with all of them.
+        return best_of(direction).accumulate(self.ascending(values), axis=-1).take(self.ends, axis=-1)
 
-    def on_frontier(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.bool_]:
-        """Which configurations no other dominates, in each row: those that attain a running best where it improves.
+    def standing(self, values: NDArray[np.float64], direction: Direction) -> Standing:
+        """How configurations stand in each row: on the frontier are those that attain a running best where it improves.
 
         Args:
             values: (..., C), in the order in which the sizes were given.
-        Returns:
-            (..., C) mask in the same order; all copies of a frontier point are on the frontier.
         Raises:
             ValueError: the last axis is not C, or the direction is unknown.
         Source: Kung, Luccio and Preparata 1975, On finding the maxima of a set of vectors, section 2.
         """
         values = self.ascending(values)
-        running = self._running_best(values, direction)
-        mask = np.ones(running.shape, dtype=np.bool_)
-        np.not_equal(running[..., 1:], running[..., :-1], out=mask[..., 1:])
-        if self.starts.size < self.order.size:
-            mask = mask.take(self.group, axis=-1) & (values == running.take(self.group, axis=-1))
-        return self.as_given(mask)
+        running = best_of(direction).accumulate(values, axis=-1)
+        first, last = self.starts[self.group], self.ends[self.group]
+        shared = np.flatnonzero(first != last)  # mostly few: sizes are counts of parameters
+        running[..., shared] = running[..., last[shared]]
+        on_frontier = np.ones(running.shape, dtype=np.bool_)
+        np.not_equal(running[..., 1:], running[..., :-1], out=on_frontier[..., 1:])
+        on_frontier[..., shared] = on_frontier[..., first[shared]] & (values[..., shared] == running[..., shared])
+        behind = values - running if direction == "minimize" else running - values
+        return Standing(self.as_given(on_frontier), self.as_given(behind))
 
-    def behind(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
-        """By how much each configuration is worse than the best that is at most as large.
-
-        Args:
-            values: (..., C), in the order in which the sizes were given.
-        Returns:
-            (..., C) in the same order, >= 0, in the unit of the values.
-        Raises:
-            ValueError: the last axis is not C, or the direction is unknown.
-        """
-        ascending = self.ascending(values)
-        running = self._running_best(ascending, direction)
-        if self.starts.size < self.order.size:
-            running = running.take(self.group, axis=-1)
-        behind = ascending - running if direction == "minimize" else running - ascending
-        return self.as_given(behind)
-
-    def ascending(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def ascending(self, values: NDArray[_T]) -> NDArray[_T]:
         """Values (..., C) in the order of the sizes from the smallest up.
 
         Raises:
@@ -114,12 +110,6 @@ class SortedSizes:
         given = np.empty_like(ascending)
         given[..., self.order] = ascending
         return given
-
-    def _running_best(self, ascending: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
-        best = best_of(direction)
-        if self.starts.size < self.order.size:
-            ascending = best.reduceat(ascending, self.starts, axis=-1)  # among the configurations that share one size
-        return best.accumulate(ascending, axis=-1)
 
     def _is_ascending(self) -> bool:
         return bool((self.order[1:] > self.order[:-1]).all())

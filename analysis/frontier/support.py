@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.frontier.draws import SeedMeans
-from analysis.frontier.running_best import SortedSizes
+from analysis.frontier.running_best import SortedSizes, best_of
 from analysis.run_schema import Direction
 
 
@@ -75,8 +75,10 @@ def frontier_support(
     seed_means = replace(seed_means, means=sorted_sizes.ascending(seed_means.means))
     counts = np.zeros((2, seed_means.means.size), dtype=np.intp)
     for drawn in seed_means.contrast_draws(n_draws, rng, chunk):
-        counts[0] += np.count_nonzero(ascending.on_frontier(drawn, direction), axis=0)
-        counts[1] += np.count_nonzero(ascending.behind(drawn, direction) <= epsilon, axis=0)
+        standing = ascending.standing(drawn, direction)
+        # In 32 bits a sum over draws takes half as long as `np.count_nonzero`.
+        counts[0] += standing.on_frontier.sum(axis=0, dtype=np.int32)
+        counts[1] += (standing.behind <= epsilon).sum(axis=0, dtype=np.int32)
     on_frontier, near_frontier = sorted_sizes.as_given(counts / n_draws)
     return FrontierSupport(on_frontier, near_frontier)
 
@@ -112,13 +114,16 @@ def size_needed(
         ValueError: shapes differ, a value is not finite, fewer than 2 seeds, or a negative δ or count.
         IndexError: no such reference.
     """
+    best_of(direction)  # refuses an unknown one
     sorted_sizes, seed_means = _prepared(sizes, values, delta, "delta")
     if not 0 <= reference < seed_means.means.size:
         raise IndexError(f"`0 <= reference < {seed_means.means.size}` must hold, but got {reference}")
 
     def smallest(means: NDArray[np.float64]) -> NDArray[np.intp]:
-        loss = sorted_sizes.running_best(means, direction) - means[..., reference, None]
-        return np.count_nonzero((loss if direction == "minimize" else -loss) > delta, axis=-1)
+        difference = means - means[..., reference, None]
+        is_enough = difference <= delta if direction == "minimize" else difference >= -delta
+        # The first that is good enough, from the smallest up: no running best is needed.
+        return sorted_sizes.group[sorted_sizes.ascending(is_enough).argmax(axis=-1)]
 
     n_sizes = sorted_sizes.distinct.size
     counts = np.zeros(n_sizes, dtype=np.intp)

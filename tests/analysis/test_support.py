@@ -129,6 +129,8 @@ def test_size_needed_refuses():
             size_needed([1, 2], [[1, 2], [1, 3]], reference, np.random.default_rng(0), delta=0)
     with pytest.raises(ValueError, match="delta"):
         size_needed([1, 2], [[1, 2], [1, 3]], 0, np.random.default_rng(0), delta=-1)
+    with pytest.raises(ValueError, match="direction"):
+        size_needed([1, 2], [[1, 2], [1, 3]], 0, np.random.default_rng(0), delta=0, direction="upwards")  # type: ignore[arg-type]
 
 
 # The draws and the kernel ---------------------------------------------------------------------------------------------
@@ -181,9 +183,9 @@ def test_running_best_is_the_best_of_all_that_are_no_larger(seed, direction, n_c
     assert sorted_sizes.distinct.tolist() == sorted(set(sizes))
     for row, ours in zip(values, running, strict=True):
         assert ours.tolist() == [best(row[sizes <= size]) for size in sorted_sizes.distinct]
-    behind = sorted_sizes.behind(values, direction)
+    on_frontier, behind = sorted_sizes.standing(values, direction)
     assert (behind >= 0).all()
-    assert (sorted_sizes.on_frontier(values, direction) <= (behind == 0)).all()
+    assert (on_frontier <= (behind == 0)).all()
 
 
 def test_sorted_sizes_refuses():
