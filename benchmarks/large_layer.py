@@ -27,9 +27,8 @@ FORWARD = "4096 × 4096, chain against dense: forward"
 MEMORY = "4096 × 4096, peak memory of inference, chain against dense"
 
 LIMITS = {
-    MEMORY: "Between the two sites the chain's state holds χ numbers for each of a token's entries of x: it grows with "
-    "the tokens that are given at once, and for many of them it is as large as W. A chain over a few tokens at a time "
-    "would bound it."
+    MEMORY: "What is left for 256 tokens are x and y themselves, 4 MiB each, of which the dense layer has as much: the "
+    "chain's state is bounded, as tokens are contracted a few at a time."
 }
 
 

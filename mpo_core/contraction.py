@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from mpo_core.tensor_train import bonds_and_sizes
 
 DIRECTIONS = ("auto", "left", "right")
 MODES = ("reconstruct", "chain", "cached")
+CHAIN_STATE = 2**19
+"""Entries of the state between two sites, where nothing but the result is wanted: few enough to stay in a cache."""
 
 Sizes = Sequence[int]
 
@@ -74,7 +77,8 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
     """y = x Wᵀ by contracting x with one core after the other; W is never formed.
 
     The state between two sites has the rows' sizes that are done and the columns' sizes still to come, and is never
-    permuted: each step is one product, or a batch of products with the same core. Differentiable.
+    permuted: each step is one product, or a batch of products with the same core. Differentiable. Where no gradient is
+    recorded, so few of x's rows are contracted at once that the state has about CHAIN_STATE entries at most.
 
     Args:
         cores: site l is (bonds[l], d_out[l], d_in[l], bonds[l+1]).
@@ -95,8 +99,32 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
         )
     if direction == "auto":
         direction = cheapest_direction(bonds, d_out, d_in)
+    if not _records_gradients(cores, x):
+        rows, n_at_once = x.reshape(-1, x.shape[-1]), max(1, CHAIN_STATE // _state_size(bonds, d_out, d_in, direction))
+        if rows.shape[0] > n_at_once:
+            y = torch.cat([_contracted(cores, part, direction) for part in rows.split(n_at_once)])
+            return y.reshape(*x.shape[:-1], math.prod(d_out))
+    return _contracted(cores, x, direction)
+
+
+def _records_gradients(cores: Sequence[Tensor], x: Tensor) -> bool:
+    """Or is traced or transformed, when x is to be taken as a whole as well."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cores)))
+    )
+
+
+@cache
+def _state_size(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str) -> int:
+    """Entries of the largest state of one row of x."""
+    return max(step.batch * step.m * step.n for step in chain_products(bonds, d_out, d_in, 1, direction))
+
+
+def _contracted(cores: Sequence[Tensor], x: Tensor, direction: str) -> Tensor:
     leading = x.shape[:-1]
-    batch, rest, done = math.prod(leading), math.prod(d_in), 1
+    batch, rest, done = math.prod(leading), x.shape[-1], 1
     state = x
     if direction == "left":
         for core in cores:
@@ -112,7 +140,7 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
             batch //= i
             state = _apply(core.reshape(a * o, i * b), state.reshape(batch, i * b, done))  # (batch, a·o, done)
             done *= o
-    return state.reshape(*leading, math.prod(d_out))
+    return state.reshape(*leading, math.prod(core.shape[1] for core in cores))
 
 
 def _apply(A: Tensor, state: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpo_core.bonds import clip_bonds
-from mpo_core.contraction import Product, chain, cheapest_direction, cost, products
+from mpo_core.contraction import CHAIN_STATE, Product, chain, cheapest_direction, cost, products
 from mpo_core.tensor_train import contract
 
 DIRECTIONS = ("left", "right")
@@ -192,6 +192,18 @@ def test_gradients_need_little_more_memory_than_the_states(d_out, d_in, chi, dir
     with LargestResult() as largest:
         chain(cores, x, direction).sum().backward()
     assert largest.n_elements <= 2.5 * state
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("leading", [(1000,), (7, 143)])
+def test_without_gradients_the_state_stays_small_and_the_values_the_same(direction, leading):
+    cores = make_cores((1, 16, 1), (16, 16), (16, 16))
+    x = torch.randn(*leading, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with LargestResult() as largest:
+        y = chain(cores, x, direction)
+    torch.testing.assert_close(y, x @ dense(cores).T)
+    assert x.numel() <= largest.n_elements <= CHAIN_STATE
+    assert 4 * CHAIN_STATE < 1000 * 16 * 16 * 16  # what all rows at once would take
 
 
 @pytest.mark.parametrize(("d_out", "d_in", "chi"), SHAPES)
