@@ -17,6 +17,8 @@ OPTIONAL_PARAMS = (
     *("forward", "sites", "largest_bond"),
 )
 """Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
+_BEFORE_IT_WAS_RECORDED = {"precision": "float32"}
+"""What every run had of a param that older runs lack."""
 CLAIMED = ("final/val_loss", "final/val_acc")
 """Metrics that claims rest on: a complete seed has them, finite. Other final metrics may be absent (NaN)."""
 
@@ -49,7 +51,7 @@ def tag_of(run: RunRecord, key: str) -> str:
 def param_of(run: RunRecord, key: str) -> Any:
     """The param as the schema types it, None where it has no meaning."""
     dtype = schema.FIELDS["param", key].dtype
-    text = run.params.get(key)
+    text = run.params.get(key, _BEFORE_IT_WAS_RECORDED.get(key))
     if text is None:
         if key in OPTIONAL_PARAMS:
             return None

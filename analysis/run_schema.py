@@ -113,6 +113,7 @@ PARAMS = (
     Field("warmup_steps", "param", int, "warm-up steps"),
     Field("batch_size", "param", int, "sequences per step"),
     Field("context", "param", int, "context length", "tokens"),
+    Field("precision", "param", str, "of matrix products: float32, tf32, bfloat16 (the forward pass by autocast)"),
     Field("vocab_size", "param", int, "vocabulary size V"),
     Field("d_model", "param", int, "embedding dimension"),
     Field("n_heads", "param", int, "attention heads"),
@@ -120,7 +121,7 @@ PARAMS = (
     Field("d_ff", "param", int, "feed-forward dimension"),
     Field("weight_decay", "param", float, "weight decay"),
     Field("tuning_trials", "param", int, "trials among which init, learning rate and the like are chosen; 1: none is"),
-    Field("budget_hash", "param", str, "hash of corpus, evaluation, tokens, schedule shape and tuning trials"),
+    Field("budget_hash", "param", str, "hash of corpus, evaluation, tokens, schedule, tuning trials, precision"),
     Field("corpus_sha256", "param", str, "SHA-256 of the corpus"),
 )
 

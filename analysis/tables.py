@@ -228,7 +228,7 @@ _NUMBERS = (
     "tuning_trials",
 )
 _TRAINED_WITH = (
-    *("family", "start", "teacher", "init", "refinement", "lr_rule", "decay", "factorisation", "sites"),
+    *("family", "start", "teacher", "init", "refinement", "lr_rule", "decay", "factorisation", "sites", "precision"),
     *_NUMBERS,
 )
 

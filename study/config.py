@@ -54,6 +54,11 @@ class Protocol(Strict):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="AdamW's decay, on every parameter.")
     grad_clip: PositiveFloat = Field(default=1.0, description="Largest norm of the gradient.")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        default="float32",
+        description="Of matrix products. `tf32`: those of float32 on a GPU in TF32; refused without one. `bfloat16`: "
+        "forward passes under autocast, in training and evaluation; parameters, moments and loss stay float32.",
+    )
     eval_every: PositiveInt = Field(
         default=100, description="Steps between evaluations; the first and last step always are."
     )
@@ -164,6 +169,11 @@ class Execution(Strict):
     seeds_per_unit: Annotated[Literal["auto"] | PositiveInt, BeforeValidator(_seeds_per_unit)] = Field(
         default="auto",
         description="Seeds of a trial that are trained as one model: `auto` is one on a CPU, all it lacks on a GPU.",
+    )
+    capture: bool = Field(
+        default=True,
+        description="Replay each optimiser step on a GPU from CUDA graphs, after a few steps without: the same kernels "
+        "with no time between them. On a CPU it means nothing.",
     )
     max_units: PositiveInt | None = Field(
         default=None,

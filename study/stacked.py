@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from study.captured import DeviceStep, adamw, set_learning_rate
 from study.corpus import Corpus, StackedWindows
+from study.precision import logits_in, products_in
 from study.seeds_as_batch import SeedsAsBatch
 from study.storage import Checkpoints
 from study.training import Diverged, SeedRun, Training, learning_rate_at
@@ -32,13 +34,19 @@ class StackedTraining:
     Args:
         trainings: by seed; on the CPU, whatever the device of the stack.
         checkpoints: of each seed, or of none.
+        capture: replay the step on a GPU from CUDA graphs (`study.captured`).
     """
 
     def __init__(
-        self, trainings: Mapping[int, Training], device: torch.device | str, checkpoints: Mapping[int, Checkpoints]
+        self,
+        trainings: Mapping[int, Training],
+        device: torch.device | str,
+        checkpoints: Mapping[int, Checkpoints],
+        capture: bool = True,
     ) -> None:
         self._trainings = dict(trainings)
         self._device, self._checkpoints = device, checkpoints
+        self._is_captured = capture and torch.device(device).type == "cuda"
         self._has_diverged = False
         self._model = copy.deepcopy(self._first.model).to("meta")
         self._build()
@@ -58,13 +66,14 @@ class StackedTraining:
             self._parameters[name] = stacked.requires_grad_(parameter.requires_grad)
         self._buffers = {name: self._stack(buffers[name] for _, buffers, _ in members) for name in members[0][1]}
         names = {id(parameter): name for name, parameter in members[0][0].items()}
-        self._optimiser = torch.optim.AdamW(
-            [
+        self._optimiser = adamw(
+            (
                 group | {"params": [self._parameters[names[id(parameter)]] for parameter in group["params"]]}
                 for group in every[0].optimiser.param_groups
-            ],
-            fused=True,
+            ),
+            self._device,
         )
+        self._device_step = DeviceStep(self._is_captured)
         for name, stacked in self._parameters.items():
             moments = [state[parameters[name]] for parameters, _, state in members if parameters[name] in state]
             if moments:
@@ -84,6 +93,10 @@ class StackedTraining:
 
     def run(self, checkpoint_seconds: float, on_evaluation: Callable[[int, dict[str, float]], None]) -> None:
         """Train to the last step; one that diverges leaves the stack, with its failure."""
+        with products_in(self._first.spec.protocol.precision):
+            self._run(checkpoint_seconds, on_evaluation)
+
+    def _run(self, checkpoint_seconds: float, on_evaluation: Callable[[int, dict[str, float]], None]) -> None:
         clock = saved = time.monotonic()
         while self._trainings:
             if self._first.evaluation_is_due:
@@ -104,13 +117,8 @@ class StackedTraining:
     def optimiser_step(self) -> None:
         """Draw each seed's batch, and update its parameters once."""
         protocol, step = self._first.spec.protocol, self._first.step
-        inputs, targets = self._training_windows.batch(step)
-        losses = _cross_entropy(self._logits(inputs, 0), targets).mean(dim=1)
-        self._optimiser.zero_grad()
-        losses.sum().backward()  # no seed's loss depends on another's parameters
-        norms = clip_grads_(list(self._parameters.values()), protocol.grad_clip)
         failures = {}
-        values = torch.stack([losses.detach(), norms]).tolist()  # one wait for the device
+        values = self._device_step.gradients(self._gradients, *self._training_windows.batch(step)).tolist()
         for seed, loss, norm in zip(self._trainings, *values, strict=True):
             try:
                 self._trainings[seed].note_step(loss, norm)
@@ -118,9 +126,17 @@ class StackedTraining:
                 failures[seed] = failure
         self._remove(failures)
         if self._trainings:
-            for group in self._optimiser.param_groups:
-                group["lr"] = group["lr_mult"] * learning_rate_at(step, protocol)
-            self._optimiser.step()
+            set_learning_rate(self._optimiser, learning_rate_at(step, protocol))
+            self._device_step.update(self._optimiser.step)
+
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Losses and the gradients' norms, (2, seeds); clipped gradients are left in the parameters. Never waits for a
+        GPU."""
+        losses = _cross_entropy(self._logits(inputs, 0), targets).mean(dim=1)
+        self._optimiser.zero_grad()
+        losses.sum().backward()  # no seed's loss depends on another's parameters
+        norms = clip_grads_(list(self._parameters.values()), self._first.spec.protocol.grad_clip)
+        return torch.stack([losses.detach(), norms])
 
     def _logits(self, tokens: Tensor, tokens_dim: int | None) -> Tensor:
         """(seeds, B, T, V) for tokens (seeds, B, T), or (B, T) where tokens_dim is None."""
@@ -128,8 +144,10 @@ class StackedTraining:
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tokens: Tensor) -> Tensor:
             return functional_call(self._model, (parameters, buffers), (tokens,))
 
+        all_of_them = vmap(one, in_dims=(0, 0, tokens_dim))
         with SeedsAsBatch():
-            return vmap(one, in_dims=(0, 0, tokens_dim))(self._parameters, self._buffers, tokens)
+            precision = self._first.spec.protocol.precision
+            return logits_in(precision, self._device, all_of_them, self._parameters, self._buffers, tokens)
 
     def _remove(self, failures: Mapping[int, Diverged]) -> None:
         """Take out what has diverged; what is left has the gradients and moments it had."""
@@ -207,6 +225,7 @@ class StackedTraining:
                 }
 
 
+@products_in("float32")
 def train_seeds(
     spec: TrialSpec,
     seeds: Sequence[int],
@@ -219,6 +238,7 @@ def train_seeds(
     rel_error_chis: Sequence[int] = (),
     checkpoints: Mapping[int, Checkpoints] | None = None,
     checkpoint_seconds: float = math.inf,
+    capture: bool = True,
     on_evaluation: Callable[[int, dict[str, float]], None] = lambda seed, row: None,
 ) -> list[tuple[SeedResult, dict[str, Tensor]]]:
     """Train seeds of a trial as one model; those whose checkpoints leave them at different steps, as one for each step.
@@ -240,6 +260,7 @@ def train_seeds(
             teacher_weights=teacher_weights[seed] if teacher_weights is not None else None,
             teacher_tokens=teacher_tokens,
             rel_error_chis=rel_error_chis,
+            capture=False,
         )
 
     runs = {seed: begin(seed) for seed in seeds}
@@ -252,7 +273,7 @@ def train_seeds(
     n_stacked = dict.fromkeys(seeds, len(seeds))
     for group in groups.values():
         n_stacked |= dict.fromkeys(group, len(group))
-        StackedTraining(group, device, checkpoints or {}).run(checkpoint_seconds, on_evaluation)
+        StackedTraining(group, device, checkpoints or {}, capture).run(checkpoint_seconds, on_evaluation)
     return [(run.result(device, n_stacked[seed]), run.training.model.state_dict()) for seed, run in runs.items()]
 
 

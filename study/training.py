@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 import mpo_core
 from analysis import run_schema as schema
+from study.captured import DeviceStep, adamw, set_learning_rate
 from study.config import Protocol
 from study.corpus import Corpus, Windows, consecutive_windows
+from study.precision import logits_in, products_in
 from study.randomness import generator
 from study.storage import Checkpoints
 from study.trial import SeedResult, TrialSpec, build_model, evaluation_steps, now
@@ -49,13 +51,16 @@ def learning_rate_at(step: int, protocol: Protocol) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
 ) -> tuple[float, float]:
     """Token-weighted mean cross-entropy in nats and token accuracy (paper, Eq. 11) over (inputs, targets)."""
     loss, correct, n_tokens = 0.0, 0, 0
     for inputs, targets in batches:
         inputs, targets = inputs.to(device), targets.to(device)
-        logits = model(inputs)
+        logits = logits_in(precision, device, model, inputs)
         loss += nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         correct += int((logits.argmax(dim=-1) == targets).sum())
         n_tokens += targets.numel()
@@ -73,6 +78,7 @@ class Training:
         *,
         device: torch.device | str = "cpu",
         teacher_weights: dict[str, Tensor] | None = None,
+        capture: bool = True,
     ) -> None:
         protocol, context = spec.protocol, spec.model.context
         self.spec, self.corpus, self.device = spec, corpus, device
@@ -94,7 +100,9 @@ class Training:
             weight_decay=protocol.weight_decay,
             decay=spec.decay or "parameter",
         )
-        self.optimiser = torch.optim.AdamW(groups, betas=protocol.betas, fused=True)
+        self.optimiser = adamw([group | {"betas": protocol.betas} for group in groups], device)
+        self._is_captured = capture and torch.device(device).type == "cuda"
+        self._device_step = DeviceStep(self._is_captured)
         purpose = "data" if spec.teacher is None else "fine-tune data"
         self.training_windows = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
         self._evaluation_steps = evaluation_steps(protocol)
@@ -125,6 +133,15 @@ class Training:
         """
         if self.failure is not None:
             raise self.failure  # so a checkpoint says
+        with products_in(self.spec.protocol.precision):
+            self._run(checkpoints, checkpoint_seconds, on_evaluation)
+
+    def _run(
+        self,
+        checkpoints: Checkpoints | None,
+        checkpoint_seconds: float,
+        on_evaluation: Callable[[dict[str, float]], None],
+    ) -> None:
         begun, saved = time.monotonic() - self.seconds, time.monotonic()
         while True:
             if self.evaluation_is_due:
@@ -146,15 +163,20 @@ class Training:
     def optimiser_step(self) -> None:
         """Draw the step's batch, and update the parameters once."""
         inputs, targets = self.training_windows.batch(self.step)
-        logits = self.model(inputs.to(self.device))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.to(self.device).flatten())
+        values = self._device_step.gradients(self._gradients, inputs.to(self.device), targets.to(self.device))
+        set_learning_rate(self.optimiser, learning_rate_at(self.step, self.spec.protocol))
+        self.note_step(*values.tolist())
+        self._device_step.update(self.optimiser.step)
+
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss and the gradient's norm, (2,); the clipped gradient is left in the parameters. Never waits for a GPU."""
+        protocol = self.spec.protocol
+        logits = logits_in(protocol.precision, self.device, self.model, inputs)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         self.optimiser.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.spec.protocol.grad_clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["lr_mult"] * learning_rate_at(self.step, self.spec.protocol)
-        self.note_step(loss.item(), norm.item())
-        self.optimiser.step()
+        norm = nn.utils.clip_grad_norm_(self.parameters, protocol.grad_clip)
+        return torch.stack([loss.detach(), norm])
 
     def note_step(self, loss: float, norm: float) -> None:
         """Count the optimiser step that this loss and this norm of the gradient lead to.
@@ -171,8 +193,9 @@ class Training:
 
     def _evaluation(self) -> dict[str, float]:
         self.model.eval()
-        full = evaluate(self.model, self.validation_batches(), self.device)
-        sampled = evaluate(self.model, map(self.sampled_windows.batch, self.sampled_batches()), self.device)
+        how = self.device, self.spec.protocol.precision
+        full = evaluate(self.model, self.validation_batches(), *how)
+        sampled = evaluate(self.model, map(self.sampled_windows.batch, self.sampled_batches()), *how)
         self.model.train()
         return self.row(full, sampled)
 
@@ -233,10 +256,12 @@ class Training:
                 moments.setdefault(int(index), {})[key] = tensor
         optimiser = self.optimiser.state_dict()
         self.optimiser.load_state_dict({"state": moments, "param_groups": optimiser["param_groups"]})
+        self._device_step = DeviceStep(self._is_captured)  # moments and rates are new tensors
         for name, value in content.items():
             setattr(self, name, Diverged(*value) if name == "failure" and value else value)
 
 
+@products_in("float32")
 def train_seed(
     spec: TrialSpec,
     seed: int,
@@ -249,13 +274,17 @@ def train_seed(
     rel_error_chis: Sequence[int] = (),
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = math.inf,
+    capture: bool = True,
     on_evaluation: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> tuple[SeedResult, dict[str, Tensor]]:
     """Train one seed of a trial from the start, or from its newest checkpoint.
 
+    Before and after the training, and where layers are decomposed, all products are float32.
+
     Args:
         teacher_weights, teacher_tokens: of the trained dense model that a spec with a teacher starts from.
         rel_error_chis: caps at which a dense model's layers are decomposed, before and after training.
+        capture: replay the step on a GPU from CUDA graphs (`study.captured`).
         on_evaluation: called with every row of the learning curve.
     Returns:
         The result and the trained weights; a run that diverges gives a failed result, with the curve up to there.
@@ -269,6 +298,7 @@ def train_seed(
         teacher_weights=teacher_weights,
         teacher_tokens=teacher_tokens,
         rel_error_chis=rel_error_chis,
+        capture=capture,
     )
     checkpoint = checkpoints.load() if checkpoints is not None else None
     if checkpoint is not None:
@@ -294,10 +324,11 @@ class SeedRun:
         teacher_weights: dict[str, Tensor] | None,
         teacher_tokens: int,
         rel_error_chis: Sequence[int],
+        capture: bool,
     ) -> None:
         self.trial, self.seed, self.started = trial, seed, now()
         self._teacher_tokens, self._rel_error_chis = teacher_tokens, rel_error_chis
-        self.training = Training(spec, seed, corpus, device=device, teacher_weights=teacher_weights)
+        self.training = Training(spec, seed, corpus, device=device, teacher_weights=teacher_weights, capture=capture)
         self._rel_errors = _rel_errors(self.training, rel_error_chis, "init")
 
     def result(self, device: torch.device | str, n_stacked: int) -> SeedResult:

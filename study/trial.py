@@ -205,6 +205,8 @@ def _identity(spec: TrialSpec, layers: list[Any]) -> str:
     essence["layers"] = layers
     if spec.forward in (None, "reconstruct"):
         del essence["forward"]
+    if spec.protocol.precision == "float32":  # as were all before it could be chosen
+        del essence["protocol"]["precision"]
     if spec.family == "mpo" and spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
         essence["chi"] = spec.chi  # this init mode depends on the cap as asked for, not on the bonds it gives
     return _hash(essence)
@@ -239,10 +241,11 @@ def evaluation_steps(protocol: Protocol) -> list[int]:
 
 
 def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, teacher: TrialSpec | None) -> str:
-    """Equal for trials that may be paired: corpus, evaluation, tokens, schedule shape and tuning trials, no more."""
+    """Equal for trials that may be paired: corpus, evaluation, tokens, schedule shape, tuning trials and precision."""
     protocol = spec.protocol
     return _hash(
-        {
+        ({} if protocol.precision == "float32" else {"precision": protocol.precision})
+        | {
             "corpus": corpus_sha256,
             "split": config.corpus.validation_fraction,
             "evaluation": [spec.model.context, protocol.sampled_eval_batches, protocol.sampled_eval_batch_size],

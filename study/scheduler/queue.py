@@ -245,6 +245,7 @@ class Queue:
             cpus=execution.cpus,
             gpus=execution.gpus,
             checkpoint_seconds=execution.checkpoint_seconds,
+            capture=execution.capture,
         )
 
 

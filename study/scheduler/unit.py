@@ -45,6 +45,7 @@ class Unit(Strict):
     cpus: float
     gpus: float
     checkpoint_seconds: float
+    capture: bool
 
 
 def run_unit(
@@ -122,6 +123,7 @@ def _run_stack(
             seed: checkpoints_of(storage, unit.study_uuid, unit.trial, seed, unit.spec, say) for seed in unit.seeds
         },
         checkpoint_seconds=unit.checkpoint_seconds,
+        capture=unit.capture,
         on_evaluation=on_evaluation,
     )
     return [_with_weights(unit, storage, result, weights) for result, weights in trained]
@@ -147,6 +149,7 @@ def _run_seed(
         rel_error_chis=unit.rel_error_chis,
         checkpoints=checkpoints_of(storage, unit.study_uuid, unit.trial, seed, unit.spec, say),
         checkpoint_seconds=unit.checkpoint_seconds,
+        capture=unit.capture,
         on_evaluation=lambda row: on_evaluation(seed, row),
     )
     return _with_weights(unit, storage, result, weights)
@@ -170,10 +173,18 @@ def _teacher_weights(storage: Storage, key: str) -> dict[str, torch.Tensor]:
 
 
 def _device(unit: Unit) -> str:
+    precision = unit.spec.protocol.precision
     if unit.gpus == 0:
+        if precision == "tf32":
+            raise OSError(
+                "the study file asks for protocol.precision=tf32, which only GPUs have, but execution.gpus is 0"
+            )
         return "cpu"
     if not torch.cuda.is_available():
         raise OSError(f"the study file asks for execution.gpus={unit.gpus:g}, but PyTorch finds no CUDA device")
+    if precision == "tf32" and not torch.cuda.is_tf32_supported():
+        name = torch.cuda.get_device_name()
+        raise OSError(f"the study file asks for protocol.precision=tf32, which the GPU here ({name}) lacks")
     return "cuda"
 
 

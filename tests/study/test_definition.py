@@ -24,6 +24,8 @@ from study.study_file import load_config
         ({"arms": [DENSE, MPO | {"decay": ["parameter", "matrix"]}, TUNED]}, True),
         ({"arms": [DENSE, MPO, TUNED, TUNED | {"name": "again", "teacher": "dense", "chi": 3}]}, True),
         ({"protocol": {"steps": 7}}, False),
+        ({"protocol": {"precision": "bfloat16"}}, False),
+        ({"execution": {"capture": False}}, True),
         ({"objectives": ["val_loss"]}, False),
         ({"arms": [DENSE, MPO, TUNED, SEARCHED], "sampler": {"name": "tpe"}, "budget": {"trials": 3}}, False),
     ],

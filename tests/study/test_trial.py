@@ -113,6 +113,8 @@ def test_same_run_under_other_words_is_the_same_configuration(one, two):
         (mpo(), mpo(factorisation="balanced")),
         (mpo(), mpo(protocol=Protocol(learning_rate=1e-3))),
         (mpo(), mpo(protocol=Protocol(steps=2001))),
+        (mpo(), mpo(protocol=Protocol(precision="bfloat16"))),
+        (mpo(protocol=Protocol(precision="tf32")), mpo(protocol=Protocol(precision="bfloat16"))),
         (dense(), dense(model=Model(d_model=64))),
         (dense(), mpo(factorisation="balanced", n_sites=1)),
     ],
@@ -169,9 +171,10 @@ def test_number_of_evaluations_is_not_budget(hash_of):
         {"batch_size": 16},
         {"sampled_eval_batches": 10},
         {"sampled_eval_batch_size": 4},
+        {"precision": "tf32"},
     ],
 )
-def test_steps_batches_and_evaluation_are_budget(hash_of, protocol):
+def test_steps_batches_evaluation_and_precision_are_budget(hash_of, protocol):
     assert hash_of(dense(protocol=Protocol(**protocol))) != hash_of(dense())
 
 

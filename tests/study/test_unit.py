@@ -18,7 +18,7 @@ def unit_of(tmp_path, corpus, spec_of):
     plain = {
         "trial": 3, "seeds": [0, 1], "storage": storage.url, "study_uuid": "f00", "corpus_sha256": corpus.sha256,
         "validation_fraction": 0.1, "teachers": None, "rel_error_chis": [2], "keep_weights": False, "cpus": 1,
-        "gpus": 0, "checkpoint_seconds": 1000,
+        "gpus": 0, "checkpoint_seconds": 1000, "capture": True,
     }  # fmt: skip
 
     def make(**changes):
@@ -40,6 +40,11 @@ def test_run_unit_without_the_gpu_it_asks_for_is_no_failure_of_the_seed(unit_of,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(OSError, match=r"asks for execution\.gpus=1, but PyTorch finds no CUDA device"):
         run_unit(unit_of(gpus=1), lambda seed, row: None)
+
+
+def test_run_unit_without_a_gpu_refuses_tf32(unit_of, spec_of):
+    with pytest.raises(OSError, match=r"protocol\.precision=tf32, which only GPUs have, but execution\.gpus is 0"):
+        run_unit(unit_of(spec=spec_of({"precision": "tf32"})), lambda seed, row: None)
 
 
 def test_run_unit_with_a_damaged_teacher_is_no_failure_of_the_seed(unit_of, spec_of):

@@ -1,0 +1,102 @@
+"""An optimiser step on its device; on a GPU recorded once, as CUDA graphs, so that nobody waits for launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3
+"""Steps done as they come before the recording: libraries load kernels in them, and the optimiser makes its state."""
+
+
+class DeviceStep:
+    """Gradients of a batch and, if the host finds them finite, the update: the same functions, called or replayed.
+
+    Two graphs, since the host decides between them. A replay runs the kernels that were recorded, on the same memory:
+    batches are copied to where the first lay, and what `gradients` returned and left in `.grad` is overwritten. So
+    parameters, moments and learning rates may change in place only; where one is replaced, so is this object.
+    """
+
+    def __init__(self, is_captured: bool) -> None:
+        self._is_captured, self._n_eager = is_captured, 0
+        self._inputs: tuple[Tensor, ...] = ()
+        self._values: Tensor | None = None
+        self._replay_gradients: Callable[[], None] | None = None
+        self._replay_update: Callable[[], None] | None = None
+
+    def gradients(self, body: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`body(*inputs)`, which leaves gradients in `.grad`; valid until the next call."""
+        if not self._is_captured:
+            return body(*inputs)
+        if self._replay_gradients is None:
+            if self._n_eager < WARM_UP:
+                self._n_eager += 1
+                return beside(partial(body, *inputs))
+            self._inputs = tuple(given.clone() for given in inputs)
+            self._replay_gradients, self._values = record(partial(body, *self._inputs))
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        self._replay_gradients()
+        assert self._values is not None
+        return self._values
+
+    def update(self, body: Callable[[], Any]) -> None:
+        """`body()`, which changes parameters by their `.grad`."""
+        if not self._is_captured:
+            body()
+        elif self._replay_gradients is None:  # until then every step has its gradients elsewhere
+            beside(body)
+        else:
+            if self._replay_update is None:
+                self._replay_update, _ = record(body)
+            self._replay_update()
+
+
+def adamw(groups: Iterable[dict[str, Any]], device: torch.device | str) -> torch.optim.AdamW:
+    """A fused AdamW whose learning rates are tensors on the device, to be changed by `set_learning_rate`."""
+    is_cuda = torch.device(device).type == "cuda"
+    # The kernel takes float32 on CUDA; on a CPU it makes a float64 of it, as which a number comes to it too.
+    dtype = torch.float32 if is_cuda else torch.float64
+
+    def on_device(group: dict[str, Any]) -> dict[str, Any]:
+        rate = torch.tensor(float(group["lr"]), dtype=dtype, device=device)
+        return group | {"lr": rate, "fused": True, "capturable": is_cuda}
+
+    return torch.optim.AdamW([on_device(group) for group in groups], fused=True, capturable=is_cuda)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give every group this rate times its `lr_mult`."""
+    for group in optimiser.param_groups:
+        group["lr"].fill_(group["lr_mult"] * learning_rate)
+
+
+def beside(body: Callable[[], Any]) -> Any:
+    """`body()` on a stream of its own, as a recording is, with what comes before and after it in order."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = body()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+def record(body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """What runs the kernels of `body` once more, and what `body` returned, whose values only a replay brings.
+
+    Raises:
+        RuntimeError: something in it cannot be recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = body()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(f"no CUDA graph of the step (`execution.capture: false` does without): {error}") from error
+    return graph.replay, result
