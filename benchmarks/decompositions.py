@@ -2,8 +2,9 @@
 
 Two matrices: independent normal entries, whose singular values hardly fall, and one whose k-th singular value over the
 first bond falls about as 1 / k. tensorly's default is a full SVD of each unfolding, ours a subspace iteration or the
-eigenvectors of a Gram matrix (`mpo_core/leading_subspace.py`); tensorly's two other ways are measured beside it. A row with a target counts as met only where our relative error ‖W − Ŵ‖ / ‖W‖ is at most 1.001 times the
-rival's: both errors are in the note.
+eigenvectors of a Gram matrix (`mpo_core/leading_subspace.py`); tensorly's two other ways are measured beside it. A row
+with a target counts as met only where our relative error ‖W − Ŵ‖ / ‖W‖ is at most 1.001 times the rival's: both errors
+are in the note.
 """
 
 from __future__ import annotations
