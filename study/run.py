@@ -11,7 +11,6 @@ from typing import Literal
 
 from rich.console import Console
 
-from study.arms import CompressedArm
 from study.backup import BackgroundBackup, open_backup
 from study.config import StudyConfig
 from study.corpus import Corpus, load_corpus
@@ -234,7 +233,7 @@ def _reopen(
     # A trial that is not asked yet lacks all its seeds.
     teachers = {spec.teacher for spec in ledger.unasked()}
     if ledger.is_searching:
-        teachers |= {arm.teacher for arm in config.arms if isinstance(arm, CompressedArm) and arm.is_searched}
+        teachers |= {arm.teacher for arm in config.arms if arm.is_searched}
     needed = {(teacher, seed) for teacher in teachers for seed in config.seed_list}
     needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
     for result in list(ledger.results.values()):

@@ -63,8 +63,10 @@ A value marked *open* below can be given in several ways:
 | `chi: [4, 8]` | listed: one trial for each element, whatever the sampler |
 | `chi: {choices: [4, 8]}` | searched: the sampler chooses |
 | `chi: {low: 2, high: 48, log: true}` | searched: a number from `low` to `high`; with `log`, uniform in the logarithm |
+| `learning_rate: {8: 3e-3, 16: 1e-3}` | fixed, by the trial's size: `chi`, `as_chi`, or `d_model` of a dense arm |
 
-An arm has listed or searched values beside its fixed ones, not both. Words (`init`, `factorisation`) have no range.
+An arm has listed or searched values beside its fixed ones, not both. Words (`init`, `factorisation`) have no range. A
+learning rate by size names every size of the arm and no other, and stands beside no searched value.
 
 ## Searching
 

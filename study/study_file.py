@@ -188,6 +188,7 @@ def _describe(defect: Any, data: Any) -> str:
             "listed": "a list",
             "choices": "{choices: [...]}",
             "range": "{low: ..., high: ...}",
+            "by_size": "{SIZE: ...}",
         }
         expected = [shapes[tag.strip(" '")] for tag in context["expected_tags"].split(",")]
         return f"{path}: must be {' or '.join(expected)}, but got {got}"
@@ -216,7 +217,7 @@ def _path(location: tuple[int | str, ...], data: Any) -> str:
     for before, key in zip((None, *location), location, strict=False):
         if key in VALUE_KINDS and before in (*VALUE_FIELDS, "seeds"):
             continue  # a branch of our unions, not a key of the file
-        if key in ("dense", "mpo") and isinstance(before, int):
+        if key in _ARMS and isinstance(before, int):
             continue
         node = _get(node, key)
         name = node.get("name") if isinstance(key, int) and isinstance(node, dict) else None
