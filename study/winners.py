@@ -266,9 +266,7 @@ def _sections(
     if config.corpus.path is not None:
         there = os.path.relpath(config.corpus.path, file.resolve().parent)
         corpus |= {"path": Path(there).as_posix(), "sha256": snapshot.corpus_sha256}
-    claims = config.claims.model_dump(mode="json", exclude_defaults=True)
-    if config.claims.contrasts:
-        claims["contrasts"] = list(_contrasts(config, arms))
+    claims = {"margins": config.claims.margins.model_dump(), "contrasts": list(_contrasts(config, arms))}
     sections = {
         "name": name,
         "description": f"What study {config.name} selected, on seeds that it did not have.",
@@ -277,7 +275,7 @@ def _sections(
         "protocol": config.protocol.model_dump(mode="json", exclude_none=True),
         "seeds": n_seeds,
         "objectives": list(config.objectives),
-        "claims": claims,
+        "claims": {key: content for key, content in claims.items() if content},
         "rel_error_chi": list(config.rel_error_chi),
         "execution": config.execution.model_dump(mode="json", exclude_defaults=True),
         "arms": [content for new in arms.values() for content in new],

@@ -281,6 +281,5 @@ def test_unfinished_study_is_refused_with_what_it_lacks(tmp_path, refused):
     with sqlite3.connect(folder / "ledger.db") as connection:
         connection.execute("DELETE FROM mpo_result WHERE trial = 2 OR (trial = 0 AND seed = 101)")
     connection.close()
-    assert "it lacks 3 runs (trial 0 (dense) seeds 101; trial 2 (dense) seeds 100, 101); run it again" in refused(
-        folder
-    )
+    lacking = "trial 0 (dense) seeds 101; trial 2 (dense) seeds 100, 101"
+    assert f"it lacks 3 runs ({lacking}); run it again first" in refused(folder)
