@@ -145,7 +145,7 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
         own = tested[tested["measure"] == measure.name]
         margin = own["margin"].iloc[0]
         for (group, rival), rows in own.groupby(["group", "against_group"], sort=False):
-            against = f" against {rival}" if rival == DENSE_TUNED else ""
+            against = f" against {rival}" if DENSE_TUNED in set(own["against_group"]) else ""
             words = f"{group}{against}, {measure.title.lower()}: {_tally(rows, measure)}"
             if math.isfinite(margin) and rows["p_adjusted"].notna().any():
                 holds = rows[rows["non_inferior"]].sort_values("n_params")

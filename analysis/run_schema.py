@@ -120,6 +120,7 @@ PARAMS = (
     Field("d_ff", "param", int, "feed-forward dimension"),
     Field("weight_decay", "param", float, "weight decay"),
     Field("tuning_trials", "param", int, "trials among which init, learning rate and the like are chosen; 1: none is"),
+    Field("tuned_among", "param", int, "of these, per trial of this study, those of the study that chose its values"),
     Field("budget_hash", "param", str, "hash of corpus, evaluation, tokens, schedule shape and tuning trials"),
     Field("corpus_sha256", "param", str, "SHA-256 of the corpus"),
 )

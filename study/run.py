@@ -313,6 +313,7 @@ def open_tracker(
         corpus_sha256=corpus.sha256,
         validation_fraction=config.corpus.validation_fraction,
         vocab_size=len(corpus.vocabulary),
+        tuned_among={arm.name: arm.tuned_among for arm in ledger.config.arms},
         log_weights=config.execution.keep_weights,
     )
     # A server has a place for artifacts; a database alone has none, and MLflow would take the working folder.

@@ -60,7 +60,7 @@ def test_first_screen_tells_dense_from_scratch_and_trained_on_apart():
     further = Configuration("further", N_PARAMS_DENSE, 1.55, "dense", seeds=range(5), **of_teacher)
     found = [DENSE, further, *(mpo(chi, loss, **of_teacher) for chi, loss in ((8, 1.7), (16, 1.59), (32, 1.55)))]
     said = answered(found, [("mpo", "dense")], noise=0.002)["Does it keep up with dense?"]
-    assert "MPO fine-tuned, validation loss: better at 2 and worse at 1 of 3 sizes" in said
+    assert "MPO fine-tuned against dense, validation loss: better at 2 and worse at 1 of 3 sizes" in said
     assert "MPO fine-tuned against dense fine-tuned, validation loss: worse at 2 and undecided at 1 of 3 sizes" in said
     assert "shown to lose less loss than the margin of 0.02 nats is χ=32 " in said  # χ=16 keeps up with one dense alone
 

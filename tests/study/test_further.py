@@ -39,7 +39,7 @@ def spec(small_study):
 
 def test_it_goes_on_from_the_trained_weights_and_is_compared_with_what_is_compressed(tmp_path, database):  # noqa: F811
     once = TUNED | {"learning_rate": [0.01, 0.001]}
-    file = write_study(tmp_path, arms=[FURTHER, DENSE, MPO, once])
+    file = write_study(tmp_path, arms=[FURTHER, DENSE, MPO | {"tuned_among": 5}, once])
     folder = tmp_path / "kept"
     outcome = run_at(file, folder, tracking=f"sqlite:///{database}")
     assert (outcome.n_complete, outcome.n_failed, outcome.n_missing, outcome.tracking_trouble) == (14, 0, 0, None)
@@ -58,8 +58,11 @@ def test_it_goes_on_from_the_trained_weights_and_is_compared_with_what_is_compre
         assert taught.rel_errors  # the paper's tables are of these, and of no others
         assert not own.rel_errors
         assert (taught.weights is not None, own.weights) == (True, None)
-    params = [run.data.params for [run] in runs_in(database).values() if run.data.params.get("arm") == "further"]
-    assert {(param["start"], param["teacher"], param.get("init")) for param in params} == {("teacher", "dense", None)}
+    params = [run.data.params for [run] in runs_in(database).values() if "arm" in run.data.params]
+    started = {(p["start"], p["teacher"], p.get("init")) for p in params if p["arm"] == "further"}
+    assert started == {("teacher", "dense", None)}
+    among = {(p["arm"], p["tuning_trials"], p.get("tuned_among")) for p in params}
+    assert among == {("further", "2", None), ("dense", "1", None), ("mpo", "5", "5"), ("tuned", "2", None)}
     code, out, err = cli("status", "kept", cwd=tmp_path)
     assert (code, err) == (0, "")
     assert "d_model=8, from dense" in out
