@@ -15,7 +15,7 @@ from optuna.distributions import (
 )
 
 from analysis import run_schema
-from study.arms import Arm, CompressedArm, ControlArm
+from study.arms import SIZE_FIELDS, Arm, CompressedArm, ControlArm
 from study.config import StudyConfig
 from study.errors import StudyError
 from study.trial import TrialSpec
@@ -93,18 +93,21 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
     Raises:
         StudyError: the values do not go together.
     """
-    data: dict[str, Any] = {"arm": arm.name, "family": arm.family}
+    data: dict[str, Any] = {"arm": arm.name, "family": arm.family, "teacher": arm.teacher}
     data |= {key: value for key, value in chosen.items() if key not in ("learning_rate", "d_model")}
     if isinstance(arm, CompressedArm):
-        data["teacher"] = arm.teacher
         data.setdefault("lr_rule", "uniform")
         data.setdefault("decay", "parameter")
         plain = "weights" if isinstance(arm, ControlArm) else "tt_svd"
         data.setdefault(*(("init", "variance") if arm.teacher is None else ("refinement", plain)))
-    else:
+    elif arm.teacher is None:
         data.setdefault("init", "paper")
+    learning_rate = chosen.get("learning_rate")
+    if isinstance(learning_rate, dict):
+        size = next((chosen[key] for key in SIZE_FIELDS if key in chosen), config.model.d_model)
+        learning_rate = learning_rate[size]
     overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {
-        "learning_rate": chosen.get("learning_rate")
+        "learning_rate": learning_rate
     }
     protocol = config.protocol.model_dump() | {key: value for key, value in overrides.items() if value is not None}
     model = config.model.model_dump()
