@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from study.values import (
     Choices,
+    FixedOrBySize,
     FixedOrListed,
     Name,
     Number,
@@ -67,8 +68,9 @@ class _Arm(Strict):
                 f"an arm has listed or searched values, not both; write `{listed[0]}: {{choices: [...]}}` "
                 "to let the sampler choose"
             )
-        if isinstance(self.learning_rate, dict) and self.is_searched:
-            raise ValueError("`learning_rate` by size is not allowed beside searched values; search it, too, or fix it")
+        by_size = [name for name in BY_SIZE_FIELDS if isinstance(getattr(self, name, None), dict)]
+        if by_size and self.is_searched:
+            raise ValueError(f"`{by_size[0]}` by size is not allowed beside searched values")
         for name, value in self.values().items():
             if isinstance(value, dict):
                 continue
@@ -86,7 +88,12 @@ class DenseArm(_Arm):
         default=None, description="Scale of the linear weights: `paper` (std 0.02) unless given, `variance` (1/√N_in)."
     )
     d_model: Number[PositiveInt] | None = Field(
-        default=None, description="Overrides the model's; d_ff follows as 4 × d_model."
+        default=None, description="Overrides the model's; d_ff follows as 4 × d_model unless given."
+    )
+    d_ff: FixedOrBySize[PositiveInt] | None = Field(
+        default=None,
+        description="Overrides the model's. `{40: 146, 60: 228}`: by d_model, to come as near to a number of "
+        "parameters as heads of equal width allow.",
     )
     teacher: Name | None = Field(
         default=None,
@@ -96,7 +103,7 @@ class DenseArm(_Arm):
 
     @model_validator(mode="after")
     def _nothing_new_beside_a_teacher(self) -> DenseArm:
-        given = [key for key in ("init", "d_model") if getattr(self, key) is not None]
+        given = [key for key in ("init", "d_model", "d_ff") if getattr(self, key) is not None]
         if self.teacher is not None and given:
             raise ValueError(f"`{given[0]}` has no meaning beside `teacher`: the model is the teacher's")
         return self
@@ -179,6 +186,7 @@ class ControlArm(CompressedArm):
 
 
 Arm = Annotated[DenseArm | MPOArm | ControlArm, Field(discriminator="family")]
+BY_SIZE_FIELDS = ("learning_rate", "d_ff")
 VALUE_FIELDS = (
     *("learning_rate", "d_model", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule"),
     *("decay", "forward"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from study.arms import Arm, DenseArm, MPOArm
+from study.arms import BY_SIZE_FIELDS, Arm, DenseArm, MPOArm
 from study.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Strict
 
 
@@ -226,8 +226,9 @@ class StudyConfig(Strict):
         for arm in self.arms:
             if arm.teacher is not None:
                 self._check_teacher(arm)
-            if isinstance(arm.learning_rate, dict):
-                self._check_sizes(arm.name, arm.learning_rate, arm.sizes or (self.model.d_model,))
+            for key in BY_SIZE_FIELDS:
+                if isinstance(given := getattr(arm, key, None), dict):
+                    _check_sizes(f"arms[{arm.name}]: `{key}`", given, arm.sizes or (self.model.d_model,))
         self._check_contrasts(names)
         searched = [arm.name for arm in self.arms if arm.is_searched]
         if searched and self.sampler.name == "grid":
@@ -244,13 +245,6 @@ class StudyConfig(Strict):
         self._check_sampler(searched)
         self._check_limits(searched)
         return self
-
-    def _check_sizes(self, arm: str, given: Mapping[int, float], sizes: Sequence[int]) -> None:
-        has, needs = ", ".join(map(str, given)), ", ".join(map(str, sizes))
-        if set(given) != set(sizes):
-            raise ValueError(
-                f"arms[{arm}]: `learning_rate` must name the sizes of the arm's trials ({needs}), but got {has}"
-            )
 
     def _check_contrasts(self, arms: list[str]) -> None:
         pairs = [(contrast.arm, contrast.against) for contrast in self.claims.contrasts]
@@ -315,6 +309,12 @@ class StudyConfig(Strict):
                 f"arms[{arm.name}]: `teacher` must name a dense arm from scratch of the study's own model, with fixed "
                 f"values ({', '.join(candidates) or 'there is none'}), but got {arm.teacher}"
             )
+
+
+def _check_sizes(what: str, given: Mapping[int, float], sizes: Sequence[int]) -> None:
+    has, needs = ", ".join(map(str, given)), ", ".join(map(str, sizes))
+    if set(given) != set(sizes):
+        raise ValueError(f"{what} must name the sizes of the arm's trials ({needs}), but got {has}")
 
 
 def _refuse_repeats(what: str, items: Sequence[Any]) -> None:

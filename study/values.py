@@ -84,6 +84,11 @@ NumberBySize = Annotated[
 ]
 """A `Number` that may also be `{8: ..., 16: ...}`: one for each size that a trial of the arm may have."""
 
+FixedOrBySize = Annotated[
+    Annotated[T, Tag("fixed")] | Annotated[dict[int, T], Tag("by_size")], Discriminator(_kind_of_value)
+]
+"""A fixed value, or one for each size that a trial of the arm may have."""
+
 FixedOrListed = Annotated[Annotated[T, Tag("fixed")] | Listed[T], Discriminator(_kind_of_value)]
 """A fixed value, or a list of them."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study.arms import SIZE_FIELDS, Arm
+from study.arms import BY_SIZE_FIELDS, SIZE_FIELDS, Arm, DenseArm
 from study.config import StudyConfig
 from study.definition import settled
 from study.directory import StudyDirectory, replace_file
@@ -204,6 +204,8 @@ def _as_arms(
         if "learning_rate" in tuned or isinstance(arm.learning_rate, dict):
             rates = {_value(spec, size): spec.protocol.learning_rate for spec in specs}
             content["learning_rate"] = rates if len(set(rates.values())) > 1 else next(iter(rates.values()))
+        if isinstance(arm, DenseArm) and isinstance(arm.d_ff, dict):
+            content["d_ff"] = {each: arm.d_ff[each] for each in sizes}
         yield content
 
 
@@ -222,8 +224,9 @@ def _of_search(arm: Arm, config: StudyConfig, chosen: Sequence[Trial]) -> list[C
 
 def _plain(arm: Arm) -> Content:
     content = arm.model_dump(mode="json", exclude_defaults=True)
-    if isinstance(arm.learning_rate, dict):
-        content["learning_rate"] = dict(arm.learning_rate)  # JSON has no numbers as keys
+    for key in BY_SIZE_FIELDS:
+        if isinstance(given := getattr(arm, key, None), dict):
+            content[key] = dict(given)  # JSON has no numbers as keys
     return _ordered(content)
 
 

@@ -121,6 +121,15 @@ def test_learning_rate_by_size_is_that_of_the_trials_chi_or_width(small_study, t
     jsonschema.validate({"name": "by-size", **parse_yaml(text, "here")}, json.loads(json_schema()))
 
 
+def test_feed_forward_size_of_an_arm_is_its_own_or_that_of_the_width(small_study):
+    arms = [
+        {"name": "dense", "family": "dense", "d_ff": 12},
+        {"name": "narrow", "family": "dense", "d_model": [4, 2], "d_ff": {2: 6, 4: 15}},
+    ]
+    specs = listed_specs(validate(small_study(arms=arms, model={"d_ff": 20}), "here"))
+    assert [(spec.model.d_model, spec.model.d_ff) for spec in specs] == [(8, 12), (4, 15), (2, 6)]
+
+
 def test_narrow_arm_drops_the_models_own_feed_forward_size(small_study):
     arms = [{"name": "dense", "family": "dense"}, {"name": "narrow", "family": "dense", "d_model": 4}]
     wide, narrow = listed_specs(validate(small_study(arms=arms, model={"d_ff": 20}), "here"))

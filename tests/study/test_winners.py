@@ -168,6 +168,14 @@ def test_what_is_listed_and_not_tuned_stays_listed_where_the_same_wins(tmp_path,
     assert [arm.name for arm in new.arms] == names
 
 
+def test_feed_forward_sizes_go_with_the_widths_that_won(tmp_path):
+    narrow = {"name": "narrow", "family": "dense", "d_model": [4, 8], "d_ff": {4: 10, 8: 20}, "learning_rate": RATES}
+    folder = tuning(tmp_path, arms=[narrow | {"init": ["paper", "variance"]}], model={"d_model": 16}, seeds=[100])
+    give_losses(folder, lambda spec: (spec.init == "paper") == (spec.model.d_model == 4))
+    new = written(folder, tmp_path / "new.yaml", n_seeds=2)
+    assert [(arm.init, arm.d_model, arm.d_ff) for arm in new.arms] == [("variance", 4, {4: 10}), ("paper", 8, {8: 20})]
+
+
 def test_trial_with_a_failed_seed_cannot_win(tmp_path):
     rates = [1e30, 0.01, 0.001]
     file = write_study(tmp_path / "files", name="tuning", seeds=SEEDS, arms=[DENSE | {"learning_rate": rates}])
