@@ -27,7 +27,7 @@ from analysis.runs import StudyRuns
 from analysis.selection import seed_table
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
 from analysis.statistics.seed_blocks import MIN_SEEDS, two_way
-from analysis.summary import MEASURES, VAL_LOSS, Measure, frontier_key, n_statement
+from analysis.summary import DENSE_TUNED, MEASURES, VAL_LOSS, Measure, frontier_key, n_statement
 from analysis.tables import counted, difference_shown, percent, range_shown
 from analysis.uncertainty import FrontierUncertainty
 
@@ -144,8 +144,9 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
         unit = measure.difference_unit
         own = tested[tested["measure"] == measure.name]
         margin = own["margin"].iloc[0]
-        for group, rows in own.groupby("group", sort=False):
-            words = f"{group}, {measure.title.lower()}: {_tally(rows, measure)}"
+        for (group, rival), rows in own.groupby(["group", "against_group"], sort=False):
+            against = f" against {rival}" if DENSE_TUNED in set(own["against_group"]) else ""
+            words = f"{group}{against}, {measure.title.lower()}: {_tally(rows, measure)}"
             if math.isfinite(margin) and rows["p_adjusted"].notna().any():
                 holds = rows[rows["non_inferior"]].sort_values("n_params")
                 words += f"; not inferior by the margin of {margin:g} {unit}: " + (
@@ -165,7 +166,8 @@ def _smallest(compared: pd.DataFrame, measure: Measure) -> str:
     if own["margin"].isna().all():
         return ""
     margin = f"the margin of {own['margin'].max():g} {measure.difference_unit}"
-    holds = own[own["non_inferior"]].sort_values(["n_params", "trial"])
+    against_all = own.groupby("trial")["non_inferior"].transform("all")  # from scratch and, of its budget, trained on
+    holds = own[against_all].sort_values(["n_params", "trial"])
     if holds.empty:
         return f"No configuration of any family is shown to lose less {measure.short} than {margin}."
     row = holds.iloc[0]

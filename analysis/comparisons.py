@@ -25,7 +25,7 @@ from analysis.statistics.contrasts import (
 )
 from analysis.statistics.multiplicity import benjamini_hochberg, holm
 from analysis.statistics.seed_blocks import MIN_SEEDS
-from analysis.summary import DENSE, MEASURES, Measure
+from analysis.summary import DENSE, DENSE_TUNED, MEASURES, Measure
 
 LEVEL = 0.05
 """Of a family of tests, two-sided."""
@@ -58,14 +58,17 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
 
     Compared are the pairs that the study file declares, of any budgets; and, of one budget, each trial with the dense
     reference and each MPO trial with the controls of equal parameters: of each family, one within `EQUAL_SIZE` of its
-    parameters, from the same start. Trials that were stopped early are in no pair that is not declared.
+    parameters, from the same start. What starts from a teacher has, as a reference of its own, the first dense trial
+    of its budget that was trained on from the same teacher. Trials that were stopped early are in no pair that is not
+    declared.
 
     Claims rest on each pair's own t test (see `statistics.contrasts.headline`). Declared pairs are one family for each
     measure, adjusted by Holm; those of them that could not be tested count in it all the same, as p = 1. The others are
     exploration, adjusted by Benjamini and Hochberg. While the study lacks runs nothing declared is decided: neither is
     the family complete, nor has the order of tests begun where it must. Non-inferiority to the
-    reference, by the study file's margin, is tested at .025 one-sided within each arm, from its largest χ (or, without
-    χ, its largest model) downwards, up to the first that fails; where two are equally large, by Holm.
+    reference, by the study file's margin, is tested at .025 one-sided within each arm and against each reference, from
+    its largest χ (or, without χ, its largest model) downwards, up to the first that fails; where two are equally large,
+    by Holm.
 
     Returns:
         One row per measure and pair, with `COLUMNS`. difference (trial − against), half_width (95 %), margin and bound
@@ -87,8 +90,9 @@ def reference_trial(summary: pd.DataFrame) -> int | None:
 
 
 def declared_against_reference(compared: pd.DataFrame) -> set[int]:
-    """Trials that the study file compares with the dense reference, of whatever budget."""
-    return set(compared.loc[(compared["relation"] == REFERENCE) & compared["declared"].astype(bool), "trial"])
+    """Trials that the study file compares with the dense reference, which is from scratch, of whatever budget."""
+    from_scratch = (compared["relation"] == REFERENCE) & (compared["against_group"] == DENSE)
+    return set(compared.loc[from_scratch & compared["declared"].astype(bool), "trial"])
 
 
 # Pairs ----------------------------------------------------------------------------------------------------------------
@@ -106,7 +110,9 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     yield from declared
     known = {(pair.trial, pair.against) for pair in declared}
     # Against its own study's reference a trial of several joined ones needs no other.
-    settled = {pair.trial for pair in declared if pair.relation == REFERENCE}
+    group_of = {trial["trial"]: trial["group"] for trial in trials}
+    settled = {(pair.trial, group_of[pair.against]) for pair in declared if pair.relation == REFERENCE}
+    trained_on = _trained_on(trials)
     others: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
         if trial["family"] != "mpo":
@@ -114,8 +120,11 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     by_size = {budget: _BySize(alike) for budget, alike in others.items()}
     for trial in trials:
         own = []
-        if reference is not None and trial is not reference and trial["trial"] not in settled:
+        if reference is not None and trial is not reference and (trial["trial"], DENSE) not in settled:
             own += [(reference, REFERENCE)] if trial["budget_hash"] == reference["budget_hash"] else []
+        further = trained_on.get(_start_of(trial))
+        if further is not None and further is not trial and (trial["trial"], DENSE_TUNED) not in settled:
+            own += [(further, REFERENCE)]
         if trial["budget_hash"] in by_size:
             alike = by_size[trial["budget_hash"]].near(trial["n_params"])
             own += [(control, EQUAL_PARAMETERS) for control in _controls(trial, alike)]
@@ -130,7 +139,7 @@ def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]]) -> Iterator[P
     for study, arm, rival in runs.claims.contrasts:
         own = [trial for trial in trials if trial["study"] == study]
         rivals = [trial for trial in own if trial["arm"] == rival and pd.isna(trial["stopped"])]
-        reference = _reference_of(own)
+        reference, trained_on = _reference_of(own), _trained_on(own)
         of_cap: dict[Any, list[dict[str, Any]]] = {}
         for trial in rivals:
             if pd.notna(trial["cap"]):
@@ -138,13 +147,32 @@ def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]]) -> Iterator[P
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
             against = _counterpart(trial, of_cap.get(trial["cap"], []), rivals)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
-            relation = REFERENCE if against is reference else EQUAL_PARAMETERS if is_equal else DECLARED
+            is_reference = against is reference or against is trained_on.get(_start_of(trial))
+            relation = REFERENCE if is_reference else EQUAL_PARAMETERS if is_equal else DECLARED
             yield Pair(trial["trial"], against["trial"], relation, declared=True)
 
 
 def _reference_of(own: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The dense trial that those of one study are compared with, as `summary.summarise` chooses it."""
-    dense = [trial for trial in own if trial["group"] == DENSE]
+    return _first([trial for trial in own if trial["group"] == DENSE])
+
+
+def _trained_on(trials: list[dict[str, Any]]) -> dict[tuple[Any, Any], dict[str, Any]]:
+    """By where they start and their budget, the dense trials that were trained on from a teacher: of several the first,
+    as a reference is chosen."""
+    found: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for trial in trials:
+        if trial["group"] == DENSE_TUNED and pd.isna(trial["stopped"]):
+            found.setdefault(_start_of(trial), []).append(trial)
+    return {start: first for start, alike in found.items() if (first := _first(alike)) is not None}
+
+
+def _start_of(trial: dict[str, Any]) -> tuple[Any, Any]:
+    return (trial["teacher"] if trial["start"] == "teacher" else None), trial["budget_hash"]
+
+
+def _first(dense: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first with seeds enough."""
     enough = [trial for trial in dense if trial["n_seeds"] >= MIN_SEEDS]
     return min(enough or dense, key=lambda trial: trial["trial"], default=None)
 
@@ -194,7 +222,8 @@ def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> int:
 
 _TRAINED = ("budget_hash", "learning_rate", "lr_rule", "decay", "factorisation", "n_sites")
 _KNOWN = (
-    *("trial", "study", "arm", "group", "family", "start", "cap", "n_params", "n_seeds", "stopped", "is_reference"),
+    *("trial", "study", "arm", "group", "family", "start", "teacher", "cap", "n_params", "n_seeds", "stopped"),
+    "is_reference",
     *_TRAINED,
 )
 """What of a trial tells which pairs it is in."""
@@ -292,7 +321,7 @@ def _adjust(frame: pd.DataFrame, is_unfinished: bool) -> None:
 def _non_inferior(frame: pd.DataFrame) -> np.ndarray:
     holds = np.zeros(len(frame), dtype=bool)
     tested = frame[frame["relation"] == REFERENCE]
-    for _, arm in tested.groupby(["study", "arm"]):
+    for _, arm in tested.groupby(["study", "arm", "against"]):
         at, p, order = arm.index.to_numpy(), arm["inferiority_p"].to_numpy(), arm["order"].to_numpy()
         if np.unique(order).size == order.size:
             holds[at] = fixed_sequence(p, order)

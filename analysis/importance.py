@@ -23,7 +23,7 @@ MAX_TRIALS = 200
 """Most trials a forest is grown on, drawn at random; its cost grows with their square."""
 
 _NO_FACTORS = (
-    *("trial", "seed", "arm", "family", "as_chi", "sites", "largest_bond", "tuning_trials"),
+    *("trial", "seed", "arm", "family", "as_chi", "sites", "largest_bond", "tuning_trials", "tuned_among"),
     *("budget_hash", "corpus_sha256"),
 )
 FACTORS = tuple(field.key for field in schema.PARAMS if field.key not in _NO_FACTORS)

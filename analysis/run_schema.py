@@ -95,7 +95,7 @@ PARAMS = (
     Field("seed", "param", int, "seed (on seed runs only)"),
     Field("arm", "param", str, "arm of the study file"),
     Field("family", "param", str, "family of the linear layers: dense, mpo, low_rank, monarch, pruned"),
-    Field("start", "param", str, "scratch, or teacher: compressed from a trained dense model, then fine-tuned"),
+    Field("start", "param", str, "scratch, or teacher: a trained dense model, compressed unless dense, trained on"),
     Field("teacher", "param", str, "arm of the teacher"),
     Field("chi", "param", int, "bond-dimension cap χ"),
     Field("as_chi", "param", int, "χ of the MPO that the layers of a control are no larger than"),
@@ -121,6 +121,7 @@ PARAMS = (
     Field("d_ff", "param", int, "feed-forward dimension"),
     Field("weight_decay", "param", float, "weight decay"),
     Field("tuning_trials", "param", int, "trials among which init, learning rate and the like are chosen; 1: none is"),
+    Field("tuned_among", "param", int, "of these, per trial of this study, those of the study that chose its values"),
     Field("budget_hash", "param", str, "hash of corpus, evaluation, tokens, schedule, tuning trials, precision"),
     Field("corpus_sha256", "param", str, "SHA-256 of the corpus"),
 )

@@ -18,7 +18,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
-from analysis.summary import DENSE, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED, SMALLER_DENSE, group_order
+from analysis.summary import DENSE, DENSE_TUNED, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED, SMALLER_DENSE, group_order
 
 WIDTH = 6.75
 """Inches: the text width of a paper with two columns."""
@@ -73,7 +73,7 @@ _KNOWN = {
     LARGER_DENSE: GroupStyle("#007a5a", "v"),
     MPO_SCRATCH: GroupStyle("#0072b2", "o"),
     MPO_TUNED: GroupStyle("#d55e00", "s"),
-    "dense fine-tuned": GroupStyle("#000000", "d"),
+    DENSE_TUNED: GroupStyle("#000000", "d"),
     "low_rank from scratch": GroupStyle("#cc79a7", "<"),
     "low_rank fine-tuned": GroupStyle("#cc79a7", ">"),
     "monarch from scratch": GroupStyle("#56b4e9", "P"),

@@ -17,6 +17,7 @@ from analysis.statistics.seed_blocks import MIN_SEEDS
 DENSE = "dense"
 SMALLER_DENSE = "dense, smaller"
 LARGER_DENSE = "dense, larger"
+DENSE_TUNED = "dense fine-tuned"
 MPO_SCRATCH = "MPO from scratch"
 MPO_TUNED = "MPO fine-tuned"
 
@@ -74,10 +75,9 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     """The trials frame, sorted by group and size, with these columns more:
 
     group: the family as a reader tells them apart. label: short and unique in its group. is_reference: the dense model
-    that others are compared with, the first trial of that size with seeds enough. percent_of_dense: parameters relative
-    to the study's dense model. For each metric of
-    AGGREGATED, its mean, std and half-width over seeds; the most tokens of any seed. For each measure, whether the
-    trial is on its frontier.
+    from scratch that others are compared with, the first trial of that size with seeds enough. percent_of_dense:
+    parameters relative to the study's dense model. For each metric of AGGREGATED, its mean, std and half-width over
+    seeds; the most tokens of any seed. For each measure, whether the trial is on its frontier.
     """
     summary = runs.trials.copy()
     summary["percent_of_dense"] = (100 * summary["n_params"] / summary["n_params_dense"]).astype("float64")
@@ -104,7 +104,7 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
 
 def group_order(groups: Iterable[str]) -> list[str]:
     """The groups present: the known ones first, then others by name."""
-    known = (DENSE, SMALLER_DENSE, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED)
+    known = (DENSE, SMALLER_DENSE, LARGER_DENSE, DENSE_TUNED, MPO_SCRATCH, MPO_TUNED)
     present = set(groups)
     return [group for group in known if group in present] + sorted(present - set(known))
 

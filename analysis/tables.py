@@ -226,6 +226,7 @@ _NUMBERS = (
     "weight_decay",
     "d_model",
     "tuning_trials",
+    "tuned_among",
 )
 _TRAINED_WITH = (
     *("family", "start", "teacher", "init", "refinement", "lr_rule", "decay", "factorisation", "sites", "precision"),

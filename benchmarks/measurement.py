@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 PAIRS = 15
-MIN_PAIRS = 5
+MIN_PAIRS = 3
 """Pairs that are timed however long they take, unless fewer are asked for."""
 PATIENCE = 15.0
 """Seconds after which no further pair is begun."""

@@ -26,8 +26,8 @@ def leading_left(M: Tensor, k: int) -> Tensor | None:
     """The k leading left singular vectors U (m, k) of a large matrix M (m, n), orthonormal, the first ones first.
 
     The squared error ‖M − U Uᵀ M‖² is the least there is, to the rounding of M's dtype where a Gram matrix gives U;
-    else, as far as the convergence of the iteration tells, to a factor of 1 + TOLERANCE. Deterministic: the random start
-    is the same for every M of a shape.
+    else, as far as the convergence of the iteration tells, to a factor of 1 + TOLERANCE. Deterministic: the random
+    start is the same for every M of a shape.
 
     Returns:
         None where a full SVD is the better way: M is not large, k is no small part of its singular vectors, or the

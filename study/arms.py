@@ -11,9 +11,11 @@ from pydantic import Field, model_validator
 
 from study.values import (
     Choices,
+    FixedOrBySize,
     FixedOrListed,
     Name,
     Number,
+    NumberBySize,
     PositiveFloat,
     PositiveInt,
     Range,
@@ -26,10 +28,18 @@ from study.values import (
 
 class _Arm(Strict):
     name: Name = Field(description="Unique in the study; what figures and tables call it.")
-    learning_rate: Number[PositiveFloat] | None = Field(default=None, description="Overrides the protocol's.")
+    learning_rate: NumberBySize[PositiveFloat] | None = Field(
+        default=None,
+        description="Overrides the protocol's. `{8: 3e-3, 16: 1e-3}`: by the trial's χ, or a dense one's d_model.",
+    )
     steps: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Overrides the protocol's.")
     eval_every: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
+    tuned_among: PositiveInt | None = Field(
+        default=None,
+        description="This arm's values were chosen among so many trials, for each of its sizes, of another study; "
+        "`mpo-study winners` writes it. Arms are of one budget where they were tuned as much.",
+    )
 
     def values(self) -> dict[str, Any]:
         """The fields that may be listed or searched and are given, in the order of the model."""
@@ -38,6 +48,13 @@ class _Arm(Strict):
             for name, field in type(self).model_fields.items()
             if name in VALUE_FIELDS and getattr(self, name) is not None
         }
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """χ of the trials of an arm without searched values, or the widths of its dense models; empty where that is the
+        study's own."""
+        given = next((value for key, value in self.values().items() if key in SIZE_FIELDS), ())
+        return given if isinstance(given, tuple) else (given,)
 
     @property
     def is_searched(self) -> bool:
@@ -51,7 +68,12 @@ class _Arm(Strict):
                 f"an arm has listed or searched values, not both; write `{listed[0]}: {{choices: [...]}}` "
                 "to let the sampler choose"
             )
+        by_size = [name for name in BY_SIZE_FIELDS if isinstance(getattr(self, name, None), dict)]
+        if by_size and self.is_searched:
+            raise ValueError(f"`{by_size[0]}` by size is not allowed beside searched values")
         for name, value in self.values().items():
+            if isinstance(value, dict):
+                continue
             given = options(value)
             if len(set(given)) != len(given):
                 raise ValueError(f"`{name}` names a value twice: {list(given)}")
@@ -59,15 +81,32 @@ class _Arm(Strict):
 
 
 class DenseArm(_Arm):
-    """Plain linear layers: the reference, or a narrower model as a control."""
+    """Plain linear layers: the reference, a narrower model as a control, or one that is trained further."""
 
     family: Literal["dense"] = Field(description="Which kind of arm this is.")
     init: Value[Literal["paper", "variance"]] | None = Field(
         default=None, description="Scale of the linear weights: `paper` (std 0.02) unless given, `variance` (1/√N_in)."
     )
     d_model: Number[PositiveInt] | None = Field(
-        default=None, description="Overrides the model's; d_ff follows as 4 × d_model."
+        default=None, description="Overrides the model's; d_ff follows as 4 × d_model unless given."
     )
+    d_ff: FixedOrBySize[PositiveInt] | None = Field(
+        default=None,
+        description="Overrides the model's. `{40: 146, 60: 228}`: by d_model, to come as near to a number of "
+        "parameters as heads of equal width allow.",
+    )
+    teacher: Name | None = Field(
+        default=None,
+        description="A dense arm with one trial: train its trained model of the same seed further, with a schedule of "
+        "its own, as the control of what is compressed and fine-tuned.",
+    )
+
+    @model_validator(mode="after")
+    def _nothing_new_beside_a_teacher(self) -> DenseArm:
+        given = [key for key in ("init", "d_model", "d_ff") if getattr(self, key) is not None]
+        if self.teacher is not None and given:
+            raise ValueError(f"`{given[0]}` has no meaning beside `teacher`: the model is the teacher's")
+        return self
 
 
 class CompressedArm(_Arm):
@@ -147,7 +186,9 @@ class ControlArm(CompressedArm):
 
 
 Arm = Annotated[DenseArm | MPOArm | ControlArm, Field(discriminator="family")]
+BY_SIZE_FIELDS = ("learning_rate", "d_ff")
 VALUE_FIELDS = (
     *("learning_rate", "d_model", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule"),
     *("decay", "forward"),
 )
+SIZE_FIELDS = ("d_model", "chi", "as_chi")

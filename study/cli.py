@@ -1,4 +1,4 @@
-"""The command `mpo-study`: plan, run, refine, status, export, import, ui, sync, sample."""
+"""The command `mpo-study`: plan, run, refine, winners, status, export, import, ui, sync, sample."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from study.progress import say
 from study.run import TRACKING_OFF, run_study, study_corpus
 from study.run import sync as sync_study
 from study.sample import sample as draw_sample
+from study.search_space import listed_specs
 from study.show import show_outcome, show_plan, show_status
 from study.status import as_json as status_as_json
 from study.status import study_status
@@ -34,6 +35,7 @@ from study.study_file import load_config
 from study.tracking.background import is_left_writing
 from study.tracking.connection import runs_page
 from study.urls import hide_password, is_database
+from study.winners import write_winners
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -168,6 +170,24 @@ def refine(
         tracking=tracking,
         growth=Growth(refine=parse_more("--seeds", seeds)),
     )
+
+
+@app.command()
+def winners(
+    directory: Folder,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The study file to write.")],
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="The new study has the seeds 0 to N - 1; as many as the old one unless given.", min=1
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the new study; the file's unless given.")] = None,
+) -> None:
+    """Write a study file of what a finished study selected, to be measured again on fresh seeds."""
+    new = write_winners(StudyDirectory(directory), file, seeds, name, partial(say, console))
+    n_runs = len(listed_specs(new)) * len(new.seed_list)
+    say(console, f"{file}: {len(new.arms)} arms, {n_runs} runs. To see what they cost: mpo-study plan {file}")
 
 
 def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from study.arms import Arm, CompressedArm, DenseArm, MPOArm
+from study.arms import BY_SIZE_FIELDS, Arm, DenseArm, MPOArm
 from study.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Strict
 
 
@@ -211,8 +211,8 @@ class StudyConfig(Strict):
     claims: Claims = Claims()
     rel_error_chi: tuple[PositiveInt, ...] = Field(
         default=(),
-        description="χ, beside those of its arms, at which the layers of every dense model are decomposed, untrained "
-        "and trained, and their relative errors recorded.",
+        description="χ, beside those of its arms, at which the layers of every dense model from scratch are "
+        "decomposed, untrained and trained, and their relative errors recorded.",
     )
     execution: Execution = Execution()
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = Field(
@@ -234,8 +234,11 @@ class StudyConfig(Strict):
         names = [arm.name for arm in self.arms]
         _refuse_repeats("arms", names)
         for arm in self.arms:
-            if isinstance(arm, CompressedArm) and arm.teacher is not None:
+            if arm.teacher is not None:
                 self._check_teacher(arm)
+            for key in BY_SIZE_FIELDS:
+                if isinstance(given := getattr(arm, key, None), dict):
+                    _check_sizes(f"arms[{arm.name}]: `{key}`", given, arm.sizes or (self.model.d_model,))
         self._check_contrasts(names)
         searched = [arm.name for arm in self.arms if arm.is_searched]
         if searched and self.sampler.name == "grid":
@@ -302,19 +305,26 @@ class StudyConfig(Strict):
                 f"{stopping.min_seeds} and {len(self.seed_list)}"
             )
 
-    def _check_teacher(self, arm: CompressedArm) -> None:
+    def _check_teacher(self, arm: Arm) -> None:
         candidates = [
             other.name
             for other in self.arms
             if isinstance(other, DenseArm)
+            and other.teacher is None
             and not any(isinstance(value, tuple | Choices | Range) for value in other.values().values())
             and other.d_model in (None, self.model.d_model)
         ]
         if arm.teacher not in candidates:
             raise ValueError(
-                f"arms[{arm.name}]: `teacher` must name a dense arm of the study's own model with fixed values "
-                f"({', '.join(candidates) or 'there is none'}), but got {arm.teacher}"
+                f"arms[{arm.name}]: `teacher` must name a dense arm from scratch of the study's own model, with fixed "
+                f"values ({', '.join(candidates) or 'there is none'}), but got {arm.teacher}"
             )
+
+
+def _check_sizes(what: str, given: Mapping[int, float], sizes: Sequence[int]) -> None:
+    has, needs = ", ".join(map(str, given)), ", ".join(map(str, sizes))
+    if set(given) != set(sizes):
+        raise ValueError(f"{what} must name the sizes of the arm's trials ({needs}), but got {has}")
 
 
 def _refuse_repeats(what: str, items: Sequence[Any]) -> None:

@@ -54,12 +54,14 @@ def settled(config: StudyConfig, history: Sequence[StudyConfig]) -> StudyConfig:
 def only_adds(old: StudyConfig, new: StudyConfig) -> bool:
     """Whether a study file has all of another, and what it has more are seeds, searched trials or listed trials."""
     rest = [{key: value for key, value in definition(one).items() if key not in _MAY_GROW} for one in (old, new)]
+    tuned_among = [{arm.name: arm.tuned_among for arm in one.arms} for one in (old, new)]
     searched = [{arm.name: arm for arm in one.arms if arm.is_searched} for one in (old, new)]
     return (
         rest[0] == rest[1]
         and new.seed_list[: len(old.seed_list)] == old.seed_list
         and new.budget.trials >= old.budget.trials
         and _limits(new) == _limits(old)
+        and tuned_among[0].items() <= tuned_among[1].items()
         and searched[0] == searched[1]  # Optuna knows no parameter whose range changes
         and set(listed_specs(old)) <= set(listed_specs(new))
     )

@@ -11,7 +11,6 @@ from typing import Literal
 
 from rich.console import Console
 
-from study.arms import CompressedArm
 from study.backup import BackgroundBackup, open_backup
 from study.config import StudyConfig
 from study.corpus import Corpus, load_corpus
@@ -234,7 +233,7 @@ def _reopen(
     # A trial that is not asked yet lacks all its seeds.
     teachers = {spec.teacher for spec in ledger.unasked()}
     if ledger.is_searching:
-        teachers |= {arm.teacher for arm in config.arms if isinstance(arm, CompressedArm) and arm.is_searched}
+        teachers |= {arm.teacher for arm in config.arms if arm.is_searched}
     needed = {(teacher, seed) for teacher in teachers for seed in config.seed_list}
     needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
     for result in list(ledger.results.values()):
@@ -314,6 +313,7 @@ def open_tracker(
         corpus_sha256=corpus.sha256,
         validation_fraction=config.corpus.validation_fraction,
         vocab_size=len(corpus.vocabulary),
+        tuned_among={arm.name: arm.tuned_among for arm in ledger.config.arms},
         log_weights=config.execution.keep_weights,
     )
     # A server has a place for artifacts; a database alone has none, and MLflow would take the working folder.

@@ -63,8 +63,10 @@ A value marked *open* below can be given in several ways:
 | `chi: [4, 8]` | listed: one trial for each element, whatever the sampler |
 | `chi: {choices: [4, 8]}` | searched: the sampler chooses |
 | `chi: {low: 2, high: 48, log: true}` | searched: a number from `low` to `high`; with `log`, uniform in the logarithm |
+| `learning_rate: {8: 3e-3, 16: 1e-3}` | fixed, by the trial's size: `chi`, `as_chi`, or `d_model` of a dense arm |
 
-An arm has listed or searched values beside its fixed ones, not both. Words (`init`, `factorisation`) have no range.
+An arm has listed or searched values beside its fixed ones, not both. Words (`init`, `factorisation`) have no range. A
+learning rate by size names every size of the arm and no other, and stands beside no searched value.
 
 ## Searching
 
@@ -76,6 +78,33 @@ rank what is infeasible below all else. Neither is on the report's frontier.
 
 With `early_stopping` the study depends on the order in which its trials ended, which the report then says. Each
 decision is kept in the ledger with the seeds it rests on, and holds when the study is resumed.
+
+## Tuning
+
+What a study selects was selected for its luck, too, so that it counts on other seeds alone. Tune in a study of its own,
+on seeds from 100 on, every arm over the same values; let `winners` write the study of what it selected; run that:
+
+```yaml
+name: tuning
+seeds: [100, 101, 102]
+arms:
+  - {name: dense, family: dense, learning_rate: [3e-4, 1e-3, 3e-3]}
+  - {name: mpo, family: mpo, chi: [8, 16], learning_rate: [3e-4, 1e-3, 3e-3]}
+```
+
+```
+mpo-study run tuning.yaml
+mpo-study winners results/tuning final.yaml     # arms of fixed values, on the seeds 0, 1, 2
+mpo-study run final.yaml
+```
+
+Tuned are `init`, `learning_rate`, `lr_rule` and `decay` where an arm lists them: for each size, and each combination of
+what else it lists, those with the best mean of the final validation loss win. Of a search, every trial on the frontier
+of parameters and that mean becomes an arm; so does the best one of each arm that has none on it, lest what MPO is
+compared with goes missing. A trial of which a seed failed is not selected. `tuned_among` says among how many trials an
+arm's values were chosen, so that arms tuned alike, wherever, are of one budget. The written file says from which study
+and seeds it comes, and is yours to read and change before it runs. Neither a study that lacks runs nor a seed that
+chose is taken.
 """
 
 

@@ -15,7 +15,7 @@ from optuna.distributions import (
 )
 
 from analysis import run_schema
-from study.arms import Arm, CompressedArm, ControlArm
+from study.arms import SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm
 from study.config import StudyConfig
 from study.errors import StudyError
 from study.trial import TrialSpec
@@ -93,28 +93,34 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
     Raises:
         StudyError: the values do not go together.
     """
-    data: dict[str, Any] = {"arm": arm.name, "family": arm.family}
+    data: dict[str, Any] = {"arm": arm.name, "family": arm.family, "teacher": arm.teacher}
     data |= {key: value for key, value in chosen.items() if key not in ("learning_rate", "d_model")}
     if isinstance(arm, CompressedArm):
-        data["teacher"] = arm.teacher
         data.setdefault("lr_rule", "uniform")
         data.setdefault("decay", "parameter")
         plain = "weights" if isinstance(arm, ControlArm) else "tt_svd"
         data.setdefault(*(("init", "variance") if arm.teacher is None else ("refinement", plain)))
-    else:
+    elif arm.teacher is None:
         data.setdefault("init", "paper")
+    size = next((chosen[key] for key in SIZE_FIELDS if key in chosen), config.model.d_model)
     overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {
-        "learning_rate": chosen.get("learning_rate")
+        "learning_rate": _of_size(chosen.get("learning_rate"), size)
     }
     protocol = config.protocol.model_dump() | {key: value for key, value in overrides.items() if value is not None}
     model = config.model.model_dump()
     if chosen.get("d_model", config.model.d_model) != config.model.d_model:
         model |= {"d_model": chosen["d_model"], "d_ff": None}
+    if isinstance(arm, DenseArm) and arm.d_ff is not None:
+        model["d_ff"] = _of_size(arm.d_ff, size)
     try:
         return TrialSpec.model_validate(data | {"model": model, "protocol": protocol})
     except ValueError as error:
         reason = str(error.errors()[0]["msg"]) if hasattr(error, "errors") else str(error)  # type: ignore[attr-defined]
         raise StudyError(f"arms[{arm.name}]: {reason.removeprefix('Value error, ')}") from None
+
+
+def _of_size(value: Any, size: int) -> Any:
+    return value[size] if isinstance(value, dict) else value
 
 
 def teacher_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:

@@ -148,7 +148,7 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 def _what(spec: TrialSpec) -> str:
     if spec.family == "dense":
-        return f"d_model={spec.model.d_model}"
+        return f"d_model={spec.model.d_model}" + (f", from {spec.teacher}" if spec.teacher is not None else "")
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
     size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
     start = f"from {spec.teacher} ({spec.refinement})" if spec.teacher is not None else spec.init

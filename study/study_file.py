@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,6 +57,14 @@ class _StrictDumper(yaml.SafeDumper):
 
 
 _StrictDumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
+
+
+class _SectionDumper(_StrictDumper):
+    """Indents lists as the study files do."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
 
 _ARMS: dict[str, type[BaseModel]] = {
     family: arm for arm in (DenseArm, MPOArm, ControlArm) for family in get_args(arm.model_fields["family"].annotation)
@@ -121,6 +129,15 @@ def dump_config(config: StudyConfig) -> str:
     """The resolved study file as YAML: every value that counts, defaults included."""
     data = config.model_dump(mode="json", exclude_none=True)
     return yaml.dump(data, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_sections(data: Mapping[str, Any]) -> str:
+    """The content of a study file as YAML to be read: a blank line between sections and arms, the innermost lists and
+    mappings in one line."""
+    text = yaml.dump(
+        dict(data), Dumper=_SectionDumper, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110
+    )
+    return re.sub(r"\n(?=(?!description)\S|  - )", "\n\n", text).replace("\narms:\n\n", "\narms:\n")
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -188,6 +205,7 @@ def _describe(defect: Any, data: Any) -> str:
             "listed": "a list",
             "choices": "{choices: [...]}",
             "range": "{low: ..., high: ...}",
+            "by_size": "{SIZE: ...}",
         }
         expected = [shapes[tag.strip(" '")] for tag in context["expected_tags"].split(",")]
         return f"{path}: must be {' or '.join(expected)}, but got {got}"
@@ -216,7 +234,7 @@ def _path(location: tuple[int | str, ...], data: Any) -> str:
     for before, key in zip((None, *location), location, strict=False):
         if key in VALUE_KINDS and before in (*VALUE_FIELDS, "seeds"):
             continue  # a branch of our unions, not a key of the file
-        if key in ("dense", "mpo") and isinstance(before, int):
+        if key in _ARMS and isinstance(before, int):
             continue
         node = _get(node, key)
         name = node.get("name") if isinstance(key, int) and isinstance(node, dict) else None

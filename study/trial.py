@@ -86,7 +86,7 @@ def build_model(
     Args:
         generator_for: gives the generator of each parameter's initial values; None builds shapes without values (on
             the meta device).
-        teacher_weights: state of the trained dense model that a spec with a teacher compresses.
+        teacher_weights: state of the trained dense model that a spec with a teacher compresses, or trains further.
         calibration: batches of tokens (B, T) over which a data-aware refinement fits it.
     """
     device = None if generator_for is not None else "meta"
@@ -261,11 +261,11 @@ TUNED_FIELDS = ("init", "learning_rate", "lr_rule", "decay")
 
 
 def tuning_trials(arm: str, config: StudyConfig) -> int:
-    """How many trials of this arm differ in what tuning chooses (`TUNED_FIELDS`); a search's whole budget."""
-    if config.arm(arm).is_searched:
-        return config.budget.trials
-    listed = [value for key, value in config.arm(arm).values().items() if key in TUNED_FIELDS]
-    return math.prod(len(value) for value in listed if isinstance(value, tuple))
+    """How many trials of this arm differ in what tuning chooses (`TUNED_FIELDS`), or a search's whole budget; times
+    those of another study that its values were chosen among."""
+    own = config.arm(arm)
+    listed = [len(value) for key, value in own.values().items() if key in TUNED_FIELDS and isinstance(value, tuple)]
+    return (own.tuned_among or 1) * (config.budget.trials if own.is_searched else math.prod(listed))
 
 
 def _hash(data: Any) -> str:

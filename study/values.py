@@ -1,4 +1,4 @@
-"""Values in a study file: fixed, listed or searched.
+"""Values in a study file: fixed, listed, searched or, of a learning rate, by the trial's size.
 
 A *listed* value (`chi: [4, 8]`) gives one trial for each of its elements, whatever the sampler. A *searched* value
 (`chi: {choices: [4, 8]}`, `learning_rate: {low: 1e-4, high: 1e-2, log: true}`) is the sampler's to choose.
@@ -48,7 +48,7 @@ class Range(Generic[T]):
         return self
 
 
-VALUE_KINDS = ("fixed", "listed", "choices", "range")
+VALUE_KINDS = ("fixed", "listed", "choices", "range", "by_size")
 
 
 def _kind_of_value(value: Any) -> str:
@@ -56,6 +56,8 @@ def _kind_of_value(value: Any) -> str:
         return "listed"
     if isinstance(value, Choices) or (isinstance(value, dict) and "choices" in value):
         return "choices"
+    if isinstance(value, dict) and value and all(str(key).isdecimal() for key in value):
+        return "by_size"
     if isinstance(value, Range | dict):
         return "range"
     return "fixed"
@@ -71,6 +73,21 @@ Number = Annotated[
     Discriminator(_kind_of_value),
 ]
 """A `Value` that may also be `{low: ..., high: ..., log: ...}`."""
+
+NumberBySize = Annotated[
+    Annotated[T, Tag("fixed")]
+    | Listed[T]
+    | Annotated[Choices[T], Tag("choices")]
+    | Annotated[Range[T], Tag("range")]
+    | Annotated[dict[int, T], Tag("by_size")],
+    Discriminator(_kind_of_value),
+]
+"""A `Number` that may also be `{8: ..., 16: ...}`: one for each size that a trial of the arm may have."""
+
+FixedOrBySize = Annotated[
+    Annotated[T, Tag("fixed")] | Annotated[dict[int, T], Tag("by_size")], Discriminator(_kind_of_value)
+]
+"""A fixed value, or one for each size that a trial of the arm may have."""
 
 FixedOrListed = Annotated[Annotated[T, Tag("fixed")] | Listed[T], Discriminator(_kind_of_value)]
 """A fixed value, or a list of them."""

@@ -15,7 +15,6 @@ import optuna
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from study.arms import CompressedArm
 from study.config import StudyConfig
 from study.definition import definition, differences, only_adds, settled
 from study.early_stopping import Stop, stops_after
@@ -169,7 +168,7 @@ class Ledger:
         newest = growths.history[-1]
         self.config = settled(self.config, growths.history)
         self._tally = Tally(self.config, growths.more_seeds)
-        self._teacher_arms = {arm.teacher for arm in self.config.arms if isinstance(arm, CompressedArm)} - {None}
+        self._teacher_arms = {arm.teacher for arm in self.config.arms} - {None}
         changed = list(differences(definition(newest), definition(self.config)))
         self._has_grown = len(growths.history) > 1 or bool(changed)
         if not changed:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from study.arms import CompressedArm
 from study.config import StudyConfig
 from study.ledger.ledger import Ledger
 from study.ledger.tables import LEDGER_ERRORS
@@ -58,7 +57,7 @@ class Queue:
     _furthest_step: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._teacher_arms = {arm.teacher for arm in self.config.arms if isinstance(arm, CompressedArm)} - {None}
+        self._teacher_arms = {arm.teacher for arm in self.config.arms} - {None}
         self._rel_error_chis = study_chis(self.config)
         self._teachers: dict[str, Trial] = {}
 
@@ -231,6 +230,7 @@ class Queue:
                 tokens=teacher.spec.train_tokens,
             )
         execution = self.config.execution
+        is_reference = trial.spec.family == "dense" and trial.spec.teacher is None
         return Unit(
             trial=trial.number,
             seeds=seeds,
@@ -240,7 +240,7 @@ class Queue:
             corpus_sha256=self.corpus_sha256,
             validation_fraction=self.config.corpus.validation_fraction,
             teachers=teachers,
-            rel_error_chis=self._rel_error_chis if trial.spec.family == "dense" else (),
+            rel_error_chis=self._rel_error_chis if is_reference else (),
             keep_weights=execution.keep_weights or trial.spec.arm in self._teacher_arms,
             cpus=execution.cpus,
             gpus=execution.gpus,

@@ -9,7 +9,7 @@ import json
 import statistics
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as with_default
 from datetime import datetime
@@ -55,6 +55,8 @@ class StudyRecord:
     corpus_sha256: str
     validation_fraction: float
     vocab_size: int
+    tuned_among: Mapping[str, int | None]
+    """Of each arm, see `config.Arm`."""
     log_weights: bool
 
 
@@ -386,6 +388,7 @@ class Tracker:
             "sites": ", ".join(sorted({str(len(bonds) - 1) for bonds in trial.shape.bonds.values()})) or None,
             "largest_bond": max((max(bonds) for bonds in trial.shape.bonds.values()), default=None),
             "tuning_trials": trial.tuning_trials,
+            "tuned_among": self._record.tuned_among.get(spec.arm),
             "budget_hash": trial.budget_hash,
             "corpus_sha256": self._record.corpus_sha256,
         }

@@ -55,6 +55,16 @@ def test_first_screen_counts_what_beats_its_controls():
     assert f"validation token accuracy: {tally} (χ=4 +2" in said
 
 
+def test_first_screen_tells_dense_from_scratch_and_trained_on_apart():
+    of_teacher = {"start": "teacher", "budget_hash": "0ddba11e"}
+    further = Configuration("further", N_PARAMS_DENSE, 1.55, "dense", seeds=range(5), **of_teacher)
+    found = [DENSE, further, *(mpo(chi, loss, **of_teacher) for chi, loss in ((8, 1.7), (16, 1.59), (32, 1.55)))]
+    said = answered(found, [("mpo", "dense")], noise=0.002)["Does it keep up with dense?"]
+    assert "MPO fine-tuned against dense, validation loss: better at 2 and worse at 1 of 3 sizes" in said
+    assert "MPO fine-tuned against dense fine-tuned, validation loss: worse at 2 and undecided at 1 of 3 sizes" in said
+    assert "shown to lose less loss than the margin of 0.02 nats is χ=32 " in said  # χ=16 keeps up with one dense alone
+
+
 def test_first_screen_says_from_which_chi_on_dense_is_matched():
     said = answered([DENSE, mpo(8, 1.8), mpo(16, 1.605), mpo(32, 1.6)], [("mpo", "dense")], noise=0.002)
     dense = said["Does it keep up with dense?"]

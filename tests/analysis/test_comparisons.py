@@ -12,6 +12,7 @@ from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulat
 from analysis.comparisons import (
     BETTER,
     COLUMNS,
+    DECLARED,
     EQUAL_PARAMETERS,
     FAILED,
     NOT_INFERIOR,
@@ -22,6 +23,7 @@ from analysis.comparisons import (
     UNFINISHED,
     WORSE,
     compare,
+    declared_against_reference,
     reference_trial,
 )
 from analysis.runs import Claims, Contrast
@@ -130,6 +132,53 @@ def test_budgets_meet_only_where_it_is_declared():
     assert (row["declared"], row["same_budget"], row["relation"], row["adjustment"]) == (True, False, REFERENCE, "Holm")
     assert row["total_tokens"] == 2 * row["against_total_tokens"]
     assert row_of(frame, 1, 0)["adjustment"] == "BH"
+
+
+def further(loss, arm="further", **settings):
+    settings = {"budget_hash": "0ddba11e", "seeds": range(5)} | settings
+    return Configuration(arm, N_PARAMS_DENSE, loss, "dense", start="teacher", **settings)
+
+
+def test_what_starts_from_a_teacher_meets_the_dense_model_that_was_trained_on_from_it():
+    def tuned(chi, **settings):
+        return mpo(chi, 1.6, "tuned", start="teacher", budget_hash=settings.pop("budget_hash", "0ddba11e"), **settings)
+
+    found = [
+        DENSE,
+        further(1.5, "of another teacher", extra={"teacher": "other"}),
+        further(1.55, "longer", budget_hash="facade"),
+        further(1.55),
+        further(1.50, "later and better"),
+        tuned(8),
+        tuned(16, budget_hash="decade"),
+        mpo(8, 1.7),
+    ]
+    frame, runs = compared(found)
+    pairs = set(frame.loc[frame["relation"] == REFERENCE, ["trial", "against"]].itertuples(index=False, name=None))
+    assert pairs == {(4, 3), (5, 3), (7, 0)}
+    assert row_of(frame, 5, 3)["margin"] == MARGINS["val_loss"]
+    assert reference_trial(summarise(runs)) == 0
+
+    frame, _ = compared(found, [("tuned", "dense"), ("further", "dense")])
+    declared = frame[frame["declared"]]
+    pairs = set(declared[["trial", "against"]].itertuples(index=False, name=None))
+    assert pairs == {(5, 0), (6, 0), (3, 0)}
+    assert set(declared["relation"]) == {REFERENCE}
+    assert row_of(frame, 5, 3)["relation"] == REFERENCE  # beside the one that is declared, as exploration
+
+    frame, _ = compared(found, [("tuned", "further")])
+    assert (row_of(frame, 5, 3)["relation"], row_of(frame, 5, 3)["declared"]) == (REFERENCE, True)
+    assert row_of(frame, 6, 3)["relation"] == DECLARED  # of another budget
+    assert declared_against_reference(frame) == set()
+
+
+def test_an_arm_is_tested_against_each_reference_in_an_order_of_its_own():
+    losses = {32: 1.60, 16: 1.61, 8: 1.75}
+    arm = [mpo(chi, loss, "tuned", start="teacher", budget_hash="0ddba11e") for chi, loss in losses.items()]
+    frame, _ = compared([DENSE, further(1.50), *arm], [("tuned", "dense"), ("tuned", "further")], noise=0.002)
+    own = frame[frame["measure"] == "val_loss"].set_index(["against", "trial"])["non_inferior"]
+    assert own[0].to_dict() == {2: True, 3: True, 4: False}
+    assert not own[1].any()
 
 
 def test_counterpart_has_the_same_chi_or_else_the_nearest_size():

@@ -121,6 +121,19 @@ def test_report_says_what_a_reader_must_know(page, runs):
         assert sentence in text.replace("\xa0", " "), sentence
 
 
+def test_report_tells_what_was_tuned_here_from_what_was_tuned_before(tmp_path):
+    tuned = {"elsewhere": (3, 3), "here": (6, None), "both": (6, 3), "never": (1, None)}
+    found = [
+        replace(simulated_study.configurations()[0], arm=arm, extra={"tuning_trials": n, "tuned_among": among})
+        for arm, (n, among) in tuned.items()
+    ]
+    uri = simulated_study.write_study(tmp_path, found, n_evaluations=2)
+    write_report(load_study(StudyAddress(uri, "tiny")), tmp_path / "report")
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "2 of 4 configurations have values that another study chose, each among 3 trials." in text
+    assert "2 of 4 configurations were tried to choose an init or a learning rate." in text
+
+
 def test_report_shows_the_frontier_first(page, summary):
     on = summary[summary["on_frontier/val_loss"]]
     assert page.ids.index("frontier") < page.ids.index("figures")

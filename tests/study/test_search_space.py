@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
+import jsonschema
 import optuna
 import pytest
 
 from study.errors import StudyError
 from study.samplers import make_sampler
+from study.schema import json_schema
 from study.search_space import check_trials, directions, listed_specs, suggest
-from study.study_file import validate
+from study.study_file import dump_config, load_config, parse_yaml, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -92,6 +96,38 @@ def test_arm_overrides_the_protocol_and_inherits_the_rest(small_study):
     changes = {"steps": 50, "warmup_steps": 5, "eval_every": 10, "learning_rate": 0.5}
     assert spec.protocol == config.protocol.model_copy(update=changes)
     assert spec.model == config.model
+
+
+def test_learning_rate_by_size_is_that_of_the_trials_chi_or_width(small_study, tmp_path):
+    arms = [
+        {"name": "dense", "family": "dense", "learning_rate": {8: 0.3}},
+        {"name": "narrow", "family": "dense", "d_model": [4, 2], "learning_rate": {2: 0.2, 4: 0.1}},
+        {
+            "name": "mpo",
+            "family": "mpo",
+            "chi": [2, 4],
+            "decay": ["parameter", "matrix"],
+            "learning_rate": {2: 1, 4: 2},
+        },
+        {"name": "monarch", "family": "monarch", "as_chi": 4, "learning_rate": {4: 0.5}, "teacher": "dense"},
+    ]
+    config = validate(small_study(arms=arms), "here")
+    rates = [(spec.arm, spec.protocol.learning_rate) for spec in listed_specs(config)]
+    assert rates[:3] == [("dense", 0.3), ("narrow", 0.1), ("narrow", 0.2)]
+    assert rates[3:] == [("mpo", 1), ("mpo", 2), ("mpo", 1), ("mpo", 2), ("monarch", 0.5)]
+    (tmp_path / "kept.yaml").write_text(dump_config(config), encoding="utf-8")  # as a study's folder has it
+    assert load_config(tmp_path / "kept.yaml").arms == config.arms
+    text = "arms: [{name: a, family: mpo, chi: [4, 8], learning_rate: {4: 1e-3, 8: 2e-3}}]"
+    jsonschema.validate({"name": "by-size", **parse_yaml(text, "here")}, json.loads(json_schema()))
+
+
+def test_feed_forward_size_of_an_arm_is_its_own_or_that_of_the_width(small_study):
+    arms = [
+        {"name": "dense", "family": "dense", "d_ff": 12},
+        {"name": "narrow", "family": "dense", "d_model": [4, 2], "d_ff": {2: 6, 4: 15}},
+    ]
+    specs = listed_specs(validate(small_study(arms=arms, model={"d_ff": 20}), "here"))
+    assert [(spec.model.d_model, spec.model.d_ff) for spec in specs] == [(8, 12), (4, 15), (2, 6)]
 
 
 def test_narrow_arm_drops_the_models_own_feed_forward_size(small_study):

@@ -200,6 +200,24 @@ def test_tuning_trials_are_budget_of_the_searched_arm_alone(hash_of):
     assert hash_of(mpo(), **SEARCH) != hash_of(mpo(), **SEARCH | {"budget": {"trials": 6}})
 
 
+def test_tuning_in_another_study_counts_as_tuning_in_this_one(hash_of):
+    def arms(**changes):
+        return {
+            "arms": [{"name": "dense", "family": "dense"}, {"name": "mpo", "family": "mpo", "chi": [4, 8]} | changes]
+        }
+
+    rates = {"learning_rate": [1e-3, 1e-2, 1e-1]}
+    assert hash_of(mpo(), **arms(tuned_among=3)) == hash_of(mpo(), **arms(**rates)) != hash_of(mpo(), **arms())
+    by_size = {"learning_rate": {4: 1e-3, 8: 1e-2}}
+    assert hash_of(mpo(), **arms(**by_size)) == hash_of(mpo(), **arms())
+    assert hash_of(mpo(), **arms(**by_size, tuned_among=3)) == hash_of(mpo(), **arms(**rates))
+    both = arms(tuned_among=2, **rates)
+    assert hash_of(mpo(), **both) == hash_of(mpo(), **arms(tuned_among=6))
+    assert hash_of(dense(), **both) == hash_of(dense())
+    searched = [SEARCH["arms"][0], SEARCH["arms"][1] | {"tuned_among": 2}]
+    assert hash_of(mpo(), **SEARCH | {"arms": searched}) == hash_of(mpo(), **SEARCH | {"budget": {"trials": 10}})
+
+
 def test_evaluations_are_at_the_first_and_last_step():
     assert evaluation_steps(Protocol(steps=10, warmup_steps=0, eval_every=4)) == [0, 4, 8, 10]
     assert evaluation_steps(Protocol(steps=8, warmup_steps=0, eval_every=4)) == [0, 4, 8]

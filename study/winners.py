@@ -1,0 +1,326 @@
+"""The study of what a finished one selected: its winners as fixed values, to be measured again on fresh seeds."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import statistics
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from study.arms import BY_SIZE_FIELDS, SIZE_FIELDS, Arm, DenseArm
+from study.config import StudyConfig
+from study.definition import settled
+from study.directory import StudyDirectory, replace_file
+from study.errors import StudyError
+from study.frontier import frontier, points
+from study.ledger.snapshot import Snapshot, read_ledger
+from study.ledger.trials import Trial
+from study.search_space import check_trials
+from study.status import TrialStatus, study_status
+from study.study_file import dump_sections, parse_yaml, validate
+from study.trial import TUNED_FIELDS, SeedResult, TrialSpec, tuning_trials
+
+Content = dict[str, Any]
+"""An arm as a study file has it."""
+
+_WORDS = {"chi": "chi{}", "as_chi": "as-chi{}", "d_model": "d{}", "n_sites": "L{}"}
+"""How a name says a value; others are words themselves."""
+_FIRST, _LAST = ("name", "family", "teacher", *SIZE_FIELDS), ("tuned_among",)
+
+
+def write_winners(
+    directory: StudyDirectory,
+    file: Path,
+    n_seeds: int | None = None,
+    name: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> StudyConfig:
+    """Write a study file of what a finished study selected by the mean of the final validation loss over its seeds.
+
+    Of a listed arm: for each combination of its values that are not tuned, the tuned ones (`TUNED_FIELDS`) with the
+    best mean; of equal means the first. Of a search: the trials on the frontier, and of each arm that has none on it
+    the one of lowest mean. Trials of which a seed failed are not selected. Arms of which nothing is tuned stay as they
+    are.
+
+    Args:
+        n_seeds: the new study has the seeds 0 to n_seeds - 1; as many as the old one has unless given.
+        name: of the new study; the file's unless given.
+        say: told in one line what could not be selected.
+    Returns:
+        The new study.
+
+    Raises:
+        StudyError: the study is not finished, tunes nothing, or used one of these seeds; nothing of an arm can win; the
+            file is there already or cannot be written.
+    """
+    if file.exists():
+        raise StudyError(f"{file}: is there already; give another file, or remove it")
+    own = directory.load_config()
+    snapshot = read_ledger(directory.ledger_url, own.name)
+    config = settled(own, snapshot.growths.history)
+    _check_finished(directory)
+    n_seeds = n_seeds or len(config.seed_list)
+    used = {result.seed for result in snapshot.results}.union(config.seed_list)
+    _check_fresh(config.name, n_seeds, used)
+    if name is None:
+        name = file.stem
+    if name == config.name:
+        raise StudyError(f"--name {name}: is the name of the study that selected; give the new one another")
+    arms = _selected(config, snapshot, say)
+    if [arm for new in arms.values() for arm in new] == [_plain(arm) for arm in config.arms]:
+        raise StudyError(f"{directory.path}: study {config.name} tuned nothing: no arm has listed or searched values")
+    sections = _sections(config, snapshot, name, n_seeds, file, arms)
+    text = _head(directory, file, n_seeds, name, config, snapshot, used) + dump_sections(sections)
+    new = validate(parse_yaml(text, str(file)), str(file))
+    check_trials(new)
+    try:
+        replace_file(file, text.encode())
+    except OSError as error:
+        raise StudyError(f"{file}: cannot write there: {error.strerror or error}; give another file") from None
+    return new
+
+
+def _check_finished(directory: StudyDirectory) -> None:
+    now = study_status(directory)
+    if not now.n_missing:
+        return
+    lacking = [_missing(row) for row in now.trials if row.missing]
+    lacking += [f"{now.n_unasked} trials that are still to come"] if now.n_unasked else []
+    shown = "; ".join(lacking[:4] + ["..."] * (len(lacking) > 4))
+    raise StudyError(
+        f"{directory.path}: study {now.name} is not finished, so what it selects is not known: it lacks "
+        f"{now.n_missing} runs ({shown}); run it again first"
+    )
+
+
+def _missing(row: TrialStatus) -> str:
+    return f"trial {row.trial.number} ({row.trial.spec.arm}) seeds {_listed(row.missing)}"
+
+
+def _check_fresh(name: str, n_seeds: int, used: Iterable[int]) -> None:
+    stale = sorted(seed for seed in used if seed < n_seeds)
+    if stale:
+        raise StudyError(
+            f"the new study would have the seeds 0 to {n_seeds - 1}, but study {name} selected on {_listed(stale)}, "
+            "and what is selected counts on fresh seeds alone; tune on seeds from 100 on (`seeds: [100, 101, 102]`)"
+        )
+
+
+# Selection ------------------------------------------------------------------------------------------------------------
+
+
+def _selected(config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None]) -> dict[str, list[Content]]:
+    """The arms of the new study, by the arm that they come from."""
+    results = [result for result in snapshot.results if result.seed in config.seed_list]
+    losses = _mean_losses(snapshot.trials, results)
+    found = frontier(points(snapshot.trials, results))
+    on_frontier = {point.trial for point in found}
+    taken = {arm.name for arm in config.arms}
+    arms: dict[str, list[Content]] = {}
+    for arm in config.arms:
+        trials = [trial for trial in snapshot.trials if trial.spec.arm == arm.name]
+        if not arm.is_searched:
+            new = _best_of_listed(arm, config, trials, losses)
+        else:
+            own = [trial for trial in trials if trial.duplicate_of is None and trial.number in losses]
+            chosen = [trial for trial in own if trial.number in on_frontier]
+            chosen = chosen or sorted(own, key=lambda trial: losses[trial.number])[:1]
+            if not chosen:
+                say(f"arm {arm.name}: none of its trials has all its seeds; it is left out, with its contrasts")
+            new = _of_search(arm, config, sorted(chosen, key=lambda trial: (trial.shape.n_params, trial.number)))
+        taken.discard(arm.name)  # the first that comes from it may keep it
+        arms[arm.name] = [_ordered(_with_own_name(content, taken)) for content in new]
+    return arms
+
+
+def _mean_losses(trials: Iterable[Trial], results: Iterable[SeedResult]) -> dict[int, float]:
+    """Mean final validation loss by trial, in nats; of those that were trained with no seed failed, and their
+    repeats."""
+    of_trial: dict[int, list[SeedResult]] = defaultdict(list)
+    for result in results:
+        of_trial[result.trial].append(result)
+    return {
+        trial.number: statistics.fmean(result.final["final/val_loss"] for result in own)
+        for trial in trials
+        if (own := of_trial[trial.source]) and trial.stop is None and all(result.state == "complete" for result in own)
+    }
+
+
+def _best_of_listed(
+    arm: Arm, config: StudyConfig, trials: Sequence[Trial], losses: Mapping[int, float]
+) -> list[Content]:
+    """An arm with the tuned values that won; several where more than the learning rate depends on the size."""
+    listed = [key for key, value in arm.values().items() if isinstance(value, tuple)]
+    tuned = [key for key in listed if key in TUNED_FIELDS]
+    if not tuned:
+        return [_plain(arm)]
+    kept = [key for key in listed if key not in tuned]
+    alike: dict[tuple[Any, ...], list[Trial]] = defaultdict(list)
+    for trial in trials:
+        alike[tuple(_value(trial.spec, key) for key in kept)].append(trial)
+    winners = []
+    for at, own in alike.items():
+        sound = [trial for trial in own if trial.number in losses]
+        if not sound:
+            where = ", ".join(f"{key}={value}" for key, value in zip(kept, at, strict=True))
+            raise StudyError(
+                f"arm {arm.name}{where and f', {where}'}: a seed of every trial failed, so that none of them can win; "
+                "list other values, or take this out of the study"
+            )
+        winners.append(min(sound, key=lambda trial: losses[trial.number]).spec)
+    return list(_as_arms(arm, tuning_trials(arm.name, config), kept, tuned, winners))
+
+
+def _as_arms(
+    arm: Arm, tuned_among: int, kept: Sequence[str], tuned: Sequence[str], winners: Sequence[TrialSpec]
+) -> Iterator[Content]:
+    """As few arms as say the winners: the learning rate may depend on the size within one, and nothing else.
+
+    Args:
+        kept, tuned: fields that the arm lists.
+        winners: one for each combination of those kept.
+    """
+    size = next((key for key in kept if key in SIZE_FIELDS), None)
+    others = [key for key in kept if key != size]
+    by_size: dict[Any, set[tuple[Any, ...]]] = defaultdict(set)
+    for spec in winners:
+        by_size[_value(spec, size)].add(tuple(_value(spec, key) for key in tuned))
+    if all(len(values) == 1 for values in by_size.values()):
+        others = []  # the same won whatever they are, so they stay as they are listed
+    fixed = [*others, *(key for key in tuned if key != "learning_rate")]
+    groups: dict[tuple[Any, ...], list[TrialSpec]] = defaultdict(list)
+    for spec in winners:
+        groups[tuple(_value(spec, key) for key in fixed)].append(spec)
+    chosen = [dict(zip(fixed, values, strict=True)) for values in groups]
+    for name, values, specs in zip(_names(arm.name, chosen), chosen, groups.values(), strict=True):
+        content = _plain(arm) | {"name": name, **values, "tuned_among": tuned_among}
+        sizes = list(dict.fromkeys(_value(spec, size) for spec in specs))
+        if size is not None:
+            content[size] = sizes if len(sizes) > 1 else sizes[0]
+        if "learning_rate" in tuned or isinstance(arm.learning_rate, dict):
+            rates = {_value(spec, size): spec.protocol.learning_rate for spec in specs}
+            content["learning_rate"] = rates if len(set(rates.values())) > 1 else next(iter(rates.values()))
+        if isinstance(arm, DenseArm) and isinstance(arm.d_ff, dict):
+            content["d_ff"] = {each: arm.d_ff[each] for each in sizes}
+        yield content
+
+
+def _of_search(arm: Arm, config: StudyConfig, chosen: Sequence[Trial]) -> list[Content]:
+    """An arm of fixed values for each of a searched arm's trials."""
+    values = [{key: _value(trial.spec, key) for key in arm.values()} for trial in chosen]
+    tuned_among = tuning_trials(arm.name, config)
+    return [
+        _plain(arm) | {"name": name, **own, "tuned_among": tuned_among}
+        for name, own in zip(_names(arm.name, values), values, strict=True)
+    ]
+
+
+# Arms -----------------------------------------------------------------------------------------------------------------
+
+
+def _plain(arm: Arm) -> Content:
+    content = arm.model_dump(mode="json", exclude_defaults=True)
+    for key in BY_SIZE_FIELDS:
+        if isinstance(given := getattr(arm, key, None), dict):
+            content[key] = dict(given)  # JSON has no numbers as keys
+    return _ordered(content)
+
+
+def _ordered(content: Content) -> Content:
+    keys = [*(key for key in _FIRST if key in content), *(key for key in content if key not in (*_FIRST, *_LAST))]
+    return {key: content[key] for key in [*keys, *(key for key in _LAST if key in content)]}
+
+
+def _value(spec: TrialSpec, key: str | None) -> Any:
+    """What a trial has for a field of its arm."""
+    if key is None:
+        return None
+    return getattr({"learning_rate": spec.protocol, "d_model": spec.model}.get(key, spec), key)
+
+
+def _names(arm: str, chosen: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The arm's name, and the values in which those that come from it differ, learning rates aside."""
+    differing = [key for key in chosen[0] if len({own[key] for own in chosen}) > 1] if chosen else []
+    differing = [key for key in differing if key != "learning_rate"]
+    return ["-".join([arm, *(_WORDS.get(key, "{}").format(own[key]) for key in differing)]) for own in chosen]
+
+
+def _with_own_name(content: Content, taken: set[str]) -> Content:
+    """The arm under a name that no other has: its own, or that with a number."""
+    name, number = content["name"], 1
+    while content["name"] in taken:
+        number += 1
+        content = content | {"name": f"{name}-{number}"}
+    taken.add(content["name"])
+    return content
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def _sections(
+    config: StudyConfig, snapshot: Snapshot, name: str, n_seeds: int, file: Path, arms: Mapping[str, list[Content]]
+) -> Content:
+    corpus = config.corpus.model_dump(mode="json", exclude_defaults=True)
+    if config.corpus.path is not None:
+        there = os.path.relpath(config.corpus.path, file.resolve().parent)
+        corpus |= {"path": Path(there).as_posix(), "sha256": snapshot.corpus_sha256}
+    claims = {"margins": config.claims.margins.model_dump(), "contrasts": list(_contrasts(config, arms))}
+    sections = {
+        "name": name,
+        "description": f"What study {config.name} selected, on seeds that it did not have.",
+        "corpus": corpus,
+        "model": config.model.model_dump(mode="json", exclude_none=True),
+        "protocol": config.protocol.model_dump(mode="json", exclude_none=True),
+        "seeds": n_seeds,
+        "objectives": list(config.objectives),
+        "claims": {key: content for key, content in claims.items() if content},
+        "rel_error_chi": list(config.rel_error_chi),
+        "execution": config.execution.model_dump(mode="json", exclude_defaults=True),
+        "arms": [content for new in arms.values() for content in new],
+    }
+    return {key: content for key, content in sections.items() if content}
+
+
+def _contrasts(config: StudyConfig, arms: Mapping[str, list[Content]]) -> Iterator[Content]:
+    """Each declared contrast, for each arm that comes from one it names: with the rivals that share a χ, if any do."""
+    for contrast in config.claims.contrasts:
+        rivals = arms[contrast.against]
+        for own in arms[contrast.arm]:
+            alike = [rival for rival in rivals if _chis(own) & _chis(rival)]
+            for rival in alike or rivals:
+                yield {"arm": own["name"], "against": rival["name"]}
+
+
+def _chis(content: Content) -> set[int]:
+    chis = content.get("chi", content.get("as_chi", []))
+    return set(chis if isinstance(chis, list) else [chis])
+
+
+def _head(
+    directory: StudyDirectory,
+    file: Path,
+    n_seeds: int,
+    name: str,
+    config: StudyConfig,
+    snapshot: Snapshot,
+    used: Iterable[int],
+) -> str:
+    """The comment that says where the file comes from."""
+    command = ["mpo-study", "winners", str(directory.path), str(file)]
+    command += ["--seeds", str(n_seeds)] if n_seeds != len(config.seed_list) else []
+    command += ["--name", name] if name != file.stem else []
+    said = (
+        f"Written by `{shlex.join(command)}`: what study {config.name} (UUID {snapshot.uuid}) selected on the seeds "
+        f"{_listed(sorted(used))}, to be measured again on others."
+    )
+    lines = textwrap.wrap(said, 118, break_long_words=False, break_on_hyphens=False)
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))

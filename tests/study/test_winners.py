@@ -1,0 +1,293 @@
+"""`mpo-study winners`: what a finished study selected becomes a study file, to be measured again on fresh seeds."""
+
+from __future__ import annotations
+
+import sqlite3
+import statistics
+
+import pytest
+from study_fixtures import DENSE, MPO, SEARCHED, TUNED, cli, results_at, run_at, write_search, write_study
+
+from study.corpus import load_corpus
+from study.directory import StudyDirectory
+from study.errors import StudyError
+from study.growth import Growth
+from study.ledger.snapshot import read_ledger
+from study.search_space import listed_specs
+from study.study_file import load_config
+from study.winners import write_winners
+
+pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
+
+SEEDS = [100, 101]
+RATES = [0.001, 0.1, 0.01]
+
+
+def tuning(tmp_path, **changes):
+    """The folder of a study that was really trained."""
+    settings = {"seeds": SEEDS, "name": "tuning"} | changes
+    folder = tmp_path / "results"
+    run_at(write_study(tmp_path / "files", **settings), folder)
+    return folder
+
+
+def give_losses(folder, loss_of, name="tuning"):
+    """Let the ledger have these losses, by the trial's configuration, in place of those that were trained."""
+    trials = read_ledger(StudyDirectory(folder).ledger_url, name).trials
+    with sqlite3.connect(folder / "ledger.db") as connection:
+        for trial in trials:
+            connection.execute(
+                "UPDATE mpo_result SET content = json_set(content, '$.final.\"final/val_loss\"', ?) WHERE trial = ?",
+                (float(loss_of(trial.spec)), trial.number),
+            )
+    connection.close()
+
+
+def written(folder, file, **options):
+    new = write_winners(StudyDirectory(folder), file, **options)
+    assert load_config(file).arms == new.arms
+    return new
+
+
+# What is selected -----------------------------------------------------------------------------------------------------
+
+
+def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_path, monkeypatch):
+    arms = [
+        DENSE | {"learning_rate": RATES},
+        {"name": "plain", "family": "dense", "init": "variance"},
+        MPO | {"learning_rate": RATES, "chi": [2, 4]},
+        TUNED | {"teacher": "plain", "learning_rate": RATES[:2]},
+        {"name": "low-rank", "family": "low_rank", "as_chi": [3, 4], "learning_rate": RATES},
+    ]
+    contrasts = [{"arm": "mpo", "against": "dense"}, {"arm": "mpo", "against": "low-rank"}]
+    claims = {"margins": {"val_loss": 0.03}, "contrasts": contrasts}
+    folder = tuning(tmp_path, arms=arms, claims=claims, rel_error_chi=[8], model={"d_model": 16})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    code, out, err = cli("winners", "results", "configs/final.yaml", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "configs/final.yaml: 5 arms, 14 runs." in out
+
+    old, snapshot = load_config(folder / "study.yaml"), read_ledger(StudyDirectory(folder).ledger_url, "tuning")
+    losses = {}
+    for trial in snapshot.trials:
+        own = [r.final["final/val_loss"] for r in snapshot.results if r.trial == trial.number]
+        size = trial.spec.chi or trial.spec.as_chi
+        losses.setdefault((trial.spec.arm, size), {})[trial.spec.protocol.learning_rate] = statistics.fmean(own)
+    best = {key: min(of_rate, key=of_rate.get) for key, of_rate in losses.items()}
+
+    new = load_config(tmp_path / "configs" / "final.yaml")
+    specs = listed_specs(new)
+    assert {(spec.arm, spec.chi or spec.as_chi): spec.protocol.learning_rate for spec in specs} == best
+    assert len(specs) == len(best) == 7
+    assert [(arm.name, arm.tuned_among) for arm in new.arms] == [
+        ("dense", 3),
+        ("plain", None),
+        ("mpo", 3),
+        ("tuned", 2),
+        ("low-rank", 3),
+    ]
+    assert (new.name, new.seed_list, new.arm("plain")) == ("final", (0, 1), old.arm("plain"))
+    kept = ("model", "protocol", "claims", "rel_error_chi", "objectives", "execution", "sampler")
+    assert [getattr(new, key) for key in kept] == [getattr(old, key) for key in kept]
+    assert load_corpus(new.corpus.path, new.corpus.sha256).sha256 == snapshot.corpus_sha256
+    text = (tmp_path / "configs" / "final.yaml").read_text(encoding="utf-8")
+    comment = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    assert comment.startswith("Written by `mpo-study winners results configs/final.yaml`: what study tuning (UUID ")
+    assert snapshot.uuid in comment
+    assert "on the seeds 100, 101, to" in comment
+    assert str(tmp_path) not in text
+    assert max(map(len, text.splitlines())) <= 120
+
+    code, out, err = cli("plan", "configs/final.yaml", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "14 runs listed" in out
+    outcome = run_at(tmp_path / "configs" / "final.yaml", tmp_path / "again")
+    assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (14, 0, 0)
+    hashes = {trial.spec.arm: trial.budget_hash for trial in read_ledger(ledger_of(tmp_path / "again"), "final").trials}
+    tuned = {trial.spec.arm: trial.budget_hash for trial in snapshot.trials}
+    assert hashes == tuned  # tuning counts, wherever it was done
+    assert hashes["dense"] == hashes["mpo"] == hashes["low-rank"]
+
+
+def ledger_of(folder):
+    return StudyDirectory(folder).ledger_url
+
+
+def test_a_rate_that_wins_everywhere_is_one_number_and_of_equal_means_the_first_wins(tmp_path):
+    folder = tuning(tmp_path, arms=[DENSE, MPO | {"learning_rate": RATES}])
+    give_losses(folder, lambda spec: 1.0)
+    new = written(folder, tmp_path / "new.yaml")
+    assert new.arm("mpo").learning_rate == RATES[0]
+    give_losses(folder, lambda spec: abs(spec.protocol.learning_rate - (0.1 if spec.chi == 2 else 0.01)))
+    assert written(folder, tmp_path / "other.yaml").arm("mpo").learning_rate == {2: 0.1, 4: 0.01}
+
+
+def test_arm_is_split_where_more_than_the_rate_depends_on_the_size(tmp_path):
+    listed = {"chi": [2, 3, 4], "init": ["paper", "variance"], "learning_rate": [0.01, 0.1]}
+    arms = [
+        DENSE,
+        MPO | listed,
+        {"name": "mpo-paper", "family": "mpo", "chi": 2, "decay": "matrix"},
+        {"name": "low-rank", "family": "low_rank", "as_chi": [3, 4]},
+    ]
+    contrasts = [("mpo", "dense"), ("low-rank", "mpo"), ("mpo-paper", "mpo")]
+    claims = {"contrasts": [{"arm": arm, "against": against} for arm, against in contrasts]}
+    folder = tuning(tmp_path, arms=arms, claims=claims, model={"d_model": 16}, seeds=[100])
+    best = {2: ("paper", 0.1), 3: ("variance", 0.1), 4: ("variance", 0.01)}
+
+    def loss(spec):
+        return 1 if (spec.init, spec.protocol.learning_rate) == best.get(spec.chi) else 2
+
+    give_losses(folder, loss)
+    new = written(folder, tmp_path / "new.yaml", name="chosen", n_seeds=3)
+    assert (new.name, new.seeds) == ("chosen", 3)
+    assert [arm.name for arm in new.arms] == ["dense", "mpo-paper-2", "mpo-variance", "mpo-paper", "low-rank"]
+    one, two = new.arm("mpo-paper-2"), new.arm("mpo-variance")
+    assert (one.chi, one.init, one.learning_rate, one.tuned_among) == (2, "paper", 0.1, 4)
+    assert (two.chi, two.init, two.learning_rate, two.tuned_among) == ((3, 4), "variance", {3: 0.1, 4: 0.01}, 4)
+    assert [(contrast.arm, contrast.against) for contrast in new.claims.contrasts] == [
+        ("mpo-paper-2", "dense"),
+        ("mpo-variance", "dense"),
+        ("low-rank", "mpo-variance"),
+        ("mpo-paper", "mpo-paper-2"),
+    ]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_is_listed_and_not_tuned_stays_listed_where_the_same_wins(tmp_path, alike):
+    tuned = TUNED | {"chi": [2, 4], "refinement": ["tt_svd", "whitened"], "learning_rate": [0.01, 0.1]}
+    folder = tuning(tmp_path, arms=[DENSE, tuned], seeds=[100])
+    best = {("tt_svd", 2): 0.1, ("tt_svd", 4): 0.01, ("whitened", 2): 0.1, ("whitened", 4): 0.01 if alike else 0.1}
+    give_losses(folder, lambda spec: spec.protocol.learning_rate != best.get((spec.refinement, spec.chi)))
+    new = written(folder, tmp_path / "new.yaml")
+    rates = {(s.refinement, s.chi): s.protocol.learning_rate for s in listed_specs(new) if s.teacher is not None}
+    assert rates == best
+    names = ["dense", "tuned"] if alike else ["dense", "tuned-tt_svd", "tuned-whitened"]
+    assert [arm.name for arm in new.arms] == names
+
+
+def test_feed_forward_sizes_go_with_the_widths_that_won(tmp_path):
+    narrow = {"name": "narrow", "family": "dense", "d_model": [4, 8], "d_ff": {4: 10, 8: 20}, "learning_rate": RATES}
+    folder = tuning(tmp_path, arms=[narrow | {"init": ["paper", "variance"]}], model={"d_model": 16}, seeds=[100])
+    give_losses(folder, lambda spec: (spec.init == "paper") == (spec.model.d_model == 4))
+    new = written(folder, tmp_path / "new.yaml", n_seeds=2)
+    assert [(arm.init, arm.d_model, arm.d_ff) for arm in new.arms] == [("variance", 4, {4: 10}), ("paper", 8, {8: 20})]
+
+
+def test_trial_with_a_failed_seed_cannot_win(tmp_path):
+    rates = [1e30, 0.01, 0.001]
+    file = write_study(tmp_path / "files", name="tuning", seeds=SEEDS, arms=[DENSE | {"learning_rate": rates}])
+    folder = tmp_path / "results"
+    run_at(file, folder, "protocol.grad_clip=1e30")
+    failed = {number for (number, _), result in results_at(folder, "tuning").items() if result.state == "failed"}
+    assert failed == {0}
+    assert written(folder, tmp_path / "new.yaml").arm("dense").learning_rate in rates[1:]
+
+    run_at(file, tmp_path / "all", "protocol.grad_clip=1e30", "arms.dense.learning_rate=[1e30, 1e31]")
+    with pytest.raises(StudyError, match=r"^arm dense: a seed of every trial failed, so that none of them can win"):
+        write_winners(StudyDirectory(tmp_path / "all"), tmp_path / "none.yaml")
+    assert not (tmp_path / "none.yaml").exists()
+
+
+# Searches -------------------------------------------------------------------------------------------------------------
+
+
+def test_frontier_of_a_search_becomes_arms_of_fixed_values(tmp_path):
+    searched = SEARCHED | {"factorisation": "balanced", "n_sites": {"choices": [1, 2]}, "chi": {"low": 1, "high": 9}}
+    dense = {"name": "dense-tuned", "family": "dense", "learning_rate": {"low": 0.001, "high": 0.1}}
+    contrasts = [{"arm": "found", "against": "dense"}, {"arm": "found", "against": "dense-tuned"}]
+    file = write_search(
+        tmp_path / "files", "random", 12, seeds=SEEDS, arms=[DENSE, dense, searched], claims={"contrasts": contrasts}
+    )
+    folder = tmp_path / "results"
+    run_at(file, folder)
+    give_losses(folder, lambda spec: 2 - 0.01 * spec.chi if spec.chi else 3, "search-random")  # dense is on no frontier
+    snapshot = read_ledger(ledger_of(folder), "search-random")
+    own = [trial for trial in snapshot.trials if trial.spec.arm == "found" and trial.duplicate_of is None]
+    loss = {trial.number: 2 - 0.01 * trial.spec.chi for trial in own}
+    better = {
+        trial.number
+        for trial in own
+        if not any(
+            (other.shape.n_params <= trial.shape.n_params and loss[other.number] < loss[trial.number])
+            or (other.shape.n_params < trial.shape.n_params and loss[other.number] <= loss[trial.number])
+            for other in own
+        )
+    }
+    assert 1 < len(better) < len(own)
+
+    new = written(folder, tmp_path / "new.yaml")
+    expected = {(t.spec.chi, t.spec.n_sites, t.spec.protocol.learning_rate) for t in own if t.number in better}
+    found = [arm for arm in new.arms if arm.name.startswith("found")]
+    assert {(arm.chi, arm.n_sites, arm.learning_rate) for arm in found} == expected
+    assert len({arm.name for arm in found}) == len(better)
+    assert all(f"chi{arm.chi}" in arm.name for arm in found)
+    assert {arm.tuned_among for arm in found} == {12}
+    assert new.arm("dense") == load_config(file).arm("dense")
+    # What the sampler may choose for dense stays to be compared with, if on no frontier.
+    [first] = [trial for trial in snapshot.trials if trial.spec.arm == "dense-tuned"][:1]
+    assert new.arm("dense-tuned").learning_rate == first.spec.protocol.learning_rate
+    assert {(c.arm, c.against) for c in new.claims.contrasts} == {
+        (arm.name, against) for arm in found for against in ("dense", "dense-tuned")
+    }
+    assert (new.sampler.name, new.budget.trials, new.seed_list) == ("grid", 0, (0, 1))
+    outcome = run_at(tmp_path / "new.yaml", tmp_path / "again")
+    assert (outcome.n_complete, outcome.n_failed) == (2 * (len(better) + 2), 0)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Gives the one line with which a file is refused, and sees that none is written."""
+
+    def call(folder, file=None, **options):
+        file = file or tmp_path / "new.yaml"
+        before = file.read_bytes() if file.exists() else None
+        with pytest.raises(StudyError) as caught:
+            write_winners(StudyDirectory(folder), file, **options)
+        assert (file.read_bytes() if file.exists() else None) == before
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return call
+
+
+def test_winners_need_seeds_and_a_name_of_their_own_and_a_new_file(tmp_path, refused):
+    folder = tuning(tmp_path, arms=[DENSE | {"learning_rate": RATES}])
+    said = refused(folder, n_seeds=102)
+    assert said.startswith("the new study would have the seeds 0 to 101, but study tuning selected on 100, 101, ")
+    assert "is the name of the study that selected" in refused(folder, tmp_path / "tuning.yaml")
+    assert "is the name of the study that selected" in refused(folder, name="tuning")
+    assert "name: must match" in refused(folder, name="no name")
+    file = tmp_path / "there.yaml"
+    file.write_text("mine", encoding="utf-8")
+    assert refused(folder, file) == f"{file}: is there already; give another file, or remove it"
+    assert "cannot write there: No such file or directory" in refused(folder, tmp_path / "no" / "folder.yaml")
+    written(folder, tmp_path / "new.yaml")
+    run_at(tmp_path / "files" / "tuning.yaml", folder, growth=Growth(seeds=1))
+    (tmp_path / "new.yaml").unlink()
+    assert "selected on 100, 101, 102, " in refused(folder, n_seeds=103)
+
+
+def test_winners_of_seeds_from_0_on_are_refused(tmp_path, refused):
+    folder = tuning(tmp_path, arms=[DENSE | {"learning_rate": RATES}], seeds=2)
+    assert "selected on 0, 1, and what is selected counts on fresh seeds alone; tune on seeds from 100 on" in (
+        refused(folder)
+    )
+
+
+def test_study_that_tuned_nothing_has_no_winners(tmp_path, refused):
+    assert "study tuning tuned nothing" in refused(tuning(tmp_path))
+
+
+def test_unfinished_study_is_refused_with_what_it_lacks(tmp_path, refused):
+    folder = tuning(tmp_path, arms=[DENSE | {"learning_rate": RATES}])
+    with sqlite3.connect(folder / "ledger.db") as connection:
+        connection.execute("DELETE FROM mpo_result WHERE trial = 2 OR (trial = 0 AND seed = 101)")
+    connection.close()
+    lacking = "trial 0 (dense) seeds 101; trial 2 (dense) seeds 100, 101"
+    assert f"it lacks 3 runs ({lacking}); run it again first" in refused(folder)
