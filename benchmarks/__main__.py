@@ -21,19 +21,25 @@ from rich.console import Console
 from benchmarks.measurement import THREADS, machine, print_table
 
 RESULTS = Path("results/benchmarks.json")
-NAMES = ("training_step", "layers", "large_layer", "growth", "decompositions", "decoding", "engine", "analysis")
+NAMES = ("training_step", "layers", "large_layer", "growth", "decompositions", "decoding", "engine", "analysis", "gpu")
 """Modules with `rows() -> list[Row]`; a docstring that says what is measured; and maybe `LIMITS`, from a section's name
 to why a target is missed there."""
+ON_GPU = ("gpu",)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    names = parser.parse_args().names or NAMES
-    unknown = sorted(set(names) - set(NAMES))
+    asked = parser.parse_args().names or NAMES
+    unknown = sorted(set(asked) - set(NAMES))
     if unknown:
         parser.error(f"there is no {', '.join(unknown)}, only {', '.join(NAMES)}")
     console = Console()
+    names = [name for name in asked if name not in ON_GPU or torch.cuda.is_available()]
+    if len(names) < len(asked):
+        console.print(f"left out: {', '.join(ON_GPU)}, since PyTorch finds no CUDA device")
+    if not names:
+        return
     failed, rows = [], []
     for name in names:
         console.rule(name)

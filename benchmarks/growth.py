@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.layers import call_of
-from benchmarks.measurement import Row, paired, run_alone
+from benchmarks.measurement import Row, call_of, paired, run_alone
 from mpo_core.linear import MPOLinear
 
 BASE = {"tokens": 256, "width": 4096, "χ": 8, "L": 2}

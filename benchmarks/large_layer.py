@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.layers import call_of
-from benchmarks.measurement import THREADS, Row, paired, rate, run_alone
+from benchmarks.measurement import THREADS, Row, call_of, paired, rate, run_alone
 from mpo_core.linear import MPOLinear
 
 WIDTH, SITES = 4096, (64, 64)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from benchmarks.measurement import Call, Row, fastest, paired, repeats_of, run_alone, seconds_of
+from benchmarks.measurement import Call, Row, call_of, fastest, paired, repeats_of, run_alone, seconds_of
 from mpo_core.contraction import chain_products
 from mpo_core.linear import MPOLinear
 
@@ -111,28 +111,6 @@ def peer_of(layer: MPOLinear, cores: Sequence[nn.Parameter], implementation: str
         return tltorch.FactorizedLinear(
             layer.d_in, layer.d_out, bias=False, factorization=weight, implementation=implementation
         )
-
-
-def call_of(layer: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], dy: Tensor | None) -> Call:
-    """A forward without gradients; or, given dy, a forward and the gradients of x and the weights.
-
-    It returns what it computed: y, or y and the gradients.
-    """
-    if dy is None:
-
-        def forward() -> list[Tensor]:
-            with torch.no_grad():
-                return [layer(x)]
-
-        return forward
-
-    wanted = [x, *weights]
-
-    def forward_and_backward() -> list[Tensor]:
-        y = layer(x)
-        return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
-
-    return forward_and_backward
 
 
 def check(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 PAIRS = 15
 MIN_PAIRS = 3
@@ -163,11 +164,33 @@ def repeats_of(call: Call) -> int:
     return max(1, math.ceil(SHORTEST / max(seconds, 1e-7)))
 
 
+def call_of(layer: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], dy: Tensor | None) -> Call:
+    """A forward without gradients; or, given dy, a forward and the gradients of x and the weights.
+
+    It returns what it computed: y, or y and the gradients.
+    """
+    if dy is None:
+
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                return [layer(x)]
+
+        return forward
+
+    wanted = [x, *weights]
+
+    def forward_and_backward() -> list[Tensor]:
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
+
+    return forward_and_backward
+
+
 # The machine and the table --------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores, threads of PyTorch, load of the last minute, and versions of what is installed."""
+    """CPU, GPU if any, cores, threads of PyTorch, load of the last minute, and versions of what is installed."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -176,6 +199,7 @@ def machine() -> dict[str, Any]:
             continue
     return {
         "cpu": _cpu(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],

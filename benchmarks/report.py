@@ -40,9 +40,10 @@ def render(entries: dict[str, dict[str, Any]]) -> str:
         rows = rows_of(entry)
         about = entry["about"].partition("\n\n")
         machine = entry["machine"]
+        gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
         parts.append(f"## {about[0].rstrip('.')}\n\n{about[2]}".rstrip())
         parts.append(
-            f"`python -m benchmarks {name}`, {entry['ended']}, {entry['took_seconds']:.0f} s: {machine['cpu']}, "
+            f"`python -m benchmarks {name}`, {entry['ended']}, {entry['took_seconds']:.0f} s: {machine['cpu']}{gpu}, "
             f"{machine['cores']} cores, {machine['threads']} threads, PyTorch {machine['torch']}"
         )
         for section in dict.fromkeys(row.section for row in rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from benchmarks.measurement import MIN_PAIRS, PAIRS, fastest, paired, quantity, 
 from benchmarks.plain_gpt import PlainTraining
 from study.config import Model, Protocol
 from study.corpus import Corpus
+from study.search_space import listed_specs
+from study.study_file import load_config
 from study.training import Training
 from study.trial import TrialSpec
 
@@ -171,6 +174,50 @@ def test_plain_loop_trains_the_same_model():
     theirs = plain.model.state_dict()
     for name, value in ours.model.state_dict().items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_gpu_is_measured_by_runs_on_any_device(monkeypatch):
+    from benchmarks import gpu
+
+    def called(section, what, run, against, rival, **options):
+        run()
+        rival()
+        return row_of(section, 1.0)
+
+    monkeypatch.setattr(gpu, "paired", called)
+    corpus, device = gpu.random_corpus(600), torch.device("cpu")
+    assert len(corpus.vocabulary) == gpu.VOCABULARY
+    model = {"d_model": 16, "n_heads": 2, "n_layers": 1, "context": 8}
+    protocol = {"steps": 40, "warmup_steps": 2, "batch_size": 2, "eval_every": 10}
+    spec = gpu.spec_of(gpu.mpo(2), Model(**model), Protocol(**protocol))
+    assert gpu.stacked("tiny", spec, corpus, device, n_seeds=2).section == gpu.STACKED
+    assert len(gpu.captured("tiny", spec, corpus, device, n_seeds=2)) == 2
+    assert len(gpu.precisions("tiny", spec, corpus, device, n_seeds=2)) == 2
+    assert gpu.layer(64, 4, 3, device).section == gpu.LAYER
+    study = {"model": model, "protocol": protocol, "seeds": 2, "arms": [{}, {"chi": [2, 3], "init": "paper"}]}
+    row = gpu.paper(study, corpus, device, rounds=2)
+    assert (row.what, row.n_pairs) == ("3 trials of 2 seeds, stacked and captured", 2)
+    with pytest.raises(ValueError, match=r"seed 1: the two ways train differently: losses of 1\.5 and 1\.6"):
+        gpu.check([1.0, 1.5], [1.0, 1.6])
+
+
+def test_the_gpu_benchmark_counts_the_trials_of_the_paper_study():
+    from benchmarks import gpu
+
+    study = load_config(gpu.PAPER_FILE)
+    _, *listed = listed_specs(study)
+    counted = [
+        gpu.spec_of(gpu.mpo(chi, init=study.arms[1].init), study.model, study.protocol) for chi in (4, 8, 16, 32)
+    ]
+    for key in ("family", "model", "protocol", "chi", "factorisation", "init", "forward"):
+        assert [getattr(spec, key) for spec in counted] == [getattr(spec, key) for spec in listed]
+
+
+def test_benchmarks_without_a_gpu_say_what_they_leave_out(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench.main()
+    assert "left out: gpu, since PyTorch finds no CUDA device" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")
