@@ -93,6 +93,14 @@ def test_study_runs_refuses_and_names_run_and_key(broken, message):
     assert "\n" not in str(raised.value)
 
 
+def test_study_runs_of_before_precision_was_recorded_are_float32():
+    later = record(trial=1), record(trial=1, seed=0)
+    for run in later:
+        run.params["precision"] = "bfloat16"
+    runs = study_runs(ADDRESS, [record(), later[0]], [record(seed=0), later[1]])
+    assert runs.trials["precision"].tolist() == ["float32", "bfloat16"]
+
+
 def test_study_runs_needs_no_metrics_of_a_seed_that_failed():
     failed = record(seed=0, status="FAILED", tags={schema.FAILURE: "out of memory"})
     runs = study_runs(ADDRESS, [replace(record(), metrics={})], [replace(failed, metrics={})])

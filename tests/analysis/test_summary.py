@@ -126,6 +126,14 @@ def test_labels_are_unique_in_their_group_and_no_longer_than_needed():
     ]  # fmt: skip
 
 
+def test_labels_tell_precisions_apart():
+    found = [
+        replace(USUAL[3], chi=8, extra={"precision": precision} if precision else {}) for precision in (None, "tf32")
+    ]
+    labels = summary_of(found).sort_values("trial")["label"].tolist()
+    assert labels == ["χ=8, in float32", "χ=8, in tf32"]
+
+
 def test_group_order_puts_known_families_first():
     assert group_order(["lowrank from scratch", "MPO fine-tuned", "dense", "MPO fine-tuned"]) == [
         "dense", "MPO fine-tuned", "lowrank from scratch",
