@@ -106,7 +106,7 @@ class LowRankLinear(StructuredLinear):
 
     def to_matrix(self) -> Tensor:
         """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
-        with self._no_autocast():
+        with self._no_autocast(self.A):
             return self.A @ self.B
 
     @property

@@ -140,7 +140,7 @@ def _contracted(cores: Sequence[Tensor], x: Tensor, direction: str) -> Tensor:
             batch //= i
             state = _apply(core.reshape(a * o, i * b), state.reshape(batch, i * b, done))  # (batch, a·o, done)
             done *= o
-    return state.reshape(*leading, math.prod(core.shape[1] for core in cores))
+    return state.reshape(*leading, math.prod([core.shape[1] for core in cores]))
 
 
 def _apply(A: Tensor, state: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ Curve = tuple[tuple[float, float], ...]
 """(size, seconds per unit of size) in ascending order of size: linear in log(size) between them, constant beyond."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # looked up at every call of a layer: by identity, which costs nothing to hash
 class Calibration:
     """What a device does how fast, in one dtype with one number of threads."""
 
@@ -87,7 +87,7 @@ def _choose(
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
-_calibrations: dict[tuple[torch.device, torch.dtype, int], Calibration] = {}
+_calibrations: dict[tuple[torch.device | str, torch.dtype, int], Calibration] = {}
 
 
 def calibration_of(device: torch.device | str, dtype: torch.dtype) -> Calibration:
@@ -95,6 +95,9 @@ def calibration_of(device: torch.device | str, dtype: torch.dtype) -> Calibratio
 
     Measuring takes about half a second, and some hundred megabytes for that time.
     """
+    known = _calibrations.get((device, dtype, torch.get_num_threads()))  # as a tensor names its device
+    if known is not None:
+        return known
     key = _key(device, dtype)
     if key not in _calibrations:
         _calibrations[key] = calibrate(device, dtype)

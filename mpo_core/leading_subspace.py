@@ -16,7 +16,9 @@ FEW = 8
 """Subspace iteration finds at most a FEW-th of all singular vectors: of more, it is no faster."""
 OBLONG = 8
 """A Gram matrix is formed where one side of M is so many times as long as the other."""
-OVERSAMPLING = 32
+OVERSAMPLING = 64
+SMALL = 0.1
+"""Of a smaller share of ‖M‖², the squared error is summed from what is left of M."""
 MIN_ITERATIONS, MAX_ITERATIONS = 3, 100
 TOLERANCE = 1e-5
 """How much of the squared error may be there for want of iterations."""
@@ -55,15 +57,17 @@ def _by_gram(M: Tensor, k: int) -> Tensor:
 def _by_iteration(M: Tensor, k: int) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(M.shape[1], k + OVERSAMPLING, dtype=M.dtype, generator=generator).to(M.device)
-    rounding = (8 * torch.finfo(M.dtype).eps * float(torch.linalg.vector_norm(M, dtype=torch.float64))) ** 2
+    total = float(torch.linalg.vector_norm(M, dtype=torch.float64)) ** 2
+    rounding = (8 * torch.finfo(M.dtype).eps) ** 2 * total
     errors: list[float] = []
     while len(errors) < MAX_ITERATIONS:
         Q, _ = torch.linalg.qr(M @ X)
         B = Q.mT @ M
         values, vectors = torch.linalg.eigh(B.double() @ B.double().mT)
-        # Not ‖M‖² less what is captured: in M's own dtype a small error would be lost in that difference.
-        outside = torch.linalg.vector_norm(torch.addmm(M, Q, B, alpha=-1), dim=1).double().square().sum()
-        errors.append(float(outside + values[:-k].clamp(min=0).sum()))
+        errors.append(total - float(values[-k:].sum()))
+        if errors[-1] < SMALL * total:  # that difference has few digits left, in M's own dtype
+            outside = torch.linalg.vector_norm(torch.addmm(M, Q, B, alpha=-1), dim=1).double().square().sum()
+            errors[-1] = float(outside + values[:-k].clamp(min=0).sum())
         if errors[-1] <= rounding or _have_converged(errors):
             return Q @ vectors.flip(1)[:, :k].to(M.dtype)
         X, _ = torch.linalg.qr(B.mT)

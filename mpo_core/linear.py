@@ -23,6 +23,7 @@ from mpo_core.tensor_train import bonds_and_sizes, contract, tt_svd
 __all__ = ["FORWARD_MODES", "MPOLinear", "StructuredLinear"]
 
 FORWARD_MODES = ("reconstruct", "chain", "cached", "auto")
+_CACHED_OR_CHAIN, _RECONSTRUCT_OR_CHAIN = ("cached", "chain"), ("reconstruct", "chain")
 
 Sizes = tuple[int, ...]
 
@@ -176,8 +177,11 @@ class MPOLinear(StructuredLinear):
 
     def to_matrix(self) -> Tensor:
         """W (out_features, in_features), differentiable, in the dtype of the cores even under autocast."""
-        with self._no_autocast():
-            W = contract(list(self.cores))
+        return self._matrix(list(self.cores))
+
+    def _matrix(self, cores: Sequence[Tensor]) -> Tensor:
+        with self._no_autocast(cores[0]):
+            W = contract(cores)
         return W if self._is_exact else W[: self.out_features, : self.in_features]
 
     @property
@@ -188,15 +192,17 @@ class MPOLinear(StructuredLinear):
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         if self._held is not None:
             return nn.functional.linear(x, self._held, self.bias)
-        mode = self._mode(x.numel() // self.in_features, x.requires_grad)
+        cores = list(self.cores)  # a reading of a ParameterList takes microseconds
+        mode = self._mode(cores, x.numel() // self.in_features, x.requires_grad)
         if mode != "chain":
-            return nn.functional.linear(x, self._kept_matrix() if mode == "cached" else self.to_matrix(), self.bias)
+            W = self._kept_matrix(cores) if mode == "cached" else self._matrix(cores)
+            return nn.functional.linear(x, W, self.bias)
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"`x.shape[-1] == in_features` must hold, but got x of shape {tuple(x.shape)}, "
                 f"in_features={self.in_features}"
             )
-        y = chain(list(self.cores), pad_features(x, math.prod(self.d_in)), self._direction)
+        y = chain(cores, pad_features(x, math.prod(self.d_in)), self._direction)
         y = y if self._is_exact else y[..., : self.out_features]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -204,7 +210,8 @@ class MPOLinear(StructuredLinear):
         mode = self.forward_mode
         if mode == "auto":
             # On the meta device there is nothing to measure.
-            mode = "reconstruct" if self.cores[0].is_meta else self._fastest(n_tokens, False, ("cached", "chain"))
+            core = self.cores[0]
+            mode = "reconstruct" if core.is_meta else self._fastest(core, n_tokens, False, _CACHED_OR_CHAIN)
         return products(
             mode,
             self.bonds,
@@ -219,35 +226,27 @@ class MPOLinear(StructuredLinear):
         """The cap, the local sizes and the bonds."""
         return f"chi={self.chi}, d_out={list(self.d_out)}, d_in={list(self.d_in)}, bonds={list(self.bonds)}"
 
-    def _mode(self, n_tokens: int, x_has_grad: bool) -> str:
+    def _mode(self, cores: Sequence[Tensor], n_tokens: int, x_has_grad: bool) -> str:
         """The mode of this call: "reconstruct", "chain" or "cached"."""
         if self.forward_mode not in FORWARD_MODES:
             raise ValueError(f"`forward` must be one of {', '.join(FORWARD_MODES)}, but got {self.forward_mode!r}")
         if self.forward_mode in ("reconstruct", "chain"):
             return self.forward_mode
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or self.cores[0].is_meta:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or cores[0].is_meta:
             return "reconstruct"  # nothing can be kept or measured while being traced or transformed
         with_grad = torch.is_grad_enabled()
-        trains = with_grad and any(core.requires_grad for core in self.cores)
+        trains = with_grad and any(core.requires_grad for core in cores)
         keeps = not trains and not self.training
         if self.forward_mode == "cached":
             return "cached" if keeps else "reconstruct"
-        modes = ("cached" if keeps else "reconstruct", "chain")
-        return self._fastest(n_tokens, trains or (with_grad and x_has_grad), modes)
+        training = trains or (with_grad and x_has_grad)
+        return self._fastest(cores[0], n_tokens, training, _CACHED_OR_CHAIN if keeps else _RECONSTRUCT_OR_CHAIN)
 
-    def _fastest(self, n_tokens: int, training: bool, modes: Sequence[str]) -> str:
-        calibration = calibration_of(self.cores[0].device, self._compute_dtype())
+    def _fastest(self, core: Tensor, n_tokens: int, training: bool, modes: Sequence[str]) -> str:
+        calibration = calibration_of(core.device, _compute_dtype(core))
         return choose(
             self.bonds, self.d_out, self.d_in, n_tokens, training=training, calibration=calibration, modes=modes
         )
-
-    def _compute_dtype(self) -> torch.dtype:
-        device_type = self.cores[0].device.type
-        dtype = self.cores[0].dtype
-        # Autocast leaves float64 as it is.
-        if dtype is not torch.float64 and torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
-        return dtype
 
     # Keeping W --------------------------------------------------------------------------------------------------------
 
@@ -259,19 +258,19 @@ class MPOLinear(StructuredLinear):
         """
         self._cache = None
         with torch.inference_mode(False), torch.no_grad():  # see `_kept_matrix`
-            self._held = self.to_matrix().to(self._compute_dtype())
+            self._held = self.to_matrix().to(_compute_dtype(self.cores[0]))
 
     def drop_cached_matrix(self) -> None:
         """Free the W that `hold_matrix` and the modes "cached" and "auto" keep; it is formed anew when needed."""
         self._cache = self._held = None
 
-    def _kept_matrix(self) -> Tensor:
-        dtype = self._compute_dtype()
-        if self._cache is None or not self._cache.holds_for(list(self.cores), dtype):
+    def _kept_matrix(self, cores: Sequence[Tensor]) -> Tensor:
+        dtype = _compute_dtype(cores[0])
+        if self._cache is None or not self._cache.holds_for(cores, dtype):
             self._cache = None
             # Outside inference mode, so that W may also meet an input that needs a gradient.
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = CachedMatrix(list(self.cores), self.to_matrix().to(dtype))
+                self._cache = CachedMatrix(cores, self._matrix(cores).to(dtype))
         return self._cache.W
 
     def train(self, mode: bool = True) -> Self:
@@ -284,6 +283,16 @@ class MPOLinear(StructuredLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None, "_held": None}  # a copy forms its own
+
+
+def _compute_dtype(core: Tensor) -> torch.dtype:
+    # Autocast leaves float64 as it is.
+    dtype = core.dtype
+    if dtype is not torch.float64:
+        kind = core.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+    return dtype
 
 
 def _largest_chi(max_params: int, split: Callable[[int], tuple[Sizes, Sizes]], limit: int) -> int:

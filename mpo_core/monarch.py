@@ -136,7 +136,7 @@ class MonarchLinear(StructuredLinear):
 
     def to_matrix(self) -> Tensor:
         """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
-        with self._no_autocast():
+        with self._no_autocast(self.L):
             blocks = self.L.transpose(1, 2) @ self.R.transpose(0, 1)  # (down, across, m, p)
         return blocks.transpose(1, 2).reshape(self.out_features, self.in_features)
 

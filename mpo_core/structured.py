@@ -125,8 +125,9 @@ class StructuredLinear(nn.Module):
             raise ValueError(f"{name} draws its parameters from `generator`, but got None; pass a torch.Generator")
         self.draw(init, lambda _: generator)
 
-    def _no_autocast(self) -> AbstractContextManager[object]:
-        device_type = next(self.parameters()).device.type
+    @staticmethod
+    def _no_autocast(parameter: Tensor) -> AbstractContextManager[object]:
+        device_type = parameter.device.type
         if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return nullcontext()
         return torch.autocast(device_type, enabled=False)

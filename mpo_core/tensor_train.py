@@ -205,8 +205,8 @@ def contract(cores: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: as `bonds_and_sizes`.
     """
-    n_sites = len(cores)
-    split, _ = contraction_order(*bonds_and_sizes(cores))
+    n_sites, sizes = len(cores), bonds_and_sizes(cores)
+    split = contraction_order(*sizes)[0] if n_sites > 2 else {(0, 2): 1}  # of two there is one order
 
     def merge(first: int, last: int) -> Tensor:
         if last - first == 1:

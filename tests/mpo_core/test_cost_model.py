@@ -116,7 +116,7 @@ def test_auto_forward_does_what_is_chosen(calibrated, evaluates, n_tokens, calib
     layer = MPOLinear(128, 128, chi=16, generator=torch.Generator().manual_seed(0), forward="auto").train(not evaluates)
     x = torch.ones(n_tokens, 128)
     with torch.set_grad_enabled(not evaluates):
-        assert layer._mode(n_tokens, False) == mode
+        assert layer._mode(list(layer.cores), n_tokens, False) == mode
         y = layer(x)
     torch.testing.assert_close(y, x @ layer.to_matrix().T)
     assert (layer._cache is not None) == (mode == "cached")
