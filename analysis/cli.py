@@ -58,6 +58,9 @@ def report(
         bool,
         typer.Option("--publish", help="Its figures and tables go to the experiment's summary run in MLflow, too."),
     ] = False,
+    light: Annotated[
+        bool, typer.Option("--light", help="For a repository: figures as SVG alone, no page to explore.")
+    ] = False,
 ) -> None:
     """Write a report: a page, figures with the data they show, tables.
 
@@ -66,7 +69,7 @@ def report(
     replaces the files of the last one and leaves others alone.
     """
     with _one_line_for_errors():
-        _report(studies or [], tracking_uri, experiment, cache, out, publish)
+        _report(studies or [], tracking_uri, experiment, cache, out, publish, light)
 
 
 @app.command()
@@ -138,6 +141,7 @@ def _report(
     cache: Path | None,
     out: Path | None,
     is_published: bool,
+    is_light: bool,
 ) -> None:
     from analysis.publish import publish
     from analysis.report import INDEX, write_report
@@ -147,7 +151,7 @@ def _report(
     if is_published and len(studies) > 1:
         raise AnalysisError("a report on several studies has no experiment of its own; publish one on each")
     runs, out = _read(studies, tracking_uri, experiment, cache, out, "report")
-    findings = write_report(runs, out)
+    findings = write_report(runs, out, light=is_light)
     console = Console()
     rows = frontier_table(findings.summary, findings.uncertainties).shown
     if len(rows):

@@ -20,13 +20,17 @@ from analysis.summary import MEASURES, MIN_SEEDS, VAL_LOSS, n_statement
 
 INDEX, EXPLORE = "index.html", "explore.html"
 PARTS = ("figures", "tables", "scripts")
+LIGHT_FORMATS = ("svg",)
 FOLDER = OutputFolder("report", INDEX, "report.json", (INDEX, EXPLORE), PARTS)
 
 
-def write_report(runs: StudyRuns, out: Path) -> Findings:
+def write_report(runs: StudyRuns, out: Path, *, light: bool = False) -> Findings:
     """Write the report of a study to the folder `out`, and return what it shows.
 
     Files of an earlier report that this one has no more are removed; files of others are not touched.
+
+    Args:
+        light: figures as SVG alone, and no page to explore with its script.
 
     Raises:
         AnalysisError: no seed is complete, `out` cannot be written, or a file there was not written by a report.
@@ -38,17 +42,18 @@ def write_report(runs: StudyRuns, out: Path) -> Findings:
         )
     FOLDER.check(out)  # before the statistics, which take their time
     findings = Findings.of(runs)
-    FOLDER.write(out, lambda folder: _write_all(findings, folder))
+    FOLDER.write(out, lambda folder: _write_all(findings, folder, light))
     return findings
 
 
-def _write_all(findings: Findings, folder: Path) -> None:
+def _write_all(findings: Findings, folder: Path, light: bool) -> None:
     runs, summary = findings.runs, findings.summary
-    for part in PARTS:
+    formats = LIGHT_FORMATS if light else style.FORMATS
+    for part in PARTS[:2] if light else PARTS:
         (folder / part).mkdir()
     made = drawings(findings)
     for drawing in made:
-        style.save(drawing.figure, folder / "figures" / drawing.name)
+        style.save(drawing.figure, folder / "figures" / drawing.name, formats)
         for name, frame in drawing.shows.items():
             frame.to_csv(folder / "figures" / f"{name}.csv", index=False, lineterminator="\n")
     written = {
@@ -74,13 +79,16 @@ def _write_all(findings: Findings, folder: Path) -> None:
         loader=jinja2.PackageLoader("analysis"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    _write_explore(findings, environment, folder)
+    if not light:
+        _write_explore(findings, environment, folder)
     page = environment.get_template("report.html").render(
         runs=runs,
         summary=summary,
         answers=findings.answers,
         declared=bool(findings.compared["declared"].any()),
         drawings=made,
+        formats=formats,
+        explore=None if light else EXPLORE,
         tables=written,
         min_seeds=MIN_SEEDS,
         few=summary[(summary["n_seeds"] < MIN_SEEDS) & summary["stopped"].isna()],

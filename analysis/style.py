@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,12 +126,12 @@ def new_figure(height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
+def save(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Write `stem`.svg, .pdf and .png, without dates, so that equal figures are equal bytes."""
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
-    paths = [stem.with_name(f"{stem.name}.{form}") for form in FORMATS]
+    paths = [stem.with_name(f"{stem.name}.{form}") for form in formats]
     with context():
-        for path, form in zip(paths, FORMATS, strict=True):
+        for path, form in zip(paths, formats, strict=True):
             figure.savefig(path, format=form, metadata=undated[form])
     return paths
 

@@ -154,6 +154,20 @@ def test_report_saves_the_data_each_figure_shows(report, summary, runs):
     assert sorted(curves["trial"].unique()) == list(range(11))
 
 
+def test_light_report_is_the_same_with_fewer_files(report, runs, tmp_path):
+    write_report(runs, tmp_path)
+    write_report(runs, tmp_path, light=True)
+    full, light = files(report), files(tmp_path)
+    fewer = {
+        name for name in full if name.endswith((".pdf", ".png")) or name in ("explore.html", "scripts/plotly.min.js")
+    }
+    assert light.keys() == full.keys() - fewer
+    differing = {name for name in light if light[name] != full[name]}
+    assert differing == {"index.html", "report.json"}
+    for reference in Page(light["index.html"].decode()).references:
+        assert reference.startswith("#") or reference in light
+
+
 def test_report_written_again_is_the_same_bytes(report, runs):
     before = files(report)
     write_report(runs, report)
