@@ -1,4 +1,4 @@
-"""Run every benchmark, print one table, and write results/benchmarks.json: `make bench`.
+"""Run every benchmark, print one table, and write docs/performance.json and .md: `make bench`.
 
     python -m benchmarks [NAME ...]    (all, or those named, whose old figures in the JSON are then replaced)
 
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks import report
 from benchmarks.measurement import THREADS, machine, print_table
 
-RESULTS = Path("results/benchmarks.json")
 NAMES = ("training_step", "layers", "large_layer", "growth", "decompositions", "decoding", "engine", "analysis", "gpu")
 """Modules with `rows() -> list[Row]`; a docstring that says what is measured; and maybe `LIMITS`, from a section's name
 to why a target is missed there."""
@@ -62,10 +62,11 @@ def main() -> None:
             "machine": machine(),
             "rows": [row._asdict() for row in measured],
         }
-        write(RESULTS, name, entry)
+        write(report.RESULTS, name, entry)
     with_target = [row for row in rows if row.is_met is not None]
     console.print(f"{sum(map(bool, (row.is_met for row in with_target)))} of {len(with_target)} targets are met")
-    console.print(f"written to {RESULTS}; `python -m benchmarks.report` makes docs/performance.md of it")
+    if rows:
+        report.main()
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

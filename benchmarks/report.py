@@ -1,4 +1,4 @@
-"""docs/performance.md from results/benchmarks.json: `python -m benchmarks.report`. No figure in it is typed.
+"""docs/performance.md from docs/performance.json: `python -m benchmarks.report`. No figure in it is typed.
 
 Prose comes from the benchmarks: what is measured from their docstrings, why a target is missed from their `LIMITS`.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.measurement import Row, cells_of
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "results/benchmarks.json"
+RESULTS = ROOT / "docs/performance.json"
 DOCUMENT = ROOT / "docs/performance.md"
 GROWTH = "growth over "
 MOST_MISSED = 40

@@ -213,6 +213,11 @@ def test_the_gpu_benchmark_counts_the_trials_of_the_paper_study():
         assert [getattr(spec, key) for spec in counted] == [getattr(spec, key) for spec in listed]
 
 
+def test_the_document_is_what_the_json_gives():
+    entries = json.loads(report.RESULTS.read_text(encoding="utf-8"))
+    assert report.DOCUMENT.read_text(encoding="utf-8") == report.render(entries)
+
+
 def test_benchmarks_without_a_gpu_say_what_they_leave_out(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
