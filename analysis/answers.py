@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,14 +21,16 @@ from analysis.comparisons import (
     UNDECIDED,
     UNFINISHED,
     WORSE,
+    declared_against_reference,
     reference_trial,
 )
+from analysis.figures.retained import retained_points
 from analysis.runs import StudyRuns
 from analysis.selection import seed_table
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
 from analysis.statistics.seed_blocks import MIN_SEEDS, two_way
 from analysis.summary import DENSE_TUNED, MEASURES, VAL_LOSS, Measure, frontier_key, n_statement
-from analysis.tables import counted, difference_shown, percent, range_shown
+from analysis.tables import counted, decimals_for, difference_shown, percent, range_shown
 from analysis.uncertainty import FrontierUncertainty
 
 
@@ -55,7 +57,9 @@ def answers(
         Answer("What was run?", _what_was_run(runs, summary)),
         Answer("What is on the frontier?", [_on_frontier(summary, uncertainties, measure) for measure in MEASURES]),
         Answer("Does MPO beat its controls of equal parameters?", _against_controls(summary, compared)),
-        Answer("Does it keep up with dense?", _against_dense(summary, compared)),
+        Answer(
+            "Does it keep up with dense?", [*_against_dense(summary, compared), *_retained(runs, summary, compared)]
+        ),
         Answer("How sure is that?", _how_sure(runs, summary, compared)),
     ]
 
@@ -158,6 +162,25 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
             said.append(f"{words}.")
         said.append(_smallest(compared, measure))
     return [sentence for sentence in said if sentence]
+
+
+def _retained(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
+    """Of each group of a few MPO configurations, the share of the dense model's accuracy."""
+    trials = summary[(summary["family"] == "mpo") & (summary["n_seeds"] >= MIN_SEEDS)]
+    few = trials.groupby("group")["trial"].transform("size") <= _MOST_NAMED
+    chosen = pd.concat([summary[summary["is_reference"]], trials[few]])
+    points = retained_points(runs, chosen, declared_against_reference(compared)).dropna(subset=["low", "high"])
+    return [
+        f"{group}, share of the dense model's accuracy: "
+        + "; ".join(f"{row['label']} {_share(row)}" for row in rows.to_dict("records"))
+        + " (Fieller's 95 % intervals)."
+        for group, rows in points.groupby("group", sort=False)
+    ]
+
+
+def _share(row: dict[Any, Any]) -> str:
+    decimals = decimals_for(pd.Series([(row["high"] - row["low"]) / 2]))
+    return f"{row['ratio']:.{decimals}f} % ({row['low']:.{decimals}f} to {row['high']:.{decimals}f})"
 
 
 def _smallest(compared: pd.DataFrame, measure: Measure) -> str:

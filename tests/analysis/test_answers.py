@@ -11,6 +11,7 @@ from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulat
 from analysis.answers import seed_noise
 from analysis.findings import Findings
 from analysis.runs import Claims, Contrast
+from analysis.statistics.intervals import ratio_interval
 from analysis.statistics.power import resolved_gap
 from analysis.summary import VAL_LOSS, summarise
 
@@ -76,6 +77,22 @@ def test_first_screen_says_from_which_chi_on_dense_is_matched():
     declared = "3 comparisons were declared before the study ran, a family for each measure (Holm, 0.05)."
     assert declared in said["How sure is that?"]
     assert "exploration" not in said["How sure is that?"]
+
+
+def test_first_screen_gives_the_share_of_dense_accuracy_with_its_interval():
+    found = [DENSE, mpo(8, 1.8), replace(mpo(16, 1.6), seeds=range(2))]
+    runs, _ = simulated_runs(found, noise=0.01)
+    accuracy = runs.seeds.pivot(index="trial", columns="seed", values="final/val_acc").to_numpy()
+    expected = ratio_interval(accuracy[1], accuracy[0])
+    said = " ".join(Findings.of(runs).answers[3].sentences)
+    numbers = re.search(
+        r"MPO from scratch, share of the dense model's accuracy: χ=8 ([\d.]+) % \(([\d.]+) to ([\d.]+)\) \(F", said
+    )
+    assert numbers is not None  # and nothing of χ=16, which has two seeds
+    shown = [float(number) for number in numbers.groups()]
+    assert shown == pytest.approx(
+        [100 * float(value) for value in (expected.ratio, expected.low, expected.high)], abs=0.06
+    )
 
 
 def test_first_screen_names_the_tokens_where_budgets_differ():
