@@ -34,7 +34,18 @@ USES = ("forward, nothing kept", "forward in evaluation", "forward+backward")
 MOST_BYTES = 4 * 2**30
 DENSE_SHARE = 0.8
 
-LIMITS: dict[str, str] = {}
+LIMITS = {
+    **dict.fromkeys(
+        (f"auto against our best mode: {use}" for use in USES),
+        "`auto` predicts times from rates that are measured once in a process. Where two ways lie close together, it may "
+        "take the other; thin products and memory that has to be mapped first are predicted worst. For one token, "
+        "deciding takes some microseconds itself.",
+    ),
+    **dict.fromkeys(
+        (f"MPOLinear against tensorly-torch: {use}" for use in USES),
+        "Both form W and multiply by it, or `auto` takes the slower of two ways that lie close together.",
+    ),
+}
 
 
 def rows() -> list[Row]:

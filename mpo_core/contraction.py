@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
+from functools import cache, reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from mpo_core.tensor_train import bonds_and_sizes
 DIRECTIONS = ("auto", "left", "right")
 MODES = ("reconstruct", "chain", "cached")
 CHAIN_STATE = 2**19
-"""Entries of the state between two sites, where nothing but the result is wanted: few enough to stay in a cache."""
+"""Entries, few enough to stay in a cache: what a CPU has at once of the state between two sites where no gradient is
+recorded, and of the partial sums of a core's gradient."""
 
 Sizes = Sequence[int]
 
@@ -49,6 +50,8 @@ class Product(NamedTuple):
     """Elements copied into another order before or after."""
     partial: int = 0
     """Elements of the weight's gradient before they are summed over the batch."""
+    summed: int = 0
+    """Such elements written and read by this product; on a CPU CHAIN_STATE at a time."""
 
     @property
     def flops(self) -> int:
@@ -57,17 +60,17 @@ class Product(NamedTuple):
     @property
     def read(self) -> int:
         """Elements read."""
-        return self.m * self.k + self.batch * self.k * self.n + self.copied
+        return self.m * self.k + self.batch * self.k * self.n + self.copied + self.summed
 
     @property
     def written(self) -> int:
         """Elements written."""
-        return self.batch * self.m * self.n + self.copied
+        return self.batch * self.m * self.n + self.copied + self.summed
 
     def backward(self) -> tuple[Product, Product]:
         """The products that give the gradients of the right factor and of the left one."""
-        batch, m, k, n, copied, partial = self
-        return Product(batch, k, m, n, copied), Product(1, m, batch * n, k, copied + partial)
+        batch, m, k, n, copied, partial, _ = self
+        return Product(batch, k, m, n, copied), Product(1, m, batch * n, k, copied, summed=partial)
 
 
 # Applying -------------------------------------------------------------------------------------------------------------
@@ -101,7 +104,7 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
         direction = cheapest_direction(bonds, d_out, d_in)
     # On a GPU each part would be launched by itself.
     if x.device.type == "cpu" and not is_traced() and not _records_gradients(cores, x):
-        rows, n_at_once = x.reshape(-1, x.shape[-1]), max(1, CHAIN_STATE // _state_size(bonds, d_out, d_in, direction))
+        rows, n_at_once = x.reshape(-1, x.shape[-1]), rows_at_once(bonds, d_out, d_in, direction)
         if rows.shape[0] > n_at_once:
             y = torch.cat([_contracted(cores, part, direction) for part in rows.split(n_at_once)])
             return y.reshape(*x.shape[:-1], math.prod(d_out))
@@ -118,9 +121,10 @@ def _records_gradients(cores: Sequence[Tensor], x: Tensor) -> bool:
 
 
 @cache
-def _state_size(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str) -> int:
-    """Entries of the largest state of one row of x."""
-    return max(step.batch * step.m * step.n for step in chain_products(bonds, d_out, d_in, 1, direction))
+def rows_at_once(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str) -> int:
+    """Rows of x that `chain` contracts at once on a CPU where no gradient is recorded."""
+    steps = chain_products(bonds, d_out, d_in, 1, direction)
+    return max(1, CHAIN_STATE // max(step.batch * step.m * step.n for step in steps))
 
 
 def _contracted(cores: Sequence[Tensor], x: Tensor, direction: str) -> Tensor:
@@ -152,7 +156,46 @@ def _apply(A: Tensor, state: Tensor) -> Tensor:
         return (state.reshape(batch, k) @ A.T).reshape(batch, m, 1)
     if _copies(m, k, n):
         return (state.transpose(1, 2).reshape(batch * n, k) @ A.T).reshape(batch, n, m).transpose(1, 2)
+    if batch * m * k > CHAIN_STATE and _sums_in_parts(A, state):
+        return _SharedFactor.apply(A, state)
     return torch.bmm(A.expand(batch, m, k), state)
+
+
+def _sums_in_parts(A: Tensor, state: Tensor) -> bool:
+    """Autocast gives the gradients another dtype than A's, and on a GPU each part would be launched by itself."""
+    return (
+        A.device.type == "cpu"
+        and A.dtype == state.dtype
+        and not torch.is_autocast_enabled("cpu")
+        and not is_traced()
+        and _records_gradients([A], state)
+    )
+
+
+class _SharedFactor(torch.autograd.Function):
+    """A (m, k) times each of (batch, k, n), with the gradient of A summed over a few items at a time.
+
+    By itself autograd has the partial sums of all items in memory at once, batch × m × k entries: mapping so much takes
+    longer than computing it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, state: Tensor) -> Tensor:
+        ctx.save_for_backward(A, state)
+        return torch.bmm(A.expand(state.shape[0], *A.shape), state)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        [dy], (A, state) = grad_outputs, ctx.saved_tensors
+        wants_A, wants_state = ctx.needs_input_grad
+        n_at_once = max(1, CHAIN_STATE // A.numel())
+        dA = dstate = None
+        if wants_A:
+            parts = zip(dy.split(n_at_once), state.split(n_at_once), strict=True)
+            dA = reduce(torch.add, (torch.bmm(of_y, own.mT).sum(0) for of_y, own in parts))
+        if wants_state:
+            dstate = torch.bmm(A.T.expand(dy.shape[0], *A.T.shape), dy)
+        return dA, dstate
 
 
 def _copies(m: int, k: int, n: int) -> bool:

@@ -1,8 +1,9 @@
 """Which way to apply a chain of cores is fastest: seconds from FLOPs and bytes, with rates measured on the device.
 
-A product takes an overhead, plus its FLOPs over a rate that falls with the size of its sides, plus what it reads and
-what it writes over the rates of memory. Adding these up rather than taking the largest is what fits thin products.
-Writing has a rate of its own since a large result goes to memory that must first be mapped.
+A product takes an overhead, which is that of the way it belongs to, plus its FLOPs over a rate that falls with the size
+of its sides, plus what it reads and what it writes over the rates of memory. Adding these up rather than taking the
+largest is what fits thin products. Writing has a rate of its own since a large result goes to memory that must first be
+mapped.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
+from torch.nn.functional import linear
 
-from mpo_core.contraction import Product, products, with_gradients
+from mpo_core.cached_matrix import CachedMatrix
+from mpo_core.contraction import CHAIN_STATE, Product, chain, cheapest_direction, products, rows_at_once, with_gradients
+from mpo_core.tensor_train import contract
 
 Curve = tuple[tuple[float, float], ...]
 """(size, seconds per unit of size) in ascending order of size: linear in log(size) between them, constant beyond."""
@@ -26,8 +30,8 @@ Curve = tuple[tuple[float, float], ...]
 class Calibration:
     """What a device does how fast, in one dtype with one number of threads."""
 
-    overhead: float
-    """Seconds of a product of nothing."""
+    overhead: Mapping[str, tuple[float, float]]
+    """Mode -> seconds for each of its products when there is nothing to compute: in a forward, and with gradients."""
     flop: Curve
     """Harmonic mean of m, k and n -> seconds per FLOP; it is near the smallest of them."""
     read: Curve
@@ -35,18 +39,38 @@ class Calibration:
     write: Curve
     """Bytes -> seconds per byte written to new memory."""
     itemsize: int = 4
+    copy: Curve | None = None
+    """Bytes -> seconds per byte copied into another order; None: as `read` and `write` have it."""
+    vector: float | None = None
+    """Seconds per FLOP of a matrix and a vector, or of two vectors; None: as `flop` has it."""
+    in_parts: bool = True
+    """Whether a chain without gradients takes a few rows at a time (see `contraction.chain`)."""
 
-    def seconds(self, steps: Sequence[Product]) -> float:
-        """Predicted time of these products, one after the other."""
-        return sum(self._seconds(step) for step in steps)
+    def seconds(self, steps: Sequence[Product], *, keeps: bool = False) -> float:
+        """Predicted time of these products, one after the other, without overheads.
 
-    def _seconds(self, step: Product) -> float:
-        total = self.overhead
+        Args:
+            keeps: whether nothing that they write is freed before the last: each then writes at the rate of so large a
+                result as all of it, since memory that is in use cannot be used again.
+        """
+        written = sum(step.written - step.summed for step in steps) * self.itemsize if keeps else 0
+        return sum(self._seconds(step, written) for step in steps)
+
+    def _seconds(self, step: Product, written: int) -> float:
+        total = 0.0
         if step.flops:
+            of_vector = self.vector if step.batch == 1 in (step.m, step.k, step.n) else None
             side = 3 / (1 / step.m + 1 / step.k + 1 / step.n)
-            total += step.flops * _interpolate(self.flop, side)
-        for curve, elements in ((self.read, step.read), (self.write, step.written)):
-            total += elements * self.itemsize * _interpolate(curve, elements * self.itemsize)
+            total += step.flops * (_interpolate(self.flop, side) if of_vector is None else of_vector)
+        summed, copied = step.summed * self.itemsize, step.copied * self.itemsize
+        at_once = min(summed, CHAIN_STATE * self.itemsize) if self.in_parts else summed
+        for curve, elements, least in ((self.read, step.read, 0), (self.write, step.written, written)):
+            own = elements * self.itemsize - summed - copied
+            total += own * _interpolate(curve, max(own, least)) + summed * _interpolate(curve, at_once)
+            if self.copy is None:
+                total += copied * _interpolate(curve, max(copied, least))
+        if self.copy is not None:
+            total += copied * _interpolate(self.copy, max(copied, written))
         return total
 
 
@@ -78,11 +102,22 @@ def _choose(
     calibration: Calibration,
     modes: tuple[str, ...],
 ) -> str:
-    def seconds(mode: str) -> float:
-        steps = products(mode, bonds, d_out, d_in, n_tokens)
-        return calibration.seconds(with_gradients(steps) if training else steps)
+    def seconds(mode: str, n_rows: int) -> float:
+        steps = products(mode, bonds, d_out, d_in, n_rows)
+        overhead = len(steps) * calibration.overhead[mode][training]
+        return overhead + calibration.seconds(with_gradients(steps) if training else steps, keeps=training)
 
-    return min(modes, key=seconds)
+    def in_all(mode: str) -> float:
+        n_at_once = n_tokens
+        if mode == "chain" and calibration.in_parts and not training:
+            n_at_once = min(n_tokens, rows_at_once(bonds, d_out, d_in, cheapest_direction(bonds, d_out, d_in)))
+        n_full, left = divmod(n_tokens, max(1, n_at_once))
+        total = n_full * seconds(mode, n_at_once) + (seconds(mode, left) if left else 0.0)
+        if n_at_once < n_tokens:  # the parts of y are put together
+            total += calibration.seconds([Product(0, 0, 0, 0, copied=n_tokens * math.prod(d_out))])
+        return total
+
+    return min(modes, key=in_all)
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -121,7 +156,7 @@ def calibrate(device: torch.device | str, dtype: torch.dtype) -> Calibration:
 
     def seconds(call: Callable[[], object]) -> float:
         times, begun = [], time.perf_counter()
-        while len(times) < 8 and (len(times) < 3 or time.perf_counter() - begun < 0.03):
+        while len(times) < 40 and (len(times) < 3 or time.perf_counter() - begun < 0.03):
             _wait(where)
             start = time.perf_counter()
             call()
@@ -129,30 +164,70 @@ def calibrate(device: torch.device | str, dtype: torch.dtype) -> Calibration:
             times.append(time.perf_counter() - start)
         return min(times)  # what else runs on the machine only ever adds
 
-    A, items = ones(4, 4), ones(2, 4, 4)
-    least = seconds(lambda: A.clone())
-    overhead = seconds(lambda: torch.bmm(A.reshape(4, 4).expand(2, 4, 4), items.reshape(2, 4, 4)).reshape(8, 4))
+    least = seconds(ones(4, 4).clone)
+    overhead = _overheads(ones, seconds)
 
     def beyond_overhead(call: Callable[[], object]) -> float:
         # What is left of a call that takes little more than its overhead is noise: at least a tenth of it is kept.
         measured = seconds(call)
         return max(measured - least, measured / 10)
 
-    read, write = [], []
+    read, write, copy = [], [], []
     for exponent in (14, 18, 22, 24, 26):  # bytes: from the innermost cache to main memory
         size, x = 2.0**exponent, ones(2**exponent // itemsize)
         reading, both = beyond_overhead(lambda x=x: x.sum()), beyond_overhead(lambda x=x: x.clone())
         read.append((size, reading / size))
         write.append((size, max(both - reading, both / 2) / size))
-    moving = Calibration(0.0, ((1.0, 0.0),), tuple(read), tuple(write), itemsize)
+        third = 2 ** ((exponent - 4 - int(math.log2(itemsize))) // 3)
+        permuted = x.reshape(third, third, -1, 16).transpose(1, 2)  # as W's rows and columns are put together
+        copy.append((size, beyond_overhead(permuted.contiguous) / size))
+    moving = Calibration({}, ((1.0, 0.0),), tuple(read), tuple(write), itemsize)
+
+    def per_flop(call: Callable[[], object], step: Product) -> float:
+        total = beyond_overhead(call)
+        return max(total - moving.seconds([step]), total / 4) / step.flops
+
     flop = []
     for side in (8, 16, 32, 64, 128, 512) if on_cpu else (16, 64, 256, 1024, 4096):
         batch = max(1, (2**22 if on_cpu else 2**30) // side**3)
         left, right = ones(side, side).expand(batch, side, side), ones(batch, side, side)
-        total = beyond_overhead(lambda left=left, right=right: torch.bmm(left, right))
-        step = Product(batch, side, side, side)
-        flop.append((float(side), max(total - moving.seconds([step]), total / 4) / step.flops))
-    return Calibration(overhead, tuple(flop), tuple(read), tuple(write), itemsize)
+        call = partial(torch.bmm, left, right)
+        flop.append((float(side), per_flop(call, Product(batch, side, side, side))))
+    n = 512 if on_cpu else 4096
+    vector = per_flop(partial(linear, ones(1, n), ones(n, n)), Product(1, n, n, 1))
+    return Calibration(overhead, tuple(flop), tuple(read), tuple(write), itemsize, tuple(copy), vector, on_cpu)
+
+
+def _overheads(
+    ones: Callable[..., torch.Tensor], seconds: Callable[[Callable[[], object]], float]
+) -> dict[str, tuple[float, float]]:
+    """Of two tiny sites: each way once, with and without gradients, over its number of products."""
+    cores, x = [ones(1, 2, 2, 2), ones(2, 2, 2, 1)], ones(1, 4)
+    kept = CachedMatrix(cores, contract(cores))
+
+    def cached() -> torch.Tensor:
+        kept.holds_for(cores, x.dtype)
+        return linear(x, kept.W)
+
+    ways = {"reconstruct": lambda: linear(x, contract(cores)), "chain": lambda: chain(cores, x), "cached": cached}
+
+    def least(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        rounds = [{mode: seconds(call) for mode, call in calls.items()} for _ in range(2)]  # the first warms up
+        return {mode: min(own[mode] for own in rounds) for mode in calls}
+
+    forward = least(ways)
+    inputs = [tensor.requires_grad_() for tensor in (x, *cores)]
+    with torch.enable_grad():
+        trained = {mode: partial(_gradients, ways[mode], inputs, x.detach()) for mode in ("reconstruct", "chain")}
+        both = least(trained)
+    n_products = {"reconstruct": 2, "chain": 2, "cached": 1}
+    return {mode: (forward[mode] / n, both.get(mode, math.inf) / n) for mode, n in n_products.items()}
+
+
+def _gradients(
+    way: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor], dy: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(way(), inputs, dy)
 
 
 def _key(device: torch.device | str, dtype: torch.dtype) -> tuple[torch.device, torch.dtype, int]:

@@ -13,6 +13,7 @@ from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mpo_core import contraction
 from mpo_core.bonds import clip_bonds
 from mpo_core.contraction import CHAIN_STATE, Product, chain, cheapest_direction, cost, products
 from mpo_core.tensor_train import contract
@@ -204,6 +205,38 @@ def test_without_gradients_the_state_stays_small_and_the_values_the_same(directi
     torch.testing.assert_close(y, x @ dense(cores).T)
     assert x.numel() <= largest.n_elements <= CHAIN_STATE
     assert 4 * CHAIN_STATE < 1000 * 16 * 16 * 16  # what all rows at once would take
+
+
+@pytest.mark.parametrize(
+    ("direction", "d_out", "d_in"), [("left", (4, 16), (32, 8)), ("right", (32, 8), (4, 16))], ids=DIRECTIONS
+)
+def test_partial_sums_of_a_gradient_are_few_at_once_and_the_gradients_the_same(direction, d_out, d_in, monkeypatch):
+    cores = [core.requires_grad_() for core in make_cores((1, 8, 1), d_out, d_in)]
+    generator = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(200, math.prod(sizes), generator=generator, dtype=torch.float64) for sizes in (d_in, d_out))
+    variables = [x.requires_grad_(), *cores]
+
+    def gradients_and_largest():
+        with LargestResult() as largest:
+            found = torch.autograd.grad(chain(cores, x, direction), variables, dy)
+        return found, largest.n_elements
+
+    whole, most = gradients_and_largest()
+    monkeypatch.setattr(contraction, "CHAIN_STATE", 2**14)
+    parts, few = gradients_and_largest()
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other)
+    state = max(step.written for step in products("chain", (1, 8, 1), d_out, d_in, 200, direction=direction))
+    assert (few, most) == (state, 4 * state)
+
+
+def test_partial_sums_pass_second_derivatives(monkeypatch):
+    monkeypatch.setattr(contraction, "CHAIN_STATE", 12)
+    generator = torch.Generator().manual_seed(1)
+    A, state = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (5, 2, 2)))
+    both = A.requires_grad_(), state.requires_grad_()
+    assert torch.autograd.gradcheck(contraction._SharedFactor.apply, both)
+    assert torch.autograd.gradgradcheck(contraction._SharedFactor.apply, both)
 
 
 @pytest.mark.parametrize(("d_out", "d_in", "chi"), SHAPES)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpo_core.contraction import Product, products
+from mpo_core.contraction import CHAIN_STATE, MODES, Product, products
 from mpo_core.cost_model import Calibration, calibrate, calibration_of, choose, set_calibration
 from mpo_core.linear import MPOLinear
 
 FREE = ((1.0, 0.0),)
-ONLY_FLOPS = Calibration(overhead=0.0, flop=((1.0, 1e-9),), read=FREE, write=FREE)
-ONLY_BYTES = Calibration(overhead=0.0, flop=FREE, read=((1.0, 1e-9),), write=((1.0, 1e-9),))
-ONLY_CALLS = Calibration(overhead=1e-6, flop=FREE, read=FREE, write=FREE)
+NONE, EQUAL = dict.fromkeys(MODES, (0.0, 0.0)), dict.fromkeys(MODES, (1e-6, 3e-6))
+ONLY_FLOPS = Calibration(overhead=NONE, flop=((1.0, 1e-9),), read=FREE, write=FREE)
+ONLY_BYTES = Calibration(overhead=NONE, flop=FREE, read=((1.0, 1e-9),), write=((1.0, 1e-9),))
+ONLY_CALLS = Calibration(overhead=EQUAL, flop=FREE, read=FREE, write=FREE)
 
 LARGE = ((1, 4, 1), (64, 64), (64, 64))
 SMALL = ((1, 16, 1), (8, 16), (16, 8))
@@ -26,13 +27,13 @@ def calibrated():
 
 
 def test_seconds_add_up():
-    calibration = Calibration(0.5, ((2.0, 3.0),), ((1.0, 5.0),), ((1.0, 7.0),), itemsize=2)
+    calibration = Calibration(NONE, ((2.0, 3.0),), ((1.0, 5.0),), ((1.0, 7.0),), itemsize=2)
     # (2 × 2) @ (2 × 2): 16 FLOPs, 8 elements read, 4 written.
-    assert calibration.seconds([Product(1, 2, 2, 2)] * 2) == pytest.approx(2 * (0.5 + 16 * 3 + 16 * 5 + 8 * 7))
+    assert calibration.seconds([Product(1, 2, 2, 2)] * 2) == pytest.approx(2 * (16 * 3 + 16 * 5 + 8 * 7))
 
 
 def test_rates_are_interpolated_by_size_and_constant_beyond():
-    calibration = Calibration(0.0, ((4.0, 3.0), (16.0, 1.0)), FREE, FREE)
+    calibration = Calibration(NONE, ((4.0, 3.0), (16.0, 1.0)), FREE, FREE)
     per_flop = {n: calibration.seconds([Product(1, n, n, n)]) / (2 * n**3) for n in (1, 4, 8, 16, 100)}
     assert per_flop == pytest.approx({1: 3.0, 4: 3.0, 8: 2.0, 16: 1.0, 100: 1.0})
 
@@ -70,18 +71,54 @@ def test_choose_counts_what_only_gradients_cost():
 def test_choose_counts_calls_too():
     # One product with W at hand against two without.
     assert choose(*LARGE, 1, training=False, calibration=ONLY_CALLS, modes=("chain", "cached")) == "cached"
+    slow_chain = Calibration({"reconstruct": (1e-6, 3e-6), "chain": (2e-6, 2e-6)}, FREE, FREE, FREE)
+    chosen = [choose(*LARGE, 1, training=training, calibration=slow_chain) for training in (False, True)]
+    assert chosen == ["reconstruct", "chain"]
+
+
+def test_choose_knows_that_a_chain_without_gradients_stays_in_the_cache():
+    # Beyond two caches' worth of bytes memory is a hundred times as slow.
+    edge = 8.0 * CHAIN_STATE
+    memory = ((edge, 1e-12), (2 * edge, 1e-10))
+    chosen = [
+        choose(
+            *LARGE,
+            8192,
+            training=training,
+            calibration=Calibration(NONE, ((1.0, 1e-13),), memory, memory, in_parts=parts),
+        )
+        for parts, training in ((True, False), (False, False), (True, True))
+    ]
+    assert chosen == ["chain", "reconstruct", "reconstruct"]
+
+
+def test_choose_counts_every_part_of_a_chain():
+    # Each of the parts has its calls.
+    chosen = [
+        choose(
+            *LARGE,
+            n_tokens,
+            training=False,
+            calibration=Calibration(EQUAL, ((1.0, 1e-18),), FREE, FREE, in_parts=parts),
+        )
+        for parts in (True, False)
+        for n_tokens in (1, 8192)
+    ]
+    assert chosen == ["chain", "reconstruct", "chain", "chain"]
 
 
 def test_calibrate_measures_a_device_that_can_be_predicted():
     rates = calibrate("cpu", torch.float32)
     assert rates.itemsize == 4
-    for curve in (rates.flop, rates.read, rates.write):
+    for curve in (rates.flop, rates.read, rates.write, rates.copy):
         sizes = [size for size, _ in curve]
         assert sizes == sorted(set(sizes))
         assert all(0 < per_unit < 1e-6 for _, per_unit in curve)
-    assert 0 < rates.overhead < 0.1
-    # A hundredfold difference in work is beyond any noise.
-    assert choose(*LARGE, 1024, training=False, calibration=rates) == "chain"
+    assert set(rates.overhead) == set(MODES)
+    assert all(0 < forward < 0.1 and both > forward for forward, both in rates.overhead.values())
+    assert rates.in_parts
+    # A hundredfold difference in work is beyond any noise; of one part, as calls take long on a busy machine.
+    assert choose(*LARGE, 16, training=False, calibration=rates) == "chain"
     wide = ((1, 512, 1), (32, 32), (32, 32))
     assert choose(*wide, 4096, training=False, calibration=rates) == "reconstruct"
 
