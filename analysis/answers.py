@@ -29,7 +29,7 @@ from analysis.runs import StudyRuns
 from analysis.selection import seed_table
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
 from analysis.statistics.seed_blocks import MIN_SEEDS, two_way
-from analysis.summary import DENSE_TUNED, MEASURES, VAL_LOSS, Measure, frontier_key, n_statement
+from analysis.summary import DENSE, DENSE_TUNED, MEASURES, VAL_LOSS, Measure, frontier_key, n_statement
 from analysis.tables import counted, decimals_for, difference_shown, percent, range_shown
 from analysis.uncertainty import FrontierUncertainty
 
@@ -160,12 +160,26 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
                 tokens, dense_tokens = (range_shown(rows[key]) for key in ("total_tokens", "against_total_tokens"))
                 words += f"; their budget is another, {tokens} tokens in all against {dense_tokens}"
             said.append(f"{words}.")
-        said.append(_smallest(compared, measure))
+        said.append("" if _several_dense(summary) else _smallest(compared, measure))
+    if _several_dense(summary):
+        said.append(
+            "Several dense models were tried, and each MPO is set against the one trained most like it; so no smallest "
+            "configuration is named: what is chosen among several is to be measured on fresh seeds first."
+        )
     return [sentence for sentence in said if sentence]
+
+
+def _several_dense(summary: pd.DataFrame) -> bool:
+    """Whether the study itself tunes its dense reference, of which the first is then no measure."""
+    budgets = summary.loc[summary["is_reference"], "budget_hash"]
+    dense = summary[(summary["group"] == DENSE) & summary["budget_hash"].isin(budgets) & (summary["n_seeds"] > 0)]
+    return len(dense) > len(budgets)
 
 
 def _retained(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
     """Of each group of a few MPO configurations, the share of the dense model's accuracy."""
+    if _several_dense(summary):
+        return []
     trials = summary[(summary["family"] == "mpo") & (summary["n_seeds"] >= MIN_SEEDS)]
     few = trials.groupby("group")["trial"].transform("size") <= _MOST_NAMED
     chosen = pd.concat([summary[summary["is_reference"]], trials[few]])

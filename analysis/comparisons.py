@@ -56,19 +56,19 @@ class Pair(NamedTuple):
 def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
     """The differences that a study is about, tested on the seeds that both trials have.
 
-    Compared are the pairs that the study file declares, of any budgets; and, of one budget, each trial with the dense
-    reference and each MPO trial with the controls of equal parameters: of each family, one within `EQUAL_SIZE` of its
-    parameters, from the same start. What starts from a teacher has, as a reference of its own, the first dense trial
-    of its budget that was trained on from the same teacher. Trials that were stopped early are in no pair that is not
-    declared.
+    Compared are the pairs that the study file declares, of any budgets; and, of one budget, each trial with the
+    dense reference (of several learning rates or inits the one trained most alike) and each MPO trial with the
+    controls of equal parameters: of each family, one within `EQUAL_SIZE` of its parameters, from the same start.
+    What starts from a teacher has, as a reference of its own, the first dense trial of its budget that was trained
+    on from the same teacher. Trials that were stopped early are in no pair that is not declared.
 
-    Claims rest on each pair's own t test (see `statistics.contrasts.headline`). Declared pairs are one family for each
-    measure, adjusted by Holm; those of them that could not be tested count in it all the same, as p = 1. The others are
-    exploration, adjusted by Benjamini and Hochberg. While the study lacks runs nothing declared is decided: neither is
-    the family complete, nor has the order of tests begun where it must. Non-inferiority to the
-    reference, by the study file's margin, is tested at .025 one-sided within each arm and against each reference, from
-    its largest χ (or, without χ, its largest model) downwards, up to the first that fails; where two are equally large,
-    by Holm.
+    Claims rest on each pair's own t test (see `statistics.contrasts.headline`). Declared pairs are one family for
+    each measure, adjusted by Holm; those of them that could not be tested count in it all the same, as p = 1. The
+    others are exploration, adjusted by Benjamini and Hochberg. While the study lacks runs nothing declared is
+    decided: neither is the family complete, nor has the order of tests begun where it must. Non-inferiority to the
+    reference, by the study file's margin, is tested at .025 one-sided within each group and against each reference,
+    from its largest χ (or, without χ, its largest model) downwards, up to the first that fails; where two are
+    equally large, by Holm.
 
     Returns:
         One row per measure and pair, with `COLUMNS`. difference (trial − against), half_width (95 %), margin and bound
@@ -113,6 +113,10 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     group_of = {trial["trial"]: trial["group"] for trial in trials}
     settled = {(pair.trial, group_of[pair.against]) for pair in declared if pair.relation == REFERENCE}
     trained_on = _trained_on(trials)
+    dense: dict[str, list[dict[str, Any]]] = {}
+    for trial in trials:
+        if reference is not None and trial["group"] == DENSE and trial["budget_hash"] == reference["budget_hash"]:
+            dense.setdefault(trial["budget_hash"], []).append(trial)
     others: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
         if trial["family"] != "mpo":
@@ -120,8 +124,11 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     by_size = {budget: _BySize(alike) for budget, alike in others.items()}
     for trial in trials:
         own = []
-        if reference is not None and trial is not reference and (trial["trial"], DENSE) not in settled:
-            own += [(reference, REFERENCE)] if trial["budget_hash"] == reference["budget_hash"] else []
+        rivals = dense.get(trial["budget_hash"], [])
+        if rivals and trial is not reference and (trial["trial"], DENSE) not in settled:
+            # Of several, tuned in the study itself, the one trained most alike: the first may be the worst of them.
+            alike = min(rivals, key=lambda rival: (_unlike(trial, rival), rival["trial"]))
+            own += [(alike, REFERENCE)] if alike is not trial else []
         further = trained_on.get(_start_of(trial))
         if further is not None and further is not trial and (trial["trial"], DENSE_TUNED) not in settled:
             own += [(further, REFERENCE)]
@@ -168,7 +175,12 @@ def _trained_on(trials: list[dict[str, Any]]) -> dict[tuple[Any, Any], dict[str,
 
 
 def _start_of(trial: dict[str, Any]) -> tuple[Any, Any]:
-    return (trial["teacher"] if trial["start"] == "teacher" else None), trial["budget_hash"]
+    return _teacher_of(trial), trial["budget_hash"]
+
+
+def _teacher_of(trial: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Study and arm of the teacher; None from scratch."""
+    return (trial["study"], trial["teacher"]) if trial["start"] == "teacher" else None
 
 
 def _first(dense: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -191,7 +203,7 @@ def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[
         return []
     families: dict[str, list[dict[str, Any]]] = {}
     for other in others:
-        if other["start"] == trial["start"] and _distance(trial, other) <= math.log1p(EQUAL_SIZE):
+        if _teacher_of(other) == _teacher_of(trial) and _distance(trial, other) <= math.log1p(EQUAL_SIZE):
             families.setdefault(other["family"], []).append(other)
     return [min(family, key=partial(_nearness, trial)) for family in families.values()]
 
@@ -321,7 +333,7 @@ def _adjust(frame: pd.DataFrame, is_unfinished: bool) -> None:
 def _non_inferior(frame: pd.DataFrame) -> np.ndarray:
     holds = np.zeros(len(frame), dtype=bool)
     tested = frame[frame["relation"] == REFERENCE]
-    for _, arm in tested.groupby(["study", "arm", "against"]):
+    for _, arm in tested.groupby(["study", "group", "against"]):
         at, p, order = arm.index.to_numpy(), arm["inferiority_p"].to_numpy(), arm["order"].to_numpy()
         if np.unique(order).size == order.size:
             holds[at] = fixed_sequence(p, order)

@@ -78,7 +78,7 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
 
     The state between two sites has the rows' sizes that are done and the columns' sizes still to come, and is never
     permuted: each step is one product, or a batch of products with the same core. Differentiable. Where no gradient is
-    recorded, so few of x's rows are contracted at once that the state has about CHAIN_STATE entries at most.
+    recorded, on a CPU, so few of x's rows are contracted at once that the state has about CHAIN_STATE entries.
 
     Args:
         cores: site l is (bonds[l], d_out[l], d_in[l], bonds[l+1]).
@@ -99,7 +99,7 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
         )
     if direction == "auto":
         direction = cheapest_direction(bonds, d_out, d_in)
-    if not _records_gradients(cores, x):
+    if x.device.type == "cpu" and not _records_gradients(cores, x):  # elsewhere each part would be launched by itself
         rows, n_at_once = x.reshape(-1, x.shape[-1]), max(1, CHAIN_STATE // _state_size(bonds, d_out, d_in, direction))
         if rows.shape[0] > n_at_once:
             y = torch.cat([_contracted(cores, part, direction) for part in rows.split(n_at_once)])

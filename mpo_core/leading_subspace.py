@@ -19,7 +19,9 @@ OBLONG = 8
 OVERSAMPLING = 64
 SMALL = 0.1
 """Of a smaller share of ‖M‖², the squared error is summed from what is left of M."""
-MIN_ITERATIONS, MAX_ITERATIONS = 3, 100
+MIN_ITERATIONS = 3
+SHARE = 0.5
+"""Of the operations of a full SVD, which is the way after that many without convergence."""
 TOLERANCE = 1e-5
 """How much of the squared error may be there for want of iterations."""
 
@@ -28,8 +30,9 @@ def leading_left(M: Tensor, k: int) -> Tensor | None:
     """The k leading left singular vectors U (m, k) of a large matrix M (m, n), orthonormal, the first ones first.
 
     The squared error ‖M − U Uᵀ M‖² is the least there is, to the rounding of M's dtype where a Gram matrix gives U;
-    else, as far as the convergence of the iteration tells, to a factor of 1 + TOLERANCE. Deterministic: the random
-    start is the same for every M of a shape.
+    else to a factor of 1 + TOLERANCE, as far as the convergence of the iteration tells. What it cannot tell are many
+    singular values on either side of the k-th that differ by a fraction of a per cent: taking one for the other can
+    cost some 1e-4 of the squared error. Deterministic: the random start is the same for every M of a shape.
 
     Returns:
         None where a full SVD is the better way: M is not large, k is no small part of its singular vectors, or the
@@ -58,26 +61,35 @@ def _by_iteration(M: Tensor, k: int) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(M.shape[1], k + OVERSAMPLING, dtype=M.dtype, generator=generator).to(M.device)
     total = float(torch.linalg.vector_norm(M, dtype=torch.float64)) ** 2
-    rounding = (8 * torch.finfo(M.dtype).eps) ** 2 * total
     errors: list[float] = []
-    while len(errors) < MAX_ITERATIONS:
+    # Of about 4 m n b operations each, for b vectors.
+    while len(errors) < SHARE * 5 * min(M.shape) / X.shape[1]:
         Q, _ = torch.linalg.qr(M @ X)
         B = Q.mT @ M
         values, vectors = torch.linalg.eigh(B.double() @ B.double().mT)
         errors.append(total - float(values[-k:].sum()))
+        eps = torch.finfo(M.dtype).eps
+        uncertain = 2 * eps * (total - errors[-1])  # Q is orthonormal to so much
         if errors[-1] < SMALL * total:  # that difference has few digits left, in M's own dtype
             outside = torch.linalg.vector_norm(torch.addmm(M, Q, B, alpha=-1), dim=1).double().square().sum()
             errors[-1] = float(outside + values[:-k].clamp(min=0).sum())
-        if errors[-1] <= rounding or _have_converged(errors):
+            uncertain = 2 * eps * errors[-1]
+        if errors[-1] <= (8 * eps) ** 2 * total or _have_converged(errors, uncertain):
             return Q @ vectors.flip(1)[:, :k].to(M.dtype)
         X, _ = torch.linalg.qr(B.mT)
     return None
 
 
-def _have_converged(errors: list[float]) -> bool:
+def _have_converged(errors: list[float], uncertain: float) -> bool:
     """Whether what the iterations to come would still take from the squared error, were it a geometric series, is
-    within the tolerance."""
+    within the tolerance.
+
+    Args:
+        uncertain: rounding of the errors. Where gains differ by no more, nothing tells how they go on: vectors of
+            nearly equal singular values are found so slowly that each gain is tiny and their sum is not.
+    """
     if len(errors) < MIN_ITERATIONS:
         return False
-    before, gain = errors[-3] - errors[-2], errors[-2] - errors[-1]
-    return gain <= 0 or (gain < before and gain * max(1.0, gain / (before - gain)) <= TOLERANCE * errors[-1])
+    before, gain = errors[-3] - errors[-2], max(0.0, errors[-2] - errors[-1])
+    slowing = before - gain - uncertain
+    return slowing > 0 and gain * max(1.0, gain / slowing) <= TOLERANCE * errors[-1]

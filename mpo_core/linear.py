@@ -273,6 +273,10 @@ class MPOLinear(StructuredLinear):
                 self._cache = CachedMatrix(cores, self._matrix(cores).to(dtype))
         return self._cache.W
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_cached_matrix()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def train(self, mode: bool = True) -> Self:
         self.drop_cached_matrix()
         return super().train(mode)

@@ -179,7 +179,9 @@ def winners(
     seeds: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="The new study has the seeds 0 to N - 1; as many as the old one unless given.", min=1
+            metavar="N",
+            help="The new study has the seeds 0 to N - 1; unless given as many as the old one has, and at least 5.",
+            min=1,
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the new study; the file's unless given.")] = None,

@@ -240,6 +240,8 @@ class StudyConfig(Strict):
                 if isinstance(given := getattr(arm, key, None), dict):
                     _check_sizes(f"arms[{arm.name}]: `{key}`", given, arm.sizes or (self.model.d_model,))
         self._check_contrasts(names)
+        if self.protocol.precision == "tf32" and self.execution.gpus == 0:
+            raise ValueError("`protocol.precision: tf32` needs `execution.gpus`: only a GPU has that format")
         searched = [arm.name for arm in self.arms if arm.is_searched]
         if searched and self.sampler.name == "grid":
             raise ValueError(
@@ -313,6 +315,7 @@ class StudyConfig(Strict):
             and other.teacher is None
             and not any(isinstance(value, tuple | Choices | Range) for value in other.values().values())
             and other.d_model in (None, self.model.d_model)
+            and other.d_ff in (None, self.model.d_ff or 4 * self.model.d_model)
         ]
         if arm.teacher not in candidates:
             raise ValueError(

@@ -27,6 +27,8 @@ from study.trial import TUNED_FIELDS, SeedResult, TrialSpec, tuning_trials
 Content = dict[str, Any]
 """An arm as a study file has it."""
 
+FEWEST = 5
+"""Seeds of a study that is to decide, unless another number is asked for."""
 _WORDS = {"chi": "chi{}", "as_chi": "as-chi{}", "d_model": "d{}", "n_sites": "L{}"}
 """How a name says a value; others are words themselves."""
 _FIRST, _LAST = ("name", "family", "teacher", *SIZE_FIELDS), ("tuned_among",)
@@ -47,7 +49,8 @@ def write_winners(
     are.
 
     Args:
-        n_seeds: the new study has the seeds 0 to n_seeds - 1; as many as the old one has unless given.
+        n_seeds: the new study has the seeds 0 to n_seeds - 1; unless given as many as the old one has,
+            and no fewer than FEWEST.
         name: of the new study; the file's unless given.
         say: told in one line what could not be selected.
     Returns:
@@ -63,7 +66,7 @@ def write_winners(
     snapshot = read_ledger(directory.ledger_url, own.name)
     config = settled(own, snapshot.growths.history)
     _check_finished(directory)
-    n_seeds = n_seeds or len(config.seed_list)
+    n_seeds = n_seeds or _usual_seeds(config)
     used = {result.seed for result in snapshot.results}.union(config.seed_list)
     _check_fresh(config.name, n_seeds, used)
     if name is None:
@@ -101,6 +104,10 @@ def _missing(row: TrialStatus) -> str:
     return f"trial {row.trial.number} ({row.trial.spec.arm}) seeds {_listed(row.missing)}"
 
 
+def _usual_seeds(config: StudyConfig) -> int:
+    return max(FEWEST, len(config.seed_list))
+
+
 def _check_fresh(name: str, n_seeds: int, used: Iterable[int]) -> None:
     stale = sorted(seed for seed in used if seed < n_seeds)
     if stale:
@@ -131,7 +138,7 @@ def _selected(config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None
             chosen = chosen or sorted(own, key=lambda trial: losses[trial.number])[:1]
             if not chosen:
                 say(f"arm {arm.name}: none of its trials has all its seeds; it is left out, with its contrasts")
-            new = _of_search(arm, config, sorted(chosen, key=lambda trial: (trial.shape.n_params, trial.number)))
+            new = _of_search(arm, len(own), sorted(chosen, key=lambda trial: (trial.shape.n_params, trial.number)))
         taken.discard(arm.name)  # the first that comes from it may keep it
         arms[arm.name] = [_ordered(_with_own_name(content, taken)) for content in new]
     return arms
@@ -209,10 +216,13 @@ def _as_arms(
         yield content
 
 
-def _of_search(arm: Arm, config: StudyConfig, chosen: Sequence[Trial]) -> list[Content]:
-    """An arm of fixed values for each of a searched arm's trials."""
+def _of_search(arm: Arm, tuned_among: int, chosen: Sequence[Trial]) -> list[Content]:
+    """An arm of fixed values for each of a searched arm's trials.
+
+    Args:
+        tuned_among: trials of the arm that were trained: of several arms, a sampler does not try each equally often.
+    """
     values = [{key: _value(trial.spec, key) for key in arm.values()} for trial in chosen]
-    tuned_among = tuning_trials(arm.name, config)
     return [
         _plain(arm) | {"name": name, **own, "tuned_among": tuned_among}
         for name, own in zip(_names(arm.name, values), values, strict=True)
@@ -312,7 +322,7 @@ def _head(
 ) -> str:
     """The comment that says where the file comes from."""
     command = ["mpo-study", "winners", str(directory.path), str(file)]
-    command += ["--seeds", str(n_seeds)] if n_seeds != len(config.seed_list) else []
+    command += ["--seeds", str(n_seeds)] if n_seeds != _usual_seeds(config) else []
     command += ["--name", name] if name != file.stem else []
     said = (
         f"Written by `{shlex.join(command)}`: what study {config.name} (UUID {snapshot.uuid}) selected on the seeds "

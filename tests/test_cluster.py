@@ -170,8 +170,14 @@ def test_study_as_a_job_outlives_a_node_killed_in_the_middle(cluster, bucket):  
 
     command = f"-m study run {file} --dir {cluster.folder / 'kept'} --storage {bucket}/here --address auto"
     job = ("job", "submit", "--no-wait", "--submission-id", "the-study", "--", sys.executable, *command.split())
-    submitted = cluster.client(*job)
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    attempts: list[subprocess.CompletedProcess] = []
+
+    def submitted() -> bool:
+        attempts.append(cluster.client(*job))
+        return "No available agent" not in attempts[-1].stderr  # which Ray says until the head's has started
+
+    cluster.wait_for("the agent that takes jobs", submitted)
+    assert attempts[-1].returncode == 0, attempts[-1].stdout + attempts[-1].stderr
 
     def logs() -> str:
         return cluster.client("job", "logs", "the-study").stdout

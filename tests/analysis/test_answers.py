@@ -79,6 +79,17 @@ def test_first_screen_says_from_which_chi_on_dense_is_matched():
     assert "exploration" not in said["How sure is that?"]
 
 
+def test_of_several_dense_models_each_meets_what_was_trained_like_it_and_none_is_the_measure():
+    """The first one listed may be the worst: here its learning rate is too low."""
+    losses = {3e-4: 2.0, 3e-3: 1.5}
+    slow, fast = (replace(DENSE, val_loss=loss, extra={"learning_rate": rate}) for rate, loss in losses.items())
+    found = [slow, fast, mpo(16, 1.7, extra={"learning_rate": 3e-3})]
+    said = answered(found, noise=0.002)["Does it keep up with dense?"]
+    assert "MPO from scratch, validation loss: worse at 1 of 1 size" in said
+    assert "set against the one trained most like it; so no smallest configuration is named" in said
+    assert "share of the dense" not in said
+
+
 def test_first_screen_gives_the_share_of_dense_accuracy_with_its_interval():
     found = [DENSE, mpo(8, 1.8), replace(mpo(16, 1.6), seeds=range(2))]
     runs, _ = simulated_runs(found, noise=0.01)

@@ -98,6 +98,11 @@ def test_a_held_matrix_is_applied_until_it_is_dropped_and_is_not_copied():
     torch.testing.assert_close(copy.deepcopy(layer)(x), 2 * before)
     layer.drop_cached_matrix()
     torch.testing.assert_close(layer(x), 2 * before)
+    layer.hold_matrix()
+    layer.load_state_dict(
+        {name: 2 * tensor for name, tensor in layer.state_dict().items() if name.startswith("cores.0")}, strict=False
+    )
+    torch.testing.assert_close(layer(x), 4 * before)
 
 
 def test_generate_at_temperature_0_takes_the_most_likely():
