@@ -144,6 +144,7 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
             return ["No MPO has a complete seed and was not given up, so this study cannot say."]
         return ["No MPO has the budget of the dense model, and the study file declares no contrast across budgets."]
     said = []
+    several = _several_dense(summary)
     for measure in MEASURES:
         unit = measure.difference_unit
         own = tested[tested["measure"] == measure.name]
@@ -160,8 +161,8 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
                 tokens, dense_tokens = (range_shown(rows[key]) for key in ("total_tokens", "against_total_tokens"))
                 words += f"; their budget is another, {tokens} tokens in all against {dense_tokens}"
             said.append(f"{words}.")
-        said.append("" if _several_dense(summary) else _smallest(compared, measure))
-    if _several_dense(summary):
+        said.append("" if several else _smallest(compared, measure))
+    if several:
         said.append(
             "Several dense models were tried, and each MPO is set against the one trained most like it; so no smallest "
             "configuration is named: what is chosen among several is to be measured on fresh seeds first."

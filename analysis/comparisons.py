@@ -113,10 +113,8 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     group_of = {trial["trial"]: trial["group"] for trial in trials}
     settled = {(pair.trial, group_of[pair.against]) for pair in declared if pair.relation == REFERENCE}
     trained_on = _trained_on(trials)
-    dense: dict[str, list[dict[str, Any]]] = {}
-    for trial in trials:
-        if reference is not None and trial["group"] == DENSE and trial["budget_hash"] == reference["budget_hash"]:
-            dense.setdefault(trial["budget_hash"], []).append(trial)
+    budget = None if reference is None else reference["budget_hash"]
+    dense = [trial for trial in trials if trial["group"] == DENSE and trial["budget_hash"] == budget]
     others: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
         if trial["family"] != "mpo":
@@ -124,11 +122,15 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     by_size = {budget: _BySize(alike) for budget, alike in others.items()}
     for trial in trials:
         own = []
-        rivals = dense.get(trial["budget_hash"], [])
-        if rivals and trial is not reference and (trial["trial"], DENSE) not in settled:
+        if (
+            dense
+            and trial["budget_hash"] == budget
+            and trial is not reference
+            and (trial["trial"], DENSE) not in settled
+        ):
             # Of several, tuned in the study itself, the one trained most alike: the first may be the worst of them.
-            alike = min(rivals, key=lambda rival: (_unlike(trial, rival), rival["trial"]))
-            own += [(alike, REFERENCE)] if alike is not trial else []
+            most_alike = min(dense, key=lambda rival: (_unlike(trial, rival), rival["trial"]))
+            own += [(most_alike, REFERENCE)] if most_alike is not trial else []
         further = trained_on.get(_start_of(trial))
         if further is not None and further is not trial and (trial["trial"], DENSE_TUNED) not in settled:
             own += [(further, REFERENCE)]

@@ -46,7 +46,7 @@ def rows() -> list[Row]:
             compared("falling singular values", falling, two, "truncated_svd", 1 / 3),
             compared("independent entries", flat, two, "truncated_svd", 1 / 3),
             compared("falling singular values", falling, three, "truncated_svd", 1 / 3),
-            compared("falling singular values", falling, two, "symeig_svd", None),
+            compared("falling singular values", falling, two, "symeig_svd", 1 / 3),
             compared("falling singular values", falling, two, "randomized_svd", None),
             compared("independent entries", flat, two, "randomized_svd", None),
         ]

@@ -10,7 +10,8 @@ when MLflow has all.
 
 The bare loop trains what the quick study trained, in the same order, in two processes of a pool, and does nothing else:
 no ledger, no Ray, no MLflow, no file. Its losses must be the study's to the last bit. Starting up is left out of both:
-the pool's processes are up before its time begins, and the study's begins with its first training.
+the pool's processes are up before its time begins, and the study's begins with its first training. It ends with the
+last write of the ledger: what MLflow's writer and Ray take after that is in the figures of the units that do nothing.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
         )
     if direction == "auto":
         direction = cheapest_direction(bonds, d_out, d_in)
-    if x.device.type == "cpu" and not _records_gradients(cores, x):  # elsewhere each part would be launched by itself
+    # On a GPU each part would be launched by itself.
+    if x.device.type == "cpu" and not is_traced() and not _records_gradients(cores, x):
         rows, n_at_once = x.reshape(-1, x.shape[-1]), max(1, CHAIN_STATE // _state_size(bonds, d_out, d_in, direction))
         if rows.shape[0] > n_at_once:
             y = torch.cat([_contracted(cores, part, direction) for part in rows.split(n_at_once)])
@@ -107,13 +108,13 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
     return _contracted(cores, x, direction)
 
 
+def is_traced() -> bool:
+    """Whether this code is being compiled, or transformed by `torch.func`: then nothing is to depend on values."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def _records_gradients(cores: Sequence[Tensor], x: Tensor) -> bool:
-    """Or is traced or transformed, when x is to be taken as a whole as well."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cores)))
-    )
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cores))
 
 
 @cache

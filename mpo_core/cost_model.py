@@ -87,7 +87,7 @@ def _choose(
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
-_calibrations: dict[tuple[torch.device | str, torch.dtype, int], Calibration] = {}
+_calibrations: dict[tuple[torch.device, torch.dtype, int], Calibration] = {}
 
 
 def calibration_of(device: torch.device | str, dtype: torch.dtype) -> Calibration:
@@ -95,9 +95,6 @@ def calibration_of(device: torch.device | str, dtype: torch.dtype) -> Calibratio
 
     Measuring takes about half a second, and some hundred megabytes for that time.
     """
-    known = _calibrations.get((device, dtype, torch.get_num_threads()))  # as a tensor names its device
-    if known is not None:
-        return known
     key = _key(device, dtype)
     if key not in _calibrations:
         _calibrations[key] = calibrate(device, dtype)
@@ -159,8 +156,10 @@ def calibrate(device: torch.device | str, dtype: torch.dtype) -> Calibration:
 
 
 def _key(device: torch.device | str, dtype: torch.dtype) -> tuple[torch.device, torch.dtype, int]:
-    # A tensor's device has the index that "cuda" alone stands for.
-    return torch.empty(0, device=device).device, dtype, torch.get_num_threads()
+    where = torch.device(device)
+    if where.index is None and where.type != "cpu":  # a tensor's device has the index that "cuda" alone stands for
+        where = torch.empty(0, device=where).device
+    return where, dtype, torch.get_num_threads()
 
 
 def _wait(device: torch.device) -> None:

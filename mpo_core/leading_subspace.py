@@ -62,13 +62,13 @@ def _by_iteration(M: Tensor, k: int) -> Tensor | None:
     X = torch.randn(M.shape[1], k + OVERSAMPLING, dtype=M.dtype, generator=generator).to(M.device)
     total = float(torch.linalg.vector_norm(M, dtype=torch.float64)) ** 2
     errors: list[float] = []
+    eps = torch.finfo(M.dtype).eps
     # Of about 4 m n b operations each, for b vectors.
     while len(errors) < SHARE * 5 * min(M.shape) / X.shape[1]:
         Q, _ = torch.linalg.qr(M @ X)
         B = Q.mT @ M
         values, vectors = torch.linalg.eigh(B.double() @ B.double().mT)
         errors.append(total - float(values[-k:].sum()))
-        eps = torch.finfo(M.dtype).eps
         uncertain = 2 * eps * (total - errors[-1])  # Q is orthonormal to so much
         if errors[-1] < SMALL * total:  # that difference has few digits left, in M's own dtype
             outside = torch.linalg.vector_norm(torch.addmm(M, Q, B, alpha=-1), dim=1).double().square().sum()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpo_core.bonds import clip_bonds, given_sizes, largest_bonds, n_params
 from mpo_core.cached_matrix import CachedMatrix
-from mpo_core.contraction import Product, chain, cheapest_direction, pad_features, products
+from mpo_core.contraction import Product, chain, cheapest_direction, is_traced, pad_features, products
 from mpo_core.cost_model import calibration_of, choose
 from mpo_core.factorisation import factorise
 from mpo_core.initialisation import init_cores_
@@ -232,7 +232,7 @@ class MPOLinear(StructuredLinear):
             raise ValueError(f"`forward` must be one of {', '.join(FORWARD_MODES)}, but got {self.forward_mode!r}")
         if self.forward_mode in ("reconstruct", "chain"):
             return self.forward_mode
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or cores[0].is_meta:
+        if is_traced() or cores[0].is_meta:
             return "reconstruct"  # nothing can be kept or measured while being traced or transformed
         with_grad = torch.is_grad_enabled()
         trains = with_grad and any(core.requires_grad for core in cores)

@@ -81,7 +81,8 @@ decision is kept in the ledger with the seeds it rests on, and holds when the st
 
 ## Tuning
 
-What a study selects was selected for its luck, too, so that it counts on other seeds alone. Tune in a study of its own,
+What a study selects was selected for its luck, too, so that it counts on other seeds alone. (Other seeds are no other
+text: what suits this validation split by luck still does.) Tune in a study of its own,
 on seeds from 100 on, every arm over the same values; let `winners` write the study of what it selected; run that:
 
 ```yaml
@@ -94,7 +95,7 @@ arms:
 
 ```
 mpo-study run tuning.yaml
-mpo-study winners results/tuning final.yaml     # arms of fixed values, on the seeds 0, 1, 2
+mpo-study winners results/tuning final.yaml     # arms of fixed values, on the seeds 0 to 4
 mpo-study run final.yaml
 ```
 

@@ -43,8 +43,10 @@ def test_run_unit_without_the_gpu_it_asks_for_is_no_failure_of_the_seed(unit_of,
 
 
 def test_run_unit_without_a_gpu_refuses_tf32(unit_of, spec_of):
+    spec = spec_of()
+    spec = spec.model_copy(update={"protocol": spec.protocol.model_copy(update={"precision": "tf32"})})
     with pytest.raises(OSError, match=r"protocol\.precision=tf32, which only GPUs have, but execution\.gpus is 0"):
-        run_unit(unit_of(spec=spec_of({"precision": "tf32"})), lambda seed, row: None)
+        run_unit(unit_of(spec=spec), lambda seed, row: None)
 
 
 def test_run_unit_with_a_damaged_teacher_is_no_failure_of_the_seed(unit_of, spec_of):
