@@ -187,7 +187,8 @@ def bare_loop(config: StudyConfig, corpus: Corpus, trained: Snapshot) -> float:
     context = multiprocessing.get_context("spawn")
     up = context.Barrier(PROCESSES + 1)
     with ProcessPoolExecutor(PROCESSES, context, _begin, (corpus.sha256, corpus.validation_fraction, up)) as pool:
-        pool.submit(int)
+        for _ in range(PROCESSES):  # each brings a process up
+            pool.submit(int)
         up.wait()
         begun = time.perf_counter()
         futures = {
