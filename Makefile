@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help study docs ui test test-all lint bench clean
+.PHONY: help study docs results ui test test-all lint bench clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,11 +29,20 @@ docs: study ## run the quick study and put its frontier where the README shows i
 	mkdir -p docs/figures
 	cp results/quick/report/figures/frontier_val_loss.svg docs/figures/quick_frontier.svg
 
+results: $(INSTALLED) ## the reports in docs/results, and what documents say of them, anew from the ledgers there
+	rm -rf results/shipped
+	for study in docs/results/*/; do \
+		name=$$(basename $$study) && \
+		$(BIN)/mpo-study import $$study/ledger.parquet results/shipped/$$name && \
+		$(BIN)/mpo-study sync results/shipped/$$name || exit 1; \
+	done
+	$(BIN)/python -m analysis.shipped results/shipped docs/results README.md docs/results/README.md
+
 ui: $(INSTALLED) ## browse the quick study's runs in MLflow
 	$(BIN)/mpo-study ui results/quick
 
 test: $(INSTALLED) ## the tests that need only Python, git and make
-	$(BIN)/python -m pytest -m 'not fault and not service and not browser'
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not fault and not service and not browser'
 
 test-all: test /usr/bin/chromium ## those, and the fault, service and browser tests
 	$(BIN)/python -m pytest -m 'fault or service or browser'

@@ -35,8 +35,9 @@ from analysis.uncertainty import FrontierUncertainty
 
 
 class Answer(NamedTuple):
-    """A question a reader brings, and what this study says to it."""
+    """A question a reader brings, and what this study says to it. name: a word for it."""
 
+    name: str
     question: str
     sentences: list[str]
 
@@ -54,13 +55,19 @@ def answers(
         uncertainties: by the name of the measure.
     """
     return [
-        Answer("What was run?", _what_was_run(runs, summary)),
-        Answer("What is on the frontier?", [_on_frontier(summary, uncertainties, measure) for measure in MEASURES]),
-        Answer("Does MPO beat its controls of equal parameters?", _against_controls(summary, compared)),
+        Answer("run", "What was run?", _what_was_run(runs, summary)),
         Answer(
-            "Does it keep up with dense?", [*_against_dense(summary, compared), *_retained(runs, summary, compared)]
+            "frontier",
+            "What is on the frontier?",
+            [_on_frontier(summary, uncertainties, measure) for measure in MEASURES],
         ),
-        Answer("How sure is that?", _how_sure(runs, summary, compared)),
+        Answer("controls", "Does MPO beat its controls of equal parameters?", _against_controls(summary, compared)),
+        Answer(
+            "dense",
+            "Does it keep up with dense?",
+            [*_against_dense(summary, compared), *_retained(runs, summary, compared)],
+        ),
+        Answer("certainty", "How sure is that?", _how_sure(runs, summary, compared)),
     ]
 
 

@@ -20,7 +20,6 @@ from analysis.summary import MEASURES, MIN_SEEDS, VAL_LOSS, n_statement
 
 INDEX, EXPLORE = "index.html", "explore.html"
 PARTS = ("figures", "tables", "scripts")
-LIGHT_FORMATS = ("svg",)
 FOLDER = OutputFolder("report", INDEX, "report.json", (INDEX, EXPLORE), PARTS)
 
 
@@ -48,7 +47,7 @@ def write_report(runs: StudyRuns, out: Path, *, light: bool = False) -> Findings
 
 def _write_all(findings: Findings, folder: Path, light: bool) -> None:
     runs, summary = findings.runs, findings.summary
-    formats = LIGHT_FORMATS if light else style.FORMATS
+    formats = style.LIGHT_FORMATS if light else style.FORMATS
     for part in PARTS[:2] if light else PARTS:
         (folder / part).mkdir()
     made = drawings(findings)

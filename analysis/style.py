@@ -27,6 +27,7 @@ BAND = "#d9d9d9"
 FEW = "#8c8c8c"
 """Of what rests on too few seeds."""
 FORMATS = ("svg", "pdf", "png")
+LIGHT_FORMATS = ("svg",)
 
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",

@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.places import fill_place
+
 ROOT = Path(__file__).parents[1]
 
 
 def put_table(document: str, name: str, caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Replace what stands between `<!-- begin name -->` and `<!-- end name -->` by a table and its caption.
+    """Replace what stands at the place `name` (see `analysis.places`) by a table and its caption.
 
     Args:
         document: path from the project's root.
     Raises:
         ValueError: the document has no such place.
     """
-    path = ROOT / document
-    text = path.read_text(encoding="utf-8")
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"{document} must have a place {begin} {end} for the table")
     lines = ["| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows)]
-    path.write_text("\n".join([before + begin, caption, "", *lines, end + after]), encoding="utf-8")
+    fill_place(ROOT / document, name, "\n".join([caption, "", *lines]))

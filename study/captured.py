@@ -39,6 +39,8 @@ class DeviceStep:
             self._inputs = tuple(given.clone() for given in inputs)
             self._replay_gradients, self._values = record(partial(body, *self._inputs))
         for own, given in zip(self._inputs, inputs, strict=True):
+            if own.shape != given.shape:  # which copy_ might broadcast
+                raise ValueError(f"recorded with a batch of {tuple(own.shape)}, so cannot take {tuple(given.shape)}")
             own.copy_(given)
         self._replay_gradients()
         assert self._values is not None

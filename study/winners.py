@@ -52,7 +52,7 @@ def write_winners(
         n_seeds: the new study has the seeds 0 to n_seeds - 1; unless given as many as the old one has,
             and no fewer than FEWEST.
         name: of the new study; the file's unless given.
-        say: told in one line what could not be selected.
+        say: told in one line what could not be selected, and where the best learning rate may lie beyond those tried.
     Returns:
         The new study.
 
@@ -131,7 +131,7 @@ def _selected(config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None
     for arm in config.arms:
         trials = [trial for trial in snapshot.trials if trial.spec.arm == arm.name]
         if not arm.is_searched:
-            new = _best_of_listed(arm, config, trials, losses)
+            new = _best_of_listed(arm, config, trials, losses, say)
         else:
             own = [trial for trial in trials if trial.duplicate_of is None and trial.number in losses]
             chosen = [trial for trial in own if trial.number in on_frontier]
@@ -158,7 +158,7 @@ def _mean_losses(trials: Iterable[Trial], results: Iterable[SeedResult]) -> dict
 
 
 def _best_of_listed(
-    arm: Arm, config: StudyConfig, trials: Sequence[Trial], losses: Mapping[int, float]
+    arm: Arm, config: StudyConfig, trials: Sequence[Trial], losses: Mapping[int, float], say: Callable[[str], None]
 ) -> list[Content]:
     """An arm with the tuned values that won; several where more than the learning rate depends on the size."""
     listed = [key for key, value in arm.values().items() if isinstance(value, tuple)]
@@ -172,14 +172,27 @@ def _best_of_listed(
     winners = []
     for at, own in alike.items():
         sound = [trial for trial in own if trial.number in losses]
+        where = "".join(f", {key}={value}" for key, value in zip(kept, at, strict=True))
         if not sound:
-            where = ", ".join(f"{key}={value}" for key, value in zip(kept, at, strict=True))
             raise StudyError(
-                f"arm {arm.name}{where and f', {where}'}: a seed of every trial failed, so that none of them can win; "
+                f"arm {arm.name}{where}: a seed of every trial failed, so that none of them can win; "
                 "list other values, or take this out of the study"
             )
         winners.append(min(sound, key=lambda trial: losses[trial.number]).spec)
+        if "learning_rate" in tuned and (end := _at_an_end(winners[-1], own)):
+            say(
+                f"arm {arm.name}{where}: the best learning rate, {winners[-1].protocol.learning_rate:g}, is the {end} of "
+                f"those tried; a better one may lie beyond: list it and `mpo-study run` with --extend, then select again"
+            )
     return list(_as_arms(arm, tuning_trials(arm.name, config), kept, tuned, winners))
+
+
+def _at_an_end(winner: TrialSpec, tried: Iterable[Trial]) -> str | None:
+    """Whether its learning rate has those that were tried on one side only; None where it has them on both."""
+    rates = {trial.spec.protocol.learning_rate for trial in tried}
+    if len(rates) == 1:
+        return None
+    return {min(rates): "lowest", max(rates): "highest"}.get(winner.protocol.learning_rate)
 
 
 def _as_arms(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import __main__ as bench
 from benchmarks import measurement, report
 from benchmarks.measurement import MIN_PAIRS, PAIRS, fastest, paired, quantity, rate, within
 from benchmarks.plain_gpt import PlainTraining
-from study.config import Model, Protocol
-from study.corpus import Corpus
+from study.config import Model, Protocol, StudyConfig
+from study.corpus import Corpus, load_corpus
+from study.directory import StudyDirectory
+from study.ledger.snapshot import read_ledger
+from study.run import run_study
 from study.search_space import listed_specs
 from study.study_file import load_config
 from study.training import Training
@@ -174,6 +179,29 @@ def test_plain_loop_trains_the_same_model():
     theirs = plain.model.state_dict()
     for name, value in ours.model.state_dict().items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_bare_loop_trains_what_a_study_did(tmp_path):
+    from benchmarks.engine import bare_loop
+
+    study = {
+        "name": "tiny",
+        "model": {"d_model": 8, "n_heads": 2, "n_layers": 1, "context": 64},
+        "protocol": {"steps": 2, "warmup_steps": 1, "batch_size": 2, "eval_every": 2},
+        "seeds": 2,
+        "arms": [
+            {"name": "dense", "family": "dense"},
+            {"name": "tuned", "family": "mpo", "chi": 2, "teacher": "dense"},
+        ],
+    }
+    config, directory = StudyConfig.model_validate(study), StudyDirectory(tmp_path)
+    run_study(config, directory, Console(file=io.StringIO()), executor="inline", tracking="off")
+    trained = read_ledger(directory.ledger_url, config.name)
+    assert len(trained.results) == 4
+    assert bare_loop(config, load_corpus(), trained) > 0
+    trained.results[-1].final["final/val_loss"] += 1e-6
+    with pytest.raises(RuntimeError, match="did not train what the study did"):
+        bare_loop(config, load_corpus(), trained)
 
 
 def test_what_a_gpu_is_measured_by_runs_on_any_device(monkeypatch):

@@ -39,10 +39,13 @@ class Written:
     names: list[str]
 
 
-def write_comparison(runs: StudyRuns, out: Path) -> Written:
+def write_comparison(runs: StudyRuns, out: Path, *, light: bool = False) -> Written:
     """Write the comparison, the trials taken and three figures to the folder `out`.
 
     Files of an earlier comparison are replaced; files of others are not touched.
+
+    Args:
+        light: figures as SVG alone.
 
     Raises:
         AnalysisError: a curve cannot be read, `out` cannot be written, or a file there was not written by a comparison.
@@ -59,7 +62,7 @@ def write_comparison(runs: StudyRuns, out: Path) -> Written:
             tables.write(table, folder)
         for name, (figure, frame) in drawings.items():
             frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
-            style.save(figure, folder / name)
+            style.save(figure, folder / name, style.LIGHT_FORMATS if light else style.FORMATS)
 
     return Written(comparison, trials, FOLDER.write(out, make))
 

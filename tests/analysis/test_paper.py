@@ -388,6 +388,7 @@ def test_two_seeds_have_no_interval_and_decide_nothing():
         {"extra": {"factorisation": "paper", "init": "variance"}},
         {"extra": PAPER | {"lr_rule": "mup"}},
         {"extra": PAPER | {"decay": "matrix"}},
+        {"extra": PAPER | {"precision": "bfloat16"}},
         {"extra": PAPER | {"corpus_sha256": "0" * 64}},
     ],
 )

@@ -126,6 +126,18 @@ def test_a_rate_that_wins_everywhere_is_one_number_and_of_equal_means_the_first_
     assert written(folder, tmp_path / "other.yaml").arm("mpo").learning_rate == {2: 0.1, 4: 0.01}
 
 
+def test_best_rate_at_an_end_of_those_tried_is_told(tmp_path):
+    folder = tuning(tmp_path, arms=[DENSE | {"learning_rate": RATES}, MPO | {"learning_rate": RATES}])
+    best = {None: 0.01, 2: 0.001, 4: 0.1}
+    give_losses(folder, lambda spec: abs(spec.protocol.learning_rate - best[spec.chi]))
+    told = []
+    written(folder, tmp_path / "new.yaml", say=told.append)
+    found = [("arm mpo, chi=2", "0.001, is the lowest"), ("arm mpo, chi=4", "0.1, is the highest")]
+    assert [line.partition(" of those tried;")[0] for line in told] == [
+        f"{where}: the best learning rate, {end}" for where, end in found
+    ]
+
+
 def test_arm_is_split_where_more_than_the_rate_depends_on_the_size(tmp_path):
     listed = {"chi": [2, 3, 4], "init": ["paper", "variance"], "learning_rate": [0.01, 0.1]}
     arms = [

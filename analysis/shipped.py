@@ -1,0 +1,90 @@
+"""The studies that the project ships: their reports, and what the documents say of them. `make results`.
+
+    python -m analysis.shipped STUDIES OUT DOCUMENT ...
+
+STUDIES has a folder for each study, OUT gets one for each, with a light report; and where a DOCUMENT has a place (see
+`analysis.places`) of the name of a study, or STUDY:PART, there goes what is said of it. Nothing of that is typed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from analysis.errors import AnalysisError
+from analysis.findings import Findings
+from analysis.load import load_study, resolve_study
+from analysis.paper.trials import paper_trials
+from analysis.paper.write import write_comparison
+from analysis.places import fill_place, places
+from analysis.report import INDEX, write_report
+from analysis.tables import comparisons_table, to_markdown, trials_table
+
+FIGURE = "figures/frontier_val_loss.svg"
+TRIALS = ("configuration", "family", "arm", "parameters", "seeds", "val loss (nats)", "val accuracy (%)")
+DECLARED = ("compared", "against", "measure", "difference", "verdict", "p adjusted", "seeds")
+
+
+def main() -> None:
+    if len(sys.argv) < 4:
+        raise SystemExit((__doc__ or "").strip())
+    studies, out, *documents = map(Path, sys.argv[1:])
+    try:
+        ship(studies, out, documents)
+    except (AnalysisError, ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def ship(studies: Path, out: Path, documents: list[Path]) -> None:
+    """Write the light report of every study in the folder `studies` to OUT/NAME/report, and fill the documents' places;
+    of one that has models of the paper, the comparison to OUT/NAME/paper as well.
+
+    Raises:
+        AnalysisError: a study cannot be read or reported on.
+        ValueError: a document has a place for something else.
+    """
+    findings = {}
+    for folder in sorted(path for path in studies.iterdir() if path.is_dir()):
+        runs = load_study(resolve_study(folder), cache=folder / "cache")
+        findings[folder.name] = write_report(runs, out / folder.name / "report", light=True)
+        print(f"{folder.name}: {out / folder.name / 'report' / INDEX}")
+        if len(paper_trials(runs).frame):
+            write_comparison(runs, out / folder.name / "paper", light=True)
+    for document in documents:
+        for place in places(document):
+            study, _, part = place.partition(":")
+            if study not in findings:
+                raise ValueError(f"{document}: has a place for {place}, but the studies are {', '.join(findings)}")
+            report = Path(os.path.relpath(out / study / "report", document.parent)).as_posix()
+            said = parts(findings[study], report)
+            if part not in said:
+                raise ValueError(f"{document}: has a place for {place}, but the parts are {', '.join(filter(None, said))}")
+            fill_place(document, place, said[part])
+
+
+def parts(findings: Findings, report: str) -> dict[str, str]:
+    """What a document can say of a study, in Markdown: the figure, tables, the answers of the first screen; "" for all.
+
+    Args:
+        report: the report's folder, as seen from the document.
+    """
+    compared = comparisons_table(findings.compared).shown
+    declared = compared.loc[compared["declared"] == "yes", list(DECLARED)] if len(compared) else compared
+    said = {
+        "figure": f"![Frontier of {findings.runs.name}: validation loss against trainable parameters]({report}/{FIGURE})",
+        "trials": to_markdown(trials_table(findings.summary).shown[list(TRIALS)]),
+        "declared": to_markdown(declared) if len(declared) else "None was declared.",
+        **{answer.name: " ".join(answer.sentences) for answer in findings.answers},
+    }
+    questions = [f"- *{answer.question}* {said[answer.name]}" for answer in findings.answers]
+    link = (
+        f"Everything else: [the report]({report}/{INDEX}), its [figures]({report}/figures) and [tables]({report}/tables) "
+        "with their data."
+    )
+    whole = [said["figure"], "", said["trials"], *questions, "", "What was declared before the study ran:", ""]
+    return said | {"": "\n".join([*whole, said["declared"], "", link])}
+
+
+if __name__ == "__main__":
+    main()
