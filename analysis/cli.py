@@ -59,7 +59,7 @@ def report(
         typer.Option("--publish", help="Its figures and tables go to the experiment's summary run in MLflow, too."),
     ] = False,
     light: Annotated[
-        bool, typer.Option("--light", help="For a repository: figures as SVG alone, no page to explore.")
+        bool, typer.Option("--light", help="For a repository: figures as SVG alone, no page to explore, no address.")
     ] = False,
 ) -> None:
     """Write a report: a page, figures with the data they show, tables.

@@ -29,7 +29,8 @@ def write_report(runs: StudyRuns, out: Path, *, light: bool = False) -> Findings
     Files of an earlier report that this one has no more are removed; files of others are not touched.
 
     Args:
-        light: figures as SVG alone, and no page to explore with its script.
+        light: figures as SVG alone, no page to explore with its script, and nothing of the MLflow that was read, so
+            that it is the same wherever the ledger's runs were written to.
 
     Raises:
         AnalysisError: no seed is complete, `out` cannot be written, or a file there was not written by a report.
@@ -55,11 +56,12 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
         style.save(drawing.figure, folder / "figures" / drawing.name, formats)
         for name, frame in drawing.shows.items():
             frame.to_csv(folder / "figures" / f"{name}.csv", index=False, lineterminator="\n")
+    listed = summary.drop(columns="run_id") if light else summary  # a repository has no MLflow that knows them
     written = {
         table.name: table
         for table in (
-            tables.trials_table(summary),
-            tables.frontier_table(summary, findings.uncertainties),
+            tables.trials_table(listed),
+            tables.frontier_table(listed, findings.uncertainties),
             tables.comparisons_table(findings.compared),
             tables.size_needed_table(findings.uncertainties),
             tables.hypervolume_table(findings.uncertainties),
@@ -83,6 +85,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
     page = environment.get_template("report.html").render(
         runs=runs,
         summary=summary,
+        source=None if light else runs.data_source,
         answers=findings.answers,
         declared=bool(findings.compared["declared"].any()),
         drawings=made,

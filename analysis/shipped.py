@@ -59,7 +59,8 @@ def ship(studies: Path, out: Path, documents: list[Path]) -> None:
             report = Path(os.path.relpath(out / study / "report", document.parent)).as_posix()
             said = parts(findings[study], report)
             if part not in said:
-                raise ValueError(f"{document}: has a place for {place}, but the parts are {', '.join(filter(None, said))}")
+                known = ", ".join(filter(None, said))
+                raise ValueError(f"{document}: has a place for {place}, but the parts of a study are {known}")
             fill_place(document, place, said[part])
 
 
@@ -71,19 +72,20 @@ def parts(findings: Findings, report: str) -> dict[str, str]:
     """
     compared = comparisons_table(findings.compared).shown
     declared = compared.loc[compared["declared"] == "yes", list(DECLARED)] if len(compared) else compared
+    caption = f"Frontier of {findings.runs.name}: validation loss against trainable parameters"
     said = {
-        "figure": f"![Frontier of {findings.runs.name}: validation loss against trainable parameters]({report}/{FIGURE})",
+        "figure": f"![{caption}]({report}/{FIGURE})",
         "trials": to_markdown(trials_table(findings.summary).shown[list(TRIALS)]),
-        "declared": to_markdown(declared) if len(declared) else "None was declared.",
+        "declared": to_markdown(declared) if len(declared) else "Nothing.\n",
         **{answer.name: " ".join(answer.sentences) for answer in findings.answers},
     }
     questions = [f"- *{answer.question}* {said[answer.name]}" for answer in findings.answers]
     link = (
-        f"Everything else: [the report]({report}/{INDEX}), its [figures]({report}/figures) and [tables]({report}/tables) "
-        "with their data."
+        f"Everything else: [the report]({report}/{INDEX}), its [figures]({report}/figures) and "
+        f"[tables]({report}/tables) with their data."
     )
     whole = [said["figure"], "", said["trials"], *questions, "", "What was declared before the study ran:", ""]
-    return said | {"": "\n".join([*whole, said["declared"], "", link])}
+    return said | {"": "\n".join([*whole, said["declared"], link])}
 
 
 if __name__ == "__main__":

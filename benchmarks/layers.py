@@ -37,9 +37,9 @@ DENSE_SHARE = 0.8
 LIMITS = {
     **dict.fromkeys(
         (f"auto against our best mode: {use}" for use in USES),
-        "`auto` predicts times from rates that are measured once in a process. Where two ways lie close together, it may "
-        "take the other; thin products and memory that has to be mapped first are predicted worst. For one token, "
-        "deciding takes some microseconds itself.",
+        "`auto` predicts times from rates that are measured once in a process. Where two ways lie close together, it "
+        "may take the other; thin products and memory that has to be mapped first are predicted worst. For one "
+        "token, deciding takes some microseconds itself.",
     ),
     **dict.fromkeys(
         (f"MPOLinear against tensorly-torch: {use}" for use in USES),

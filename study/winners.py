@@ -180,9 +180,10 @@ def _best_of_listed(
             )
         winners.append(min(sound, key=lambda trial: losses[trial.number]).spec)
         if "learning_rate" in tuned and (end := _at_an_end(winners[-1], own)):
+            rate = winners[-1].protocol.learning_rate
             say(
-                f"arm {arm.name}{where}: the best learning rate, {winners[-1].protocol.learning_rate:g}, is the {end} of "
-                f"those tried; a better one may lie beyond: list it and `mpo-study run` with --extend, then select again"
+                f"arm {arm.name}{where}: the best learning rate, {rate:g}, is the {end} of those tried; a better one "
+                "may lie beyond: list it and `mpo-study run` with --extend, then select again"
             )
     return list(_as_arms(arm, tuning_trials(arm.name, config), kept, tuned, winners))
 

@@ -194,7 +194,7 @@ def test_the_bare_loop_trains_what_a_study_did(tmp_path):
             {"name": "tuned", "family": "mpo", "chi": 2, "teacher": "dense"},
         ],
     }
-    config, directory = StudyConfig.model_validate(study), StudyDirectory(tmp_path)
+    config, directory = StudyConfig.model_validate_json(json.dumps(study)), StudyDirectory(tmp_path)
     run_study(config, directory, Console(file=io.StringIO()), executor="inline", tracking="off")
     trained = read_ledger(directory.ledger_url, config.name)
     assert len(trained.results) == 4

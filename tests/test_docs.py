@@ -38,6 +38,7 @@ def test_places_of_tables_in_a_document_are_filled():
     places = [
         (path.name, name, table)
         for path in DOCUMENTS
+        if path.name != "README.md"  # whose places test_results.py fills
         for name, table in re.findall(r"<!-- begin (\S+) -->(.*?)<!-- end \1 -->", path.read_text("utf-8"), re.DOTALL)
     ]
     assert places
@@ -47,7 +48,7 @@ def test_places_of_tables_in_a_document_are_filled():
 
 
 def test_links_of_a_document_lead_somewhere():
-    for path in DOCUMENTS:
+    for path in [*DOCUMENTS, ROOT / "docs/results/README.md"]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 

@@ -163,7 +163,11 @@ def test_light_report_is_the_same_with_fewer_files(report, runs, tmp_path):
     }
     assert light.keys() == full.keys() - fewer
     differing = {name for name in light if light[name] != full[name]}
-    assert differing == {"index.html", "report.json"}
+    of_mlflow = {"index.html", "tables/trials.csv", "tables/frontier.csv"}  # where the runs are, and their ids
+    assert differing == {"report.json", *of_mlflow}
+    for name in of_mlflow:
+        assert b"sqlite:" not in light[name]
+        assert not any(run_id.encode() in light[name] for run_id in runs.trials["run_id"])
     for reference in Page(light["index.html"].decode()).references:
         assert reference.startswith("#") or reference in light
 
