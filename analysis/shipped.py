@@ -51,17 +51,23 @@ def ship(studies: Path, out: Path, documents: list[Path]) -> None:
         print(f"{folder.name}: {out / folder.name / 'report' / INDEX}")
         if len(paper_trials(runs).frame):
             write_comparison(runs, out / folder.name / "paper", light=True)
-    for document in documents:
-        for place in places(document):
-            study, _, part = place.partition(":")
-            if study not in findings:
-                raise ValueError(f"{document}: has a place for {place}, but the studies are {', '.join(findings)}")
-            report = Path(os.path.relpath(out / study / "report", document.parent)).as_posix()
-            said = parts(findings[study], report)
-            if part not in said:
-                known = ", ".join(filter(None, said))
-                raise ValueError(f"{document}: has a place for {place}, but the parts of a study are {known}")
-            fill_place(document, place, said[part])
+    said = [
+        (document, place, _said(document, place, findings, out)) for document in documents for place in places(document)
+    ]
+    for document, place, text in said:  # not before all of it is known
+        fill_place(document, place, text)
+
+
+def _said(document: Path, place: str, findings: dict[str, Findings], out: Path) -> str:
+    study, _, part = place.partition(":")
+    if study not in findings:
+        raise ValueError(f"{document}: has a place for {place}, but the studies are {', '.join(findings)}")
+    report = Path(os.path.relpath(out / study / "report", document.parent)).as_posix()
+    said = parts(findings[study], report)
+    if part not in said:
+        known = ", ".join(filter(None, said))
+        raise ValueError(f"{document}: has a place for {place}, but the parts of a study are {known}")
+    return said[part]
 
 
 def parts(findings: Findings, report: str) -> dict[str, str]:

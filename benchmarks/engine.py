@@ -62,6 +62,8 @@ N_UNITS = (50, 200)
 LEDGER_LIMIT, MLFLOW_LIMIT = 0.150, 0.250
 """Seconds for each unit."""
 QUICK_LIMIT = 1.05
+START_UP = 300.0
+"""Seconds after which processes that have not come up are given up."""
 
 
 def rows(pairs: int = 3, overrides: Sequence[str] = ()) -> list[Row]:
@@ -189,7 +191,7 @@ def bare_loop(config: StudyConfig, corpus: Corpus, trained: Snapshot) -> float:
     with ProcessPoolExecutor(PROCESSES, context, _begin, (corpus.sha256, corpus.validation_fraction, up)) as pool:
         for _ in range(PROCESSES):  # each brings a process up
             pool.submit(int)
-        up.wait()
+        up.wait(START_UP)
         begun = time.perf_counter()
         futures = {
             (number, seed): pool.submit(train, specs[number], seed, chis, specs[number].arm in teachers)

@@ -40,8 +40,8 @@ REST = "all else"
 N_PROFILED = 5
 
 LIMITS = {
-    PLAIN: "Both spend most of the step in the same matrix products (the profile below), at the rate of the machine; "
-    "what is left to win is attention, taken by PyTorch's fused kernel, and passes over memory.",
+    PLAIN: "The profile below says where our step's time goes: most of it is in matrix products, which the plain loop "
+    "has to compute as well; attention is left to PyTorch's fused kernel.",
     RATE: "The profile below says where the rest goes: attention's fused kernel has products with sides of 32, far "
     "from the rate of large ones; LayerNorm, ReLU, residual sums, cross-entropy and optimiser count no FLOPs.",
     MPO: "Every layer's W is formed anew in each step and its gradient is taken back to the cores, which does not "

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
-from typing import Any, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from mpo_core.bonds import contraction_order
+from mpo_core.shared_factor import is_traced, shared_product
 from mpo_core.tensor_train import bonds_and_sizes
 
 DIRECTIONS = ("auto", "left", "right")
@@ -111,11 +112,6 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
     return _contracted(cores, x, direction)
 
 
-def is_traced() -> bool:
-    """Whether this code is being compiled, or transformed by `torch.func`: then nothing is to depend on values."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 def _records_gradients(cores: Sequence[Tensor], x: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cores))
 
@@ -156,46 +152,7 @@ def _apply(A: Tensor, state: Tensor) -> Tensor:
         return (state.reshape(batch, k) @ A.T).reshape(batch, m, 1)
     if _copies(m, k, n):
         return (state.transpose(1, 2).reshape(batch * n, k) @ A.T).reshape(batch, n, m).transpose(1, 2)
-    if batch * m * k > CHAIN_STATE and _sums_in_parts(A, state):
-        return _SharedFactor.apply(A, state)
-    return torch.bmm(A.expand(batch, m, k), state)
-
-
-def _sums_in_parts(A: Tensor, state: Tensor) -> bool:
-    """Autocast gives the gradients another dtype than A's, and on a GPU each part would be launched by itself."""
-    return (
-        A.device.type == "cpu"
-        and A.dtype == state.dtype
-        and not torch.is_autocast_enabled("cpu")
-        and not is_traced()
-        and _records_gradients([A], state)
-    )
-
-
-class _SharedFactor(torch.autograd.Function):
-    """A (m, k) times each of (batch, k, n), with the gradient of A summed over a few items at a time.
-
-    By itself autograd has the partial sums of all items in memory at once, batch × m × k entries: mapping so much takes
-    longer than computing it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, state: Tensor) -> Tensor:
-        ctx.save_for_backward(A, state)
-        return torch.bmm(A.expand(state.shape[0], *A.shape), state)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        [dy], (A, state) = grad_outputs, ctx.saved_tensors
-        wants_A, wants_state = ctx.needs_input_grad
-        n_at_once = max(1, CHAIN_STATE // A.numel())
-        dA = dstate = None
-        if wants_A:
-            parts = zip(dy.split(n_at_once), state.split(n_at_once), strict=True)
-            dA = reduce(torch.add, (torch.bmm(of_y, own.mT).sum(0) for of_y, own in parts))
-        if wants_state:
-            dstate = torch.bmm(A.T.expand(dy.shape[0], *A.T.shape), dy)
-        return dA, dstate
+    return shared_product(A, state, max(1, CHAIN_STATE // (m * k)))
 
 
 def _copies(m: int, k: int, n: int) -> bool:

@@ -59,7 +59,7 @@ class Calibration:
     def _seconds(self, step: Product, written: int) -> float:
         total = 0.0
         if step.flops:
-            of_vector = self.vector if step.batch == 1 in (step.m, step.k, step.n) else None
+            of_vector = self.vector if step.batch == 1 and 1 in (step.m, step.k, step.n) else None
             side = 3 / (1 / step.m + 1 / step.k + 1 / step.n)
             total += step.flops * (_interpolate(self.flop, side) if of_vector is None else of_vector)
         summed, copied = step.summed * self.itemsize, step.copied * self.itemsize
@@ -128,7 +128,7 @@ _calibrations: dict[tuple[torch.device, torch.dtype, int], Calibration] = {}
 def calibration_of(device: torch.device | str, dtype: torch.dtype) -> Calibration:
     """The calibration of a device for a dtype and the present number of threads: measured once in a process, then kept.
 
-    Measuring takes about half a second, and some hundred megabytes for that time.
+    Measuring takes up to a second, and some hundred megabytes for that time.
     """
     key = _key(device, dtype)
     if key not in _calibrations:
@@ -144,10 +144,20 @@ def set_calibration(device: torch.device | str, dtype: torch.dtype, calibration:
         _calibrations[_key(device, dtype)] = calibration
 
 
-@torch.no_grad()
 def calibrate(device: torch.device | str, dtype: torch.dtype) -> Calibration:
     """Time a few products and copies on the device; draws no random numbers."""
     where = torch.device(device)
+    # Of what the caller may be in the middle of, nothing is to reach what is timed here, nor the other way round.
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved),
+        torch.autocast(where.type, enabled=False),
+    ):
+        return _measured(where, dtype)
+
+
+def _measured(where: torch.device, dtype: torch.dtype) -> Calibration:
     on_cpu = where.type == "cpu"
     itemsize = torch.empty((), dtype=dtype).element_size()
 
@@ -218,10 +228,11 @@ def _overheads(
     forward = least(ways)
     inputs = [tensor.requires_grad_() for tensor in (x, *cores)]
     with torch.enable_grad():
-        trained = {mode: partial(_gradients, ways[mode], inputs, x.detach()) for mode in ("reconstruct", "chain")}
-        both = least(trained)
+        # A W that is kept has no gradient to pass on to the cores.
+        wanted = {mode: [x] if mode == "cached" else inputs for mode in ways}
+        both = least({mode: partial(_gradients, way, wanted[mode], x.detach()) for mode, way in ways.items()})
     n_products = {"reconstruct": 2, "chain": 2, "cached": 1}
-    return {mode: (forward[mode] / n, both.get(mode, math.inf) / n) for mode, n in n_products.items()}
+    return {mode: (forward[mode] / n, both[mode] / n) for mode, n in n_products.items()}
 
 
 def _gradients(

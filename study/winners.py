@@ -189,7 +189,7 @@ def _best_of_listed(
 
 
 def _at_an_end(winner: TrialSpec, tried: Iterable[Trial]) -> str | None:
-    """Whether its learning rate has those that were tried on one side only; None where it has them on both."""
+    """ "lowest" or "highest" where its learning rate is that of several that were tried; else None."""
     rates = {trial.spec.protocol.learning_rate for trial in tried}
     if len(rates) == 1:
         return None

@@ -230,15 +230,6 @@ def test_partial_sums_of_a_gradient_are_few_at_once_and_the_gradients_the_same(d
     assert (few, most) == (state, 4 * state)
 
 
-def test_partial_sums_pass_second_derivatives(monkeypatch):
-    monkeypatch.setattr(contraction, "CHAIN_STATE", 12)
-    generator = torch.Generator().manual_seed(1)
-    A, state = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (5, 2, 2)))
-    both = A.requires_grad_(), state.requires_grad_()
-    assert torch.autograd.gradcheck(contraction._SharedFactor.apply, both)
-    assert torch.autograd.gradgradcheck(contraction._SharedFactor.apply, both)
-
-
 @pytest.mark.parametrize(("d_out", "d_in", "chi"), SHAPES)
 def test_auto_takes_the_direction_with_fewer_flops(d_out, d_in, chi):
     bonds = clip_bonds(chi, d_out, d_in)

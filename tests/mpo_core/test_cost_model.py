@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from mpo_core.contraction import CHAIN_STATE, MODES, Product, products
 from mpo_core.cost_model import Calibration, calibrate, calibration_of, choose, set_calibration
@@ -131,6 +132,30 @@ def test_calibration_is_measured_once_and_can_be_given(calibrated):
     measured = calibration_of("cpu", torch.float32)
     assert measured is not ONLY_BYTES
     assert calibration_of("cpu", torch.float32) is measured
+
+
+def test_calibration_is_measured_in_the_middle_of_anything(calibrated):
+    layer = MPOLinear(32, 32, chi=4, generator=torch.Generator().manual_seed(0), forward="auto")
+    x = torch.ones(3, 32)
+    expected = x @ layer.to_matrix().detach().T
+    calibrated(None)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer.eval()(x), expected)
+    calibrated(None)
+    y = torch.utils.checkpoint.checkpoint(layer.train(), x.requires_grad_(), use_reentrant=False)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    calibrated(None)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert calibration_of("cpu", torch.bfloat16).itemsize == 2
+
+
+def test_kept_matrix_passes_gradients_to_x(calibrated):
+    calibrated(None)
+    layer = MPOLinear(512, 512, chi=256, generator=torch.Generator().manual_seed(0), forward="auto")
+    layer.eval().requires_grad_(False)
+    assert layer._mode(list(layer.cores), 256, True) == "cached"
 
 
 def test_calibrate_draws_nothing():
