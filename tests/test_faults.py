@@ -39,14 +39,17 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(900), pytest.mark.filterwar
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["driver", "driver_and_ray"])
-def test_driver_killed_five_times_ends_as_if_undisturbed(work, undisturbed, everything):
+def test_driver_killed_several_times_ends_as_if_undisturbed(work, undisturbed, everything):
     moments = np.random.default_rng(7 + everything)
+    n_killed = 0
     for n_results in (0, 1, 1, 2, 1):
+        done = len(results_at(work / "kept")) if (work / "kept" / "ledger.db").exists() else 0
+        if done + n_results >= 8:  # a fast machine has had more results between two kills
+            break
         driver = start(work)
         if n_results == 0:
             time.sleep(moments.uniform(3, 12))  # while it imports, opens its databases, or starts Ray
         else:
-            done = len(results_at(work / "kept")) if (work / "kept" / "ledger.db").exists() else 0
             wait_for_results(driver, done + n_results)
             time.sleep(moments.uniform(0, 0.5))
         doomed = [driver.pid, *(descendants(driver.pid) if everything else [])]
@@ -54,6 +57,8 @@ def test_driver_killed_five_times_ends_as_if_undisturbed(work, undisturbed, ever
         kill(doomed)
         driver.communicate()
         assert driver.returncode == -signal.SIGKILL
+        n_killed += 1
+    assert n_killed >= 3
     code, out, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=work)
     assert code == 0, err
     assert "4 trials, 8 runs complete" in out
