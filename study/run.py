@@ -24,6 +24,7 @@ from study.ledger.snapshot import read_ledger
 from study.ledger.trials import Trial
 from study.progress import StudyProgress, say
 from study.scheduler.inline import run_inline
+from study.scheduler.interrupts import interrupts
 from study.scheduler.queue import Queue
 from study.scheduler.unit import store_corpus, stored_corpus
 from study.search_space import teacher_spec
@@ -192,13 +193,14 @@ def run_study(
                     if trial.duplicate_of is not None:  # it came after its original's results
                         track(trial)
             except KeyboardInterrupt:
-                if tracker is not None and tracker.n_pending:
-                    try:
-                        progress.say(
-                            "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)"
-                        )
-                    except KeyboardInterrupt:
-                        tracker.leave()
+                if tracker is not None:
+                    # No exception for the second Ctrl-C, which could be raised before anything waits, and be lost.
+                    with interrupts(tracker.leave):
+                        if tracker.n_pending:
+                            progress.say(
+                                "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)"
+                            )
+                        tracker.close(ledger.n_missing)
                 raise
             finally:
                 try:

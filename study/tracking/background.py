@@ -17,6 +17,9 @@ from study.trial import SeedResult
 _LONGEST_PAUSE = 60.0
 """Seconds between two attempts where MLflow stays away."""
 
+_LOOK_SECONDS = 0.1
+"""How long `close` waits before it looks whether it was told not to."""
+
 _THREAD = "tracking"
 
 _Job = tuple[Trial, list[SeedResult], int]
@@ -79,19 +82,19 @@ class BackgroundTracker:
         self._inbox.put((trial, results, n_seeds))
 
     def leave(self) -> None:
-        """Let `close` not wait for what is pending."""
+        """Let `close` not wait for what is pending, now or later; may be called while it waits."""
         self._is_left = True
 
     def close(self, n_missing: int) -> str | None:
-        """Write what is pending and end; returns why that was not possible, or None.
+        """Write what is pending and end; returns why that was not possible, or None. A second call changes nothing.
 
         Args:
             n_missing: runs that the study still lacks.
         """
         self._n_missing = n_missing
         self._inbox.put(None)
-        if not self._is_left:
-            self._thread.join()
+        while self._thread.is_alive() and not self._is_left:
+            self._thread.join(_LOOK_SECONDS)
         return self.trouble
 
     # In the thread ------------------------------------------------------------------------------------------------

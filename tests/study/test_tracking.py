@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import socket
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from study.errors import StudyError
 from study.run import open_tracker, study_corpus, sync
 from study.storage import Storage
 from study.study_file import load_config
-from study.tracking.background import BackgroundTracker
+from study.tracking.background import BackgroundTracker, is_left_writing
 from study.tracking.connection import TrackingAway, connect, prepare_own_database, tracking_error
 from study.tracking.tracker import Tracker
 from study.urls import hide_password
@@ -672,6 +673,30 @@ def test_background_tracker_ends_where_mlflow_answers_at_times(opened, database,
     time.sleep(0.7)
     assert background.close(0) == "no route to host"
     assert len(writes) <= 4
+
+
+def test_background_tracker_can_be_left_while_it_is_closed(opened):
+    ledger, connect = opened
+    hangs, is_over = threading.Event(), threading.Event()
+
+    def hanging():
+        hangs.set()
+        is_over.wait()
+        raise ConnectionError("nobody there")
+
+    background = BackgroundTracker(hanging, lambda line: None, pause=0.01)
+    background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
+    assert hangs.wait(60)
+    closing = threading.Thread(target=background.close, args=(0,), daemon=True)
+    closing.start()
+    closing.join(0.5)
+    assert closing.is_alive()
+    background.leave()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert is_left_writing()
+    background.close(0)  # as often as one likes
+    is_over.set()
 
 
 def test_tracker_hides_a_password_in_what_it_says_of_a_write(opened, database, monkeypatch):  # noqa: F811
