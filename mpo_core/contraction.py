@@ -14,17 +14,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from mpo_core.bonds import contraction_order
-from mpo_core.shared_factor import is_traced, shared_product
+from mpo_core.chain_steps import contracted, contracted_in_parts, copies, is_traced, steps_of
 from mpo_core.tensor_train import bonds_and_sizes
 
 DIRECTIONS = ("auto", "left", "right")
 MODES = ("reconstruct", "chain", "cached")
 CHAIN_STATE = 2**19
-"""Entries, few enough to stay in a cache: what a CPU has at once of the state between two sites where no gradient is
-recorded, and of the partial sums of a core's gradient."""
+"""Entries, few enough to stay in a cache: of the state between two sites, on a CPU (see `rows_at_once`)."""
 
 Sizes = Sequence[int]
 
@@ -52,7 +52,7 @@ class Product(NamedTuple):
     partial: int = 0
     """Elements of the weight's gradient before they are summed over the batch."""
     summed: int = 0
-    """Such elements written and read by this product; on a CPU CHAIN_STATE at a time."""
+    """Such elements written and read by this product."""
 
     @property
     def flops(self) -> int:
@@ -81,8 +81,8 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
     """y = x Wᵀ by contracting x with one core after the other; W is never formed.
 
     The state between two sites has the rows' sizes that are done and the columns' sizes still to come, and is never
-    permuted: each step is one product, or a batch of products with the same core. Differentiable. Where no gradient is
-    recorded, on a CPU, so few of x's rows are contracted at once that the state has about CHAIN_STATE entries.
+    permuted: each step is one product, or a batch of products with the same core. Differentiable. On a CPU only some of
+    x's rows are contracted at once (`rows_at_once`), and of those that are not the backward pass forms the state again.
 
     Args:
         cores: site l is (bonds[l], d_out[l], d_in[l], bonds[l+1]).
@@ -103,66 +103,46 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
         )
     if direction == "auto":
         direction = cheapest_direction(bonds, d_out, d_in)
+    steps, n_rows = steps_of(cores, direction), math.prod(x.shape[:-1])
+    rows = x.reshape(n_rows, x.shape[-1])
+    n_at_once = n_rows
     # On a GPU each part would be launched by itself.
-    if x.device.type == "cpu" and not is_traced() and not _records_gradients(cores, x):
-        rows, n_at_once = x.reshape(-1, x.shape[-1]), rows_at_once(bonds, d_out, d_in, direction)
-        if rows.shape[0] > n_at_once:
-            y = torch.cat([_contracted(cores, part, direction) for part in rows.split(n_at_once)])
-            return y.reshape(*x.shape[:-1], math.prod(d_out))
-    return _contracted(cores, x, direction)
+    if x.device.type == "cpu" and not is_traced():
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cores))
+        n_at_once = rows_at_once(bonds, d_out, d_in, direction, n_rows, training=training)
+    if n_at_once < n_rows and _are_plain((x, *cores)):
+        y = contracted_in_parts(steps, rows, n_at_once)
+    else:
+        y = contracted(steps, rows)
+    return y.reshape(*x.shape[:-1], math.prod(d_out))
 
 
-def _records_gradients(cores: Sequence[Tensor], x: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cores))
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Of one dtype, without autocast, which would give gradients another one, and without forward-mode derivatives."""
+    return (
+        not torch.is_autocast_enabled("cpu")
+        and len({tensor.dtype for tensor in tensors}) == 1
+        and all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
+    )
+
+
+def rows_at_once(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str, n_rows: int, *, training: bool) -> int:
+    """Of so many rows of x, those that `chain` contracts at once on a CPU.
+
+    Without gradients as many as have a state of CHAIN_STATE entries. With gradients all, unless these are more than
+    eight times as many, and then twice as many: forming the state again in the backward pass costs a sixth of the
+    FLOPs, and memory costs more than that only where it is so much that it is mapped anew in every call.
+    """
+    few = _few_rows(tuple(bonds), tuple(d_out), tuple(d_in), direction)
+    if not training:
+        return min(n_rows, few)
+    return n_rows if n_rows <= 8 * few else 2 * few
 
 
 @cache
-def rows_at_once(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str) -> int:
-    """Rows of x that `chain` contracts at once on a CPU where no gradient is recorded."""
+def _few_rows(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str) -> int:
     steps = chain_products(bonds, d_out, d_in, 1, direction)
     return max(1, CHAIN_STATE // max(step.batch * step.m * step.n for step in steps))
-
-
-def _contracted(cores: Sequence[Tensor], x: Tensor, direction: str) -> Tensor:
-    leading = x.shape[:-1]
-    batch, rest, done = math.prod(leading), x.shape[-1], 1
-    state = x
-    if direction == "left":
-        for core in cores:
-            a, o, i, b = core.shape
-            rest //= i
-            A = core.permute(1, 3, 0, 2).reshape(o * b, a * i)
-            state = _apply(A, state.reshape(batch, a * i, rest))  # (batch, o·b, rest)
-            batch *= o
-    else:
-        batch *= rest
-        for core in reversed(cores):
-            a, o, i, b = core.shape
-            batch //= i
-            state = _apply(core.reshape(a * o, i * b), state.reshape(batch, i * b, done))  # (batch, a·o, done)
-            done *= o
-    return state.reshape(*leading, math.prod([core.shape[1] for core in cores]))
-
-
-def _apply(A: Tensor, state: Tensor) -> Tensor:
-    """(m, k) times each of (batch, k, n): (batch, m, n)."""
-    batch, k, n = state.shape
-    m = A.shape[0]
-    if n == 1:
-        return (state.reshape(batch, k) @ A.T).reshape(batch, m, 1)
-    if _copies(m, k, n):
-        return (state.transpose(1, 2).reshape(batch * n, k) @ A.T).reshape(batch, n, m).transpose(1, 2)
-    return shared_product(A, state, max(1, CHAIN_STATE // (m * k)))
-
-
-def _copies(m: int, k: int, n: int) -> bool:
-    """Whether copying the state for one large product is better than a batch of small ones.
-
-    In a batch the gradient of A is one (m, k) partial sum per item. Measured on a CPU: up to twice the size of the
-    item's own operands that is cheaper than a copy, forward and backward; beyond that it is slower and needs the memory
-    of all partial sums.
-    """
-    return m * k > 2 * (m + k) * n
 
 
 def pad_features(x: Tensor, features: int) -> Tensor:
@@ -208,7 +188,7 @@ def chain_products(bonds: Sizes, d_out: Sizes, d_in: Sizes, n_tokens: int, direc
 def _step(batch: int, m: int, k: int, n: int) -> Product:
     if n == 1:
         return Product(1, m, k, batch)
-    if _copies(m, k, n):
+    if copies(m, k, n):
         return Product(1, m, k, batch * n, copied=batch * (m + k) * n)
     return Product(batch, m, k, n, partial=batch * m * k if batch > 1 else 0)
 

@@ -19,8 +19,12 @@ import torch
 from torch.nn.functional import linear
 
 from mpo_core.cached_matrix import CachedMatrix
-from mpo_core.contraction import CHAIN_STATE, Product, chain, cheapest_direction, products, rows_at_once, with_gradients
+from mpo_core.contraction import Product, chain, cheapest_direction, products, rows_at_once, with_gradients
 from mpo_core.tensor_train import contract
+
+_IN_PARTS = 1.3
+"""What a chain in parts takes over the sum of its products: measured 1.1 to 1.4 on a CPU of its own, and more on one
+that shares the cache in which the state stays."""
 
 Curve = tuple[tuple[float, float], ...]
 """(size, seconds per unit of size) in ascending order of size: linear in log(size) between them, constant beyond."""
@@ -44,7 +48,7 @@ class Calibration:
     vector: float | None = None
     """Seconds per FLOP of a matrix and a vector, or of two vectors; None: as `flop` has it."""
     in_parts: bool = True
-    """Whether a chain without gradients takes a few rows at a time (see `contraction.chain`)."""
+    """Whether a chain takes some rows at a time (see `contraction.rows_at_once`)."""
 
     def seconds(self, steps: Sequence[Product], *, keeps: bool = False) -> float:
         """Predicted time of these products, one after the other, without overheads.
@@ -63,10 +67,9 @@ class Calibration:
             side = 3 / (1 / step.m + 1 / step.k + 1 / step.n)
             total += step.flops * (_interpolate(self.flop, side) if of_vector is None else of_vector)
         summed, copied = step.summed * self.itemsize, step.copied * self.itemsize
-        at_once = min(summed, CHAIN_STATE * self.itemsize) if self.in_parts else summed
         for curve, elements, least in ((self.read, step.read, 0), (self.write, step.written, written)):
             own = elements * self.itemsize - summed - copied
-            total += own * _interpolate(curve, max(own, least)) + summed * _interpolate(curve, at_once)
+            total += own * _interpolate(curve, max(own, least)) + summed * _interpolate(curve, summed)
             if self.copy is None:
                 total += copied * _interpolate(curve, max(copied, least))
         if self.copy is not None:
@@ -104,17 +107,23 @@ def _choose(
 ) -> str:
     def seconds(mode: str, n_rows: int) -> float:
         steps = products(mode, bonds, d_out, d_in, n_rows)
+        every = with_gradients(steps) if training else steps
+        if training and n_rows < n_tokens:
+            every += steps[:-1]  # the backward pass of a part forms its states again
         overhead = len(steps) * calibration.overhead[mode][training]
-        return overhead + calibration.seconds(with_gradients(steps) if training else steps, keeps=training)
+        return overhead + (_IN_PARTS if n_rows < n_tokens else 1.0) * calibration.seconds(every, keeps=training)
 
     def in_all(mode: str) -> float:
         n_at_once = n_tokens
-        if mode == "chain" and calibration.in_parts and not training:
-            n_at_once = min(n_tokens, rows_at_once(bonds, d_out, d_in, cheapest_direction(bonds, d_out, d_in)))
+        if mode == "chain" and calibration.in_parts:
+            direction = cheapest_direction(bonds, d_out, d_in)
+            n_at_once = rows_at_once(bonds, d_out, d_in, direction, n_tokens, training=training)
         n_full, left = divmod(n_tokens, max(1, n_at_once))
         total = n_full * seconds(mode, n_at_once) + (seconds(mode, left) if left else 0.0)
-        if n_at_once < n_tokens:  # the parts of y are put together
+        if n_at_once < n_tokens:  # the parts of y, and of the gradient of x, are put together
             total += calibration.seconds([Product(0, 0, 0, 0, copied=n_tokens * math.prod(d_out))])
+            if training:
+                total += calibration.seconds([Product(0, 0, 0, 0, copied=n_tokens * math.prod(d_in))])
         return total
 
     return min(modes, key=in_all)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mpo_core.bonds import clip_bonds, given_sizes, largest_bonds, n_params
 from mpo_core.cached_matrix import CachedMatrix
+from mpo_core.chain_steps import is_traced
 from mpo_core.contraction import Product, chain, cheapest_direction, pad_features, products
 from mpo_core.cost_model import calibration_of, choose
 from mpo_core.factorisation import factorise
 from mpo_core.initialisation import init_cores_
 from mpo_core.refinement.fit import fit_cores
-from mpo_core.shared_factor import is_traced
 from mpo_core.structured import StructuredLinear, check_matrix, check_one_cap
 from mpo_core.tensor_train import bonds_and_sizes, contract, tt_svd
 

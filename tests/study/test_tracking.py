@@ -676,7 +676,7 @@ def test_background_tracker_ends_where_mlflow_answers_at_times(opened, database,
 
 
 def test_background_tracker_can_be_left_while_it_is_closed(opened):
-    ledger, connect = opened
+    ledger, _ = opened
     hangs, is_over = threading.Event(), threading.Event()
 
     def hanging():

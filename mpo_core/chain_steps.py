@@ -1,0 +1,174 @@
+"""The products of a chain: one core after the other with the state between two sites, whole or a few rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Step(NamedTuple):
+    """A core times the state, which is so many matrices (k, n) for each row of x."""
+
+    A: Tensor
+    """The core as a matrix (m, k)."""
+    items: int
+    n: int
+
+    def operand(self, state: Tensor, n_rows: int) -> Tensor:
+        """The state of so many rows before this step: (n_rows · items, k, n)."""
+        return state.reshape(n_rows * self.items, self.A.shape[1], self.n)
+
+    def product(self, state: Tensor, n_rows: int, out: Tensor | None = None) -> Tensor:
+        """The state after it: (n_rows · items, m, n), in the memory `out` where that is given."""
+        return _product(self.A, self.operand(state, n_rows), out)
+
+    @property
+    def n_partial_sums(self) -> int:
+        """Entries of the gradient of A, for each row, before they are summed."""
+        return 0 if self.n == 1 or copies(*self.A.shape, self.n) else self.items * self.A.numel()
+
+    @property
+    def n_written(self) -> int:
+        """Entries of the state after it, for each row."""
+        return self.items * self.A.shape[0] * self.n
+
+
+def steps_of(cores: Sequence[Tensor], direction: str) -> list[Step]:
+    """The products from the first site to the last ("left") or from the last to the first ("right")."""
+    rest, done, steps = math.prod([core.shape[2] for core in cores]), 1, []
+    for core in cores if direction == "left" else reversed(cores):
+        a, o, i, b = core.shape
+        rest = rest // i  # not in place: while being traced these are tensors
+        if direction == "left":
+            steps.append(Step(core.permute(1, 3, 0, 2).reshape(o * b, a * i), done, rest))
+        else:
+            steps.append(Step(core.reshape(a * o, i * b), rest, done))
+        done = done * o
+    return steps
+
+
+def contracted(steps: Sequence[Step], x: Tensor) -> Tensor:
+    """(rows, prod(d_in)) to (rows, prod(d_out))."""
+    state = x
+    for step in steps:
+        state = step.product(state, x.shape[0])
+    return state.reshape(x.shape[0], steps[-1].n_written)
+
+
+def contracted_in_parts(steps: Sequence[Step], x: Tensor, n_at_once: int) -> Tensor:
+    """`contracted`, with the state of so many rows at once, in the backward pass as well, which forms it again.
+
+    Of one dtype, without autocast or forward-mode derivatives. Gradients of gradients are those of `contracted`.
+    """
+    As = [step.A for step in steps]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *As)):
+        return _InParts.apply(x, [(step.items, step.n) for step in steps], n_at_once, *As)
+    return _y_in_parts(steps, x, n_at_once)
+
+
+def copies(m: int, k: int, n: int) -> bool:
+    """Whether copying the state for one large product is better than a batch of small ones.
+
+    In a batch the gradient of A is one (m, k) partial sum per item. Measured on a CPU: up to twice the size of the
+    item's own operands that is cheaper than a copy, forward and backward; beyond that it is slower and needs the memory
+    of all partial sums.
+    """
+    return m * k > 2 * (m + k) * n
+
+
+def is_traced() -> bool:
+    """Whether this code is being compiled, or transformed by `torch.func`: then nothing is to depend on values."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+
+
+def _product(A: Tensor, state: Tensor, out: Tensor | None = None) -> Tensor:
+    """(m, k) times each of (batch, k, n): (batch, m, n), in the memory `out` (1-d, large enough) where it is given."""
+    batch, k, n = state.shape
+    m = A.shape[0]
+    if out is not None:
+        out = out[: batch * m * n]
+    if n == 1 or copies(m, k, n):
+        y = torch.mm(_rows(state), A.T, out=None if out is None else out.view(batch * n, m))
+        return y.view(batch, n, m).transpose(1, 2)
+    return torch.bmm(A.expand(batch, m, k), state, out=None if out is None else out.view(batch, m, n))
+
+
+def _add_summed_product(dA: Tensor, dy: Tensor, state: Tensor, out: Tensor) -> None:
+    """Add the sum over the batch of (m, n) times (k, n) transposed, the gradient of A in `_product`; `out`: memory."""
+    batch, m, n = dy.shape
+    k = state.shape[1]
+    if n == 1 or copies(m, k, n):
+        dA += torch.mm(_rows(dy).T, _rows(state))
+    else:
+        dA += torch.bmm(dy, state.mT, out=out[: batch * m * k].view(batch, m, k)).sum(0, dtype=dA.dtype)
+
+
+def _rows(state: Tensor) -> Tensor:
+    """(batch, k, n) as (batch · n, k)."""
+    batch, k, n = state.shape
+    return state.transpose(1, 2).reshape(batch * n, k)
+
+
+def _y_in_parts(steps: Sequence[Step], x: Tensor, n_at_once: int) -> Tensor:
+    y = x.new_empty(x.shape[0], steps[-1].n_written)
+    memory = _memory(steps, x, n_at_once)
+    for part, of_y in zip(x.split(n_at_once), y.split(n_at_once), strict=True):
+        state = part
+        for step, out in zip(steps, memory, strict=True):
+            state = step.product(state, part.shape[0], out)
+        of_y.copy_(state.reshape(of_y.shape))
+    return y
+
+
+def _memory(steps: Sequence[Step], x: Tensor, n_at_once: int) -> list[Tensor]:
+    """For the state after each step, and for a part of x at least in the last: used again by every part.
+
+    Mapping memory anew takes longer than what is computed in it.
+    """
+    sizes = [step.n_written for step in steps]
+    return [x.new_empty(n_at_once * size) for size in (*sizes[:-1], max(sizes[-1], x.shape[1]))]
+
+
+class _InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[tuple[int, int]], n_at_once: int, *As: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *As)
+        ctx.sizes, ctx.n_at_once = sizes, n_at_once
+        return _y_in_parts([Step(A, *size) for A, size in zip(As, sizes, strict=True)], x, n_at_once)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        [dy], (x, *As) = grad_outputs, ctx.saved_tensors
+        steps = [Step(A, *size) for A, size in zip(As, ctx.sizes, strict=True)]
+        wants_x, _, _, *wants = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for gradients of these gradients
+            inputs = [tensor for tensor, is_wanted in zip((x, *As), (wants_x, *wants), strict=True) if is_wanted]
+            found = iter(torch.autograd.grad(contracted(steps, x), inputs, dy, create_graph=True))
+            dx, *dAs = [next(found) if is_wanted else None for is_wanted in (wants_x, *wants)]
+            return dx, None, None, *dAs
+        dx = torch.empty_like(x)
+        # In 16 bits the sums would lose what the later parts add.
+        dAs = [torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32)) for A in As]
+        memory = _memory(steps, x, ctx.n_at_once)
+        partial_sums = x.new_empty(ctx.n_at_once * max(step.n_partial_sums for step in steps))
+        for part, of_x, of_y in zip(*(tensor.split(ctx.n_at_once) for tensor in (x, dx, dy)), strict=True):
+            n_rows, states = part.shape[0], [part]
+            for step, out in zip(steps[:-1], memory, strict=False):
+                states.append(step.product(states[-1], n_rows, out))
+            dstate = of_y
+            for index, step in reversed(list(enumerate(steps))):
+                dstate = dstate.reshape(n_rows * step.items, step.A.shape[0], step.n)
+                if wants[index]:
+                    _add_summed_product(dAs[index], dstate, step.operand(states[index], n_rows), partial_sums)
+                if not (wants_x or any(wants[:index])):
+                    break
+                # In the place of the state itself, which is not needed again; x has none.
+                dstate = _product(step.A.T, dstate, memory[index - 1])
+            if wants_x:
+                of_x.copy_(dstate.reshape(of_x.shape))
+        of_cores = [dA.to(x.dtype) if is_wanted else None for dA, is_wanted in zip(dAs, wants, strict=True)]
+        return dx if wants_x else None, None, None, *of_cores
