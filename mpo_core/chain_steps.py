@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 
 class Step(NamedTuple):
@@ -29,7 +30,8 @@ class Step(NamedTuple):
     @property
     def n_partial_sums(self) -> int:
         """Entries of the gradient of A, for each row, before they are summed."""
-        return 0 if self.n == 1 or copies(*self.A.shape, self.n) else self.items * self.A.numel()
+        m, k = self.A.shape
+        return 0 if self.n == 1 or copies(m, k, self.n) else self.items * m * k
 
     @property
     def n_written(self) -> int:
@@ -62,7 +64,7 @@ def contracted(steps: Sequence[Step], x: Tensor) -> Tensor:
 def contracted_in_parts(steps: Sequence[Step], x: Tensor, n_at_once: int) -> Tensor:
     """`contracted`, with the state of so many rows at once, in the backward pass as well, which forms it again.
 
-    Of one dtype, without autocast or forward-mode derivatives. Gradients of gradients are those of `contracted`.
+    Real numbers, without autocast or forward-mode derivatives. Gradients of gradients are those of `contracted`.
     """
     As = [step.A for step in steps]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *As)):
@@ -125,7 +127,7 @@ def _y_in_parts(steps: Sequence[Step], x: Tensor, n_at_once: int) -> Tensor:
 
 
 def _memory(steps: Sequence[Step], x: Tensor, n_at_once: int) -> list[Tensor]:
-    """For the state after each step, and for a part of x at least in the last: used again by every part.
+    """For the state after each step, used again by every part; the last has room for the gradient of a part of x, too.
 
     Mapping memory anew takes longer than what is computed in it.
     """
@@ -136,20 +138,28 @@ def _memory(steps: Sequence[Step], x: Tensor, n_at_once: int) -> list[Tensor]:
 class _InParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[tuple[int, int]], n_at_once: int, *As: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *As)
-        ctx.sizes, ctx.n_at_once = sizes, n_at_once
+        wants = ctx.needs_input_grad[3:]
+        ctx.save_for_backward(x if any(wants) else None, *As)  # dx does not depend on x
+        ctx.sizes, ctx.n_at_once, ctx.shape = sizes, n_at_once, x.shape
         return _y_in_parts([Step(A, *size) for A, size in zip(As, sizes, strict=True)], x, n_at_once)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         [dy], (x, *As) = grad_outputs, ctx.saved_tensors
-        steps = [Step(A, *size) for A, size in zip(As, ctx.sizes, strict=True)]
         wants_x, _, _, *wants = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for gradients of these gradients
+        x = As[0].new_zeros(ctx.shape).requires_grad_() if x is None else x
+        if torch.is_grad_enabled() or is_traced() or is_legacy_batchedtensor(dy):
+            # For gradients of these gradients, or many dy at once. Views, as an A may itself be a function of x.
+            with torch.enable_grad():
+                x, *As = (tensor.view_as(tensor) for tensor in (x, *As))
+                y = contracted([Step(A, *size) for A, size in zip(As, ctx.sizes, strict=True)], x)
             inputs = [tensor for tensor, is_wanted in zip((x, *As), (wants_x, *wants), strict=True) if is_wanted]
-            found = iter(torch.autograd.grad(contracted(steps, x), inputs, dy, create_graph=True))
+            found = iter(torch.autograd.grad(y, inputs, dy, create_graph=torch.is_grad_enabled()))
             dx, *dAs = [next(found) if is_wanted else None for is_wanted in (wants_x, *wants)]
             return dx, None, None, *dAs
+        steps = [Step(A, *size) for A, size in zip(As, ctx.sizes, strict=True)]
+        # The states that the gradients of cores need.
+        recomputed = steps[: max((index for index, is_wanted in enumerate(wants) if is_wanted), default=0)]
         dx = torch.empty_like(x)
         # In 16 bits the sums would lose what the later parts add.
         dAs = [torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32)) for A in As]
@@ -157,7 +167,7 @@ class _InParts(torch.autograd.Function):
         partial_sums = x.new_empty(ctx.n_at_once * max(step.n_partial_sums for step in steps))
         for part, of_x, of_y in zip(*(tensor.split(ctx.n_at_once) for tensor in (x, dx, dy)), strict=True):
             n_rows, states = part.shape[0], [part]
-            for step, out in zip(steps[:-1], memory, strict=False):
+            for step, out in zip(recomputed, memory, strict=False):
                 states.append(step.product(states[-1], n_rows, out))
             dstate = of_y
             for index, step in reversed(list(enumerate(steps))):
@@ -166,9 +176,9 @@ class _InParts(torch.autograd.Function):
                     _add_summed_product(dAs[index], dstate, step.operand(states[index], n_rows), partial_sums)
                 if not (wants_x or any(wants[:index])):
                     break
-                # In the place of the state itself, which is not needed again; x has none.
+                # In the place of the state itself, which is not needed again; that of x, at index 0, in the last.
                 dstate = _product(step.A.T, dstate, memory[index - 1])
             if wants_x:
                 of_x.copy_(dstate.reshape(of_x.shape))
-        of_cores = [dA.to(x.dtype) if is_wanted else None for dA, is_wanted in zip(dAs, wants, strict=True)]
+        of_cores = [dA.to(A.dtype) if is_wanted else None for dA, A, is_wanted in zip(dAs, As, wants, strict=True)]
         return dx if wants_x else None, None, None, *of_cores

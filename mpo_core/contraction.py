@@ -81,8 +81,8 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
     """y = x Wᵀ by contracting x with one core after the other; W is never formed.
 
     The state between two sites has the rows' sizes that are done and the columns' sizes still to come, and is never
-    permuted: each step is one product, or a batch of products with the same core. Differentiable. On a CPU only some of
-    x's rows are contracted at once (`rows_at_once`), and of those that are not the backward pass forms the state again.
+    permuted: each step is one product, or a batch of products with the same core. Differentiable. On a CPU many rows of
+    x are contracted in parts (`rows_at_once`); their backward pass forms the state of each part again.
 
     Args:
         cores: site l is (bonds[l], d_out[l], d_in[l], bonds[l+1]).
@@ -103,27 +103,36 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
         )
     if direction == "auto":
         direction = cheapest_direction(bonds, d_out, d_in)
+    tensors = (x, *cores)
+    # On a GPU each part would be launched by itself.
+    if x.device.type != "cpu" or is_traced():
+        return _applied(cores, x, direction)
+    if torch.is_autocast_enabled("cpu") and all(tensor.dtype is not torch.float64 for tensor in tensors):
+        # As autocast casts them; once, so that the parts need no autocast.
+        x, *cores = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors)
+        with torch.autocast("cpu", enabled=False):
+            return chain(cores, x, direction)
+    n_rows = math.prod(x.shape[:-1])
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    n_at_once = rows_at_once(bonds, d_out, d_in, direction, n_rows, training=training)
+    if n_at_once < n_rows and (x.is_complex() or any(map(_has_tangent, tensors))):
+        n_at_once = n_rows
+    return _applied(cores, x, direction, n_at_once)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _applied(cores: Sequence[Tensor], x: Tensor, direction: str, n_at_once: int | None = None) -> Tensor:
+    """y of all rows of x, so many at once (None: all)."""
     steps, n_rows = steps_of(cores, direction), math.prod(x.shape[:-1])
     rows = x.reshape(n_rows, x.shape[-1])
-    n_at_once = n_rows
-    # On a GPU each part would be launched by itself.
-    if x.device.type == "cpu" and not is_traced():
-        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cores))
-        n_at_once = rows_at_once(bonds, d_out, d_in, direction, n_rows, training=training)
-    if n_at_once < n_rows and _are_plain((x, *cores)):
-        y = contracted_in_parts(steps, rows, n_at_once)
-    else:
+    if n_at_once is None or n_at_once >= n_rows:
         y = contracted(steps, rows)
-    return y.reshape(*x.shape[:-1], math.prod(d_out))
-
-
-def _are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Of one dtype, without autocast, which would give gradients another one, and without forward-mode derivatives."""
-    return (
-        not torch.is_autocast_enabled("cpu")
-        and len({tensor.dtype for tensor in tensors}) == 1
-        and all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
-    )
+    else:
+        y = contracted_in_parts(steps, rows, n_at_once)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def rows_at_once(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str, n_rows: int, *, training: bool) -> int:
@@ -131,7 +140,8 @@ def rows_at_once(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str, n_rows
 
     Without gradients as many as have a state of CHAIN_STATE entries. With gradients all, unless these are more than
     eight times as many, and then twice as many: forming the state again in the backward pass costs a sixth of the
-    FLOPs, and memory costs more than that only where it is so much that it is mapped anew in every call.
+    FLOPs (of two equal steps; at most a third), and memory costs more than that only where it is so much that it is
+    mapped anew in every call.
     """
     few = _few_rows(tuple(bonds), tuple(d_out), tuple(d_in), direction)
     if not training:
@@ -142,7 +152,8 @@ def rows_at_once(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str, n_rows
 @cache
 def _few_rows(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str) -> int:
     steps = chain_products(bonds, d_out, d_in, 1, direction)
-    return max(1, CHAIN_STATE // max(step.batch * step.m * step.n for step in steps))
+    largest = max(math.prod(d_in), *(step.batch * step.m * step.n for step in steps))
+    return max(1, CHAIN_STATE // largest)
 
 
 def pad_features(x: Tensor, features: int) -> Tensor:

@@ -22,9 +22,9 @@ from mpo_core.cached_matrix import CachedMatrix
 from mpo_core.contraction import Product, chain, cheapest_direction, products, rows_at_once, with_gradients
 from mpo_core.tensor_train import contract
 
-_IN_PARTS = 1.3
-"""What a chain in parts takes over the sum of its products: measured 1.1 to 1.4 on a CPU of its own, and more on one
-that shares the cache in which the state stays."""
+_IN_PARTS = (1.1, 1.5)
+"""What a chain in parts takes over the sum of its products, in a forward and with gradients: measured 1.0 to 1.2 and
+1.2 to 2 on a CPU, the more, the busier the cache in which the state stays, which other programs share."""
 
 Curve = tuple[tuple[float, float], ...]
 """(size, seconds per unit of size) in ascending order of size: linear in log(size) between them, constant beyond."""
@@ -111,7 +111,8 @@ def _choose(
         if training and n_rows < n_tokens:
             every += steps[:-1]  # the backward pass of a part forms its states again
         overhead = len(steps) * calibration.overhead[mode][training]
-        return overhead + (_IN_PARTS if n_rows < n_tokens else 1.0) * calibration.seconds(every, keeps=training)
+        excess = _IN_PARTS[training] if n_rows < n_tokens else 1.0
+        return overhead + excess * calibration.seconds(every, keeps=training)
 
     def in_all(mode: str) -> float:
         n_at_once = n_tokens

@@ -195,12 +195,13 @@ def run_study(
             except KeyboardInterrupt:
                 if tracker is not None:
                     # No exception for the second Ctrl-C, which could be raised before anything waits, and be lost.
-                    with interrupts(tracker.leave):
+                    with suppress(KeyboardInterrupt), interrupts(tracker.leave):
                         if tracker.n_pending:
                             progress.say(
                                 "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)"
                             )
                         tracker.close(ledger.n_missing)
+                    tracker.leave()
                 raise
             finally:
                 try:

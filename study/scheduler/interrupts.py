@@ -25,8 +25,10 @@ def interrupts(act: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
     def interrupt(*_: Any) -> None:
-        restore()
-        act()
+        try:
+            act()
+        finally:
+            restore()
 
     for number in previous:
         signal.signal(number, interrupt)

@@ -86,7 +86,7 @@ class BackgroundTracker:
         self._is_left = True
 
     def close(self, n_missing: int) -> str | None:
-        """Write what is pending and end; returns why that was not possible, or None. A second call changes nothing.
+        """Write what is pending and end; returns why that was not possible, or None.
 
         Args:
             n_missing: runs that the study still lacks.

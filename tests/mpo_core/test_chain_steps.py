@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.autograd import forward_ad
 
 from mpo_core import contraction
@@ -18,6 +19,7 @@ CHAINS = {
     "one site": ((3,), (4,), 1),
     "batches": ((2, 4), (4, 2), 2),
     "copies": ((4, 4, 1), (4, 4, 2), 5),
+    "copies at the ends": ((16, 2), (16, 2), 4),
     "three sites": ((2, 3, 2), (3, 2, 2), 3),
 }
 DIRECTIONS = ("left", "right")
@@ -25,12 +27,8 @@ DIRECTIONS = ("left", "right")
 
 @pytest.fixture
 def few(monkeypatch):
-    """A chain that takes two rows at a time, with gradients more than eight."""
-
-    def few_rows(*_):
-        return 1
-
-    monkeypatch.setattr(contraction, "_few_rows", few_rows)
+    """A chain that takes one row at a time, and with gradients, of more than eight, two."""
+    monkeypatch.setattr(contraction, "_few_rows", lambda *_: 1)
 
 
 def operands(name, n_rows=5, dtype=torch.float64):
@@ -54,8 +52,8 @@ def test_values_and_derivatives_of_both_orders(name, direction, n_at_once):
     torch.testing.assert_close(function(x, *cores), expected)
     with torch.no_grad():
         torch.testing.assert_close(function(x, *cores), expected)
-    assert torch.autograd.gradcheck(function, (x, *cores))
-    assert torch.autograd.gradgradcheck(function, (x, *cores))
+    assert torch.autograd.gradcheck(function, (x, *cores), check_batched_grad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, *cores), fast_mode=True)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -93,16 +91,83 @@ def is_in_parts(y):
     return functions[-1].name() == "_InPartsBackward"
 
 
-def test_few_rows_autocast_and_mixed_dtypes_are_one_part(few):
-    x, *cores = operands("batches", n_rows=9, dtype=torch.float32)
+def test_many_rows_are_in_parts_and_few_are_not(few):
+    x, *cores = operands("batches", n_rows=9)
     assert is_in_parts(chain(cores, x))
     assert is_in_parts(chain(cores, x.detach()))
     assert not is_in_parts(chain(cores, x[:8]))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = chain(cores, x)
-        assert not is_in_parts(y)
-        with torch.no_grad():
-            assert chain(cores, x).dtype == y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_autocast_of_many_rows_is_that_of_few(name, monkeypatch):
+    x, *cores = operands(name, n_rows=9, dtype=torch.float32)
+
+    def y_and_gradients():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = chain(cores, x)
+            with torch.no_grad():
+                torch.testing.assert_close(chain(cores, x), y)
+        return y, *torch.autograd.grad(y.sum(), (x, *cores))
+
+    whole = y_and_gradients()
+    monkeypatch.setattr(contraction, "_few_rows", lambda *_: 1)
+    parts = y_and_gradients()
+    assert is_in_parts(parts[0])
+    assert [tensor.dtype for tensor in parts] == [torch.bfloat16] + [torch.float32] * (len(parts) - 1)
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+
+
+def test_complex_numbers_of_many_rows(few):
+    x, *cores = operands("three sites", n_rows=9, dtype=torch.complex128)
+    [dx, *dcores] = torch.autograd.grad(chain(cores, x).abs().sum(), (x, *cores))
+    [expected, *of_cores] = torch.autograd.grad((x @ contract(cores).T).abs().sum(), (x, *cores))
+    for one, other in zip((dx, *dcores), (expected, *of_cores), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_frozen_cores_need_nothing_of_x(few):
+    x, *cores = operands("three sites", n_rows=9)
+    cores = [core.detach() for core in cores]
+    changed = x * 1
+    changed += chain(cores, changed)  # as where a residual is added in place
+    [dx] = torch.autograd.grad(changed.sum(), x, create_graph=True)
+    torch.testing.assert_close(dx, 1 + torch.ones_like(x) @ contract(cores))
+    changed = x * 1
+    changed += chain(cores, changed)
+    [dx] = torch.autograd.grad(changed.sum(), x)
+    torch.testing.assert_close(dx, 1 + torch.ones_like(x) @ contract(cores))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_cores_that_are_functions_of_x(create_graph):
+    x, *cores = operands("batches")
+    function = in_parts("left", 2)
+    [dx] = torch.autograd.grad(
+        function(x, *(x.sum() * core.detach() for core in cores)).sum(), x, create_graph=create_graph
+    )
+    W = contract([core.detach() for core in cores])
+    [expected] = torch.autograd.grad((x.sum() ** 2 * x @ W.T).sum(), x)
+    torch.testing.assert_close(dx, expected)
+
+
+def test_whatever_else_autograd_offers(few):
+    x, *cores = operands("copies at the ends", n_rows=9)
+
+    def gradients(y, **options):
+        return torch.autograd.grad(y.sum(), (x, *cores), **options)  # dy is expanded
+
+    expected = gradients(x @ contract(cores).T)
+    strided = x.T.contiguous().T
+    checkpointed = torch.utils.checkpoint.checkpoint(lambda x: chain(cores, x), x, use_reentrant=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.numpy(force=True), torch.from_numpy):
+        offloaded = chain(cores, x)
+    for y in (chain(cores, x), chain(cores, strided), checkpointed, offloaded):
+        for _ in range(2):
+            for one, other in zip(gradients(y, retain_graph=True), expected, strict=True):
+                torch.testing.assert_close(one, other)
+    with torch.inference_mode():
+        torch.testing.assert_close(chain(cores, x), x @ contract(cores).T)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -128,7 +193,7 @@ def test_a_trace_of_many_rows_can_be_saved(few, tmp_path):
 def test_no_rows_and_many_leading_dimensions(few):
     x, *cores = operands("three sites", n_rows=12)
     assert chain(cores, x[:0]).shape == (0, 12)
-    torch.testing.assert_close(chain(cores, x.view(3, 2, 2, 12)).view(12, 12), chain(cores, x))
+    torch.testing.assert_close(chain(cores, x.view(3, 2, 2, 12)).view(12, 12), x @ contract(cores).T)
 
 
 def test_what_a_gradient_needs_cannot_be_changed_unnoticed(few):

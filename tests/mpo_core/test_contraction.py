@@ -208,7 +208,8 @@ def test_without_gradients_the_state_stays_small_and_the_values_the_same(directi
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_gradients_of_many_rows_need_the_memory_of_few(direction, monkeypatch):
+def test_gradients_of_many_rows_need_the_memory_of_few(direction, monkeypatch, request):
+    request.addfinalizer(contraction._few_rows.cache_clear)
     d_out, d_in, bonds = (16, 16), (16, 16), (1, 16, 1)
     cores = [core.requires_grad_() for core in make_cores(bonds, d_out, d_in)]
     generator = torch.Generator().manual_seed(1)
@@ -224,7 +225,6 @@ def test_gradients_of_many_rows_need_the_memory_of_few(direction, monkeypatch):
     whole, most = gradients_and_largest()
     monkeypatch.setattr(contraction, "CHAIN_STATE", 2**14)
     parts, few = gradients_and_largest()
-    contraction._few_rows.cache_clear()
     for one, other in zip(parts, whole, strict=True):
         torch.testing.assert_close(one, other)
     assert most == 200 * 16 * 16 * 16

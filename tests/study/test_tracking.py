@@ -688,15 +688,19 @@ def test_background_tracker_can_be_left_while_it_is_closed(opened):
     background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
     assert hangs.wait(60)
     closing = threading.Thread(target=background.close, args=(0,), daemon=True)
-    closing.start()
-    closing.join(0.5)
-    assert closing.is_alive()
-    background.leave()
-    closing.join(60)
-    assert not closing.is_alive()
-    assert is_left_writing()
-    background.close(0)  # as often as one likes
-    is_over.set()
+    try:
+        closing.start()
+        closing.join(0.5)
+        assert closing.is_alive()
+        background.leave()
+        closing.join(60)
+        assert not closing.is_alive()
+        assert is_left_writing()
+        background.close(0)  # as often as one likes
+    finally:
+        is_over.set()
+        background._thread.join(60)
+    assert not is_left_writing()
 
 
 def test_tracker_hides_a_password_in_what_it_says_of_a_write(opened, database, monkeypatch):  # noqa: F811
