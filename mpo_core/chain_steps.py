@@ -12,64 +12,66 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 
 class Step(NamedTuple):
-    """A core times the state, which is so many matrices (k, n) for each row of x."""
+    """A core, as a matrix (m, k), times the state, which is so many matrices (k, n) for each row of x."""
 
-    A: Tensor
-    """The core as a matrix (m, k)."""
     items: int
+    m: int
+    k: int
     n: int
 
     def operand(self, state: Tensor, n_rows: int) -> Tensor:
         """The state of so many rows before this step: (n_rows · items, k, n)."""
-        return state.reshape(n_rows * self.items, self.A.shape[1], self.n)
+        return state.reshape(n_rows * self.items, self.k, self.n)
 
-    def product(self, state: Tensor, n_rows: int, out: Tensor | None = None) -> Tensor:
+    def product(self, A: Tensor, state: Tensor, n_rows: int, out: Tensor | None = None) -> Tensor:
         """The state after it: (n_rows · items, m, n), in the memory `out` where that is given."""
-        return _product(self.A, self.operand(state, n_rows), out)
+        return _product(A, self.operand(state, n_rows), out)
 
     @property
     def n_partial_sums(self) -> int:
         """Entries of the gradient of A, for each row, before they are summed."""
-        m, k = self.A.shape
-        return 0 if self.n == 1 or copies(m, k, self.n) else self.items * m * k
+        return 0 if self.n == 1 or copies(self.m, self.k, self.n) else self.items * self.m * self.k
 
     @property
     def n_written(self) -> int:
         """Entries of the state after it, for each row."""
-        return self.items * self.A.shape[0] * self.n
+        return self.items * self.m * self.n
 
 
-def steps_of(cores: Sequence[Tensor], direction: str) -> list[Step]:
-    """The products from the first site to the last ("left") or from the last to the first ("right")."""
-    rest, done, steps = math.prod([core.shape[2] for core in cores]), 1, []
-    for core in cores if direction == "left" else reversed(cores):
-        a, o, i, b = core.shape
+def steps_of(bonds: Sequence[int], d_out: Sequence[int], d_in: Sequence[int], direction: str) -> list[Step]:
+    """The steps from the first site to the last ("left") or from the last to the first ("right")."""
+    rest, done, steps = math.prod(d_in), 1, []
+    sites = list(zip(bonds[:-1], d_out, d_in, bonds[1:], strict=True))
+    for a, o, i, b in sites if direction == "left" else reversed(sites):
         rest = rest // i  # not in place: while being traced these are tensors
-        if direction == "left":
-            steps.append(Step(core.permute(1, 3, 0, 2).reshape(o * b, a * i), done, rest))
-        else:
-            steps.append(Step(core.reshape(a * o, i * b), rest, done))
+        steps.append(Step(done, o * b, a * i, rest) if direction == "left" else Step(rest, a * o, i * b, done))
         done = done * o
     return steps
 
 
-def contracted(steps: Sequence[Step], x: Tensor) -> Tensor:
-    """(rows, prod(d_in)) to (rows, prod(d_out))."""
+def matrices_of(cores: Sequence[Tensor], steps: Sequence[Step], direction: str) -> list[Tensor]:
+    """The cores as the matrices (m, k) of these steps, in their order."""
+    if direction == "left":
+        return [core.permute(1, 3, 0, 2).reshape(step.m, step.k) for core, step in zip(cores, steps, strict=True)]
+    return [core.reshape(step.m, step.k) for core, step in zip(reversed(cores), steps, strict=True)]
+
+
+def contracted(steps: Sequence[Step], As: Sequence[Tensor], x: Tensor) -> Tensor:
+    """(rows, prod(d_in)) to (rows, prod(d_out)), with one matrix A for each step."""
     state = x
-    for step in steps:
-        state = step.product(state, x.shape[0])
+    for step, A in zip(steps, As, strict=True):
+        state = step.product(A, state, x.shape[0])
     return state.reshape(x.shape[0], steps[-1].n_written)
 
 
-def contracted_in_parts(steps: Sequence[Step], x: Tensor, n_at_once: int) -> Tensor:
+def contracted_in_parts(steps: Sequence[Step], As: Sequence[Tensor], x: Tensor, n_at_once: int) -> Tensor:
     """`contracted`, with the state of so many rows at once, in the backward pass as well, which forms it again.
 
     Real numbers, without autocast or forward-mode derivatives. Gradients of gradients are those of `contracted`.
     """
-    As = [step.A for step in steps]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *As)):
-        return _InParts.apply(x, [(step.items, step.n) for step in steps], n_at_once, *As)
-    return _y_in_parts(steps, x, n_at_once)
+        return _InParts.apply(x, steps, n_at_once, *As)
+    return _y_in_parts(steps, As, x, n_at_once)
 
 
 def copies(m: int, k: int, n: int) -> bool:
@@ -115,13 +117,13 @@ def _rows(state: Tensor) -> Tensor:
     return state.transpose(1, 2).reshape(batch * n, k)
 
 
-def _y_in_parts(steps: Sequence[Step], x: Tensor, n_at_once: int) -> Tensor:
+def _y_in_parts(steps: Sequence[Step], As: Sequence[Tensor], x: Tensor, n_at_once: int) -> Tensor:
     y = x.new_empty(x.shape[0], steps[-1].n_written)
     memory = _memory(steps, x, n_at_once)
     for part, of_y in zip(x.split(n_at_once), y.split(n_at_once), strict=True):
         state = part
-        for step, out in zip(steps, memory, strict=True):
-            state = step.product(state, part.shape[0], out)
+        for step, A, out in zip(steps, As, memory, strict=True):
+            state = step.product(A, state, part.shape[0], out)
         of_y.copy_(state.reshape(of_y.shape))
     return y
 
@@ -137,29 +139,28 @@ def _memory(steps: Sequence[Step], x: Tensor, n_at_once: int) -> list[Tensor]:
 
 class _InParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[tuple[int, int]], n_at_once: int, *As: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, steps: Sequence[Step], n_at_once: int, *As: Tensor) -> Tensor:
         wants = ctx.needs_input_grad[3:]
         ctx.save_for_backward(x if any(wants) else None, *As)  # dx does not depend on x
-        ctx.sizes, ctx.n_at_once, ctx.shape = sizes, n_at_once, x.shape
-        return _y_in_parts([Step(A, *size) for A, size in zip(As, sizes, strict=True)], x, n_at_once)
+        ctx.steps, ctx.n_at_once, ctx.shape = steps, n_at_once, x.shape
+        return _y_in_parts(steps, As, x, n_at_once)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        [dy], (x, *As) = grad_outputs, ctx.saved_tensors
+        [dy], (x, *As), steps = grad_outputs, ctx.saved_tensors, ctx.steps
         wants_x, _, _, *wants = ctx.needs_input_grad
         x = As[0].new_zeros(ctx.shape).requires_grad_() if x is None else x
         if torch.is_grad_enabled() or is_traced() or is_legacy_batchedtensor(dy):
             # For gradients of these gradients, or many dy at once. Views, as an A may itself be a function of x.
             with torch.enable_grad():
                 x, *As = (tensor.view_as(tensor) for tensor in (x, *As))
-                y = contracted([Step(A, *size) for A, size in zip(As, ctx.sizes, strict=True)], x)
+                y = contracted(steps, As, x)
             inputs = [tensor for tensor, is_wanted in zip((x, *As), (wants_x, *wants), strict=True) if is_wanted]
             found = iter(torch.autograd.grad(y, inputs, dy, create_graph=torch.is_grad_enabled()))
             dx, *dAs = [next(found) if is_wanted else None for is_wanted in (wants_x, *wants)]
             return dx, None, None, *dAs
-        steps = [Step(A, *size) for A, size in zip(As, ctx.sizes, strict=True)]
-        # The states that the gradients of cores need.
-        recomputed = steps[: max((index for index, is_wanted in enumerate(wants) if is_wanted), default=0)]
+        # As many as give the states that the gradients of cores need.
+        n_recomputed = max((index for index, is_wanted in enumerate(wants) if is_wanted), default=0)
         dx = torch.empty_like(x)
         # In 16 bits the sums would lose what the later parts add.
         dAs = [torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32)) for A in As]
@@ -167,17 +168,17 @@ class _InParts(torch.autograd.Function):
         partial_sums = x.new_empty(ctx.n_at_once * max(step.n_partial_sums for step in steps))
         for part, of_x, of_y in zip(*(tensor.split(ctx.n_at_once) for tensor in (x, dx, dy)), strict=True):
             n_rows, states = part.shape[0], [part]
-            for step, out in zip(recomputed, memory, strict=False):
-                states.append(step.product(states[-1], n_rows, out))
+            for index in range(n_recomputed):
+                states.append(steps[index].product(As[index], states[-1], n_rows, memory[index]))
             dstate = of_y
             for index, step in reversed(list(enumerate(steps))):
-                dstate = dstate.reshape(n_rows * step.items, step.A.shape[0], step.n)
+                dstate = dstate.reshape(n_rows * step.items, step.m, step.n)
                 if wants[index]:
                     _add_summed_product(dAs[index], dstate, step.operand(states[index], n_rows), partial_sums)
                 if not (wants_x or any(wants[:index])):
                     break
                 # In the place of the state itself, which is not needed again; that of x, at index 0, in the last.
-                dstate = _product(step.A.T, dstate, memory[index - 1])
+                dstate = _product(As[index].T, dstate, memory[index - 1])
             if wants_x:
                 of_x.copy_(dstate.reshape(of_x.shape))
         of_cores = [dA.to(A.dtype) if is_wanted else None for dA, A, is_wanted in zip(dAs, As, wants, strict=True)]

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from mpo_core.bonds import contraction_order
-from mpo_core.chain_steps import contracted, contracted_in_parts, copies, is_traced, steps_of
+from mpo_core.chain_steps import Step, contracted, contracted_in_parts, copies, is_traced, matrices_of, steps_of
 from mpo_core.tensor_train import bonds_and_sizes
 
 DIRECTIONS = ("auto", "left", "right")
@@ -103,36 +103,27 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
         )
     if direction == "auto":
         direction = cheapest_direction(bonds, d_out, d_in)
-    tensors = (x, *cores)
-    # On a GPU each part would be launched by itself.
-    if x.device.type != "cpu" or is_traced():
-        return _applied(cores, x, direction)
-    if torch.is_autocast_enabled("cpu") and all(tensor.dtype is not torch.float64 for tensor in tensors):
-        # As autocast casts them; once, so that the parts need no autocast.
-        x, *cores = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors)
-        with torch.autocast("cpu", enabled=False):
-            return chain(cores, x, direction)
-    n_rows = math.prod(x.shape[:-1])
-    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    n_at_once = rows_at_once(bonds, d_out, d_in, direction, n_rows, training=training)
-    if n_at_once < n_rows and (x.is_complex() or any(map(_has_tangent, tensors))):
-        n_at_once = n_rows
-    return _applied(cores, x, direction, n_at_once)
+    n_rows, n_at_once = math.prod(x.shape[:-1]), None
+    if x.device.type == "cpu" and not is_traced():  # on a GPU each part would be launched by itself
+        tensors = (x, *cores)
+        if torch.is_autocast_enabled("cpu") and all(tensor.dtype is not torch.float64 for tensor in tensors):
+            # As autocast casts them; once, so that the parts need no autocast.
+            x, *cores = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors)
+            with torch.autocast("cpu", enabled=False):
+                return chain(cores, x, direction)
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        n_at_once = rows_at_once(bonds, d_out, d_in, direction, n_rows, training=training)
+        if n_at_once >= n_rows or x.is_complex() or any(map(_has_tangent, tensors)):
+            n_at_once = None
+    steps = steps_of(bonds, d_out, d_in, direction)
+    As = matrices_of(cores, steps, direction)
+    rows = x.reshape(n_rows, x.shape[-1])
+    y = contracted(steps, As, rows) if n_at_once is None else contracted_in_parts(steps, As, rows, n_at_once)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _applied(cores: Sequence[Tensor], x: Tensor, direction: str, n_at_once: int | None = None) -> Tensor:
-    """y of all rows of x, so many at once (None: all)."""
-    steps, n_rows = steps_of(cores, direction), math.prod(x.shape[:-1])
-    rows = x.reshape(n_rows, x.shape[-1])
-    if n_at_once is None or n_at_once >= n_rows:
-        y = contracted(steps, rows)
-    else:
-        y = contracted_in_parts(steps, rows, n_at_once)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def rows_at_once(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str, n_rows: int, *, training: bool) -> int:
@@ -151,8 +142,7 @@ def rows_at_once(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str, n_rows
 
 @cache
 def _few_rows(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str) -> int:
-    steps = chain_products(bonds, d_out, d_in, 1, direction)
-    largest = max(math.prod(d_in), *(step.batch * step.m * step.n for step in steps))
+    largest = max(math.prod(d_in), *(step.n_written for step in steps_of(bonds, d_out, d_in, direction)))
     return max(1, CHAIN_STATE // largest)
 
 
@@ -179,24 +169,12 @@ def chain_products(bonds: Sizes, d_out: Sizes, d_in: Sizes, n_tokens: int, direc
     """The products of `chain`, in their order."""
     if direction == "auto":
         direction = cheapest_direction(bonds, d_out, d_in)
-    sites = range(len(d_out))
-    batch, rest, done, steps = n_tokens, math.prod(d_in), 1, []
-    if direction == "right":
-        batch *= rest
-    for site in sites if direction == "left" else reversed(sites):
-        a, o, i, b = bonds[site], d_out[site], d_in[site], bonds[site + 1]
-        if direction == "left":
-            rest //= i
-            steps.append(_step(batch, o * b, a * i, rest))
-            batch *= o
-        else:
-            batch //= i
-            steps.append(_step(batch, a * o, i * b, done))
-            done *= o
-    return steps
+    return [_product(step, n_tokens) for step in steps_of(bonds, d_out, d_in, direction)]
 
 
-def _step(batch: int, m: int, k: int, n: int) -> Product:
+def _product(step: Step, n_tokens: int) -> Product:
+    items, m, k, n = step
+    batch = n_tokens * items
     if n == 1:
         return Product(1, m, k, batch)
     if copies(m, k, n):

@@ -11,9 +11,9 @@ from torch.autograd import forward_ad
 
 from mpo_core import contraction
 from mpo_core.bonds import clip_bonds
-from mpo_core.chain_steps import contracted_in_parts, steps_of
+from mpo_core.chain_steps import contracted_in_parts, matrices_of, steps_of
 from mpo_core.contraction import chain
-from mpo_core.tensor_train import contract
+from mpo_core.tensor_train import bonds_and_sizes, contract
 
 CHAINS = {
     "one site": ((3,), (4,), 1),
@@ -40,7 +40,11 @@ def operands(name, n_rows=5, dtype=torch.float64):
 
 
 def in_parts(direction, n_at_once):
-    return lambda x, *cores: contracted_in_parts(steps_of(cores, direction), x, n_at_once)
+    def function(x, *cores):
+        steps = steps_of(*bonds_and_sizes(cores), direction)
+        return contracted_in_parts(steps, matrices_of(cores, steps, direction), x, n_at_once)
+
+    return function
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
