@@ -37,7 +37,7 @@ class Calibration:
     overhead: Mapping[str, tuple[float, float]]
     """Mode -> seconds for each of its products when there is nothing to compute: in a forward, and with gradients."""
     flop: Curve
-    """Harmonic mean of m, k and n -> seconds per FLOP; it is near the smallest of them."""
+    """Power mean of m, k and n with exponent -3 -> seconds per FLOP; it is near the smallest of them."""
     read: Curve
     """Bytes -> seconds per byte read."""
     write: Curve
@@ -64,7 +64,7 @@ class Calibration:
         total = 0.0
         if step.flops:
             of_vector = self.vector if step.batch == 1 and 1 in (step.m, step.k, step.n) else None
-            side = 3 / (1 / step.m + 1 / step.k + 1 / step.n)
+            side = ((step.m**-3 + step.k**-3 + step.n**-3) / 3) ** (-1 / 3)
             total += step.flops * (_interpolate(self.flop, side) if of_vector is None else of_vector)
         summed, copied = step.summed * self.itemsize, step.copied * self.itemsize
         for curve, elements, least in ((self.read, step.read, 0), (self.write, step.written, written)):
