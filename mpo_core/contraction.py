@@ -127,7 +127,7 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 
 def rows_at_once(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str, n_rows: int, *, training: bool) -> int:
-    """Of so many rows of x, those that `chain` contracts at once on a CPU.
+    """Of so many rows of x, those that `chain` contracts at once on a CPU, in the direction "left" or "right".
 
     Without gradients as many as have a state of CHAIN_STATE entries. With gradients all, unless these are more than
     eight times as many, and then twice as many: forming the state again in the backward pass costs a sixth of the
@@ -169,10 +169,10 @@ def chain_products(bonds: Sizes, d_out: Sizes, d_in: Sizes, n_tokens: int, direc
     """The products of `chain`, in their order."""
     if direction == "auto":
         direction = cheapest_direction(bonds, d_out, d_in)
-    return [_product(step, n_tokens) for step in steps_of(bonds, d_out, d_in, direction)]
+    return [_product_of(step, n_tokens) for step in steps_of(bonds, d_out, d_in, direction)]
 
 
-def _product(step: Step, n_tokens: int) -> Product:
+def _product_of(step: Step, n_tokens: int) -> Product:
     items, m, k, n = step
     batch = n_tokens * items
     if n == 1:

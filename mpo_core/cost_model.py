@@ -14,6 +14,7 @@ from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 
 import torch
 from torch.nn.functional import linear
@@ -64,7 +65,7 @@ class Calibration:
         total = 0.0
         if step.flops:
             of_vector = self.vector if step.batch == 1 and 1 in (step.m, step.k, step.n) else None
-            side = ((step.m**-3 + step.k**-3 + step.n**-3) / 3) ** (-1 / 3)
+            side = ((step.m**-3.0 + step.k**-3.0 + step.n**-3.0) / 3) ** (-1 / 3)
             total += step.flops * (_interpolate(self.flop, side) if of_vector is None else of_vector)
         summed, copied = step.summed * self.itemsize, step.copied * self.itemsize
         for curve, elements, least in ((self.read, step.read, 0), (self.write, step.written, written)):
@@ -201,7 +202,8 @@ def _measured(where: torch.device, dtype: torch.dtype) -> Calibration:
         third = 2 ** ((exponent - 4 - int(math.log2(itemsize))) // 3)
         permuted = x.reshape(third, third, -1, 16).transpose(1, 2)  # as W's rows and columns are put together
         copy.append((size, beyond_overhead(permuted.contiguous) / size))
-    moving = Calibration({}, ((1.0, 0.0),), tuple(read), tuple(write), itemsize)
+    read, write, copy = map(_no_slower_than_larger, (read, write, copy))
+    moving = Calibration({}, ((1.0, 0.0),), read, write, itemsize)
 
     def per_flop(call: Callable[[], object], step: Product) -> float:
         total = beyond_overhead(call)
@@ -215,7 +217,16 @@ def _measured(where: torch.device, dtype: torch.dtype) -> Calibration:
         flop.append((float(side), per_flop(call, Product(batch, side, side, side))))
     n = 512 if on_cpu else 4096
     vector = per_flop(partial(linear, ones(1, n), ones(n, n)), Product(1, n, n, 1))
-    return Calibration(overhead, tuple(flop), tuple(read), tuple(write), itemsize, tuple(copy), vector, on_cpu)
+    return Calibration(overhead, tuple(flop), read, write, itemsize, copy, vector, on_cpu)
+
+
+def _no_slower_than_larger(curve: Sequence[tuple[float, float]]) -> Curve:
+    """The curve with the seconds per byte of no size above those of a larger one, whose excess is noise.
+
+    On a busy machine two threads wait for each other for milliseconds, which small sizes do not make up for.
+    """
+    sizes, seconds = zip(*curve, strict=True)
+    return tuple(zip(sizes, reversed(list(accumulate(reversed(seconds), min))), strict=True))
 
 
 def _overheads(
@@ -229,6 +240,7 @@ def _overheads(
         kept.holds_for(cores, x.dtype)
         return linear(x, kept.W)
 
+    # Working out the direction, which a layer has done before, stands for what the layer itself adds to a chain.
     ways = {"reconstruct": lambda: linear(x, contract(cores)), "chain": lambda: chain(cores, x), "cached": cached}
 
     def least(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
 
 from mpo_core.contraction import CHAIN_STATE, MODES, Product, products
-from mpo_core.cost_model import Calibration, calibrate, calibration_of, choose, set_calibration
+from mpo_core.cost_model import (
+    Calibration,
+    _no_slower_than_larger,
+    calibrate,
+    calibration_of,
+    choose,
+    set_calibration,
+)
 from mpo_core.linear import MPOLinear
 
 FREE = ((1.0, 0.0),)
@@ -37,6 +47,20 @@ def test_rates_are_interpolated_by_size_and_constant_beyond():
     calibration = Calibration(NONE, ((4.0, 3.0), (16.0, 1.0)), FREE, FREE)
     per_flop = {n: calibration.seconds([Product(1, n, n, n)]) / (2 * n**3) for n in (1, 4, 8, 16, 100)}
     assert per_flop == pytest.approx({1: 3.0, 4: 3.0, 8: 2.0, 16: 1.0, 100: 1.0})
+
+
+def test_rate_of_a_thin_product_is_near_that_of_its_smallest_side():
+    calibration = Calibration(NONE, ((8.0, 8.0), (64.0, 1.0)), FREE, FREE)
+    for sides in ((8, 512, 512), (512, 8, 512), (np.int64(512), np.int64(512), np.int64(8))):
+        m, k, n = sides
+        # The mean is 8 · 3^(1/3): on the line from (log 8, 8) to (log 64, 1).
+        expected = 8 - 7 * math.log(3) / 3 / math.log(8)
+        assert calibration.seconds([Product(1, *sides)]) / (2 * m * k * n) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_size_is_taken_to_be_slower_than_a_larger_one():
+    measured = [(1.0, 3.0), (2.0, 90.0), (4.0, 1.0), (8.0, 2.0), (16.0, 5.0)]
+    assert _no_slower_than_larger(measured) == ((1.0, 1.0), (2.0, 1.0), (4.0, 1.0), (8.0, 2.0), (16.0, 5.0))
 
 
 @pytest.mark.parametrize(
