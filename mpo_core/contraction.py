@@ -179,7 +179,7 @@ def _product_of(step: Step, n_tokens: int) -> Product:
         return Product(1, m, k, batch)
     if copies(m, k, n):
         return Product(1, m, k, batch * n, copied=batch * (m + k) * n)
-    return Product(batch, m, k, n, partial=batch * m * k if batch > 1 else 0)
+    return Product(batch, m, k, n, partial=n_tokens * step.n_partial_sums if batch > 1 else 0)
 
 
 def contract_products(bonds: Sizes, d_out: Sizes, d_in: Sizes) -> list[Product]:
