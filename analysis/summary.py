@@ -20,6 +20,8 @@ LARGER_DENSE = "dense, larger"
 DENSE_TUNED = "dense fine-tuned"
 MPO_SCRATCH = "MPO from scratch"
 MPO_TUNED = "MPO fine-tuned"
+_SHOWN = {"low_rank": "low rank", "monarch": "Monarch"}
+"""A family in words, where its key is not one."""
 
 AGGREGATED = ("final/val_loss", "final/val_acc", "best/val_loss", "best/val_acc")
 TOKENS = ("train_tokens", "total_tokens")
@@ -106,7 +108,7 @@ def group_order(groups: Iterable[str]) -> list[str]:
     """The groups present: the known ones first, then others by name."""
     known = (DENSE, SMALLER_DENSE, LARGER_DENSE, DENSE_TUNED, MPO_SCRATCH, MPO_TUNED)
     present = set(groups)
-    return [group for group in known if group in present] + sorted(present - set(known))
+    return [group for group in known if group in present] + sorted(present - set(known), key=str.casefold)
 
 
 def n_statement(counts: pd.Series) -> str:
@@ -128,7 +130,7 @@ def _group(family: str, start: str, percent_of_dense: float) -> str:
         return DENSE if percent_of_dense == 100 else LARGER_DENSE if percent_of_dense > 100 else SMALLER_DENSE
     if family == "mpo":
         return MPO_SCRATCH if start == "scratch" else MPO_TUNED
-    return f"{family} from scratch" if start == "scratch" else f"{family} fine-tuned"
+    return f"{_SHOWN.get(family, family)} {'from scratch' if start == 'scratch' else 'fine-tuned'}"
 
 
 def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:

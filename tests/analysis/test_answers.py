@@ -39,7 +39,7 @@ def answered(found, contrasts=(), **settings):
 def test_first_screen_says_what_was_run_and_what_is_on_the_frontier():
     said = answered([DENSE, mpo(8, 1.8), low_rank(8, 1.9)], noise=0.002)
     assert said["What was run?"].startswith(
-        "3 configurations (1 dense; 1 MPO from scratch; 1 low_rank from scratch) of 79,168 to 808,448 parameters, n = 5"
+        "3 configurations (1 dense; 1 MPO from scratch; 1 low rank from scratch) of 79,168 to 808,448 parameters, n = 5"
     )
     assert (
         "By validation loss: χ=8 (MPO from scratch, support 100 %) and dense (dense, support 100 %)."
@@ -51,7 +51,7 @@ def test_first_screen_counts_what_beats_its_controls():
     found = [DENSE, mpo(4, 2.0), low_rank(4, 2.1), mpo(8, 1.8), low_rank(8, 1.7), mpo(16, 1.7), low_rank(16, 1.7)]
     said = answered(found, noise=0.002)["Does MPO beat its controls of equal parameters?"]
     tally = "better at 1, worse at 1 and undecided at 1 of 3 sizes"
-    assert f"MPO from scratch against low_rank from scratch, validation loss: {tally} (χ=4 −0.1" in said
+    assert f"MPO from scratch against low rank from scratch, validation loss: {tally} (χ=4 −0.1" in said
     assert re.search(r"χ=8 \+0\.(1|09)", said)
     assert f"validation token accuracy: {tally} (χ=4 +2" in said
 

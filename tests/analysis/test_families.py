@@ -33,7 +33,7 @@ def test_each_size_has_its_mpo_first_and_then_its_controls():
     once = points[points["measure"] == "val_loss"]
     assert once["size"].unique().tolist() == list(N_PARAMS_MPO.values())
     for size, block in once.groupby("size"):
-        expected = ["MPO from scratch", "dense, smaller", "low_rank from scratch", "monarch from scratch"]
+        expected = ["MPO from scratch", "dense, smaller", "low rank from scratch", "Monarch from scratch"]
         assert block["group"].tolist() == expected
         assert block["n_params"].iloc[0] == size
         assert (block["n_params"].iloc[1:] < size).all()
