@@ -147,8 +147,10 @@ class MPOArm(CompressedArm):
 
     family: Literal["mpo"] = Field(description="Which kind of arm this is.")
     chi: Number[PositiveInt] = Field(description="Cap on every bond dimension.")
-    init: Value[Literal["paper", "variance", "orthogonal", "spectral", "tt_svd"]] | None = Field(
-        default=None, description="Init mode of an arm trained from scratch; `variance` unless given."
+    init: Value[Literal["paper", "variance", "orthogonal", "spectral", "tt_svd", "tt_svd_fresh"]] | None = Field(
+        default=None,
+        description="Init mode of an arm trained from scratch; `variance` unless given. `tt_svd` decomposes a dense "
+        "draw of the paper's scale (std 0.02), `tt_svd_fresh` one of the scale of `variance`.",
     )
     refinement: Value[Literal["tt_svd", "whitened", "als"]] | None = Field(
         default=None,

@@ -29,7 +29,7 @@ class TrialSpec(Strict):
     as_chi: int | None = None
     n_sites: int | None = None
     factorisation: Literal["paper", "balanced", "min_params"] | None = None
-    init: Literal["paper", "variance", "orthogonal", "spectral", "tt_svd"] | None = None
+    init: Literal["paper", "variance", "orthogonal", "spectral", "tt_svd", "tt_svd_fresh"] | None = None
     teacher: str | None = None
     refinement: Literal["tt_svd", "whitened", "als", "weights", "outputs"] | None = None
     lr_rule: Literal["uniform", "mup"] | None = None

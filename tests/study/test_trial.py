@@ -57,7 +57,14 @@ def test_narrow_model_is_counted_against_the_studys_own():
     assert counted.n_params_dense == 808_448
 
 
-@pytest.mark.parametrize("spec", [dense(), mpo(), mpo(chi=3, factorisation="balanced", n_sites=3, init="tt_svd")])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dense(),
+        mpo(),
+        *(mpo(chi=3, factorisation="balanced", n_sites=3, init=init) for init in ("tt_svd", "tt_svd_fresh")),
+    ],
+)
 def test_shapes_are_those_of_the_built_model(spec):
     spec = spec.model_copy(update={"model": Model(d_model=16, n_layers=2, context=8)})
     built, _ = build_model(spec, 11, partial(generator, 0, "init"))
@@ -108,6 +115,7 @@ def test_same_run_under_other_words_is_the_same_configuration(one, two):
         (mpo(chi=64, init="paper"), mpo(chi=1000, init="paper")),  # its deviation depends on the cap asked for
         (mpo(), mpo(init="paper")),
         (mpo(), mpo(init="tt_svd")),
+        (mpo(init="tt_svd"), mpo(init="tt_svd_fresh")),
         (mpo(), mpo(init=None, teacher="dense")),
         (mpo(init=None, teacher="dense"), mpo(init=None, teacher="other")),
         (mpo(), mpo(factorisation="balanced")),
@@ -123,7 +131,9 @@ def test_different_runs_are_different_configurations(one, two):
     assert shape(one).identity != shape(two).identity
 
 
-@pytest.mark.parametrize(("init", "equal"), [("variance", True), ("tt_svd", True), ("paper", False)])
+@pytest.mark.parametrize(
+    ("init", "equal"), [("variance", True), ("tt_svd", True), ("tt_svd_fresh", True), ("paper", False)]
+)
 def test_identity_tells_whether_the_initial_weights_are_equal(init, equal):
     model = Model(d_model=8, n_heads=2, n_layers=1, context=4)
     pair = [mpo(chi=chi, init=init, model=model) for chi in (64, 1000)]
