@@ -27,7 +27,7 @@ def bigram_scores(corpus: Corpus) -> tuple[float, float]:
 
 def main() -> None:
     try:
-        loss, accuracy = bigram_scores(load_corpus(*sys.argv[1:2]))
+        loss, accuracy = bigram_scores(load_corpus(sys.argv[1] if sys.argv[1:] else None))
     except StudyError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{loss:.4f} nats, {100 * accuracy:.2f} %")
