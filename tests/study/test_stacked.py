@@ -34,7 +34,7 @@ FLOAT32 = 1e-5
 """How far a float32 loss or weight may be from the one that its seed has alone, after the few steps trained here.
 
 Not where a gradient is zero but for rounding, which Adam scales up to steps of full size (as of an attention's output
-bias with two dimensions, of which LayerNorm leaves the sign alone).
+bias with two dimensions, of which LayerNorm leaves the sign alone; of the queries and keys of a single position).
 """
 
 
@@ -122,7 +122,14 @@ def test_lowest_shapes_get_what_they_have_alone(spec_of, corpus, tolerance, arm)
     teachers = teachers_of(spec_of, corpus, **options) if "teacher" in arm else None
     for seed, one in zip(SEEDS, train_seeds(spec, SEEDS, corpus, teacher_weights=teachers), strict=True):
         teacher = teachers[seed] if teachers is not None else None
-        assert_near(one, train_seed(spec, seed, corpus, teacher_weights=teacher), tolerance)
+        alone = train_seed(spec, seed, corpus, teacher_weights=teacher)
+        if tolerance == FLOAT32:  # whatever its query and key, a single position attends to itself: see FLOAT32
+            one, alone = ((result, without_queries_and_keys(weights)) for result, weights in (one, alone))
+        assert_near(one, alone, tolerance)
+
+
+def without_queries_and_keys(weights):
+    return {name: weight for name, weight in weights.items() if ".query." not in name and ".key." not in name}
 
 
 def test_a_longer_training_that_clips_stays_near_the_single_one(spec_of, corpus, float64):
