@@ -63,7 +63,8 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
     on from the same teacher. Trials that were stopped early are in no pair that is not declared.
 
     Claims rest on each pair's own t test (see `statistics.contrasts.headline`). Declared pairs are one family for
-    each measure, adjusted by Holm; those of them that could not be tested count in it all the same, as p = 1. The
+    each measure, adjusted by Holm; those of them that could not be tested, even for want of any complete seed, count in
+    it all the same, as p = 1. The
     others are exploration, adjusted by Benjamini and Hochberg. While the study lacks runs nothing declared is
     decided: neither is the family complete, nor has the order of tests begun where it must. Non-inferiority to the
     reference, by the study file's margin, is tested at .025 one-sided within each group and against each reference,
@@ -99,18 +100,18 @@ def declared_against_reference(compared: pd.DataFrame) -> set[int]:
 
 
 def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
-    compared = summary[summary["n_seeds"] > 0].copy()
-    compared["cap"] = compared["chi"].fillna(compared["as_chi"])
+    compared = summary.assign(cap=summary["chi"].fillna(summary["as_chi"]))
     everything: list[dict[str, Any]] = compared[list(_KNOWN)].to_dict("records")  # type: ignore[assignment]
     for trial in everything:
         trial["trained"] = tuple(str(trial[key]) for key in _TRAINED)
-    trials = [trial for trial in everything if pd.isna(trial["stopped"])]
+    over = [trial for trial in everything if pd.isna(trial["stopped"]) and trial["n_seeds"] + trial["n_failed"] > 0]
+    trials = [trial for trial in over if trial["n_seeds"] > 0]  # what others can be compared with
     reference = next((trial for trial in trials if trial["is_reference"]), None)
     declared = list(_declared_pairs(runs, everything))
     yield from declared
     known = {(pair.trial, pair.against) for pair in declared}
     # Against its own study's reference a trial of several joined ones needs no other.
-    group_of = {trial["trial"]: trial["group"] for trial in trials}
+    group_of = {trial["trial"]: trial["group"] for trial in everything}
     settled = {(pair.trial, group_of[pair.against]) for pair in declared if pair.relation == REFERENCE}
     trained_on = _trained_on(trials)
     budget = None if reference is None else reference["budget_hash"]
@@ -120,7 +121,7 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
         if trial["family"] != "mpo":
             others.setdefault(trial["budget_hash"], []).append(trial)
     by_size = {budget: _BySize(alike) for budget, alike in others.items()}
-    for trial in trials:
+    for trial in over:
         own = []
         if (
             dense
@@ -154,7 +155,10 @@ def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]]) -> Iterator[P
             if pd.notna(trial["cap"]):
                 of_cap.setdefault(trial["cap"], []).append(trial)
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
-            against = _counterpart(trial, of_cap.get(trial["cap"], []), rivals)
+            same = of_cap.get(trial["cap"], [])
+            if _is_unfinished(runs) and of_cap and not same and pd.notna(trial["cap"]):
+                continue  # its counterpart may be one that has not begun
+            against = _counterpart(trial, same, rivals)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
             is_reference = against is reference or against is trained_on.get(_start_of(trial))
             relation = REFERENCE if is_reference else EQUAL_PARAMETERS if is_equal else DECLARED
@@ -237,7 +241,7 @@ def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> int:
 _TRAINED = ("budget_hash", "learning_rate", "lr_rule", "decay", "factorisation", "n_sites")
 _KNOWN = (
     *("trial", "study", "arm", "group", "family", "start", "teacher", "cap", "n_params", "n_seeds", "stopped"),
-    "is_reference",
+    *("n_failed", "is_reference"),
     *_TRAINED,
 )
 """What of a trial tells which pairs it is in."""
@@ -258,9 +262,10 @@ def _measured(runs: StudyRuns, rows: pd.DataFrame, pairs: list[Pair], measure: M
         frame[f"against_{name}"] = against[name].to_numpy()
     frame["same_budget"] = trial["budget_hash"].to_numpy() == against["budget_hash"].to_numpy()
     values = (measure.scale * runs.seeds.pivot(index="trial", columns="seed", values=measure.key)).sort_index(axis=1)
+    values = values.reindex(rows.index)
     stopped = trial["stopped"].notna().to_numpy()
     failed = stopped | (trial["n_failed"].to_numpy() + against["n_failed"].to_numpy() > 0)
-    is_unfinished = runs.n_missing > 0 or len(runs.unfinished) > 0
+    is_unfinished = _is_unfinished(runs)
     margin = measure.scale * runs.claims.margins.get(measure.name, math.nan)
     _add_pair_tests(frame, values, margin, measure.direction, failed)
     _add_block_tests(frame, rows, values, failed)
@@ -340,8 +345,12 @@ def _non_inferior(frame: pd.DataFrame) -> np.ndarray:
         if np.unique(order).size == order.size:
             holds[at] = fixed_sequence(p, order)
         else:
-            holds[at] = holm(p) < ONE_SIDED
+            holds[at] = holm(np.nan_to_num(p, nan=1.0)) < ONE_SIDED
     return holds
+
+
+def _is_unfinished(runs: StudyRuns) -> bool:
+    return runs.n_missing > 0 or len(runs.unfinished) > 0
 
 
 _JUDGED = ("p", "p_adjusted", "difference", "non_inferior")

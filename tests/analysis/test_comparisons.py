@@ -234,6 +234,37 @@ def test_declared_pairs_without_a_result_count_in_their_family():
     assert one["p_adjusted"][[2, 3, 4]].isna().all()
 
 
+def test_a_trial_of_which_every_seed_failed_keeps_its_place_in_every_family():
+    """An opponent is not exchanged for a weaker one, no family shrinks and no order of tests begins further down."""
+    lost = {"seeds": (), "failed": range(5)}
+    contrasts = [("mpo", "low_rank"), ("mpo", "dense")]
+    found = [DENSE, mpo(16, 1.6), control(4, 1.9), control(16, 1.7, **lost), mpo(32, 1.6, **lost), mpo(4, 1.6)]
+    for declared in (contrasts, []):
+        frame, _ = compared(found, declared, noise=0.004)
+        one = frame[frame["measure"] == "val_loss"].set_index(["trial", "against"])
+        assert one["verdict"][4, 0] == FAILED
+        assert not frame["non_inferior"].any()  # the largest χ failed
+    frame, _ = compared(found, contrasts, noise=0.004)
+    one = frame[(frame["measure"] == "val_loss") & frame["declared"]].set_index(["trial", "against"])
+    assert set(one.index) == {(1, 3), (5, 2), (4, 3), (1, 0), (4, 0), (5, 0)}
+    assert one["n"].sort_index().to_dict() == {(1, 0): 5, (1, 3): 0, (4, 0): 0, (4, 3): 0, (5, 0): 5, (5, 2): 5}
+    failed = one.loc[[(1, 3), (4, 3), (4, 0)]]
+    assert set(failed["verdict"]) == {FAILED}
+    assert failed[["difference", "p", "p_adjusted"]].isna().all(axis=None)
+    assert one["p_adjusted"][5, 2] == pytest.approx(6 * one["p"][5, 2])
+    assert one["verdict"][5, 2] == BETTER
+
+
+def test_while_a_study_runs_no_counterpart_is_guessed():
+    found = [DENSE, mpo(8, 1.7), mpo(16, 1.7), control(8, 1.8)]
+    runs, _ = simulated_runs(found)
+    claims = Claims(MARGINS, (Contrast("tiny", "mpo", "low_rank"),))
+    for n_missing, pairs in ((5, {(1, 3)}), (0, {(1, 3), (2, 3)})):
+        frame = compare(replace(runs, claims=claims, n_missing=n_missing), summarise(runs))
+        declared = frame[frame["declared"]]
+        assert set(declared[["trial", "against"]].itertuples(index=False, name=None)) == pairs
+
+
 def test_trials_that_were_stopped_are_left_out_and_a_study_without_dense_has_its_controls():
     frame, _ = compared([DENSE, mpo(16, 1.7, stopped="trial 0 is better", seeds=(0, 1))])
     assert frame.empty
@@ -323,6 +354,15 @@ def test_equally_large_models_of_an_arm_share_the_level():
     p = [stats.ttest_1samp(own, 0.02, alternative="less").pvalue for own in differences]
     assert [row_of(frame, trial, 0)["non_inferior"] for trial in (1, 2, 3)] == list(holm(p) < 0.025)
     assert max(p) > 0.025 / 3  # else the order of the tests would not show
+
+
+def test_equally_large_models_share_the_level_with_those_that_failed():
+    alike = [mpo(32, 1.6, seeds=range(3), extra={"n_sites": n_sites}) for n_sites in (2, 3, 4)]
+    found = [replace(DENSE, seeds=range(3)), alike[0], *(replace(one, failed=(9,)) for one in alike[1:])]
+    frame, runs = compared(found, noise=0.005)
+    p = stats.ttest_1samp(values_of(runs, 1) - values_of(runs, 0), 0.02, alternative="less").pvalue
+    assert p < 0.025 < 3 * p  # alone it would hold
+    assert not row_of(frame, 1, 0)["non_inferior"]
 
 
 def test_without_a_margin_nothing_is_not_inferior():
