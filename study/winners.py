@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import statistics
@@ -73,10 +74,10 @@ def write_winners(
         name = file.stem
     if name == config.name:
         raise StudyError(f"--name {name}: is the name of the study that selected; give the new one another")
-    arms = _selected(config, snapshot, say)
+    arms, sizes = _selected(config, snapshot, say)
     if [arm for new in arms.values() for arm in new] == [_plain(arm) for arm in config.arms]:
         raise StudyError(f"{directory.path}: study {config.name} tuned nothing: no arm has listed or searched values")
-    sections = _sections(config, snapshot, name, n_seeds, file, arms)
+    sections = _sections(config, snapshot, name, n_seeds, file, arms, sizes)
     text = _head(directory, file, n_seeds, name, config, snapshot, used) + dump_sections(sections)
     new = validate(parse_yaml(text, str(file)), str(file))
     check_trials(new)
@@ -120,15 +121,19 @@ def _check_fresh(name: str, n_seeds: int, used: Iterable[int]) -> None:
 # Selection ------------------------------------------------------------------------------------------------------------
 
 
-def _selected(config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None]) -> dict[str, list[Content]]:
-    """The arms of the new study, by the arm that they come from."""
+def _selected(
+    config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None]
+) -> tuple[dict[str, list[Content]], dict[str, int]]:
+    """The arms of the new study, by the arm that they come from, and the parameters of those that a search found."""
     results = [result for result in snapshot.results if result.seed in config.seed_list]
     losses = _mean_losses(snapshot.trials, results)
     found = frontier(points(snapshot.trials, results))
     on_frontier = {point.trial for point in found}
     taken = {arm.name for arm in config.arms}
     arms: dict[str, list[Content]] = {}
+    sizes: dict[str, int] = {}
     for arm in config.arms:
+        chosen: list[Trial] = []
         trials = [trial for trial in snapshot.trials if trial.spec.arm == arm.name]
         if not arm.is_searched:
             new = _best_of_listed(arm, config, trials, losses, say)
@@ -138,10 +143,14 @@ def _selected(config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None
             chosen = chosen or sorted(own, key=lambda trial: losses[trial.number])[:1]
             if not chosen:
                 say(f"arm {arm.name}: none of its trials has all its seeds; it is left out, with its contrasts")
-            new = _of_search(arm, len(own), sorted(chosen, key=lambda trial: (trial.shape.n_params, trial.number)))
+            chosen.sort(key=lambda trial: (trial.shape.n_params, trial.number))
+            new = _of_search(arm, len(own), chosen)
         taken.discard(arm.name)  # the first that comes from it may keep it
         arms[arm.name] = [_ordered(_with_own_name(content, taken)) for content in new]
-    return arms
+        if arm.is_searched:
+            found_as = zip(arms[arm.name], chosen, strict=True)
+            sizes |= {content["name"]: trial.shape.n_params for content, trial in found_as}
+    return arms, sizes
 
 
 def _mean_losses(trials: Iterable[Trial], results: Iterable[SeedResult]) -> dict[int, float]:
@@ -287,13 +296,19 @@ def _with_own_name(content: Content, taken: set[str]) -> Content:
 
 
 def _sections(
-    config: StudyConfig, snapshot: Snapshot, name: str, n_seeds: int, file: Path, arms: Mapping[str, list[Content]]
+    config: StudyConfig,
+    snapshot: Snapshot,
+    name: str,
+    n_seeds: int,
+    file: Path,
+    arms: Mapping[str, list[Content]],
+    sizes: Mapping[str, int],
 ) -> Content:
     corpus = config.corpus.model_dump(mode="json", exclude_defaults=True)
     if config.corpus.path is not None:
         there = os.path.relpath(config.corpus.path, file.resolve().parent)
         corpus |= {"path": Path(there).as_posix(), "sha256": snapshot.corpus_sha256}
-    claims = {"margins": config.claims.margins.model_dump(), "contrasts": list(_contrasts(config, arms))}
+    claims = {"margins": config.claims.margins.model_dump(), "contrasts": list(_contrasts(config, arms, sizes))}
     sections = {
         "name": name,
         "description": f"What study {config.name} selected, on seeds that it did not have.",
@@ -310,12 +325,16 @@ def _sections(
     return {key: content for key, content in sections.items() if content}
 
 
-def _contrasts(config: StudyConfig, arms: Mapping[str, list[Content]]) -> Iterator[Content]:
-    """Each declared contrast, for each arm that comes from one it names: with the rivals that share a χ, if any do."""
+def _contrasts(config: StudyConfig, arms: Mapping[str, list[Content]], sizes: Mapping[str, int]) -> Iterator[Content]:
+    """Each declared contrast, for each arm that comes from one it names: with the rivals that share a χ, or else, of
+    those that a search found, the nearest in parameters."""
     for contrast in config.claims.contrasts:
         rivals = arms[contrast.against]
         for own in arms[contrast.arm]:
             alike = [rival for rival in rivals if _chis(own) & _chis(rival)]
+            if not alike and all(each["name"] in sizes for each in (own, *rivals)):
+                size = sizes[own["name"]]
+                alike = sorted(rivals, key=lambda rival: abs(math.log(sizes[rival["name"]] / size)))[:1]
             for rival in alike or rivals:
                 yield {"arm": own["name"], "against": rival["name"]}
 

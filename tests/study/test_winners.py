@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import statistics
 
@@ -250,6 +251,32 @@ def test_frontier_of_a_search_becomes_arms_of_fixed_values(tmp_path):
     assert (new.sampler.name, new.budget.trials, new.seed_list) == ("grid", 0, (0, 1, 2, 3, 4))
     outcome = run_at(tmp_path / "new.yaml", tmp_path / "again")
     assert (outcome.n_complete, outcome.n_failed) == (5 * (len(better) + 2), 0)
+
+
+def test_what_a_search_found_is_compared_with_the_nearest_it_found_of_the_rivals(tmp_path):
+    dense = {
+        "name": "dense-tuned", "family": "dense",
+        "d_model": {"choices": [8, 12, 16]}, "learning_rate": {"low": 0.001, "high": 0.1},
+    }  # fmt: skip
+    claims = {"contrasts": [{"arm": "found", "against": "dense-tuned"}]}
+    arms = [DENSE, dense, SEARCHED | {"chi": {"choices": [1, 40]}}]
+    file = write_search(tmp_path / "files", "random", 16, seeds=SEEDS, arms=arms, claims=claims)
+    folder = tmp_path / "results"
+    run_at(file, folder)
+    trials = read_ledger(ledger_of(folder), "search-random").trials
+    sizes = {(trial.spec.chi, trial.spec.model.d_model): trial.shape.n_params for trial in trials}
+    # Of each size one is on the frontier.
+    give_losses(folder, lambda spec: 1 / sizes[spec.chi, spec.model.d_model], "search-random")
+
+    new = written(folder, tmp_path / "new.yaml")
+    size_of = {spec.arm: sizes[spec.chi, spec.model.d_model] for spec in listed_specs(new)}
+    rivals = [name for name in size_of if name.startswith("dense-tuned")]
+    assert len(rivals) > 1
+    own = [name for name in size_of if name.startswith("found")]
+    assert {(c.arm, c.against) for c in new.claims.contrasts} == {
+        (name, min(rivals, key=lambda rival: abs(math.log(size_of[rival] / size_of[name])))) for name in own
+    }
+    assert len({c.against for c in new.claims.contrasts}) > 1
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
