@@ -25,7 +25,7 @@ from analysis.comparisons import (
     reference_trial,
 )
 from analysis.figures.retained import retained_points
-from analysis.runs import StudyRuns
+from analysis.runs import Growth, StudyRuns
 from analysis.selection import seed_table
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
 from analysis.statistics.seed_blocks import MIN_SEEDS, two_way
@@ -59,7 +59,7 @@ def answers(
         Answer(
             "frontier",
             "What is on the frontier?",
-            [_on_frontier(summary, uncertainties, measure) for measure in MEASURES],
+            [_on_frontier(runs, summary, uncertainties, measure) for measure in MEASURES],
         ),
         Answer("controls", "Does MPO beat its controls of equal parameters?", _against_controls(summary, compared)),
         Answer(
@@ -83,14 +83,17 @@ def _what_was_run(runs: StudyRuns, summary: pd.DataFrame) -> list[str]:
     return [f"{counted(len(done), 'configuration')} ({kinds}) of {sizes}, {each}{trained}."]
 
 
-def _on_frontier(summary: pd.DataFrame, uncertainties: dict[str, FrontierUncertainty], measure: Measure) -> str:
+def _on_frontier(
+    runs: StudyRuns, summary: pd.DataFrame, uncertainties: dict[str, FrontierUncertainty], measure: Measure
+) -> str:
+    by = f"{'So far, by' if runs.n_lacking else 'By'} {measure.title.lower()}"
     on = summary.loc[summary[frontier_key(measure)], ["label", "group", "trial", "n_params"]].sort_values("n_params")
     if on.empty:
-        return f"By {measure.title.lower()}: none, since no configuration has {MIN_SEEDS} complete seeds."
+        return f"{by}: none, since no configuration has {MIN_SEEDS} complete seeds."
     support = uncertainties[measure.name].support.set_index("trial")["support"]
     named = [f"{row['label']} ({row['group']}{_supported(support, row['trial'])})" for row in on.to_dict("records")]
     shown = named if len(named) <= _MOST_NAMED else [*named[: _MOST_NAMED - 1], f"{len(named) - _MOST_NAMED + 1} more"]
-    return f"By {measure.title.lower()}: {_listed(shown)}."
+    return f"{by}: {_listed(shown)}."
 
 
 _MOST_NAMED = 8
@@ -225,7 +228,7 @@ def _smallest(compared: pd.DataFrame, measure: Measure) -> str:
 
 def _how_sure(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
     said = []
-    lacking = runs.n_missing + len(runs.unfinished)
+    lacking = runs.n_lacking
     if lacking:
         said.append(
             f"The study is not finished: {counted(lacking, 'run')} to come. Until then nothing that was declared is "
@@ -241,6 +244,7 @@ def _how_sure(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) ->
             f"{counted(n_declared, 'comparison')} {were} declared before the study ran, a family for each measure "
             f"(Holm, {LEVEL:g})."
         )
+    said += [_grew(growth, is_one=len(runs.parts) < 2) for growth in runs.growths]
     if n_explored:
         are = "is" if n_explored == 1 else "are"
         said.append(
@@ -260,6 +264,17 @@ def _how_sure(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) ->
             f"of studies, by the noise of all configurations; one of {gap:g} would need {_needed(gap, noise)} seeds."
         )
     return said
+
+
+def _grew(growth: Growth, is_one: bool) -> str:
+    """One sentence: what was seen before more was asked for."""
+    seeds = ""
+    if growth.seeds_after != growth.seeds_before:
+        seeds = f", from {growth.seeds_before} to {counted(growth.seeds_after, 'seed')} a trial"
+    return (
+        f"{'The study' if is_one else f'Study {growth.study}'} grew when {counted(growth.n_over, 'run')} of it "
+        f"{'was' if growth.n_over == 1 else 'were'} over ({growth.by}{seeds})."
+    )
 
 
 class SeedNoise(NamedTuple):

@@ -156,7 +156,7 @@ def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]]) -> Iterator[P
                 of_cap.setdefault(trial["cap"], []).append(trial)
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
             same = of_cap.get(trial["cap"], [])
-            if _is_unfinished(runs) and of_cap and not same and pd.notna(trial["cap"]):
+            if runs.n_lacking and of_cap and not same and pd.notna(trial["cap"]):
                 continue  # its counterpart may be one that has not begun
             against = _counterpart(trial, same, rivals)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
@@ -265,7 +265,7 @@ def _measured(runs: StudyRuns, rows: pd.DataFrame, pairs: list[Pair], measure: M
     values = values.reindex(rows.index)
     stopped = trial["stopped"].notna().to_numpy()
     failed = stopped | (trial["n_failed"].to_numpy() + against["n_failed"].to_numpy() > 0)
-    is_unfinished = _is_unfinished(runs)
+    is_unfinished = runs.n_lacking > 0
     margin = measure.scale * runs.claims.margins.get(measure.name, math.nan)
     _add_pair_tests(frame, values, margin, measure.direction, failed)
     _add_block_tests(frame, rows, values, failed)
@@ -347,10 +347,6 @@ def _non_inferior(frame: pd.DataFrame) -> np.ndarray:
         else:
             holds[at] = holm(np.nan_to_num(p, nan=1.0)) < ONE_SIDED
     return holds
-
-
-def _is_unfinished(runs: StudyRuns) -> bool:
-    return runs.n_missing > 0 or len(runs.unfinished) > 0
 
 
 _JUDGED = ("p", "p_adjusted", "difference", "non_inferior")

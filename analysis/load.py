@@ -26,6 +26,7 @@ from analysis.runs import (
     StudyRuns,
     claims_of,
     environment_of,
+    growths_of,
     n_missing_of,
     study_runs,
     without_password,
@@ -151,6 +152,7 @@ def _from_cache(address: StudyAddress, cache: Cache, summary_runs: Sequence[RunR
         latest=None if pd.isna(latest) else latest,
         n_missing=n_missing_of(summary_runs, uuid),
         claims=claims_of(summary_runs, name, uuid),
+        growths=growths_of(summary_runs, name, uuid),
         environment=environment_of(summary_runs, uuid),
         cache=cache,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import pandas as pd
@@ -26,6 +26,8 @@ from analysis.run_records import (
     trials_frame,
     unfinished_frame,
 )
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class Claims:
     contrasts: tuple[Contrast, ...] = ()
 
 
+class Growth(NamedTuple):
+    """How a study grew after it was begun. by: the command. n_over: runs whose results were there by then."""
+
+    study: str
+    by: str
+    seeds_before: int
+    seeds_after: int
+    n_over: int
+
+
 @dataclass(frozen=True)
 class StudyRuns:
     """All that is known of one study, without duplicated trials (n_duplicates counts them).
@@ -74,7 +86,8 @@ class StudyRuns:
     latest: when the last of these runs ended, in UTC; None if none has.
     n_missing: runs that the study lacked when its driver began or ended last, besides those that are unfinished here; 0
         where its summary run does not say.
-    claims: empty where the study's summary run is missing. environment: as `run_schema.ENVIRONMENT` says; so is it.
+    claims: empty where the study's summary run is missing; so are growths, and environment, as `run_schema.ENVIRONMENT`
+        says.
     cache: where what is read of this state of the study may be kept; None where nowhere.
     parts: the studies that were joined, see `analysis.studies`; empty for a study of its own. A joined one has the
         address of the first.
@@ -93,9 +106,15 @@ class StudyRuns:
     latest: pd.Timestamp | None
     n_missing: int = 0
     claims: Claims = Claims()
+    growths: tuple[Growth, ...] = ()
     environment: dict[str, Any] = field(default_factory=dict)
     cache: Cache | None = None
     parts: tuple[StudyRuns, ...] = ()
+
+    @property
+    def n_lacking(self) -> int:
+        """Runs that are neither complete nor failed, or have not begun; 0 of a finished study."""
+        return self.n_missing + len(self.unfinished)
 
     @property
     def n_pruned(self) -> int:
@@ -166,6 +185,7 @@ def study_runs(
         latest=pd.Timestamp(max(ends), unit="ms", tz="UTC") if ends else None,
         n_missing=n_missing_of(summary_runs, uuid),
         claims=claims_of(summary_runs, name, uuid),
+        growths=growths_of(summary_runs, name, uuid),
         environment=environment_of(summary_runs, uuid),
     )
 
@@ -183,7 +203,7 @@ def claims_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> Claim
     Raises:
         AnalysisError: its tag is not what a study writes.
     """
-    declared = _json_tag(summary_runs, uuid, schema.CLAIMS)
+    declared = dict(_json_tag(summary_runs, uuid, schema.CLAIMS, {}))
     margins = {key: float(value) for key, value in declared.get("margins", {}).items()}
     contrasts = (Contrast(study, pair["arm"], pair["against"]) for pair in declared.get("contrasts", ()))
     return Claims(margins, tuple(contrasts))
@@ -201,18 +221,35 @@ def environment_of(summary_runs: Sequence[RunRecord], uuid: str) -> dict[str, An
     Raises:
         AnalysisError: its tag is not what a study writes.
     """
-    return _json_tag(summary_runs, uuid, schema.ENVIRONMENT)
+    return dict(_json_tag(summary_runs, uuid, schema.ENVIRONMENT, {}))
 
 
-def _json_tag(summary_runs: Sequence[RunRecord], uuid: str, tag: str) -> dict[str, Any]:
-    """What a tag of the study's summary run holds; empty where there is none."""
+def growths_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> tuple[Growth, ...]:
+    """How the study grew, as its summary run says; nothing where it does not.
+
+    Raises:
+        AnalysisError: its tag is not what a study writes.
+    """
+    grown = _json_tag(summary_runs, uuid, schema.GROWTHS, [])
+    try:
+        return tuple(Growth(study, each["by"], each["seeds"][0], each["seeds"][1], each["over"]) for each in grown)
+    except (KeyError, IndexError, TypeError) as error:
+        raise AnalysisError(f"study {study}: tag `{schema.GROWTHS}` is not what a study writes") from error
+
+
+def _json_tag(summary_runs: Sequence[RunRecord], uuid: str, tag: str, default: _T) -> _T:
+    """What a tag of the study's summary run holds, which must be of the default's type; the default where there is
+    none."""
     for run in summary_runs:
         if run.tags.get(schema.STUDY_UUID) == uuid and tag in run.tags:
             try:
-                return dict(json.loads(run.tags[tag]))
-            except (ValueError, TypeError) as error:
-                raise AnalysisError(f"run {run.run_id}: tag `{tag}` is not JSON as a study writes it") from error
-    return {}
+                held = json.loads(run.tags[tag])
+            except ValueError:
+                held = None
+            if not isinstance(held, type(default)):
+                raise AnalysisError(f"run {run.run_id}: tag `{tag}` is not JSON as a study writes it")
+            return held
+    return default
 
 
 def _identity(runs: list[RunRecord], address: StudyAddress) -> tuple[str, str]:

@@ -57,6 +57,9 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
         latest=max(ends) if ends else None,
         n_missing=sum(study.n_missing for study in studies),
         claims=_claims(studies, names),
+        growths=tuple(
+            growth._replace(study=name) for study, name in zip(studies, names, strict=True) for growth in study.growths
+        ),
         environment=_shared([study.environment for study in studies]),
         parts=tuple(studies),
     )

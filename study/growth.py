@@ -62,7 +62,7 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
     config, command = ledger.config, growth.command
     if not command:
         return False
-    if ledger.newest_growth == command and ledger.n_missing:
+    if ledger.growths and ledger.growths[-1].command == command and ledger.n_missing:
         say(f"going on: this study has grown by {command} already, and lacks {ledger.n_missing} runs of that")
         return False
     if growth.refine:

@@ -309,6 +309,10 @@ def open_tracker(
         description=config.description,
         study_file=dump_config(ledger.config),
         claims=ledger.config.claims.model_dump_json(),
+        growths=[
+            {"by": each.command, "seeds": [each.seeds_before, each.seeds_after], "over": ledger.n_over_at(each.made)}
+            for each in ledger.growths
+        ],
         environment=ledger.first_environment(),
         n_missing=ledger.n_missing,
         created=ledger.created,

@@ -22,6 +22,7 @@ from study.errors import StudyError
 from study.ledger.tables import (
     SCHEMA_VERSION,
     STOP,
+    GrowthRecord,
     check_results,
     close_optuna,
     driver_table,
@@ -164,7 +165,7 @@ class Ledger:
         growths = read_growths(self._engine, self.uuid, self.config.name)
         self._first_seeds = growths.history[0].seed_list
         self.changed = growths.changed
-        self.newest_growth = growths.newest
+        self.growths = list(growths.records)
         newest = growths.history[-1]
         self.config = settled(self.config, growths.history)
         self._tally = Tally(self.config, growths.more_seeds)
@@ -192,7 +193,10 @@ class Ledger:
             config: the study from now on; None where it stays as it is.
             more_seeds: further seeds of single trials, by their numbers.
         """
-        self.newest_growth, self.changed = command, now()
+        self.changed = now()
+        before = self.growths[-1].seeds_after if self.growths else len(self._first_seeds)
+        after = before if config is None else len(config.seed_list)
+        self.growths.append(GrowthRecord(self.changed, command, before, after))
         with in_one_line(), self._engine.begin() as connection:
             connection.execute(
                 growth_table.insert().values(
@@ -448,6 +452,10 @@ class Ledger:
     def flops_left(self) -> float:
         """FLOPs of those runs, see `Tally.flops_left`."""
         return self._tally.flops_left(self.trials.values(), self.results)
+
+    def n_over_at(self, time: str) -> int:
+        """How many of the results on record there were at a time, as `trial.now` writes it."""
+        return sum(result.ended <= time for result in self.results.values())
 
     def first_environment(self) -> dict[str, Any]:
         """What the study was begun on."""

@@ -162,17 +162,32 @@ def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
 
 
 @dataclass(frozen=True)
+class GrowthRecord:
+    """One growth: when it was made, what was asked for, and how many seeds every trial was to have before and after."""
+
+    made: str
+    command: str
+    seeds_before: int
+    seeds_after: int
+
+
+@dataclass(frozen=True)
 class Growths:
     """What became of a study.
 
-    history: the study as it was begun, and after each growth of all of it. more_seeds: the seeds that single trials
-    got, by their numbers. changed: when it grew last, or was begun. newest: what was asked for last.
+    records: each growth, in order. history: the study as it was begun, and after each growth of all of it. more_seeds:
+    the seeds that single trials got, by their numbers. changed: when it grew last, or was begun.
     """
 
+    records: Sequence[GrowthRecord]
     history: Sequence[StudyConfig]
     more_seeds: Mapping[int, Sequence[int]]
     changed: str
-    newest: str | None
+
+    @property
+    def newest(self) -> str | None:
+        """What was asked for last."""
+        return self.records[-1].command if self.records else None
 
 
 def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
@@ -188,9 +203,12 @@ def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
         is_old = not sa.inspect(engine).has_table(growth_table.name)  # see `read_stops`
         rows = [] if is_old else connection.execute(query).all()
     try:
-        history = [
-            StudyConfig.model_validate_json(text) for text in (study.config, *(row.config for row in rows)) if text
-        ]
+        history, records = [StudyConfig.model_validate_json(study.config)], []
+        for row in rows:
+            before = len(history[-1].seed_list)
+            if row.config:
+                history.append(StudyConfig.model_validate_json(row.config))
+            records.append(GrowthRecord(row.made, row.command, before, len(history[-1].seed_list)))
     except ValidationError as error:
         raise StudyError(
             f"study {name} was begun by another version, whose study file this one does not understand: "
@@ -203,10 +221,4 @@ def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
                 more_seeds.setdefault(number, []).extend(seeds)
     except (ValueError, TypeError) as error:
         raise StudyError(f"a growth in the ledger is damaged: {error}") from None
-    newest = rows[-1] if rows else None
-    return Growths(
-        history,
-        more_seeds,
-        changed=newest.made if newest is not None else study.created,
-        newest=newest.command if newest is not None else None,
-    )
+    return Growths(records, history, more_seeds, changed=records[-1].made if records else study.created)

@@ -46,6 +46,8 @@ class StudyRecord:
     study_file: str
     claims: str
     """JSON, see `run_schema.CLAIMS`."""
+    growths: list[dict[str, Any]]
+    """See `run_schema.GROWTHS`."""
     environment: dict[str, Any]
     n_missing: int
     """Runs that the study lacks at this start."""
@@ -191,6 +193,7 @@ class Tracker:
     def _summary_tags(self) -> dict[str, str]:
         return {
             schema.CLAIMS: self._record.claims,
+            schema.GROWTHS: json.dumps(self._record.growths),
             schema.ENVIRONMENT: json.dumps(self._record.environment),
             schema.MISSING: str(self._record.n_missing),
         }

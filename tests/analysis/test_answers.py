@@ -10,7 +10,7 @@ from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulat
 
 from analysis.answers import seed_noise
 from analysis.findings import Findings
-from analysis.runs import Claims, Contrast
+from analysis.runs import Claims, Contrast, Growth
 from analysis.statistics.intervals import ratio_interval
 from analysis.statistics.power import resolved_gap
 from analysis.summary import VAL_LOSS, summarise
@@ -138,6 +138,22 @@ def test_first_screen_names_the_tokens_where_budgets_differ():
 )
 def test_first_screen_says_what_it_cannot_say(found, question, sentence):
     assert sentence in answered(found)[question]
+
+
+def test_first_screen_says_of_an_unfinished_study_that_its_frontier_is_of_what_there_is():
+    runs, _ = simulated_runs([DENSE, mpo(8, 1.8)])
+    for n_missing, begin in ((0, "By validation loss: "), (3, "So far, by validation loss: ")):
+        said = {answer.name: answer.sentences for answer in Findings.of(replace(runs, n_missing=n_missing)).answers}
+        assert said["frontier"][0].startswith(begin)
+        assert ("3 runs to come" in said["certainty"][0]) == bool(n_missing)
+
+
+def test_first_screen_says_how_much_was_seen_before_a_study_grew():
+    runs, _ = simulated_runs([DENSE, mpo(8, 1.8)])
+    growths = (Growth("tiny", "--extend", 3, 5, 24), Growth("tiny", "refine --seeds +2", 5, 5, 1))
+    said = " ".join(Findings.of(replace(runs, growths=growths)).answers[-1].sentences)
+    assert "The study grew when 24 runs of it were over (--extend, from 3 to 5 seeds a trial)." in said
+    assert "The study grew when 1 run of it was over (refine --seeds +2)." in said
 
 
 def test_seed_noise_finds_the_standard_deviation_and_what_seeds_share():

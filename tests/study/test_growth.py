@@ -25,6 +25,7 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
+from analysis.load import load_study, resolve_study
 from study.directory import StudyDirectory
 from study.errors import StudyError
 from study.growth import Growth, grow, parse_more
@@ -366,6 +367,25 @@ def test_refine_has_nothing_to_do_where_all_is_decided(tmp_path, folder):
     assert "there is nothing to refine" in printed
     assert (outcome.n_complete, outcome.n_missing) == (4, 0)
     assert ledger_of(folder).growths.more_seeds == {}
+
+
+def test_analysis_learns_what_was_over_when_a_study_grew(tmp_path, folder, mlflow_template):  # noqa: F811
+    file = write_study(tmp_path, arms=[DENSE, MPO])
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    run_at(file, folder, tracking=None)
+    assert load_study(resolve_study(folder)).growths == ()
+    run_at(file, folder, tracking=None, growth=Growth(seeds=1))
+    run_at(
+        write_study(tmp_path, arms=[DENSE, MPO | {"chi": [2, 3, 4]}]), folder, tracking=None, growth=Growth(extend=True)
+    )
+    decide(file, folder, [(3.0, 3.001, 3.0), (1.0, 8.0, 1.0), (4.0, 4.0, 4.0), (9.0, 9.0, 9.0)])
+    run_at(file, folder, tracking=None, growth=Growth(refine=2))
+    assert load_study(resolve_study(folder)).growths == (
+        ("tiny", "--seeds +1", 2, 3, 6),
+        ("tiny", "--extend", 3, 3, 9),
+        ("tiny", "refine --seeds +2", 3, 3, 12),
+    )
 
 
 def test_refined_trials_have_their_own_number_of_seeds_in_mlflow(tmp_path, folder, mlflow_template):  # noqa: F811

@@ -268,7 +268,7 @@ def test_tracker_writes_a_deleted_run_again(opened, database, deleted):  # noqa:
         assert child.data.tags[schema.PARENT] == parent.info.run_id
 
 
-@pytest.mark.parametrize("tag", [schema.CLAIMS, schema.ENVIRONMENT])
+@pytest.mark.parametrize("tag", [schema.CLAIMS, schema.GROWTHS, schema.ENVIRONMENT])
 def test_tracker_writes_again_what_the_summary_lacks(opened, database, tag):  # noqa: F811
     ledger, connect = opened
     connect(database)
