@@ -30,13 +30,13 @@ docs: study ## run the quick study and put its frontier where the README shows i
 	cp results/quick/report/figures/frontier_val_loss.svg docs/figures/quick_frontier.svg
 
 results: $(INSTALLED) ## the reports in docs/results, and what documents say of them, anew from the ledgers there
-	rm -rf results/shipped
+	rm -rf results/.shipped
 	for study in docs/results/*/; do \
 		name=$$(basename $$study) && \
-		$(BIN)/mpo-study import $$study/ledger.parquet results/shipped/$$name && \
-		$(BIN)/mpo-study sync results/shipped/$$name || exit 1; \
+		$(BIN)/mpo-study import $$study/ledger.parquet results/.shipped/$$name && \
+		$(BIN)/mpo-study sync results/.shipped/$$name || exit 1; \
 	done
-	$(BIN)/python -m analysis.shipped results/shipped docs/results README.md docs/results/README.md
+	$(BIN)/python -m analysis.shipped results/.shipped docs/results README.md docs/results/README.md
 
 ui: $(INSTALLED) ## browse the quick study's runs in MLflow
 	$(BIN)/mpo-study ui results/quick

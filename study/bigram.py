@@ -1,4 +1,4 @@
-"""What is known without context: a table of pairs of characters, the mark that a trained model has to beat.
+"""What is known from the last character alone: a table of pairs, the mark that a trained model has to beat.
 
 python -m study.bigram [TEXT]     of Tiny Shakespeare, or of another text
 """

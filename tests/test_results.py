@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import filecmp
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 from analysis.places import places
-from analysis.shipped import ship
-from study.cli import app
-
-pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
+from study.definition import definition, differences
+from study.directory import StudyDirectory
+from study.ledger.snapshot import read_ledger
+from study.study_file import load_config
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")
@@ -27,19 +29,19 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 @pytest.fixture(scope="module")
 def again(tmp_path_factory):
-    """What `make results` does, beside the project."""
+    """What `make results` makes of the ledgers and of documents without what it writes there, beside the project."""
     root = tmp_path_factory.mktemp("results")
+    shutil.copy(ROOT / "Makefile", root)
     for name in STUDIES:
-        folder = str(root / "studies" / name)
-        for command in (["import", str(ROOT / RESULTS / name / "ledger.parquet"), folder], ["sync", folder]):
-            result = CliRunner().invoke(app, command)
-            assert result.exit_code == 0, result.output
+        (root / RESULTS / name).mkdir(parents=True)
+        shutil.copy(ROOT / RESULTS / name / "ledger.parquet", root / RESULTS / name)
     for document in DOCUMENTS:
-        (root / document).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / document, root / document)
         for place in places(root / document):
             emptied(root / document, place)
-    ship(root / "studies", root / RESULTS, [root / document for document in DOCUMENTS])
+    command = ["make", "results", "INSTALLED=", f"BIN={Path(sys.executable).parent}"]
+    made = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
     return root
 
 
@@ -70,7 +72,7 @@ def test_every_study_of_the_documents_is_shipped_and_every_shipped_one_is_told_o
 @pytest.mark.parametrize("name", STUDIES)
 def test_ledger_gives_the_tables_and_the_data_of_the_figures(again, name):
     shipped, made = ROOT / RESULTS / name, again / RESULTS / name
-    assert files(shipped, "") == sorted([*files(made, ""), Path("ledger.parquet")])
+    assert files(shipped, "") == files(made, "")
     assert files(shipped, ".csv")
     for path in files(shipped, ".csv"):
         pd.testing.assert_frame_equal(pd.read_csv(made / path), pd.read_csv(shipped / path), rtol=1e-9, obj=str(path))
@@ -78,6 +80,17 @@ def test_ledger_gives_the_tables_and_the_data_of_the_figures(again, name):
         assert_same_drawing(made / path, shipped / path)
     texts = [path for suffix in EXACT for path in files(shipped, suffix)]
     assert filecmp.cmpfiles(shipped, made, [str(path) for path in texts], shallow=False)[1:] == ([], [])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_command_that_is_given_is_that_of_the_study_that_was_run(again, name):
+    lines = (ROOT / RESULTS / "README.md").read_text(encoding="utf-8").splitlines()
+    [command] = [line for line in lines if line.startswith(f"mpo-study run study/configs/{name}.yaml")]
+    _, _, file, *options = shlex.split(command, comments=True)
+    assert set(options[::2]) <= {"--set"}
+    ledger = read_ledger(StudyDirectory(again / "results" / ".shipped" / name).ledger_url, name)
+    config = load_config(ROOT / file, options[1::2])
+    assert list(differences(definition(ledger.growths.history[-1]), definition(config))) == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
