@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help study docs results ui test test-all lint bench clean
+.PHONY: help study results ui test test-all lint bench clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,10 +24,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 study: $(INSTALLED) ## run the quick study and write its report (minutes)
 	$(BIN)/mpo-study run study/configs/quick.yaml --dir results/quick
 	$(BIN)/mpo-analysis report results/quick --publish
-
-docs: study ## run the quick study and put its frontier where the README shows it
-	mkdir -p docs/figures
-	cp results/quick/report/figures/frontier_val_loss.svg docs/figures/quick_frontier.svg
 
 results: $(INSTALLED) ## the reports in docs/results, and what documents say of them, anew from the ledgers there
 	rm -rf results/.shipped

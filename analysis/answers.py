@@ -65,7 +65,7 @@ def answers(
         Answer(
             "dense",
             "Does it keep up with dense?",
-            [*_against_dense(summary, compared), *_retained(runs, summary, compared)],
+            [*_against_dense(summary, compared), *retained_shares(runs, summary, compared)],
         ),
         Answer("certainty", "How sure is that?", _how_sure(runs, summary, compared)),
     ]
@@ -187,8 +187,8 @@ def _several_dense(summary: pd.DataFrame) -> bool:
     return len(dense) > len(budgets)
 
 
-def _retained(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
-    """Of each group of a few MPO configurations, the share of the dense model's accuracy."""
+def retained_shares(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
+    """A sentence for each group of a few MPO configurations: the share of the dense model's accuracy."""
     if _several_dense(summary):
         return []
     trials = summary[(summary["family"] == "mpo") & (summary["n_seeds"] >= MIN_SEEDS)]

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from analysis.answers import retained_shares
 from analysis.errors import AnalysisError
 from analysis.findings import Findings
 from analysis.load import load_study, resolve_study
@@ -19,6 +20,7 @@ from analysis.paper.trials import paper_trials
 from analysis.paper.write import write_comparison
 from analysis.places import fill_place, places
 from analysis.report import INDEX, write_report
+from analysis.summary import VAL_LOSS
 from analysis.tables import comparisons_table, to_markdown, trials_table
 
 FIGURE = "figures/frontier_val_loss.svg"
@@ -78,11 +80,14 @@ def parts(findings: Findings, report: str) -> dict[str, str]:
     """
     compared = comparisons_table(findings.compared).shown
     declared = compared.loc[compared["declared"] == "yes", list(DECLARED)] if len(compared) else compared
+    of_loss = declared[declared["measure"].str.startswith(VAL_LOSS.short)] if len(declared) else declared
     caption = f"Frontier of {findings.runs.name}: validation loss against trainable parameters"
     said = {
         "figure": f"![{caption}]({report}/{FIGURE})",
         "trials": to_markdown(trials_table(findings.summary).shown[list(TRIALS)]),
         "declared": to_markdown(declared) if len(declared) else "Nothing.\n",
+        "declared-loss": to_markdown(of_loss.drop(columns="measure")) if len(declared) else "Nothing.\n",
+        "share": " ".join(retained_shares(findings.runs, findings.summary, findings.compared)),
         **{answer.name: " ".join(answer.sentences) for answer in findings.answers},
     }
     questions = [f"- *{answer.question}* {said[answer.name]}" for answer in findings.answers]
