@@ -143,6 +143,8 @@ _TALLIED = {
 def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
     reference = reference_trial(summary)
     if reference is None:
+        if (summary["group"] == DENSE).any():
+            return ["No seed of a dense model is complete, so this study cannot say."]
         return ["There is no dense model in this study."]
     mpo = set(summary.loc[summary["family"] == "mpo", "trial"])
     tested = compared[(compared["relation"] == REFERENCE) & compared["trial"].isin(mpo)]
@@ -240,9 +242,9 @@ def _how_sure(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) ->
     )
     if n_declared and not lacking:
         were = "was" if n_declared == 1 else "were"
+        when = "by the study file" if runs.growths else "before the study ran"
         said.append(
-            f"{counted(n_declared, 'comparison')} {were} declared before the study ran, a family for each measure "
-            f"(Holm, {LEVEL:g})."
+            f"{counted(n_declared, 'comparison')} {were} declared {when}, a family for each measure (Holm, {LEVEL:g})."
         )
     said += [_grew(growth, is_one=len(runs.parts) < 2) for growth in runs.growths]
     if n_explored:

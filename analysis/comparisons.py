@@ -156,11 +156,11 @@ def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]]) -> Iterator[P
                 of_cap.setdefault(trial["cap"], []).append(trial)
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
             same = of_cap.get(trial["cap"], [])
-            if runs.n_lacking and of_cap and not same and pd.notna(trial["cap"]):
-                continue  # its counterpart may be one that has not begun
             against = _counterpart(trial, same, rivals)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
             is_reference = against is reference or against is trained_on.get(_start_of(trial))
+            if runs.n_lacking and not (same or is_equal or is_reference):
+                continue  # its counterpart may be one that has not begun
             relation = REFERENCE if is_reference else EQUAL_PARAMETERS if is_equal else DECLARED
             yield Pair(trial["trial"], against["trial"], relation, declared=True)
 
@@ -190,9 +190,10 @@ def _teacher_of(trial: dict[str, Any]) -> tuple[Any, Any] | None:
 
 
 def _first(dense: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first with seeds enough."""
+    """The first with seeds enough, or else with any."""
     enough = [trial for trial in dense if trial["n_seeds"] >= MIN_SEEDS]
-    return min(enough or dense, key=lambda trial: trial["trial"], default=None)
+    some = [trial for trial in dense if trial["n_seeds"] > 0]
+    return min(enough or some or dense, key=lambda trial: trial["trial"], default=None)
 
 
 def _counterpart(trial: dict[str, Any], same: list[dict[str, Any]], rivals: list[dict[str, Any]]) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def _measured(runs: StudyRuns, rows: pd.DataFrame, pairs: list[Pair], measure: M
         frame[f"against_{name}"] = against[name].to_numpy()
     frame["same_budget"] = trial["budget_hash"].to_numpy() == against["budget_hash"].to_numpy()
     values = (measure.scale * runs.seeds.pivot(index="trial", columns="seed", values=measure.key)).sort_index(axis=1)
-    values = values.reindex(rows.index)
+    values = values.reindex(rows.index).astype("float64")
     stopped = trial["stopped"].notna().to_numpy()
     failed = stopped | (trial["n_failed"].to_numpy() + against["n_failed"].to_numpy() > 0)
     is_unfinished = runs.n_lacking > 0

@@ -84,8 +84,7 @@ class StudyRuns:
     pruned: trial, arm, family, chi, n_params, reason, of trials that were never trained since they break a limit of the
         search.
     latest: when the last of these runs ended, in UTC; None if none has.
-    n_missing: runs that the study lacked when its driver began or ended last, besides those that are unfinished here; 0
-        where its summary run does not say.
+    n_missing: runs that the study lacked when its driver began or ended last; 0 where its summary run does not say.
     claims: empty where the study's summary run is missing; so are growths, and environment, as `run_schema.ENVIRONMENT`
         says.
     cache: where what is read of this state of the study may be kept; None where nowhere.
@@ -113,8 +112,8 @@ class StudyRuns:
 
     @property
     def n_lacking(self) -> int:
-        """Runs that are neither complete nor failed, or have not begun; 0 of a finished study."""
-        return self.n_missing + len(self.unfinished)
+        """Runs that the study lacks, by its driver's word or by what is seen of them; 0 of a finished study."""
+        return sum(part.n_lacking for part in self.parts) or max(self.n_missing, len(self.unfinished))
 
     @property
     def n_pruned(self) -> int:
@@ -204,9 +203,12 @@ def claims_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> Claim
         AnalysisError: its tag is not what a study writes.
     """
     declared = dict(_json_tag(summary_runs, uuid, schema.CLAIMS, {}))
-    margins = {key: float(value) for key, value in declared.get("margins", {}).items()}
-    contrasts = (Contrast(study, pair["arm"], pair["against"]) for pair in declared.get("contrasts", ()))
-    return Claims(margins, tuple(contrasts))
+    try:
+        margins = {key: float(value) for key, value in declared.get("margins", {}).items()}
+        contrasts = tuple(Contrast(study, pair["arm"], pair["against"]) for pair in declared.get("contrasts", ()))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AnalysisError(f"study {study}: tag `{schema.CLAIMS}` is not what a study writes") from error
+    return Claims(margins, contrasts)
 
 
 def n_missing_of(summary_runs: Sequence[RunRecord], uuid: str) -> int:
@@ -232,8 +234,10 @@ def growths_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> tupl
     """
     grown = _json_tag(summary_runs, uuid, schema.GROWTHS, [])
     try:
-        return tuple(Growth(study, each["by"], each["seeds"][0], each["seeds"][1], each["over"]) for each in grown)
-    except (KeyError, IndexError, TypeError) as error:
+        return tuple(
+            Growth(study, str(each["by"]), *map(int, each["seeds"][:2]), n_over=int(each["over"])) for each in grown
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise AnalysisError(f"study {study}: tag `{schema.GROWTHS}` is not what a study writes") from error
 
 

@@ -95,7 +95,7 @@ def parts(findings: Findings, report: str) -> dict[str, str]:
         f"Everything else: [the report]({report}/{INDEX}), its [figures]({report}/figures) and "
         f"[tables]({report}/tables) with their data."
     )
-    whole = [said["figure"], "", said["trials"], *questions, "", "What was declared before the study ran:", ""]
+    whole = [said["figure"], "", said["trials"], *questions, "", "What the study file declares:", ""]
     return said | {"": "\n".join([*whole, said["declared"], link])}
 
 

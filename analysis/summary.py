@@ -91,7 +91,9 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     for key in AGGREGATED:
         _add_interval(summary, runs.seeds, key)
     for key in TOKENS:
-        summary[key] = summary["trial"].map(runs.seeds.groupby("trial")[key].max()).astype("Int64")
+        tokens = summary["trial"].map(runs.seeds.groupby("trial")[key].max()).astype("Int64")
+        # Of one budget all have as many: so, too, a trial that has no complete seed.
+        summary[key] = tokens.fillna(tokens.groupby(summary["budget_hash"]).transform("max"))
     for measure in MEASURES:
         _add_frontier(summary, measure)
     # The first, not the best: choosing by the loss that is then compared would flatter it.

@@ -154,7 +154,7 @@ def _p_value(p: float) -> str:
 
 
 def _both(tokens: int, against: int) -> str:
-    return _count(tokens) if tokens == against else f"{_count(tokens)} against {_count(against)}"
+    return _count(tokens) if pd.isna(tokens) or tokens == against else f"{_count(tokens)} against {_count(against)}"
 
 
 def failures_table(runs: StudyRuns) -> Table:

@@ -69,13 +69,13 @@ def families_figure(points: pd.DataFrame, note: str = "") -> Figure:
     shown, n_sizes = _largest(points), points["size"].nunique()
     looks = style.group_styles(shown["group"])
     once = shown[shown["measure"] == MEASURES[0].name]
-    budgets = once.groupby("size")["total_tokens"].nunique(dropna=False).max() > 1
+    budgets = once.groupby("size")["total_tokens"].nunique().max() > 1
     with style.context():
         rows = []
         for size, block in once.groupby("size"):
             rows.append(Row(f"{size:,} parameters", heading=True))
             for row in block.to_dict("records"):
-                tokens = "?" if pd.isna(row["total_tokens"]) else f"{row['total_tokens']:,}"
+                tokens = "?" if pd.isna(row["total_tokens"]) else f"{int(row['total_tokens']):,}"
                 cells = (f"{row['n_params']:,}", *([tokens] if budgets else []))
                 few = f", n={row['n_seeds']}" if row["n_seeds"] < once["n_seeds"].max() else ""
                 rows.append(Row(f"{row['group']}, {row['label']}{few}", cells, (), look=looks[row["group"]]))
@@ -96,6 +96,8 @@ def families_figure(points: pd.DataFrame, note: str = "") -> Figure:
             own = shown[shown["measure"] == measure.name].sort_values("size", kind="stable")
             half = own["half_width"].fillna(0)
             low, high = (own["mean"] - half).min(), (own["mean"] + half).max()
+            if np.isnan(low):  # no seed of any is complete
+                low, high = 0.0, 1.0
             space = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
             set_limits(axes, low - space, high + space)
             for row, middle in zip(own.to_dict("records"), y, strict=True):

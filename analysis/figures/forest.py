@@ -104,7 +104,8 @@ def _rows(pairs: pd.DataFrame, first: pd.DataFrame, measures: list[Measure]) -> 
         text = text.replace("lr ", f"lr{_NO_BREAK}") + (" *" if some_declared and row["declared"] else "")
         if row["n"] < first["n"].max():
             text += f", n={row['n']}"
-        differ = not row["same_budget"] or row["total_tokens"] != row["against_total_tokens"]
+        tokens_of_both = (row["total_tokens"], row["against_total_tokens"])
+        differ = not row["same_budget"] or pd.Series(tokens_of_both).nunique() > 1
         tokens = f"{_tokens(row['total_tokens'])} vs {_tokens(row['against_total_tokens'])}" if differ else ""
         rows.append(Row(text, (tokens,), tuple(own[index] for own in verdicts)))
     return rows
@@ -155,10 +156,12 @@ def _draw(axes: Axes, own: pd.DataFrame, measure: Measure, y: list[float]) -> No
 
 def _limits(own: pd.DataFrame) -> tuple[float, float]:
     """Limits of the axis of one measure, which hold zero, the margin and most intervals."""
-    half, margin = own["half_width"].fillna(0), own["margin"].fillna(0).max()
-    reach = _BEYOND * (own["difference"].abs() + half).quantile(0.8) or margin or 1.0
-    low = max((own["difference"] - half).min(), -reach)
-    high = min((own["difference"] + half).max(), reach)
+    margin = own["margin"].fillna(0).max()
+    drawn = own.dropna(subset=["difference"])
+    difference, half = drawn["difference"], drawn["half_width"].fillna(0)
+    reach = (_BEYOND * (difference.abs() + half).quantile(0.8) if len(drawn) else 0) or margin or 1.0
+    low = max((difference - half).min(), -reach) if len(drawn) else 0
+    high = min((difference + half).max(), reach) if len(drawn) else 0
     low, high = min(low, -1.5 * margin, 0), max(high, 1.5 * margin, 0)
     space = 0.06 * (high - low) or 0.1
     return low - space, high + space

@@ -33,14 +33,19 @@ def with_controls() -> list[Configuration]:
 
 
 def studies() -> dict[str, list[Configuration]]:
-    """The awkward ones, and those with controls: as they are; of long names, and with what happens to seeds; many."""
+    """The awkward ones, and those with controls: as they are; of long names, and with what happens to seeds; many;
+    with trials of which every seed failed, and such alone."""
     controls = with_controls()
     long = [replace(c, arm=f"an-arm-of-a-rather-long-name-{c.arm}") for c in controls]
     long[5] = replace(long[5], seeds=(0, 1))
     long[8] = replace(long[8], failed=(3,))
     long[9] = replace(long[9], seeds=(7, 8, 9))
     rates = [replace(c, learning_rate=rate) for c in controls[1:] for rate in (3e-4, 1e-3, 3e-3)]
-    return awkward_studies() | {"controls": controls, "long": long, "many controls": [controls[0], *rates]}
+    lost = [replace(c, seeds=(), failed=(0, 1)) if c.chi == 16 or c.family == "monarch" else c for c in controls]
+    all_lost = [controls[0], *(replace(c, seeds=(), failed=(0, 1)) for c in controls[1:4])]
+    return awkward_studies() | {
+        "controls": controls, "long": long, "many controls": [controls[0], *rates], "lost": lost, "all lost": all_lost,
+    }  # fmt: skip
 
 
 def compared(

@@ -126,6 +126,11 @@ def test_first_screen_names_the_tokens_where_budgets_differ():
         ),
         ([DENSE], "Does it keep up with dense?", "There is no MPO in this study."),
         (
+            [replace(DENSE, seeds=(), failed=(1,)), mpo(8, 1.8)],
+            "Does it keep up with dense?",
+            "No seed of a dense model",
+        ),
+        (
             [DENSE, mpo(8, 1.8, stopped="trial 0 is better")],
             "Does it keep up with dense?",
             "No MPO has a complete seed",

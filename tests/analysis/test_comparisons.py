@@ -261,8 +261,15 @@ def test_while_a_study_runs_no_counterpart_is_guessed():
     claims = Claims(MARGINS, (Contrast("tiny", "mpo", "low_rank"),))
     for n_missing, pairs in ((5, {(1, 3)}), (0, {(1, 3), (2, 3)})):
         frame = compare(replace(runs, claims=claims, n_missing=n_missing), summarise(runs))
-        declared = frame[frame["declared"]]
-        assert set(declared[["trial", "against"]].itertuples(index=False, name=None)) == pairs
+        controls = frame[frame["against"] != 0]  # nor does it come as exploration
+        assert set(controls[["trial", "against"]].itertuples(index=False, name=None)) == pairs
+        assert controls["declared"].all()
+
+
+def test_reference_of_a_declared_pair_has_seeds_where_any_has():
+    lost = replace(DENSE, seeds=(), failed=(0, 1))
+    frame, _ = compared([lost, replace(DENSE, seeds=(0, 1), learning_rate=1e-3), mpo(8, 1.7)], [("mpo", "dense")])
+    assert set(frame.loc[frame["against"] == 1, "relation"]) == {REFERENCE}
 
 
 def test_trials_that_were_stopped_are_left_out_and_a_study_without_dense_has_its_controls():

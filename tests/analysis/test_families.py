@@ -18,7 +18,7 @@ def points_of(found) -> pd.DataFrame:
     return family_points(comparisons, summary)
 
 
-@pytest.mark.parametrize("name", ["controls", "long", "many controls", "usual", "one seed", "close", "equal"])
+@pytest.mark.parametrize("name", ["controls", "long", "many controls", "usual", "one seed", "close", "equal", "lost"])
 def test_families_hold_all_their_text_apart(name):
     check_texts(families_figure(points_of(STUDIES[name]), "A note."))
 
