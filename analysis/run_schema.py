@@ -52,7 +52,7 @@ MISSING = "mpo.missing"
 """On the summary: how many runs (trial × seed) the study lacked when its driver began or ended last."""
 GROWTHS = "mpo.growths"
 """On the summary: JSON of how the study grew since it was begun, [{"by": command, "seeds": [of each trial before, and
-after], "over": how many runs were over then}, ...]."""
+after], "over": how many of the runs on record were over then}, ...]."""
 ENVIRONMENT = "mpo.environment"
 """On the summary: JSON of what the study was begun on, {"python", "packages": {name: version}, "git_commit",
 "git_changed", "system", "cpus"}."""
