@@ -40,7 +40,10 @@ class LowRankLinear(StructuredLinear):
 
     Args:
         rank, max_params: exactly one; `rank` then holds the actual one, at most min(in_features, out_features).
-        init: "variance", Var(B) = 1 / in_features and Var(A) = 1 / rank. generator: needed except on "meta".
+        init: "variance", Var(B) = 1 / in_features and Var(A) = 1 / rank, so that Var(W) = 1 / in_features; all of W's
+            norm then lies in a few directions. "svd_fresh", the truncated SVD of a dense W with entries
+            N(0, 1 / in_features): W has the spectral norm of a dense draw, and less variance (Khodak et al. 2021).
+        generator: needed except on "meta".
     Raises:
         ValueError: not exactly one size, a rank below 1, max_params below those of rank 1, or no generator.
     """
@@ -95,12 +98,19 @@ class LowRankLinear(StructuredLinear):
         return layer
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
-        """Draw the parameters of W afresh, each from the generator of its name; `init` is "variance".
+        """Draw the parameters of W afresh, each from the generator of its name; with init "svd_fresh" all from A's.
 
         Raises:
-            ValueError: any other init.
+            ValueError: an init that is neither "variance" nor "svd_fresh".
         """
-        check_init(self, init)
+        check_init(self, init, "svd_fresh")
+        if init == "svd_fresh":
+            generator = generator_for("A")
+            W = torch.empty(self.out_features, self.in_features, dtype=self.A.dtype, device=generator.device)
+            normal_(W, self.in_features**-0.5, generator)
+            for factor, values in zip((self.A, self.B), low_rank_svd(W, self.rank), strict=True):
+                factor.data.copy_(values)
+            return
         normal_(self.A, self.rank**-0.5, generator_for("A"))
         normal_(self.B, self.in_features**-0.5, generator_for("B"))
 

@@ -38,7 +38,8 @@ def init_cores_(
 
     Args:
         init: "paper": entries N(0, `paper_std`²), with χ as asked for; Var(W) = 1 / in_features for L = 2 alone.
-            "variance": entries N(0, `variance_std`²): Var(W) = 1 / in_features for any L and bonds.
+            "variance": entries N(0, σ²) with Var(W) = 1 / in_features for any L and bonds (`variance_std`); but cores
+            of a single entry are 1, since a random one would scale all of W.
             "orthogonal": Haar-random left-orthogonal cores, the last one right-orthogonal, all times the factors that
             give them equal norms and W the norm that entries of variance 1 / in_features have in the mean: exactly
             ‖W‖_F² = out_features without padding.
@@ -68,7 +69,12 @@ def init_cores_(
             raise ValueError("init 'paper' needs the `chi` asked for, but got None")
         normal_cores_(cores, paper_std(in_features, chi, n_sites), generators)
     elif init == "variance":
-        normal_cores_(cores, variance_std(in_features, bonds), generators)
+        filled = [(core, generator) for core, generator in zip(cores, generators, strict=True) if core.numel() > 1]
+        std = variance_std(in_features, bonds, n_drawn=len(filled))
+        for core in cores:
+            core.fill_(1)
+        for core, generator in filled:
+            normal_(core, std, generator)
     elif init == "orthogonal":
         drawn = _orthogonal_cores(cores, generators)
         # Orthogonal cores but the last, whose norm is therefore W's: the root of its number of rows.
@@ -99,13 +105,14 @@ def paper_std(in_features: int, chi: int, n_sites: int) -> float:
     return in_features ** (-1 / 4) * chi ** (-(n_sites - 1) / (2 * n_sites))
 
 
-def variance_std(in_features: int, bonds: Sequence[int]) -> float:
+def variance_std(in_features: int, bonds: Sequence[int], *, n_drawn: int | None = None) -> float:
     """Standard deviation of every core entry with which Var(W) = 1 / in_features, for any L and any bonds.
 
-    An entry of W is a sum of prod(bonds) uncorrelated terms, each a product of L independent entries.
+    An entry of W is a sum of prod(bonds) uncorrelated terms, each a product of n_drawn independent entries (None: of
+    one from each of the L cores).
     """
-    n_sites = len(bonds) - 1
-    return (in_features * math.prod(bonds)) ** (-1 / (2 * n_sites))
+    n_drawn = len(bonds) - 1 if n_drawn is None else n_drawn
+    return (in_features * math.prod(bonds)) ** (-1 / (2 * max(1, n_drawn)))
 
 
 @torch.no_grad()

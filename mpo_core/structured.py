@@ -198,6 +198,8 @@ def check_error(rel_error: float | None, gram: Tensor | None) -> None:
         raise ValueError(f"`0 <= rel_error < 1` must hold, but got rel_error={rel_error}")
 
 
-def check_init(layer: StructuredLinear, init: str) -> None:
-    if init != "variance":
-        raise ValueError(f"`init` of a fresh {type(layer).__name__} must be 'variance', but got {init!r}")
+def check_init(layer: StructuredLinear, init: str, *others: str) -> None:
+    allowed = ("variance", *others)
+    if init not in allowed:
+        shown = " or ".join(map(repr, allowed))
+        raise ValueError(f"`init` of a fresh {type(layer).__name__} must be {shown}, but got {init!r}")

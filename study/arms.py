@@ -131,10 +131,13 @@ class CompressedArm(_Arm):
         default=None,
         description="What weight decay shrinks: each factor (`parameter`, unless given), or W as if it were dense.",
     )
+    init: Any = None
     refinement: Any = None
 
     @model_validator(mode="after")
-    def _sites_and_refinement(self) -> CompressedArm:
+    def _start(self) -> CompressedArm:
+        if self.teacher is not None and self.init is not None:
+            raise ValueError("`init` has no meaning beside `teacher`: the layers come from the teacher's weights")
         if self.teacher is None and self.refinement is not None:
             raise ValueError("`refinement` has no meaning without `teacher`: there are no trained weights to fit")
         if self.n_sites is not None and "paper" in options(self.factorisation):
@@ -163,12 +166,6 @@ class MPOArm(CompressedArm):
         "The same function, to rounding.",
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> MPOArm:
-        if self.teacher is not None and self.init is not None:
-            raise ValueError("`init` has no meaning beside `teacher`: the cores come from the teacher's weights")
-        return self
-
 
 class ControlArm(CompressedArm):
     """Every linear layer is of another kind, with at most the parameters that an MPO would have in its place."""
@@ -180,11 +177,22 @@ class ControlArm(CompressedArm):
     as_chi: FixedOrListed[PositiveInt] = Field(
         description="χ of that MPO, layer by layer. A layer stays dense where the MPO's would not be smaller."
     )
+    init: Value[Literal["variance", "svd_fresh"]] | None = Field(
+        default=None,
+        description="Init mode of an arm trained from scratch; `variance` unless given. `svd_fresh`, of low_rank "
+        "alone: the truncated SVD of a dense draw of that scale.",
+    )
     refinement: Value[Literal["weights", "outputs"]] | None = Field(
         default=None,
         description="What of the teacher's layers is kept best: their `weights`, unless given; or their `outputs` over "
         "protocol.calibration_batches.",
     )
+
+    @model_validator(mode="after")
+    def _init_of_this_family(self) -> ControlArm:
+        if "svd_fresh" in options(self.init) and self.family != "low_rank":
+            raise ValueError(f"`init: svd_fresh` is of family `low_rank` alone, not of `{self.family}`")
+        return self
 
 
 Arm = Annotated[DenseArm | MPOArm | ControlArm, Field(discriminator="family")]

@@ -29,7 +29,7 @@ class TrialSpec(Strict):
     as_chi: int | None = None
     n_sites: int | None = None
     factorisation: Literal["paper", "balanced", "min_params"] | None = None
-    init: Literal["paper", "variance", "orthogonal", "spectral", "tt_svd", "tt_svd_fresh"] | None = None
+    init: Literal["paper", "variance", "orthogonal", "spectral", "tt_svd", "tt_svd_fresh", "svd_fresh"] | None = None
     teacher: str | None = None
     refinement: Literal["tt_svd", "whitened", "als", "weights", "outputs"] | None = None
     lr_rule: Literal["uniform", "mup"] | None = None
@@ -144,7 +144,7 @@ def _control(
         layer = _CONTROLS[spec.family].empty_like(linear, max_params=sizes[name])
         if generator_for is not None:
             own = generator_for  # for the type checker, which forgets outside a lambda what holds inside
-            layer.draw("variance", lambda parameter: own(f"{name}.{parameter}"))
+            layer.draw(spec.init or "variance", lambda parameter: own(f"{name}.{parameter}"))
         return layer
 
     return mpo_core.compress(model, layer=fresh)

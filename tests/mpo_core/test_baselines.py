@@ -17,6 +17,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.initialisation import normal_
 from mpo_core.linear import MPOLinear
 from mpo_core.refinement.calibration import output_error
 from mpo_core.tensor_train import rel_error
@@ -150,6 +151,15 @@ def test_fresh_matrices_have_variance_one_over_in_features(kind, size):
     squares = [kind(256, 144, **size, generator=seeded(seed)).to_matrix().square().mean() for seed in range(20)]
     # 20 draws, each with a relative standard error of at most a fifth.
     assert 256 * sum(squares).item() / 20 == pytest.approx(1, abs=0.08)
+
+
+def test_svd_fresh_is_the_truncated_svd_of_a_dense_draw():
+    layer = LowRankLinear(20, 12, rank=3, init="svd_fresh", generator=seeded(), dtype=torch.float64)
+    W = torch.empty(12, 20, dtype=torch.float64)
+    normal_(W, 20**-0.5, seeded())
+    nearest = LowRankLinear.from_matrix(W, rank=3)
+    assert torch.equal(layer.A, nearest.A)
+    assert torch.equal(layer.B, nearest.B)
 
 
 # From a matrix --------------------------------------------------------------------------------------------------------
@@ -313,7 +323,11 @@ def test_structures_say_what_they_are():
         (lambda: LowRankLinear(4, 4, generator=seeded()), "exactly one of `rank` and `max_params` must be given"),
         (lambda: LowRankLinear(4, 4, rank=0, generator=seeded()), "`rank >= 1` must hold, but got rank=0"),
         (lambda: LowRankLinear(4, 4, rank=2), "LowRankLinear draws its parameters from `generator`, but got None"),
-        (lambda: LowRankLinear(4, 4, rank=2, init="paper", generator=seeded()), "LowRankLinear must be 'variance', bu"),
+        (
+            lambda: LowRankLinear(4, 4, rank=2, init="paper", generator=seeded()),
+            "must be 'variance' or 'svd_fresh', but got 'paper'",
+        ),
+        (lambda: PrunedLinear(4, 4, sparsity=0.5, init="svd_fresh", generator=seeded()), "must be 'variance', but got"),
         (lambda: LowRankLinear(4, 4, max_params=7, device="meta"), "rank 1 needs 8 parameters, but got max_params=7"),
         (lambda: LowRankLinear(0, 4, rank=1, device="meta"), "must be at least 1, but got in_features=0"),
         (lambda: MonarchLinear(4, 6, rank=1, n_blocks=4), r"`n_blocks` must divide out_features=6 and in_features=4"),

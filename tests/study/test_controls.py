@@ -96,7 +96,19 @@ def test_sizes_that_come_to_the_same_are_one_configuration(spec_of, corpus):
     assert identity(family="low_rank", as_chi=300) == identity(family="low_rank", as_chi=301)
     assert identity(family="low_rank", as_chi=3) != identity(family="low_rank", as_chi=6)
     assert identity(family="low_rank", as_chi=3) != identity(family="pruned", as_chi=3)
+    assert identity(family="low_rank", as_chi=3) != identity(family="low_rank", as_chi=3, init="svd_fresh")
     assert identity(chi=300) == identity(chi=301)
+
+
+def test_low_rank_starts_from_the_init_it_is_given(spec_of, corpus):
+    """The SVD of a dense draw keeps its spectral norm; a product of independent factors has a larger one."""
+    norms = {}
+    for init in ("variance", "svd_fresh"):
+        model = built(spec_of(model=WIDE, family="low_rank", as_chi=2, init=init), corpus)
+        layers = [layer for layer in model.modules() if isinstance(layer, mpo_core.LowRankLinear)]
+        norms[init] = [float(torch.linalg.matrix_norm(layer.to_matrix().detach(), 2)) for layer in layers]
+    assert norms["svd_fresh"]
+    assert sum(norms["svd_fresh"]) < 0.8 * sum(norms["variance"])
 
 
 def test_what_was_pruned_stays_so(spec_of, corpus):
