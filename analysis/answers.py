@@ -124,10 +124,12 @@ def _tally(rows: pd.DataFrame, measure: Measure) -> str:
     n = len(rows)
     words = (BETTER, WORSE, UNDECIDED, *_TALLIED.values())
     parts = [f"{word} at {(verdicts == word).sum()}" for word in dict.fromkeys(words) if (verdicts == word).any()]
-    kind = "size" if rows["n_params"].nunique() == n else "configuration"
+    several = bool(rows["trial"].duplicated().any())  # rivals of one trial
+    kind = "comparison" if several else "size" if rows["n_params"].nunique() == n else "configuration"
     known = rows.dropna(subset=["difference"])
     n_shown = len(known) if len(known) <= _MOST_NAMED else _MOST_NAMED - 1
-    shown = [f"{row['label']} {difference_shown(row)}" for row in known.head(n_shown).to_dict("records")]
+    named = "{label} against {against_label}" if several else "{label}"
+    shown = [f"{named.format(**row)} {difference_shown(row)}" for row in known.head(n_shown).to_dict("records")]
     shown += ["…"] * (len(known) > n_shown)
     differences = f" ({'; '.join(shown)} {measure.difference_unit})" if shown else ""
     return f"{_listed(parts)} of {counted(n, kind)}{differences}"

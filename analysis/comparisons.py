@@ -58,7 +58,7 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
 
     Compared are the pairs that the study file declares, of any budgets; and, of one budget, each trial with the
     dense reference (of several learning rates or inits the one trained most alike) and each MPO trial with the
-    controls of equal parameters: of each family, one within `EQUAL_SIZE` of its parameters, from the same start.
+    controls of equal parameters: of each arm, one within `EQUAL_SIZE` of its parameters, from the same start.
     What starts from a teacher has, as a reference of its own, the first dense trial of its budget that was trained
     on from the same teacher. Trials that were stopped early are in no pair that is not declared.
 
@@ -204,15 +204,16 @@ def _counterpart(trial: dict[str, Any], same: list[dict[str, Any]], rivals: list
 
 
 def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each family among trials that are no MPO, that of equal parameters from the same start which was trained most
-    like an MPO trial, and of several the nearest to it."""
+    """Of each arm among trials that are no MPO, that of equal parameters from the same start which was trained most
+    like an MPO trial, and of several the nearest to it. (Of arms and not families: what a study sets apart, another init
+    say, may be the harder rival.)"""
     if trial["family"] != "mpo":
         return []
-    families: dict[str, list[dict[str, Any]]] = {}
+    arms: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
     for other in others:
         if _teacher_of(other) == _teacher_of(trial) and _distance(trial, other) <= math.log1p(EQUAL_SIZE):
-            families.setdefault(other["family"], []).append(other)
-    return [min(family, key=partial(_nearness, trial)) for family in families.values()]
+            arms.setdefault((other["study"], other["arm"]), []).append(other)
+    return [min(arm, key=partial(_nearness, trial)) for arm in arms.values()]
 
 
 class _BySize:

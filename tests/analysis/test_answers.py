@@ -56,6 +56,14 @@ def test_first_screen_counts_what_beats_its_controls():
     assert f"validation token accuracy: {tally} (χ=4 +2" in said
 
 
+def test_first_screen_names_the_rivals_where_one_mpo_has_several():
+    better = replace(low_rank(8, 1.7), arm="low-rank-svd", extra={"as_chi": 8, "init": "svd_fresh"})
+    said = answered([DENSE, mpo(8, 1.8), replace(low_rank(8, 1.9), extra={"as_chi": 8, "init": "variance"}), better])
+    said = said["Does MPO beat its controls of equal parameters?"]
+    assert "better at 1 and worse at 1 of 2 comparisons (χ=8 against as χ=8, variance −0." in said
+    assert "; χ=8 against as χ=8, svd_fresh +0." in said
+
+
 def test_first_screen_tells_dense_from_scratch_and_trained_on_apart():
     of_teacher = {"start": "teacher", "budget_hash": "0ddba11e"}
     further = Configuration("further", N_PARAMS_DENSE, 1.55, "dense", seeds=range(5), **of_teacher)

@@ -88,7 +88,17 @@ def test_narrow_dense_model_is_a_control_where_its_size_is_within_five_per_cent(
     assert (((frame["trial"] == 1) & (frame["against"] == 2)).any()) == is_control
 
 
-def test_of_the_controls_of_a_family_the_nearest_is_taken_and_another_start_is_none():
+def test_every_arm_of_controls_gives_a_rival_so_that_none_is_spared_the_stronger():
+    better = control(16, 1.5, "low_rank")
+    better = replace(better, arm="low-rank-svd", extra=better.extra | {"init": "svd_fresh"})
+    for contrasts in ((), [("mpo", "low_rank")]):
+        frame, _ = compared([DENSE, mpo(16, 1.7), control(16, 1.8), better], contrasts, noise=0.002)
+        equal = frame[(frame["relation"] == EQUAL_PARAMETERS) & (frame["measure"] == "val_loss")]
+        assert dict(zip(equal["against"], equal["verdict"], strict=True)) == {2: BETTER, 3: WORSE}
+        assert list(equal["declared"]) == [bool(contrasts), False]
+
+
+def test_of_the_controls_of_an_arm_the_nearest_is_taken_and_another_start_is_none():
     tuned = control(16, 1.8, start="teacher")
     frame, _ = compared([DENSE, mpo(16, 1.7), control(16, 1.8, n_params=170_000), control(16, 1.8), tuned])
     assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
