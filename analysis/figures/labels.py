@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from analysis.style import ink
 
-_RADII = (4.5, 6.0, 8.0, 10.5, 14.0, 19.0, 25.0)
+_RADII = (4.5, 6.0, 8.0, 10.5, 14.0, 19.0, 25.0, 32.0, 40.0)
 _NEAR = 8.0
 """Points from a point to its label beyond which a line has to lead to it."""
 _ANGLES = np.deg2rad(np.arange(0, 360, 15) + 45)
