@@ -167,7 +167,8 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
             against = f" against {rival}" if DENSE_TUNED in set(own["against_group"]) else ""
             words = f"{group}{against}, {measure.title.lower()}: {_tally(rows, measure)}"
             if math.isfinite(margin) and rows["p_adjusted"].notna().any():
-                holds = rows[rows["non_inferior"]].sort_values("n_params")
+                holds = rows[rows.groupby("trial")["non_inferior"].transform("all")].drop_duplicates("trial")
+                holds = holds.sort_values("n_params", kind="stable")
                 words += f"; not inferior by the margin of {margin:g} {unit}: " + (
                     _listed(list(holds["label"])) if len(holds) else "none"
                 )
@@ -178,8 +179,9 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
         said.append("" if several else _smallest(compared, measure))
     if several:
         said.append(
-            "Several dense models were tried, and each MPO is set against the one trained most like it; so no smallest "
-            "configuration is named: what is chosen among several is to be measured on fresh seeds first."
+            "Several dense models were tried, and each MPO is set against the one of each arm that was trained most "
+            "like it; so no smallest configuration is named: what is chosen among several is to be measured on fresh "
+            "seeds first."
         )
     return [sentence for sentence in said if sentence]
 

@@ -57,7 +57,7 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
     """The differences that a study is about, tested on the seeds that both trials have.
 
     Compared are the pairs that the study file declares, of any budgets; and, of one budget, each trial with the
-    dense reference (of several learning rates or inits the one trained most alike) and each MPO trial with the
+    dense models of the reference's kind (of each of their arms the one trained most alike) and each MPO trial with the
     controls of equal parameters: of each arm, one within `EQUAL_SIZE` of its parameters, from the same start.
     What starts from a teacher has, as a reference of its own, the first dense trial of its budget that was trained
     on from the same teacher. Trials that were stopped early are in no pair that is not declared.
@@ -110,12 +110,15 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     declared = list(_declared_pairs(runs, everything))
     yield from declared
     known = {(pair.trial, pair.against) for pair in declared}
-    # Against its own study's reference a trial of several joined ones needs no other.
+    # Against what its own study sets it against, a trial needs no other that was trained on.
     group_of = {trial["trial"]: trial["group"] for trial in everything}
     settled = {(pair.trial, group_of[pair.against]) for pair in declared if pair.relation == REFERENCE}
     trained_on = _trained_on(trials)
     budget = None if reference is None else reference["budget_hash"]
-    dense = [trial for trial in trials if trial["group"] == DENSE and trial["budget_hash"] == budget]
+    dense: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for trial in trials:
+        if trial["group"] == DENSE and trial["budget_hash"] == budget:
+            dense.setdefault((trial["study"], trial["arm"]), []).append(trial)
     others: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
         if trial["family"] != "mpo":
@@ -123,15 +126,10 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     by_size = {budget: _BySize(alike) for budget, alike in others.items()}
     for trial in over:
         own = []
-        if (
-            dense
-            and trial["budget_hash"] == budget
-            and trial is not reference
-            and (trial["trial"], DENSE) not in settled
-        ):
+        if trial["budget_hash"] == budget and trial is not reference:
             # Of several, tuned in the study itself, the one trained most alike: the first may be the worst of them.
-            most_alike = min(dense, key=lambda rival: (_unlike(trial, rival), rival["trial"]))
-            own += [(most_alike, REFERENCE)] if most_alike is not trial else []
+            alike = [min(arm, key=partial(_nearness, trial)) for arm in _dense_arms(trial, dense)]
+            own += [(rival, REFERENCE) for rival in alike if rival is not trial]
         further = trained_on.get(_start_of(trial))
         if further is not None and further is not trial and (trial["trial"], DENSE_TUNED) not in settled:
             own += [(further, REFERENCE)]
@@ -180,6 +178,14 @@ def _trained_on(trials: list[dict[str, Any]]) -> dict[tuple[Any, Any], dict[str,
     return {start: first for start, alike in found.items() if (first := _first(alike)) is not None}
 
 
+def _dense_arms(
+    trial: dict[str, Any], dense: dict[tuple[Any, Any], list[dict[str, Any]]]
+) -> list[list[dict[str, Any]]]:
+    """Those of the trial's own study, where several are joined; all for a dense one, and where its study has none."""
+    own = [arm for (study, _), arm in dense.items() if study == trial["study"]]
+    return own if own and trial["group"] != DENSE else list(dense.values())
+
+
 def _start_of(trial: dict[str, Any]) -> tuple[Any, Any]:
     return _teacher_of(trial), trial["budget_hash"]
 
@@ -205,8 +211,8 @@ def _counterpart(trial: dict[str, Any], same: list[dict[str, Any]], rivals: list
 
 def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each arm among trials that are no MPO, that of equal parameters from the same start which was trained most
-    like an MPO trial, and of several the nearest to it. (Of arms and not families: what a study sets apart, another init
-    say, may be the harder rival.)"""
+    like an MPO trial, and of several the nearest to it. (Of arms and not families: what a study sets apart, say
+    another init, may be the harder rival.)"""
     if trial["family"] != "mpo":
         return []
     arms: dict[tuple[Any, Any], list[dict[str, Any]]] = {}

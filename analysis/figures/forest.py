@@ -90,7 +90,7 @@ def _rows(pairs: pd.DataFrame, first: pd.DataFrame, measures: list[Measure]) -> 
     styles = style.group_styles(pairs["group"])
     verdicts = [_of(pairs, first, measure)["verdict"].tolist() for measure in measures]
     rivals = first.groupby("group")["against_group"].unique()
-    to_one = first["relation"].eq(REFERENCE).all()
+    to_one = first["relation"].eq(REFERENCE).all() and not first.duplicated(["trial", "against_group"]).any()
     some_declared = first["declared"].any() and not first["declared"].all()
     rows, heading = [], ""
     for index, row in enumerate(first.to_dict("records")):

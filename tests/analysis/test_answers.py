@@ -94,8 +94,16 @@ def test_of_several_dense_models_each_meets_what_was_trained_like_it_and_none_is
     found = [slow, fast, mpo(16, 1.7, extra={"learning_rate": 3e-3})]
     said = answered(found, noise=0.002)["Does it keep up with dense?"]
     assert "MPO from scratch, validation loss: worse at 1 of 1 size" in said
-    assert "set against the one trained most like it; so no smallest configuration is named" in said
+    assert "against the one of each arm that was trained most like it; so no smallest configuration is named" in said
     assert "share of the dense" not in said
+
+
+def test_what_is_not_inferior_is_so_to_every_arm_of_dense_models():
+    weaker = replace(DENSE, val_loss=1.9, extra={"init": "paper"})
+    stronger = replace(DENSE, arm="dense-variance", extra={"init": "variance"})
+    said = answered([weaker, stronger, mpo(8, 1.8), mpo(16, 1.6)], noise=0.002)["Does it keep up with dense?"]
+    assert "better at 2, worse at 1 and undecided at 1 of 4 comparisons (χ=8 against dense, paper −0.1" in said
+    assert "not inferior by the margin of 0.02 nats: χ=16. " in said
 
 
 def test_first_screen_gives_the_share_of_dense_accuracy_with_its_interval():

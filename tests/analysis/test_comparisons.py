@@ -98,6 +98,16 @@ def test_every_arm_of_controls_gives_a_rival_so_that_none_is_spared_the_stronger
         assert list(equal["declared"]) == [bool(contrasts), False]
 
 
+def test_every_arm_of_dense_models_is_a_reference_so_that_none_is_spared_the_stronger():
+    weaker = replace(DENSE, val_loss=1.9, extra={"init": "paper", "learning_rate": 6e-3})
+    stronger = replace(DENSE, arm="dense-variance", extra={"init": "variance", "learning_rate": 2e-2})
+    for contrasts in ((), [("mpo", "dense")]):
+        frame, _ = compared([weaker, stronger, mpo(16, 1.7, extra={"learning_rate": 6e-3})], contrasts, noise=0.002)
+        own = frame[(frame["trial"] == 2) & (frame["measure"] == "val_loss")]
+        assert dict(zip(own["against"], own["verdict"], strict=True)) == {0: BETTER, 1: WORSE}
+        assert set(own["relation"]) == {REFERENCE}
+
+
 def test_of_the_controls_of_an_arm_the_nearest_is_taken_and_another_start_is_none():
     tuned = control(16, 1.8, start="teacher")
     frame, _ = compared([DENSE, mpo(16, 1.7), control(16, 1.8, n_params=170_000), control(16, 1.8), tuned])
