@@ -128,8 +128,10 @@ def _tally(rows: pd.DataFrame, measure: Measure) -> str:
     kind = "comparison" if several else "size" if rows["n_params"].nunique() == n else "configuration"
     known = rows.dropna(subset=["difference"])
     n_shown = len(known) if len(known) <= _MOST_NAMED else _MOST_NAMED - 1
-    named = "{label} against {against_label}" if several else "{label}"
-    shown = [f"{named.format(**row)} {difference_shown(row)}" for row in known.head(n_shown).to_dict("records")]
+    shown = [
+        f"{row['label']}{' against ' + row['against_label'] if several else ''} {difference_shown(row)}"
+        for row in known.head(n_shown).to_dict("records")
+    ]
     shown += ["…"] * (len(known) > n_shown)
     differences = f" ({'; '.join(shown)} {measure.difference_unit})" if shown else ""
     return f"{_listed(parts)} of {counted(n, kind)}{differences}"
