@@ -110,7 +110,7 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     declared = list(_declared_pairs(runs, everything))
     yield from declared
     known = {(pair.trial, pair.against) for pair in declared}
-    # Against what its own study sets it against, a trial needs no other that was trained on.
+    # What its own study sets a trial against, of whatever budget, spares it those of other studies that are joined.
     group_of = {trial["trial"]: trial["group"] for trial in everything}
     settled = {(pair.trial, group_of[pair.against]) for pair in declared if pair.relation == REFERENCE}
     trained_on = _trained_on(trials)
@@ -128,7 +128,8 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
         own = []
         if trial["budget_hash"] == budget and trial is not reference:
             # Of several, tuned in the study itself, the one trained most alike: the first may be the worst of them.
-            alike = [min(arm, key=partial(_nearness, trial)) for arm in _dense_arms(trial, dense)]
+            arms = _dense_arms(trial, dense, (trial["trial"], DENSE) in settled)
+            alike = [min(arm, key=partial(_nearness, trial)) for arm in arms]
             own += [(rival, REFERENCE) for rival in alike if rival is not trial]
         further = trained_on.get(_start_of(trial))
         if further is not None and further is not trial and (trial["trial"], DENSE_TUNED) not in settled:
@@ -138,7 +139,7 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
             own += [(control, EQUAL_PARAMETERS) for control in _controls(trial, alike)]
         for against, relation in own:
             pair = (trial["trial"], against["trial"])
-            if pair not in known:
+            if pair not in known and pair[::-1] not in known:
                 known.add(pair)
                 yield Pair(*pair, relation, declared=False)
 
@@ -154,9 +155,14 @@ def _declared_pairs(runs: StudyRuns, trials: list[dict[str, Any]]) -> Iterator[P
                 of_cap.setdefault(trial["cap"], []).append(trial)
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
             same = of_cap.get(trial["cap"], [])
-            against = _counterpart(trial, same, rivals)
+            # The χ of a control is that of an MPO with the control's sites: beside one with others it says nothing.
+            meant = [other for other in same if other["family"] == "mpo" or _sites(other) == _sites(trial)]
+            against = _counterpart(trial, meant, rivals)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
-            is_reference = against is reference or against is trained_on.get(_start_of(trial))
+            is_other_dense = (
+                DENSE == against["group"] != trial["group"] and against["budget_hash"] == trial["budget_hash"]
+            )
+            is_reference = against is reference or is_other_dense or against is trained_on.get(_start_of(trial))
             if runs.n_lacking and not (same or is_equal or is_reference):
                 continue  # its counterpart may be one that has not begun
             relation = REFERENCE if is_reference else EQUAL_PARAMETERS if is_equal else DECLARED
@@ -179,11 +185,14 @@ def _trained_on(trials: list[dict[str, Any]]) -> dict[tuple[Any, Any], dict[str,
 
 
 def _dense_arms(
-    trial: dict[str, Any], dense: dict[tuple[Any, Any], list[dict[str, Any]]]
+    trial: dict[str, Any], dense: dict[tuple[Any, Any], list[dict[str, Any]]], is_settled: bool
 ) -> list[list[dict[str, Any]]]:
-    """Those of the trial's own study, where several are joined; all for a dense one, and where its study has none."""
+    """Those of the trial's own study, where several are joined; for a dense one, and where its study has none and sets
+    it against none, all."""
     own = [arm for (study, _), arm in dense.items() if study == trial["study"]]
-    return own if own and trial["group"] != DENSE else list(dense.values())
+    if trial["group"] != DENSE and (own or is_settled):
+        return own
+    return list(dense.values())
 
 
 def _start_of(trial: dict[str, Any]) -> tuple[Any, Any]:
@@ -215,11 +224,17 @@ def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[
     another init, may be the harder rival.)"""
     if trial["family"] != "mpo":
         return []
-    arms: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    arms: dict[tuple[Any, Any, Any], list[dict[str, Any]]] = {}
     for other in others:
         if _teacher_of(other) == _teacher_of(trial) and _distance(trial, other) <= math.log1p(EQUAL_SIZE):
-            arms.setdefault((other["study"], other["arm"]), []).append(other)
-    return [min(arm, key=partial(_nearness, trial)) for arm in arms.values()]
+            arms.setdefault((other["family"], other["study"], other["arm"]), []).append(other)
+    # Where several studies are joined, those of its own.
+    at_home = {family for family, study, _ in arms if study == trial["study"]}
+    return [
+        min(arm, key=partial(_nearness, trial))
+        for (family, study, _), arm in arms.items()
+        if study == trial["study"] or family not in at_home
+    ]
 
 
 class _BySize:
@@ -253,6 +268,10 @@ _KNOWN = (
     *_TRAINED,
 )
 """What of a trial tells which pairs it is in."""
+
+
+def _sites(trial: dict[str, Any]) -> tuple[str, str]:
+    return str(trial["factorisation"]), str(trial["n_sites"])
 
 
 def _distance(trial: dict[str, Any], other: dict[str, Any]) -> float:

@@ -2,7 +2,8 @@
 
 Every size below is given by exactly one of the layer's own measure (rank, sparsity), `max_params`, which leads to the
 largest layer with no more parameters in its matrix, or, where a W is given, `rel_error`, which leads to the smallest
-layer with ‖W − Ŵ‖_F / ‖W‖_F no larger than that. Fresh parameters are drawn with Var(W) = 1 / in_features ("variance").
+layer with ‖W − Ŵ‖_F / ‖W‖_F no larger than that. Fresh parameters are drawn with Var(W) = 1 / in_features (init
+"variance") unless low rank has another.
 """
 
 from __future__ import annotations

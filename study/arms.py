@@ -131,13 +131,10 @@ class CompressedArm(_Arm):
         default=None,
         description="What weight decay shrinks: each factor (`parameter`, unless given), or W as if it were dense.",
     )
-    init: Any = None
     refinement: Any = None
 
     @model_validator(mode="after")
-    def _start(self) -> CompressedArm:
-        if self.teacher is not None and self.init is not None:
-            raise ValueError("`init` has no meaning beside `teacher`: the layers come from the teacher's weights")
+    def _sites_and_refinement(self) -> CompressedArm:
         if self.teacher is None and self.refinement is not None:
             raise ValueError("`refinement` has no meaning without `teacher`: there are no trained weights to fit")
         if self.n_sites is not None and "paper" in options(self.factorisation):
@@ -166,6 +163,11 @@ class MPOArm(CompressedArm):
         "The same function, to rounding.",
     )
 
+    @model_validator(mode="after")
+    def _consistent(self) -> MPOArm:
+        _refuse_beside_teacher(self)
+        return self
+
 
 class ControlArm(CompressedArm):
     """Every linear layer is of another kind, with at most the parameters that an MPO would have in its place."""
@@ -189,10 +191,16 @@ class ControlArm(CompressedArm):
     )
 
     @model_validator(mode="after")
-    def _init_of_this_family(self) -> ControlArm:
+    def _consistent(self) -> ControlArm:
+        _refuse_beside_teacher(self)
         if "svd_fresh" in options(self.init) and self.family != "low_rank":
             raise ValueError(f"`init: svd_fresh` is of family `low_rank` alone, not of `{self.family}`")
         return self
+
+
+def _refuse_beside_teacher(arm: MPOArm | ControlArm) -> None:
+    if arm.teacher is not None and arm.init is not None:
+        raise ValueError("`init` has no meaning beside `teacher`: the layers come from the teacher's weights")
 
 
 Arm = Annotated[DenseArm | MPOArm | ControlArm, Field(discriminator="family")]

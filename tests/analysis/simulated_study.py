@@ -60,11 +60,11 @@ class Configuration:
     @property
     def params(self) -> dict[str, Any]:
         """Params of the schema but trial and seed; None where one has no meaning."""
-        mpo = self.family == "mpo"
+        sites = self.family != "dense"  # of a control those of the MPO it is as large as
         return {
             "arm": self.arm, "family": self.family, "start": self.start,
             "teacher": "dense" if self.start == "teacher" else None, "chi": self.chi,
-            "n_sites": 3 if mpo else None, "factorisation": "balanced" if mpo else None,
+            "n_sites": 3 if sites else None, "factorisation": "balanced" if sites else None,
             "init": "variance" if self.start == "scratch" else None, "tuning_trials": 1,
             "learning_rate": self.learning_rate, "steps": self.steps, "warmup_steps": 100, "batch_size": 32,
             "context": 256, "vocab_size": 65, "d_model": self.d_model, "n_heads": 4, "n_layers": 4,

@@ -66,6 +66,13 @@ def values_of(runs, trial, key="final/val_loss"):
 # Which pairs ----------------------------------------------------------------------------------------------------------
 
 
+def test_control_of_the_same_chi_is_none_for_an_mpo_with_other_sites():
+    """χ = 16 on four sites has the parameters of another χ on three."""
+    larger = replace(mpo(16, 1.7, extra={"n_sites": 4}), n_params=N_PARAMS_MPO[32])
+    frame, _ = compared([DENSE, larger, control(16, 1.8), control(32, 1.75)], [("mpo", "low_rank")])
+    assert set(frame.loc[frame["declared"], "against"]) == {3}
+
+
 def test_each_trial_of_the_budget_meets_the_reference_and_its_controls():
     frame, _ = compared([DENSE, mpo(4, 2.0), mpo(16, 1.7), control(4, 1.9), control(16, 1.8)])
     pairs = set(frame[["trial", "against", "relation"]].itertuples(index=False, name=None))
@@ -101,11 +108,13 @@ def test_every_arm_of_controls_gives_a_rival_so_that_none_is_spared_the_stronger
 def test_every_arm_of_dense_models_is_a_reference_so_that_none_is_spared_the_stronger():
     weaker = replace(DENSE, val_loss=1.9, extra={"init": "paper", "learning_rate": 6e-3})
     stronger = replace(DENSE, arm="dense-variance", extra={"init": "variance", "learning_rate": 2e-2})
-    for contrasts in ((), [("mpo", "dense")]):
+    for contrasts in ((), [("mpo", "dense")], [("mpo", "dense-variance")], [("dense", "dense-variance")]):
         frame, _ = compared([weaker, stronger, mpo(16, 1.7, extra={"learning_rate": 6e-3})], contrasts, noise=0.002)
-        own = frame[(frame["trial"] == 2) & (frame["measure"] == "val_loss")]
+        of_loss = frame[frame["measure"] == "val_loss"]
+        own = of_loss[of_loss["trial"] == 2]
         assert dict(zip(own["against"], own["verdict"], strict=True)) == {0: BETTER, 1: WORSE}
         assert set(own["relation"]) == {REFERENCE}
+        assert sum(of_loss["trial"] != 2) == 1  # the dense models with each other, once
 
 
 def test_of_the_controls_of_an_arm_the_nearest_is_taken_and_another_start_is_none():
