@@ -11,8 +11,8 @@ from analysis.statistics.intervals import ratio_interval
 from analysis.summary import summarise
 
 STUDIES = simulated_controls.studies()
-WITHOUT = ["one configuration", "no dense model", "equal"]
-"""Studies that have no dense reference."""
+WITHOUT = ["one configuration", "no dense model", "equal", "all lost"]
+"""Studies that have no dense reference, or nothing to set beside it."""
 
 
 def points_of(found, every=True, **settings):
