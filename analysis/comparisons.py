@@ -115,10 +115,7 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
     settled = {(pair.trial, group_of[pair.against]) for pair in declared if pair.relation == REFERENCE}
     trained_on = _trained_on(trials)
     budget = None if reference is None else reference["budget_hash"]
-    dense: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
-    for trial in trials:
-        if trial["group"] == DENSE and trial["budget_hash"] == budget:
-            dense.setdefault((trial["study"], trial["arm"]), []).append(trial)
+    dense = [trial for trial in trials if trial["group"] == DENSE and trial["budget_hash"] == budget]
     others: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
         if trial["family"] != "mpo":
@@ -128,9 +125,9 @@ def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
         own = []
         if trial["budget_hash"] == budget and trial is not reference:
             # Of several, tuned in the study itself, the one trained most alike: the first may be the worst of them.
-            arms = _dense_arms(trial, dense, (trial["trial"], DENSE) in settled)
-            alike = [min(arm, key=partial(_nearness, trial)) for arm in arms]
-            own += [(rival, REFERENCE) for rival in alike if rival is not trial]
+            is_dense = trial["group"] == DENSE
+            near = dense if is_dense else _at_home(trial, dense, (trial["trial"], DENSE) not in settled)
+            own += [(rival, REFERENCE) for rival in _of_each_arm(trial, near) if rival is not trial]
         further = trained_on.get(_start_of(trial))
         if further is not None and further is not trial and (trial["trial"], DENSE_TUNED) not in settled:
             own += [(further, REFERENCE)]
@@ -184,17 +181,6 @@ def _trained_on(trials: list[dict[str, Any]]) -> dict[tuple[Any, Any], dict[str,
     return {start: first for start, alike in found.items() if (first := _first(alike)) is not None}
 
 
-def _dense_arms(
-    trial: dict[str, Any], dense: dict[tuple[Any, Any], list[dict[str, Any]]], is_settled: bool
-) -> list[list[dict[str, Any]]]:
-    """Those of the trial's own study, where several are joined; for a dense one, and where its study has none and sets
-    it against none, all."""
-    own = [arm for (study, _), arm in dense.items() if study == trial["study"]]
-    if trial["group"] != DENSE and (own or is_settled):
-        return own
-    return list(dense.values())
-
-
 def _start_of(trial: dict[str, Any]) -> tuple[Any, Any]:
     return _teacher_of(trial), trial["budget_hash"]
 
@@ -219,22 +205,29 @@ def _counterpart(trial: dict[str, Any], same: list[dict[str, Any]], rivals: list
 
 
 def _controls(trial: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each arm among trials that are no MPO, that of equal parameters from the same start which was trained most
-    like an MPO trial, and of several the nearest to it. (Of arms and not families: what a study sets apart, say
-    another init, may be the harder rival.)"""
+    """Of each arm among trials that are no MPO, one of equal parameters from an MPO trial's start."""
     if trial["family"] != "mpo":
         return []
-    arms: dict[tuple[Any, Any, Any], list[dict[str, Any]]] = {}
+    families: dict[str, list[dict[str, Any]]] = {}
     for other in others:
         if _teacher_of(other) == _teacher_of(trial) and _distance(trial, other) <= math.log1p(EQUAL_SIZE):
-            arms.setdefault((other["family"], other["study"], other["arm"]), []).append(other)
-    # Where several studies are joined, those of its own.
-    at_home = {family for family, study, _ in arms if study == trial["study"]}
-    return [
-        min(arm, key=partial(_nearness, trial))
-        for (family, study, _), arm in arms.items()
-        if study == trial["study"] or family not in at_home
-    ]
+            families.setdefault(other["family"], []).append(other)
+    return [rival for family in families.values() for rival in _of_each_arm(trial, _at_home(trial, family))]
+
+
+def _at_home(trial: dict[str, Any], rivals: list[dict[str, Any]], or_abroad: bool = True) -> list[dict[str, Any]]:
+    """Where studies are joined, those of the trial's own; all, if it has none and others' may stand for them."""
+    own = [rival for rival in rivals if rival["study"] == trial["study"]]
+    return own if own or not or_abroad else rivals
+
+
+def _of_each_arm(trial: dict[str, Any], rivals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each arm the one trained most like a trial, and of several the nearest to it. (Of arms and not families: what
+    a study sets apart, say another init, may be the harder rival.)"""
+    arms: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for rival in rivals:
+        arms.setdefault((rival["study"], rival["arm"]), []).append(rival)
+    return [min(arm, key=partial(_nearness, trial)) for arm in arms.values()]
 
 
 class _BySize:
