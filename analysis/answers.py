@@ -29,7 +29,7 @@ from analysis.runs import Growth, StudyRuns
 from analysis.selection import seed_table
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
 from analysis.statistics.seed_blocks import MIN_SEEDS, two_way
-from analysis.summary import DENSE, DENSE_TUNED, MEASURES, VAL_LOSS, Measure, frontier_key, n_statement
+from analysis.summary import DENSE, DENSE_TUNED, MEASURES, VAL_LOSS, Measure, frontier_key, n_statement, sole_reference
 from analysis.tables import counted, decimals_for, difference_shown, percent, range_shown
 from analysis.uncertainty import FrontierUncertainty
 
@@ -160,7 +160,7 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
             return ["No MPO has a complete seed and was not given up, so this study cannot say."]
         return ["No MPO has the budget of the dense model, and the study file declares no contrast across budgets."]
     said = []
-    several = _several_dense(summary)
+    several = sole_reference(summary).empty
     for measure in MEASURES:
         unit = measure.difference_unit
         own = tested[tested["measure"] == measure.name]
@@ -171,7 +171,7 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
             if math.isfinite(margin) and rows["p_adjusted"].notna().any():
                 holds = rows[rows.groupby("trial")["non_inferior"].transform("all")].drop_duplicates("trial")
                 holds = holds.sort_values("n_params", kind="stable")
-                words += f"; not inferior by the margin of {margin:g} {unit}: " + (
+                words += f"; not inferior by the margin of {margin:g} {unit}, tested from the largest downwards: " + (
                     _listed(list(holds["label"])) if len(holds) else "none"
                 )
             if not rows["same_budget"].all():
@@ -188,20 +188,11 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
     return [sentence for sentence in said if sentence]
 
 
-def _several_dense(summary: pd.DataFrame) -> bool:
-    """Whether the study itself tunes its dense reference, of which the first is then no measure."""
-    budgets = summary.loc[summary["is_reference"], "budget_hash"]
-    dense = summary[(summary["group"] == DENSE) & summary["budget_hash"].isin(budgets) & (summary["n_seeds"] > 0)]
-    return len(dense) > len(budgets)
-
-
 def retained_shares(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
     """A sentence for each group of a few MPO configurations: the share of the dense model's accuracy."""
-    if _several_dense(summary):
-        return []
     trials = summary[(summary["family"] == "mpo") & (summary["n_seeds"] >= MIN_SEEDS)]
     few = trials.groupby("group")["trial"].transform("size") <= _MOST_NAMED
-    chosen = pd.concat([summary[summary["is_reference"]], trials[few]])
+    chosen = pd.concat([sole_reference(summary), trials[few]])
     points = retained_points(runs, chosen, declared_against_reference(compared)).dropna(subset=["low", "high"])
     return [
         f"{group}, share of the dense model's accuracy: "
@@ -229,8 +220,8 @@ def _smallest(compared: pd.DataFrame, measure: Measure) -> str:
     row = holds.iloc[0]
     share = 100 * row["n_params"] / row["against_n_params"]
     return (
-        f"The smallest configuration of any family that is shown to lose less {measure.short} than {margin} is "
-        f"{row['label']} ({row['group']}): {row['n_params']:,} parameters, {share:.0f} % of dense."
+        f"The smallest configuration that is shown to lose less {measure.short} than {margin}, each family tested by "
+        f"itself, is {row['label']} ({row['group']}): {row['n_params']:,} parameters, {share:.0f} % of dense."
     )
 
 

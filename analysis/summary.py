@@ -106,6 +106,16 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     return summary.sort_values(["rank", "n_params", "trial"], ignore_index=True).drop(columns="rank")
 
 
+def sole_reference(summary: pd.DataFrame) -> pd.DataFrame:
+    """The row of the dense reference, if it is the only dense model of its budget; else none.
+
+    Of several, such as at two learning rates, the first may be the worst: what can show one dense model shows none.
+    """
+    reference = summary[summary["is_reference"]]
+    alike = (summary["group"] == DENSE) & summary["budget_hash"].isin(reference["budget_hash"])
+    return reference if (alike & (summary["n_seeds"] > 0)).sum() == 1 else reference.iloc[:0]
+
+
 def group_order(groups: Iterable[str]) -> list[str]:
     """The groups present: the known ones first, then others by name."""
     known = (DENSE, SMALLER_DENSE, LARGER_DENSE, DENSE_TUNED, MPO_SCRATCH, MPO_TUNED)

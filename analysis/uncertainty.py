@@ -9,13 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.comparisons import reference_trial
 from analysis.frontier.attainment import mean_frontier_band
 from analysis.frontier.hypervolume import HypervolumeReference, hypervolume_interval
 from analysis.frontier.support import frontier_support, size_needed
 from analysis.runs import StudyRuns
 from analysis.selection import seed_table
-from analysis.summary import Measure
+from analysis.summary import Measure, sole_reference
 
 N_DRAWS = 10_000
 """Redraws of the means behind each share; its standard error is at most half a percent."""
@@ -105,8 +104,8 @@ def _size_needed(
     measure: Measure,
     rng: np.random.Generator,
 ) -> pd.DataFrame:
-    reference = reference_trial(summary)
-    if reference is None or reference not in table.index:
+    reference = sole_reference(summary)["trial"].max()
+    if reference not in table.index:
         return pd.DataFrame(columns=list(_SIZE_NEEDED))
     budgets = summary.set_index("trial")["budget_hash"]
     table = table[(budgets[table.index] == budgets[reference]) | table.index.isin(list(declared))]

@@ -9,6 +9,7 @@ import statistics
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,17 +124,16 @@ def _check_fresh(name: str, n_seeds: int, used: Iterable[int]) -> None:
 
 def _selected(
     config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None]
-) -> tuple[dict[str, list[Content]], dict[str, int]]:
-    """The arms of the new study, by the arm that they come from, and the parameters of those that a search found."""
+) -> tuple[dict[str, list[Content]], dict[str, list[int]]]:
+    """The arms of the new study, by the arm that they come from; and by its name, the parameters of each one's trials."""
     results = [result for result in snapshot.results if result.seed in config.seed_list]
     losses = _mean_losses(snapshot.trials, results)
     found = frontier(points(snapshot.trials, results))
     on_frontier = {point.trial for point in found}
     taken = {arm.name for arm in config.arms}
     arms: dict[str, list[Content]] = {}
-    sizes: dict[str, int] = {}
+    sizes: dict[str, list[int]] = {}
     for arm in config.arms:
-        chosen: list[Trial] = []
         trials = [trial for trial in snapshot.trials if trial.spec.arm == arm.name]
         if not arm.is_searched:
             new = _best_of_listed(arm, config, trials, losses, say)
@@ -146,10 +146,9 @@ def _selected(
             chosen.sort(key=lambda trial: (trial.shape.n_params, trial.number))
             new = _of_search(arm, len(own), chosen)
         taken.discard(arm.name)  # the first that comes from it may keep it
-        arms[arm.name] = [_ordered(_with_own_name(content, taken)) for content in new]
-        if arm.is_searched:
-            found_as = zip(arms[arm.name], chosen, strict=True)
-            sizes |= {content["name"]: trial.shape.n_params for content, trial in found_as}
+        arms[arm.name] = [_ordered(_with_own_name(content, taken)) for content, _ in new]
+        for content, (_, winners) in zip(arms[arm.name], new, strict=True):
+            sizes[content["name"]] = [trial.shape.n_params for trial in winners]
     return arms, sizes
 
 
@@ -168,12 +167,13 @@ def _mean_losses(trials: Iterable[Trial], results: Iterable[SeedResult]) -> dict
 
 def _best_of_listed(
     arm: Arm, config: StudyConfig, trials: Sequence[Trial], losses: Mapping[int, float], say: Callable[[str], None]
-) -> list[Content]:
-    """An arm with the tuned values that won; several where more than the learning rate depends on the size."""
+) -> list[tuple[Content, Sequence[Trial]]]:
+    """An arm with the tuned values that won, and the trials that did; several where more than the learning rate depends
+    on the size."""
     listed = [key for key, value in arm.values().items() if isinstance(value, tuple)]
     tuned = [key for key in listed if key in TUNED_FIELDS]
     if not tuned:
-        return [_plain(arm)]
+        return [(_plain(arm), trials)]
     kept = [key for key in listed if key not in tuned]
     alike: dict[tuple[Any, ...], list[Trial]] = defaultdict(list)
     for trial in trials:
@@ -187,9 +187,9 @@ def _best_of_listed(
                 f"arm {arm.name}{where}: a seed of every trial failed, so that none of them can win; "
                 "list other values, or take this out of the study"
             )
-        winners.append(min(sound, key=lambda trial: losses[trial.number]).spec)
-        if "learning_rate" in tuned and (end := _at_an_end(winners[-1], own)):
-            rate = winners[-1].protocol.learning_rate
+        winners.append(min(sound, key=lambda trial: losses[trial.number]))
+        if "learning_rate" in tuned and (end := _at_an_end(winners[-1].spec, own)):
+            rate = winners[-1].spec.protocol.learning_rate
             say(
                 f"arm {arm.name}{where}: the best learning rate, {rate:g}, is the {end} of those tried; a better one "
                 "may lie beyond: list it and `mpo-study run` with --extend, then select again"
@@ -206,9 +206,10 @@ def _at_an_end(winner: TrialSpec, tried: Iterable[Trial]) -> str | None:
 
 
 def _as_arms(
-    arm: Arm, tuned_among: int, kept: Sequence[str], tuned: Sequence[str], winners: Sequence[TrialSpec]
-) -> Iterator[Content]:
-    """As few arms as say the winners: the learning rate may depend on the size within one, and nothing else.
+    arm: Arm, tuned_among: int, kept: Sequence[str], tuned: Sequence[str], winners: Sequence[Trial]
+) -> Iterator[tuple[Content, Sequence[Trial]]]:
+    """As few arms as say the winners, each with its own: the learning rate may depend on the size within one, and
+    nothing else.
 
     Args:
         kept, tuned: fields that the arm lists.
@@ -217,16 +218,17 @@ def _as_arms(
     size = next((key for key in kept if key in SIZE_FIELDS), None)
     others = [key for key in kept if key != size]
     by_size: dict[Any, set[tuple[Any, ...]]] = defaultdict(set)
-    for spec in winners:
-        by_size[_value(spec, size)].add(tuple(_value(spec, key) for key in tuned))
+    for trial in winners:
+        by_size[_value(trial.spec, size)].add(tuple(_value(trial.spec, key) for key in tuned))
     if all(len(values) == 1 for values in by_size.values()):
         others = []  # the same won whatever they are, so they stay as they are listed
     fixed = [*others, *(key for key in tuned if key != "learning_rate")]
-    groups: dict[tuple[Any, ...], list[TrialSpec]] = defaultdict(list)
-    for spec in winners:
-        groups[tuple(_value(spec, key) for key in fixed)].append(spec)
+    groups: dict[tuple[Any, ...], list[Trial]] = defaultdict(list)
+    for trial in winners:
+        groups[tuple(_value(trial.spec, key) for key in fixed)].append(trial)
     chosen = [dict(zip(fixed, values, strict=True)) for values in groups]
-    for name, values, specs in zip(_names(arm.name, chosen), chosen, groups.values(), strict=True):
+    for name, values, own in zip(_names(arm.name, chosen), chosen, groups.values(), strict=True):
+        specs = [trial.spec for trial in own]
         content = _plain(arm) | {"name": name, **values, "tuned_among": tuned_among}
         sizes = list(dict.fromkeys(_value(spec, size) for spec in specs))
         if size is not None:
@@ -236,19 +238,19 @@ def _as_arms(
             content["learning_rate"] = rates if len(set(rates.values())) > 1 else next(iter(rates.values()))
         if isinstance(arm, DenseArm) and isinstance(arm.d_ff, dict):
             content["d_ff"] = {each: arm.d_ff[each] for each in sizes}
-        yield content
+        yield content, own
 
 
-def _of_search(arm: Arm, tuned_among: int, chosen: Sequence[Trial]) -> list[Content]:
-    """An arm of fixed values for each of a searched arm's trials.
+def _of_search(arm: Arm, tuned_among: int, chosen: Sequence[Trial]) -> list[tuple[Content, Sequence[Trial]]]:
+    """An arm of fixed values for each of a searched arm's trials, with that trial.
 
     Args:
         tuned_among: trials of the arm that were trained: of several arms, a sampler does not try each equally often.
     """
     values = [{key: _value(trial.spec, key) for key in arm.values()} for trial in chosen]
     return [
-        _plain(arm) | {"name": name, **own, "tuned_among": tuned_among}
-        for name, own in zip(_names(arm.name, values), values, strict=True)
+        (_plain(arm) | {"name": name, **own, "tuned_among": tuned_among}, [trial])
+        for name, own, trial in zip(_names(arm.name, values), values, chosen, strict=True)
     ]
 
 
@@ -302,7 +304,7 @@ def _sections(
     n_seeds: int,
     file: Path,
     arms: Mapping[str, list[Content]],
-    sizes: Mapping[str, int],
+    sizes: Mapping[str, Sequence[int]],
 ) -> Content:
     corpus = config.corpus.model_dump(mode="json", exclude_defaults=True)
     if config.corpus.path is not None:
@@ -325,18 +327,23 @@ def _sections(
     return {key: content for key, content in sections.items() if content}
 
 
-def _contrasts(config: StudyConfig, arms: Mapping[str, list[Content]], sizes: Mapping[str, int]) -> Iterator[Content]:
-    """Each declared contrast, for each arm that comes from one it names: with the rivals that share a χ, or else, of
-    those that a search found, the nearest in parameters."""
+def _contrasts(
+    config: StudyConfig, arms: Mapping[str, list[Content]], sizes: Mapping[str, Sequence[int]]
+) -> Iterator[Content]:
+    """Each declared contrast, for each arm that comes from one it names: with the rivals that share a χ, or else those
+    nearest in parameters. (What a search found may have other sites than a control of its χ is meant for.)"""
+
+    def distance(size: int, rival: Content) -> float:
+        return min(abs(math.log(other / size)) for other in sizes[rival["name"]])
+
     for contrast in config.claims.contrasts:
         rivals = arms[contrast.against]
-        for own in arms[contrast.arm]:
-            alike = [rival for rival in rivals if _chis(own) & _chis(rival)]
-            if not alike and all(each["name"] in sizes for each in (own, *rivals)):
-                size = sizes[own["name"]]
-                alike = sorted(rivals, key=lambda rival: abs(math.log(sizes[rival["name"]] / size)))[:1]
-            for rival in alike or rivals:
-                yield {"arm": own["name"], "against": rival["name"]}
+        for own in arms[contrast.arm] if rivals else ():
+            alike = {rival["name"] for rival in rivals if _chis(own) & _chis(rival)}
+            if config.arm(contrast.arm).is_searched or not alike:
+                alike = {min(rivals, key=partial(distance, size))["name"] for size in sizes[own["name"]]}
+            for name in (rival["name"] for rival in rivals if rival["name"] in alike):
+                yield {"arm": own["name"], "against": name}
 
 
 def _chis(content: Content) -> set[int]:

@@ -19,6 +19,7 @@ from analysis.summary import (
     Measure,
     frontier_key,
     half_width_key,
+    sole_reference,
 )
 
 EXACT = 1e-5
@@ -29,12 +30,13 @@ MAX_CURVES = 6
 
 def frontier_points(summary: pd.DataFrame, measure: Measure, support: pd.DataFrame) -> pd.DataFrame:
     """One row per trial with a complete seed: identity, n_params, n_seeds, mean and half_width in the measure's unit,
-    on_frontier, is_reference; support and near_support, NaN where the trial is not in `support` (as
+    on_frontier, is_reference (if it is the sole one); support and near_support, NaN where the trial is not in `support` (as
     `uncertainty.FrontierUncertainty` has it)."""
     points = summary.loc[
         summary["n_seeds"] > 0,
-        ["trial", "arm", "group", "label", "n_params", "percent_of_dense", "n_seeds", "is_reference"],
+        ["trial", "arm", "group", "label", "n_params", "percent_of_dense", "n_seeds"],
     ].copy()
+    points["is_reference"] = points["trial"].isin(sole_reference(summary)["trial"])
     points["mean"] = measure.scale * summary[schema.mean_key(measure.key)]
     points["half_width"] = measure.scale * summary[half_width_key(measure.key)]
     points["on_frontier"] = summary[frontier_key(measure)]
@@ -58,7 +60,7 @@ def curve_trials(summary: pd.DataFrame) -> pd.DataFrame:
     """The trials whose learning curves are shown, with their panel; none that was stopped early.
 
     All of a panel that has MAX_CURVES or fewer, else those on the frontier of the panel's own loss, evenly thinned to
-    MAX_CURVES, and always the reference.
+    MAX_CURVES, and always the sole reference.
     """
     complete = _with_curves(summary)
     chosen: list[int] = []
@@ -88,7 +90,8 @@ def curves_left_out(summary: pd.DataFrame) -> str:
 
 def _with_curves(summary: pd.DataFrame) -> pd.DataFrame:
     complete = summary[(summary["n_seeds"] > 0) & summary["stopped"].isna()]
-    return complete.assign(panel=complete["group"].map(panel_of))
+    is_reference = complete["trial"].isin(sole_reference(summary)["trial"])
+    return complete.assign(panel=complete["group"].map(panel_of), is_reference=is_reference)
 
 
 def curve_means(shown: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:

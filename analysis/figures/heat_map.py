@@ -17,7 +17,7 @@ from analysis.figures import labels
 from analysis.importance import factor_name, varying
 from analysis.selection import OTHER_BUDGET, is_sound, left_out_statement
 from analysis.statistics.contrasts import contrasts
-from analysis.summary import MIN_SEEDS, MPO_SCRATCH, MPO_TUNED, Measure
+from analysis.summary import MIN_SEEDS, MPO_SCRATCH, MPO_TUNED, Measure, sole_reference
 
 COLUMNS = (*("start", "chi", "n_sites", "trial", "difference", "half_width", "n_seeds", "setting", "left_out"),)
 _TITLES = {"scratch": MPO_SCRATCH, "teacher": MPO_TUNED}
@@ -48,10 +48,11 @@ def heat_map_cells(
         Columns: start, chi, n_sites, trial; difference and half_width in the measure's unit (points for %), NaN
         half_width for fewer than 3 seeds; n_seeds, of both. setting: the other factors of the panel, where they vary;
         left_out: a sentence on the trials that are not shown. Sorted by start, L and χ. Empty where there is no
-        reference all of whose seeds ended well, and of every start that has not two χ and two L.
+        sole reference all of whose seeds ended well, and of every start that has not two χ and two L.
     """
     nothing = pd.DataFrame(columns=list(COLUMNS))
-    references = summary[summary["is_reference"] & is_sound(summary)]
+    references = sole_reference(summary)
+    references = references[is_sound(references)]
     if references.empty:
         return nothing
     reference = references.iloc[0]

@@ -14,7 +14,7 @@ from analysis.figures import labels, marks, panels
 from analysis.frontier.nondominated import frontier_mask
 from analysis.runs import StudyRuns
 from analysis.statistics.intervals import ratio_interval
-from analysis.summary import MIN_SEEDS, VAL_ACC, n_statement
+from analysis.summary import MIN_SEEDS, VAL_ACC, n_statement, sole_reference
 
 COLUMNS = ("trial", "label", "group", "n_params", "n_failed", "n", "ratio", "low", "high")
 _LABELLED = 20
@@ -28,7 +28,7 @@ def retained_points(runs: StudyRuns, summary: pd.DataFrame, declared: Collection
     """Mean final accuracy relative to that of the dense reference, over the seeds that both have completed.
 
     Trials of the reference's budget, and those of `declared`, which the study file compares with it across budgets;
-    none that was stopped early, and none that shares no seed. Without a reference there are no rows.
+    none that was stopped early, and none that shares no seed. Without a sole reference there are no rows.
 
     Columns: trial, label, group, n_params, n_failed (of either), n (shared seeds), ratio, low, high (Fieller's 95 %
     interval) in per cent. Limits are NaN below MIN_SEEDS, where a seed failed, whose loss would flatter those that are
@@ -36,7 +36,7 @@ def retained_points(runs: StudyRuns, summary: pd.DataFrame, declared: Collection
     """
     accuracy = runs.seeds.set_index(["trial", "seed"])[VAL_ACC.key]
     rows = []
-    for reference in summary[summary["is_reference"]].to_dict("records"):
+    for reference in sole_reference(summary).to_dict("records"):
         for row in _comparable(summary, reference, declared).to_dict("records"):
             shared = pd.concat([accuracy[row["trial"]], accuracy[reference["trial"]]], axis=1, join="inner")
             if shared.empty:

@@ -184,11 +184,6 @@ class Growths:
     more_seeds: Mapping[int, Sequence[int]]
     changed: str
 
-    @property
-    def newest(self) -> str | None:
-        """What was asked for last."""
-        return self.records[-1].command if self.records else None
-
 
 def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
     """How a study was begun and has grown.

@@ -279,6 +279,36 @@ def test_what_a_search_found_is_compared_with_the_nearest_it_found_of_the_rivals
     assert len({c.against for c in new.claims.contrasts}) > 1
 
 
+def test_what_a_search_found_is_compared_with_the_nearest_of_listed_rivals_whatever_their_caps(tmp_path):
+    low_rank = {"name": "low-rank", "family": "low_rank", "as_chi": [2, 8], "init": ["variance", "svd_fresh"]}
+    claims = {"contrasts": [{"arm": "found", "against": "low-rank"}]}
+    # χ = 3 has no control of its own; χ = 8 of four sites is no measure for one that is meant for two.
+    searched = SEARCHED | {"factorisation": "balanced", "n_sites": 4, "chi": {"choices": [3, 8]}}
+    file = write_search(
+        tmp_path / "files", "random", 8, seeds=SEEDS, arms=[DENSE, low_rank, searched], claims=claims
+    )  # fmt: skip
+    folder = tmp_path / "results"
+    run_at(file, folder)
+    best = {2: "variance", 8: "svd_fresh"}
+    trials = read_ledger(ledger_of(folder), "search-random").trials
+    sizes = {(trial.spec.chi, trial.spec.as_chi): trial.shape.n_params for trial in trials}
+
+    def loss(spec):
+        return 1 / sizes[spec.chi, spec.as_chi] + (spec.as_chi is not None and spec.init != best[spec.as_chi])
+
+    give_losses(folder, loss, "search-random")
+    new = written(folder, tmp_path / "new.yaml")
+    assert (new.arm("low-rank-variance").as_chi, new.arm("low-rank-svd_fresh").as_chi) == (2, 8)
+    expected = {}
+    for arm in new.arms:
+        if arm.name.startswith("found"):
+            rivals = {"low-rank-variance": sizes[None, 2], "low-rank-svd_fresh": sizes[None, 8]}
+            expected[arm.name] = min(rivals, key=lambda name: abs(math.log(rivals[name] / sizes[arm.chi, None])))
+    assert len(expected) > 1
+    assert {contrast.arm: contrast.against for contrast in new.claims.contrasts} == expected
+    assert len(new.claims.contrasts) == len(expected)
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
