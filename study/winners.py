@@ -125,7 +125,7 @@ def _check_fresh(name: str, n_seeds: int, used: Iterable[int]) -> None:
 def _selected(
     config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None]
 ) -> tuple[dict[str, list[Content]], dict[str, list[int]]]:
-    """The arms of the new study, by the arm that they come from; and by its name, the parameters of each one's trials."""
+    """The arms of the new study, by the arm that they come from; by its name, the parameters of each one's trials."""
     results = [result for result in snapshot.results if result.seed in config.seed_list]
     losses = _mean_losses(snapshot.trials, results)
     found = frontier(points(snapshot.trials, results))

@@ -30,8 +30,8 @@ MAX_CURVES = 6
 
 def frontier_points(summary: pd.DataFrame, measure: Measure, support: pd.DataFrame) -> pd.DataFrame:
     """One row per trial with a complete seed: identity, n_params, n_seeds, mean and half_width in the measure's unit,
-    on_frontier, is_reference (if it is the sole one); support and near_support, NaN where the trial is not in `support` (as
-    `uncertainty.FrontierUncertainty` has it)."""
+    on_frontier, is_reference (if it is the sole one); support and near_support, NaN where the trial is not in `support`
+    (as `uncertainty.FrontierUncertainty` has it)."""
     points = summary.loc[
         summary["n_seeds"] > 0,
         ["trial", "arm", "group", "label", "n_params", "percent_of_dense", "n_seeds"],
