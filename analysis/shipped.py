@@ -26,6 +26,7 @@ from analysis.tables import comparisons_table, to_markdown, trials_table
 FIGURE = "figures/frontier_val_loss.svg"
 TRIALS = ("configuration", "family", "arm", "parameters", "seeds", "val loss (nats)", "val accuracy (%)")
 DECLARED = ("compared", "against", "measure", "difference", "verdict", "p adjusted", "seeds")
+MPO_LOSS = ("compared", "against", "difference", "verdict", "p adjusted", "declared", "seeds")
 
 
 def main() -> None:
@@ -80,13 +81,15 @@ def parts(findings: Findings, report: str) -> dict[str, str]:
     """
     compared = comparisons_table(findings.compared).shown
     declared = compared.loc[compared["declared"] == "yes", list(DECLARED)] if len(compared) else compared
-    of_loss = declared[declared["measure"].str.startswith(VAL_LOSS.short)] if len(declared) else declared
+    of_mpo = findings.summary.loc[findings.summary["family"] == "mpo", "trial"]
+    is_shown = findings.compared["trial"].isin(of_mpo) & (findings.compared["measure"] == VAL_LOSS.name)
+    mpo = comparisons_table(findings.compared[is_shown]).shown
     caption = f"Frontier of {findings.runs.name}: validation loss against trainable parameters"
     said = {
         "figure": f"![{caption}]({report}/{FIGURE})",
         "trials": to_markdown(trials_table(findings.summary).shown[list(TRIALS)]),
         "declared": to_markdown(declared) if len(declared) else "Nothing.\n",
-        "declared-loss": to_markdown(of_loss.drop(columns="measure")) if len(declared) else "Nothing.\n",
+        "mpo-loss": to_markdown(mpo[list(MPO_LOSS)]) if len(mpo) else "Nothing.\n",
         "share": " ".join(retained_shares(findings.runs, findings.summary, findings.compared)),
         **{answer.name: " ".join(answer.sentences) for answer in findings.answers},
     }

@@ -25,6 +25,7 @@ _SHOWN = {"low_rank": "low rank", "monarch": "Monarch"}
 
 AGGREGATED = ("final/val_loss", "final/val_acc", "best/val_loss", "best/val_acc")
 TOKENS = ("train_tokens", "total_tokens")
+SECONDS = "train_seconds"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     group: the family as a reader tells them apart. label: short and unique in its group. is_reference: the dense model
     from scratch that others are compared with, the first trial of that size with seeds enough. percent_of_dense:
     parameters relative to the study's dense model. For each metric of AGGREGATED, its mean, std and half-width over
-    seeds; the most tokens of any seed. For each measure, whether the trial is on its frontier.
+    seeds; the mean of the seconds of training; the most tokens of any seed. For each measure, whether the trial is on
+    its frontier.
     """
     summary = runs.trials.copy()
     summary["percent_of_dense"] = (100 * summary["n_params"] / summary["n_params_dense"]).astype("float64")
@@ -90,6 +92,9 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     summary["label"] = _labels(summary)
     for key in AGGREGATED:
         _add_interval(summary, runs.seeds, key)
+    # As it went: it depends on the machine, and on what else ran there.
+    seconds = summary["trial"].map(runs.seeds.groupby("trial")[SECONDS].mean())
+    summary[schema.mean_key(SECONDS)] = seconds.astype("float64")
     for key in TOKENS:
         tokens = summary["trial"].map(runs.seeds.groupby("trial")[key].max()).astype("Int64")
         # Of one budget all have as many: so, too, a trial that has no complete seed.

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis import run_schema as schema
 from analysis.runs import StudyRuns
-from analysis.summary import MEASURES, VAL_ACC, VAL_LOSS, Measure, frontier_key, half_width_key
+from analysis.summary import MEASURES, SECONDS, VAL_ACC, VAL_LOSS, Measure, frontier_key, half_width_key
 from analysis.uncertainty import FrontierUncertainty
 
 
@@ -48,6 +48,7 @@ def trials_table(summary: pd.DataFrame) -> Table:
             "best val loss": _means(summary, "best/val_loss", VAL_LOSS),
             "best val accuracy": _means(summary, "best/val_acc", VAL_ACC),
             "tokens": [_count(value) for value in summary["total_tokens"]],
+            "training (s)": [_count(value) for value in summary[schema.mean_key(SECONDS)].round()],
             "on frontier of": on_frontiers,
         }
     )
