@@ -245,13 +245,14 @@ class _BySize:
         return [self._trials[at] for at in sorted(self._ascending[within])]
 
 
-def _nearness(trial: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
+def _nearness(trial: dict[str, Any], other: dict[str, Any]) -> tuple[tuple[int, float], float]:
     return _unlike(trial, other), _distance(trial, other)
 
 
-def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> int:
-    """In how much of how they were trained, and of what an arm may list, two trials differ."""
-    return sum(map(ne, trial["trained"], other["trained"]))
+def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
+    """In how much of how they were trained, and of what an arm may list, two trials differ; and by how much in rate."""
+    rates = trial["learning_rate"] / other["learning_rate"]
+    return sum(map(ne, trial["trained"], other["trained"])), abs(math.log(rates))
 
 
 _TRAINED = ("budget_hash", "learning_rate", "lr_rule", "decay", "factorisation", "n_sites")

@@ -105,7 +105,7 @@ def _rows(pairs: pd.DataFrame, first: pd.DataFrame, measures: list[Measure]) -> 
         if row["n"] < first["n"].max():
             text += f", n={row['n']}"
         tokens_of_both = (row["total_tokens"], row["against_total_tokens"])
-        differ = not row["same_budget"] or pd.Series(tokens_of_both).nunique() > 1
+        differ = pd.Series(tokens_of_both).nunique(dropna=False) > 1
         tokens = f"{_tokens(row['total_tokens'])} vs {_tokens(row['against_total_tokens'])}" if differ else ""
         rows.append(Row(text, (tokens,), tuple(own[index] for own in verdicts)))
     return rows

@@ -123,6 +123,13 @@ def test_of_the_controls_of_an_arm_the_nearest_is_taken_and_another_start_is_non
     assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
 
 
+def test_control_of_the_nearest_learning_rate_is_taken_where_none_has_the_own():
+    """A search's rate is on no grid, and the first rate that a grid lists may be its worst."""
+    controls = [control(16, 1.8, learning_rate=rate) for rate in (6e-3, 2e-2, 6e-2)]
+    frame, _ = compared([DENSE, mpo(16, 1.7, learning_rate=3e-2), *controls])
+    assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
+
+
 def test_control_of_the_own_budget_and_learning_rate_is_taken_whatever_others_there_are():
     found = [
         DENSE,
