@@ -255,7 +255,9 @@ def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
     return sum(map(ne, trial["trained"], other["trained"])), abs(math.log(rates))
 
 
-_TRAINED = ("budget_hash", "learning_rate", "lr_rule", "decay", "factorisation", "n_sites")
+_TRAINED = (
+    *("budget_hash", "learning_rate", "embedding_learning_rate", "lr_rule", "decay", "factorisation", "n_sites"),
+)
 _KNOWN = (
     *("trial", "study", "arm", "group", "family", "start", "teacher", "cap", "n_params", "n_seeds", "stopped"),
     *("n_failed", "is_reference"),

@@ -112,6 +112,7 @@ PARAMS = (
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
     Field("forward", "param", str, "how an MPO layer is applied: reconstruct, chain"),
     Field("learning_rate", "param", float, "peak learning rate"),
+    Field("embedding_learning_rate", "param", float, "peak learning rate of the embeddings, where it is their own"),
     Field("steps", "param", int, "optimiser steps"),
     Field("warmup_steps", "param", int, "warm-up steps"),
     Field("batch_size", "param", int, "sequences per step"),

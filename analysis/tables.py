@@ -220,6 +220,7 @@ def arms_table(summary: pd.DataFrame) -> Table:
 
 _NUMBERS = (
     "learning_rate",
+    "embedding_learning_rate",
     "steps",
     "warmup_steps",
     "batch_size",

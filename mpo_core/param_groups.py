@@ -21,6 +21,7 @@ def param_groups(
     rule: str = "uniform",
     weight_decay: float = 0.0,
     decay: str = "parameter",
+    embedding_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of all trainable parameters, for torch.optim.AdamW and others whose decay is decoupled.
 
@@ -32,11 +33,12 @@ def param_groups(
         decay: what λ is of. "parameter": of each parameter; a product of L factors then shrinks by (1 − lr · λ)^L a
             step, L times as fast as a dense weight. "matrix": of W; each factor decays by λ / (L · its multiplier), so
             that W shrinks as a dense weight would, to first order in lr · λ.
+        embedding_lr: of the weights of every nn.Embedding; `lr` unless given.
     Returns:
         One dict per combination, in the order of the model: "params", "lr", "weight_decay", and "lr_mult", the factor
         by which a schedule's rate has to be multiplied.
     Raises:
-        ValueError: an unknown rule or decay, a rate or weight decay that is negative.
+        ValueError: an unknown rule or decay, a rate or weight decay that is negative, embeddings beside an `lr` of 0.
     Source: Qiu et al. 2024, section 4 (the rates of structured layers under Adam).
     """
     if rule not in RULES:
@@ -45,6 +47,11 @@ def param_groups(
         raise ValueError(f"`decay` must be one of {', '.join(DECAYS)}, but got {decay!r}")
     if lr < 0 or weight_decay < 0:
         raise ValueError(f"`lr` and `weight_decay` must be at least 0, but got lr={lr}, weight_decay={weight_decay}")
+    if embedding_lr is not None and not (embedding_lr >= 0 and lr > 0):
+        raise ValueError(
+            "`embedding_lr` must be at least 0, and `lr` beside it above 0, "
+            f"but got embedding_lr={embedding_lr}, lr={lr}"
+        )
     multiplier: dict[int, float] = {}
     n_factors: dict[int, int] = {}
     for layer in model.modules():
@@ -54,13 +61,16 @@ def param_groups(
                 key = id(layer.get_parameter(name))
                 n_factors[key] = len(fan_ins)
                 multiplier[key] = layer.in_features / fan_in / len(fan_ins) if rule == "mup" else 1.0
+        elif isinstance(layer, nn.Embedding) and embedding_lr is not None:
+            multiplier[id(layer.weight)] = embedding_lr / lr
 
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        lr_mult = multiplier.get(id(parameter), 1.0)
-        share = 1.0 if decay == "parameter" else n_factors.get(id(parameter), 1) * lr_mult
+        key = id(parameter)
+        lr_mult = multiplier.get(key, 1.0)
+        share = n_factors[key] * lr_mult if decay == "matrix" and key in n_factors else 1.0
         group = {"params": [], "lr": lr * lr_mult, "weight_decay": weight_decay / share, "lr_mult": lr_mult}
         groups.setdefault((lr_mult, share), group)["params"].append(parameter)
     return list(groups.values())

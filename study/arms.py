@@ -32,6 +32,7 @@ class _Arm(Strict):
         default=None,
         description="Overrides the protocol's. `{8: 3e-3, 16: 1e-3}`: by the trial's χ, or a dense one's d_model.",
     )
+    embedding_learning_rate: Number[PositiveFloat] | None = Field(default=None, description="Overrides the protocol's.")
     steps: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Overrides the protocol's.")
     eval_every: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
@@ -205,8 +206,9 @@ def _refuse_beside_teacher(arm: MPOArm | ControlArm) -> None:
 
 Arm = Annotated[DenseArm | MPOArm | ControlArm, Field(discriminator="family")]
 BY_SIZE_FIELDS = ("learning_rate", "d_ff")
+RATES = ("learning_rate", "embedding_learning_rate")
 VALUE_FIELDS = (
-    *("learning_rate", "d_model", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule"),
+    *(*RATES, "d_model", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule"),
     *("decay", "forward"),
 )
 SIZE_FIELDS = ("d_model", "chi", "as_chi")

@@ -41,13 +41,17 @@ class Model(Strict):
 
 
 class Protocol(Strict):
-    """How a model is trained and evaluated; an arm may override steps, warm-up and learning rate."""
+    """How a model is trained and evaluated; an arm may override steps, warm-up and learning rates."""
 
     steps: PositiveInt = Field(default=2000, description="Optimiser steps.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=100, description="Steps of linear warm-up.")
     batch_size: PositiveInt = Field(default=32, description="Sequences per step.")
     learning_rate: PositiveFloat = Field(
         default=3e-4, description="Peak learning rate; cosine decay to 0 at the last step."
+    )
+    embedding_learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description="Peak learning rate of the embeddings; that of all else unless given.",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.95), description="AdamW's β₁, β₂."

@@ -99,15 +99,15 @@ mpo-study winners results/tuning final.yaml     # arms of fixed values, on the s
 mpo-study run final.yaml
 ```
 
-Tuned are `init`, `learning_rate`, `lr_rule` and `decay` where an arm lists them: for each size, and each combination of
-what else it lists, those with the best mean of the final validation loss win. Of a search, every trial on the frontier
-of parameters and that mean becomes an arm; so does the best one of each arm that has none on it, lest what MPO is
-compared with goes missing. A trial of which a seed failed is not selected. Where the best learning rate is the lowest
-or the highest that was listed, the command says so. Contrasts go on as declared: with the rivals that share a χ, or
-else the nearest in parameters; for what a search found always with the nearest. `tuned_among` says among how many
-trials an arm's values were chosen, so that arms tuned alike, wherever, are of one budget. The written file says from
-which study and seeds it comes, and is yours to read and change before it runs. Neither a study that lacks runs nor a
-seed that chose is taken.
+Tuned are `init`, both learning rates, `lr_rule` and `decay` where an arm lists them: for each size, and each
+combination of what else it lists, those with the best mean of the final validation loss win. Of a search, every trial
+on the frontier of parameters and that mean becomes an arm; so does the best one of each arm that has none on it, lest
+what MPO is compared with goes missing. A trial of which a seed failed is not selected. Where the best learning rate is
+the lowest or the highest that was listed, the command says so. Contrasts go on as declared: with the rivals that share
+a χ, or else the nearest in parameters; for what a search found always with the nearest. `tuned_among` says among how
+many trials an arm's values were chosen, so that arms tuned alike, wherever, are of one budget. The written file says
+from which study and seeds it comes, and is yours to read and change before it runs. Neither a study that lacks runs nor
+a seed that chose is taken.
 """
 
 

@@ -15,7 +15,7 @@ from optuna.distributions import (
 )
 
 from analysis import run_schema
-from study.arms import SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm
+from study.arms import RATES, SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm
 from study.config import StudyConfig
 from study.errors import StudyError
 from study.trial import TrialSpec
@@ -94,7 +94,7 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
         StudyError: the values do not go together.
     """
     data: dict[str, Any] = {"arm": arm.name, "family": arm.family, "teacher": arm.teacher}
-    data |= {key: value for key, value in chosen.items() if key not in ("learning_rate", "d_model")}
+    data |= {key: value for key, value in chosen.items() if key not in (*RATES, "d_model")}
     if isinstance(arm, CompressedArm):
         data.setdefault("lr_rule", "uniform")
         data.setdefault("decay", "parameter")
@@ -104,7 +104,7 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
         data.setdefault("init", "paper")
     size = next((chosen[key] for key in SIZE_FIELDS if key in chosen), config.model.d_model)
     overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {
-        "learning_rate": _of_size(chosen.get("learning_rate"), size)
+        key: _of_size(chosen.get(key), size) for key in RATES
     }
     protocol = config.protocol.model_dump() | {key: value for key, value in overrides.items() if value is not None}
     model = config.model.model_dump()

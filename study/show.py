@@ -147,6 +147,11 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 
 def _what(spec: TrialSpec) -> str:
+    own = spec.protocol.embedding_learning_rate
+    return _shape(spec) + (f", embeddings {own:g}" if own is not None else "")
+
+
+def _shape(spec: TrialSpec) -> str:
     if spec.family == "dense":
         return f"d_model={spec.model.d_model}" + (f", from {spec.teacher}" if spec.teacher is not None else "")
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""

@@ -99,6 +99,7 @@ class Training:
             rule=spec.lr_rule or "uniform",
             weight_decay=protocol.weight_decay,
             decay=spec.decay or "parameter",
+            embedding_lr=protocol.embedding_learning_rate,
         )
         self.optimiser = adamw([group | {"betas": protocol.betas} for group in groups], device)
         self._is_captured = capture and torch.device(device).type == "cuda"

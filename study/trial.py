@@ -205,8 +205,11 @@ def _identity(spec: TrialSpec, layers: list[Any]) -> str:
     essence["layers"] = layers
     if spec.forward in (None, "reconstruct"):
         del essence["forward"]
-    if spec.protocol.precision == "float32":  # as were all before it could be chosen
+    # As were all before it could be chosen.
+    if spec.protocol.precision == "float32":
         del essence["protocol"]["precision"]
+    if spec.protocol.embedding_learning_rate is None:
+        del essence["protocol"]["embedding_learning_rate"]
     if spec.family == "mpo" and spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
         essence["chi"] = spec.chi  # this init mode depends on the cap as asked for, not on the bonds it gives
     return _hash(essence)
@@ -257,7 +260,7 @@ def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, teache
     )[:12]
 
 
-TUNED_FIELDS = ("init", "learning_rate", "lr_rule", "decay")
+TUNED_FIELDS = ("init", "learning_rate", "embedding_learning_rate", "lr_rule", "decay")
 
 
 def tuning_trials(arm: str, config: StudyConfig) -> int:

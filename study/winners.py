@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from study.arms import BY_SIZE_FIELDS, SIZE_FIELDS, Arm, DenseArm
+from study.arms import BY_SIZE_FIELDS, RATES, SIZE_FIELDS, Arm, DenseArm
 from study.config import StudyConfig
 from study.definition import settled
 from study.directory import StudyDirectory, replace_file
@@ -188,21 +188,15 @@ def _best_of_listed(
                 "list other values, or take this out of the study"
             )
         winners.append(min(sound, key=lambda trial: losses[trial.number]))
-        if "learning_rate" in tuned and (end := _at_an_end(winners[-1].spec, own)):
-            rate = winners[-1].spec.protocol.learning_rate
-            say(
-                f"arm {arm.name}{where}: the best learning rate, {rate:g}, is the {end} of those tried; a better one "
-                "may lie beyond: list it and `mpo-study run` with --extend, then select again"
-            )
+        for key in (key for key in RATES if key in tuned):
+            rate, tried = _value(winners[-1].spec, key), {_value(trial.spec, key) for trial in own}
+            if len(tried) > 1 and rate in (min(tried), max(tried)):
+                say(
+                    f"arm {arm.name}{where}: the best {key.replace('_', ' ')}, {rate:g}, is the "
+                    f"{'lowest' if rate == min(tried) else 'highest'} of those tried; a better one may lie beyond: "
+                    "list it and `mpo-study run` with --extend, then select again"
+                )
     return list(_as_arms(arm, tuning_trials(arm.name, config), kept, tuned, winners))
-
-
-def _at_an_end(winner: TrialSpec, tried: Iterable[Trial]) -> str | None:
-    """ "lowest" or "highest" where its learning rate is that of several that were tried; else None."""
-    rates = {trial.spec.protocol.learning_rate for trial in tried}
-    if len(rates) == 1:
-        return None
-    return {min(rates): "lowest", max(rates): "highest"}.get(winner.protocol.learning_rate)
 
 
 def _as_arms(
@@ -274,13 +268,13 @@ def _value(spec: TrialSpec, key: str | None) -> Any:
     """What a trial has for a field of its arm."""
     if key is None:
         return None
-    return getattr({"learning_rate": spec.protocol, "d_model": spec.model}.get(key, spec), key)
+    return getattr(spec.protocol if key in RATES else spec.model if key == "d_model" else spec, key)
 
 
 def _names(arm: str, chosen: Sequence[Mapping[str, Any]]) -> list[str]:
     """The arm's name, and the values in which those that come from it differ, learning rates aside."""
     differing = [key for key in chosen[0] if len({own[key] for own in chosen}) > 1] if chosen else []
-    differing = [key for key in differing if key != "learning_rate"]
+    differing = [key for key in differing if key not in RATES]
     return ["-".join([arm, *(_WORDS.get(key, "{}").format(own[key]) for key in differing)]) for own in chosen]
 
 

@@ -126,6 +126,11 @@ def test_labels_are_unique_in_their_group_and_no_longer_than_needed():
     ]  # fmt: skip
 
 
+def test_labels_tell_rates_of_the_embeddings_apart():
+    found = [replace(USUAL[3], chi=8, extra={"embedding_learning_rate": rate}) for rate in (None, 3e-2)]
+    assert summary_of([DENSE, *found])["label"].tolist()[1:] == ["χ=8", "χ=8, embeddings 3e-2"]
+
+
 def test_labels_tell_precisions_apart():
     found = [
         replace(USUAL[3], chi=8, extra={"precision": precision} if precision else {}) for precision in (None, "tf32")

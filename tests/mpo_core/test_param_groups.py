@@ -64,6 +64,16 @@ def test_param_groups_of_a_dense_model_are_one():
     assert (group["lr"], group["lr_mult"], group["weight_decay"]) == (0.1, 1.0, 0.3)
 
 
+@pytest.mark.parametrize("decay", ["parameter", "matrix"])
+def test_embeddings_have_a_rate_of_their_own_and_the_decay_of_what_is_no_factor(decay):
+    model = nn.Sequential(nn.Embedding(5, 128), LAYERS["mpo"]())
+    with_own = multipliers(model, rule="mup", weight_decay=0.1, decay=decay, embedding_lr=3e-2)
+    without = multipliers(model, rule="mup", weight_decay=0.1, decay=decay)
+    assert with_own.pop("0.weight") == (pytest.approx(30.0), 0.1)
+    assert without.pop("0.weight") == (1.0, 0.1)
+    assert with_own == without
+
+
 @pytest.mark.parametrize("rule", ["uniform", "mup"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_param_groups_decay_of_the_matrix_is_that_of_a_dense_weight(layer, rule):
@@ -91,6 +101,8 @@ def test_param_groups_decay_of_the_matrix_is_that_of_a_dense_weight(layer, rule)
         ({"decay": "all"}, "`decay` must be one of parameter, matrix, but got 'all'"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"embedding_lr": -0.1}, "embedding_lr=-0.1, lr=0.1"),
+        ({"embedding_lr": 0.1, "lr": 0.0}, "embedding_lr=0.1, lr=0.0"),
     ],
 )
 def test_param_groups_say_what_is_allowed(change, message):

@@ -19,6 +19,7 @@ ARMS = {
     "mpo": {"chi": 3},
     "paper-init": {"chi": 4, "init": "paper"},
     "mup": {"chi": 8, "n_sites": 3, "factorisation": "balanced", "lr_rule": "mup", "decay": "matrix"},
+    "embeddings-rate": {"chi": 3, "protocol": {"embedding_learning_rate": 0.05}},
     "one-site": {"chi": 1, "n_sites": 1, "factorisation": "balanced"},
     "chi-1": {"chi": 1},
     "fine-tune": {"chi": 2, "teacher": "dense"},

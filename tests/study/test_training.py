@@ -71,12 +71,15 @@ def test_learning_rate_without_warm_up_begins_at_its_peak():
     assert learning_rate_at(0, Protocol(steps=10, warmup_steps=0, learning_rate=0.02)) == 0.02
 
 
-def test_training_is_a_plain_loop(spec_of, corpus):
-    spec = spec_of(protocol={"grad_clip": 0.5, "weight_decay": 0.3, "betas": [0.8, 0.9]})
+@pytest.mark.parametrize("of_embeddings", [{}, {"embedding_learning_rate": 0.05}])
+def test_training_is_a_plain_loop(spec_of, corpus, of_embeddings):
+    spec = spec_of(protocol={"grad_clip": 0.5, "weight_decay": 0.3, "betas": [0.8, 0.9]} | of_embeddings)
     _, weights = train_seed(spec, 3, corpus)
     training = Training(spec, 3, corpus)
     model, protocol = training.model, spec.protocol
-    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.9), weight_decay=0.3, foreach=False, fused=False)
+    embedding = model.embedding.weight
+    groups = [{"params": [p for p in model.parameters() if p is not embedding]}, {"params": [embedding]}]
+    optimiser = torch.optim.AdamW(groups, betas=(0.8, 0.9), weight_decay=0.3, foreach=False, fused=False)
     batches = Windows(corpus.train, 12, 4, 8, 3, "data")
     for step in range(12):
         inputs, targets = batches.batch(step)
@@ -86,7 +89,9 @@ def test_training_is_a_plain_loop(spec_of, corpus):
         norm = math.sqrt(sum(float((parameter.grad**2).sum()) for parameter in model.parameters()))
         for parameter in model.parameters():
             parameter.grad *= min(1.0, 0.5 / norm)
-        optimiser.param_groups[0]["lr"] = learning_rate_at(step, protocol)
+        rate = learning_rate_at(step, protocol)
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.param_groups[1]["lr"] = rate / protocol.learning_rate * 0.05 if of_embeddings else rate
         optimiser.step()
     torch.testing.assert_close(dict(model.state_dict()), dict(weights), rtol=1e-4, atol=1e-5)
 

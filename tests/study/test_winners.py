@@ -170,6 +170,25 @@ def test_arm_is_split_where_more_than_the_rate_depends_on_the_size(tmp_path):
     ]
 
 
+def test_rate_of_the_embeddings_is_tuned_with_that_of_the_layers(tmp_path):
+    rates = {"learning_rate": [0.01, 0.1], "embedding_learning_rate": [0.02, 0.2, 2.0]}
+    folder = tuning(tmp_path, arms=[DENSE | rates, MPO | rates | {"chi": [2, 4]}], seeds=[100])
+    best = {None: (0.01, 0.2), 2: (0.1, 2.0), 4: (0.01, 2.0)}
+
+    def loss(spec):
+        protocol = spec.protocol
+        return 1 if (protocol.learning_rate, protocol.embedding_learning_rate) == best[spec.chi] else 2
+
+    give_losses(folder, loss)
+    said = []
+    new = written(folder, tmp_path / "new.yaml", say=said.append)
+    assert {
+        spec.chi: (spec.protocol.learning_rate, spec.protocol.embedding_learning_rate) for spec in listed_specs(new)
+    } == best
+    assert [arm.tuned_among for arm in new.arms] == [6, 6]
+    assert sum("the best embedding learning rate, 2, is the highest of those tried" in line for line in said) == 2
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_what_is_listed_and_not_tuned_stays_listed_where_the_same_wins(tmp_path, alike):
     tuned = TUNED | {"chi": [2, 4], "refinement": ["tt_svd", "whitened"], "learning_rate": [0.01, 0.1]}
