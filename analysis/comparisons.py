@@ -250,9 +250,15 @@ def _nearness(trial: dict[str, Any], other: dict[str, Any]) -> tuple[tuple[int, 
 
 
 def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
-    """In how much of how they were trained, and of what an arm may list, two trials differ; and by how much in rate."""
-    rates = trial["learning_rate"] / other["learning_rate"]
-    return sum(map(ne, trial["trained"], other["trained"])), abs(math.log(rates))
+    """In how much of how they were trained, and of what an arm may list, two differ; and by how much in rates."""
+    layers = trial["learning_rate"] / other["learning_rate"]
+    embeddings = _embedding_rate(trial) / _embedding_rate(other)
+    return sum(map(ne, trial["trained"], other["trained"])), abs(math.log(layers)) + abs(math.log(embeddings))
+
+
+def _embedding_rate(trial: dict[str, Any]) -> float:
+    own = trial["embedding_learning_rate"]
+    return trial["learning_rate"] if pd.isna(own) else own
 
 
 _TRAINED = (

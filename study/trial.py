@@ -208,7 +208,7 @@ def _identity(spec: TrialSpec, layers: list[Any]) -> str:
     # As were all before it could be chosen.
     if spec.protocol.precision == "float32":
         del essence["protocol"]["precision"]
-    if spec.protocol.embedding_learning_rate is None:
+    if spec.protocol.embedding_learning_rate in (None, spec.protocol.learning_rate):
         del essence["protocol"]["embedding_learning_rate"]
     if spec.family == "mpo" and spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
         essence["chi"] = spec.chi  # this init mode depends on the cap as asked for, not on the bonds it gives

@@ -9,7 +9,6 @@ import statistics
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +334,10 @@ def _contrasts(
         for own in arms[contrast.arm] if rivals else ():
             alike = {rival["name"] for rival in rivals if _chis(own) & _chis(rival)}
             if config.arm(contrast.arm).is_searched or not alike:
-                alike = {min(rivals, key=partial(distance, size))["name"] for size in sizes[own["name"]]}
+                far = [[distance(size, rival) for rival in rivals] for size in sizes[own["name"]]]
+                alike = {
+                    rival["name"] for each in far for rival, away in zip(rivals, each, strict=True) if away == min(each)
+                }
             for name in (rival["name"] for rival in rivals if rival["name"] in alike):
                 yield {"arm": own["name"], "against": name}
 

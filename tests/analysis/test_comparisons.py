@@ -130,6 +130,17 @@ def test_control_of_the_nearest_learning_rate_is_taken_where_none_has_the_own():
     assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
 
 
+def test_control_whose_embeddings_have_the_nearest_rate_is_taken():
+    rates = [(3e-2, 1e-2), (3e-2, 3e-1), (1e-1, 3e-1)]
+    controls = [
+        replace(of, extra=of.extra | {"embedding_learning_rate": embeddings})
+        for of, embeddings in ((control(16, 1.8, learning_rate=layers), rate) for layers, rate in rates)
+    ]
+    own = mpo(16, 1.7, learning_rate=3e-2, extra={"embedding_learning_rate": 2e-1})
+    frame, _ = compared([DENSE, own, *controls])
+    assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
+
+
 def test_control_of_the_own_budget_and_learning_rate_is_taken_whatever_others_there_are():
     found = [
         DENSE,

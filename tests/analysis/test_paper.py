@@ -389,6 +389,7 @@ def test_two_seeds_have_no_interval_and_decide_nothing():
         {"extra": PAPER | {"lr_rule": "mup"}},
         {"extra": PAPER | {"decay": "matrix"}},
         {"extra": PAPER | {"precision": "bfloat16"}},
+        {"extra": PAPER | {"embedding_learning_rate": 0.3}},
         {"extra": PAPER | {"corpus_sha256": "0" * 64}},
     ],
 )

@@ -122,6 +122,7 @@ def test_same_run_under_other_words_is_the_same_configuration(one, two):
         (mpo(), mpo(protocol=Protocol(learning_rate=1e-3))),
         (mpo(), mpo(protocol=Protocol(steps=2001))),
         (mpo(), mpo(protocol=Protocol(embedding_learning_rate=1e-3))),
+        (mpo(protocol=Protocol(learning_rate=1e-3)), mpo(protocol=Protocol(embedding_learning_rate=1e-3))),
         (mpo(), mpo(protocol=Protocol(precision="bfloat16"))),
         (mpo(protocol=Protocol(precision="tf32")), mpo(protocol=Protocol(precision="bfloat16"))),
         (dense(), dense(model=Model(d_model=64))),
