@@ -68,8 +68,9 @@ def frontier_figure(
         hard, soft = _draw_points(axes, points, seeds)
         left_out = labels.place_labels(axes, _point_labels(points), hard, soft)
         missing = f"{left_out} label{'s' * (left_out > 1)} left out for lack of room." if left_out else ""
-        dense = " and dense are" if points["is_reference"].any() else " is"
-        only = f"Only the frontier{dense} labelled." if len(points) > _LABELLED else ""
+        shown = [("the frontier", points["on_frontier"]), ("dense", points["is_reference"])]
+        named = " and ".join(word for word, which in shown if which.any())
+        only = f"Labelled: {named or 'none, for lack of room'}." if len(points) > _LABELLED else ""
         text = style.footer(statement, redrawn, only, missing, note)
         below = 0.46 + 0.155 * -(-len(legend) // 3) + style.footer_height(text)
         _lay_out(figure, axes, below)
