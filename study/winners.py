@@ -188,14 +188,21 @@ def _best_of_listed(
             )
         winners.append(min(sound, key=lambda trial: losses[trial.number]))
         for key in (key for key in RATES if key in tuned):
-            rate, tried = _value(winners[-1].spec, key), {_value(trial.spec, key) for trial in own}
-            if len(tried) > 1 and rate in (min(tried), max(tried)):
+            if (end := _at_an_end(key, winners[-1], own)) is not None:
+                rate = _value(winners[-1].spec, key)
                 say(
-                    f"arm {arm.name}{where}: the best {key.replace('_', ' ')}, {rate:g}, is the "
-                    f"{'lowest' if rate == min(tried) else 'highest'} of those tried; a better one may lie beyond: "
-                    "list it and `mpo-study run` with --extend, then select again"
+                    f"arm {arm.name}{where}: the best {key.replace('_', ' ')}, {rate:g}, is the {end} of those tried; "
+                    "a better one may lie beyond: list it and `mpo-study run` with --extend, then select again"
                 )
     return list(_as_arms(arm, tuning_trials(arm.name, config), kept, tuned, winners))
+
+
+def _at_an_end(rate: str, winner: Trial, tried: Iterable[Trial]) -> str | None:
+    """ "lowest" or "highest" where its rate of this name is that of several that were tried; else None."""
+    values = {_value(trial.spec, rate) for trial in tried}
+    if len(values) == 1:
+        return None
+    return {min(values): "lowest", max(values): "highest"}.get(_value(winner.spec, rate))
 
 
 def _as_arms(
