@@ -37,8 +37,9 @@ BETTER, WORSE, NOT_INFERIOR, UNDECIDED = "better", "worse", "not inferior", "und
 TOO_FEW, FAILED, STOPPED, UNFINISHED = "too few seeds", "failed seeds", "stopped early", "study unfinished"
 
 COLUMNS = (
-    *("measure", "trial", "label", "group", "n_params", "total_tokens", "against", "against_label", "against_group"),
-    *("against_n_params", "against_total_tokens", "relation", "declared", "same_budget", "n", "difference"),
+    *("measure", "trial", "label", "group", "n_params", "total_tokens", "tuning_trials", "against", "against_label"),
+    *("against_group", "against_n_params", "against_total_tokens", "against_tuning_trials", "relation", "declared"),
+    *("same_budget", "n", "difference"),
     *("half_width", "p", "p_adjusted", "adjustment", "block_half_width", "block_p", "margin", "bound", "non_inferior"),
     "verdict",
 )
@@ -100,7 +101,8 @@ def declared_against_reference(compared: pd.DataFrame) -> set[int]:
 
 
 def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
-    compared = summary.assign(cap=summary["chi"].fillna(summary["as_chi"]))
+    embeddings = summary["embedding_learning_rate"].fillna(summary["learning_rate"])
+    compared = summary.assign(cap=summary["chi"].fillna(summary["as_chi"]), embedding_learning_rate=embeddings)
     everything: list[dict[str, Any]] = compared[list(_KNOWN)].to_dict("records")  # type: ignore[assignment]
     for trial in everything:
         trial["trained"] = tuple(str(trial[key]) for key in _TRAINED)
@@ -252,13 +254,8 @@ def _nearness(trial: dict[str, Any], other: dict[str, Any]) -> tuple[tuple[int, 
 def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
     """In how much of how they were trained, and of what an arm may list, two differ; and by how much in rates."""
     layers = trial["learning_rate"] / other["learning_rate"]
-    embeddings = _embedding_rate(trial) / _embedding_rate(other)
+    embeddings = trial["embedding_learning_rate"] / other["embedding_learning_rate"]
     return sum(map(ne, trial["trained"], other["trained"])), abs(math.log(layers)) + abs(math.log(embeddings))
-
-
-def _embedding_rate(trial: dict[str, Any]) -> float:
-    own = trial["embedding_learning_rate"]
-    return trial["learning_rate"] if pd.isna(own) else own
 
 
 _TRAINED = (
@@ -286,7 +283,7 @@ def _distance(trial: dict[str, Any], other: dict[str, Any]) -> float:
 def _measured(runs: StudyRuns, rows: pd.DataFrame, pairs: list[Pair], measure: Measure) -> pd.DataFrame:
     trial, against = rows.loc[[pair.trial for pair in pairs]], rows.loc[[pair.against for pair in pairs]]
     frame = pd.DataFrame(pairs).assign(measure=measure.name)
-    for name in ("label", "group", "n_params", "total_tokens"):
+    for name in ("label", "group", "n_params", "total_tokens", "tuning_trials"):
         frame[name] = trial[name].to_numpy()
         frame[f"against_{name}"] = against[name].to_numpy()
     frame["same_budget"] = trial["budget_hash"].to_numpy() == against["budget_hash"].to_numpy()

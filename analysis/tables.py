@@ -101,6 +101,7 @@ def comparisons_table(compared: pd.DataFrame) -> Table:
                 "worst not excluded": "–" if pd.isna(row["bound"]) else signed(row["bound"], math.nan, decimals),
                 "margin": "–" if pd.isna(row["margin"]) else f"{row['margin']:g}",
                 "tokens": _both(row["total_tokens"], row["against_total_tokens"]),
+                "tuned among": _both(row["tuning_trials"], row["against_tuning_trials"]),
             }
         )
     return Table("comparisons", data.reset_index(drop=True), pd.DataFrame(rows))
@@ -154,8 +155,8 @@ def _p_value(p: float) -> str:
     return "–" if math.isnan(p) else "<0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
-def _both(tokens: int, against: int) -> str:
-    return _count(tokens) if pd.isna(tokens) or tokens == against else f"{_count(tokens)} against {_count(against)}"
+def _both(count: int, against: int) -> str:
+    return _count(count) if pd.isna(count) or count == against else f"{_count(count)} against {_count(against)}"
 
 
 def failures_table(runs: StudyRuns) -> Table:

@@ -33,7 +33,8 @@ def param_groups(
         decay: what λ is of. "parameter": of each parameter; a product of L factors then shrinks by (1 − lr · λ)^L a
             step, L times as fast as a dense weight. "matrix": of W; each factor decays by λ / (L · its multiplier), so
             that W shrinks as a dense weight would, to first order in lr · λ.
-        embedding_lr: of the weights of every nn.Embedding; `lr` unless given.
+        embedding_lr: of the weights of every nn.Embedding, learned positions and what is tied to them (a head)
+            included; `lr` unless given.
     Returns:
         One dict per combination, in the order of the model: "params", "lr", "weight_decay", and "lr_mult", the factor
         by which a schedule's rate has to be multiplied.

@@ -25,14 +25,18 @@ from study.values import (
     options,
 )
 
+_BY_SIZE = "`{8: 3e-3, 16: 1e-3}`: by the trial's χ, or a dense one's d_model."
+
 
 class _Arm(Strict):
     name: Name = Field(description="Unique in the study; what figures and tables call it.")
     learning_rate: NumberBySize[PositiveFloat] | None = Field(
-        default=None,
-        description="Overrides the protocol's. `{8: 3e-3, 16: 1e-3}`: by the trial's χ, or a dense one's d_model.",
+        default=None, description=f"Overrides the protocol's. {_BY_SIZE}"
     )
-    embedding_learning_rate: Number[PositiveFloat] | None = Field(default=None, description="Overrides the protocol's.")
+    embedding_learning_rate: NumberBySize[PositiveFloat] | None = Field(
+        default=None,
+        description="Overrides the protocol's; that of `learning_rate` gives them none of their own. " + _BY_SIZE,
+    )
     steps: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Overrides the protocol's.")
     eval_every: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
@@ -205,8 +209,8 @@ def _refuse_beside_teacher(arm: MPOArm | ControlArm) -> None:
 
 
 Arm = Annotated[DenseArm | MPOArm | ControlArm, Field(discriminator="family")]
-BY_SIZE_FIELDS = ("learning_rate", "d_ff")
 RATES = ("learning_rate", "embedding_learning_rate")
+BY_SIZE_FIELDS = (*RATES, "d_ff")
 VALUE_FIELDS = (
     *(*RATES, "d_model", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule"),
     *("decay", "forward"),

@@ -93,7 +93,9 @@ def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: flo
     torch.set_num_threads(max(1, int(cpus)))
     try:
         # Enough steps to time, however few the trial has, and none that diverges: the values are of no matter here.
-        protocol = spec.protocol.model_copy(update={"steps": spec.protocol.steps + 6, "learning_rate": 1e-9})
+        steps = spec.protocol.steps + 6
+        harmless = {"steps": steps, "learning_rate": 1e-9, "embedding_learning_rate": None}
+        protocol = spec.protocol.model_copy(update=harmless)
         training = Training(spec.model_copy(update={"teacher": None, "protocol": protocol}), 0, corpus)
         seconds = []
         begun = time.perf_counter()

@@ -167,8 +167,8 @@ def _mean_losses(trials: Iterable[Trial], results: Iterable[SeedResult]) -> dict
 def _best_of_listed(
     arm: Arm, config: StudyConfig, trials: Sequence[Trial], losses: Mapping[int, float], say: Callable[[str], None]
 ) -> list[tuple[Content, Sequence[Trial]]]:
-    """An arm with the tuned values that won, and the trials that did; several where more than the learning rate depends
-    on the size."""
+    """An arm with the tuned values that won, and the trials that did; several where more than learning rates depends on
+    the size."""
     listed = [key for key, value in arm.values().items() if isinstance(value, tuple)]
     tuned = [key for key in listed if key in TUNED_FIELDS]
     if not tuned:
@@ -208,8 +208,8 @@ def _at_an_end(rate: str, winner: Trial, tried: Iterable[Trial]) -> str | None:
 def _as_arms(
     arm: Arm, tuned_among: int, kept: Sequence[str], tuned: Sequence[str], winners: Sequence[Trial]
 ) -> Iterator[tuple[Content, Sequence[Trial]]]:
-    """As few arms as say the winners, each with its own: the learning rate may depend on the size within one, and
-    nothing else.
+    """As few arms as say the winners, each with its own: learning rates may depend on the size within one, and nothing
+    else.
 
     Args:
         kept, tuned: fields that the arm lists.
@@ -222,7 +222,7 @@ def _as_arms(
         by_size[_value(trial.spec, size)].add(tuple(_value(trial.spec, key) for key in tuned))
     if all(len(values) == 1 for values in by_size.values()):
         others = []  # the same won whatever they are, so they stay as they are listed
-    fixed = [*others, *(key for key in tuned if key != "learning_rate")]
+    fixed = [*others, *(key for key in tuned if key not in RATES)]
     groups: dict[tuple[Any, ...], list[Trial]] = defaultdict(list)
     for trial in winners:
         groups[tuple(_value(trial.spec, key) for key in fixed)].append(trial)
@@ -233,9 +233,9 @@ def _as_arms(
         sizes = list(dict.fromkeys(_value(spec, size) for spec in specs))
         if size is not None:
             content[size] = sizes if len(sizes) > 1 else sizes[0]
-        if "learning_rate" in tuned or isinstance(arm.learning_rate, dict):
-            rates = {_value(spec, size): spec.protocol.learning_rate for spec in specs}
-            content["learning_rate"] = rates if len(set(rates.values())) > 1 else next(iter(rates.values()))
+        for key in (key for key in RATES if key in tuned or isinstance(getattr(arm, key), dict)):
+            rates = {_value(spec, size): _value(spec, key) for spec in specs}
+            content[key] = rates if len(set(rates.values())) > 1 else next(iter(rates.values()))
         if isinstance(arm, DenseArm) and isinstance(arm.d_ff, dict):
             content["d_ff"] = {each: arm.d_ff[each] for each in sizes}
         yield content, own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ _NO_BREAK = "\u00a0"
 _MARGIN_LINE: dict[str, Any] = {"linewidth": 1.1, "linestyle": (0, (2, 1)), "zorder": 2, "gid": "margin"}
 _BLOCK_BELOW = 0.048
 """Inches of the block model's interval below the pair's own."""
+_BUDGETS = {"total_tokens": "total tokens", "tuning_trials": "tuned among"}
+"""What of two budgets is written beside a pair where it differs, and the heads of the columns."""
 _BEYOND = 3.0
 """An axis ends at so many times what four of five intervals reach to; what goes on beyond gets an arrow."""
 
@@ -59,16 +63,16 @@ def forest_figure(pairs: pd.DataFrame, n_pairs: int | None = None, note: str = "
     measures = [measure for measure in MEASURES if measure.name in set(pairs["measure"])]
     with style.context():
         rows = _rows(pairs, first, measures)
-        budgets = any(row.cells and row.cells[0] for row in rows)
+        some = [any(row.cells and row.cells[column] for row in rows) for column in range(len(_BUDGETS))]
         sheet = lay_out(
-            [row if budgets else Row(row.text, (), row.beside, row.heading, row.look) for row in rows],
+            [replace(row, cells=tuple(compress(row.cells, some))) for row in rows],
             titles=[measure.title for measure in measures],
             subtitles=[
                 ("← better", "worse →") if measure.direction == "minimize" else ("← worse", "better →")
                 for measure in measures
             ],
             axis_labels=[f"Difference ({measure.difference_unit})" for measure in measures],
-            heads=["total tokens"] if budgets else [],
+            heads=list(compress(_BUDGETS.values(), some)),
             beside_head="verdict",
             legend=_legend(pairs, measures),
             foot=_foot(pairs, first, n_pairs, note),
@@ -104,15 +108,17 @@ def _rows(pairs: pd.DataFrame, first: pd.DataFrame, measures: list[Measure]) -> 
         text = text.replace("lr ", f"lr{_NO_BREAK}") + (" *" if some_declared and row["declared"] else "")
         if row["n"] < first["n"].max():
             text += f", n={row['n']}"
-        tokens_of_both = (row["total_tokens"], row["against_total_tokens"])
-        differ = pd.Series(tokens_of_both).nunique(dropna=False) > 1
-        tokens = f"{_tokens(row['total_tokens'])} vs {_tokens(row['against_total_tokens'])}" if differ else ""
-        rows.append(Row(text, (tokens,), tuple(own[index] for own in verdicts)))
+        budgets = tuple(_both(row[name], row[f"against_{name}"]) for name in _BUDGETS)
+        rows.append(Row(text, budgets, tuple(own[index] for own in verdicts)))
     return rows
 
 
-def _tokens(count: float) -> str:
-    return "?" if pd.isna(count) else style.format_count(float(f"{float(count):.3g}"))
+def _both(count: float, against: float) -> str:
+    """Two counts, where they differ; else nothing."""
+    if pd.Series((count, against)).nunique(dropna=False) == 1:
+        return ""
+    shown = ("?" if pd.isna(each) else style.format_count(float(f"{float(each):.3g}")) for each in (count, against))
+    return " vs ".join(shown)
 
 
 def _draw(axes: Axes, own: pd.DataFrame, measure: Measure, y: list[float]) -> None:

@@ -141,6 +141,12 @@ def test_control_whose_embeddings_have_the_nearest_rate_is_taken():
     assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
 
 
+def test_rate_of_the_embeddings_named_as_that_of_the_layers_is_no_difference():
+    alike = replace(control(16, 1.8, learning_rate=3e-2), extra={"embedding_learning_rate": 3e-2})
+    frame, _ = compared([DENSE, mpo(16, 1.7, learning_rate=3e-2), control(16, 1.8, learning_rate=2.9e-2), alike])
+    assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
+
+
 def test_control_of_the_own_budget_and_learning_rate_is_taken_whatever_others_there_are():
     found = [
         DENSE,
@@ -178,6 +184,7 @@ def test_budgets_meet_only_where_it_is_declared():
     row = row_of(frame, 2, 0)
     assert (row["declared"], row["same_budget"], row["relation"], row["adjustment"]) == (True, False, REFERENCE, "Holm")
     assert row["total_tokens"] == 2 * row["against_total_tokens"]
+    assert (row["tuning_trials"], row["against_tuning_trials"]) == (1, 1)
     assert row_of(frame, 1, 0)["adjustment"] == "BH"
 
 

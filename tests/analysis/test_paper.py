@@ -377,6 +377,11 @@ def test_two_seeds_have_no_interval_and_decide_nothing():
 # The right trials -----------------------------------------------------------------------------------------------------
 
 
+def test_embeddings_at_the_rate_of_the_layers_are_the_papers():
+    runs = simulated_runs(paper_study(extra=PAPER | {"embedding_learning_rate": 3e-4}))[0]
+    assert set(paper_trials(runs).scratch) == set(paper_trials(simulated_runs(paper_study())[0]).scratch) != set()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

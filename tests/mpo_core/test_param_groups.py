@@ -102,6 +102,7 @@ def test_param_groups_decay_of_the_matrix_is_that_of_a_dense_weight(layer, rule)
         ({"lr": -1.0}, "lr=-1.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"embedding_lr": -0.1}, "embedding_lr=-0.1, lr=0.1"),
+        ({"embedding_lr": float("nan")}, "embedding_lr=nan, lr=0.1"),
         ({"embedding_lr": 0.1, "lr": 0.0}, "embedding_lr=0.1, lr=0.0"),
     ],
 )

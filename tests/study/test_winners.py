@@ -170,10 +170,11 @@ def test_arm_is_split_where_more_than_the_rate_depends_on_the_size(tmp_path):
     ]
 
 
-def test_rate_of_the_embeddings_is_tuned_with_that_of_the_layers(tmp_path):
+@pytest.mark.parametrize("of_larger", [2.0, 0.2])
+def test_rate_of_the_embeddings_is_tuned_with_that_of_the_layers(tmp_path, of_larger):
     rates = {"learning_rate": [0.01, 0.1], "embedding_learning_rate": [0.02, 0.2, 2.0]}
     folder = tuning(tmp_path, arms=[DENSE | rates, MPO | rates | {"chi": [2, 4]}], seeds=[100])
-    best = {None: (0.01, 0.2), 2: (0.1, 2.0), 4: (0.01, 2.0)}
+    best = {None: (0.01, 0.2), 2: (0.1, 2.0), 4: (0.01, of_larger)}
 
     def loss(spec):
         protocol = spec.protocol
@@ -185,8 +186,10 @@ def test_rate_of_the_embeddings_is_tuned_with_that_of_the_layers(tmp_path):
     assert {
         spec.chi: (spec.protocol.learning_rate, spec.protocol.embedding_learning_rate) for spec in listed_specs(new)
     } == best
-    assert [arm.tuned_among for arm in new.arms] == [6, 6]
-    assert sum("the best embedding learning rate, 2, is the highest of those tried" in line for line in said) == 2
+    assert [(arm.name, arm.tuned_among) for arm in new.arms] == [("dense", 6), ("mpo", 6)]
+    assert new.arm("mpo").embedding_learning_rate == (2.0 if of_larger == 2 else {2: 2.0, 4: 0.2})
+    ends = sum("the best embedding learning rate, 2, is the highest of those tried" in line for line in said)
+    assert ends == (2 if of_larger == 2 else 1)
 
 
 @pytest.mark.parametrize("alike", [True, False])
