@@ -92,7 +92,7 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
     table = _table(
         f"{now.name}: {len(now.seeds)} seeds for each trial",
         left=("trial", "arm", "what"),
-        right=("parameters", "complete", "failed", "left", "val loss"),
+        right=("rate", "parameters", "complete", "failed", "left", "val loss"),
     )
     for row in now.trials:
         trial = row.trial
@@ -100,6 +100,7 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
             str(trial.number),
             trial.spec.arm,
             _what(trial.spec) + _note(trial),
+            f"{trial.spec.protocol.learning_rate:g}",
             f"{trial.shape.n_params:,}",
             str(len(row.complete)),
             str(len(row.failed)),
