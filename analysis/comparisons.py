@@ -101,8 +101,13 @@ def declared_against_reference(compared: pd.DataFrame) -> set[int]:
 
 
 def _pairs(runs: StudyRuns, summary: pd.DataFrame) -> Iterator[Pair]:
-    embeddings = summary["embedding_learning_rate"].fillna(summary["learning_rate"])
-    compared = summary.assign(cap=summary["chi"].fillna(summary["as_chi"]), embedding_learning_rate=embeddings)
+    layers = summary["learning_rate"]
+    embeddings = summary["embedding_learning_rate"].fillna(layers)
+    compared = summary.assign(
+        cap=summary["chi"].fillna(summary["as_chi"]),
+        embedding_learning_rate=embeddings,
+        own_embedding_rate=embeddings.where(embeddings != layers),  # one that moves with the layers' is no second one
+    )
     everything: list[dict[str, Any]] = compared[list(_KNOWN)].to_dict("records")  # type: ignore[assignment]
     for trial in everything:
         trial["trained"] = tuple(str(trial[key]) for key in _TRAINED)
@@ -259,11 +264,11 @@ def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
 
 
 _TRAINED = (
-    *("budget_hash", "learning_rate", "embedding_learning_rate", "lr_rule", "decay", "factorisation", "n_sites"),
+    *("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "factorisation", "n_sites"),
 )
 _KNOWN = (
     *("trial", "study", "arm", "group", "family", "start", "teacher", "cap", "n_params", "n_seeds", "stopped"),
-    *("n_failed", "is_reference"),
+    *("n_failed", "is_reference", "embedding_learning_rate"),
     *_TRAINED,
 )
 """What of a trial tells which pairs it is in."""

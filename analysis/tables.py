@@ -101,7 +101,7 @@ def comparisons_table(compared: pd.DataFrame) -> Table:
                 "worst not excluded": "–" if pd.isna(row["bound"]) else signed(row["bound"], math.nan, decimals),
                 "margin": "–" if pd.isna(row["margin"]) else f"{row['margin']:g}",
                 "tokens": _both(row["total_tokens"], row["against_total_tokens"]),
-                "tuned among": _both(row["tuning_trials"], row["against_tuning_trials"]),
+                "tuning trials": _both(row["tuning_trials"], row["against_tuning_trials"]),
             }
         )
     return Table("comparisons", data.reset_index(drop=True), pd.DataFrame(rows))

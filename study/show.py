@@ -100,7 +100,7 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
             str(trial.number),
             trial.spec.arm,
             _what(trial.spec) + _note(trial),
-            f"{trial.spec.protocol.learning_rate:g}",
+            f"{trial.spec.protocol.learning_rate:.3g}",
             f"{trial.shape.n_params:,}",
             str(len(row.complete)),
             str(len(row.failed)),

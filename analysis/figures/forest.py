@@ -27,7 +27,7 @@ _NO_BREAK = "\u00a0"
 _MARGIN_LINE: dict[str, Any] = {"linewidth": 1.1, "linestyle": (0, (2, 1)), "zorder": 2, "gid": "margin"}
 _BLOCK_BELOW = 0.048
 """Inches of the block model's interval below the pair's own."""
-_BUDGETS = {"total_tokens": "total tokens", "tuning_trials": "tuned among"}
+_BUDGETS = {"total_tokens": "total tokens", "tuning_trials": "tuning trials"}
 """What of two budgets is written beside a pair where it differs, and the heads of the columns."""
 _BEYOND = 3.0
 """An axis ends at so many times what four of five intervals reach to; what goes on beyond gets an arrow."""

@@ -147,6 +147,15 @@ def test_rate_of_the_embeddings_named_as_that_of_the_layers_is_no_difference():
     assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
 
 
+def test_one_rate_of_layers_and_embeddings_counts_as_one_difference():
+    """So that a control at a neighbouring rate is nearer than one of the own rate that differs in two settings."""
+    nearby = control(16, 1.8, learning_rate=2.9e-2)
+    other_rule = control(16, 1.8, learning_rate=3e-2)
+    other_rule = replace(other_rule, extra=other_rule.extra | {"lr_rule": "mup", "decay": "matrix"})
+    frame, _ = compared([DENSE, mpo(16, 1.7, learning_rate=3e-2), other_rule, nearby])
+    assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
+
+
 def test_control_of_the_own_budget_and_learning_rate_is_taken_whatever_others_there_are():
     found = [
         DENSE,

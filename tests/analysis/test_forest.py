@@ -111,10 +111,10 @@ def test_tokens_are_shown_only_where_budgets_differ():
 
 def test_trials_that_tuning_chose_from_are_shown_where_they_differ():
     pairs = forest_pairs(comparisons_of("controls"), EQUAL_PARAMETERS)
-    assert "tuned among" not in [text.get_text() for text in forest_figure(pairs).texts]
+    assert "tuning trials" not in [text.get_text() for text in forest_figure(pairs).texts]
     pairs.loc[pairs["trial"] == pairs["trial"].iloc[0], "tuning_trials"] = 51
     texts = [text.get_text() for text in forest_figure(pairs).texts]
-    assert "tuned among" in texts
+    assert "tuning trials" in texts
     assert texts.count("51 vs 1") == pairs.loc[pairs["tuning_trials"] == 51, "against"].nunique()
     assert "total tokens" not in texts
 

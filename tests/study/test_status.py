@@ -69,6 +69,15 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     assert out.splitlines()[-1] == f"complete; to write its runs to MLflow: mpo-study sync {folder}"
 
 
+def test_status_tells_the_trials_of_a_grid_of_rates_apart(tmp_path, command):
+    rates = {"learning_rate": [0.01, 0.02], "embedding_learning_rate": [0.01, 0.3]}
+    run_at(write_study(tmp_path, seeds=1, arms=[DENSE | rates]), tmp_path / "kept")
+    code, out, _ = command("status", tmp_path / "kept")
+    rows = re.findall(r"^ *\d +dense .*?embeddings ([\d.]+) +([\d.]+) +[\d,]+ +1 +0 +0 ", out, flags=re.MULTILINE)
+    assert code == 0
+    assert sorted(rows) == [("0.01", "0.01"), ("0.01", "0.02"), ("0.3", "0.01"), ("0.3", "0.02")]
+
+
 @pytest.mark.parametrize("words", [("status",), ("run", "tiny.yaml", "--dir"), ("sync",)])
 def test_ledger_whose_trials_are_gone_is_said_to_be_damaged(tmp_path, command, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
