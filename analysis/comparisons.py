@@ -263,9 +263,7 @@ def _unlike(trial: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
     return sum(map(ne, trial["trained"], other["trained"])), abs(math.log(layers)) + abs(math.log(embeddings))
 
 
-_TRAINED = (
-    *("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "factorisation", "n_sites"),
-)
+_TRAINED = (*("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "factorisation", "n_sites"),)
 _KNOWN = (
     *("trial", "study", "arm", "group", "family", "start", "teacher", "cap", "n_params", "n_seeds", "stopped"),
     *("n_failed", "is_reference", "embedding_learning_rate"),

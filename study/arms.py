@@ -35,7 +35,8 @@ class _Arm(Strict):
     )
     embedding_learning_rate: NumberBySize[PositiveFloat] | None = Field(
         default=None,
-        description="Overrides the protocol's; the same value as `learning_rate` means no rate of their own. " + _BY_SIZE,
+        description="Overrides the protocol's; the same value as `learning_rate` means no rate of their own. "
+        + _BY_SIZE,
     )
     steps: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Overrides the protocol's.")

@@ -166,8 +166,9 @@ def _limits(own: pd.DataFrame) -> tuple[float, float]:
     drawn = own.dropna(subset=["difference"])
     difference, half = drawn["difference"], drawn["half_width"].fillna(0)
     reach = (_BEYOND * (difference.abs() + half).quantile(0.8) if len(drawn) else 0) or margin or 1.0
-    low = max((difference - half).min(), -reach) if len(drawn) else 0
-    high = min((difference + half).max(), reach) if len(drawn) else 0
+    longer = np.maximum(half, drawn["block_half_width"].fillna(0))
+    low = max((difference - longer).min(), -reach) if len(drawn) else 0
+    high = min((difference + longer).max(), reach) if len(drawn) else 0
     low, high = min(low, -1.5 * margin, 0), max(high, 1.5 * margin, 0)
     space = 0.06 * (high - low) or 0.1
     return low - space, high + space

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
 from analysis import style
-from analysis.figures import labels
+from analysis.figures import labels, panels
 from analysis.frontier.nondominated import step_line
 from analysis.summary import MIN_SEEDS, Measure, n_statement
 from analysis.tables import percent
@@ -27,8 +27,8 @@ _LABELLED = 20
 _BAND = "#dbe9f6"
 _WORTH_SAYING = 0.05
 """Support from which a configuration off the frontier is labelled with it."""
-_SEEDS_BESIDE = 5.0
-"""Points between a mean and the dots of its seeds, which it would hide."""
+_SEEDS_BESIDE = 3.0
+"""Points between a mean and the dots of its seeds, which it would hide: half of those between groups side by side."""
 
 
 def frontier_figure(
@@ -52,7 +52,8 @@ def frontier_figure(
     )
     redrawn = (
         f"In brackets: support, the share of {N_DRAWS:,} redraws of the means, with the noise of the "
-        f"{uncertainty.n} seeds that {uncertainty.n_trials} configurations share, in which one is on the frontier. "
+        f"{uncertainty.n} seeds that {uncertainty.n_trials} configurations share, in which one is on the frontier; not "
+        f"said of one off it below {percent(_WORTH_SAYING)}. "
         "Band: 95 %, pointwise, for the frontier of the true means, which the observed one tends to flatter."
         if len(band)
         else ""
@@ -63,6 +64,7 @@ def frontier_figure(
         axes = figure.add_axes((0, 0, 1, 1))
         _lay_out(figure, axes, below=1)
         _scale_axes(axes, points, seeds, band, measure)
+        points = _side_by_side(axes, points)
         _draw_band(axes, band)
         _draw_reference(axes, points)
         hard, soft = _draw_points(axes, points, seeds)
@@ -71,7 +73,8 @@ def frontier_figure(
         shown = [("the frontier", points["on_frontier"]), ("dense", points["is_reference"])]
         named = " and ".join(word for word, which in shown if which.any())
         only = f"Labelled: {named or 'none, for lack of room'}." if len(points) > _LABELLED else ""
-        text = style.footer(statement, redrawn, only, missing, note)
+        moved = "Groups of about one size stand side by side." if (points["x"] != points["n_params"]).any() else ""
+        text = style.footer(statement, redrawn, moved, only, missing, note)
         below = 0.46 + 0.155 * -(-len(legend) // 3) + style.footer_height(text)
         _lay_out(figure, axes, below)
         figure.legend(
@@ -118,6 +121,13 @@ def _scale_axes(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, band: pd.
     axes.patch.set_visible(False)
 
 
+def _side_by_side(axes: Axes, points: pd.DataFrame) -> pd.DataFrame:
+    """With `x`, where each is drawn; of many configurations each at its size, for there is no room beside it."""
+    few = len(points) <= _LABELLED
+    x = panels.side_by_side(axes, points["n_params"], points["group"]) if few else points["n_params"].astype("float64")
+    return points.assign(x=x, label=labels.told_apart(points["label"], points["group"]))
+
+
 def _draw_band(axes: Axes, band: pd.DataFrame) -> None:
     """As steps: between two sizes the smaller one's limits hold."""
     if len(band):
@@ -137,12 +147,13 @@ def _draw_reference(axes: Axes, points: pd.DataFrame) -> None:
 def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple[labels.Boxes, labels.Boxes]:
     """Draw seeds, intervals, means and the step line; what labels must not and should not touch."""
     seeds = seeds[seeds["trial"].isin(points.loc[points["n_seeds"] > 1, "trial"])]
+    seeds_x = seeds["trial"].map(dict(zip(points["trial"], points["x"], strict=True))).to_numpy(dtype=float)
     x_end = axes.get_xlim()[1]
     styles = style.group_styles(points["group"])
     colors = dict(zip(points["trial"], _point_colors(points), strict=True))
     beside = ScaledTranslation(_SEEDS_BESIDE / 72, 0, labels.figure_of(axes).dpi_scale_trans)
     axes.scatter(
-        seeds["n_params"].astype("float64"),
+        seeds_x,
         seeds["value"],
         s=3.5,
         linewidth=0,
@@ -156,7 +167,7 @@ def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple
     for row, color in zip(points.to_dict("records"), _point_colors(points), strict=True):
         if row["n_seeds"] >= MIN_SEEDS:
             axes.errorbar(
-                row["n_params"],
+                row["x"],
                 row["mean"],
                 yerr=row["half_width"],
                 color=color,
@@ -166,7 +177,7 @@ def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple
                 capthick=0.9,
             )
         axes.plot(
-            row["n_params"],
+            row["x"],
             row["mean"],
             linestyle="none",
             marker=styles[row["group"]].marker,
@@ -177,15 +188,13 @@ def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple
             zorder=5 if row["on_frontier"] else 4,
         )
 
-    n_params, mean = points["n_params"].to_numpy(dtype=float), points["mean"].to_numpy()
+    x, mean = points["x"].to_numpy(dtype=float), points["mean"].to_numpy()
     half = points["half_width"].fillna(0).to_numpy()
-    bars = labels.boxes_along(
-        axes, np.column_stack((n_params, mean - half)), np.column_stack((n_params, mean + half)), 1.5
-    )
-    hard = np.vstack((labels.boxes_around(axes, n_params, mean, 0.6 * _MARKER_SIZE), bars))
+    bars = labels.boxes_along(axes, np.column_stack((x, mean - half)), np.column_stack((x, mean + half)), 1.5)
+    hard = np.vstack((labels.boxes_around(axes, x, mean, 0.6 * _MARKER_SIZE), bars))
     corners = np.column_stack((steps_x, steps_y))
     soft = [labels.boxes_along(axes, corners[:-1], corners[1:], 0.5)]
-    dots = labels.boxes_around(axes, seeds["n_params"].to_numpy(dtype=float), seeds["value"].to_numpy(), 1.2)
+    dots = labels.boxes_around(axes, seeds_x, seeds["value"].to_numpy(), 1.2)
     soft += [dots + np.array((_SEEDS_BESIDE, 0, _SEEDS_BESIDE, 0))] * 2
     for y in points.loc[points["is_reference"], "mean"]:
         ends = np.array(axes.get_xlim())
@@ -203,6 +212,7 @@ def _point_colors(points: pd.DataFrame) -> list[str]:
 
 def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
     """Those of the frontier first: they are placed best."""
+    few = len(points) <= labels.LED_TO
     labelled = points.assign(color=_point_colors(points), important=points["on_frontier"] | points["is_reference"])
     if len(points) > _LABELLED:
         labelled = labelled[labelled["important"]]
@@ -210,7 +220,7 @@ def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
         ["on_frontier", "is_reference", "n_params", "mean"], ascending=[False, False, True, True], kind="stable"
     )
     return [
-        labels.Label(float(row["n_params"]), row["mean"], _labelled(row), row["color"], bool(row["important"]))
+        labels.Label(row["x"], row["mean"], _labelled(row), row["color"], bool(row["important"] or few))
         for row in ordered.to_dict("records")
     ]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,12 +16,16 @@ from numpy.typing import NDArray
 
 from analysis.style import ink
 
+LED_TO = 12
+"""Points up to which a line may lead to the label of any, not only of an important one."""
 _RADII = (4.5, 6.0, 8.0, 10.5, 14.0, 19.0, 25.0, 32.0, 40.0)
 _NEAR = 8.0
 """Points from a point to its label beyond which a line has to lead to it."""
 _ANGLES = np.deg2rad(np.arange(0, 360, 15) + 45)
 _PADDING = 1.5
 _LINE = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
+_DOTS = (0, (1, 1.6))
+"""So that what leads from the end of a curve to its label is not taken for more of the curve."""
 _HALO = [withStroke(linewidth=1.6, foreground="white")]
 
 Boxes = NDArray[np.float64]
@@ -70,6 +75,15 @@ def text_size(figure: Figure, text: str) -> NDArray[np.float64]:
     return np.array((extent.width, extent.height)) * 72 / figure.dpi
 
 
+def told_apart(names: pd.Series, groups: pd.Series) -> list[str]:
+    """Labels with the name of their group before them where another group has the same label: `low rank, as χ=16`."""
+    owners = groups.groupby(names, sort=False).transform("nunique")
+    kinds = groups.str.removesuffix(" from scratch").str.removesuffix(" fine-tuned")
+    both = groups.groupby(kinds, sort=False).transform("nunique") > 1
+    kinds = kinds.where(~both, groups.str.removesuffix(" from scratch"))
+    return [f"{kind}, {name}" if count > 1 else name for kind, name, count in zip(kinds, names, owners, strict=True)]
+
+
 def place_labels(axes: Axes, labels: Sequence[Label], hard: Boxes, soft: Boxes) -> int:
     """Write each label near its point, the first ones first; the number of labels for which there was no room.
 
@@ -110,7 +124,7 @@ def label_line_ends(axes: Axes, labels: Sequence[Label]) -> None:
         axes.annotate(
             label.text, (label.x, label.y), xytext=(right - end + 7, moved - height), textcoords="offset points",
             ha="left", va="center", color=ink(label.color), annotation_clip=False,
-            arrowprops={**_LINE, "color": label.color, "relpos": (0, 0.5)},
+            arrowprops={**_LINE, "color": label.color, "linestyle": _DOTS, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 

@@ -19,8 +19,6 @@ from analysis.summary import MIN_SEEDS, VAL_ACC, n_statement, sole_reference
 COLUMNS = ("trial", "label", "group", "n_params", "n_failed", "n", "ratio", "low", "high")
 _LABELLED = 20
 """Configurations up to which each gets a label; of more, only the best of their size or smaller do."""
-_LED_TO = 12
-"""Configurations up to which a line may lead to any label."""
 _DENSE_LINE = {"color": "#444444", "linewidth": 0.9, "linestyle": (0, (5, 3))}
 
 
@@ -74,7 +72,10 @@ def retained_figure(points: pd.DataFrame, n_dense: int, note: str = "") -> Figur
         axes.set_ylabel("Accuracy relative to dense (%)")
         axes.axhline(100, zorder=1, **_DENSE_LINE)
         looks = style.group_styles(points["group"])
-        drawn = points.assign(x=panels.side_by_side(axes, points["n_params"], points["group"]))
+        drawn = points.assign(
+            x=panels.side_by_side(axes, points["n_params"], points["group"]),
+            label=labels.told_apart(points["label"], points["group"]),
+        )
         for row in drawn.to_dict("records"):
             whole = row["n_failed"] == 0
             marks.point(
@@ -102,7 +103,7 @@ def _labels(drawn: pd.DataFrame, looks: dict[str, style.GroupStyle]) -> list[lab
         labels.Label(
             row["x"], row["ratio"] if np.isnan(row["high"]) else row["high"], row["label"],
             looks[row["group"]].color if row["n"] >= MIN_SEEDS else style.FEW,
-            bool(row["important"] or len(drawn) <= _LED_TO),
+            bool(row["important"] or len(drawn) <= labels.LED_TO),
         )
         for row in shown.to_dict("records")
     ]  # fmt: skip

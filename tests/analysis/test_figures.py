@@ -4,6 +4,7 @@ import itertools
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import simulated_study
 from drawn import Drawn, apart
@@ -106,14 +107,51 @@ def test_frontier_figure_shows_the_numbers_it_is_given(measure):
     figure, points = drawn_frontier(runs, summary, measure)
     axes = figure.axes[0]
     markers = [line for line in axes.lines if line.get_linestyle() == "None" and str(line.get_marker()) in "Do^s"]
-    drawn = {tuple(np.asarray(line.get_xydata())[0]): line for line in markers}
+    drawn = {line.get_ydata()[0]: line for line in markers}
     assert len(drawn) == len(points)
     for row in points.to_dict("records"):
-        line = drawn[row["n_params"], row["mean"]]
+        line = drawn[row["mean"]]
+        beside = axes.transData.transform((row["n_params"], row["mean"])) - axes.transData.transform(
+            line.get_xydata()[0]
+        )
+        assert abs(beside[0]) * 72 / figure.dpi < 7, "at its size, but for another group of about that size"
         assert (line.get_markerfacecolor() != "white") == row["on_frontier"]
         assert (line.get_markeredgecolor() == "#8c8c8c") == (row["n_seeds"] < 3)
     assert len(axes.containers) == (points["n_seeds"] >= 3).sum(), "an interval for three seeds or more"
     assert "n = 3 to 5" in figure.texts[0].get_text()
+
+
+def test_labels_name_their_group_where_two_groups_have_the_same():
+    names, groups = (
+        pd.Series(["χ=8", "χ=8", "as χ=8", "as χ=8", "as χ=16"]),
+        [
+            *("MPO from scratch", "MPO fine-tuned", "low rank fine-tuned", "pruned fine-tuned", "pruned fine-tuned"),
+        ],
+    )
+    assert labels.told_apart(names, pd.Series(groups)) == [
+        *("MPO, χ=8", "MPO fine-tuned, χ=8", "low rank, as χ=8", "pruned, as χ=8", "as χ=16"),
+    ]
+
+
+def test_frontier_figure_tells_configurations_of_one_size_apart():
+    size, configuration = simulated_study.N_PARAMS_MPO[16], simulated_study.Configuration
+    runs, _ = simulated_study.simulated_runs(
+        [
+            configuration("dense", simulated_study.N_PARAMS_DENSE, 1.6, "dense"),
+            configuration("mpo", size, 1.8, chi=16),
+            *(configuration(family, size, 1.8, family, extra={"as_chi": 16}) for family in ("low_rank", "pruned")),
+        ]
+    )
+    figure, _ = drawn_frontier(runs, summarise(runs), VAL_LOSS)
+    axes = figure.axes[0]
+    markers = [line for line in axes.lines if line.get_linestyle() == "None" and str(line.get_marker()) in "o<X"]
+    at = np.array([axes.transData.transform(np.asarray(line.get_xydata()))[0, 0] for line in markers])
+    apart_by = np.diff(np.sort(at[np.abs(at - at.mean()) < 50])) * 72 / figure.dpi
+    assert apart_by == pytest.approx([6.0, 6.0])
+    assert np.exp(np.mean([np.log(line.get_xdata()[0]) for line in markers])) == pytest.approx(size)
+    texts = {text.get_text().split(" (")[0] for text in axes.texts}
+    assert texts == {"dense", "χ=16", "low rank, as χ=16", "pruned, as χ=16"}
+    assert "side by side" in figure.texts[0].get_text().replace("\n", " ")
 
 
 def test_frontier_figure_shares_its_axis_with_the_percentage(summary, runs):
@@ -137,7 +175,8 @@ def test_frontier_figure_draws_its_band_and_names_the_support(summary, runs):
     expected = np.unique(np.round(uncertainty.band[["low", "high"]].to_numpy(dtype=float), 9))
     assert np.array_equal(drawn, expected)
     texts = {text.get_text() for text in figure.axes[0].texts}
-    for row in points[points["on_frontier"]].to_dict("records"):
+    named = points.assign(label=labels.told_apart(points["label"], points["group"]))
+    for row in named[named["on_frontier"]].to_dict("records"):
         assert f"{row['label']} ({percent(row['support'])})" in texts
     assert "10,000 redraws" in figure.texts[0].get_text().replace("\n", " ")
 

@@ -53,7 +53,9 @@ def test_searched_trials_are_known_in_number_alone(planned):
     assert (made.trials, made.n_searched, made.rates, made.unit_seconds) == ([], 7, [], 0)
 
 
-@pytest.mark.parametrize("protocol", [{"steps": 1, "warmup_steps": 0}, {"learning_rate": 1e30}, {"embedding_learning_rate": 1e30}])
+@pytest.mark.parametrize(
+    "protocol", [{"steps": 1, "warmup_steps": 0}, {"learning_rate": 1e30}, {"embedding_learning_rate": 1e30}]
+)
 def test_trials_of_few_steps_or_of_no_future_can_be_planned(planned, protocol):
     _, _, made = planned(protocol=protocol, arms=[{"name": "dense", "family": "dense"}])
     assert made.trials[0].seconds > 0

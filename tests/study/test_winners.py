@@ -192,6 +192,14 @@ def test_rate_of_the_embeddings_is_tuned_with_that_of_the_layers(tmp_path, of_la
     assert ends == (2 if of_larger == 2 else 1)
 
 
+def test_rates_of_the_embeddings_that_go_by_size_and_are_not_tuned_stay_as_they_are(tmp_path):
+    given = {"learning_rate": [0.01, 0.1], "embedding_learning_rate": {2: 0.2, 4: 0.3}}
+    folder = tuning(tmp_path, arms=[DENSE, MPO | given | {"chi": [2, 4]}], seeds=[100])
+    give_losses(folder, lambda spec: spec.protocol.learning_rate)
+    arm = written(folder, tmp_path / "new.yaml").arm("mpo")
+    assert (arm.learning_rate, arm.embedding_learning_rate, arm.tuned_among) == (0.01, {2: 0.2, 4: 0.3}, 2)
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_what_is_listed_and_not_tuned_stays_listed_where_the_same_wins(tmp_path, alike):
     tuned = TUNED | {"chi": [2, 4], "refinement": ["tt_svd", "whitened"], "learning_rate": [0.01, 0.1]}
