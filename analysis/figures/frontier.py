@@ -27,8 +27,8 @@ _LABELLED = 20
 _BAND = "#dbe9f6"
 _WORTH_SAYING = 0.05
 """Support from which a configuration off the frontier is labelled with it."""
-_SEEDS_BESIDE = 3.0
-"""Points between a mean and the dots of its seeds, which it would hide: half of those between groups side by side."""
+_SEEDS_BESIDE = 3.7
+"""Points between a mean and the dots of its seeds, which it would hide; another configuration may be right beside."""
 
 
 def frontier_figure(
@@ -64,7 +64,10 @@ def frontier_figure(
         axes = figure.add_axes((0, 0, 1, 1))
         _lay_out(figure, axes, below=1)
         _scale_axes(axes, points, seeds, band, measure)
-        points = _side_by_side(axes, points)
+        points = points.assign(
+            x=panels.side_by_side(axes, points["n_params"], points["group"]),
+            label=labels.told_apart(points["label"], points["group"]),
+        )
         _draw_band(axes, band)
         _draw_reference(axes, points)
         hard, soft = _draw_points(axes, points, seeds)
@@ -73,7 +76,7 @@ def frontier_figure(
         shown = [("the frontier", points["on_frontier"]), ("dense", points["is_reference"])]
         named = " and ".join(word for word, which in shown if which.any())
         only = f"Labelled: {named or 'none, for lack of room'}." if len(points) > _LABELLED else ""
-        moved = "Groups of about one size stand side by side." if (points["x"] != points["n_params"]).any() else ""
+        moved = panels.moved_statement(points, "the frontier's steps keep to the sizes")
         text = style.footer(statement, redrawn, moved, only, missing, note)
         below = 0.46 + 0.155 * -(-len(legend) // 3) + style.footer_height(text)
         _lay_out(figure, axes, below)
@@ -119,13 +122,6 @@ def _scale_axes(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, band: pd.
     top.spines["top"].set_visible(True)
     axes.set_zorder(top.get_zorder() + 1)
     axes.patch.set_visible(False)
-
-
-def _side_by_side(axes: Axes, points: pd.DataFrame) -> pd.DataFrame:
-    """With `x`, where each is drawn; of many configurations each at its size, for there is no room beside it."""
-    few = len(points) <= _LABELLED
-    x = panels.side_by_side(axes, points["n_params"], points["group"]) if few else points["n_params"].astype("float64")
-    return points.assign(x=x, label=labels.told_apart(points["label"], points["group"]))
 
 
 def _draw_band(axes: Axes, band: pd.DataFrame) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from analysis.style import ink
 
-LED_TO = 12
+LED_TO = 16
 """Points up to which a line may lead to the label of any, not only of an important one."""
 _RADII = (4.5, 6.0, 8.0, 10.5, 14.0, 19.0, 25.0, 32.0, 40.0)
 _NEAR = 8.0
@@ -76,12 +76,18 @@ def text_size(figure: Figure, text: str) -> NDArray[np.float64]:
 
 
 def told_apart(names: pd.Series, groups: pd.Series) -> list[str]:
-    """Labels with the name of their group before them where another group has the same label: `low rank, as χ=16`."""
-    owners = groups.groupby(names, sort=False).transform("nunique")
+    """Labels with the name of their group before them where another group has the same label: `low rank, as χ=16`.
+
+    If one control's has it, those of all have: `as χ=16` says nothing of what it is.
+    """
+    unclear = groups.groupby(names, sort=False).transform("nunique") > 1
+    control = names.str.startswith("as ")
+    if unclear[control].any():
+        unclear |= control
     kinds = groups.str.removesuffix(" from scratch").str.removesuffix(" fine-tuned")
     both = groups.groupby(kinds, sort=False).transform("nunique") > 1
     kinds = kinds.where(~both, groups.str.removesuffix(" from scratch"))
-    return [f"{kind}, {name}" if count > 1 else name for kind, name, count in zip(kinds, names, owners, strict=True)]
+    return names.where(~unclear, kinds + ", " + names).tolist()
 
 
 def place_labels(axes: Axes, labels: Sequence[Label], hard: Boxes, soft: Boxes) -> int:
@@ -172,8 +178,10 @@ def _best_place(
             inside = (box[:2] >= frame[:2]).all() and (box[2:] <= frame[2:]).all()
             if not inside or _touched(box, hard):
                 continue
-            # Right beside, above or below is read more easily than a corner.
+            # Right beside, above or below is read more easily than a corner, and a line that crosses nothing.
             cost = _touched(box, soft) + radius / 10 + 0.5 * abs(np.sin(2 * angle))
+            if radius > _NEAR:
+                cost += _crossed(anchor, np.clip(anchor, box[:2], box[2:]), hard)
             if cost < lowest:
                 best, lowest = (centre, radius), cost
     return best
@@ -181,6 +189,14 @@ def _best_place(
 
 def _box(centre: NDArray, size: NDArray) -> NDArray[np.float64]:
     return np.concatenate((centre - size / 2 - _PADDING, centre + size / 2 + _PADDING))
+
+
+def _crossed(start: NDArray, end: NDArray, boxes: Boxes) -> int:
+    """How many boxes a line from a point crosses, but for those that the point is in."""
+    others = boxes[~((boxes[:, :2] <= start) & (start <= boxes[:, 2:])).all(axis=1)]
+    along = start + np.linspace(0, 1, 20)[:, None] * (end - start)
+    inside = (others[:, None, :2] <= along).all(axis=2) & (along <= others[:, None, 2:]).all(axis=2)
+    return int(inside.any(axis=-1).sum())
 
 
 def _touched(box: NDArray, boxes: Boxes) -> int:

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from analysis import style
 from analysis.figures import labels
+from analysis.tables import percent
 
 _HEIGHT, _ABOVE = 2.6, 0.1
 _LEFT, _RIGHT, _LINE = 0.62, 0.15, 0.165
-_TOUCHING, _APART = 8.0, 6.0
-"""Points up to which two sizes are drawn as one, and between the groups of one size."""
+_APART, _MOST_BESIDE = 7.0, 20
+"""Points from one configuration to the next beside it, and how many can stand like that."""
 
 
 def new_panels(count: int) -> tuple[Figure, list[Axes]]:
@@ -77,15 +78,30 @@ def scale_values(axes: Axes, values: pd.Series) -> None:
     axes.set_ylim(values.min() - margin, values.max() + margin)
 
 
+def moved_statement(drawn: pd.DataFrame, but: str = "") -> str:
+    """How far `side_by_side` moved the points whose sizes are `n_params` and which are drawn at `x`."""
+    away = float(np.abs(np.log(drawn["x"].astype("float64") / drawn["n_params"].astype("float64"))).max())
+    if away == 0:
+        return ""
+    return f"Configurations of about one size stand side by side, moved by up to {percent(np.expm1(away))}" + (
+        f"; {but}." if but else "."
+    )
+
+
 def side_by_side(axes: Axes, sizes: pd.Series, groups: pd.Series) -> NDArray[np.float64]:
-    """Where to draw configurations of these sizes, so that groups of one size stand beside each other, not on top."""
+    """Where to draw configurations of these sizes: beside each other, in their order, moved as little as it takes.
+
+    Of many configurations those of one group and size stay together, and of very many each stays at its size.
+    """
     x = sizes.to_numpy(dtype=np.float64)
-    order = np.argsort(x, kind="stable")
-    at = labels.points_of(axes, x[order], np.zeros(len(x)))[:, 0]
-    moved = np.empty(len(x))
-    for cluster in np.split(np.arange(len(x)), np.flatnonzero(np.diff(at) > _TOUCHING) + 1):
-        ranks = pd.factorize(groups.iloc[order[cluster]])[0]
-        moved[order[cluster]] = _APART * (ranks - ranks.max() / 2)
+    at = labels.points_of(axes, x, np.zeros(len(x)))[:, 0]
+    alone = np.arange(len(x)) if len(x) <= labels.LED_TO else np.zeros(len(x))
+    places = pd.MultiIndex.from_arrays([at, groups, alone])
+    unique = places.unique()
+    if len(unique) > _MOST_BESIDE:
+        return x
+    left, right = np.array(axes.get_window_extent().intervalx) * 72 / labels.figure_of(axes).dpi
+    spread = labels.spread(unique.get_level_values(0).to_numpy(), _APART, left, right)
+    moved = spread[unique.get_indexer(places)] - at
     start, end = np.log(axes.get_xlim())
-    width = axes.get_window_extent().width * 72 / labels.figure_of(axes).dpi
-    return x * np.exp(moved * (end - start) / width)
+    return x * np.exp(moved * (end - start) / (right - left))

@@ -77,7 +77,7 @@ def rank_figure(rows: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
     text = style.footer(
         f"Ranks of mean {measure.title.lower()} at the last step over the whole validation split, n = "
         f"{first['n_seeds']} seeds that all share; bars: 95 % intervals of each rank by itself, from draws of the "
-        "means with the noise pooled over configurations: too short where it differs.",
+        "means with the noise pooled over configurations: too short for the noisiest.",
         f"Kendall's τ between two seeds: {_number(first['kendall_tau'])} on average; share of the variance of the "
         f"means that is not noise: {_number(first['reliability'])}.",
         f"The best {len(rows)} of {n_ranked} configurations." if len(rows) < n_ranked else "",

@@ -85,8 +85,7 @@ def retained_figure(points: pd.DataFrame, n_dense: int, note: str = "") -> Figur
         ends = np.array(axes.get_xlim())
         soft = labels.boxes_along(axes, np.array([[ends[0], 100]]), np.array([[ends[1], 100]]), 0.5)
         left_out = labels.place_labels(axes, _labels(drawn, looks), hard, soft)
-        beside = bool((drawn["x"] != drawn["n_params"]).any())
-        panels.settle(figure, [axes], _legend(points), _foot(points, left_out, beside, note))
+        panels.settle(figure, [axes], _legend(points), _foot(drawn, left_out, note))
     return figure
 
 
@@ -119,7 +118,7 @@ def _legend(points: pd.DataFrame) -> list[Line2D]:
     return handles
 
 
-def _foot(points: pd.DataFrame, left_out: int, beside: bool, note: str) -> str:
+def _foot(points: pd.DataFrame, left_out: int, note: str) -> str:
     enough = (points["n"] >= MIN_SEEDS) & (points["n_failed"] == 0)
     open_ended = int(points.loc[enough, "low"].isna().sum())
     return style.footer(
@@ -127,7 +126,7 @@ def _foot(points: pd.DataFrame, left_out: int, beside: bool, note: str) -> str:
         "whole validation split.",
         "Bars: Fieller's 95 % intervals of the ratio, paired by seed." if enough.any() else "",
         f"{open_ended} without bar: the seeds do not bound the ratio." if open_ended else "",
-        "Groups of about one size stand side by side." if beside else "",
+        panels.moved_statement(points),
         "Only the best of their size or smaller are labelled." if len(points) > _LABELLED else "",
         f"{left_out} label{'s' * (left_out > 1)} left out for lack of room." if left_out else "",
         note,

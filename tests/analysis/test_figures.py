@@ -11,7 +11,7 @@ from drawn import Drawn, apart
 from matplotlib.collections import PolyCollection
 
 from analysis import style
-from analysis.figures import data, labels
+from analysis.figures import data, labels, panels
 from analysis.figures.curves import learning_curves_figure
 from analysis.figures.frontier import frontier_figure
 from analysis.figures.rel_errors import rel_error_figure
@@ -121,16 +121,67 @@ def test_frontier_figure_shows_the_numbers_it_is_given(measure):
     assert "n = 3 to 5" in figure.texts[0].get_text()
 
 
+def beside(points_apart, groups):
+    """How many points each of configurations that are so many points apart is moved, and where it comes to stand."""
+    _, (axes,) = panels.new_panels(1)
+    panels.scale_sizes(axes, pd.Series([1e4, 1e6]))
+    start = labels.points_of(axes, [1e5], [0])[0, 0]
+    per_point = np.log(10) / (labels.points_of(axes, [1e6], [0])[0, 0] - start)
+    sizes = pd.Series(1e5 * np.exp(per_point * np.array(points_apart, dtype=float)))
+    at = labels.points_of(axes, panels.side_by_side(axes, sizes, pd.Series(groups)), np.zeros(len(sizes)))[:, 0] - start
+    return at - points_apart, at
+
+
+@pytest.mark.parametrize(
+    ("points_apart", "groups"),
+    [
+        ([0, 0.1, 0.2, 0.3, 8.5], list("abcde")),
+        ([0, 2, 4], list("aba")),
+        ([4, 0, 0, 9, 0, 30], list("aabbcc")),
+        ([0, 0, 0, 0], list("aaaa")),
+    ],
+)
+def test_configurations_of_about_one_size_stand_side_by_side_in_their_order(points_apart, groups):
+    moved, at = beside(points_apart, groups)
+    order = np.argsort(points_apart, kind="stable")
+    assert np.all(np.diff(at[order]) > 6.999)
+    assert np.abs(moved).max() < 7 * len(at) / 2
+    assert moved[np.array(points_apart) == 30] == pytest.approx(0)
+
+
+def test_configurations_that_are_apart_stay_where_they_are():
+    assert np.array_equal(beside([0, 7.1, 40], list("aab"))[0].round(9), np.zeros(3))
+
+
+def test_of_many_configurations_those_of_a_group_and_size_stay_together():
+    at = beside([0] * 20 + [1] * 20, list("ab") * 20)[1]
+    assert len(np.unique(at.round(6))) == 4
+    assert not beside(np.linspace(0, 50, 40), ["a"] * 40)[0].round(9).any(), "too many sizes"
+
+
+def test_line_to_a_label_crosses_no_other_point_where_another_place_is_free():
+    _, (axes,) = panels.new_panels(1)
+    axes.set(xlim=(0, 100), ylim=(0, 100))
+    around = [(x, y) for x in range(45, 56) for y in (44, 46, 48, 52, 54, 56)] + [(x, 50) for x in range(50, 56)]
+    hard = labels.boxes_around(axes, *np.array(around, dtype=float).T, 1.5)
+    assert labels.place_labels(axes, [labels.Label(50, 50, "one", "black")], hard, np.empty((0, 4))) == 0
+    [text] = axes.texts
+    assert text.xyann[0] < -20, "to the left, where the way is free, though it is nearer above"
+    assert text.xyann[1] == pytest.approx(0, abs=1)
+
+
 def test_labels_name_their_group_where_two_groups_have_the_same():
-    names, groups = (
-        pd.Series(["χ=8", "χ=8", "as χ=8", "as χ=8", "as χ=16"]),
-        [
-            *("MPO from scratch", "MPO fine-tuned", "low rank fine-tuned", "pruned fine-tuned", "pruned fine-tuned"),
-        ],
-    )
-    assert labels.told_apart(names, pd.Series(groups)) == [
-        *("MPO, χ=8", "MPO fine-tuned, χ=8", "low rank, as χ=8", "pruned, as χ=8", "as χ=16"),
-    ]
+    own = {
+        ("χ=8", "MPO from scratch"): "MPO, χ=8",
+        ("χ=8", "MPO fine-tuned"): "MPO fine-tuned, χ=8",
+        ("as χ=8", "low rank fine-tuned"): "low rank, as χ=8",
+        ("as χ=8", "pruned fine-tuned"): "pruned, as χ=8",
+        ("as χ=19", "Monarch fine-tuned"): "Monarch, as χ=19",
+        ("d_model=60", "dense, smaller"): "d_model=60",
+    }
+    names, groups = map(pd.Series, zip(*own, strict=True))
+    assert labels.told_apart(names, groups) == list(own.values())
+    assert labels.told_apart(names[4:], groups[4:]) == ["as χ=19", "d_model=60"], "one control alone is clear"
 
 
 def test_frontier_figure_tells_configurations_of_one_size_apart():
@@ -147,7 +198,7 @@ def test_frontier_figure_tells_configurations_of_one_size_apart():
     markers = [line for line in axes.lines if line.get_linestyle() == "None" and str(line.get_marker()) in "o<X"]
     at = np.array([axes.transData.transform(np.asarray(line.get_xydata()))[0, 0] for line in markers])
     apart_by = np.diff(np.sort(at[np.abs(at - at.mean()) < 50])) * 72 / figure.dpi
-    assert apart_by == pytest.approx([6.0, 6.0])
+    assert apart_by == pytest.approx([7.0, 7.0])
     assert np.exp(np.mean([np.log(line.get_xdata()[0]) for line in markers])) == pytest.approx(size)
     texts = {text.get_text().split(" (")[0] for text in axes.texts}
     assert texts == {"dense", "χ=16", "low rank, as χ=16", "pruned, as χ=16"}
