@@ -52,11 +52,16 @@ def emptied(document, place):
     document.write_text(f"{before}{begin}\n{end}{after}", encoding="utf-8")
 
 
-def configured(command):
-    """The study that an `mpo-study run FILE --set ...` of the documents is of."""
-    _, _, file, *options = shlex.split(command, comments=True)
-    assert set(options[::2]) <= {"--set"}
-    return load_config(ROOT / file, options[1::2])
+@pytest.fixture(scope="module")
+def given():
+    """The studies that the `mpo-study run FILE --set ...` of the documents are of."""
+    configs = []
+    for line in (ROOT / RESULTS / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("mpo-study run study/configs/"):
+            _, _, file, *options = shlex.split(line, comments=True)
+            assert set(options[::2]) <= {"--set"}
+            configs.append(load_config(ROOT / file, options[1::2]))
+    return configs
 
 
 def files(folder, suffix):
@@ -90,9 +95,7 @@ def test_ledger_gives_the_tables_and_the_data_of_the_figures(again, name):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_command_that_is_given_is_that_of_the_study_that_was_run(again, name):
-    lines = (ROOT / RESULTS / "README.md").read_text(encoding="utf-8").splitlines()
-    given = [configured(line) for line in lines if line.startswith("mpo-study run study/configs/")]
+def test_command_that_is_given_is_that_of_the_study_that_was_run(again, given, name):
     [config] = [config for config in given if config.name == name]
     ledger = read_ledger(StudyDirectory(again / "results" / ".shipped" / name).ledger_url, name)
     assert list(differences(definition(ledger.growths.history[-1]), definition(config))) == []

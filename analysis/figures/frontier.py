@@ -208,7 +208,6 @@ def _point_colors(points: pd.DataFrame) -> list[str]:
 
 def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
     """Those of the frontier first: they are placed best."""
-    few = len(points) <= labels.LED_TO
     labelled = points.assign(color=_point_colors(points), important=points["on_frontier"] | points["is_reference"])
     if len(points) > _LABELLED:
         labelled = labelled[labelled["important"]]
@@ -216,7 +215,7 @@ def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
         ["on_frontier", "is_reference", "n_params", "mean"], ascending=[False, False, True, True], kind="stable"
     )
     return [
-        labels.Label(row["x"], row["mean"], _labelled(row), row["color"], bool(row["important"] or few))
+        labels.Label(row["x"], row["mean"], _labelled(row), row["color"], bool(row["important"]))
         for row in ordered.to_dict("records")
     ]
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from analysis.style import ink
 
-LED_TO = 16
-"""Points up to which a line may lead to the label of any, not only of an important one."""
+_LED_TO = 16
+"""Labels up to which a line may lead to any, not only to an important one."""
 _RADII = (4.5, 6.0, 8.0, 10.5, 14.0, 19.0, 25.0, 32.0, 40.0)
 _NEAR = 8.0
 """Points from a point to its label beyond which a line has to lead to it."""
@@ -34,7 +34,7 @@ Boxes = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Label:
-    """Text that belongs to the point (x, y) in data coordinates; only an important one may be led to by a line."""
+    """Text that belongs to the point (x, y) in data coordinates; of many, a line may lead to important ones."""
 
     x: float
     y: float
@@ -97,11 +97,11 @@ def place_labels(axes: Axes, labels: Sequence[Label], hard: Boxes, soft: Boxes) 
     can. The limits of the axes and the figure's layout must be final.
     """
     frame = _frame(axes)
-    taken, left_out = hard, 0
+    taken, left_out, few = hard, 0, len(labels) <= _LED_TO
     for label in labels:
         size = text_size(figure_of(axes), label.text)
         anchor = points_of(axes, [label.x], [label.y])[0]
-        radii = [radius for radius in _RADII if label.important or radius <= _NEAR]
+        radii = [radius for radius in _RADII if label.important or few or radius <= _NEAR]
         place = _best_place(anchor, size, radii, frame, taken, soft)
         if place is None:
             left_out += 1

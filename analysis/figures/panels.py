@@ -17,8 +17,8 @@ from analysis.tables import percent
 
 _HEIGHT, _ABOVE = 2.6, 0.1
 _LEFT, _RIGHT, _LINE = 0.62, 0.15, 0.165
-_APART, _MOST_BESIDE = 7.0, 20
-"""Points from one configuration to the next beside it, and how many can stand like that."""
+_APART, _EACH_BESIDE, _MOST_BESIDE = 7.0, 16, 20
+"""Points from one configuration to the next beside it; up to how many each stands by itself; how many can stand so."""
 
 
 def new_panels(count: int) -> tuple[Figure, list[Axes]]:
@@ -95,7 +95,7 @@ def side_by_side(axes: Axes, sizes: pd.Series, groups: pd.Series) -> NDArray[np.
     """
     x = sizes.to_numpy(dtype=np.float64)
     at = labels.points_of(axes, x, np.zeros(len(x)))[:, 0]
-    alone = np.arange(len(x)) if len(x) <= labels.LED_TO else np.zeros(len(x))
+    alone = np.arange(len(x)) if len(x) <= _EACH_BESIDE else np.zeros(len(x))
     places = pd.MultiIndex.from_arrays([at, groups, alone])
     unique = places.unique()
     if len(unique) > _MOST_BESIDE:

@@ -102,7 +102,7 @@ def _labels(drawn: pd.DataFrame, looks: dict[str, style.GroupStyle]) -> list[lab
         labels.Label(
             row["x"], row["ratio"] if np.isnan(row["high"]) else row["high"], row["label"],
             looks[row["group"]].color if row["n"] >= MIN_SEEDS else style.FEW,
-            bool(row["important"] or len(drawn) <= labels.LED_TO),
+            bool(row["important"]),
         )
         for row in shown.to_dict("records")
     ]  # fmt: skip

@@ -107,14 +107,11 @@ def test_frontier_figure_shows_the_numbers_it_is_given(measure):
     figure, points = drawn_frontier(runs, summary, measure)
     axes = figure.axes[0]
     markers = [line for line in axes.lines if line.get_linestyle() == "None" and str(line.get_marker()) in "Do^s"]
-    drawn = {line.get_ydata()[0]: line for line in markers}
+    drawn = {tuple(np.asarray(line.get_xydata())[0]): line for line in markers}
     assert len(drawn) == len(points)
-    for row in points.to_dict("records"):
-        line = drawn[row["mean"]]
-        beside = axes.transData.transform((row["n_params"], row["mean"])) - axes.transData.transform(
-            line.get_xydata()[0]
-        )
-        assert abs(beside[0]) * 72 / figure.dpi < 7, "at its size, but for another group of about that size"
+    beside = points.assign(x=panels.side_by_side(axes, points["n_params"], points["group"]))
+    for row in beside.to_dict("records"):
+        line = drawn[row["x"], row["mean"]]
         assert (line.get_markerfacecolor() != "white") == row["on_frontier"]
         assert (line.get_markeredgecolor() == "#8c8c8c") == (row["n_seeds"] < 3)
     assert len(axes.containers) == (points["n_seeds"] >= 3).sum(), "an interval for three seeds or more"
