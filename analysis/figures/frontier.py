@@ -76,8 +76,8 @@ def frontier_figure(
         shown = [("the frontier", points["on_frontier"]), ("dense", points["is_reference"])]
         named = " and ".join(word for word, which in shown if which.any())
         only = f"Labelled: {named or 'none, for lack of room'}." if len(points) > _LABELLED else ""
-        moved = panels.moved_statement(points, "the frontier's steps keep to the sizes")
-        text = style.footer(statement, redrawn, moved, only, missing, note)
+        but = "the frontier's steps keep to the sizes" if points["on_frontier"].any() else ""
+        text = style.footer(statement, redrawn, panels.moved_statement(points, but), only, missing, note)
         below = 0.46 + 0.155 * -(-len(legend) // 3) + style.footer_height(text)
         _lay_out(figure, axes, below)
         figure.legend(

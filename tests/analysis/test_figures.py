@@ -213,6 +213,7 @@ def test_frontier_figure_says_when_there_is_no_frontier():
     summary = summarise(runs)
     figure, _ = drawn_frontier(runs, summary, VAL_ACC)
     assert figure.texts[0].get_text().startswith("No configuration has 3 complete seeds: no intervals and no frontier.")
+    assert "steps" not in figure.texts[0].get_text()
 
 
 def test_frontier_figure_draws_its_band_and_names_the_support(summary, runs):
