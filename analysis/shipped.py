@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from analysis.answers import retained_shares
@@ -49,19 +50,34 @@ def ship(studies: Path, out: Path, documents: list[Path]) -> None:
     """
     findings = {}
     for folder in sorted(path for path in studies.iterdir() if path.is_dir()):
-        runs = load_study(resolve_study(folder), cache=folder / "cache")
-        findings[folder.name] = write_report(runs, out / folder.name / "report", light=True)
+        findings[folder.name] = ship_study(folder, out / folder.name)
         print(f"{folder.name}: {out / folder.name / 'report' / INDEX}")
-        if len(paper_trials(runs).frame):
-            write_comparison(runs, out / folder.name / "paper", light=True)
-    said = [
-        (document, place, _said(document, place, findings, out)) for document in documents for place in places(document)
+    texts = [
+        (document, place, place_text(document, place, findings, out))
+        for document in documents
+        for place in places(document)
     ]
-    for document, place, text in said:  # not before all of it is known
+    for document, place, text in texts:  # not before all of it is known
         fill_place(document, place, text)
 
 
-def _said(document: Path, place: str, findings: dict[str, Findings], out: Path) -> str:
+def ship_study(folder: Path, out: Path) -> Findings:
+    """Write a study's light report to OUT/report and, if it has models of the paper, the comparison to OUT/paper."""
+    runs = load_study(resolve_study(folder), cache=folder / "cache")
+    findings = write_report(runs, out / "report", light=True)
+    if len(paper_trials(runs).frame):
+        write_comparison(runs, out / "paper", light=True)
+    return findings
+
+
+def place_text(document: Path, place: str, findings: Mapping[str, Findings], out: Path) -> str:
+    """The text for one place of a document.
+
+    Args:
+        findings: of each study, by name; their reports lie at OUT/NAME/report.
+    Raises:
+        ValueError: the place names another study, or a part that a study does not have.
+    """
     study, _, part = place.partition(":")
     if study not in findings:
         raise ValueError(f"{document}: has a place for {place}, but the studies are {', '.join(findings)}")

@@ -1,4 +1,4 @@
-"""docs/results: from the ledgers that it ships come its reports again, and what the documents say of them."""
+"""docs/results: the shipped ledgers give their reports again, and the documents hold what the reports say."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from analysis.places import places
+from analysis.shipped import place_text, ship_study
 from study.definition import definition, differences
 from study.directory import StudyDirectory
+from study.exchange import import_study
 from study.ledger.snapshot import read_ledger
+from study.run import sync
 from study.study_file import load_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")
@@ -27,33 +33,18 @@ EXACT = (".md", ".tex", ".html", ".json")
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-@pytest.fixture(scope="module")
-def again(tmp_path_factory):
-    """What `make results` makes of the ledgers and of documents without what it writes there, beside the project."""
-    root = tmp_path_factory.mktemp("results")
-    shutil.copy(ROOT / "Makefile", root)
-    for name in STUDIES:
-        (root / RESULTS / name).mkdir(parents=True)
-        shutil.copy(ROOT / RESULTS / name / "ledger.parquet", root / RESULTS / name)
-    for document in DOCUMENTS:
-        shutil.copy(ROOT / document, root / document)
-        for place in places(root / document):
-            emptied(root / document, place)
-    command = ["make", "results", "INSTALLED=", f"BIN={Path(sys.executable).parent}"]
-    made = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stdout + made.stderr
-    return root
+@pytest.fixture(scope="module", params=STUDIES)
+def study(request, tmp_path_factory):
+    """A shipped study made again from its ledger: its name, its folder, its shipped reports, its findings."""
+    name, folder = request.param, StudyDirectory(tmp_path_factory.mktemp("study") / "made")
+    import_study(ROOT / RESULTS / name / "ledger.parquet", folder, None)
+    sync(folder.load_config(), folder, None, None)
+    reports = tmp_path_factory.mktemp("reports") / name
+    return name, folder, reports, ship_study(folder.path, reports)
 
 
-def emptied(document, place):
-    text = document.read_text(encoding="utf-8")
-    begin, end = f"<!-- begin {place} -->", f"<!-- end {place} -->"
-    before, after = text.split(begin)[0], text.split(end)[1]
-    document.write_text(f"{before}{begin}\n{end}{after}", encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def given():
+@cache
+def shipped_commands():
     """The studies that the `mpo-study run FILE --set ...` of the documents are of."""
     configs = []
     for line in (ROOT / RESULTS / "README.md").read_text(encoding="utf-8").splitlines():
@@ -68,6 +59,11 @@ def files(folder, suffix):
     return sorted(path.relative_to(folder) for path in folder.rglob(f"*{suffix}") if path.is_file())
 
 
+def place_of(document, name):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return text.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0].strip("\n")
+
+
 def assert_same_drawing(made, shipped):
     """The same but for the last digits of coordinates, which another processor may round otherwise."""
     one, other = made.read_text(encoding="utf-8"), shipped.read_text(encoding="utf-8")
@@ -76,15 +72,15 @@ def assert_same_drawing(made, shipped):
     assert coordinates[0] == pytest.approx(coordinates[1], abs=1e-3), shipped
 
 
-def test_every_study_of_the_documents_is_shipped_and_every_shipped_one_is_told_of():
-    told = {place.partition(":")[0] for document in DOCUMENTS for place in places(ROOT / document)}
-    assert told == set(STUDIES)
+def test_documents_show_every_shipped_study_and_no_other():
+    shown = {place.partition(":")[0] for document in DOCUMENTS for place in places(ROOT / document)}
+    assert shown == set(STUDIES)
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_ledger_gives_the_tables_and_the_data_of_the_figures(again, name):
-    shipped, made = ROOT / RESULTS / name, again / RESULTS / name
-    assert files(shipped, "") == files(made, "")
+def test_ledger_gives_the_tables_and_the_data_of_the_figures(study):
+    name, _, made, _ = study
+    shipped = ROOT / RESULTS / name
+    assert files(shipped, "") == sorted([*files(made, ""), Path("ledger.parquet")])
     assert files(shipped, ".csv")
     for path in files(shipped, ".csv"):
         pd.testing.assert_frame_equal(pd.read_csv(made / path), pd.read_csv(shipped / path), rtol=1e-9, obj=str(path))
@@ -94,13 +90,34 @@ def test_ledger_gives_the_tables_and_the_data_of_the_figures(again, name):
     assert filecmp.cmpfiles(shipped, made, [str(path) for path in texts], shallow=False)[1:] == ([], [])
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_command_that_is_given_is_that_of_the_study_that_was_run(again, given, name):
-    [config] = [config for config in given if config.name == name]
-    ledger = read_ledger(StudyDirectory(again / "results" / ".shipped" / name).ledger_url, name)
+def test_documents_say_what_the_ledger_says(study):
+    name, _, _, findings = study
+    for document in DOCUMENTS:
+        for place in places(ROOT / document):
+            if place.partition(":")[0] == name:
+                text = place_text(ROOT / document, place, {name: findings}, ROOT / RESULTS)
+                assert place_of(document, place) == text.strip("\n"), (document, place)
+
+
+def test_command_in_the_documents_is_that_of_the_study_that_was_run(study):
+    name, folder, _, _ = study
+    [config] = [config for config in shipped_commands() if config.name == name]
+    ledger = read_ledger(folder.ledger_url, name)
     assert list(differences(definition(ledger.growths.history[-1]), definition(config))) == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
-def test_documents_say_what_the_ledgers_say(again, document):
-    assert (again / document).read_text(encoding="utf-8") == (ROOT / document).read_text(encoding="utf-8")
+def test_make_results_writes_reports_and_fills_documents(tmp_path):
+    """The command itself, on one study, beside the project."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / RESULTS / "paper").mkdir(parents=True)
+    shutil.copy(ROOT / RESULTS / "paper" / "ledger.parquet", tmp_path / RESULTS / "paper")
+    for document in DOCUMENTS:
+        (tmp_path / document).write_text("<!-- begin paper:trials -->\n<!-- end paper:trials -->\n", encoding="utf-8")
+    command = ["make", "results", "INSTALLED=", f"BIN={Path(sys.executable).parent}"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
+    shipped = ROOT / RESULTS / "paper"
+    assert files(tmp_path / RESULTS / "paper", "") == files(shipped, "")
+    for document in DOCUMENTS:
+        text = (tmp_path / document).read_text(encoding="utf-8")
+        assert place_of(DOCUMENTS[0], "paper:trials") in text
