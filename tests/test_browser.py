@@ -68,7 +68,7 @@ def address(study):
         yield server.stdout.readline().removeprefix("MLflow: ").strip()
     finally:
         server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=60)
+        server.communicate(timeout=300)
 
 
 def text_of(browser):  # noqa: F811

@@ -55,7 +55,7 @@ class Cluster:
     def start_head(self) -> None:
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1"]
         self.start("head", "--head", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=true", *ports)
-        self.wait_for("the job server", lambda: self.client("job", "list", timeout=60).returncode == 0)
+        self.wait_for("the job server", lambda: self.client("job", "list", timeout=300).returncode == 0)
 
     def start_worker(self, name: str) -> None:
         self.start(name, f"--address=127.0.0.1:{self.port}", "--num-cpus=1", "--num-gpus=0")
@@ -213,7 +213,7 @@ def n_alive(cluster: Cluster) -> int:
         env=cluster.environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     found = re.search(r"^nodes (.*)$", asked.stdout, re.MULTILINE)

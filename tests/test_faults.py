@@ -102,7 +102,7 @@ def test_driver_that_is_stopped_goes_on_later(work, undisturbed, send):
     driver = start(work)
     wait_for_results(driver, 2)
     send(driver)
-    out, err = driver.communicate(timeout=120)
+    out, err = driver.communicate(timeout=300)
     assert driver.returncode == 130
     assert "stopped; what is done is kept. To go on: the same command again (kept)" in out
     assert "Traceback" not in out + err
@@ -204,7 +204,7 @@ def test_study_whose_last_node_dies_stops_and_goes_on_later(work, undisturbed):
     wait_for_results(driver, 2)
     [raylet] = [pid for pid in descendants(driver.pid) if Path(f"/proc/{pid}/comm").read_text() == "raylet\n"]
     kill([raylet, *descendants(raylet)])  # a node's own process, and the workers on it
-    out, err = driver.communicate(timeout=120)
+    out, err = driver.communicate(timeout=300)
     assert driver.returncode == 1, err
     assert "no node of Ray is left that can hold a unit" in " ".join(out.split())
     assert "Traceback" not in out + err
@@ -240,7 +240,7 @@ def test_damaged_checkpoints_are_said_on_the_drivers_display_and_passed_over(wor
     driver = start(work)
     wait_for_results(driver, 1)
     checkpoints: list[Path] = []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not checkpoints and time.monotonic() < deadline:
         checkpoints = list((work / "kept" / "storage").glob("*/checkpoints/*/*.safetensors"))
     time.sleep(0.5)

@@ -43,7 +43,7 @@ def test_report_command_is_quiet_on_stderr_and_defaults_to_the_study_directory(t
         '"experiment": "tiny"}'
     )
     result = subprocess.run(
-        [sys.executable, "-m", "analysis", "report", folder], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "analysis", "report", folder], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
@@ -100,7 +100,7 @@ def test_analysis_imports_neither_torch_nor_ray_and_mlflow_only_to_read():
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
         "{'torch', 'ray', 'optuna', 'mlflow', 'study', 'mpo_core'}))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert result.stdout.strip() == "[]"
 
 

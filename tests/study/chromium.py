@@ -11,7 +11,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
-PATIENCE = 90
+PATIENCE = 300
 """Seconds for a page to show what it should; a single slow core renders MLflow's in about ten."""
 
 

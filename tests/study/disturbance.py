@@ -93,7 +93,7 @@ def trainers(driver):
 
 
 def wait_for_trainer(driver, other_than=()):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         new = [pid for pid in trainers(driver) if pid not in other_than]
         if new:

@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def wait_until_listening(port: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended"
         with socket.socket() as probe:

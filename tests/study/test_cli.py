@@ -186,7 +186,7 @@ def test_cli_ctrl_c_stops_a_study_that_goes_on_later(tmp_path):
 
     first.send_signal(signal.SIGINT)
     first.send_signal(signal.SIGCONT)
-    out, err = first.communicate(timeout=60)
+    out, err = first.communicate(timeout=300)
     assert first.returncode == 130
     assert "stopped; what is done is kept. To go on: the same command again" in out
     assert "Traceback" not in out + err
@@ -228,13 +228,13 @@ def test_cli_sync_then_ui_serve_the_runs_on_this_machine_alone(tmp_path, mlflow_
         assert err == f"mpo-study: --port {port}: cannot listen there: Address already in use; give another port\n"
     finally:
         server.send_signal(signal.SIGTERM)
-        _, err = server.communicate(timeout=60)
+        _, err = server.communicate(timeout=300)
     assert "Traceback" not in err
     assert _listeners(port) == set()
     assert contents(tmp_path / "kept" / "mlflow.db") == before
 
 
-def _get(url, server, patience=120):
+def _get(url, server, patience=300):
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -39,7 +39,7 @@ def test_locked_refuses_a_second_driver_and_names_the_first(directory):
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=300,
         )
     assert second.returncode == 1
     assert f"another driver runs this study: process {os.getpid()} on" in second.stderr

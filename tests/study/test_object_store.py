@@ -52,7 +52,7 @@ def undisturbed(tmp_path_factory):
 
 def wait_for_backup(url, path, n):
     """Wait until the ledger's newest copy has that many results; it is read at that path."""
-    storage, deadline = Storage(url), time.monotonic() + 120
+    storage, deadline = Storage(url), time.monotonic() + 300
     while time.monotonic() < deadline:
         for key in storage.keys("backup/tiny/ledger")[-1:]:
             path.write_bytes(storage.read(key))

@@ -155,7 +155,7 @@ def test_lock_ends_with_its_holder(new_database):  # noqa: F811
     finally:
         holder.kill()
         holder.communicate()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         try:
             with hold_ledger(url, "tiny"):

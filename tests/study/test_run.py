@@ -251,7 +251,7 @@ def test_run_study_without_tracking_imports_neither_ray_nor_mlflow(tmp_path, fol
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

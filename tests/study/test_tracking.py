@@ -598,7 +598,7 @@ def test_background_tracker_catches_up_once_mlflow_is_back(opened, database):  #
     background = BackgroundTracker(sometimes, said.append, pause=0.01)
     for trial in ledger.trials.values():
         background.put(trial, ledger.on_record(trial), 2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while "MLflow is back" not in said and time.monotonic() < deadline:
         time.sleep(0.05)
     assert background.close(0) is None
@@ -650,7 +650,7 @@ def test_background_tracker_tries_again_what_mlflow_did_not_take_once(opened, da
     background = BackgroundTracker(lambda: connect(database), lambda line: None, pause=0.01)
     for trial in ledger.trials.values():
         background.put(trial, ledger.on_record(trial), 2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while background.n_pending and time.monotonic() < deadline:  # also before it is closed
         time.sleep(0.05)
     assert background.trouble is None
