@@ -119,11 +119,11 @@ def rebuild(description: Mapping[str, Any], like: nn.Module | None) -> nn.Module
         model = _put(model, layer)
     present = {name: type(module).__name__ for name, module in _places(model)}
     for name in [*classes, *present]:
-        saved, ours = classes.get(name), present.get(name)
+        saved, ours = classes.get(name, "missing"), present.get(name, "missing")
         # `save` has compared all classes with those that the library builds; it may have renamed some since.
         strict = like is not None or {saved, ours} & {"Linear", "Conv1D"}
         if saved != ours and strict:
-            raise ValueError(f"{name} is {_a(saved)} in the saved model, but {_a(ours)} in {LOADED_INTO}")
+            raise ValueError(f"{name} is {saved} in the saved model, but {ours} in {LOADED_INTO}")
     check_plain_tensors(model)
     return model
 
@@ -203,8 +203,8 @@ def _put(model: nn.Module, layer: _Layer) -> nn.Module:
         sizes = _sizes(old)
         if sizes != (layer.in_features, layer.out_features):
             wanted = f"goes from {layer.in_features} to {layer.out_features} features in the saved model"
-            present = f"{_a(type(old).__name__)}{f' from {sizes[0]} to {sizes[1]}' if sizes else ''}"
-            raise ValueError(f"{name} {wanted}, but is {present} in {LOADED_INTO}")
+            present = f"{type(old).__name__} from {sizes[0]} to {sizes[1]}" if sizes else type(old).__name__
+            raise ValueError(f"{name} {wanted}, but {LOADED_INTO} has {present} there")
         new = layer.make() if new is None else new
         if not name:
             return new
@@ -261,7 +261,3 @@ def _order(tensor: Tensor) -> list[int]:
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for tensors in named_tensors(module) for name, tensor in tensors.items()}
-
-
-def _a(kind: str | None) -> str:
-    return "missing" if kind is None else f"a {kind}"

@@ -70,8 +70,8 @@ def build(origin: Mapping[str, Any]) -> nn.Module:
 def check_same_settings(origin: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     """Raise ValueError if both have a configuration and a setting is not the same in both."""
     ours, theirs = dict(_settings(origin["config"])), dict(_settings(other["config"]))
-    for key in ours.keys() & theirs.keys():
-        if ours[key] != theirs[key]:
+    for key in ours:
+        if key in theirs and ours[key] != theirs[key]:
             raise ValueError(f"the saved model has {key}={ours[key]!r}, but {LOADED_INTO} has {key}={theirs[key]!r}")
 
 

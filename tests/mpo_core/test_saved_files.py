@@ -55,12 +55,15 @@ class Net(nn.Sequential):
     [
         (None, "Sequential cannot be built from a configuration alone: give `like`"),
         (3, "`like` must be a model or a function that makes one, but got int"),
-        (lambda: make_net(width=16), "0 goes from 8 to 12 features in the saved model, but is a Linear from 8 to 16"),
-        (lambda: fill(nn.Sequential(linear(8, 12), nn.ReLU(), linear(12, 6, bias=False))), "1 is a Tanh .* a ReLU"),
+        (
+            lambda: make_net(width=16),
+            "0 goes from 8 to 12 features in the saved model, but the model .* has Linear from 8 to 16",
+        ),
+        (lambda: fill(nn.Sequential(linear(8, 12), nn.ReLU(), linear(12, 6, bias=False))), "1 is Tanh in .* ReLU in"),
         (lambda: make_net()[:2], "2 is a layer of the saved model, but the model"),
-        (lambda: nn.Sequential(*make_net(), nn.Tanh()), "3 is missing in the saved model, but a Tanh"),
+        (lambda: nn.Sequential(*make_net(), nn.Tanh()), "3 is missing in the saved model, but Tanh"),
         (lambda: Net(*make_net()), "the saved model is a Sequential, but `like` is a Net"),
-        (lambda: nn.Sequential(nn.ReLU(), *make_net()[1:]), "0 goes from 8 to 12 .* is a ReLU in"),
+        (lambda: nn.Sequential(nn.ReLU(), *make_net()[1:]), "0 goes from 8 to 12 .* has ReLU there"),
     ],
 )
 def test_another_model_as_like_is_refused(tmp_path, like, message):

@@ -109,11 +109,15 @@ def test_a_kind_that_a_user_defines(tmp_path):
 
 
 def test_two_kinds_of_one_name_are_not_confused(tmp_path):
-    mpo_core.save(make_scaled(), tmp_path)
-    other = type("Scaled", (Scaled,), {"__module__": "elsewhere"})
-    with pytest.raises(ValueError, match=r"more than one .*elsewhere\.Scaled"):
-        mpo_core.load(tmp_path, make_scaled())
-    assert other.kind == "Scaled"
+    class Twice(Scaled):
+        pass
+
+    layer = Twice(8, 4, rank=2, scale=3.0, generator=torch.Generator().manual_seed(0))
+    round_trip(layer, tmp_path)
+    other = type("Twice", (Scaled,), {"__module__": "elsewhere"})
+    with pytest.raises(ValueError, match=r"more than one .*elsewhere\.Twice"):
+        mpo_core.load(tmp_path)
+    assert other.kind == Twice.kind == "Twice"
 
 
 def test_a_kind_that_does_not_make_itself_again_is_not_saved(tmp_path):
