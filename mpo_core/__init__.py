@@ -1,7 +1,7 @@
 """Matrix product operators (tensor-train matrices) as weights of neural networks, and the models studied with them.
 
-Needs torch alone. Names used throughout: `chi` is the cap on the bonds that was asked for, `bonds` the actual
-(1, χ_1, ..., χ_{L-1}, 1), and core l has the shape (bonds[l], d_out[l], d_in[l], bonds[l+1]).
+Needs torch alone, and safetensors to save a model. Names used throughout: `chi` is the cap on the bonds that was asked
+for, `bonds` the actual (1, χ_1, ..., χ_{L-1}, 1), and core l has the shape (bonds[l], d_out[l], d_in[l], bonds[l+1]).
 """
 
 from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
@@ -9,6 +9,7 @@ from mpo_core.bonds import clip_bonds, largest_bonds, largest_chi
 from mpo_core.compression.budget import spread_budget
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
 from mpo_core.compression.report import CompressedLayer, CompressionReport
+from mpo_core.compression.saving import load, save
 from mpo_core.contraction import Cost, chain
 from mpo_core.cost_model import Calibration, calibrate, set_calibration
 from mpo_core.factorisation import FACTORISATIONS, factorisations, factorise, why_not
@@ -69,6 +70,7 @@ __all__ = [
     "inner_product",
     "largest_bonds",
     "largest_chi",
+    "load",
     "low_rank_svd",
     "n_params",
     "n_params_compressed",
@@ -79,6 +81,7 @@ __all__ = [
     "rel_error",
     "rel_errors",
     "round_cores",
+    "save",
     "set_calibration",
     "spectral_norm",
     "spread_budget",

@@ -36,7 +36,7 @@ __all__ = ["LowRankLinear", "MonarchLinear", "PrunedLinear"]
 Device = torch.device | str | None
 
 
-class LowRankLinear(StructuredLinear):
+class LowRankLinear(StructuredLinear, kind="low_rank"):
     """y = x (A B)ᵀ + b with A (out_features, rank) and B (rank, in_features).
 
     Args:
@@ -140,8 +140,12 @@ class LowRankLinear(StructuredLinear):
         """What fixes the shape of the parameters, in a few words."""
         return f"rank={self.rank}"
 
+    def options(self) -> dict[str, Any]:
+        """The rank."""
+        return {"rank": self.rank}
 
-class PrunedLinear(StructuredLinear):
+
+class PrunedLinear(StructuredLinear, kind="pruned"):
     """A dense weight of which only the entries under `mask` count; the mask never changes by itself.
 
     W is `weight` where the mask is true and 0 elsewhere, so the gradient elsewhere is exactly 0, and W stays 0 there
@@ -253,6 +257,10 @@ class PrunedLinear(StructuredLinear):
     def structure(self) -> str:
         """What fixes the shape of the parameters, in a few words."""
         return f"kept={self.n_params_matrix}"
+
+    def options(self) -> dict[str, Any]:
+        """The number of entries that were asked for; which ones are kept is in `mask`."""
+        return {"max_params": self._n_kept}
 
     def _set_mask(self, order: Tensor) -> None:
         self.mask.fill_(False)

@@ -29,7 +29,7 @@ _CACHED_OR_CHAIN, _RECONSTRUCT_OR_CHAIN = ("cached", "chain"), ("reconstruct", "
 Sizes = tuple[int, ...]
 
 
-class MPOLinear(StructuredLinear):
+class MPOLinear(StructuredLinear, kind="mpo"):
     """y = x Wᵀ + b with W the contraction of `cores` (paper, Eq. 6 and 7).
 
     Args:
@@ -226,6 +226,16 @@ class MPOLinear(StructuredLinear):
     def structure(self) -> str:
         """The cap, the local sizes and the bonds."""
         return f"chi={self.chi}, d_out={list(self.d_out)}, d_in={list(self.d_in)}, bonds={list(self.bonds)}"
+
+    def options(self) -> dict[str, Any]:
+        """The cap, the local sizes, padding and the forward mode."""
+        # Bonds that were asked for one by one may have been clipped: the cap then stands in the place of one of them.
+        caps = [(*self.bonds[:site], self.chi, *self.bonds[site + 1 :]) for site in range(1, self.n_sites)]
+        fitting = (cap for cap in (self.chi, *caps) if clip_bonds(cap, self.d_out, self.d_in) == self.bonds)
+        cap = next(fitting, self.bonds)
+        size = {"bonds": list(cap)} if isinstance(cap, tuple) else {"chi": cap}
+        sizes = {"d_out": list(self.d_out), "d_in": list(self.d_in), "padding": not self._is_exact}
+        return {**size, **sizes, "forward": self.forward_mode}
 
     def _mode(self, cores: Sequence[Tensor], n_tokens: int, x_has_grad: bool) -> str:
         """The mode of this call: "reconstruct", "chain" or "cached"."""

@@ -26,7 +26,7 @@ from mpo_core.structured import (
 from mpo_core.tensor_train import in_range
 
 
-class MonarchLinear(StructuredLinear):
+class MonarchLinear(StructuredLinear, kind="monarch"):
     """W as n_blocks[0] × n_blocks[1] equal blocks, each of rank r: a Monarch matrix, or block tensor-train of rank r.
 
     Block (l, k) is L[l, :, k, :] R[k, l, :, :], so that y = x Wᵀ is two batches of products. One block is a low-rank
@@ -165,6 +165,10 @@ class MonarchLinear(StructuredLinear):
     def structure(self) -> str:
         """What fixes the shape of the parameters, in a few words."""
         return f"n_blocks={self.n_blocks}, rank={self.rank}"
+
+    def options(self) -> dict[str, Any]:
+        """The numbers of blocks and the rank."""
+        return {"n_blocks": list(self.n_blocks), "rank": self.rank}
 
 
 def _most_blocks(out_features: int, in_features: int, max_params: int | None) -> tuple[int, int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,17 @@ from mpo_core.contraction import Product, cost
 
 
 class StructuredLinear(nn.Module):
-    """y = x Wᵀ + b with x (..., in_features), y (..., out_features) and W (out_features, in_features) structured."""
+    """y = x Wᵀ + b with x (..., in_features), y (..., out_features) and W (out_features, in_features) structured.
 
+    A subclass is a kind of layer. Its name in files is the class argument `kind`; default: the name of the class.
+    """
+
+    kind: ClassVar[str]
     bias: nn.Parameter | None
+
+    def __init_subclass__(cls, kind: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.kind = kind or cls.__name__  # never inherited: a subclass may be made from other options
 
     def __init__(
         self,
@@ -50,6 +58,14 @@ class StructuredLinear(nn.Module):
     @abstractmethod
     def structure(self) -> str:
         """What fixes the shape of the parameters, in a few words."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """Arguments of the constructor that make a layer with parameters of the same shapes, applied in the same way.
+
+        Only values that JSON has. in_features, out_features, bias and device are passed beside them.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -136,6 +152,28 @@ class StructuredLinear(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_((linear.bias if name == "bias" else linear.weight).requires_grad)
         return self.train(linear.training)
+
+
+def kind_called(name: str) -> type[StructuredLinear]:
+    """The kind of layer of that name, among those that are defined by now.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    # A class that is defined again, as in a notebook, takes the place of the first one.
+    found = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(StructuredLinear)}
+    found = {where: kind for where, kind in found.items() if kind.kind == name}
+    if not found:
+        raise ValueError(f"no StructuredLinear of kind {name!r} is defined: import the module that defines it")
+    if len(found) > 1:
+        raise ValueError(f"more than one StructuredLinear is of kind {name!r}: {', '.join(sorted(found))}")
+    return next(iter(found.values()))
+
+
+def _subclasses(kind: type[StructuredLinear]) -> Iterator[type[StructuredLinear]]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def _check_linear(linear: object) -> None:

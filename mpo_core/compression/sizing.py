@@ -21,10 +21,7 @@ from mpo_core.structured import StructuredLinear, check_matrix, rounding
 from mpo_core.tensor_train import rel_error
 
 KINDS: dict[str, type[StructuredLinear]] = {
-    "mpo": MPOLinear,
-    "low_rank": LowRankLinear,
-    "monarch": MonarchLinear,
-    "pruned": PrunedLinear,
+    kind.kind: kind for kind in (MPOLinear, LowRankLinear, MonarchLinear, PrunedLinear)
 }
 
 N_RUNGS = {"monarch": 16, "pruned": 64}
