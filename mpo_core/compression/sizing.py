@@ -17,8 +17,9 @@ from mpo_core.factorisation import factorise, why_not
 from mpo_core.initialisation import FRESH_INITS
 from mpo_core.linear import MPOLinear
 from mpo_core.refinement.calibration import output_error
-from mpo_core.structured import StructuredLinear, check_matrix, rounding
+from mpo_core.structured import StructuredLinear, rounding
 from mpo_core.tensor_train import rel_error
+from mpo_core.values import check_matrix
 
 KINDS: dict[str, type[StructuredLinear]] = {
     "mpo": MPOLinear,
@@ -74,6 +75,7 @@ class Sizer:
 
     def with_error(self, linear: nn.Linear, target: float, gram: Tensor | None) -> Outcome:
         """The smallest layer found within a relative error, of its outputs where there is a gram, or the dense one."""
+        check_matrix(linear.weight)
         if gram is None:
             layer = self._within_weight_error(linear, target)
         else:
