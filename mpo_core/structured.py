@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpo_core.bonds import check_fraction, check_whole
+from mpo_core.computed_weights import why_computed
 from mpo_core.contraction import Product, cost
 from mpo_core.values import check_dtype
 
@@ -72,7 +73,7 @@ class StructuredLinear(nn.Module):
 
         Raises:
             ValueError: as `from_matrix`; or `linear` is no nn.Linear, or its weight is on the meta device, so without
-                values.
+                values, or is computed from other parameters.
         """
         _check_linear(linear)
         weight, bias = linear.weight, linear.bias
@@ -147,6 +148,9 @@ def _check_linear(linear: object) -> None:
         raise ValueError(
             f"`linear` must be an nn.Linear, but got {type(linear).__name__}; `compress` takes a Conv1D too"
         )
+    computed = why_computed(linear)
+    if computed is not None:
+        raise ValueError(f"`linear` cannot be decomposed: {computed}")
 
 
 def check_one_cap(**caps: object) -> None:
