@@ -46,12 +46,13 @@ def main() -> None:
     rows = []
     for factorisation in ("paper", "min_params"):
         for chi in CHIS:
-            _, shape = compress(model, chi=chi, factorisation=factorisation)
+            size = {"chi": chi, "allow_growth": True}
+            _, shape = compress(model, **size, factorisation=factorisation)
             # Low rank needs at least rank 1, which the smallest chains of three sites undercut.
             budget = {row.name: row.n_params_after for row in shape.rows}
             smallest = {name: sum(model.get_parameter(f"{name}.weight").shape) for name in budget}
             ways = [
-                (f"MPO, {method}", {"chi": chi, "factorisation": factorisation, "method": method})
+                (f"MPO, {method}", {**size, "factorisation": factorisation, "method": method})
                 for method in ("tt_svd", "whitened", "als")
             ]
             if all(budget[name] >= smallest[name] for name in budget):

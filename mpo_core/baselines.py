@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mpo_core.bonds import check_fraction, check_whole
 from mpo_core.contraction import Product, dense_product
 from mpo_core.initialisation import normal_
 from mpo_core.monarch import MonarchLinear
@@ -23,13 +24,12 @@ from mpo_core.structured import (
     StructuredLinear,
     check_error,
     check_init,
-    check_matrix,
     check_one_cap,
     n_needed,
     rank_within,
     rounding,
 )
-from mpo_core.tensor_train import in_range
+from mpo_core.values import check_matrix, in_range
 
 __all__ = ["LowRankLinear", "MonarchLinear", "PrunedLinear"]
 
@@ -44,9 +44,9 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         init: "variance", Var(B) = 1 / in_features and Var(A) = 1 / rank, so that Var(W) = 1 / in_features; all of W's
             norm then lies in a few directions. "svd_fresh", the truncated SVD of a dense W with entries
             N(0, 1 / in_features): W has the spectral norm of a dense draw, and less variance (Khodak et al. 2021).
-        generator: needed except on "meta".
+        generator: what the factors are drawn from. Default: torch's own, as nn.Linear.
     Raises:
-        ValueError: not exactly one size, a rank below 1, max_params below those of rank 1, or no generator.
+        ValueError: not exactly one size, a rank below 1, or max_params below those of rank 1.
     """
 
     def __init__(
@@ -155,11 +155,11 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
     Args:
         sparsity, max_params: exactly one. The fraction of zeros in [0, 1), or the most entries that are kept.
         init: "variance", entries kept at random places, with a variance that makes Var(W) = 1 / in_features over all
-            entries. generator: needed except on "meta".
+            entries. generator: what they are drawn from. Default: torch's own, as nn.Linear.
     Shapes:
         weight (out_features, in_features); mask, a buffer of the same shape.
     Raises:
-        ValueError: not exactly one size, sparsity outside [0, 1), max_params below 1, or no generator.
+        ValueError: not exactly one size, sparsity outside [0, 1), or max_params below 1.
     """
 
     mask: Tensor
@@ -181,13 +181,13 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         check_one_cap(sparsity=sparsity, max_params=max_params)
         total = out_features * in_features
         if sparsity is not None:
-            if not 0 <= sparsity < 1:
-                raise ValueError(f"`0 <= sparsity < 1` must hold, but got sparsity={sparsity}")
+            check_fraction(sparsity=sparsity)
             max_params = max(1, total - round(sparsity * total))
+        check_whole(max_params=max_params)
         assert max_params is not None
         if max_params < 1:
             raise ValueError(f"`max_params >= 1` must hold, but got max_params={max_params}")
-        self._n_kept = min(max_params, total)
+        self._n_kept = min(int(max_params), total)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.register_buffer("mask", torch.ones(out_features, in_features, device=device, dtype=torch.bool))
         self._draw_unless_meta(init, generator)
@@ -212,13 +212,14 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         """
         check_matrix(W)
         check_error(rel_error, gram)
-        score = W.double().abs()
+        scaled = in_range(W.double())[0]
+        score = scaled.abs()
         if gram is not None:
             score = score * check_gram(gram, W.shape[1]).to(W.device).diagonal().sqrt()
         order = torch.sort(score.flatten(), descending=True, stable=True).indices
         if rel_error is not None:
             check_one_cap(sparsity=sparsity, max_params=max_params, rel_error=rel_error)
-            max_params = max(1, n_needed(in_range(W.double())[0].flatten()[order].square(), rel_error))
+            max_params = max(1, n_needed(scaled.flatten()[order].square(), rel_error))
         layer = cls._empty(W, bias, sparsity=sparsity, max_params=max_params, **options)
         layer._set_mask(order)
         layer.weight.data.copy_(torch.where(layer.mask, W, 0))

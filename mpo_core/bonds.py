@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 
 def largest_bonds(d_out: Sequence[int], d_in: Sequence[int]) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ def clip_bonds(chi_or_bonds: int | Sequence[int] | None, d_out: Sequence[int], d
     largest = largest_bonds(d_out, d_in)
     if chi_or_bonds is None:
         return largest
-    if isinstance(chi_or_bonds, Sequence):
+    if not isinstance(chi_or_bonds, str) and isinstance(chi_or_bonds, Sequence):
         caps = list(chi_or_bonds)
         check_whole(**{f"bonds[{place}]": cap for place, cap in enumerate(caps)})
         if len(caps) != len(largest) or min(caps) < 1 or caps[0] != 1 or caps[-1] != 1:
@@ -41,10 +41,10 @@ def clip_bonds(chi_or_bonds: int | Sequence[int] | None, d_out: Sequence[int], d
             )
     else:
         check_whole(chi=chi_or_bonds)
-        if chi_or_bonds < 1:
+        if int(chi_or_bonds) < 1:
             raise ValueError(f"`chi >= 1` must hold, but got chi={chi_or_bonds}")
-        caps = [chi_or_bonds] * len(largest)
-    bonds = [min(cap, bond) for cap, bond in zip(caps, largest, strict=True)]
+        caps = [int(chi_or_bonds)] * len(largest)
+    bonds = [min(int(cap), bond) for cap, bond in zip(caps, largest, strict=True)]
     sizes = site_sizes(d_out, d_in)
     for site, size in enumerate(sizes):
         bonds[site + 1] = min(bonds[site + 1], bonds[site] * size)
@@ -71,6 +71,7 @@ def largest_chi(max_params: int, d_out: Sequence[int], d_in: Sequence[int]) -> i
     Raises:
         ValueError: not even chi = 1 fits, or the sizes are refused by `largest_bonds`.
     """
+    check_whole(max_params=max_params)
     at_least = n_params(clip_bonds(1, d_out, d_in), d_out, d_in)
     if at_least > max_params:
         raise ValueError(
@@ -135,21 +136,34 @@ def given_sizes(
         check_sizes(out_features, in_features, d_out, d_in)
     if n_sites not in (None, len(d_out)):
         raise ValueError(f"`n_sites == len(d_out)` must hold, but got n_sites={n_sites}, d_out={list(d_out)}")
-    return tuple(d_out), tuple(d_in)
+    site_sizes(d_out, d_in)
+    return tuple(map(int, d_out)), tuple(map(int, d_in))
 
 
 def check_whole(**numbers: object) -> None:
-    """Raise ValueError unless these are whole numbers, of numpy or Python's own."""
+    """Raise ValueError unless these are whole numbers, of numpy or Python's own; True and False are none."""
     for name, number in numbers.items():
-        if not isinstance(number, Integral):
+        if isinstance(number, bool) or not isinstance(number, Integral):
             raise ValueError(f"`{name}` must be a whole number, but got {number!r}")
+
+
+def check_fraction(**numbers: object) -> None:
+    """Raise ValueError unless these are numbers from 0 to below 1."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise ValueError(f"`{name}` must be a number, but got {number!r}")
+        if not 0 <= float(number) < 1:
+            raise ValueError(f"`0 <= {name} < 1` must hold, but got {name}={number}")
 
 
 def site_sizes(d_out: Sequence[int], d_in: Sequence[int]) -> list[int]:
     """d_out[l] · d_in[l] of every site; ValueError unless there is one size of at least 1 of each per site."""
+    for name, sizes in (("d_out", d_out), ("d_in", d_in)):
+        if not all(type(size) is int for size in sizes):
+            check_whole(**{f"{name}[{site}]": size for site, size in enumerate(sizes)})
     if len(d_out) != len(d_in) or not d_out or min(*d_out, *d_in) < 1:
         raise ValueError(
             "`d_out` and `d_in` must hold one size of at least 1 per site, "
             f"but got d_out={list(d_out)}, d_in={list(d_in)}"
         )
-    return [out * in_ for out, in_ in zip(d_out, d_in, strict=True)]
+    return [int(out) * int(in_) for out, in_ in zip(d_out, d_in, strict=True)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import permutations
 
-from mpo_core.bonds import check_sizes, clip_bonds, largest_chi, n_params
+from mpo_core.bonds import check_sizes, check_whole, clip_bonds, largest_chi, n_params
 
 FACTORISATIONS = ("paper", "balanced", "min_params")
 
@@ -58,6 +58,8 @@ def factorise(
     _check(out_features, in_features, n_sites)
     if method not in FACTORISATIONS:
         raise ValueError(f"`factorisation` must be one of {', '.join(FACTORISATIONS)}, but got {method!r}")
+    if chi is not None:
+        check_whole(chi=chi)
     if chi is not None and chi < 1:
         raise ValueError(f"`chi >= 1` must hold, but got chi={chi}")
 
@@ -138,6 +140,9 @@ def why_not(
 
 
 def _check(out_features: int, in_features: int, n_sites: int | None) -> None:
+    check_whole(out_features=out_features, in_features=in_features)
+    if n_sites is not None:
+        check_whole(n_sites=n_sites)
     if out_features < 1 or in_features < 1:
         raise ValueError(
             "`out_features` and `in_features` must be at least 1, "

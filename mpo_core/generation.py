@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mpo_core.bonds import check_whole
 from mpo_core.evaluating import evaluating
 from mpo_core.linear import MPOLinear
 from mpo_core.picogpt import KeyValueCache, PicoGPT
@@ -40,6 +41,7 @@ def generate(
     """
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(f"`tokens` must have shape (B, T) with T >= 1, but got {tuple(tokens.shape)}")
+    check_whole(n_new=n_new, **({} if top_k is None else {"top_k": top_k}))
     if n_new < 0 or temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(
             "`n_new >= 0`, `temperature >= 0` and `top_k >= 1` must hold, "

@@ -1,4 +1,4 @@
-"""Ways to fill the cores of an MPO, in place, never from the global generator."""
+"""Ways to fill the cores of an MPO, in place, from the generators given."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from mpo_core.bonds import clip_bonds
 from mpo_core.contraction import chain
 from mpo_core.tensor_train import balance_cores, bonds_and_sizes, tt_svd
+from mpo_core.values import check_cores_finite, times_power, to_units
 
 FRESH_INITS = ("paper", "variance", "orthogonal", "spectral", "tt_svd_fresh")
 """Those that draw cores; see `init_cores_`."""
@@ -146,12 +147,13 @@ def spectral_norm(
         tolerance: stops when the residual of the Ritz pair bounds the relative error of ‖W‖_2² by it.
     Raises:
         RuntimeError: the tolerance is not met after `max_iterations`.
-        ValueError: as `bonds_and_sizes`.
+        ValueError: as `bonds_and_sizes`; or a core has an infinite or NaN entry.
     Source: Golub and Van Loan 2013, section 10.1.
     """
     _, d_out, d_in = bonds_and_sizes(cores)
+    check_cores_finite(cores)
     rows, columns = out_features or math.prod(d_out), in_features or math.prod(d_in)
-    cores = [core.double() for core in cores]
+    cores, exponent = to_units([core.double() for core in cores])
     transposed = [core.transpose(1, 2) for core in cores]
 
     def gram(x: Tensor) -> Tensor:  # (columns,) -> WᵀW x
@@ -179,7 +181,7 @@ def spectral_norm(
         values, vectors = torch.linalg.eigh(T)
         largest = max(0.0, float(values[-1]))
         if residual * abs(float(vectors[-1, -1])) <= tolerance * largest or len(basis) == columns:
-            return math.sqrt(largest)
+            return float(times_power(values.new_tensor(math.sqrt(largest)), exponent))
         if len(basis) == max_iterations:
             raise RuntimeError(f"the spectral norm did not reach tolerance={tolerance} in {max_iterations} iterations")
         off_diagonal.append(residual)

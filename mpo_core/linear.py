@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.bonds import clip_bonds, given_sizes, largest_bonds, n_params
+from mpo_core.bonds import check_whole, clip_bonds, given_sizes, largest_bonds, n_params
 from mpo_core.cached_matrix import CachedMatrix
 from mpo_core.chain_steps import is_traced
 from mpo_core.contraction import Product, chain, cheapest_direction, pad_features, products
@@ -18,8 +18,9 @@ from mpo_core.cost_model import calibration_of, choose
 from mpo_core.factorisation import factorise
 from mpo_core.initialisation import init_cores_
 from mpo_core.refinement.fit import fit_cores
-from mpo_core.structured import StructuredLinear, check_matrix, check_one_cap
+from mpo_core.structured import StructuredLinear, check_one_cap
 from mpo_core.tensor_train import bonds_and_sizes, contract, tt_svd
+from mpo_core.values import check_matrix
 
 __all__ = ["FORWARD_MODES", "MPOLinear", "StructuredLinear"]
 
@@ -40,8 +41,7 @@ class MPOLinear(StructuredLinear, kind="mpo"):
         padding: whether prod(d_out) and prod(d_in) may exceed the features: W is then the upper left part of what the
             cores contract to.
         init: one of `mpo_core.initialisation.FRESH_INITS`; the bias starts at zero.
-        generator: what the cores are drawn from, one after the other. Needed on every device but "meta": the global
-            generator is never used.
+        generator: what the cores are drawn from, one after the other. Default: torch's own, as nn.Linear.
         forward: how W is applied. "reconstruct": W is formed in every forward. "chain": never (`contraction.chain`).
             "cached": in evaluation mode W is formed once and kept, as long as no gradient of it is asked for and no
             core changes; else as "reconstruct". "auto": whichever of these is fastest for the number of tokens, by a
@@ -53,7 +53,7 @@ class MPOLinear(StructuredLinear, kind="mpo"):
         cores[l]: (bonds[l], d_out[l], d_in[l], bonds[l+1]); bias: (out_features,) or None.
     Raises:
         ValueError: not exactly one cap, one below 1, sizes that do not multiply to the features, an unknown init,
-            factorisation or forward mode, max_params that χ = 1 exceeds, or no generator.
+            factorisation or forward mode, or max_params that χ = 1 exceeds.
     """
 
     def __init__(
@@ -89,12 +89,17 @@ class MPOLinear(StructuredLinear, kind="mpo"):
             return given_sizes(out_features, in_features, d_out, d_in, n_sites, padding)
 
         if bonds is not None:
+            if not isinstance(bonds, Sequence):
+                raise ValueError(f"`bonds` must be a sequence of whole numbers, but got {bonds!r}")
+            check_whole(**{f"bonds[{place}]": bond for place, bond in enumerate(bonds)})
             chi = max(bonds, default=1)
         elif max_params is not None:
+            check_whole(max_params=max_params)
             chi = _largest_chi(max_params, split, 2 * math.isqrt(in_features * out_features))
+        check_whole(chi=chi)
         assert chi is not None
-        self.chi = chi
-        self.d_out, self.d_in = split(chi)
+        self.chi = int(chi)
+        self.d_out, self.d_in = split(self.chi)
         self.n_sites = len(self.d_out)
         self.bonds = clip_bonds(chi if bonds is None else bonds, self.d_out, self.d_in)
         self.forward_mode = forward

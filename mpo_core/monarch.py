@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mpo_core.bonds import check_whole
 from mpo_core.contraction import Product
 from mpo_core.initialisation import normal_
 from mpo_core.refinement.calibration import check_gram
@@ -17,13 +18,12 @@ from mpo_core.structured import (
     StructuredLinear,
     check_error,
     check_init,
-    check_matrix,
     check_one_cap,
     n_needed,
     rank_within,
     rounding,
 )
-from mpo_core.tensor_train import in_range
+from mpo_core.values import check_matrix, in_range
 
 
 class MonarchLinear(StructuredLinear, kind="monarch"):
@@ -36,13 +36,14 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
         n_blocks: down and across, divisors of out_features and in_features; an int is both. None: the divisors next to
             the square roots, from below; where max_params is too small for those, the most blocks that it allows.
         rank, max_params: exactly one; `rank` then holds the actual one, at most the smaller side of a block.
-        init: "variance", each factor with 1 / its own inputs. generator: needed except on "meta".
+        init: "variance", each factor with 1 / its own inputs.
+        generator: what the factors are drawn from. Default: torch's own, as nn.Linear.
     Shapes:
         L (n_blocks[0], out_features / n_blocks[0], n_blocks[1], rank),
         R (n_blocks[1], n_blocks[0], rank, in_features / n_blocks[1]).
     Raises:
-        ValueError: not exactly one size, a rank below 1, n_blocks that do not divide the features, max_params below
-            those of rank 1, or no generator.
+        ValueError: not exactly one size, a rank below 1, n_blocks that do not divide the features, or max_params
+            below those of rank 1.
     Source: Dao et al. 2022 (Monarch); Qiu et al. 2024 (block tensor-train).
     """
 
@@ -63,13 +64,14 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
         super().__init__(in_features, out_features, bias, device, dtype)
         if n_blocks is None:
             n_blocks = _most_blocks(out_features, in_features, max_params)
-        down, across = (n_blocks, n_blocks) if isinstance(n_blocks, int) else n_blocks
+        down, across = n_blocks if isinstance(n_blocks, tuple) else (n_blocks, n_blocks)
+        check_whole(**{"n_blocks[0]": down, "n_blocks[1]": across})
         if down < 1 or across < 1 or out_features % down or in_features % across:
             raise ValueError(
                 f"`n_blocks` must divide out_features={out_features} and in_features={in_features}, "
                 f"but got n_blocks={(down, across)}"
             )
-        self.n_blocks = down, across
+        self.n_blocks = int(down), int(across)
         m, p = out_features // down, in_features // across
         self.rank = rank_within(rank, max_params, down * across * (m + p), min(m, p))
         self.L = nn.Parameter(torch.empty(down, m, across, self.rank, device=device, dtype=dtype))
@@ -105,7 +107,8 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
             s = torch.linalg.svdvals(_blocks(in_range(W.double())[0], down, across))
             rank = max(1, n_needed(s.square().sum((0, 1)), rel_error, rounding(W)))
         layer = cls._empty(W, bias, rank=rank, max_params=max_params, n_blocks=n_blocks, **options)
-        blocks = _blocks(W.double(), *layer.n_blocks)  # (down, across, m, p)
+        scaled, scale = in_range(W.double())
+        blocks = _blocks(scaled, *layer.n_blocks)  # (down, across, m, p)
         weighted, G = blocks, None
         if gram is not None:
             G = check_gram(gram, W.shape[1]).to(W.device)
@@ -115,12 +118,13 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
         L = U[..., : layer.rank]  # (down, across, m, r)
         R = L.mT @ blocks  # (down, across, r, p)
         if G is not None:
-            L = _fit_left(W.double(), R, G)
+            L = _fit_left(scaled, R, G)
         # Each component's norm is shared equally, as an optimiser would want it.
         norms = (torch.linalg.norm(R, dim=3, keepdim=True) / torch.linalg.norm(L, dim=2)[..., None]).sqrt()
         norms = torch.where(torch.isfinite(norms) & (norms > 0), norms, 1)
-        layer.L.data.copy_((L * norms.mT).permute(0, 2, 1, 3))
-        layer.R.data.copy_((R / norms).transpose(0, 1))
+        share = math.sqrt(scale)
+        layer.L.data.copy_((L * norms.mT * share).permute(0, 2, 1, 3))
+        layer.R.data.copy_((R / norms * share).transpose(0, 1))
         return layer
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:

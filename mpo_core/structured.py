@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.bonds import check_whole
+from mpo_core.bonds import check_fraction, check_whole
+from mpo_core.computed_weights import why_computed
 from mpo_core.contraction import Product, cost
+from mpo_core.values import check_dtype
 
 
 class StructuredLinear(nn.Module):
@@ -36,13 +38,15 @@ class StructuredLinear(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        check_whole(in_features=in_features, out_features=out_features)
+        check_dtype("`dtype`", dtype or torch.get_default_dtype())
         if in_features < 1 or out_features < 1:
             raise ValueError(
                 "`in_features` and `out_features` must be at least 1, "
                 f"but got in_features={in_features}, out_features={out_features}"
             )
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features = int(in_features)
+        self.out_features = int(out_features)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @abstractmethod
@@ -85,7 +89,7 @@ class StructuredLinear(nn.Module):
 
         Raises:
             ValueError: as `from_matrix`; or `linear` is no nn.Linear, or its weight is on the meta device, so without
-                values.
+                values, or is computed from other parameters.
         """
         _check_linear(linear)
         weight, bias = linear.weight, linear.bias
@@ -136,10 +140,8 @@ class StructuredLinear(nn.Module):
     def _draw_unless_meta(self, init: str, generator: torch.Generator | None) -> None:
         if next(self.parameters()).is_meta:
             return
-        if generator is None:
-            name = type(self).__name__
-            raise ValueError(f"{name} draws its parameters from `generator`, but got None; pass a torch.Generator")
-        self.draw(init, lambda _: generator)
+        source = torch.default_generator if generator is None else generator
+        self.draw(init, lambda _: source)
 
     @staticmethod
     def _no_autocast(parameter: Tensor) -> AbstractContextManager[object]:
@@ -149,6 +151,8 @@ class StructuredLinear(nn.Module):
         return torch.autocast(device_type, enabled=False)
 
     def _like(self, linear: nn.Linear) -> Self:
+        if self.bias is not None and self.bias.dtype != linear.bias.dtype:
+            self.bias = nn.Parameter(linear.bias.detach().clone())
         for name, parameter in self.named_parameters():
             parameter.requires_grad_((linear.bias if name == "bias" else linear.weight).requires_grad)
         return self.train(linear.training)
@@ -182,18 +186,9 @@ def _check_linear(linear: object) -> None:
         raise ValueError(
             f"`linear` must be an nn.Linear, but got {type(linear).__name__}; `compress` takes a Conv1D too"
         )
-
-
-def check_matrix(W: Tensor) -> None:
-    """Raise ValueError unless W is a finite floating-point matrix with values."""
-    if W.ndim != 2 or 0 in W.shape:
-        raise ValueError(f"`W` must have shape (out_features, in_features), but got {tuple(W.shape)}")
-    if W.is_meta:
-        raise ValueError("a weight on the meta device has no values to decompose")
-    if not W.is_floating_point():
-        raise ValueError(f"`W` must be floating-point to be decomposed, but got {W.dtype}")
-    if not torch.isfinite(W).all():
-        raise ValueError(f"`W` must be finite to be decomposed, but {int((~torch.isfinite(W)).sum())} entries are not")
+    computed = why_computed(linear)
+    if computed is not None:
+        raise ValueError(f"`linear` cannot be decomposed: {computed}")
 
 
 def check_one_cap(**caps: object) -> None:
@@ -207,6 +202,7 @@ def check_one_cap(**caps: object) -> None:
 def rank_within(rank: int | None, max_params: int | None, per_rank: int, largest: int) -> int:
     check_one_cap(rank=rank, max_params=max_params)
     if max_params is not None:
+        check_whole(max_params=max_params)
         rank = max_params // per_rank
         if rank < 1:
             raise ValueError(f"rank 1 needs {per_rank} parameters, but got max_params={max_params}")
@@ -214,7 +210,7 @@ def rank_within(rank: int | None, max_params: int | None, per_rank: int, largest
     check_whole(rank=rank)
     if rank < 1:
         raise ValueError(f"`rank >= 1` must hold, but got rank={rank}")
-    return min(rank, largest)
+    return min(int(rank), largest)
 
 
 def n_needed(squares: Tensor, rel_error: float, negligible: float = 0.0) -> int:
@@ -232,8 +228,8 @@ def rounding(W: Tensor) -> float:
 def check_error(rel_error: float | None, gram: Tensor | None) -> None:
     if rel_error is not None and gram is not None:
         raise ValueError("`rel_error` is an error of W, not of outputs: give it without `gram`")
-    if rel_error is not None and not 0 <= rel_error < 1:
-        raise ValueError(f"`0 <= rel_error < 1` must hold, but got rel_error={rel_error}")
+    if rel_error is not None:
+        check_fraction(rel_error=rel_error)
 
 
 def check_init(layer: StructuredLinear, init: str, *others: str) -> None:

@@ -12,8 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_core.bonds import check_sizes, clip_bonds, contraction_order
+from mpo_core.bonds import check_fraction, check_sizes, check_whole, clip_bonds, contraction_order
 from mpo_core.leading_subspace import leading_left
+from mpo_core.values import (
+    check_cores_finite,
+    check_matrix,
+    error_ratio,
+    in_range,
+    norm,
+    times_power,
+    to_unit,
+    to_units,
+)
 
 
 @torch.no_grad()
@@ -43,37 +53,34 @@ def tt_svd(
         None of the three: rel_error = 0, exact to rounding, with bonds no larger than the numerical rank of each
             unfolding (and at least 1).
     Returns:
-        Cores in W's dtype, on its device.
+        Cores in W's dtype, on its device. If float16 cannot hold the last one, all have equal norms (`balance_cores`).
     Raises:
-        ValueError: chi and bonds together, caps refused by `clip_bonds`, rel_error outside [0, 1); W is not a
-            floating-point matrix, has an infinite or NaN entry, or the sizes do not multiply to its shape.
+        ValueError: chi and bonds together, caps refused by `clip_bonds`, rel_error outside [0, 1); the sizes do not
+            multiply to W's shape, or as `check_matrix`.
     Source: paper, Algorithm 1; Oseledets 2011, Algorithm 1 and Theorem 2.2.
     """
     if W.ndim != 2:
         raise ValueError(f"`W` must have two dimensions, but got shape {tuple(W.shape)}")
     check_sizes(W.shape[0], W.shape[1], d_out, d_in)
-    if not W.is_floating_point():
-        raise ValueError(f"`W` must be floating-point to be decomposed, but got {W.dtype}")
-    if not torch.isfinite(W).all():
-        raise ValueError(f"`W` must be finite to be decomposed, but {int((~torch.isfinite(W)).sum())} entries are not")
+    check_matrix(W)
     rel_error = _check_target(chi, bonds, rel_error)
     caps = clip_bonds(chi if bonds is None else bonds, d_out, d_in)
 
     rest, scale = in_range(_interleave(W, d_out, d_in).to(_at_least_float32(W.dtype)))
-    norm = float(torch.linalg.vector_norm(rest, dtype=torch.float64))
+    size = float(torch.linalg.vector_norm(rest, dtype=torch.float64))
     # Rounding of that size is carried along the sweep: it scales with W's norm, not with each step's largest value.
-    negligible = 16 * math.sqrt(max(W.shape)) * torch.finfo(rest.dtype).eps * norm
-    budget = None if rel_error is None else (rel_error * norm) ** 2
+    negligible = 16 * math.sqrt(max(W.shape)) * torch.finfo(rest.dtype).eps * size
+    budget = None if rel_error is None else (rel_error * size) ** 2
     cores, left = [], 1
     for site in range(len(d_out) - 1):
         M = rest.reshape(left * d_out[site] * d_in[site], -1)
         n_cuts = len(d_out) - 1 - site
         U, rest, budget = _cut(M, caps[site + 1], budget, n_cuts, negligible)
-        cores.append(U.reshape(left, d_out[site], d_in[site], -1).to(W.dtype).contiguous())
+        cores.append(U.reshape(left, d_out[site], d_in[site], -1))
         left = U.shape[1]
     rest = rest if scale == 1 else rest * scale
-    cores.append(rest.reshape(left, d_out[-1], d_in[-1], 1).to(W.dtype))
-    return cores
+    cores.append(rest.reshape(left, d_out[-1], d_in[-1], 1))
+    return rounded_to(W.dtype, cores)
 
 
 @torch.no_grad()
@@ -91,9 +98,10 @@ def round_cores(
             bond becomes the smaller of what it is and its cap, clipped; with none of the three, only what is zero to
             rounding goes.
     Returns:
-        Cores in the dtype of the given ones, all but the last left-orthogonal. The error has `tt_svd`'s bounds.
+        Cores in the dtype of the given ones, all but the last left-orthogonal, or as `tt_svd` has them in float16. The
+        error has `tt_svd`'s bounds.
     Raises:
-        ValueError: as `bonds_and_sizes` and `tt_svd`; or a core has an infinite or NaN entry.
+        ValueError: as `tt_svd` and `orthogonalize`.
     Source: Oseledets 2011, Algorithm 2.
     """
     _, d_out, d_in = bonds_and_sizes(cores)
@@ -104,10 +112,10 @@ def round_cores(
     # Right-orthogonal beyond the first core, so that a cut in the small matrix is a cut of the same size in W.
     rounded = orthogonalize([core.to(dtype) for core in cores], 0)
     rounded[0], scale = in_range(rounded[0])
-    norm = float(torch.linalg.vector_norm(rounded[0], dtype=torch.float64))
+    size = float(torch.linalg.vector_norm(rounded[0], dtype=torch.float64))
     largest = max(core.shape[0] * core.shape[1] * core.shape[2] for core in rounded)
-    negligible = 16 * math.sqrt(largest) * torch.finfo(dtype).eps * norm
-    budget = None if rel_error is None else (rel_error * norm) ** 2
+    negligible = 16 * math.sqrt(largest) * torch.finfo(dtype).eps * size
+    budget = None if rel_error is None else (rel_error * size) ** 2
     for site in range(len(cores) - 1):
         M = rounded[site].reshape(-1, rounded[site].shape[3])
         n_cuts = len(cores) - 1 - site
@@ -115,7 +123,7 @@ def round_cores(
         rounded[site] = U.reshape(-1, d_out[site], d_in[site], U.shape[1])
         rounded[site + 1] = torch.tensordot(rest, rounded[site + 1], 1)
     rounded[-1] = rounded[-1] if scale == 1 else rounded[-1] * scale
-    return [core.to(cores[0].dtype).contiguous() for core in rounded]
+    return rounded_to(cores[0].dtype, rounded)
 
 
 def orthogonalize(cores: Sequence[Tensor], site: int) -> list[Tensor]:
@@ -126,27 +134,34 @@ def orthogonalize(cores: Sequence[Tensor], site: int) -> list[Tensor]:
     right-orthogonal: its (a, o · i · b) matrix has orthonormal rows.
 
     Raises:
-        ValueError: `site` is not one of 0 to L - 1; as `bonds_and_sizes`; or a core has an infinite or NaN entry.
+        ValueError: `site` is not one of 0 to L - 1; as `bonds_and_sizes`; a core has an infinite or NaN entry; or the
+            dtype cannot hold W's norm.
     Source: Oseledets 2011, section 3; Schollwöck 2011, section 4.4.
     """
     bonds_and_sizes(cores)
+    check_whole(site=site)
     if not 0 <= site < len(cores):
         raise ValueError(f"`0 <= site < {len(cores)}` must hold, but got site={site}")
-    for place, core in enumerate(cores):
-        if not torch.isfinite(core).all():
-            raise ValueError(f"`cores` must be finite, but core {place} is not")
-    swept = [core.to(_at_least_float32(core.dtype)) for core in cores]
+    check_cores_finite(cores)
+    # Scaled, as a part of the chain may be out of range though W is not.
+    swept, total = to_units([core.to(_at_least_float32(core.dtype)) for core in cores])
     for place in range(site):
         a, o, i, b = swept[place].shape
         Q, R = torch.linalg.qr(swept[place].reshape(a * o * i, b))
         swept[place] = Q.reshape(a, o, i, -1)
-        swept[place + 1] = torch.tensordot(R, swept[place + 1], 1)
+        swept[place + 1], exponent = to_unit(torch.tensordot(R, swept[place + 1], 1))
+        total = total + exponent
     for place in range(len(cores) - 1, site, -1):
         a, o, i, b = swept[place].shape
         Q, R = torch.linalg.qr(swept[place].reshape(a, o * i * b).mT)
         swept[place] = Q.mT.reshape(-1, o, i, b)
-        swept[place - 1] = torch.tensordot(swept[place - 1], R.mT, 1)
-    return [core.to(cores[0].dtype).contiguous() for core in swept]
+        swept[place - 1], exponent = to_unit(torch.tensordot(swept[place - 1], R.mT, 1))
+        total = total + exponent
+    swept[site] = times_power(swept[site], total)
+    swept = [core.to(cores[0].dtype).contiguous() for core in swept]
+    if not torch.isfinite(swept[site]).all():
+        raise ValueError(f"the norm of the matrix of these cores is beyond the range of {cores[0].dtype}")
+    return swept
 
 
 def inner_product(cores_a: Sequence[Tensor], cores_b: Sequence[Tensor]) -> Tensor:
@@ -157,16 +172,7 @@ def inner_product(cores_a: Sequence[Tensor], cores_b: Sequence[Tensor]) -> Tenso
     Raises:
         ValueError: the two have different sizes on some site, or as `bonds_and_sizes`.
     """
-    _, *sizes_a = bonds_and_sizes(cores_a)
-    _, *sizes_b = bonds_and_sizes(cores_b)
-    if sizes_a != sizes_b:
-        raise ValueError(f"both must have the same [d_out, d_in], but got {sizes_a} and {sizes_b}")
-    environment = torch.ones(1, 1, dtype=torch.float64, device=cores_a[0].device)  # (bond of A, bond of B)
-    for A, B in zip(cores_a, cores_b, strict=True):
-        A, B = A.double(), B.double()
-        half = environment.mT @ A.reshape(A.shape[0], -1)
-        environment = half.reshape(-1, A.shape[3]).mT @ B.reshape(-1, B.shape[3])
-    return environment.reshape(())
+    return times_power(*_inner_product(cores_a, cores_b))
 
 
 def frobenius_norm(cores: Sequence[Tensor]) -> Tensor:
@@ -175,9 +181,28 @@ def frobenius_norm(cores: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: as `bonds_and_sizes`.
     """
-    square = inner_product(cores, cores)
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    square, exponent = _inner_product(cores, cores)
+    odd = exponent % 2
+    square, positive = times_power(square, odd), square > 0
+    root = torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    return times_power(root, (exponent - odd) / 2)
+
+
+def _inner_product(cores_a: Sequence[Tensor], cores_b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """⟨A, B⟩ / 2^k and k, as the square of a norm may be out of range though the norm is not."""
+    _, *sizes_a = bonds_and_sizes(cores_a)
+    _, *sizes_b = bonds_and_sizes(cores_b)
+    if sizes_a != sizes_b:
+        raise ValueError(f"both must have the same [d_out, d_in], but got {sizes_a} and {sizes_b}")
+    cores_a, total_a = to_units([core.double() for core in cores_a])
+    cores_b, total_b = to_units([core.double() for core in cores_b])
+    total = total_a + total_b
+    environment = torch.ones(1, 1, dtype=torch.float64, device=cores_a[0].device)  # (bond of A, bond of B)
+    for A, B in zip(cores_a, cores_b, strict=True):
+        half = environment.mT @ A.reshape(A.shape[0], -1)
+        environment, exponent = to_unit(half.reshape(-1, A.shape[3]).mT @ B.reshape(-1, B.shape[3]))
+        total = total + exponent
+    return environment.reshape(()), total
 
 
 def balance_cores(cores: Sequence[Tensor]) -> list[Tensor]:
@@ -190,7 +215,7 @@ def balance_cores(cores: Sequence[Tensor]) -> list[Tensor]:
         ValueError: as `bonds_and_sizes`.
     """
     bonds_and_sizes(cores)
-    norms = torch.stack([torch.linalg.vector_norm(core.double()) for core in cores])
+    norms = torch.stack([norm(core) for core in cores])
     usable = (norms > 0).all()
     logs = torch.where(usable, norms, 1.0).log()
     scales = (logs.mean() - logs).exp()
@@ -237,19 +262,7 @@ def rel_error(W: Tensor, W_hat: Tensor) -> float:
         raise ValueError(f"`W` and `W_hat` must have the same shape, but got {tuple(W.shape)} and {tuple(W_hat.shape)}")
     W, scale = in_range(W.detach().double())
     W_hat = W_hat.detach().double() / scale
-    error, norm = float(torch.linalg.norm(W - W_hat)), float(torch.linalg.norm(W))
-    if norm == 0:
-        return 0.0 if error == 0 else math.inf
-    return error / norm
-
-
-def in_range(W: Tensor) -> tuple[Tensor, float]:
-    """W / scale and the scale, 1 unless squares of W's entries would over- or underflow; a power of two, so exact."""
-    largest = float(W.abs().max())
-    if W.dtype is not torch.float64 or largest == 0 or 1e-100 < largest < 1e100:
-        return W, 1.0
-    scale = 2.0 ** math.frexp(largest)[1] if largest < 1e300 else 2.0**1000
-    return W / scale, scale
+    return error_ratio(float(norm(W - W_hat)), float(norm(W)))
 
 
 def bonds_and_sizes(cores: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -267,14 +280,21 @@ def bonds_and_sizes(cores: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int
     return bonds, tuple(shape[1] for shape in shapes), tuple(shape[2] for shape in shapes)
 
 
+def rounded_to(dtype: torch.dtype, cores: Sequence[Tensor]) -> list[Tensor]:
+    """The cores in that dtype; with equal norms if one of them is beyond its range."""
+    rounded = [core.to(dtype).contiguous() for core in cores]
+    if all(torch.isfinite(core).all() for core in rounded):
+        return rounded
+    return [core.to(dtype).contiguous() for core in balance_cores(cores)]
+
+
 def _check_target(chi: int | None, bonds: Sequence[int] | None, rel_error: float | None) -> float | None:
     """The error target; 0 where nothing at all is asked for."""
     if chi is not None and bonds is not None:
         raise ValueError(f"one of `chi` and `bonds` caps the bonds, but got chi={chi}, bonds={list(bonds)}")
     if rel_error is None:
         return 0.0 if chi is None and bonds is None else None
-    if not 0 <= rel_error < 1:
-        raise ValueError(f"`0 <= rel_error < 1` must hold, but got rel_error={rel_error}")
+    check_fraction(rel_error=rel_error)
     return rel_error
 
 

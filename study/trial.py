@@ -106,6 +106,7 @@ def build_model(
     return mpo_core.compress(
         model,
         chi=spec.chi,
+        allow_growth=True,  # a study's trials at large χ are what they are asked to be
         factorisation=spec.factorisation,
         n_sites=spec.n_sites,
         # Without values there is nothing to decompose, and shapes do not depend on how they are filled.

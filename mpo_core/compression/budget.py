@@ -14,6 +14,7 @@ from torch import Tensor
 from mpo_core.bonds import clip_bonds, n_params
 from mpo_core.refinement.calibration import check_gram
 from mpo_core.refinement.whitening import make_whitener, square_root, times_sites
+from mpo_core.values import in_range
 
 Split = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -102,7 +103,7 @@ def chain_ladder(W: Tensor, gram: Tensor | None, split: Callable[[int], Split]) 
 
 def low_rank_ladder(W: Tensor, gram: Tensor | None) -> list[Rung]:
     """Ranks 1, 2, … of a product of two factors with fewer parameters than W; exact (Eckart & Young 1936)."""
-    M = W.double()
+    M = in_range(W.double())[0]
     if gram is not None:
         M = M @ square_root(check_gram(gram, W.shape[1]).to(W.device))
     tail, per_rank = _squared_tail(M), sum(W.shape)
@@ -112,7 +113,7 @@ def low_rank_ladder(W: Tensor, gram: Tensor | None) -> list[Rung]:
 def _relative_tails(W: Tensor, G: Tensor | None, d_out: Sequence[int], d_in: Sequence[int]) -> list[list[float]]:
     n_sites = len(d_out)
     extra_out, extra_in = math.prod(d_out) - W.shape[0], math.prod(d_in) - W.shape[1]
-    M = torch.nn.functional.pad(W.double(), (0, extra_in, 0, extra_out))
+    M = torch.nn.functional.pad(in_range(W.double())[0], (0, extra_in, 0, extra_out))
     if G is not None:
         M = times_sites(M, make_whitener(torch.nn.functional.pad(G, (0, extra_in, 0, extra_in)), d_in).roots)
     T = M.reshape(*d_out, *d_in).permute([axis for site in range(n_sites) for axis in (site, n_sites + site)])

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mpo_core.baselines import PrunedLinear
-from mpo_core.bonds import check_whole
-from mpo_core.compression.dense_layers import DenseLayer, as_linear, find_dense_layers, is_dense, linear_layers
+from mpo_core.bonds import check_fraction, check_whole
+from mpo_core.compression.dense_layers import (
+    DenseLayer,
+    Model,
+    copied,
+    does_more,
+    find_dense_layers,
+    is_dense,
+    linear_layers,
+    shape_of,
+)
 from mpo_core.compression.report import CompressedLayer, CompressionReport
 from mpo_core.compression.sizing import KINDS, Sizer, spread
+from mpo_core.computed_weights import weight_of
 from mpo_core.factorisation import factorise
 from mpo_core.initialisation import FRESH_INITS, INITS
 from mpo_core.linear import MPOLinear
@@ -25,7 +36,6 @@ from mpo_core.structured import StructuredLinear
 from mpo_core.tensor_train import contract, tt_svd
 from mpo_core.tensor_train import rel_error as relative_error
 
-Model = TypeVar("Model", bound=nn.Module)
 Layer = Callable[[str, nn.Linear], StructuredLinear | None]
 
 
@@ -36,6 +46,7 @@ def compress(
     chi: int | None = None,
     rel_error: float | None = None,
     budget: float | Mapping[str, int] | None = None,
+    allow_growth: bool = False,
     include: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
     factorisation: str = "paper",
@@ -51,24 +62,25 @@ def compress(
 ) -> tuple[Model, CompressionReport]:
     """A copy of the model with its linear layers replaced by structured ones; all else is carried over, the model kept.
 
-    Hooks and parametrisations of a layer that is replaced go with it.
-
     Replaced are nn.Linear and the Conv1D of Hugging Face, by name. Layers that hold one weight together get one
     structured weight together. Left as they are, with the reason in the report, are layers whose weight is also an
-    embedding's or belongs to a layer that is not replaced, and the projections of nn.MultiheadAttention, which uses
-    their weights itself; to name such a layer in `include` outright is an error.
+    embedding's or belongs to a layer that is not replaced; whose weight or bias is computed from other parameters
+    (weight_norm, spectral_norm, prune, parametrize); that have hooks or a forward of their own; subclasses of
+    nn.Linear; and with them the projections of nn.MultiheadAttention, which uses their weights itself. To name such a
+    layer in `include` outright is an error.
 
     Args:
         layer: "mpo" (MPOLinear), "low_rank", "monarch" or "pruned"; or a function from a layer's name and its weight
             as an nn.Linear to a StructuredLinear, or to None to leave it dense, beside which no size is given.
         chi, rel_error, budget: how large the layers become; exactly one of them.
-            chi: the cap on the bonds of every layer; the rank of "low_rank" and "monarch". Layers are replaced as
-            asked, even where that saves nothing; the report then says so.
+            chi: the cap on the bonds of every layer; the rank of "low_rank" and "monarch". A layer that would save
+            nothing stays dense, unless `allow_growth`.
             rel_error: the smallest layers found whose ‖W − Ŵ‖_F / ‖W‖_F, or with calibration relative output error,
             is no larger; of calibrated chains, within 5 % of the smallest. A layer that would save nothing stays dense.
             budget: parameters of all these matrices together; as a float below 1, a fraction of those they have. It is
             spread over the layers by their squared relative errors (`spread_budget`), and a layer may stay dense. Or a
             mapping from layer name to the most parameters of each.
+        allow_growth: whether `chi` also replaces layers that become no smaller; the report then says so.
         include, exclude: patterns (fnmatch, case-sensitive) of module names such as "blocks.0.attention.query"; a
             layer is replaced if it matches one of `include` and none of `exclude`. A string is one pattern.
         factorisation, n_sites, padding: how the weights of "mpo" are split over sites, see `factorise`.
@@ -86,7 +98,9 @@ def compress(
             the smallest layers exceed; an unknown layer, init or method; calibration that is empty or not finite;
             fresh parameters without generator_for; or as `factorise` and `tt_svd`, with the name of the layer.
     """
-    _check(layer, chi, rel_error, budget, init, calibration, n_tokens)
+    check_whole(n_tokens=n_tokens)
+    n_tokens = int(n_tokens)
+    _check(layer, chi, rel_error, budget, allow_growth, init, calibration, n_tokens)
     if layer != "mpo":
         _check_for_mpo(method=method, n_sites=n_sites, forward=None if forward == "reconstruct" else forward)
     found = find_dense_layers(model, include, exclude)
@@ -94,7 +108,7 @@ def compress(
     grams = _grams(model, targets, calibration, calibration_forward)
     sizer = None
     if isinstance(layer, str):
-        sizer = Sizer(layer, init, factorisation, n_sites, padding, method, forward, generator_for)
+        sizer = Sizer(layer, init, factorisation, n_sites, padding, method, forward, generator_for, allow_growth)
         if isinstance(budget, Real):
             size = int(budget) if isinstance(budget, Integral) else float(budget)
             budget = spread(sizer, {dense.name: dense.linear for dense in targets}, grams, size)
@@ -122,7 +136,7 @@ def compress(
             raise ValueError(f"`budget` has no entry for it, only for {', '.join(budget) or 'none'}")
         return sizer.with_params(dense.linear, budget[dense.name], gram)
 
-    compressed = copy.deepcopy(model)
+    compressed = copied(model)
     rows: dict[str, CompressedLayer] = {}
     for dense in found:
         new, reason = None, dense.reason
@@ -152,14 +166,20 @@ def decompress(model: nn.Module) -> nn.Module:
 
     Layers that share their parameters share the weight; dtype, device, bias, requires_grad and training mode stay.
     What was a Conv1D before it was compressed becomes an nn.Linear too.
+
+    Raises:
+        ValueError: a structured layer has hooks, some of which compute its parameters, or a forward of its own.
     """
-    dense = copy.deepcopy(model)
+    dense = copied(model)
     made: dict[int, nn.Linear] = {}
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     for name, layer in list(dense.named_modules(remove_duplicate=False)):
         if not isinstance(layer, StructuredLinear):
             continue
         if id(layer) not in made:
+            more = does_more(layer)
+            if more is not None:
+                raise ValueError(f"{name or 'the layer'} cannot be replaced: {more}")
             parameters = [parameter for key, parameter in layer.named_parameters() if key != "bias"]
             shared = tuple(id(parameter) for parameter in parameters)
             if shared not in weights:
@@ -180,14 +200,21 @@ def rel_errors(
 ) -> dict[tuple[int, str], float]:
     """‖W − Ŵ‖_F / ‖W‖_F of the TT-SVD of every nn.Linear and Conv1D at every cap: {(chi, layer name): rel_error}.
 
-    Computed in the dtype and on the device of the weights; the model is left as it is. No layer, no entry.
+    Computed in the dtype and on the device of the weights; the model is left as it is. Subclasses of nn.Linear, and
+    layers whose weight is computed from other parameters, have no entry.
+
+    Raises:
+        ValueError: as `factorise` and `tt_svd`, with the name of the layer.
     """
     errors: dict[tuple[int, str], float] = {}
     for name, linear in linear_layers(model).items():
         W = linear.weight.detach()
         for chi in chis:
-            d_out, d_in = factorise(*W.shape, method=factorisation, n_sites=n_sites, chi=chi)
-            errors[chi, name] = relative_error(W, contract(tt_svd(W, d_out, d_in, chi)))
+            try:
+                d_out, d_in = factorise(*W.shape, method=factorisation, n_sites=n_sites, chi=chi)
+                errors[chi, name] = relative_error(W, contract(tt_svd(W, d_out, d_in, chi)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     return errors
 
 
@@ -215,9 +242,8 @@ def n_params_compressed(model: nn.Module) -> int:
             key = tuple(id(parameter) for name, parameter in module.named_parameters() if name != "bias")
             counted[key] = module.n_params_matrix
         elif is_dense(module):
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            counted[id(weight),] = weight.numel()
+            weight = weight_of(module)
+            counted[id(module if weight is None else weight),] = math.prod(shape_of(module))
     return sum(counted.values())
 
 
@@ -226,16 +252,16 @@ def _check(
     chi: int | None,
     rel_error: float | None,
     budget: float | Mapping[str, int] | None,
+    allow_growth: bool,
     init: str,
     calibration: object,
     n_tokens: int,
 ) -> None:
-    check_whole(n_tokens=n_tokens)
     if n_tokens < 1:
         raise ValueError(f"`n_tokens >= 1` must hold, but got n_tokens={n_tokens}")
     if isinstance(budget, Mapping):
         check_whole(**{f"budget[{name!r}]": size for name, size in budget.items()})
-    elif not isinstance(budget, Real | None):
+    elif isinstance(budget, bool) or not isinstance(budget, Real | None):
         raise ValueError(f"`budget` must be a number or a mapping from layer name to one, but got {budget!r}")
     if isinstance(layer, str) and layer not in KINDS:
         raise ValueError(f"`layer` must be one of {', '.join(KINDS)}, or a function, but got {layer!r}")
@@ -246,6 +272,8 @@ def _check(
             "exactly one of `chi`, `rel_error` and `budget` must be given, none beside a function as `layer`, "
             f"but got {' and '.join(given) or 'none'}"
         )
+    if allow_growth and chi is None:
+        raise ValueError("`allow_growth` goes with `chi` alone: by an error or a budget no layer grows")
     if init not in INITS:
         raise ValueError(f"`init` must be one of {', '.join(INITS)}, but got {init!r}")
     if init in FRESH_INITS and chi is None:
@@ -254,8 +282,8 @@ def _check(
         raise ValueError(f"init {init!r} draws fresh parameters, which `calibration` says nothing of: give it without")
     if init == "data_aware" and calibration is None:
         raise ValueError("init 'data_aware' needs `calibration`, but got None")
-    if rel_error is not None and not 0 <= rel_error < 1:
-        raise ValueError(f"`0 <= rel_error < 1` must hold, but got rel_error={rel_error}")
+    if rel_error is not None:
+        check_fraction(rel_error=rel_error)
 
 
 def _check_for_mpo(**options: object) -> None:
@@ -294,14 +322,16 @@ def _grams(
 
 def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: StructuredLinear) -> None:
     """Put the new layer wherever `compressed`, a copy of `model`, has the dense one or another with its weight."""
-    placed = {id(model.get_submodule(dense.name)): new}
+    first = model.get_submodule(dense.name)
+    placed, biases = {id(first): new}, {id(first.bias): new.bias, id(None): None}
     matrix = [tensor for name, tensor in new.named_parameters() if name != "bias"] + list(new.buffers())
     for name in (dense.name, *dense.sharers):
         module = model.get_submodule(name)
         if id(module) not in placed:
             twin = copy.deepcopy(new, {id(tensor): tensor for tensor in matrix})
-            linear = as_linear(module)
-            twin.bias = None if linear.bias is None else copy.deepcopy(linear.bias)
+            if id(module.bias) not in biases:
+                biases[id(module.bias)] = copy.deepcopy(module.bias)
+            twin.bias = biases[id(module.bias)]
             placed[id(module)] = twin.train(module.training)
         compressed.set_submodule(name, placed[id(module)])
 
@@ -316,8 +346,6 @@ def _row(
     n_tokens: int,
 ) -> CompressedLayer:
     W = dense.linear.weight
-    if is_lazy(W):  # without a shape, and in_features 0
-        W = torch.empty(dense.linear.out_features, dense.linear.in_features, device="meta")
     out_features, in_features = W.shape
     chain = new if isinstance(new, MPOLinear) else None
     flops, n_bytes = 2 * W.numel() * n_tokens, (W.numel() + n_tokens * sum(W.shape)) * W.element_size()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+
+from mpo_core.computed_weights import weight_of, why_computed
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,8 @@ class DenseLayer:
     sharers: tuple[str, ...]
     """Names of the other modules that hold the same weight, and other names of the same module."""
     linear: nn.Linear
-    """The layer as nn.Linear: itself, or one that has the transposed weight of a Conv1D."""
+    """The layer as nn.Linear: itself, or one that has the transposed weight of a Conv1D; one without values, of the
+    same shape, if the layer has to stay."""
     reason: str | None
     """Why it has to stay as it is; None if it can be replaced."""
 
@@ -28,7 +36,8 @@ class DenseLayer:
 def find_dense_layers(model: nn.Module, include: str | Sequence[str], exclude: str | Sequence[str]) -> list[DenseLayer]:
     """The nn.Linear layers, and Conv1D layers of Hugging Face, that match one of `include` and none of `exclude`.
 
-    A layer has to stay as it is where its owner would miss its weight or where the weight is also used elsewhere.
+    A layer has to stay as it is if its owner would miss its weight, if the weight is also used elsewhere, or if it is
+    not sure that the layer computes x Wᵀ + b of a weight W that is there: see `_no_weight` and `does_more`.
 
     Args:
         include, exclude: patterns; a string is one.
@@ -58,32 +67,43 @@ def find_dense_layers(model: nn.Module, include: str | Sequence[str], exclude: s
         if name in done:
             continue
         module = layers[name]
-        reason = _owner_reads(module)
+        reason = _stays(module)
         sharers: list[str] = []
         if reason is None:
-            sharers = [holder.removesuffix(".weight") for holder in holders[id(module.weight)]]
-            reason = _shared(name, layers, matching, sharers, holders)
+            sharers = [holder.removesuffix(".weight") for holder in holders[id(weight_of(module))]]
+            reason = _shared(layers, matching, sharers, holders)
         if reason is None:
             done.update(sharers)
         elif name in include:
             raise ValueError(f"{name} cannot be replaced: {reason}")
         others = tuple(other for other in sharers if other != name) if reason is None else ()
-        found.append(DenseLayer(name, others, as_linear(module), reason))
+        found.append(DenseLayer(name, others, as_linear(module) if reason is None else _stand_in(module), reason))
     return found
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every layer of a type that `compress` replaces, by its first name, as nn.Linear; subclasses are left out."""
+    """Every layer whose weight `compress` would read, by its first name, as nn.Linear."""
     return {
         name: as_linear(module)
         for name, module in model.named_modules()
-        if name and is_dense(module) and (type(module) is nn.Linear or not isinstance(module, nn.Linear))
+        if name and is_dense(module) and _no_weight(module) is None
     }
 
 
 def is_dense(module: nn.Module) -> bool:
     """Whether it is an nn.Linear, subclasses included, or a Conv1D of Hugging Face."""
     return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a dense layer; in_features is 0 as long as a lazy one has no shape."""
+    if isinstance(module, nn.Linear):
+        weight = weight_of(module)
+        if weight is None or isinstance(weight, UninitializedParameter):
+            return module.out_features, module.in_features
+        return weight.shape[0], weight.shape[1]
+    in_features, out_features = cast(Tensor, module.weight).shape
+    return out_features, in_features
 
 
 def as_linear(module: nn.Module) -> nn.Linear:
@@ -98,35 +118,67 @@ def as_linear(module: nn.Module) -> nn.Linear:
     return linear.train(module.training)
 
 
+def copied(model: Model) -> Model:
+    """A deep copy. Weights that hooks compute at every call, which torch refuses to copy, are copied as values."""
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, computed)
+
+
+def does_more(module: nn.Module) -> str | None:
+    """Why a layer in its place would not do all that it does; None if it would."""
+    if "forward" in vars(module):
+        return "its forward has been replaced: put its own back before"
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    if any(getattr(module, kind) for kind in kinds):
+        return "it has hooks, which another layer would not run: remove them before, and register them again after"
+    return None
+
+
+def _stand_in(module: nn.Module) -> nn.Linear:
+    dtype = next((tensor.dtype for tensor in module.parameters()), None)
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.weight = nn.Parameter(torch.empty(shape_of(module), dtype=dtype, device="meta"), requires_grad=False)
+    return linear
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     # Hugging Face's y = x W + b, W (in_features, out_features), told by its name as transformers is not imported here.
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(weight, "ndim", 0) == 2
 
 
-def _owner_reads(module: nn.Module) -> str | None:
-    if isinstance(module.weight, UninitializedParameter):
+def _stays(module: nn.Module) -> str | None:
+    return _no_weight(module) or does_more(module)
+
+
+def _no_weight(module: nn.Module) -> str | None:
+    """Why it may compute something else than x Wᵀ + b, or with another W than is there; None if it does not."""
+    if isinstance(weight_of(module), UninitializedParameter):
         return "its weight has no shape yet: run the model once before"
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+    computed = why_computed(module)
+    if computed is None and isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         # The out_proj of nn.MultiheadAttention, for one, is never called.
-        return f"it is a {type(module).__name__}, whose owner may read its weight"
-    return None
+        return f"it is a {type(module).__name__}, whose owner may read its weight, or which may compute something else"
+    return computed
 
 
 def _shared(
-    name: str,
-    layers: dict[str, nn.Module],
-    matching: list[str],
-    sharers: list[str],
-    holders: dict[int, list[str]],
+    layers: dict[str, nn.Module], matching: list[str], sharers: list[str], holders: dict[int, list[str]]
 ) -> str | None:
     outside = [other for other in sharers if other not in layers]
     left_out = [other for other in sharers if other not in matching]
     if outside or left_out:
         return f"its weight is shared with {(outside or left_out)[0]}, which is not replaced"
+    staying = [other for other in sharers if _stays(layers[other])]
+    if staying:
+        return f"its weight is shared with {staying[0]}, which is not replaced"
     if len({type(layers[other]) for other in sharers}) > 1:
         return f"its weight is shared between layers of different types, {' and '.join(sharers)}"
-    bias = layers[name].bias
-    if bias is not None and any(holder.removesuffix(".bias") not in sharers for holder in holders[id(bias)]):
-        return "its bias is shared with another module"
-    return None
+    biases = [layers[other].bias for other in sharers]
+    held = [holder.removesuffix(".bias") for bias in biases if bias is not None for holder in holders[id(bias)]]
+    return "its bias is shared with another module" if not set(held) <= set(sharers) else None

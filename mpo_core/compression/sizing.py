@@ -17,8 +17,9 @@ from mpo_core.factorisation import factorise, why_not
 from mpo_core.initialisation import FRESH_INITS
 from mpo_core.linear import MPOLinear
 from mpo_core.refinement.calibration import output_error
-from mpo_core.structured import StructuredLinear, check_matrix, rounding
+from mpo_core.structured import StructuredLinear, rounding
 from mpo_core.tensor_train import rel_error
+from mpo_core.values import check_matrix
 
 KINDS: dict[str, type[StructuredLinear]] = {
     kind.kind: kind for kind in (MPOLinear, LowRankLinear, MonarchLinear, PrunedLinear)
@@ -53,15 +54,19 @@ class Sizer:
     method: str | None
     forward: str
     generator_for: Callable[[str], torch.Generator] | None
+    allow_growth: bool = False
 
     def with_chi(self, name: str, linear: nn.Linear, chi: int, gram: Tensor | None) -> Outcome:
-        """A layer of that cap or rank, whether or not it is smaller than the dense one."""
+        """A layer of that cap or rank; the dense one, if that is no larger and no growth is allowed."""
         if self.kind == "pruned":
             raise ValueError("a pruned layer has no `chi`; give a budget or a rel_error")
         size = {"chi" if self.kind == "mpo" else "rank": chi}
+        shape = KINDS[self.kind].empty_like(linear, **size, **self._options)
+        reason = _no_smaller(shape, linear)
+        if reason is not None and not self.allow_growth:
+            return None, reason
         fresh = self.init in FRESH_INITS
-        layer = self._drawn(name, linear, size) if fresh else self._decomposed(linear, gram, **size)
-        return layer, _no_smaller(layer, linear)
+        return self._drawn(name, linear, shape) if fresh else self._decomposed(linear, gram, **size), reason
 
     def with_params(self, linear: nn.Linear, max_params: int, gram: Tensor | None) -> Outcome:
         """The largest layer of at most max_params; the dense one, if that is within them."""
@@ -71,6 +76,7 @@ class Sizer:
 
     def with_error(self, linear: nn.Linear, target: float, gram: Tensor | None) -> Outcome:
         """The smallest layer found within a relative error, of its outputs where there is a gram, or the dense one."""
+        check_matrix(linear.weight)
         if gram is None:
             layer = self._within_weight_error(linear, target)
         else:
@@ -175,8 +181,8 @@ class Sizer:
         method = {"method": self.method} if self.kind == "mpo" else {}
         return KINDS[self.kind].from_linear(linear, gram=gram, **method, **{**self._options, **size})
 
-    def _drawn(self, name: str, linear: nn.Linear, size: dict[str, int]) -> StructuredLinear:
-        layer, generator_for = KINDS[self.kind].empty_like(linear, **size, **self._options), self.generator_for
+    def _drawn(self, name: str, linear: nn.Linear, layer: StructuredLinear) -> StructuredLinear:
+        generator_for = self.generator_for
         if not linear.weight.is_meta:
             if generator_for is None:
                 raise ValueError(f"init {self.init!r} draws fresh parameters from `generator_for`, but got None")

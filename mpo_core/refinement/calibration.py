@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mpo_core.evaluating import evaluating
+from mpo_core.values import error_ratio, in_range
+
+SQUARABLE = (1e-140, 1e140)
+"""Between these the largest input has to be, as sums of squares are formed."""
 
 
 class Gram:
@@ -20,6 +24,7 @@ class Gram:
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         self._total = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._largest = 0.0
         self.n_samples = 0
 
     @torch.no_grad()
@@ -27,7 +32,7 @@ class Gram:
         """Add the inputs x; all leading axes count as samples.
 
         Raises:
-            ValueError: the last axis is not in_features, or an entry is infinite or NaN.
+            ValueError: the last axis is not in_features, or an entry is infinite, NaN or too large to be squared.
         """
         in_features = self._total.shape[0]
         if x.ndim == 0 or x.shape[-1] != in_features:
@@ -37,6 +42,9 @@ class Gram:
                 f"calibration inputs must be finite, but {int((~torch.isfinite(x)).sum())} entries are not"
             )
         samples = x.reshape(-1, in_features).to(self._total)
+        self._largest = max([self._largest, float(samples.abs().amax())] if samples.numel() else [self._largest])
+        if self._largest > SQUARABLE[1]:
+            raise ValueError(f"calibration inputs must be at most {SQUARABLE[1]:g}, but got one of {self._largest:.3g}")
         self._total.addmm_(samples.T, samples)
         self.n_samples += samples.shape[0]
 
@@ -44,16 +52,20 @@ class Gram:
         """G + ridge · (mean of G's diagonal) · 1, float64; the ridge makes it definite when inputs span a subspace.
 
         Raises:
-            ValueError: no samples, only zeros, or a negative ridge.
+            ValueError: no samples, only zeros or inputs too small to be squared, or a negative ridge.
         """
         if ridge < 0:
             raise ValueError(f"`ridge >= 0` must hold, but got ridge={ridge}")
         if self.n_samples == 0:
             raise ValueError("a Gram matrix needs at least one sample, but the calibration data is empty")
+        if self._largest == 0:
+            raise ValueError(f"a Gram matrix needs inputs other than zero, but all {self.n_samples} samples are zero")
+        if self._largest < SQUARABLE[0]:
+            raise ValueError(
+                f"a Gram matrix needs inputs of at least {SQUARABLE[0]:g}, but the largest is {self._largest:.3g}"
+            )
         G = self._total / self.n_samples
         scale = float(G.diagonal().mean())
-        if scale == 0:
-            raise ValueError(f"a Gram matrix needs inputs other than zero, but all {self.n_samples} samples are zero")
         G.diagonal().add_(ridge * scale)
         return G
 
@@ -129,20 +141,15 @@ def output_error(W: Tensor, W_hat: Tensor, gram: Tensor) -> float:
         W, W_hat: (out_features, in_features). gram: (in_features, in_features), positive semi-definite.
     """
     G = check_gram(gram, W.shape[1]).to(W.device)
-    W, W_hat = W.detach().double(), W_hat.detach().double()
+    W, scale = in_range(W.detach().double())
+    W_hat = W_hat.detach().double() / scale
     return error_ratio(weighted_norm(W - W_hat, G), weighted_norm(W, G))
 
 
 def weighted_norm(W: Tensor, G: Tensor) -> float:
     """√tr(W G Wᵀ) = ‖W G^{1/2}‖_F; rounding below zero counts as zero."""
-    return math.sqrt(max(0.0, float(torch.sum((W @ G) * W))))
-
-
-def error_ratio(error: float, norm: float) -> float:
-    """error / norm, where a norm of zero leaves 0 for no error and infinity for any."""
-    if norm == 0:
-        return 0.0 if error == 0 else math.inf
-    return error / norm
+    W, scale = in_range(W)
+    return scale * math.sqrt(max(float(torch.sum((W @ G) * W)), 0.0))  # in this order NaN stays NaN
 
 
 def check_gram(gram: Tensor, in_features: int) -> Tensor:
@@ -156,7 +163,7 @@ def check_gram(gram: Tensor, in_features: int) -> Tensor:
     largest = float(G.abs().max())
     if largest == 0:
         raise ValueError("`gram` must not be zero, but all of its entries are")
-    if not 1e-100 < largest < 1e100:  # whose products would over- or underflow; only ratios of errors are ever used
+    if not 1e-60 < largest < 1e60:  # whose products would over- or underflow; only ratios of errors are ever used
         G, largest = G / largest, 1.0
     if float((G - G.T).abs().max()) > 1e-5 * largest or float(G.diagonal().min()) < 0:
         raise ValueError("`gram` must be symmetric with no negative entry on its diagonal, as Σ x xᵀ is")

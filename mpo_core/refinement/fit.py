@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_core.bonds import check_sizes
+from mpo_core.bonds import check_sizes, check_whole
 from mpo_core.refinement.calibration import check_gram, weighted_norm
 from mpo_core.refinement.least_squares import als
 from mpo_core.refinement.whitening import make_whitener, on_inputs, square_root, times_sites
-from mpo_core.tensor_train import balance_cores, contract, tt_svd
+from mpo_core.tensor_train import balance_cores, contract, rounded_to, tt_svd
+from mpo_core.values import check_matrix, in_range
 
 FIT_METHODS = ("tt_svd", "whitened", "als")
 
@@ -95,8 +96,10 @@ def whitened_tt_svd(
     """
     check_sizes(W.shape[0], W.shape[1], d_out, d_in)
     whitener = make_whitener(check_gram(gram, W.shape[1]).to(W.device), d_in)
-    cores = tt_svd(times_sites(W.double(), whitener.roots), d_out, d_in, chi, bonds=bonds)
-    return [core.to(W.dtype) for core in on_inputs(cores, whitener.inverse_roots)]
+    scaled, scale = in_range(W.double())
+    cores = tt_svd(times_sites(scaled, whitener.roots), d_out, d_in, chi, bonds=bonds)
+    *others, last = on_inputs(cores, whitener.inverse_roots)
+    return rounded_to(W.dtype, [*others, last * scale])
 
 
 @torch.no_grad()
@@ -114,20 +117,19 @@ def low_rank_svd(W: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tens
         ValueError: W is not a finite floating-point matrix, the rank is out of range, or the gram is refused.
     Source: Eckart & Young 1936; the whitened form is that of SVD-LLM (Wang et al. 2024).
     """
-    if W.ndim != 2 or not W.is_floating_point():
-        raise ValueError(f"`W` must be a floating-point matrix, but got {W.dtype} of shape {tuple(W.shape)}")
-    if not torch.isfinite(W).all():
-        raise ValueError(f"`W` must be finite to be decomposed, but {int((~torch.isfinite(W)).sum())} entries are not")
+    check_matrix(W)
+    check_whole(rank=rank)
     if not 1 <= rank <= min(W.shape):
         raise ValueError(f"`1 <= rank <= {min(W.shape)}` must hold, but got rank={rank}")
-    weighted = W.double()
+    scaled, scale = in_range(W.double())
+    weighted = scaled
     if gram is not None:
         weighted = weighted @ square_root(check_gram(gram, W.shape[1]).to(W.device))
     U = torch.linalg.svd(weighted, full_matrices=False)[0][:, :rank]
-    B = U.T @ W.double()
-    scale = torch.linalg.norm(B, dim=1).sqrt()
-    scale = torch.where(scale > 0, scale, 1)
-    return (U * scale).to(W.dtype), (B / scale[:, None]).to(W.dtype)
+    B = U.T @ scaled
+    roots = torch.linalg.norm(B, dim=1).sqrt()
+    roots, share = torch.where(roots > 0, roots, 1), math.sqrt(scale)
+    return (U * roots * share).to(W.dtype), (B / roots[:, None] * share).to(W.dtype)
 
 
 def _padded(W: Tensor, gram: Tensor | None, d_out: Sequence[int], d_in: Sequence[int]) -> tuple[Tensor, Tensor | None]:

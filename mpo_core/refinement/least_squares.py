@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mpo_core.bonds import check_sizes
-from mpo_core.refinement.calibration import check_gram, error_ratio, weighted_norm
+from mpo_core.bonds import check_sizes, check_whole
+from mpo_core.refinement.calibration import check_gram, weighted_norm
 from mpo_core.refinement.whitening import make_whitener, on_inputs, times_sites
-from mpo_core.tensor_train import contract, merge_cores
+from mpo_core.tensor_train import balance_cores, contract, merge_cores
+from mpo_core.values import check_cores_finite, check_matrix, error_ratio, in_range
 
 CG_STEPS = 20
 """Conjugate-gradient steps per core: how far the largest cores, whose normal equations are too large, are solved."""
@@ -39,32 +40,40 @@ def als(
         every sweep kept, before the cores are rounded to that dtype. Where rounding leaves them worse than the start,
         the start is returned.
     Raises:
-        ValueError: max_sweeps < 0 or tolerance < 0, cores that do not fit W, a gram that does not fit or is not one.
+        ValueError: max_sweeps < 0 or tolerance < 0, cores that are not finite or do not fit W, a W that is refused by
+            `check_matrix`, a gram that does not fit or is not one.
     Source: Holtz, Rohwedder & Schneider 2012.
     """
+    check_whole(max_sweeps=max_sweeps)
     if max_sweeps < 0 or tolerance < 0:
         raise ValueError(
             f"`max_sweeps` and `tolerance` must not be negative, but got max_sweeps={max_sweeps}, tolerance={tolerance}"
         )
-    if not torch.isfinite(W).all():
-        raise ValueError(f"`W` must be finite, but {int((~torch.isfinite(W)).sum())} entries are not")
+    check_matrix(W)
     d_in = [core.shape[2] for core in cores]
     check_sizes(W.shape[0], W.shape[1], [core.shape[1] for core in cores], d_in)
+    check_cores_finite(cores)
     dtype, G = cores[0].dtype, check_gram(gram, W.shape[1]).to(W.device)
-    W = W.double()
+    W, scale = in_range(W.double())
+    start = [core.to(W) for core in cores]
+    is_extreme = scale != 1 or any(in_range(core)[1] != 1 for core in start)
+    if is_extreme:  # parts of a chain may then be out of range though W is not
+        start = balance_cores(start)
     norm = weighted_norm(W, G)
 
     def error_of(cores: Sequence[Tensor]) -> float:
-        return error_ratio(weighted_norm(W - contract([core.to(W) for core in cores]), G), norm)
+        return error_ratio(weighted_norm(W - contract([core.to(W) for core in cores]) / scale, G), norm)
 
     # Rounding in what is undone goes with the condition number, and here it only has to speed convergence up.
     whitener = make_whitener(G, d_in, floor=1e-8)
     whitened = times_sites(W, whitener.roots)
-    chain = on_inputs([core.to(W) for core in cores], whitener.roots)
-    best, history = list(cores), [error_of(cores)]
+    chain = on_inputs([*start[:-1], start[-1] / scale], whitener.roots)
+    best, history = list(cores), [error_of(start)]
     for _ in range(max_sweeps):
         chain = _sweep(whitened, whitener.gram, chain)
         fitted = on_inputs(chain, whitener.inverse_roots)
+        if is_extreme:
+            fitted = balance_cores([*fitted[:-1], fitted[-1] * scale])
         error = error_of(fitted)
         if not error <= history[-1]:  # at an exact fit only rounding is left to gain or lose
             break

@@ -322,7 +322,6 @@ def test_structures_say_what_they_are():
     [
         (lambda: LowRankLinear(4, 4, generator=seeded()), "exactly one of `rank` and `max_params` must be given"),
         (lambda: LowRankLinear(4, 4, rank=0, generator=seeded()), "`rank >= 1` must hold, but got rank=0"),
-        (lambda: LowRankLinear(4, 4, rank=2), "LowRankLinear draws its parameters from `generator`, but got None"),
         (
             lambda: LowRankLinear(4, 4, rank=2, init="paper", generator=seeded()),
             "must be 'variance' or 'svd_fresh', but got 'paper'",

@@ -58,7 +58,7 @@ def test_totals_are_those_of_the_papers_code(chi, total):
 @pytest.mark.parametrize(("factorisation", "n_sites"), [("paper", None), ("balanced", 1), ("balanced", 3)])
 def test_compress_preserves_the_outputs_at_full_chi(factorisation, n_sites):
     model, tokens = make_model(dtype=torch.float64), make_tokens(2, 10)
-    compressed, report = compress(model, chi=1000, factorisation=factorisation, n_sites=n_sites)
+    compressed, report = compress(model, chi=1000, allow_growth=True, factorisation=factorisation, n_sites=n_sites)
     torch.testing.assert_close(compressed(tokens), model(tokens))
     assert mpo_names(compressed) == [row.name for row in report.rows] == LAYERS
     assert max(row.rel_error for row in report.rows) < 1e-13
@@ -142,6 +142,7 @@ def test_compressed_state_dict_round_trips_through_safetensors():
         ({"include": ["head"]}, r"no nn.Linear inside the model matches include=\['head'\], exclude=\[\]; it has bl"),
         ({"include": "head"}, r"no nn.Linear inside the model matches include=\['head'\], exclude=\[\]; it has bl"),
         ({"exclude": ["*"]}, r"matches include=\['\*'\], exclude=\['\*'\]"),
+        ({"chi": None, "budget": 0.5, "allow_growth": True}, "`allow_growth` goes with `chi` alone"),
         ({"init": "best"}, "`init` must be one of paper, variance, .*, but got 'best'"),
         ({"init": "variance"}, "blocks.0.attention.query: init 'variance' draws fresh parameters from `generator_for`"),
         ({"layer": "best"}, "`layer` must be one of mpo, low_rank, monarch, pruned, or a function, but got 'best'"),

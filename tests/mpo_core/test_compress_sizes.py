@@ -58,7 +58,7 @@ def errors(report):
 
 
 @pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch"])
-def test_compress_by_chi_replaces_every_layer_as_asked(kind):
+def test_compress_by_chi_replaces_every_layer(kind):
     model = make_model()
     compressed, report = compress(model, layer=kind, chi=2)
     layers = [module for module in compressed if not isinstance(module, nn.Tanh)]
@@ -72,12 +72,34 @@ def test_compress_by_chi_replaces_every_layer_as_asked(kind):
     torch.testing.assert_close(compressed(x), decompress(compressed)(x))
 
 
-def test_compress_by_chi_says_where_nothing_is_saved():
-    _, report = compress(make_model(), chi=1000, include=["0"])
-    assert report.rows[0].n_params_after > report.rows[0].n_params_before
-    assert "need 1,440 parameters, and 36×24 has 864" in report.rows[0].reason
-    _, report = compress(make_model(), layer="low_rank", chi=24, include=["0"])
-    assert report.rows[0].reason == "rank=24 has 1,440 parameters, the dense matrix 864"
+@pytest.mark.parametrize("init", ["tt_svd", "variance"])
+@pytest.mark.parametrize(
+    ("kind", "chi", "n_params", "reason"),
+    [
+        ("mpo", 1000, 1440, "need 1,440 parameters, and 36×24 has 864"),
+        ("low_rank", 24, 1440, "rank=24 has 1,440 parameters, the dense matrix 864"),
+        ("monarch", 6, 1728, "rank=6 has 1,728 parameters, the dense matrix 864"),
+    ],
+)
+def test_compress_by_chi_leaves_layers_that_would_grow_dense(kind, chi, n_params, reason, init):
+    options = {"layer": kind, "chi": chi, "include": ["0"], "init": init}
+    options["generator_for"] = lambda name: torch.Generator().manual_seed(0)
+    model = make_model()
+    compressed, report = compress(model, **options)
+    row = report.rows[0]
+    assert (row.kind, row.n_params_after, row.rel_error) == ("dense", 864, 0)
+    assert reason in row.reason
+    assert torch.equal(compressed[0].weight, model[0].weight)
+    _, report = compress(model, allow_growth=True, **options)
+    row = report.rows[0]
+    assert (row.kind, row.n_params_after) == (kind, n_params)
+    assert reason in row.reason
+
+
+def test_compress_by_chi_leaves_a_layer_that_would_be_as_large_dense():
+    model = nn.Sequential(nn.Linear(4, 4))
+    _, report = compress(model, layer="low_rank", chi=2)
+    assert (report.rows[0].kind, report.rows[0].n_params_after) == ("dense", 16)
 
 
 @pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch"])

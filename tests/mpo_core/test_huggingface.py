@@ -82,7 +82,7 @@ LLAMA_LAYERS = [
 
 def test_gpt2_at_full_chi_gives_the_same_logits_with_conv1d_replaced():
     model, tokens = make_gpt2(), make_tokens(2, 9)
-    compressed, report = compress(model, chi=10_000, factorisation="balanced")
+    compressed, report = compress(model, chi=10_000, allow_growth=True, factorisation="balanced")
     assert mpo_names(compressed) == GPT2_LAYERS
     assert not any(isinstance(module, Conv1D) for module in compressed.modules())
     torch.testing.assert_close(logits(compressed, tokens), logits(model, tokens))
@@ -157,7 +157,7 @@ def test_gpt2_compressed_generates_and_trains():
 @pytest.mark.parametrize("tie", [False, True])
 def test_llama_at_full_chi_gives_the_same_logits(tie):
     model, tokens = make_llama(tie), make_tokens(2, 9)
-    compressed, report = compress(model, chi=10_000, factorisation="balanced")
+    compressed, report = compress(model, chi=10_000, allow_growth=True, factorisation="balanced")
     assert mpo_names(compressed) == LLAMA_LAYERS + ([] if tie else ["lm_head"])
     torch.testing.assert_close(logits(compressed, tokens), logits(model, tokens))
     kept = [row.name for row in report.rows if row.kind == "dense"]

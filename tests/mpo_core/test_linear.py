@@ -210,7 +210,6 @@ def test_stacked_layers_under_vmap_match_single_ones(n_sites):
         ({"chi": 2, "factorisation": "best"}, "`factorisation` must be one of .*, but got 'best'"),
         ({"chi": 2, "n_sites": 9}, "`1 <= n_sites <= 6` must hold, but got n_sites=9"),
         ({"chi": 2, "init": "tt_svd"}, "`init` of fresh cores must be one of .*, but got 'tt_svd'"),
-        ({"chi": 2, "generator": None}, "MPOLinear draws its parameters from `generator`, but got None"),
         ({"chi": 2, "forward": "fast"}, "`forward` must be one of reconstruct, chain, cached, auto, but got 'fast'"),
         ({}, "exactly one of `chi`, `bonds` and `max_params` must be given, but got chi=None, bonds=None, max_pa"),
         ({"chi": 2, "bonds": [1, 2, 1]}, r"must be given, but got chi=2, bonds=\[1, 2, 1\], max_params=None"),

@@ -105,7 +105,7 @@ def test_low_rank_svd_keeps_the_dtype_and_stays_finite_at_zero(dtype):
         (torch.zeros(3, 4), 0, "`1 <= rank <= 3` must hold, but got rank=0"),
         (torch.zeros(3, 4), 4, "`1 <= rank <= 3` must hold, but got rank=4"),
         (torch.zeros(3, 4) / 0, 2, "`W` must be finite to be decomposed, but 12 entries are not"),
-        (torch.zeros(3), 1, r"`W` must be a floating-point matrix, but got torch.float32 of shape \(3,\)"),
+        (torch.zeros(3), 1, r"`W` must have shape .*, but got \(3,\)"),
     ],
 )
 def test_low_rank_svd_refuses(W, rank, message):
@@ -280,7 +280,7 @@ def test_als_refuses():
         als(W[:5], start, gram)
     with pytest.raises(ValueError, match=r"`gram` must have shape \(6, 6\)"):
         als(W, start, gram[:5, :5])
-    with pytest.raises(ValueError, match="`W` must be finite, but 36 entries"):
+    with pytest.raises(ValueError, match=r"`W` must be finite .* 36 entries"):
         als(W / 0, start, gram)
 
 

@@ -1,0 +1,36 @@
+"""Weights that are no parameters but the result of a computation, so that what is there may be out of date."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def weight_of(module: nn.Module) -> nn.Parameter | None:
+    """Its weight if that is a parameter of its own; reading `module.weight` may compute it, and change the module."""
+    return dict(module.named_parameters(recurse=False)).get("weight")
+
+
+def why_computed(module: nn.Module) -> str | None:
+    """That the weight or bias of a linear layer is not a parameter of its own, and what to do; None if both are."""
+    own = dict(module.named_parameters(recurse=False))
+    for name in ("weight", "bias"):
+        if parametrize.is_parametrized(module, name):
+            call = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
+            return f"its {name} is computed from other parameters: call {call} before"
+        if name not in own and getattr(module, name, None) is not None:
+            return f"its {name} is computed from other parameters{_by_hook(module, name)}"
+    return None
+
+
+def _by_hook(module: nn.Module, name: str) -> str:
+    """How to make the tensor of that name a parameter again."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            return f": call torch.nn.utils.prune.remove(layer, {name!r}) before"
+        if isinstance(hook, WeightNorm | SpectralNorm):
+            kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
+            return f": call torch.nn.utils.remove_{kind}(layer, {name!r}) before"
+    return ", or is a buffer: make it a parameter before"

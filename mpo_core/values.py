@@ -1,0 +1,79 @@
+"""Which values a weight may have, and powers of two taken out of numbers whose squares would over- or underflow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Those in which matrices can be multiplied and decomposed."""
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless it is one of `DTYPES`."""
+    if dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"{name} must be floating-point to be decomposed, but got {dtype}; allowed: {allowed}")
+
+
+def check_matrix(W: Tensor) -> None:
+    """Raise ValueError unless W is a finite floating-point matrix with values."""
+    if W.ndim != 2 or 0 in W.shape:
+        raise ValueError(f"`W` must have shape (out_features, in_features), but got {tuple(W.shape)}")
+    if W.is_meta:
+        raise ValueError("a weight on the meta device has no values to decompose")
+    check_dtype("`W`", W.dtype)
+    if not torch.isfinite(W).all():
+        raise ValueError(f"`W` must be finite to be decomposed, but {int((~torch.isfinite(W)).sum())} entries are not")
+
+
+def check_cores_finite(cores: Sequence[Tensor]) -> None:
+    """Raise ValueError if a core has an infinite or NaN entry."""
+    for place, core in enumerate(cores):
+        if not torch.isfinite(core).all():
+            raise ValueError(f"`cores` must be finite, but core {place} is not")
+
+
+def in_range(W: Tensor) -> tuple[Tensor, float]:
+    """W / scale and the scale, a power of two: 1 if squares of W's entries are well within the range of its dtype."""
+    largest = float(W.abs().max())
+    limit, highest = (1e100, 1000) if W.dtype is torch.float64 else (1e10, 120)
+    if largest == 0 or not math.isfinite(largest) or 1 / limit < largest < limit:
+        return W, 1.0
+    scale = 2.0 ** min(math.frexp(largest)[1], highest)
+    return W / scale, scale
+
+
+def to_unit(T: Tensor) -> tuple[Tensor, Tensor]:
+    """T / 2^k with a largest entry from 1/2 to 1, and k; differentiable, for k constant. Where that is not finite, or
+    zero, k is 0."""
+    exponent = torch.frexp(T.detach().abs().amax()).exponent
+    return times_power(T, -exponent), exponent
+
+
+def to_units(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Every one by `to_unit`, and the sum of their exponents."""
+    scaled = [to_unit(tensor) for tensor in tensors]
+    return [unit for unit, _ in scaled], torch.stack([exponent for _, exponent in scaled]).sum()
+
+
+def times_power(T: Tensor, exponent: Tensor) -> Tensor:
+    """T · 2^exponent, right even if that power alone is out of range."""
+    half = exponent.div(2, rounding_mode="floor")
+    return T * torch.exp2(half.to(T.dtype)) * torch.exp2((exponent - half).to(T.dtype))
+
+
+def norm(T: Tensor) -> Tensor:
+    """The root of the sum of squares, a float64 scalar; differentiable where it is not zero."""
+    unit, exponent = to_unit(T.double())
+    return times_power(torch.linalg.vector_norm(unit), exponent)
+
+
+def error_ratio(error: float, norm: float) -> float:
+    """error / norm, where a norm of zero leaves 0 for no error and infinity for any."""
+    if norm == 0:
+        return 0.0 if error == 0 else math.inf
+    return error / norm
