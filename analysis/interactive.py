@@ -18,6 +18,7 @@ from analysis.runs import StudyRuns
 from analysis.studies import part_names
 from analysis.summary import MIN_SEEDS, VAL_LOSS, Measure
 from analysis.tables import percent
+from analysis.urls import without_credentials
 
 SCRIPT = "scripts/plotly.min.js"
 """Plotly's code, beside the page that uses it, so that nothing is fetched from elsewhere."""
@@ -105,13 +106,6 @@ def run_link(runs: StudyRuns, run_id: str, study: str) -> str:
     uri = addresses.get(study, runs.address).tracking_uri
     server = uri.rstrip("/") if uri.startswith(("http://", "https://")) else LOCAL_SERVER
     return f"{without_credentials(server)}/#/runs/{run_id}"
-
-
-def without_credentials(url: str) -> str:
-    """The address without a user and password, which a browser asks for itself."""
-    scheme, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _hover(row: dict[Any, Any], measure: Measure) -> str:

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from analysis.urls import hide_password
 from study.config import StudyConfig
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.ledger.trials import Trial
@@ -16,7 +17,6 @@ from study.progress import say
 from study.run import Outcome
 from study.status import StudyStatus
 from study.trial import TrialSpec
-from study.urls import hide_password
 
 
 def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> None:
