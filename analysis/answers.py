@@ -11,11 +11,9 @@ import pandas as pd
 
 from analysis.comparisons import (
     BETTER,
-    EQUAL_PARAMETERS,
     FAILED,
     LEVEL,
     NOT_INFERIOR,
-    REFERENCE,
     STOPPED,
     TOO_FEW,
     UNDECIDED,
@@ -25,6 +23,7 @@ from analysis.comparisons import (
     reference_trial,
 )
 from analysis.figures.retained import retained_points
+from analysis.pairs import EQUAL_PARAMETERS, REFERENCE
 from analysis.runs import Growth, StudyRuns
 from analysis.selection import seed_table
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed

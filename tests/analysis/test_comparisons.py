@@ -12,11 +12,8 @@ from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulat
 from analysis.comparisons import (
     BETTER,
     COLUMNS,
-    DECLARED,
-    EQUAL_PARAMETERS,
     FAILED,
     NOT_INFERIOR,
-    REFERENCE,
     STOPPED,
     TOO_FEW,
     UNDECIDED,
@@ -26,6 +23,7 @@ from analysis.comparisons import (
     declared_against_reference,
     reference_trial,
 )
+from analysis.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
 from analysis.runs import Claims, Contrast
 from analysis.selection import seed_table
 from analysis.statistics.multiplicity import benjamini_hochberg, holm
