@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import run_schema as schema
-from analysis.frontier.nondominated import frontier_mask
+from analysis.frontier.nondominated import on_frontier
 from analysis.pairs import DENSE, DENSE_TUNED, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED, SMALLER_DENSE, group_of
 from analysis.runs import StudyRuns
+from analysis.selection import is_sound
 from analysis.statistics.intervals import mean_interval
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
@@ -150,13 +151,12 @@ def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:
 
 
 def _add_frontier(summary: pd.DataFrame, measure: Measure) -> None:
-    # A mean over the seeds that did not fail is not one over all: it may owe its place to those that are missing.
-    # Nor is that of a trial that was given up, when it was, which another order of events might not have.
-    enough = (summary["n_seeds"] >= MIN_SEEDS) & (summary["n_failed"] == 0) & summary["stopped"].isna()
-    mean = summary.loc[enough, schema.mean_key(measure.key)]
-    summary[frontier_key(measure)] = False
-    summary.loc[enough, frontier_key(measure)] = frontier_mask(
-        summary.loc[enough, "n_params"].astype("float64"), mean, ("minimize", measure.direction)
+    summary[frontier_key(measure)] = on_frontier(
+        summary["n_params"].astype("float64"),
+        summary[schema.mean_key(measure.key)],
+        summary["n_seeds"],
+        is_sound(summary),
+        measure.direction,
     )
 
 

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from analysis.statistics.seed_blocks import MIN_SEEDS
 from analysis.urls import hide_password
 from study.config import StudyConfig
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
@@ -110,6 +111,8 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
     console.print(table)
     if now.frontier:
         say(console, "* on the frontier so far: no trial has a lower mean loss with no more parameters")
+    elif now.n_complete:
+        say(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds, and none failed")
     if now.n_unasked:
         say(console, f"and {now.n_unasked} trials that are still to come")
     if now.search_ended is not None:

@@ -33,7 +33,11 @@ WILD = {"name": "wild", "family": "dense", "learning_rate": 1e30}
 
 def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_frontier(tmp_path, command):
     folder = tmp_path / "study"
-    run_at(write_study(tmp_path, seeds=1, arms=[DENSE, WILD, MPO | {"chi": [1, 500, 1000]}]), folder)
+    file = write_study(tmp_path, seeds=2, arms=[DENSE, WILD, MPO | {"chi": [1, 500, 1000]}])
+    run_at(file, folder)
+    assert "no frontier yet: no trial has 3 complete seeds" in command("status", folder)[1]
+    assert json.loads(command("status", folder, "--json")[1])["frontier"] == []
+    run_at(file, folder, growth=Growth(seeds=1))
     code, out, err = command("status", folder, "--json")
     assert (code, err) == (0, "")
     status = json.loads(out)
@@ -44,8 +48,8 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
         (3, "mpo", None, []),
         (4, "mpo", 3, []),
     ]
-    assert (status["n_complete"], status["n_failed"], status["n_missing"], status["n_unasked"]) == (3, 1, 0, 0)
-    [failure] = status["failures"]
+    assert (status["n_complete"], status["n_failed"], status["n_missing"], status["n_unasked"]) == (9, 3, 0, 0)
+    failure = status["failures"][0]
     assert (failure["trial"], failure["arm"], failure["seed"]) == (1, "wild", 0)
     assert failure["reason"].startswith("diverged: ")
     assert failure["step"] >= 1
@@ -54,7 +58,7 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     assert status["frontier"][0]["trial"] == 2  # the smallest
     for point in status["frontier"]:
         number = point["trial"]
-        assert (point["n_params"], point["val_loss"], point["n_seeds"]) == (sizes[number], losses[number], 1)
+        assert (point["n_params"], point["val_loss"], point["n_seeds"]) == (sizes[number], losses[number], 3)
         assert all(sizes[n] > sizes[number] or losses[n] >= losses[number] for n in (0, 2, 3))
     assert status["driver"] is None
     assert status["run_seconds_left"] == 0
