@@ -44,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run studies of compressed transformers: many trials, many seeds, nothing lost.",
 )
-console = Console(width=None if sys.stdout.isatty() else 140)  # a log has room
+console = Console(width=None if sys.stdout.isatty() else 140, markup=False)  # a log has room
 
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (YAML).")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The study's folder, which `run` made.")]
