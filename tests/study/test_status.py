@@ -9,6 +9,7 @@ import pytest
 from study_fixtures import (
     DENSE,
     MPO,
+    SEARCHED,
     cli,
     ledger_at,
     made_up,
@@ -71,6 +72,35 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     starred = {int(row) for row in re.findall(r"^ (\d) .* \* *$", out, flags=re.MULTILINE)}
     assert starred == {point["trial"] for point in status["frontier"]}
     assert out.splitlines()[-1] == f"complete; to write its runs to MLflow: mpo-study sync {folder}"
+
+
+@pytest.mark.parametrize(
+    ("arm", "failure", "budget", "why", "what_next"),
+    [
+        (DENSE, "lost its process", {}, "all 2 runs failed", "mend the cause, then give the command above"),
+        (WILD, None, {}, "all 2 runs diverged", "lower the learning rates"),
+        (SEARCHED, None, {"trials": 2, "max_params": 0.001}, "every trial was pruned", "widen the limits"),
+    ],
+)
+def test_run_and_status_say_that_nothing_succeeded(tmp_path, command, arm, failure, budget, why, what_next):
+    changes = {"sampler": {"name": "random"}} if arm is SEARCHED else {}
+    file, folder = write_study(tmp_path, seeds=2, arms=[arm], budget=budget, **changes), tmp_path / "study"
+    if failure is not None:
+        ledger = ledger_at(file, folder)
+        ledger.ask()
+        ledger.record(*(made_up(0, seed, failure=failure) for seed in range(2)))
+        StudyDirectory(folder).write(ledger.config, ledger.uuid, None, StudyDirectory(folder).storage_url())
+        ledger.close()
+    _, out, err = command("run", file, "--dir", folder, "--executor", "inline", "--tracking", "off")
+    assert err == ""
+    assert out.splitlines()[-1].startswith("nothing succeeded: ")
+    assert f"mpo-study status {folder}" in out.splitlines()[-1]
+    code, out, _ = command("status", folder)
+    assert code == 0
+    assert why in out.splitlines()[-1]
+    assert what_next in out.splitlines()[-1]
+    assert ("--retry-failed" in out) == (failure is not None)
+    assert "complete;" not in out
 
 
 def test_status_tells_the_trials_of_a_grid_of_rates_apart(tmp_path, command):
