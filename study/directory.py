@@ -215,7 +215,8 @@ class StudyDirectory:
             return f"{prefix}{(self.path / uri.removeprefix(prefix)).resolve()}"
         if "://" not in uri and not uri.startswith("databricks"):
             raise StudyError(
-                f"--tracking {hide_password(uri)}: must be a server's URL (http://...) or a database's (sqlite:///..., postgresql://...)"
+                f"--tracking {hide_password(uri)}: must be a server's URL (http://...) or a database's "
+                "(sqlite:///..., postgresql://...)"
             )
         return uri
 

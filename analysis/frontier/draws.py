@@ -149,8 +149,8 @@ class SeedMeans:
         chunk: int,
         known_scale: bool,
     ) -> Iterator[NDArray[np.float64]]:
-        shares = (model.weights**2).sum(axis=1)
-        apart = np.sqrt(shares / shares.mean())
+        errors = np.sqrt(model.residual_variance * (model.weights**2).sum(axis=1))
+        apart = errors / self.residual_se if self.residual_se else errors
         shifts = np.sqrt(model.seed_variance) * rng.standard_normal((scales.size, model.weights.shape[1]))
         if not known_scale:
             shifts *= np.sqrt(model.seed_df / rng.chisquare(model.seed_df, scales.size))[:, None]

@@ -51,9 +51,9 @@ def two_way(values: ArrayLike) -> TwoWay:
 class UnevenTwoWay(NamedTuple):
     """Means and variances of one table of configurations × seeds in which configurations lack seeds.
 
-    means: (C,), each over its own seeds. weights: (C, S), 1/n where a configuration has a seed, else 0. residual
-    variance: as of `TwoWay`, 0 where df is 0. df: its degrees of freedom. seed_variance: Var(b), at least 0. seed_df:
-    seeds whose shifts the table can tell apart. variance: of one value within configurations, on average.
+    means: (C,), each over its own seeds. weights: (C, S), 1/n where a configuration has a seed, else 0.
+    residual_variance: as of `TwoWay`, 0 where df is 0. df: its degrees of freedom. seed_variance: Var(b), at least 0.
+    seed_df: seeds whose shifts the table can tell apart. variance: of one value within configurations, on average.
     marginal_variance, marginal_df: as `marginal_variance` has them.
     """
 
@@ -90,15 +90,13 @@ def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
     within = np.where(has, table - means[:, None], 0)
     # The normal equations of the seeds' shifts, after those of the configurations.
     system = np.diag(has.sum(axis=0)) - has.T @ weights
-    size, axes = np.linalg.eigh(system)
-    axes, size = (
-        axes[:, size > 1e-10 * size[-1]],
-        size[size > 1e-10 * size[-1]],
-    )  # of each connected set of seeds one shift is free
-    seed_df, sums = size.size, within.sum(axis=0)
-    shifts = axes @ (axes.T @ sums / size)
+    sizes, axes = np.linalg.eigh(system)
+    is_known = sizes > 1e-10 * sizes[-1]  # of each set of seeds that configurations connect, one shift is free
+    sizes, axes, sums = sizes[is_known], axes[:, is_known], within.sum(axis=0)
+    shifts = axes @ (axes.T @ sums / sizes)
     left = np.where(has, within - shifts + (weights @ shifts)[:, None], 0)
     n_free = int(counts.sum()) - len(table)
+    seed_df = sizes.size
     df, explained = n_free - seed_df, max(0.0, float(shifts @ sums))
     residual = float((left**2).sum()) / df if df else 0.0
     of_seeds, of_rest = explained / n_free, residual * df / n_free

@@ -202,6 +202,10 @@ def test_draws_of_unequal_seeds_do_not_depend_on_the_chunk_and_move_with_their_c
     assert (whole == parts).all()
     turned = seed_means.take(np.array([2, 0, 1]))
     assert turned.means.tolist() == seed_means.means[[2, 0, 1]].tolist()
+    part = seed_means.take(np.array([1]))  # with the noise of all
+    assert np.vstack(list(part.noise_draws(200_000, np.random.default_rng(0)))).std() == pytest.approx(
+        np.sqrt((seed_means.uneven.residual_variance + seed_means.uneven.seed_variance) / 5), rel=0.02
+    )
     assert turned.uneven.weights.tolist() == uneven_two_way(UNEVEN.T[[2, 0, 1]]).weights.tolist()
 
 
