@@ -11,11 +11,9 @@ import pandas as pd
 
 from analysis.comparisons import (
     BETTER,
-    EQUAL_PARAMETERS,
     FAILED,
     LEVEL,
     NOT_INFERIOR,
-    REFERENCE,
     STOPPED,
     TOO_FEW,
     UNDECIDED,
@@ -25,10 +23,11 @@ from analysis.comparisons import (
     reference_trial,
 )
 from analysis.figures.retained import retained_points
+from analysis.pairs import EQUAL_PARAMETERS, REFERENCE
 from analysis.runs import Growth, StudyRuns
 from analysis.selection import seed_table
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
-from analysis.statistics.seed_blocks import MIN_SEEDS, two_way
+from analysis.statistics.seed_blocks import MIN_SEEDS, is_complete, two_way, uneven_two_way
 from analysis.summary import DENSE, DENSE_TUNED, MEASURES, VAL_LOSS, Measure, frontier_key, n_statement, sole_reference
 from analysis.tables import counted, decimals_for, difference_shown, percent, range_shown
 from analysis.uncertainty import FrontierUncertainty
@@ -278,7 +277,7 @@ def _grew(growth: Growth, is_one: bool) -> str:
 
 class SeedNoise(NamedTuple):
     """Standard deviation of one result over seeds, in the measure's unit, and the correlation of two results of one
-    seed, both pooled over n seeds of the configurations that share them."""
+    seed, both pooled over configurations, each of which has n seeds or more."""
 
     sd: float
     correlation: float
@@ -287,7 +286,7 @@ class SeedNoise(NamedTuple):
 
 def seed_noise(runs: StudyRuns, summary: pd.DataFrame, measure: Measure) -> SeedNoise | None:
     """Of the trials of the reference's budget, in the two-way model (see `statistics.seed_blocks`); None where fewer
-    than two share their seeds, or nothing varies."""
+    than two have seeds enough, or nothing varies."""
     reference = reference_trial(summary)
     if reference is None:
         return None
@@ -295,13 +294,18 @@ def seed_noise(runs: StudyRuns, summary: pd.DataFrame, measure: Measure) -> Seed
     table = measure.scale * seed_table(summary[summary["budget_hash"] == budget], runs.seeds, measure.key)
     if len(table) < 2:
         return None
-    model = two_way(table)
-    variance = float(np.var(table.to_numpy(), axis=1, ddof=1).mean())
+    if is_complete(table):
+        residual = float(two_way(table).residual_variance)
+        variance = float(np.var(table.to_numpy(), axis=1, ddof=1).mean())
+    else:
+        model = uneven_two_way(table)
+        residual, variance = model.residual_variance, model.variance
     if not variance > 0:
         return None
     # The mean variance within rows has the expectation σ_b² + σ², of which σ_b² is shared.
-    correlation = 1 - float(model.residual_variance) / variance
-    return SeedNoise(math.sqrt(variance), min(max(correlation, 0.0), 0.99), model.n)
+    correlation = 1 - residual / variance
+    n = int(table.notna().sum(axis=1).min())
+    return SeedNoise(math.sqrt(variance), min(max(correlation, 0.0), 0.99), n)
 
 
 def _needed(gap: float, noise: SeedNoise) -> str:

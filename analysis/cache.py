@@ -44,8 +44,10 @@ class Cache:
         """Keep these frames beside others of the same stamp; the manifest, by which they count, is written last.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written, or is a symbolic link, behind which are files of others.
         """
+        if self.folder.is_symlink():
+            raise OSError(f"{self.folder} is a symbolic link")
         self.folder.mkdir(parents=True, exist_ok=True)
         sums = self._sums()
         for name, frame in frames.items():

@@ -98,7 +98,7 @@ def _paper(
 
     runs, out = _read(studies, tracking_uri, experiment, cache, out, "paper")
     written = write_comparison(runs, out)
-    console = Console()
+    console = Console(markup=False)  # names are free text
     for place, shown in written.comparison.shown.groupby("place", sort=False):
         console.print(_beside_each_other(str(place), shown, written.comparison.data.loc[shown.index]))
     console.print("follows: whether the published number can follow from its own definition", highlight=False)
@@ -152,7 +152,7 @@ def _report(
         raise AnalysisError("a report on several studies has no experiment of its own; publish one on each")
     runs, out = _read(studies, tracking_uri, experiment, cache, out, "report")
     findings = write_report(runs, out, light=is_light)
-    console = Console()
+    console = Console(markup=False)  # names are free text
     rows = frontier_table(findings.summary, findings.uncertainties).shown
     if len(rows):
         table = Table(title="On a frontier", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.comparisons import DECLARED, EQUAL_PARAMETERS, REFERENCE, declared_against_reference
+from analysis.comparisons import declared_against_reference
 from analysis.figures import data
 from analysis.figures.curves import learning_curves_figure
 from analysis.figures.families import families_figure, family_points
@@ -24,6 +24,7 @@ from analysis.figures.starts import start_points, starts_figure
 from analysis.findings import Findings
 from analysis.importance import factor_importance
 from analysis.load import load_curves
+from analysis.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
 from analysis.summary import MEASURES, VAL_LOSS, Measure
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -37,9 +37,12 @@ class OutputFolder:
         """The files that an earlier output lists there, as paths relative to `out`; none if there is no list.
 
         Raises:
-            AnalysisError: the list is not one of this kind, or the main file is there and not in it.
+            AnalysisError: the list is not one of this kind, or the main file is there and not in it; or the folder, the
+                list, a part or what the list names is a symbolic link, behind which are files of others.
         """
+        self._refuse_links(out, ["", self.listed, *self.parts])
         before = self._written_before(out)
+        self._refuse_links(out, before)
         if os.path.lexists(out / self.main) and self.main not in before:
             raise self._foreign(out / self.main)
         return before
@@ -69,6 +72,7 @@ class OutputFolder:
             if os.path.lexists(out / name) and name not in before:
                 raise self._foreign(out / name)
         both = sorted({*made, *before})
+        self._refuse_links(out, made)
         for name in both:
             if (out / name).is_dir():
                 raise self._foreign(out / name)
@@ -90,6 +94,12 @@ class OutputFolder:
         (new / self.listed).write_text(json.dumps({"written": names}, indent=1) + "\n", encoding="utf-8")
         os.replace(new / self.listed, out / self.listed)
 
+    def _refuse_links(self, out: Path, names: Iterable[str]) -> None:
+        for name in names:
+            for path in (out / name, *(out / parent for parent in PurePosixPath(name).parents)):
+                if path.is_symlink():
+                    raise AnalysisError(f"{path} is a symbolic link, and no {self.what} is written there; remove it")
+
     def _written_before(self, out: Path) -> list[str]:
         listed = out / self.listed
         if not listed.exists():
@@ -105,7 +115,8 @@ class OutputFolder:
 
     def _is_own(self, name: str) -> bool:
         parts = PurePosixPath(name).parts
-        return name in self.names or (len(parts) > 1 and parts[0] in self.parts and ".." not in parts)
+        inside = len(parts) > 1 and parts[0] in self.parts and ".." not in parts and "\0" not in name
+        return inside or name in self.names
 
     def _remove_left_behind(self, out: Path) -> None:
         own = {*self.names, *self.parts, self.listed}

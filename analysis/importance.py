@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from analysis import run_schema as schema
 from analysis.frontier.draws import SeedMeans
-from analysis.selection import select
+from analysis.selection import seeds_stated, select
 from analysis.summary import Measure
 
 ANOVA, FANOVA = "factorial analysis of variance", "fANOVA"
@@ -87,7 +86,7 @@ def factor_importance(
     elif len(codes) >= MIN_TRIALS:
         drawn = np.sort(rng.permutation(len(codes))[:MAX_TRIALS])
         coordinates = _coordinates(selected.trials, factors, codes)[drawn]
-        evaluator, shares = FANOVA, _fanova_shares(coordinates, replace(means, means=means.means[drawn]), rng)
+        evaluator, shares = FANOVA, _fanova_shares(coordinates, means.take(drawn), rng)
     else:
         return pd.DataFrame(columns=list(COLUMNS))
     if np.isnan(shares).any():
@@ -105,7 +104,7 @@ def factor_importance(
             "high": 100 * shares[2],
             "evaluator": evaluator,
             "n_trials": len(codes) if evaluator == ANOVA else min(len(codes), MAX_TRIALS),
-            "n_seeds": selected.values.shape[1],
+            "n_seeds": seeds_stated(selected.values),
             "left_out": " ".join(said for said in (selected.left_out, too_many) if said),
         }
     )

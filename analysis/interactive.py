@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from analysis.runs import StudyRuns
 from analysis.studies import part_names
 from analysis.summary import MIN_SEEDS, VAL_LOSS, Measure
 from analysis.tables import percent
+from analysis.urls import without_credentials
 
 SCRIPT = "scripts/plotly.min.js"
 """Plotly's code, beside the page that uses it, so that nothing is fetched from elsewhere."""
@@ -67,7 +69,7 @@ def frontier_chart(runs: StudyRuns, points: pd.DataFrame, measure: Measure) -> s
             error_y={"type": "data", "array": own["half_width"].fillna(0), "thickness": 1, "width": 3},
             mode="markers",
             marker={"symbol": symbols, "size": 10, "color": group_style.color, "line": {"width": 1.5}},
-            name=group,
+            name=escape(group),
             text=[_hover(row, measure) for row in own.to_dict("records")],
             customdata=[run_link(runs, *of_run) for of_run in zip(own["run_id"], own["study"], strict=True)],
             hovertemplate="%{text}<extra></extra>",
@@ -107,24 +109,18 @@ def run_link(runs: StudyRuns, run_id: str, study: str) -> str:
     return f"{without_credentials(server)}/#/runs/{run_id}"
 
 
-def without_credentials(url: str) -> str:
-    """The address without a user and password, which a browser asks for itself."""
-    scheme, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-
-
 def _hover(row: dict[Any, Any], measure: Measure) -> str:
     interval = f" ± {row['half_width']:.4g}" if row["n_seeds"] >= MIN_SEEDS else " (no interval)"
+    seeds = "seed" if row["n_seeds"] == 1 else "seeds"
     lines = [
-        f"<b>{row['label']}</b> ({row['group']})",
-        f"arm {row['arm']}, trial {row['trial']}, {row['n_seeds']} {'seed' if row['n_seeds'] == 1 else 'seeds'}",
+        f"<b>{escape(row['label'])}</b> ({escape(row['group'])})",
+        f"arm {escape(row['arm'])}, trial {row['trial']}, {row['n_seeds']} {seeds}",
         f"{measure.title.lower()}: {row['mean']:.5g}{interval} {measure.unit}",
         f"{row['n_params']:,} parameters ({row['percent_of_dense']:.1f} % of dense)",
     ]
     if not math.isnan(row["support"]):
         lines.append(f"support on the frontier: {percent(row['support'])}")
-    return "<br>".join([*lines, f"run {row['run_id']}"])
+    return "<br>".join([*lines, f"run {escape(row['run_id'])}"])
 
 
 def _dimension(values: pd.Series, name: str) -> dict[str, Any]:
@@ -146,7 +142,7 @@ def _dimension(values: pd.Series, name: str) -> dict[str, Any]:
         "label": name,
         "values": [place[None if pd.isna(value) else value] for value in values],
         "tickvals": list(range(len(kinds))),
-        "ticktext": ["–" if kind is None else str(kind) for kind in kinds],
+        "ticktext": ["–" if kind is None else escape(str(kind)) for kind in kinds],
     }
 
 

@@ -29,8 +29,8 @@ from analysis.runs import (
     growths_of,
     n_missing_of,
     study_runs,
-    without_password,
 )
+from analysis.urls import hide_password
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -239,8 +239,8 @@ def connect(tracking_uri: str) -> Iterator[MlflowClient]:
                 logging.getLogger(name).setLevel(level)
             yield MlflowClient(tracking_uri=tracking_uri)
         except MlflowException as error:
-            reason = str(error).strip().splitlines()[0].replace(tracking_uri, without_password(tracking_uri))
-            raise AnalysisError(f"cannot read MLflow at {without_password(tracking_uri)}: {reason}") from error
+            reason = hide_password(str(error).strip().splitlines()[0], tracking_uri)
+            raise AnalysisError(f"cannot read MLflow at {hide_password(tracking_uri)}: {reason}") from error
         finally:
             for name, level in before.items():
                 logging.getLogger(name).setLevel(level)
@@ -276,7 +276,7 @@ def experiment_id(client: MlflowClient, address: StudyAddress) -> str:
     names = sorted(e.name for e in client.search_experiments())
     state = "is deleted" if experiment is not None else "does not exist"
     raise AnalysisError(
-        f"experiment {address.experiment!r} {state} at {without_password(address.tracking_uri)}; "
+        f"experiment {address.experiment!r} {state} at {hide_password(address.tracking_uri)}; "
         f"there are: {', '.join(map(repr, names)) or 'none'}"
     )
 

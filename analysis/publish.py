@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,11 +23,11 @@ def publish(runs: StudyRuns, report: Path) -> int:
         report: the folder that `write_report` wrote.
 
     Raises:
-        AnalysisError: MLflow does not take them, or has no summary run of this study.
+        AnalysisError: MLflow does not take them, or has no summary run of this study; or a file is a symbolic link.
     """
     if runs.parts:
         raise AnalysisError("a report on several studies has no experiment of its own to be published to")
-    names = json.loads((report / FOLDER.listed).read_text(encoding="utf-8"))["written"]
+    names = FOLDER.check(report)
     chosen = [name for name in names if Path(name).parts[0] in PARTS]
     with connect(runs.address.tracking_uri) as client, tempfile.TemporaryDirectory() as scratch:
         where = experiment_id(client, runs.address)

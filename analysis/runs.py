@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import pandas as pd
 
@@ -26,6 +25,7 @@ from analysis.run_records import (
     trials_frame,
     unfinished_frame,
 )
+from analysis.urls import hide_password
 
 _T = TypeVar("_T")
 
@@ -139,7 +139,7 @@ class StudyRuns:
         """The tracking URI without its password, and the experiment; of all studies, if several are joined."""
         if self.parts:
             return "; ".join(part.data_source for part in self.parts)
-        return f"{without_password(self.address.tracking_uri)}, experiment {self.address.experiment!r}"
+        return f"{hide_password(self.address.tracking_uri)}, experiment {self.address.experiment!r}"
 
 
 def study_runs(
@@ -187,13 +187,6 @@ def study_runs(
         growths=growths_of(summary_runs, name, uuid),
         environment=environment_of(summary_runs, uuid),
     )
-
-
-def without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
 
 
 def claims_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> Claims:
@@ -259,7 +252,7 @@ def _json_tag(summary_runs: Sequence[RunRecord], uuid: str, tag: str, default: _
 def _identity(runs: list[RunRecord], address: StudyAddress) -> tuple[str, str]:
     """Name and UUID of the one study the runs are of."""
     studies = sorted({(tag_of(run, schema.STUDY_NAME), tag_of(run, schema.STUDY_UUID)) for run in runs})
-    where = f"experiment {address.experiment!r} at {without_password(address.tracking_uri)}"
+    where = f"experiment {address.experiment!r} at {hide_password(address.tracking_uri)}"
     if not studies:
         raise AnalysisError(f"{where} holds no runs of {f'study {address.uuid}' if address.uuid else 'a study'}")
     if len(studies) > 1:

@@ -1,4 +1,4 @@
-"""Which trials may stand in one table of values: of budgets that compare, sound, with the seeds they have in common."""
+"""Which trials may stand in one table of values: of budgets that compare, sound, each with all of its seeds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from analysis.statistics.seed_blocks import MIN_SEEDS
 
 INCOMPLETE = f"with a failed seed, given up or of fewer than {MIN_SEEDS} seeds"
 OTHER_BUDGET = "of another budget"
-OTHER_SEEDS = "without the seeds that the others share"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """trials: rows of a summary. values: one row per trial (index) and one column per seed, none missing, in the
-    unit that is recorded. left_out: a sentence on the trials that are not in it, empty if all are."""
+    """trials: rows of a summary. values: one row per trial (index) and one column per seed, NaN where a trial has not
+    the seed, in the unit that is recorded. left_out: a sentence on the trials that are not in it, empty if all are."""
 
     trials: pd.DataFrame
     values: pd.DataFrame
@@ -26,7 +25,7 @@ class Selection:
 
 
 def select(trials: pd.DataFrame, seeds: pd.DataFrame, key: str, budgets: Collection[str] | None = None) -> Selection:
-    """The trials that have a complete table of the seed metric `key`; at most all of `trials`, in their order.
+    """The trials whose values of the seed metric `key` may stand side by side; at most all of `trials`, in their order.
 
     Args:
         trials: rows of `summary.summarise`.
@@ -38,15 +37,19 @@ def select(trials: pd.DataFrame, seeds: pd.DataFrame, key: str, budgets: Collect
     of_budget = trials[trials["budget_hash"].isin(most if budgets is None else list(budgets))]
     complete = of_budget[is_sound(of_budget) & (of_budget["n_seeds"] >= MIN_SEEDS)]
     table = seed_table(complete, seeds, key)
-    chosen = complete[complete["trial"].isin(table.index)]
     said = left_out_statement(
         {
             OTHER_BUDGET: len(trials) - len(of_budget),
             INCOMPLETE: len(of_budget) - len(complete),
-            OTHER_SEEDS: len(complete) - len(chosen),
         }
     )
-    return Selection(chosen.reset_index(drop=True), table.loc[chosen["trial"]], said)
+    return Selection(complete.reset_index(drop=True), table.loc[complete["trial"]], said)
+
+
+def seeds_stated(values: pd.DataFrame) -> str:
+    """How many seeds each trial (row) of a table has: `3`, or `3 to 5`."""
+    counts = values.notna().sum(axis=1)
+    return f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
 
 
 def is_sound(trials: pd.DataFrame) -> pd.Series:
@@ -55,9 +58,9 @@ def is_sound(trials: pd.DataFrame) -> pd.Series:
 
 
 def seed_table(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFrame:
-    """A seed metric of trials (rows) by seeds (columns), complete: what kernels that pool configurations need.
+    """A seed metric of trials (rows) by seeds (columns), NaN where a trial has not the seed.
 
-    In it are sound trials of MIN_SEEDS or more, on the seeds of most, see `common_seeds`.
+    In it are sound trials of MIN_SEEDS or more, each with all of its seeds.
 
     Args:
         trials: rows of `summary.summarise`.
@@ -65,7 +68,7 @@ def seed_table(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFr
     """
     chosen = trials.loc[is_sound(trials) & (trials["n_seeds"] >= MIN_SEEDS), "trial"]
     own = seeds[seeds["trial"].isin(chosen)]
-    return common_seeds(own.pivot(index="trial", columns="seed", values=key))
+    return own.pivot(index="trial", columns="seed", values=key)
 
 
 def common_seeds(table: pd.DataFrame) -> pd.DataFrame:

@@ -34,6 +34,7 @@ _RC: dict[Any, Any] = {
     "font.size": 7.5,
     # Hinted, text is 8 % narrower where it is measured, at 100 dpi, than in the files that are saved.
     "text.hinting": "no_hinting",
+    "text.parse_math": False,  # names are free text
     "axes.labelsize": 8,
     "xtick.labelsize": 7.5,
     "ytick.labelsize": 7.5,

@@ -9,19 +9,12 @@ import numpy as np
 import pandas as pd
 
 from analysis import run_schema as schema
-from analysis.frontier.nondominated import frontier_mask
+from analysis.frontier.nondominated import on_frontier
+from analysis.pairs import DENSE, DENSE_TUNED, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED, SMALLER_DENSE, group_of
 from analysis.runs import StudyRuns
+from analysis.selection import is_sound
 from analysis.statistics.intervals import mean_interval
 from analysis.statistics.seed_blocks import MIN_SEEDS
-
-DENSE = "dense"
-SMALLER_DENSE = "dense, smaller"
-LARGER_DENSE = "dense, larger"
-DENSE_TUNED = "dense fine-tuned"
-MPO_SCRATCH = "MPO from scratch"
-MPO_TUNED = "MPO fine-tuned"
-_SHOWN = {"low_rank": "low rank", "monarch": "Monarch"}
-"""A family in words, where its key is not one."""
 
 AGGREGATED = ("final/val_loss", "final/val_acc", "best/val_loss", "best/val_acc")
 TOKENS = ("train_tokens", "total_tokens")
@@ -86,7 +79,7 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     summary = runs.trials.copy()
     summary["percent_of_dense"] = (100 * summary["n_params"] / summary["n_params_dense"]).astype("float64")
     summary["group"] = [
-        _group(family, start, percent)
+        group_of(family, start, percent)
         for family, start, percent in zip(summary["family"], summary["start"], summary["percent_of_dense"], strict=True)
     ]
     summary["label"] = _labels(summary)
@@ -142,14 +135,6 @@ def interval_statement(drawn_as: str, counts: pd.Series) -> str:
     return f"{drawn_as}: 95 % t intervals{where}"
 
 
-def _group(family: str, start: str, percent_of_dense: float) -> str:
-    if family == "dense" and start == "scratch":
-        return DENSE if percent_of_dense == 100 else LARGER_DENSE if percent_of_dense > 100 else SMALLER_DENSE
-    if family == "mpo":
-        return MPO_SCRATCH if start == "scratch" else MPO_TUNED
-    return f"{_SHOWN.get(family, family)} {'from scratch' if start == 'scratch' else 'fine-tuned'}"
-
-
 def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:
     columns = [schema.mean_key(key), schema.std_key(key), half_width_key(key)]
     summary[columns] = float("nan")
@@ -166,13 +151,12 @@ def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:
 
 
 def _add_frontier(summary: pd.DataFrame, measure: Measure) -> None:
-    # A mean over the seeds that did not fail is not one over all: it may owe its place to those that are missing.
-    # Nor is that of a trial that was given up, when it was, which another order of events might not have.
-    enough = (summary["n_seeds"] >= MIN_SEEDS) & (summary["n_failed"] == 0) & summary["stopped"].isna()
-    mean = summary.loc[enough, schema.mean_key(measure.key)]
-    summary[frontier_key(measure)] = False
-    summary.loc[enough, frontier_key(measure)] = frontier_mask(
-        summary.loc[enough, "n_params"].astype("float64"), mean, ("minimize", measure.direction)
+    summary[frontier_key(measure)] = on_frontier(
+        summary["n_params"].astype("float64"),
+        summary[schema.mean_key(measure.key)],
+        summary["n_seeds"],
+        is_sound(summary),
+        measure.direction,
     )
 
 

@@ -238,7 +238,10 @@ _TRAINED_WITH = (
 
 
 def write(table: Table, folder: Path) -> list[Path]:
-    """Write `folder`/NAME.csv, NAME.md and NAME.tex."""
+    """Write `folder`/NAME.csv, NAME.md and NAME.tex.
+
+    The CSV has every text as it is, for programs: a spreadsheet may take one that begins with = for a formula.
+    """
     csv, markdown, latex = (folder / f"{table.name}.{kind}" for kind in ("csv", "md", "tex"))
     table.data.to_csv(csv, index=False, lineterminator="\n")
     markdown.write_text(to_markdown(table.shown), encoding="utf-8")
@@ -247,10 +250,11 @@ def write(table: Table, folder: Path) -> list[Path]:
 
 
 def to_markdown(shown: pd.DataFrame) -> str:
-    """A GitHub table; a vertical bar or a line break in a cell stays inside it."""
+    """A GitHub table; a vertical bar or a line break in a cell stays inside it, and what looks like HTML, a link or a
+    picture is the text that it is."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(_MARKDOWN.sub(r"\\\g<0>", _on_one_line(cell)) for cell in cells) + " |"
 
     lines = [line(list(shown.columns)), line(["---"] * len(shown.columns))]
     return "\n".join([*lines, *(line(list(row)) for row in shown.itertuples(index=False))]) + "\n"
@@ -260,7 +264,7 @@ def to_latex(shown: pd.DataFrame) -> str:
     """A tabular for any LaTeX engine, with the rules of booktabs; columns of numbers are set right."""
 
     def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(_LATEX.get(mark, mark) for mark in cell) for cell in cells) + r" \\"
+        return " & ".join("".join(_LATEX.get(mark, mark) for mark in _on_one_line(cell)) for cell in cells) + r" \\"
 
     rows = [list(row) for row in shown.itertuples(index=False)]
     columns = "".join(
@@ -271,12 +275,20 @@ def to_latex(shown: pd.DataFrame) -> str:
     return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
+def _on_one_line(cell: str) -> str:
+    return _BREAK.sub(" ", cell)
+
+
+_BREAK = re.compile(r"\r\n|[\x00-\x1f\x7f\x85\u2028\u2029]")
+_MARKDOWN = re.compile(r"[|\[\]]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\\(?=[!-/:-@\[-`{-~])")
+"""What would end a cell, or begin HTML, an entity, a link, a picture or an escape; a backslash takes that away."""
 _NUMBER = re.compile(r"[−+]?[\d,.]+( ± [\d,.]+)?( \(.*\))?|–|")
 _LATEX = {mark: f"\\{mark}" for mark in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    "\n": " ",
+    "[": "{[}",  # the end of a row would take these two for arguments
+    "*": "{*}",
     "±": r"$\pm$",
     "−": "$-$",
     "–": "--",

@@ -13,7 +13,8 @@ from analysis.frontier.attainment import mean_frontier_band
 from analysis.frontier.hypervolume import HypervolumeReference, hypervolume_interval
 from analysis.frontier.support import frontier_support, size_needed
 from analysis.runs import StudyRuns
-from analysis.selection import seed_table
+from analysis.selection import seed_table, seeds_stated
+from analysis.statistics.seed_blocks import is_complete
 from analysis.summary import Measure, sole_reference
 
 N_DRAWS = 10_000
@@ -22,14 +23,15 @@ HYPERVOLUME_BASE = 10.0
 
 
 class FrontierUncertainty(NamedTuple):
-    """What the common seeds say of one frontier; in the measure's unit. Frames are empty where there is nothing to say.
+    """What the seeds say of one frontier; in the measure's unit. Frames are empty where there is nothing to say.
 
     support: trial, support (share of redraws in which it is on the frontier), near_support (within epsilon of it).
     band: n_params, observed (best mean up to that size), low, high: 95 % pointwise for the frontier of the true means.
     hypervolume: one row; observed, low, high (95 %), worst_value, largest_size, base.
     size_needed: n_params, support, cumulative: how often each size is the smallest that loses at most epsilon against
         the dense reference; observed: whether it is that of the means.
-    n: seeds that all trials in it have. n_trials, n_left_out: trials in it, and such with seeds that lack one of them.
+    rests_on: its seeds and trials in words. n_trials, n_left_out: trials in it; others with complete seeds, which are
+        fewer than MIN_SEEDS, or not all that the trial was to have.
     """
 
     support: pd.DataFrame
@@ -37,7 +39,7 @@ class FrontierUncertainty(NamedTuple):
     hypervolume: pd.DataFrame
     size_needed: pd.DataFrame
     epsilon: float
-    n: int
+    rests_on: str
     n_trials: int
     n_left_out: int
 
@@ -45,7 +47,7 @@ class FrontierUncertainty(NamedTuple):
 def frontier_uncertainty(
     runs: StudyRuns, summary: pd.DataFrame, measure: Measure, declared: Collection[int] = ()
 ) -> FrontierUncertainty:
-    """Redraw the means of all trials with the noise that their common seeds show (see `analysis.frontier.draws`).
+    """Redraw the means of all trials, each over its own seeds, with the noise of them all (`analysis.frontier.draws`).
 
     The draws come from a fixed seed: the same runs give the same numbers. The area of the hypervolume is bounded by the
     loss (accuracy) of guessing all tokens with equal probability (at random: 0) and by the dense model's size, so that
@@ -62,8 +64,7 @@ def frontier_uncertainty(
     support, band, hypervolume, needed = (
         pd.DataFrame(columns=list(columns)) for columns in (_SUPPORT, _BAND, _HYPERVOLUME, _SIZE_NEEDED)
     )
-    n_trials, n = table.shape
-    empty = FrontierUncertainty(support, band, hypervolume, needed, epsilon, n, n_trials, left_out)
+    empty = FrontierUncertainty(support, band, hypervolume, needed, epsilon, _rests_on(table), len(table), left_out)
     if len(table) < 2:
         return empty
     rows = summary.set_index("trial").loc[table.index]
@@ -94,6 +95,12 @@ _SUPPORT = ("trial", "support", "near_support")
 _BAND = ("n_params", "observed", "low", "high")
 _HYPERVOLUME = ("observed", "low", "high", "worst_value", "largest_size", "base")
 _SIZE_NEEDED = ("n_params", "support", "cumulative", "observed")
+
+
+def _rests_on(table: pd.DataFrame) -> str:
+    if is_complete(table):
+        return f"{table.shape[1]} seeds that {len(table)} configurations share"
+    return f"{seeds_stated(table)} seeds of each of {len(table)} configurations"
 
 
 def _size_needed(

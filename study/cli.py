@@ -17,6 +17,7 @@ import optuna
 import typer
 from rich.console import Console
 
+from analysis.urls import hide_password
 from study.config import StudyConfig
 from study.directory import StudyDirectory
 from study.errors import StudyError
@@ -34,7 +35,7 @@ from study.status import study_status
 from study.study_file import load_config
 from study.tracking.background import is_left_writing
 from study.tracking.connection import runs_page
-from study.urls import hide_password, is_database
+from study.urls import is_database
 from study.winners import write_winners
 
 app = typer.Typer(
@@ -43,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run studies of compressed transformers: many trials, many seeds, nothing lost.",
 )
-console = Console(width=None if sys.stdout.isatty() else 140)  # a log has room
+console = Console(width=None if sys.stdout.isatty() else 140, markup=False)  # a log has room
 
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (YAML).")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The study's folder, which `run` made.")]

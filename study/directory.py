@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from analysis import run_schema
+from analysis.urls import hide_password
 from study.config import StudyConfig
 from study.errors import StudyError
 from study.ledger.lock import check_ledger_url
@@ -214,7 +215,8 @@ class StudyDirectory:
             return f"{prefix}{(self.path / uri.removeprefix(prefix)).resolve()}"
         if "://" not in uri and not uri.startswith("databricks"):
             raise StudyError(
-                f"--tracking {uri}: must be a server's URL (http://...) or a database's (sqlite:///..., postgresql://...)"
+                f"--tracking {hide_password(uri)}: must be a server's URL (http://...) or a database's "
+                "(sqlite:///..., postgresql://...)"
             )
         return uri
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import sqlalchemy as sa
 
 from analysis import run_schema
+from analysis.urls import hide_password
 from study.backup import has_backup
 from study.corpus import corpus_from_bytes
 from study.directory import StudyDirectory
@@ -35,7 +36,6 @@ from study.scheduler.unit import store_corpus
 from study.storage import Storage
 from study.study_file import dump_config, parse_yaml, validate
 from study.trial import now
-from study.urls import hide_password
 
 FORMAT = 1
 """Version of the file; a reader refuses newer ones."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from analysis.pairs import KNOWN, REFERENCE, Known, pairs
 from study.config import StudyConfig
 from study.errors import StudyError
 from study.frontier import points, undecided
 from study.ledger.ledger import Ledger
+from study.ledger.trials import Trial
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Growth:
     """What a user asks for.
 
     trials: searched trials more. seeds: seeds more for every trial. refine: seeds more for every trial whose place on
-    the frontier is undecided. extend: whatever the study file has more than the study on record.
+    the frontier is undecided, and for those that it is compared with. extend: whatever the study file has more than
+    the study on record.
     """
 
     trials: int = 0
@@ -98,21 +102,60 @@ def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
     if not chosen:
         say("every trial's place on the frontier is decided by the seeds it has: there is nothing to refine")
         return False
-    more = {number: list(_more(tuple(ledger.seeds_of(ledger.trials[number])), growth.refine)) for number in chosen}
-    for number in sorted(chosen):  # which start from a teacher of the same seed
+    wanted = {n: list(_more(tuple(ledger.seeds_of(ledger.trials[n])), growth.refine)) for n in sorted(chosen)}
+    for trial, rival in _compared_with(ledger, chosen):  # on the seeds that both have
+        wanted[rival] = [*wanted.get(rival, []), *wanted[trial]]
+    for number in sorted(wanted):  # which start from a teacher of the same seed
         arm = ledger.trials[number].spec.teacher
         teacher = next((trial for trial in ledger.trials.values() if trial.spec.arm == arm), None)
         if teacher is not None:
-            more[teacher.number] = list(dict.fromkeys([*more.get(teacher.number, []), *more[number]]))
-    more = {n: [s for s in seeds if s not in ledger.seeds_of(ledger.trials[n])] for n, seeds in sorted(more.items())}
+            wanted[teacher.number] = [*wanted.get(teacher.number, []), *wanted[number]]
+    had = {number: set(ledger.seeds_of(ledger.trials[number])) for number in wanted}
+    more = {n: [seed for seed in dict.fromkeys(seeds) if seed not in had[n]] for n, seeds in sorted(wanted.items())}
     more = {number: seeds for number, seeds in more.items() if seeds}
     ledger.record_growth(growth.command, more_seeds=more)
-    as_teachers = f", and trials {_listed(more.keys() - chosen)} as their teachers" if more.keys() - chosen else ""
+    others = more.keys() - chosen
+    too = f", and trials {_listed(others)}, which they are compared with or start from, the same" if others else ""
     say(
-        f"undecided: trials {_listed(chosen)}, of {len(asked)}; they get {growth.refine} seeds more{as_teachers}: "
+        f"undecided: trials {_listed(chosen)}, of {len(asked)}; they get {growth.refine} seeds more{too}: "
         f"{sum(map(len, more.values()))} runs"
     )
     return True
+
+
+def _compared_with(ledger: Ledger, chosen: Collection[int]) -> list[tuple[int, int]]:
+    """Of each chosen trial, its references and what the study file sets it against, as the analysis pairs them; none of
+    which a seed failed, since nothing is claimed of those."""
+    states: dict[int, list[str]] = defaultdict(list)
+    for result in ledger.results.values():
+        states[result.trial].append(result.state)
+    trials = [trial for trial in ledger.trials.values() if trial.duplicate_of is None and trial.pruned is None]
+    trials.sort(key=lambda trial: (trial.shape.n_params, trial.number))
+    name = ledger.config.name
+    contrasts = [(name, contrast.arm, contrast.against) for contrast in ledger.config.claims.contrasts]
+    found = pairs([_known(trial, name, states[trial.number]) for trial in trials], contrasts, is_unfinished=False)
+    return [
+        (pair.trial, pair.against)
+        for pair in found
+        if pair.trial in chosen
+        and (pair.declared or pair.relation == REFERENCE)
+        and "failed" not in states[pair.against]
+    ]
+
+
+def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
+    spec = trial.spec
+    values = spec.model_dump() | spec.protocol.model_dump() | vars(trial.shape)
+    values |= {
+        "trial": trial.number,
+        "study": study,
+        "start": spec.start,
+        "n_seeds": states.count("complete"),
+        "n_failed": states.count("failed"),
+        "stopped": trial.stop and trial.stop.reason,
+        "budget_hash": trial.budget_hash,
+    }
+    return {key: values[key] for key in KNOWN}
 
 
 def _more(seeds: tuple[int, ...], n: int) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from analysis.statistics.seed_blocks import MIN_SEEDS
+from analysis.urls import hide_password
 from study.config import StudyConfig
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.ledger.trials import Trial
@@ -16,7 +18,6 @@ from study.progress import say
 from study.run import Outcome
 from study.status import StudyStatus
 from study.trial import TrialSpec
-from study.urls import hide_password
 
 
 def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> None:
@@ -78,12 +79,18 @@ def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder
             "command again",
             is_trouble=True,
         )
+    nothing_succeeded = not outcome.n_complete and not outcome.n_missing
     uri = folder.tracking_uri()
-    if uri is None:
+    if uri is None and not nothing_succeeded:
         say(console, f"tracking is off; to write the runs to MLflow: mpo-study sync {folder.path}")
-    else:
+    elif uri is not None:
         where = folder.mlflow_database if uri == DEFAULT_TRACKING_URI else hide_password(uri)
         say(console, f"MLflow:  {where}  (browse: mpo-study ui {folder.path})")
+    if nothing_succeeded:
+        why = f"all {outcome.n_failed} runs failed" if outcome.n_failed else "every trial was pruned"
+        what_next = f"why, and what to do: mpo-study status {folder.path}"
+        say(console, f"nothing succeeded: {why}, so there is nothing to report on; {what_next}", is_trouble=True)
+    elif uri is not None:
         say(console, f"report:  mpo-analysis report {folder.path}")
 
 
@@ -110,6 +117,8 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
     console.print(table)
     if now.frontier:
         say(console, "* on the frontier so far: no trial has a lower mean loss with no more parameters")
+    elif now.n_complete:
+        say(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds, and none failed")
     if now.n_unasked:
         say(console, f"and {now.n_unasked} trials that are still to come")
     if now.search_ended is not None:
@@ -128,7 +137,7 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
 
 def _what_is_left(now: StudyStatus, again: str, then: str) -> str:
     if not now.n_missing:
-        return f"complete; {then}"
+        return f"complete; {then}" if now.n_complete else _nothing_succeeded(now)
     over = f"{now.n_complete + now.n_failed} runs over, {now.n_missing} left"
     work = f", {_duration(now.run_seconds_left)} one after another" if now.run_seconds_left is not None else ""
     if now.driver is None:
@@ -136,6 +145,17 @@ def _what_is_left(now: StudyStatus, again: str, then: str) -> str:
     who = f"process {now.driver.get('pid', 'unknown')} on {now.driver.get('host', 'some host')}"
     left = f"about {_duration(now.seconds_left)} left" if now.seconds_left is not None else "time left not known yet"
     return f"{over}{work}; {who} is at them: {left}"
+
+
+def _nothing_succeeded(now: StudyStatus) -> str:
+    """What to do with a study that is over without a result."""
+    if not now.n_failed:
+        why, what_next = "every trial was pruned", "widen the limits of the budget in the study file"
+    elif any(result.failure_step is None for result in now.failures):
+        return f"nothing succeeded: all {now.n_failed} runs failed; mend the cause, then give the command above"
+    else:
+        why, what_next = f"all {now.n_failed} runs diverged", "lower the learning rates in the study file"
+    return f"nothing succeeded: {why}; {what_next}, and run that in a new folder (--dir)"
 
 
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from study.definition import settled
 from study.directory import StudyDirectory
 from study.frontier import Point, frontier, points
@@ -138,7 +140,7 @@ def _trial_status(
         complete=sorted(losses),
         failed=sorted(results.keys() - losses.keys()),
         missing=missing,
-        val_loss=sum(losses.values()) / len(losses) if losses else None,
+        val_loss=float(np.mean([losses[seed] for seed in sorted(losses)])) if losses else None,
         on_frontier=trial.number in on_frontier,
     )
 

@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+from analysis.urls import hide_password
 from study.errors import StudyError
-from study.urls import hide_password
 
 
 class Damaged(Exception):

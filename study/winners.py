@@ -125,9 +125,9 @@ def _selected(
     config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None]
 ) -> tuple[dict[str, list[Content]], dict[str, list[int]]]:
     """The arms of the new study, by the arm that they come from; by its name, the parameters of each one's trials."""
-    results = [result for result in snapshot.results if result.seed in config.seed_list]
+    results = snapshot.results
     losses = _mean_losses(snapshot.trials, results)
-    found = frontier(points(snapshot.trials, results))
+    found = frontier(points(snapshot.trials, results), fewest=1)  # a choice for fresh seeds, and no claim
     on_frontier = {point.trial for point in found}
     taken = {arm.name for arm in config.arms}
     arms: dict[str, list[Content]] = {}

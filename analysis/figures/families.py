@@ -9,9 +9,9 @@ from matplotlib.lines import Line2D
 
 from analysis import run_schema as schema
 from analysis import style
-from analysis.comparisons import EQUAL_PARAMETERS
 from analysis.figures import marks
 from analysis.figures.rows import Row, lay_out, set_limits
+from analysis.pairs import EQUAL_PARAMETERS
 from analysis.summary import MEASURES, MIN_SEEDS, group_order, half_width_key, interval_statement, n_statement
 
 COLUMNS = (

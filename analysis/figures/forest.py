@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import style
-from analysis.comparisons import BETTER, FAILED, REFERENCE, UNDECIDED, WORSE
+from analysis.comparisons import BETTER, FAILED, UNDECIDED, WORSE
 from analysis.figures import marks
 from analysis.figures.rows import Row, lay_out, set_limits
+from analysis.pairs import REFERENCE
 from analysis.summary import MEASURES, MIN_SEEDS, Measure, group_order, n_statement
 
 MAX_ROWS = 30

@@ -52,8 +52,8 @@ def frontier_figure(
     )
     redrawn = (
         f"In brackets: support, the share of {N_DRAWS:,} redraws of the means, with the noise of the "
-        f"{uncertainty.n} seeds that {uncertainty.n_trials} configurations share, in which one is on the frontier; not "
-        f"said of one off it below {percent(_WORTH_SAYING)}. "
+        f"{uncertainty.rests_on}, in which one is on the frontier; not said of one off it below "
+        f"{percent(_WORTH_SAYING)}. "
         "Band: 95 %, pointwise, for the frontier of the true means, which the observed one tends to flatter."
         if len(band)
         else ""

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.figures import labels
-from analysis.selection import select
+from analysis.selection import common_seeds, seeds_stated, select
 from analysis.statistics.ranking import rank_agreement, rank_intervals, reliability
 from analysis.summary import Measure
 
@@ -23,6 +23,7 @@ COLUMNS = (
     *("n_seeds", "n_ranked", "kendall_tau", "reliability", "left_out"),
 )
 _DRAWN_RANKS = 4_000_000
+_ON_SHARED = "; both on the seeds that most share"
 _ROW, _LONGEST_LABEL = 0.155, 2.3
 
 
@@ -41,13 +42,13 @@ def rank_rows(
         rng: draws the means (`ranking.rank_intervals`).
         budgets: as in `selection.select`.
     Returns:
-        trial, label, group, n_params; rank from 1, the best, low, high. The same in each row: n_seeds, n_ranked (how
-        many were ranked), kendall_tau (mean of Kendall's τ_b over pairs of seeds), reliability (share of the variance
-        of the means that is not noise), left_out (a sentence on trials that were not ranked). Sorted by rank. Empty
-        for fewer than two configurations.
+        trial, label, group, n_params; rank from 1, the best, low, high. The same in each row: n_seeds (`3`, or
+        `3 to 5`), n_ranked (how many were ranked), kendall_tau (mean of Kendall's τ_b over pairs of seeds), reliability
+        (share of the variance of the means that is not noise), both on the seeds of `selection.common_seeds`; left_out
+        (a sentence on trials that were not ranked). Sorted by rank. Empty for fewer than two configurations.
     """
     selected = select(summary, seeds, measure.key, budgets)
-    ranked, values = selected.trials, selected.values.to_numpy()
+    ranked, values, shared = selected.trials, selected.values, common_seeds(selected.values)
     if len(ranked) < 2:
         return pd.DataFrame(columns=list(COLUMNS))
     n_draws = int(np.clip(_DRAWN_RANKS // len(ranked), 1000, 10_000))
@@ -56,10 +57,10 @@ def rank_rows(
         rank=found.rank,
         low=found.low,
         high=found.high,
-        n_seeds=values.shape[1],
+        n_seeds=seeds_stated(values),
         n_ranked=len(ranked),
-        kendall_tau=rank_agreement(values).mean,
-        reliability=float(reliability(values).reliability),
+        kendall_tau=rank_agreement(shared).mean if shared.size else np.nan,
+        reliability=float(reliability(shared).reliability) if shared.size else np.nan,
         left_out=selected.left_out,
     )
     return rows.sort_values(["rank", "trial"], kind="stable", ignore_index=True).head(MAX_ROWS)
@@ -74,12 +75,13 @@ def rank_figure(rows: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
     """
     first = rows.iloc[0]
     n_ranked = int(first["n_ranked"])
+    that_share, on_shared = (" that all share", "") if first["n_seeds"].isdecimal() else ("", _ON_SHARED)
     text = style.footer(
         f"Ranks of mean {measure.title.lower()} at the last step over the whole validation split, n = "
-        f"{first['n_seeds']} seeds that all share; bars: 95 % intervals of each rank by itself, from draws of the "
+        f"{first['n_seeds']} seeds{that_share}; bars: 95 % intervals of each rank by itself, from draws of the "
         "means with the noise pooled over configurations: too short for the noisiest.",
         f"Kendall's τ between two seeds: {_number(first['kendall_tau'])} on average; share of the variance of the "
-        f"means that is not noise: {_number(first['reliability'])}.",
+        f"means that is not noise: {_number(first['reliability'])}{on_shared}.",
         f"The best {len(rows)} of {n_ranked} configurations." if len(rows) < n_ranked else "",
         first["left_out"],
         note,

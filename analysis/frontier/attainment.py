@@ -81,8 +81,9 @@ def mean_frontier_band(
     """Band for the frontier of the true means: 2 · observed − mean of redrawn frontiers, ± the t limits of one mean.
 
     The best of noisy means is too good, and the best of means redrawn around them is too good once more, by about as
-    much: reflecting it about the observed frontier takes that off. The width is that of one mean's interval, which the
-    best of several is never less sure than by itself; what it has to spare pays for the error of the correction.
+    much: reflecting it about the observed frontier takes that off. The width is that of the interval of the one mean
+    that attains it, which the best of several is never less sure than by itself; what it has to spare pays for the
+    error of the correction.
 
     The limits are pointwise: all sizes at once are covered less often. They are not centred on the observed frontier,
     leave it out where many near-equals compete, and need not be monotone.
@@ -94,13 +95,13 @@ def mean_frontier_band(
 
     Args:
         sizes: (C,), minimised.
-        values: (n, C), n >= 2 seeds that all configurations share, one row per seed.
+        values: (n, C), one row per seed, 2 or more for each configuration; NaN where it has not the seed.
         rng: source of all draws; the result does not depend on `chunk`.
         direction: what is better in the values.
         level: nominal pointwise coverage, in (0, 1).
         chunk: draws held at once, which bounds the memory.
     Raises:
-        ValueError: shapes differ, a value is not finite, fewer than 2 seeds, or a level or count out of range.
+        ValueError: shapes differ, a value is infinite, fewer than 2 seeds, or a level or count out of range.
     Source: Efron and Tibshirani 1993, An introduction to the bootstrap, section 10.6 (the corrected centre);
         Satterthwaite 1946, An approximate distribution of estimates of variance components (the width).
     """
@@ -112,7 +113,8 @@ def mean_frontier_band(
         for running in sorted_sizes.running_best(drawn, direction) - observed:
             better_by += running  # one after another, so that no sum depends on the chunk
     centre = observed - better_by / n_draws
-    half_width = stats.t.ppf(tails[1], seed_means.marginal_df) * seed_means.marginal_se
+    attained_by = sorted_sizes.attained_by(seed_means.means, direction)
+    half_width = stats.t.ppf(tails[1], seed_means.marginal_df) * seed_means.marginal_se[attained_by]
     return Band(sorted_sizes.distinct, observed, centre - half_width, centre + half_width)
 
 

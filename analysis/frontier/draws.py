@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analysis.statistics.seed_blocks import marginal_variance, two_way
+from analysis.statistics.seed_blocks import UnevenTwoWay, is_complete, marginal_variance, two_way, uneven_two_way
 
 _CHUNK_VALUES = 1 << 17
 """Values in a chunk unless its size is given: 1 MB, which stays in a processor's cache."""
@@ -25,36 +25,57 @@ class SeedMeans:
     means: NDArray[np.float64]
     """(C,), in the unit of the values."""
     residual_se: float
-    """Standard error of one mean apart from its seeds' shift: pooled residual sd / √n."""
+    """Standard error of one mean apart from its seeds' shift: pooled residual sd / √n; of unequal n that of the mean
+    variance."""
     residual_df: int
     """Degrees of freedom of the pooled sd: (C − 1)(n − 1)."""
     grand_se: float
-    """Standard error of the mean of all means: sd over seeds of the mean over configurations, / √n."""
+    """Standard error of the mean of all means: sd over seeds of the mean over configurations, / √n. Of unequal seeds:
+    NaN, each draw shifts them one by one."""
     grand_df: int
     """Degrees of freedom of that: n − 1."""
-    marginal_se: float
-    """Standard error of one mean, its seeds' shift included."""
+    marginal_se: NDArray[np.float64]
+    """(C,): standard error of each mean, its seeds' shift included."""
     marginal_df: float
     """Degrees of freedom of that, at least n − 1."""
+    uneven: UnevenTwoWay | None = None
+    """What it rests on where configurations have not all the same seeds."""
 
     @classmethod
     def of(cls, values: ArrayLike) -> SeedMeans:
-        """Estimate from values (n, C), one row per seed.
+        """Estimate from values (n, C), one row per seed; NaN where a configuration has not the seed.
 
         Raises:
-            ValueError: not two axes, fewer than 2 seeds, no configuration, or a value that is not finite.
+            ValueError: not two axes, fewer than 2 seeds of a configuration, no configuration, or an infinite value.
         Source: Scheffé 1959, The analysis of variance, section 4.2 (two-way layout, one observation per cell).
         """
         values = np.asarray(values, dtype=np.float64)
         if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 1:
             raise ValueError(f"`values.shape == (n, C)` with n >= 2 and C >= 1 must hold, but got {values.shape}")
+        if not is_complete(values):
+            return cls._of_uneven(uneven_two_way(values.T))
         if not np.isfinite(values).all():
-            raise ValueError("`values` must be finite, but got a NaN or an infinity: give complete seeds alone")
+            raise ValueError("`values` must be finite, but got an infinity: give complete seeds alone")
         model, n = two_way(values.T), values.shape[0]
         residual_se = float(np.sqrt(model.residual_variance / n)) if model.df else 0.0
         grand_se = float(model.seed_means.std(ddof=1) / np.sqrt(n))
         variance, df = marginal_variance(model)
-        return cls(model.means, residual_se, model.df, grand_se, n - 1, float(np.sqrt(variance / n)), float(df))
+        marginal_se = np.full(model.means.shape, np.sqrt(variance / n))
+        return cls(model.means, residual_se, model.df, grand_se, n - 1, marginal_se, float(df))
+
+    @classmethod
+    def _of_uneven(cls, model: UnevenTwoWay) -> SeedMeans:
+        shares = (model.weights**2).sum(axis=1)  # 1/n of each
+        residual_se = float(np.sqrt(model.residual_variance * shares.mean()))
+        marginal_se = np.sqrt(model.marginal_variance * shares)
+        return cls(
+            model.means, residual_se, model.df, np.nan, model.seed_df, marginal_se, model.marginal_df, uneven=model
+        )
+
+    def take(self, rows: NDArray[np.intp]) -> SeedMeans:
+        """Those configurations, in that order, with the noise of all."""
+        uneven = self.uneven and self.uneven._replace(means=self.means[rows], weights=self.uneven.weights[rows])
+        return replace(self, means=self.means[rows], marginal_se=self.marginal_se[rows], uneven=uneven)
 
     def contrast_draws(
         self, n_draws: int, rng: np.random.Generator, chunk: int | None = None
@@ -86,6 +107,8 @@ class SeedMeans:
 
         A mean of C means is drawn as t with n − 1 degrees of freedom; the deviations from it sum to zero, so that the
         two sources of noise are counted once each. Of a single configuration this draws Student's t.
+
+        Of unequal seeds all three kinds of draws shift each seed by itself, in all configurations that have it.
         """
         return self._draws(n_draws, rng, chunk, with_shift=True)
 
@@ -106,6 +129,8 @@ class SeedMeans:
         scales = np.full(n_draws, self.residual_se)
         if self.residual_df and not known_scale:
             scales *= np.sqrt(self.residual_df / rng.chisquare(self.residual_df, n_draws))
+        if self.uneven is not None:
+            return (yield from self._uneven_draws(self.uneven, scales, rng, chunk, known_scale))
         shifts = self.grand_se * rng.standard_t(self.grand_df, n_draws) if with_shift else None
         for start in range(0, n_draws, chunk):
             part = slice(start, start + chunk)
@@ -113,5 +138,28 @@ class SeedMeans:
             drawn *= scales[part, None]
             if shifts is not None:
                 drawn += (shifts[part] - drawn.mean(axis=1))[:, None]
+            drawn += self.means
+            yield drawn
+
+    def _uneven_draws(
+        self,
+        model: UnevenTwoWay,
+        scales: NDArray[np.float64],
+        rng: np.random.Generator,
+        chunk: int,
+        known_scale: bool,
+    ) -> Iterator[NDArray[np.float64]]:
+        errors = np.sqrt(model.residual_variance * (model.weights**2).sum(axis=1))
+        apart = errors / self.residual_se if self.residual_se else errors
+        shifts = np.sqrt(model.seed_variance) * rng.standard_normal((scales.size, model.weights.shape[1]))
+        if not known_scale:
+            shifts *= np.sqrt(model.seed_df / rng.chisquare(model.seed_df, scales.size))[:, None]
+        for start in range(0, scales.size, chunk):
+            part = slice(start, start + chunk)
+            drawn = rng.standard_normal((scales[part].size, self.means.size))
+            drawn *= scales[part, None]
+            drawn *= apart
+            # Not `@`: BLAS adds up in an order that depends on the chunk.
+            drawn += np.einsum("ds,cs->dc", shifts[part], model.weights)
             drawn += self.means
             yield drawn

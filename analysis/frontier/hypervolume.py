@@ -87,14 +87,14 @@ def hypervolume_interval(
 
     Args:
         sizes: (C,), positive, minimised.
-        values: (n, C), n >= 2 seeds that all configurations share, one row per seed.
+        values: (n, C), one row per seed, 2 or more for each configuration; NaN where it has not the seed.
         rng: source of all draws; the result does not depend on `chunk`.
         level: nominal coverage, in (0, 1).
         chunk: draws held at once, which bounds the memory.
     Returns:
         Limits of at least 0.
     Raises:
-        ValueError: shapes differ, a value is not finite, a size is not positive, fewer than 2 seeds, or a level or
+        ValueError: shapes differ, a value is infinite, a size is not positive, fewer than 2 seeds, or a level or
             count out of range.
     Source: Davison and Hinkley 1997, Bootstrap methods and their application, section 5.2 (basic limits).
     """

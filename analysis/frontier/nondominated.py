@@ -1,4 +1,4 @@
-"""The non-dominated set of two objectives, and the line that it draws."""
+"""The non-dominated set of two objectives, what of a study is on it, and the line that it draws."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis.frontier.running_best import SortedSizes
 from analysis.run_schema import Direction
+from analysis.statistics.seed_blocks import MIN_SEEDS
 
 
 def frontier_mask(
@@ -32,6 +33,37 @@ def frontier_mask(
         raise ValueError(f"`directions` must be 'minimize' or 'maximize', but got {directions}")
     sizes = SortedSizes.of(-x if directions[0] == "maximize" else x)
     return sizes.standing(y, directions[1]).on_frontier
+
+
+def on_frontier(
+    sizes: ArrayLike,
+    means: ArrayLike,
+    n_seeds: ArrayLike,
+    is_sound: ArrayLike,
+    direction: Direction = "minimize",
+    fewest: int = MIN_SEEDS,
+) -> NDArray[np.bool_]:
+    """Which configurations of a study are on its frontier, wherever it is shown.
+
+    On it are those that no other dominates, among the sound ones of enough seeds: one of which a seed failed, or that
+    was given up, may owe its mean to the seeds that are missing; of fewer than `MIN_SEEDS` nothing is claimed.
+
+    Args:
+        sizes, means: (C,), over complete seeds; what is not looked at may be NaN.
+        n_seeds: (C,), complete seeds of each.
+        is_sound: (C,), whether no seed failed and the configuration was not given up.
+        direction: what is better in the means.
+        fewest: seeds that are enough.
+    Returns:
+        (C,) mask.
+    Raises:
+        ValueError: shapes differ, a mean that is looked at is not finite, or the direction is unknown.
+    """
+    enough = np.asarray(is_sound, dtype=np.bool_) & (np.asarray(n_seeds) >= fewest)
+    on = np.zeros(enough.shape, dtype=np.bool_)
+    sizes, means = (np.asarray(values, dtype=np.float64)[enough] for values in (sizes, means))
+    on[enough] = frontier_mask(sizes, means, ("minimize", direction))
+    return on
 
 
 def step_line(x: ArrayLike, y: ArrayLike, x_end: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -73,6 +73,21 @@ class SortedSizes:
         # The last of those that share one size has been compared with all of them.
         return best_of(direction).accumulate(self.ascending(values), axis=-1).take(self.ends, axis=-1)
 
+    def attained_by(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.intp]:
+        """The configuration that attains the running best at each distinct size; of equal ones the last.
+
+        Args:
+            values: (C,), in the order in which the sizes were given.
+        Returns:
+            (G,) indices into that order.
+        Raises:
+            ValueError: as `running_best`.
+        """
+        values = self.ascending(values)
+        attains = values == best_of(direction).accumulate(values)
+        latest = np.maximum.accumulate(np.where(attains, np.arange(values.size), 0))
+        return self.order[latest[self.ends]]
+
     def standing(self, values: NDArray[np.float64], direction: Direction) -> Standing:
         """How configurations stand in each row: on the frontier are those that attain a running best where it improves.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -58,13 +57,13 @@ def frontier_support(
 
     Args:
         sizes: (C,), minimised.
-        values: (n, C), n >= 2 seeds that all configurations share, one row per seed.
+        values: (n, C), one row per seed, 2 or more for each configuration; NaN where it has not the seed.
         rng: source of all draws; the result does not depend on `chunk`.
         epsilon: ε >= 0, in the unit of the values.
         direction: what is better in the values.
         chunk: draws held at once, which bounds the memory.
     Raises:
-        ValueError: shapes differ, a value is not finite, fewer than 2 seeds, or a negative ε or count.
+        ValueError: shapes differ, a value is infinite, fewer than 2 seeds, or a negative ε or count.
     Error: each share has a standard error of sqrt(share (1 − share) / n_draws).
     Source: Efron and Tibshirani 1998, The problem of regions, section 1: the bootstrap's confidence in a region, and
         its bias.
@@ -72,7 +71,7 @@ def frontier_support(
     sorted_sizes, seed_means = _prepared(sizes, values, epsilon, "epsilon")
     # Sorted here, the configurations need no sorting in each draw.
     ascending = SortedSizes.of(np.asarray(sizes)[sorted_sizes.order])
-    seed_means = replace(seed_means, means=sorted_sizes.ascending(seed_means.means))
+    seed_means = seed_means.take(sorted_sizes.ascending(np.arange(seed_means.means.size)))
     counts = np.zeros((2, seed_means.means.size), dtype=np.intp)
     for drawn in seed_means.contrast_draws(n_draws, rng, chunk):
         standing = ascending.standing(drawn, direction)
@@ -104,14 +103,14 @@ def size_needed(
 
     Args:
         sizes: (C,), minimised, such as trainable parameters.
-        values: (n, C), n >= 2 seeds that all configurations share, one row per seed.
+        values: (n, C), one row per seed, 2 or more for each configuration; NaN where it has not the seed.
         reference: index of the reference, such as the dense model, among the configurations.
         rng: source of all draws; the result does not depend on `chunk`.
         delta: δ >= 0, in the unit of the values.
         direction: what is better in the values.
         chunk: draws held at once, which bounds the memory.
     Raises:
-        ValueError: shapes differ, a value is not finite, fewer than 2 seeds, or a negative δ or count.
+        ValueError: shapes differ, a value is infinite, fewer than 2 seeds, or a negative δ or count.
         IndexError: no such reference.
     """
     best_of(direction)  # refuses an unknown one

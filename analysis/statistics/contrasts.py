@@ -10,7 +10,14 @@ from scipy import stats
 
 from analysis.run_schema import Direction
 from analysis.statistics.intervals import LEVEL, check_level
-from analysis.statistics.seed_blocks import MIN_SEEDS, complete_seeds, complete_table, two_way
+from analysis.statistics.seed_blocks import (
+    MIN_SEEDS,
+    complete_seeds,
+    complete_table,
+    is_complete,
+    two_way,
+    uneven_two_way,
+)
 
 ONE_SIDED = 0.025
 """Level of a claim of non-inferiority."""
@@ -88,15 +95,20 @@ def block_tests(values: ArrayLike, rows: ArrayLike, references: ArrayLike, level
     """The block model's tests of `contrasts` for many pairs of rows of one table at once.
 
     Args:
-        values: (C, n), configurations × the same seeds, n >= 3; all of them are in the estimate of the noise.
-        rows, references: (P,), the two rows of each pair.
+        values: (C, n), configurations × seeds, NaN where one has not a seed; all are in the estimate of the noise.
+        rows, references: (P,), the two rows of each pair, which is compared on the seeds that both have.
         level: coverage, in (0, 1).
     Returns:
-        (P,) arrays: for a pair (c, r) what `contrasts(values, r).block` has for c.
+        (P,) arrays: for a pair (c, r) of a complete table what `contrasts(values, r).block` has for c. NaN for a pair
+        that shares fewer than 3 seeds.
     Raises:
-        ValueError: `level` is not inside (0, 1), there are fewer than 3 seeds, or a value is missing.
+        ValueError: `level` is not inside (0, 1), there are fewer than 3 seeds, or a value is infinite.
     """
     check_level(level)
+    if not is_complete(values):
+        return _uneven_block_tests(
+            np.asarray(values, dtype=np.float64), np.asarray(rows), np.asarray(references), level
+        )
     table = complete_table(values)
     n = table.shape[-1]
     if n < MIN_SEEDS:
@@ -105,6 +117,19 @@ def block_tests(values: ArrayLike, rows: ArrayLike, references: ArrayLike, level
     difference = (table[np.asarray(rows)] - table[np.asarray(references)]).mean(axis=-1)
     standard_error = np.full(difference.shape, np.sqrt(2 * model.residual_variance / n))
     return _t_test(difference, standard_error, model.df, level)
+
+
+def _uneven_block_tests(
+    table: NDArray[np.float64], rows: NDArray[np.intp], references: NDArray[np.intp], level: float
+) -> TTest:
+    model = uneven_two_way(table)
+    differences = table[rows] - table[references]
+    counts = (~np.isnan(differences)).sum(axis=1)
+    is_enough = (counts >= MIN_SEEDS) & (model.df > 0)
+    n = np.maximum(counts, 1)
+    difference = np.where(is_enough, np.nansum(differences, axis=1) / n, np.nan)
+    standard_error = np.where(is_enough, np.sqrt(2 * model.residual_variance / n), np.nan)
+    return _t_test(difference, standard_error, max(model.df, 1), level)
 
 
 def headline(result: Contrasts) -> TTest:

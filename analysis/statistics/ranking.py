@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from analysis.frontier.draws import SeedMeans
 from analysis.run_schema import Direction
 from analysis.statistics.intervals import LEVEL, check_level
 from analysis.statistics.seed_blocks import MIN_SEEDS, complete_table, two_way
@@ -59,11 +60,12 @@ def rank_intervals(
     """Ranks of the means over seeds, and quantiles of their ranks over draws of the means.
 
     A draw is mean_c + √(s²_res/n) z_c with z standard normal, s²_res being the residual mean square of the block model
-    (see `seed_blocks`): what seeds share moves all means alike and no rank. The limits are ranks that were drawn, the
+    (see `seed_blocks`): what seeds share moves all means alike and no rank. Where configurations lack seeds it does,
+    and draws are those of `frontier.draws.SeedMeans.noise_draws`. The limits are ranks that were drawn, the
     outermost that leave no more than (1 − level)/2 of the draws beyond.
 
     Args:
-        values: (C, n), configurations × the same seeds, in any unit.
+        values: (C, n), configurations × seeds, in any unit; NaN where a configuration has not the seed.
         direction: what is better.
         rng: draws the means.
         level: of the interval, in (0, 1).
@@ -81,13 +83,17 @@ def rank_intervals(
     check_level(level)
     if direction not in ("minimize", "maximize"):
         raise ValueError(f"`direction` must be 'minimize' or 'maximize', but got {direction!r}")
-    table = _one_table(values) * (1 if direction == "minimize" else -1)
-    model = two_way(table)
-    rank = stats.rankdata(model.means)
-    if model.n < MIN_SEEDS or len(table) == 1:
+    table = np.asarray(values, dtype=np.float64) * (1 if direction == "minimize" else -1)
+    if table.ndim != 2:
+        raise ValueError(f"`values` must be (configurations, seeds), but its shape is {table.shape}")
+    fewest = (~np.isnan(table)).sum(axis=1).min()
+    if fewest < MIN_SEEDS or len(table) == 1:
+        rank = stats.rankdata(np.nanmean(table, axis=1))
         return RankInterval(rank, np.full(rank.shape, np.nan), np.full(rank.shape, np.nan))
-    error = np.sqrt(model.residual_variance / model.n)
-    ranks = stats.rankdata(model.means + error * rng.standard_normal((n_draws, len(table))), axis=1)
+    means = SeedMeans.of(table.T)
+    rank = stats.rankdata(means.means)
+    drawn = np.vstack(list(means.noise_draws(n_draws, rng)))
+    ranks = stats.rankdata(drawn, axis=1)
     tail = (1 - level) / 2
     return RankInterval(
         rank,

@@ -1,8 +1,7 @@
 """The two-way model behind every quantity that pools configurations: y_cs = μ_c + b_s + ε_cs.
 
 Configuration c ran on seed s; b_s is what the runs of one seed share (data order, initialisation), ε_cs is the rest, of
-one variance for all. Only complete tables enter: a configuration that lacks a seed is left out by the caller, or the
-seed is, and never filled in.
+one variance for all. Nothing is filled in: a table is complete, or `uneven_two_way` fits the model to what is there.
 """
 
 from __future__ import annotations
@@ -47,6 +46,77 @@ def two_way(values: ArrayLike) -> TwoWay:
     squares = (residuals**2).sum(axis=(-2, -1))
     variance = squares / df if rows > 1 and n > 1 else np.full(squares.shape, np.nan)
     return TwoWay(means, seed_means, variance, df, n)
+
+
+class UnevenTwoWay(NamedTuple):
+    """Means and variances of one table of configurations × seeds in which configurations lack seeds.
+
+    means: (C,), each over its own seeds. weights: (C, S), 1/n where a configuration has a seed, else 0.
+    residual_variance: as of `TwoWay`, 0 where df is 0. df: its degrees of freedom. seed_variance: Var(b), at least 0.
+    seed_df: seeds whose shifts the table can tell apart. variance: of one value within configurations, on average.
+    marginal_variance, marginal_df: as `marginal_variance` has them.
+    """
+
+    means: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    residual_variance: float
+    df: int
+    seed_variance: float
+    seed_df: int
+    variance: float
+    marginal_variance: float
+    marginal_df: float
+
+
+def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
+    """The two-way model fitted by least squares; of a complete table it is what `two_way` and `marginal_variance` are.
+
+    Within configurations, the seeds' shifts explain R of the sum of squares, with r degrees of freedom. Of N values of
+    C configurations it has the expectation (N − C) Var(b) + r Var(ε), by which Var(b) is estimated.
+
+    Args:
+        values: (C, S), configurations × all seeds, in any unit; NaN where a configuration has not that seed.
+    Raises:
+        ValueError: it is no table, a value is infinite, or a configuration has fewer than 2 seeds.
+    Source: Searle, Casella and McCulloch 1992, Variance components, section 5.5 (Henderson's method III).
+    """
+    table = np.asarray(values, dtype=np.float64)
+    has = ~np.isnan(table)
+    counts = has.sum(axis=-1)
+    if table.ndim != 2 or table.size == 0 or counts.min() < 2 or np.isinf(table).any():
+        raise ValueError("`values` must be (configurations, seeds), finite, with 2 seeds or more of each configuration")
+    weights = has / counts[:, None]
+    means = np.where(has, table, 0).sum(axis=1) / counts
+    within = np.where(has, table - means[:, None], 0)
+    # The normal equations of the seeds' shifts, after those of the configurations.
+    system = np.diag(has.sum(axis=0)) - has.T @ weights
+    sizes, axes = np.linalg.eigh(system)
+    is_known = sizes > 1e-10 * sizes[-1]  # of each set of seeds that configurations connect, one shift is free
+    sizes, axes, sums = sizes[is_known], axes[:, is_known], within.sum(axis=0)
+    shifts = axes @ (axes.T @ sums / sizes)
+    left = np.where(has, within - shifts + (weights @ shifts)[:, None], 0)
+    n_free = int(counts.sum()) - len(table)
+    seed_df = sizes.size
+    df, explained = n_free - seed_df, max(0.0, float(shifts @ sums))
+    residual = float((left**2).sum()) / df if df else 0.0
+    of_seeds, of_rest = explained / n_free, residual * df / n_free
+    share = of_seeds / (of_seeds + of_rest) if of_seeds + of_rest > 0 else 1.0
+    return UnevenTwoWay(
+        means,
+        weights,
+        residual,
+        df,
+        max(0.0, of_seeds - residual * seed_df / n_free),
+        seed_df,
+        float((within**2).sum()) / n_free,
+        of_seeds + of_rest,
+        1 / (share**2 / seed_df + ((1 - share) ** 2 / df if df else 0)),
+    )
+
+
+def is_complete(values: ArrayLike) -> bool:
+    """Whether no value is missing."""
+    return not np.isnan(np.asarray(values, dtype=np.float64)).any()
 
 
 def marginal_variance(model: TwoWay) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

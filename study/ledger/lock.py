@@ -12,8 +12,8 @@ from functools import partial
 import sqlalchemy as sa
 import sqlalchemy.exc
 
+from analysis.urls import hide_password
 from study.errors import StudyError
-from study.urls import hide_password
 
 _MARK = "mpo-study"
 _LONGEST_NAME = 63

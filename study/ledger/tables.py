@@ -16,11 +16,11 @@ import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
 from pydantic import TypeAdapter, ValidationError
 
+from analysis.urls import hide_password
 from study.config import StudyConfig
 from study.early_stopping import Stop
 from study.errors import StudyError
 from study.trial import SeedResult
-from study.urls import hide_password
 
 SCHEMA_VERSION = 1
 

@@ -24,6 +24,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from analysis.urls import hide_password
 from study.errors import StudyError
 from study.scheduler.interrupts import interrupts
 from study.scheduler.queue import Queue
@@ -130,9 +131,10 @@ def _shut_down() -> None:
 def _connect(address: str) -> None:
     for variable, setting in _SETTINGS.items():
         os.environ.setdefault(variable, setting)
+    shown = hide_password(address)
     if address.startswith("ray://"):
         raise StudyError(
-            f"--address {address}: the Ray client cannot carry a study; run the driver on the cluster, with "
+            f"--address {shown}: the Ray client cannot carry a study; run the driver on the cluster, with "
             "--address auto or HOST:6379"
         )
     host, _, port = address.rpartition(":")
@@ -140,7 +142,7 @@ def _connect(address: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except (OSError, OverflowError) as error:
-            raise StudyError(f"--address {address}: cannot connect to Ray: {error}") from None
+            raise StudyError(f"--address {shown}: cannot connect to Ray: {error}") from None
     try:
         ray.init(
             address=address,
@@ -149,7 +151,8 @@ def _connect(address: str) -> None:
             logging_level=logging.ERROR,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StudyError(f"--address {address}: cannot connect to Ray: {str(error).splitlines()[0]}") from None
+        said = hide_password(str(error).splitlines()[0], address)
+        raise StudyError(f"--address {shown}: cannot connect to Ray: {said}") from None
     # A worker's death is no reason for a page of traceback: its unit is issued again.
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

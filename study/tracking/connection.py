@@ -13,8 +13,9 @@ from urllib.parse import quote
 import sqlalchemy
 import sqlalchemy.exc
 
+from analysis.urls import hide_password
 from study.errors import StudyError
-from study.urls import hide_password, is_database
+from study.urls import is_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis import run_schema as schema
+from analysis.urls import hide_password
 from study.errors import StudyError
 from study.ledger.trials import Trial
 from study.storage import Storage
 from study.telling import Pruned
 from study.tracking.connection import first_line
 from study.trial import SeedResult
-from study.urls import hide_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -6,9 +6,10 @@ import numpy as np
 
 
 def anova_residual(values: np.ndarray) -> float:
-    """Residual mean square of a table of configurations × seeds."""
+    """Residual mean square of a table of configurations × seeds; NaN where a configuration has not the seed."""
     rows, n = values.shape
     row, seed = np.indices(values.shape).reshape(2, -1)
-    design = np.hstack((np.eye(rows)[row], np.eye(n)[seed]))
-    fitted = design @ np.linalg.lstsq(design, values.ravel(), rcond=None)[0]
-    return float(((values.ravel() - fitted) ** 2).sum() / (values.size - np.linalg.matrix_rank(design)))
+    design = np.hstack((np.eye(rows)[row], np.eye(n)[seed]))[~np.isnan(values.ravel())]
+    known = values[~np.isnan(values)]
+    fitted = design @ np.linalg.lstsq(design, known, rcond=None)[0]
+    return float(((known - fitted) ** 2).sum() / (known.size - np.linalg.matrix_rank(design)))

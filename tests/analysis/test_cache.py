@@ -351,3 +351,12 @@ def test_load_curves_keeps_nothing_once_the_study_has_changed(study):
     retry(study)
     load_curves(runs, [0])
     assert not (study.cache / "curves.parquet").exists()
+
+
+def test_cache_behind_a_link_is_not_written(study, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "seeds.parquet").write_text("precious")
+    study.cache.symlink_to(elsewhere)
+    same(study.load(), load_study(study.address))
+    assert [(path.name, path.read_text()) for path in elsewhere.iterdir()] == [("seeds.parquet", "precious")]

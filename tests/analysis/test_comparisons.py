@@ -6,17 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from least_squares import anova_residual
 from scipy import stats
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
 
 from analysis.comparisons import (
     BETTER,
     COLUMNS,
-    DECLARED,
-    EQUAL_PARAMETERS,
     FAILED,
     NOT_INFERIOR,
-    REFERENCE,
     STOPPED,
     TOO_FEW,
     UNDECIDED,
@@ -26,6 +24,7 @@ from analysis.comparisons import (
     declared_against_reference,
     reference_trial,
 )
+from analysis.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
 from analysis.runs import Claims, Contrast
 from analysis.selection import seed_table
 from analysis.statistics.multiplicity import benjamini_hochberg, holm
@@ -374,17 +373,20 @@ def test_only_seeds_that_both_have_are_paired():
 
 
 @pytest.mark.parametrize("seeds", [range(3), (5, 6, 7)])
-def test_block_interval_is_of_all_trials_that_have_the_seeds_of_most(seeds):
-    """A trial with fewer costs the others nothing, and has no block interval."""
+def test_block_interval_rests_on_every_seed_and_each_pair_on_those_it_shares(seeds):
     frame, runs = compared([DENSE, mpo(4, 2.0), mpo(8, 1.8), mpo(16, 1.7, seeds=seeds)], noise=0.02)
-    table = np.stack([values_of(runs, trial) for trial in (0, 1, 2)])
-    residuals = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
-    half = stats.t.ppf(0.975, 8) * np.sqrt(2 * (residuals**2).sum() / 8 / 5)
-    assert row_of(frame, 1, 0)["block_half_width"] == pytest.approx(half)
-    assert row_of(frame, 2, 0)["block_half_width"] == pytest.approx(half)
+    table = np.full((4, 8), np.nan)
+    for trial in range(4):
+        for seed, value in values_of(runs, trial).items():
+            table[trial, seed] = value
+    df = 18 - 4 - (5 if seeds == range(3) else 8) + (1 if seeds == range(3) else 2)
+    half = stats.t.ppf(0.975, df) * np.sqrt(2 * anova_residual(table[:, ~np.isnan(table).all(axis=0)]))
+    assert row_of(frame, 1, 0)["block_half_width"] == pytest.approx(half / np.sqrt(5))
+    assert row_of(frame, 2, 0)["block_half_width"] == pytest.approx(half / np.sqrt(5))
     last = row_of(frame, 3, 0)
     assert last["n"] == (3 if seeds == range(3) else 0)
-    assert math.isnan(last["block_half_width"])
+    expected = half / np.sqrt(3) if seeds == range(3) else math.nan
+    assert last["block_half_width"] == pytest.approx(expected, nan_ok=True)
 
 
 def test_verdicts():
@@ -465,7 +467,7 @@ def test_declared_pairs_of_a_measure_are_one_family():
 # The table of seeds ---------------------------------------------------------------------------------------------------
 
 
-def test_seed_table_has_the_seeds_of_most_and_the_trials_that_have_them():
+def test_seed_table_has_sound_trials_of_enough_seeds_with_all_of_theirs():
     found = [
         DENSE,
         mpo(4, 2.0, seeds=range(8)),
@@ -477,8 +479,8 @@ def test_seed_table_has_the_seeds_of_most_and_the_trials_that_have_them():
     ]
     runs, _ = simulated_runs(found)
     table = seed_table(summarise(runs), runs.seeds, "final/val_loss")
-    assert list(table.index) == [0, 1, 4]
-    assert list(table.columns) == [0, 1, 2, 3, 4]
+    assert table.notna().sum(axis=1).to_dict() == {0: 5, 1: 8, 2: 4, 4: 5, 5: 3}
+    assert table.loc[5].dropna().index.tolist() == [100, 101, 102]
     assert table.loc[1, 3] == values_of(runs, 1)[3]
 
 

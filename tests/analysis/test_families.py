@@ -6,8 +6,8 @@ import simulated_controls
 from drawn import artists, check_same_bytes, check_texts, footer_of
 from simulated_study import N_PARAMS_MPO, Configuration
 
-from analysis.comparisons import REFERENCE
 from analysis.figures.families import MAX_ROWS, families_figure, family_points
+from analysis.pairs import REFERENCE
 from analysis.summary import MEASURES, VAL_ACC
 
 STUDIES = simulated_controls.studies()

@@ -122,3 +122,37 @@ def test_a_list_that_is_none_is_not_believed(tmp_path, content):
         (tmp_path / "sketch.json").write_text(content)
     with pytest.raises(AnalysisError, match=r"sketch\.json is not the list of a sketch's files; choose another folder"):
         FOLDER.write(tmp_path, maker())
+
+
+@pytest.mark.parametrize("name", ["", "figures", "figures/deep", "figures/a", "sketch.json"])
+def test_links_are_refused_and_nothing_behind_them_is_touched(tmp_path, name):
+    """Even if a list, which anyone may have written, names what is behind them."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for folder in (elsewhere, elsewhere / "figures", elsewhere / "figures" / "deep"):
+        folder.mkdir()
+        for file in ("a", "b"):
+            (folder / file).write_text("precious")
+    listed = json.dumps({"written": ["figures/a", "figures/b", "figures/deep/a", "figures/deep/b"]})
+    (elsewhere / "sketch.json").write_text(listed)
+    if name:
+        (out / name).parent.mkdir(parents=True)
+        if name != "sketch.json":
+            (out / "sketch.json").write_text(listed)
+    (out / name).symlink_to(elsewhere / name)
+    before = tree(tmp_path)
+    for write in (lambda: FOLDER.check(out), lambda: FOLDER.write(out, maker(figures__a="new"))):
+        with pytest.raises(AnalysisError, match=rf"{name} is a symbolic link, and no sketch is written there"):
+            write()
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_below_a_link_is_as_good_as_any(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "home").symlink_to("disk")
+    assert FOLDER.write(tmp_path / "home" / "out", maker()) == ["index.html"]
+
+
+def test_a_list_with_a_name_that_no_file_can_have_is_not_believed(tmp_path):
+    (tmp_path / "sketch.json").write_text(json.dumps({"written": ["figures/a\0b"]}))
+    with pytest.raises(AnalysisError, match=r"sketch\.json names files outside a sketch"):
+        FOLDER.write(tmp_path, maker())

@@ -33,6 +33,8 @@ class Case(NamedTuple):
     shared: float = 0.0
     """Share of the seeds' variance that all configurations of a seed have in common."""
     studies: int = 400
+    refined: int = 0
+    """Configurations, drawn at random, that have twice the seeds of the others."""
 
 
 SPREAD = Case(5, 40, 0.6)
@@ -40,6 +42,7 @@ CLOSE = Case(5, 40, 0.2)
 EQUAL = Case(5, 40, 0.0, trend=0.0)
 FEW_SEEDS = Case(3, 40, 0.6, shared=0.5)
 FEW = Case(5, 6, 0.6, shared=0.5)
+UNEVEN = Case(3, 40, 0.6, shared=0.5, studies=200, refined=10)
 MANY = Case(3, 200, 0.2, shared=0.5, studies=200)
 
 
@@ -54,6 +57,11 @@ def simulated(case):
         noise = np.sqrt(case.shared) * rng.normal(size=(case.n, 1))
         noise = noise + np.sqrt(1 - case.shared) * rng.normal(size=(case.n, sizes.size))
         values = truth + 0.4 * noise
+        if case.refined:
+            further = np.sqrt(case.shared) * rng.normal(size=(case.n, 1))
+            further = truth + 0.4 * (further + np.sqrt(1 - case.shared) * rng.normal(size=(case.n, sizes.size)))
+            further[:, rng.permutation(sizes.size)[case.refined :]] = np.nan
+            values = np.vstack((values, further))
         best = np.maximum.accumulate(truth)
 
         band = mean_frontier_band(sizes, values, rng, direction=UP, n_draws=DRAWS)
@@ -93,7 +101,7 @@ def calibration(stated, true, low, high):
     return stated[inside].mean(), share, np.sqrt((residual**2).sum()) / inside.sum()
 
 
-@pytest.mark.parametrize("case", [SPREAD, CLOSE, FEW_SEEDS, FEW, MANY])
+@pytest.mark.parametrize("case", [SPREAD, CLOSE, FEW_SEEDS, FEW, UNEVEN, MANY])
 def test_band_covers_94_to_95_percent_pointwise(case):
     share, error = share_and_error(simulated(case)["band"])
     assert error < 0.008
@@ -118,7 +126,7 @@ def test_band_where_all_true_means_are_equal_covers_less_and_percentiles_hardly_
     assert share_and_error(simulated(EQUAL)["percentiles"])[0] < 0.2
 
 
-@pytest.mark.parametrize("case", [SPREAD, CLOSE, FEW_SEEDS, FEW, MANY])
+@pytest.mark.parametrize("case", [SPREAD, CLOSE, FEW_SEEDS, FEW, UNEVEN, MANY])
 def test_hypervolume_interval_covers_94_to_98_percent(case):
     share, error = share_and_error(simulated(case)["hypervolume"])
     assert error < 0.02

@@ -118,3 +118,15 @@ def test_charts_offer_no_upload(runs, summary):
     html = frontier_chart(runs, points_of(runs, summary), VAL_LOSS)
     assert re.search(r'"modeBarButtonsToRemove":\s*\["sendChartToCloud"\]', html)
     assert 'name:"sendChartToCloud"' in plotly_script()  # else it has another name now
+
+
+def test_names_end_no_script_and_are_no_markup(runs):
+    hostile = "</script><img src=x onerror=alert(1)>"
+    changed = replace(runs, trials=runs.trials.assign(arm=hostile, init=runs.trials["init"].fillna("") + hostile))
+    summary = summarise(changed)
+    for html in (frontier_chart(changed, points_of(changed, summary), VAL_LOSS), parallel_chart(changed, summary)):
+        assert html.count("</script") == html.count("<script")
+        assert "<img" not in html
+        shown = json.dumps(traces(html))
+        assert "img src" in shown
+        assert "<img" not in shown

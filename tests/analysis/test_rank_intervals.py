@@ -134,11 +134,18 @@ def test_common_seeds_are_the_largest_complete_table(rows, trials, seeds):
     assert found.notna().all(axis=None)
 
 
-def test_selection_counts_the_trials_whose_seeds_are_others():
+def test_selection_has_trials_with_all_of_their_seeds_and_ranks_them():
     usual = STUDIES["usual"]
     found = [*usual[:4], replace(usual[4], seeds=(100, 101, 102))]
     runs, _ = simulated_study.simulated_runs(found, n_evaluations=1)
     selected = select(summarise(runs), runs.seeds, VAL_LOSS.key)
-    assert sorted(selected.values.index) == [0, 1, 2, 3]
+    assert sorted(selected.values.index) == [0, 1, 2, 3, 4]
     assert selected.values.index.tolist() == selected.trials["trial"].tolist()
-    assert selected.left_out == "Left out: 1 trial without the seeds that the others share."
+    assert selected.values.notna().sum(axis=1).to_dict() == {0: 3, 1: 3, 2: 3, 3: 3, 4: 3}
+    assert selected.left_out == ""
+    rows = rows_of(found)
+    assert len(rows) == 5
+    assert rows[["low", "high"]].notna().all(axis=None)
+    refined = rows_of([*found[:4], replace(usual[4], seeds=range(5))])
+    assert set(refined["n_seeds"]) == {"3 to 5"}
+    check_texts(rank_figure(refined, VAL_LOSS))

@@ -258,3 +258,24 @@ def test_report_says_what_was_stopped_early_and_what_follows(tmp_path):
     assert 'href="tables/stopped.csv"' in text
     assert "2 (stopped)" in text
     assert "have fewer than" not in text
+
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def test_report_shows_names_and_failures_as_text(runs, tmp_path):
+    """What MLflow holds may be anybody's."""
+    hostile = replace(
+        runs,
+        name=HOSTILE,
+        trials=runs.trials.assign(arm=runs.trials["arm"] + HOSTILE + "$x_$", study=HOSTILE),
+        failures=runs.failures.assign(reason=f"{HOSTILE} | [a](javascript:b)"),
+    )
+    assert len(hostile.failures)
+    write_report(hostile, tmp_path, light=True)
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) > len(runs.trials)
+    markdown = (tmp_path / "tables" / "failures.md").read_text(encoding="utf-8")
+    assert r"\<script>alert(1)\</script> \| \[a\](javascript:b)" in markdown
+    assert "<script" not in markdown.replace(r"\<script", "")

@@ -9,7 +9,7 @@ import simulated_study
 
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
-from analysis.runs import RunRecord, StudyAddress, study_runs, without_password
+from analysis.runs import RunRecord, StudyAddress, study_runs
 
 ADDRESS = StudyAddress("sqlite:///mlflow.db", "tiny")
 COUNTS = {"n_params": 79_168.0, "n_params_compressed": 70_000.0, "n_params_dense": 808_448.0}
@@ -144,18 +144,6 @@ def test_study_runs_reads_a_study_that_is_being_written():
 def test_study_runs_refuses_a_finished_run_without_params():
     with pytest.raises(AnalysisError, match="has no param"):
         study_runs(ADDRESS, [replace(record(), params={})], [record(seed=0)])
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("sqlite:////a/mlflow.db", "sqlite:////a/mlflow.db"),
-        ("postgresql://ann:s3cret@host:5432/db", "postgresql://ann:***@host:5432/db"),
-        ("https://ann@host", "https://ann@host"),
-    ],
-)
-def test_without_password_hides_only_the_password(uri, shown):
-    assert without_password(uri) == shown
 
 
 def test_ran_on_counts_the_machines_that_are_known():

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from analysis.frontier.attainment import mean_frontier_band
 from analysis.frontier.draws import SeedMeans
 from analysis.frontier.running_best import SortedSizes
 from analysis.frontier.support import frontier_support, size_needed
+from analysis.statistics.seed_blocks import uneven_two_way
 
 DIRECTIONS = st.sampled_from(["minimize", "maximize"])
 
@@ -113,7 +115,9 @@ def test_size_needed_matches_a_loop(seed, direction, delta, reference):
         ([[1, 2]], 0, "n >= 2"),
         ([1, 2], 0, "n >= 2"),
         ([[1, 2, 3], [1, 2, 4]], 0, "must hold, but got"),
-        ([[1, np.nan], [1, 2]], 0, "must be finite"),
+        ([[1, np.inf], [1, 2]], 0, "must be finite"),
+        ([[1, np.nan], [1, 2]], 0, "2 seeds or more"),
+        ([[1, np.nan], [1, 2], [np.inf, 3]], 0, "finite"),
         ([[1, 2], [1, 3]], -0.1, "epsilon"),
         ([[1, 2], [1, 3]], np.nan, "epsilon"),
     ],
@@ -172,6 +176,45 @@ def test_draws_stand_still_on_average_where_seeds_do():
 
 def test_marginal_df_without_noise_is_that_of_the_seeds():
     assert SeedMeans.of([[1, 2], [1, 2], [1, 2]]).marginal_df == 2
+
+
+UNEVEN = np.array([[1.0, 2.5, 0.8, np.nan, np.nan], [2, 3, 2.2, 4.5, 1], [np.nan, 7, np.nan, 8.6, 5.1]]).T
+
+
+def test_draws_of_unequal_seeds_share_what_their_seeds_share():
+    seed_means = SeedMeans.of(UNEVEN)
+    model = uneven_two_way(UNEVEN.T)
+    assert seed_means.means == pytest.approx(np.nanmean(UNEVEN, axis=0))
+    counts = np.array([3, 5, 3])
+    assert seed_means.marginal_se == pytest.approx(np.sqrt(model.marginal_variance / counts))
+    drawn = np.vstack(list(seed_means.noise_draws(200_000, np.random.default_rng(0))))
+    assert drawn.mean(axis=0) == pytest.approx(seed_means.means, abs=0.02)
+    # Means over n and m seeds, of which they share k, have the covariance k/nm Var(b).
+    shared = np.array([[3, 3, 1], [3, 5, 3], [1, 3, 3]]) / np.outer(counts, counts)
+    expected = model.seed_variance * shared + np.diag(model.residual_variance / counts)
+    assert model.seed_variance > 0
+    assert np.cov(drawn.T) == pytest.approx(expected, rel=0.05)
+
+
+def test_draws_of_unequal_seeds_do_not_depend_on_the_chunk_and_move_with_their_configurations():
+    seed_means = SeedMeans.of(UNEVEN)
+    whole, parts = (np.vstack(list(seed_means.draws(50, np.random.default_rng(1), chunk))) for chunk in (50, 7))
+    assert (whole == parts).all()
+    turned = seed_means.take(np.array([2, 0, 1]))
+    assert turned.means.tolist() == seed_means.means[[2, 0, 1]].tolist()
+    part = seed_means.take(np.array([1]))  # with the noise of all
+    assert np.vstack(list(part.noise_draws(200_000, np.random.default_rng(0)))).std() == pytest.approx(
+        np.sqrt((seed_means.uneven.residual_variance + seed_means.uneven.seed_variance) / 5), rel=0.02
+    )
+    assert turned.uneven.weights.tolist() == uneven_two_way(UNEVEN.T[[2, 0, 1]]).weights.tolist()
+
+
+def test_band_is_as_wide_as_the_mean_that_attains_the_frontier_leaves_it():
+    values = np.array([[3.0, 2.9, 3.1, np.nan], [2.0, 2.2, 1.9, 2.1], [2.5, 2.6, 2.4, np.nan]]).T
+    band = mean_frontier_band([1, 2, 3], values, np.random.default_rng(0))
+    width = (band.high - band.low) / 2
+    assert width[1] == width[2]  # the third is no better than the second
+    assert width[0] / width[1] == pytest.approx(np.sqrt(4 / 3))
 
 
 @given(st.integers(0, 2**32), DIRECTIONS, st.integers(1, 15))

@@ -102,6 +102,27 @@ def test_to_markdown_keeps_awkward_text_in_its_cell():
     assert tables.to_markdown(frame) == "| reason |\n| --- |\n| a \\| b c |\n"
 
 
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [
+        ("<script>alert(1)</script>", r"\<script>alert(1)\</script>"),
+        ("<!-- -->, <?x>, <0.0001, <1 %, a < b", r"\<!-- -->, \<?x>, <0.0001, <1 %, a < b"),
+        (r"\<script>", r"\\\<script>"),  # a backslash of the text's own does not undo ours
+        (r"\| C:\new", r"\\\| C:\new"),
+        ("![x](http://host) [a](javascript:b)", r"!\[x\](http://host) \[a\](javascript:b)"),
+        ("&lt;script&gt; & co", r"\&lt;script\&gt; & co"),
+        ("a\r\nb\u2028c\x0bd", "a b c d"),
+    ],
+)
+def test_to_markdown_shows_text_as_it_is(cell, shown):
+    assert tables.to_markdown(pd.DataFrame({"reason": [cell]})).splitlines()[2] == f"| {shown} |"
+
+
+def test_to_latex_begins_no_row_with_what_the_row_before_would_take_for_its_own():
+    body = tables.to_latex(pd.DataFrame({"what": ["[2em] x", "* y\r\x00z"]})).splitlines()[4:6]
+    assert body == [r"{[}2em] x \\", r"{*} y  z \\"]
+
+
 def test_to_latex_sets_numbers_right_and_escapes_what_latex_reads():
     frame = pd.DataFrame({"what": ["MPO χ = 4_x & 50 %\\", "a"], "loss": ["1.60 ± 0.02", "–"], "n": ["808,448", "−3"]})
     assert tables.to_latex(frame).splitlines() == [

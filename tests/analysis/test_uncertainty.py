@@ -34,7 +34,7 @@ def test_clear_points_have_full_support_and_close_ones_share_it(measure):
     assert (found.support["near_support"] >= found.support["support"]).all()
     on = summary.set_index("trial")[frontier_key(measure)]
     assert support[on].min() > 0.05
-    assert (found.n, found.n_trials, found.n_left_out) == (5, 5, 0)
+    assert (found.rests_on, found.n_left_out) == ("5 seeds that 5 configurations share", 0)
 
 
 def test_band_holds_a_frontier_without_noise_and_is_in_the_measure_s_unit():
@@ -78,11 +78,23 @@ def test_hypervolume_is_measured_against_guessing_and_the_dense_size():
     assert row["low"] < row["observed"] < row["high"]
 
 
-def test_trial_without_the_common_seeds_is_counted_as_left_out():
-    other = Configuration("mpo", 60_000, 1.0, chi=6, seeds=(7, 8, 9))
-    found, _, _ = uncertainty_of([*FOUND, other])
-    assert found.n_left_out == 1
-    assert 5 not in set(found.support["trial"])
+def test_trials_of_other_or_more_seeds_are_redrawn_with_all_of_theirs():
+    other = Configuration("mpo", 60_000, 2.5, chi=6, seeds=(7, 8, 9))
+    few = Configuration("mpo", 61_000, 1.0, chi=7, seeds=(0, 1))
+    refined = replace(FOUND[3], seeds=range(9))
+    runs, _ = simulated_runs([*FOUND[:3], refined, FOUND[4], other, few])
+    summary = summarise(runs)
+    found = frontier_uncertainty(runs, summary, VAL_LOSS)
+    assert (found.rests_on, found.n_left_out) == ("3 to 9 seeds of each of 6 configurations", 1)
+    assert set(found.support["trial"]) == {0, 1, 2, 3, 4, 5}
+    means = summary[summary["n_seeds"] >= 3].sort_values("n_params")
+    assert found.band["observed"].tolist() == pytest.approx(means["mean/final/val_loss"].cummin().tolist(), abs=1e-12)
+    # A seed that one trial alone has counts, too.
+    is_last = (runs.seeds["trial"] == 3) & (runs.seeds["seed"] == 8)
+    changed = replace(runs, seeds=runs.seeds.assign(**{"final/val_loss": runs.seeds["final/val_loss"] - 5 * is_last}))
+    again = frontier_uncertainty(changed, summarise(changed), VAL_LOSS)
+    assert again.hypervolume["observed"].item() > found.hypervolume["observed"].item()
+    assert not again.support.equals(found.support)
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])

@@ -26,11 +26,13 @@ from study_fixtures import (
 
 from analysis import run_schema as schema
 from analysis.load import load_study, resolve_study
+from analysis.summary import VAL_LOSS, frontier_key, summarise
 from study.directory import StudyDirectory
 from study.errors import StudyError
 from study.growth import Growth, grow, parse_more
 from study.ledger.snapshot import read_ledger
 from study.scheduler.inline import run_inline
+from study.status import study_status
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::optuna.exceptions.ExperimentalWarning", "ignore:::mlflow", "ignore::DeprecationWarning"
@@ -321,28 +323,59 @@ def decide(file, folder, losses):
 
 def test_refine_adds_seeds_to_undecided_trials_and_their_teachers_alone(tmp_path, folder, interrupted):
     arms = [{"name": "small", "family": "mpo", "chi": 1}, DENSE, MPO | {"chi": [2, 3]}, TUNED | {"chi": 4}, CLIPPED]
-    file = write_study(tmp_path, arms=arms, seeds=2)
+    file = write_study(tmp_path, arms=arms, seeds=3)
     # By size: small (chi 1), mpo 2, mpo 3, tuned 4, dense and the clipped ones; trials in the order of the file.
     run_at(file, folder)
-    with_losses(folder, [(9.0, 9.01), (4.0, 4.01), (3.0, 3.01), (5.0, 5.01), (2.5, 3.6), (8.0, 8.01)])
+    with_losses(folder, [(n, n + 0.01, n) for n in (9.0, 4.0, 3.0, 5.0)] + [(2.5, 3.6, 3.0), (8.0, 8.01, 8.0)])
     growth = Growth(refine=2)
     interrupted(3, file, folder, growth=growth)
     with pytest.raises(StudyError, match=r"study tiny lacks \d runs; .*: run it again first"):
         run_at(file, folder, growth=Growth(refine=3))
     outcome, printed = printed_by_run(file, folder, tracking="off", growth=growth)
     assert "going on: this study has grown by refine --seeds +2 already" in printed
-    assert (outcome.n_complete, outcome.n_missing) == (12 + 4, 0)
+    assert (outcome.n_complete, outcome.n_missing) == (18 + 4, 0)
     seeds = {number: sorted(seed for n, seed in results_at(folder) if n == number) for number in range(6)}
-    assert seeds == {0: [0, 1], 1: [0, 1, 2, 3], 2: [0, 1], 3: [0, 1], 4: [0, 1, 2, 3], 5: [0, 1]}
+    few, more = [0, 1, 2], [0, 1, 2, 3, 4]
+    assert seeds == {0: few, 1: more, 2: few, 3: few, 4: more, 5: few}
     ledger = ledger_at(file, folder)
-    assert [len(ledger.seeds_of(trial)) for trial in ledger.trials.values()] == [2, 4, 2, 2, 4, 2, 2]
-    assert ledger.config.seeds == 2
+    assert [len(ledger.seeds_of(trial)) for trial in ledger.trials.values()] == [3, 5, 3, 3, 5, 3, 3]
+    assert ledger.config.seeds == 3
     ledger.close()
 
     # All others get the same seeds when the whole study grows: results stay comparable seed by seed.
     outcome = run_at(file, folder, growth=Growth(seeds=1))
-    assert (outcome.n_complete, outcome.n_missing) == (16 + 4, 0)
-    assert sorted(seed for n, seed in results_at(folder) if n == 2) == [0, 1, 2]
+    assert (outcome.n_complete, outcome.n_missing) == (22 + 4, 0)
+    assert sorted(seed for n, seed in results_at(folder) if n == 2) == [0, 1, 2, 3]
+
+
+SURE = (0.0, 0.001, 0.002)
+WIDE = (-1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("wide", "failed", "more"),
+    [
+        (4, (), {0: [3], 2: [3], 4: [3]}),
+        (5, (), {0: [3], 2: [3], 5: [3]}),  # no control stands for chi 4: the nearest one
+        (4, (0,), {2: [3], 4: [3]}),  # of a reference that failed nothing is claimed
+    ],
+)
+def test_refine_brings_along_what_a_trial_is_compared_with(tmp_path, folder, wide, failed, more):
+    arms = [DENSE, {"name": "control", "family": "low_rank", "as_chi": [2, 3]}, MPO | {"chi": [2, 3, 4]}]
+    claims = {"contrasts": [{"arm": "mpo", "against": "control"}]}
+    ledger = ledger_at(write_study(tmp_path, arms=arms, seeds=3, claims=claims), folder)
+    while ledger.ask() is not None:
+        pass
+    for number, mean in enumerate([2.0, 5.0, 5.0, 3.0, 2.9, 2.5]):
+        spread = (-1.0, 0.0, 1.0) if number == wide else (0.0, 0.001, 0.002)
+        for seed in range(3):
+            failure = "lost" if number in failed and seed == 0 else None
+            ledger.record(made_up(number, seed, loss=mean + spread[seed], failure=failure))
+    lines = []
+    assert grow(ledger, Growth(refine=1), lines.append)
+    assert ledger_of(folder).growths.more_seeds == more
+    assert "which they are compared with or start from" in lines[0]
+    ledger.close()
 
 
 def with_losses(folder, losses):
@@ -361,11 +394,11 @@ def with_losses(folder, losses):
 
 
 def test_refine_has_nothing_to_do_where_all_is_decided(tmp_path, folder):
-    file = write_study(tmp_path, arms=[MPO])
-    decide(file, folder, [(3.0, 3.001), (1.0, 1.001)])
+    file = write_study(tmp_path, arms=[MPO], seeds=3)
+    decide(file, folder, [(3.0, 3.001, 3.0), (1.0, 1.001, 1.0)])
     outcome, printed = printed_by_run(file, folder, tracking="off", growth=Growth(refine=5))
     assert "there is nothing to refine" in printed
-    assert (outcome.n_complete, outcome.n_missing) == (4, 0)
+    assert (outcome.n_complete, outcome.n_missing) == (6, 0)
     assert ledger_of(folder).growths.more_seeds == {}
 
 
@@ -389,12 +422,17 @@ def test_analysis_learns_what_was_over_when_a_study_grew(tmp_path, folder, mlflo
 
 
 def test_refined_trials_have_their_own_number_of_seeds_in_mlflow(tmp_path, folder, mlflow_template):  # noqa: F811
-    file = write_study(tmp_path, arms=[MPO])
+    file = write_study(tmp_path, arms=[MPO], seeds=3)
     folder.mkdir()
     shutil.copy(mlflow_template, folder / "mlflow.db")
-    decide(file, folder, [(3.0, 3.001), (1.0, 8.0)])
+    decide(file, folder, [(3.0, 3.001, 3.0), (1.0, 8.0, 1.0)])
     run_at(file, folder, tracking=None, growth=Growth(refine=1))
-    assert {number: one[:2] for number, one in parents(folder).items()} == {0: ("FINISHED", 2), 1: ("FINISHED", 3)}
+    assert {number: one[:2] for number, one in parents(folder).items()} == {0: ("FINISHED", 3), 1: ("FINISHED", 4)}
+    # What is on the frontier, status and report agree on.
+    summary = summarise(load_study(resolve_study(folder))).set_index("trial")
+    on = [point.trial for point in study_status(StudyDirectory(folder)).frontier]
+    assert sorted(on) == sorted(summary.index[summary[frontier_key(VAL_LOSS)]])
+    assert on
 
 
 # By the command line --------------------------------------------------------------------------------------------------

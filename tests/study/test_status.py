@@ -9,6 +9,7 @@ import pytest
 from study_fixtures import (
     DENSE,
     MPO,
+    SEARCHED,
     cli,
     ledger_at,
     made_up,
@@ -33,7 +34,11 @@ WILD = {"name": "wild", "family": "dense", "learning_rate": 1e30}
 
 def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_frontier(tmp_path, command):
     folder = tmp_path / "study"
-    run_at(write_study(tmp_path, seeds=1, arms=[DENSE, WILD, MPO | {"chi": [1, 500, 1000]}]), folder)
+    file = write_study(tmp_path, seeds=2, arms=[DENSE, WILD, MPO | {"chi": [1, 500, 1000]}])
+    run_at(file, folder)
+    assert "no frontier yet: no trial has 3 complete seeds" in command("status", folder)[1]
+    assert json.loads(command("status", folder, "--json")[1])["frontier"] == []
+    run_at(file, folder, growth=Growth(seeds=1))
     code, out, err = command("status", folder, "--json")
     assert (code, err) == (0, "")
     status = json.loads(out)
@@ -44,8 +49,8 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
         (3, "mpo", None, []),
         (4, "mpo", 3, []),
     ]
-    assert (status["n_complete"], status["n_failed"], status["n_missing"], status["n_unasked"]) == (3, 1, 0, 0)
-    [failure] = status["failures"]
+    assert (status["n_complete"], status["n_failed"], status["n_missing"], status["n_unasked"]) == (9, 3, 0, 0)
+    failure = status["failures"][0]
     assert (failure["trial"], failure["arm"], failure["seed"]) == (1, "wild", 0)
     assert failure["reason"].startswith("diverged: ")
     assert failure["step"] >= 1
@@ -54,7 +59,7 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     assert status["frontier"][0]["trial"] == 2  # the smallest
     for point in status["frontier"]:
         number = point["trial"]
-        assert (point["n_params"], point["val_loss"], point["n_seeds"]) == (sizes[number], losses[number], 1)
+        assert (point["n_params"], point["val_loss"], point["n_seeds"]) == (sizes[number], losses[number], 3)
         assert all(sizes[n] > sizes[number] or losses[n] >= losses[number] for n in (0, 2, 3))
     assert status["driver"] is None
     assert status["run_seconds_left"] == 0
@@ -67,6 +72,35 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     starred = {int(row) for row in re.findall(r"^ (\d) .* \* *$", out, flags=re.MULTILINE)}
     assert starred == {point["trial"] for point in status["frontier"]}
     assert out.splitlines()[-1] == f"complete; to write its runs to MLflow: mpo-study sync {folder}"
+
+
+@pytest.mark.parametrize(
+    ("arm", "failure", "budget", "why", "what_next"),
+    [
+        (DENSE, "lost its process", {}, "all 2 runs failed", "mend the cause, then give the command above"),
+        (WILD, None, {}, "all 2 runs diverged", "lower the learning rates"),
+        (SEARCHED, None, {"trials": 2, "max_params": 0.001}, "every trial was pruned", "widen the limits"),
+    ],
+)
+def test_run_and_status_say_that_nothing_succeeded(tmp_path, command, arm, failure, budget, why, what_next):
+    changes = {"sampler": {"name": "random"}} if arm is SEARCHED else {}
+    file, folder = write_study(tmp_path, seeds=2, arms=[arm], budget=budget, **changes), tmp_path / "study"
+    if failure is not None:
+        ledger = ledger_at(file, folder)
+        ledger.ask()
+        ledger.record(*(made_up(0, seed, failure=failure) for seed in range(2)))
+        StudyDirectory(folder).write(ledger.config, ledger.uuid, None, StudyDirectory(folder).storage_url())
+        ledger.close()
+    _, out, err = command("run", file, "--dir", folder, "--executor", "inline", "--tracking", "off")
+    assert err == ""
+    assert out.splitlines()[-1].startswith("nothing succeeded: ")
+    assert f"mpo-study status {folder}" in out.splitlines()[-1]
+    code, out, _ = command("status", folder)
+    assert code == 0
+    assert why in out.splitlines()[-1]
+    assert what_next in out.splitlines()[-1]
+    assert ("--retry-failed" in out) == (failure is not None)
+    assert "complete;" not in out
 
 
 def test_status_tells_the_trials_of_a_grid_of_rates_apart(tmp_path, command):

@@ -36,7 +36,6 @@ from study.study_file import load_config
 from study.tracking.background import BackgroundTracker, is_left_writing
 from study.tracking.connection import TrackingAway, connect, prepare_own_database, tracking_error
 from study.tracking.tracker import Tracker
-from study.urls import hide_password
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 
@@ -415,25 +414,6 @@ def test_tracker_says_in_one_line_that_mlflow_is_away(opened, nobody):
     with pytest.raises(StudyError, match=f"cannot reach MLflow at {nobody}: ") as error:
         connect(nobody)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("postgresql://me:se:cret@host/db", "postgresql://me:***@host/db"),
-        ("postgresql://me:p@host/db", "postgresql://me:***@host/db"),
-        ("http://host:5000", "http://host:5000"),
-        ("https://token@host/x", "https://***@host/x"),
-        ("mysql://host/db?ssl_password=se-cret", "mysql://host/db?ssl_password=***"),
-        ("mysql://host/db?password=secret%2F99&x=1", "mysql://host/db?password=***&x=1"),
-        ("https://host/x?sig=ab%3D", "https://host/x?sig=***"),
-        ("postgresql://me:a/b#c@d@host/db", "postgresql://me:***@host/db"),
-        ("http://127.0.0.1:5000/#/experiments/1", "http://127.0.0.1:5000/#/experiments/1"),
-        ("sqlite:////some/where.db", "sqlite:////some/where.db"),
-    ],
-)
-def test_hide_password_shows_all_but_the_password(uri, shown):
-    assert hide_password(uri) == shown
 
 
 @pytest.mark.parametrize("uri", ["redis://host", "oracle://me:secret@host/db"])

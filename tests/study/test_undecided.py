@@ -15,14 +15,16 @@ def trials_of(found):
 
 def test_frontier_is_what_no_other_point_beats():
     among = [
-        Point(0, 100, (1.0,)),
-        Point(1, 50, (2.0, 4.0)),
-        Point(2, 60, (3.5,)),  # more parameters and a higher loss than 1
-        Point(3, 50, (3.0,)),  # as good as 1
-        Point(4, 20, (9.0,)),
-        Point(5, 100, (1.5,)),
+        Point(0, 100, (1.0, 1.0, 1.0)),
+        Point(1, 50, (2.0, 4.0, 3.0, 3.0)),
+        Point(2, 60, (3.5, 3.5, 3.5)),  # more parameters and a higher loss than 1
+        Point(3, 50, (3.0, 3.0, 3.0)),  # as good as 1
+        Point(4, 20, (9.0, 9.0, 9.0)),
+        Point(5, 100, (1.5, 1.5, 1.5)),
+        Point(6, 30, (0.1, 0.2)),  # the best of all, on two seeds
     ]
     assert trials_of(frontier(among)) == [4, 1, 3, 0]
+    assert trials_of(frontier(among, fewest=2)) == [4, 6]
     assert frontier([]) == []
 
 
@@ -54,6 +56,13 @@ def test_undecided_are_the_points_whose_interval_reaches_the_frontier():
 def test_undecided_counts_equal_parameters_as_rivals_and_a_tie_as_undecided():
     among = [Point(0, 10, (1.0, 1.2)), Point(1, 10, (1.1, 1.1))]
     assert trials_of(undecided(among)) == [0, 1]
+
+
+def test_undecided_is_what_would_be_on_the_frontier_with_seeds_enough():
+    sure, few = (9.0, 9.01, 8.99), (8.0, 8.001)
+    among = [Point(0, 10, (9.5, 9.501)), Point(1, 20, sure), Point(2, 30, few), Point(3, 40, (20.0, 20.001))]
+    assert trials_of(frontier(among)) == [1]
+    assert trials_of(undecided(among)) == [0, 2]
 
 
 def test_points_are_trials_of_which_no_seed_failed(tmp_path):

@@ -7,7 +7,19 @@ import sqlite3
 import statistics
 
 import pytest
-from study_fixtures import DENSE, MPO, SEARCHED, TUNED, cli, results_at, run_at, write_search, write_study
+from study_fixtures import (
+    DENSE,
+    MPO,
+    SEARCHED,
+    TUNED,
+    cli,
+    ledger_at,
+    made_up,
+    results_at,
+    run_at,
+    write_search,
+    write_study,
+)
 
 from study.corpus import load_corpus
 from study.directory import StudyDirectory
@@ -125,6 +137,25 @@ def test_a_rate_that_wins_everywhere_is_one_number_and_of_equal_means_the_first_
     assert new.arm("mpo").learning_rate == RATES[0]
     give_losses(folder, lambda spec: abs(spec.protocol.learning_rate - (0.1 if spec.chi == 2 else 0.01)))
     assert written(folder, tmp_path / "other.yaml").arm("mpo").learning_rate == {2: 0.1, 4: 0.01}
+
+
+def test_seeds_that_single_trials_were_given_more_count_in_what_is_selected(tmp_path):
+    file, folder = write_study(tmp_path, seeds=SEEDS, arms=[DENSE | {"learning_rate": [0.001, 0.1]}]), tmp_path / "kept"
+    for more in (None, {0: [102], 1: [102]}):
+        ledger = ledger_at(file, folder)
+        if more is not None:
+            ledger.record_growth("refine --seeds +1", more_seeds=more)
+        while ledger.ask() is not None:
+            pass
+        for trial, seed, loss in [(0, 100, 1.0), (0, 101, 1.0), (1, 100, 1.1), (1, 101, 1.1)]:
+            ledger.record(made_up(trial, seed, loss=loss))
+        if more is not None:  # they turn it over
+            ledger.record(made_up(0, 102, loss=5.0))
+            ledger.record(made_up(1, 102, loss=1.1))
+        StudyDirectory(folder).write(ledger.config, ledger.uuid, None, StudyDirectory(folder).storage_url())
+        ledger.close()
+        new = written(folder, tmp_path / f"{more is None}.yaml")
+        assert new.arm("dense").learning_rate == (0.001 if more is None else 0.1)
 
 
 def test_best_rate_at_an_end_of_those_tried_is_told(tmp_path):

@@ -1,0 +1,239 @@
+"""Which trials are compared with which. Knows no frames: a trial is what `KNOWN` names, a missing value is None."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from functools import partial
+from operator import ne
+from typing import Any, NamedTuple
+
+from analysis.statistics.seed_blocks import MIN_SEEDS
+
+DENSE = "dense"
+SMALLER_DENSE = "dense, smaller"
+LARGER_DENSE = "dense, larger"
+DENSE_TUNED = "dense fine-tuned"
+MPO_SCRATCH = "MPO from scratch"
+MPO_TUNED = "MPO fine-tuned"
+_SHOWN = {"low_rank": "low rank", "monarch": "Monarch"}
+"""A family in words, where its key is not one."""
+
+EQUAL_SIZE = 0.05
+"""A control whose parameters differ from a trial's by at most this share has equal parameters."""
+REFERENCE, EQUAL_PARAMETERS, DECLARED = "reference", "equal parameters", "declared"
+
+Known = dict[str, Any]
+"""Of a trial, `KNOWN`."""
+_TRAINED = (*("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "factorisation", "n_sites"),)
+KNOWN = (
+    *("trial", "study", "arm", "family", "start", "teacher", "chi", "as_chi", "n_params", "n_params_dense", "n_seeds"),
+    *("n_failed", "stopped", "budget_hash", "learning_rate", "embedding_learning_rate", "lr_rule", "decay"),
+    *("factorisation", "n_sites"),
+)
+"""What of a trial tells which pairs it is in, by the names that runs have for it."""
+
+
+class Pair(NamedTuple):
+    """Two trials that are compared, and why."""
+
+    trial: int
+    against: int
+    relation: str
+    declared: bool
+
+
+def pairs(trials: Iterable[Known], contrasts: Iterable[tuple[str, str, str]], is_unfinished: bool) -> Iterator[Pair]:
+    """The pairs that `comparisons.compare` names, the declared ones first.
+
+    Args:
+        contrasts: of each, a study and the names of two arms of it, the second of which the first is compared with.
+        is_unfinished: whether the study lacks runs.
+    """
+    everything = list(map(_described, trials))
+    over = [trial for trial in everything if trial["stopped"] is None and trial["n_seeds"] + trial["n_failed"] > 0]
+    trials = [trial for trial in over if trial["n_seeds"] > 0]  # what others can be compared with
+    first = _first([trial for trial in everything if trial["group"] == DENSE and trial["n_seeds"] > 0])
+    reference = first if first is not None and first["stopped"] is None else None
+    declared = list(_declared_pairs(everything, contrasts, is_unfinished))
+    yield from declared
+    known = {(pair.trial, pair.against) for pair in declared}
+    # What its own study sets a trial against, of whatever budget, spares it those of other studies that are joined.
+    group_of = {trial["trial"]: trial["group"] for trial in everything}
+    settled = {(pair.trial, group_of[pair.against]) for pair in declared if pair.relation == REFERENCE}
+    trained_on = _trained_on(trials)
+    budget = None if reference is None else reference["budget_hash"]
+    dense = [trial for trial in trials if trial["group"] == DENSE and trial["budget_hash"] == budget]
+    others: dict[str, list[Known]] = {}
+    for trial in trials:
+        if trial["family"] != "mpo":
+            others.setdefault(trial["budget_hash"], []).append(trial)
+    by_size = {budget: _BySize(alike) for budget, alike in others.items()}
+    for trial in over:
+        own = []
+        if trial["budget_hash"] == budget and trial is not reference:
+            # Of several, tuned in the study itself, the one trained most alike: the first may be the worst of them.
+            is_dense = trial["group"] == DENSE
+            near = dense if is_dense else _at_home(trial, dense, (trial["trial"], DENSE) not in settled)
+            own += [(rival, REFERENCE) for rival in _of_each_arm(trial, near) if rival is not trial]
+        further = trained_on.get(_start_of(trial))
+        if further is not None and further is not trial and (trial["trial"], DENSE_TUNED) not in settled:
+            own += [(further, REFERENCE)]
+        if trial["budget_hash"] in by_size:
+            alike = by_size[trial["budget_hash"]].near(trial["n_params"])
+            own += [(control, EQUAL_PARAMETERS) for control in _controls(trial, alike)]
+        for against, relation in own:
+            pair = (trial["trial"], against["trial"])
+            if pair not in known and pair[::-1] not in known:
+                known.add(pair)
+                yield Pair(*pair, relation, declared=False)
+
+
+def group_of(family: str, start: str, percent_of_dense: float) -> str:
+    """The family as a reader tells them apart."""
+    if family == "dense" and start == "scratch":
+        return DENSE if percent_of_dense == 100 else LARGER_DENSE if percent_of_dense > 100 else SMALLER_DENSE
+    if family == "mpo":
+        return MPO_SCRATCH if start == "scratch" else MPO_TUNED
+    return f"{_SHOWN.get(family, family)} {'from scratch' if start == 'scratch' else 'fine-tuned'}"
+
+
+def _described(trial: Known) -> Known:
+    """With what follows from it."""
+    layers, embeddings = trial["learning_rate"], trial["embedding_learning_rate"]
+    embeddings = layers if embeddings is None else embeddings
+    percent = 100 * trial["n_params"] / trial["n_params_dense"] if trial["n_params_dense"] else math.nan
+    described = trial | {
+        "group": group_of(trial["family"], trial["start"], percent),
+        "cap": trial["as_chi"] if trial["chi"] is None else trial["chi"],
+        "embedding_learning_rate": embeddings,
+        # One that moves with the layers' is no second one.
+        "own_embedding_rate": embeddings if embeddings != layers else None,
+    }
+    return described | {"trained": tuple(str(described[key]) for key in _TRAINED)}
+
+
+def _declared_pairs(
+    trials: list[Known], contrasts: Iterable[tuple[str, str, str]], is_unfinished: bool
+) -> Iterator[Pair]:
+    for study, arm, rival in contrasts:
+        own = [trial for trial in trials if trial["study"] == study]
+        rivals = [trial for trial in own if trial["arm"] == rival and trial["stopped"] is None]
+        reference, trained_on = _reference_of(own), _trained_on(own)
+        of_cap: dict[Any, list[Known]] = {}
+        for trial in rivals:
+            if trial["cap"] is not None:
+                of_cap.setdefault(trial["cap"], []).append(trial)
+        for trial in (trial for trial in own if trial["arm"] == arm and rivals):
+            same = of_cap.get(trial["cap"], [])
+            # The χ of a control is that of an MPO with the control's sites: beside one with others it says nothing.
+            meant = [other for other in same if other["family"] == "mpo" or _sites(other) == _sites(trial)]
+            against = _counterpart(trial, meant, rivals)
+            is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
+            is_other_dense = (
+                DENSE == against["group"] != trial["group"] and against["budget_hash"] == trial["budget_hash"]
+            )
+            is_reference = against is reference or is_other_dense or against is trained_on.get(_start_of(trial))
+            if is_unfinished and not (same or is_equal or is_reference):
+                continue  # its counterpart may be one that has not begun
+            relation = REFERENCE if is_reference else EQUAL_PARAMETERS if is_equal else DECLARED
+            yield Pair(trial["trial"], against["trial"], relation, declared=True)
+
+
+def _reference_of(own: list[Known]) -> Known | None:
+    """The dense trial that those of one study are compared with, as `summary.summarise` chooses it."""
+    return _first([trial for trial in own if trial["group"] == DENSE])
+
+
+def _trained_on(trials: list[Known]) -> dict[tuple[Any, Any], Known]:
+    """By where they start and their budget, the dense trials that were trained on from a teacher: of several the first,
+    as a reference is chosen."""
+    found: dict[tuple[Any, Any], list[Known]] = {}
+    for trial in trials:
+        if trial["group"] == DENSE_TUNED and trial["stopped"] is None:
+            found.setdefault(_start_of(trial), []).append(trial)
+    return {start: first for start, alike in found.items() if (first := _first(alike)) is not None}
+
+
+def _start_of(trial: Known) -> tuple[Any, Any]:
+    return _teacher_of(trial), trial["budget_hash"]
+
+
+def _teacher_of(trial: Known) -> tuple[Any, Any] | None:
+    """Study and arm of the teacher; None from scratch."""
+    return (trial["study"], trial["teacher"]) if trial["start"] == "teacher" else None
+
+
+def _first(dense: list[Known]) -> Known | None:
+    """The first with seeds enough, or else with any."""
+    enough = [trial for trial in dense if trial["n_seeds"] >= MIN_SEEDS]
+    some = [trial for trial in dense if trial["n_seeds"] > 0]
+    return min(enough or some or dense, key=lambda trial: trial["trial"], default=None)
+
+
+def _counterpart(trial: Known, same: list[Known], rivals: list[Known]) -> Known:
+    """That of the same χ, or else the nearest in parameters; of several the one trained most alike, then the first."""
+    if same:
+        return min(same, key=lambda rival: (_unlike(trial, rival), _distance(trial, rival), rival["trial"]))
+    return min(rivals, key=lambda rival: (_distance(trial, rival), _unlike(trial, rival), rival["trial"]))
+
+
+def _controls(trial: Known, others: list[Known]) -> list[Known]:
+    """Of each arm among trials that are no MPO, one of equal parameters from an MPO trial's start."""
+    if trial["family"] != "mpo":
+        return []
+    families: dict[str, list[Known]] = {}
+    for other in others:
+        if _teacher_of(other) == _teacher_of(trial) and _distance(trial, other) <= math.log1p(EQUAL_SIZE):
+            families.setdefault(other["family"], []).append(other)
+    return [rival for family in families.values() for rival in _of_each_arm(trial, _at_home(trial, family))]
+
+
+def _at_home(trial: Known, rivals: list[Known], or_abroad: bool = True) -> list[Known]:
+    """Where studies are joined, those of the trial's own; all, if it has none and others' may stand for them."""
+    own = [rival for rival in rivals if rival["study"] == trial["study"]]
+    return own if own or not or_abroad else rivals
+
+
+def _of_each_arm(trial: Known, rivals: list[Known]) -> list[Known]:
+    """Of each arm the one trained most like a trial, and of several the nearest to it. (Of arms and not families: what
+    a study sets apart, say another init, may be the harder rival.)"""
+    arms: dict[tuple[Any, Any], list[Known]] = {}
+    for rival in rivals:
+        arms.setdefault((rival["study"], rival["arm"]), []).append(rival)
+    return [min(arm, key=partial(_nearness, trial)) for arm in arms.values()]
+
+
+class _BySize:
+    """Trials in their own order, of which those near a size are found without a look at all of them."""
+
+    def __init__(self, trials: list[Known]) -> None:
+        self._trials = trials
+        self._ascending = sorted(range(len(trials)), key=lambda at: trials[at]["n_params"])
+        self._sizes = [trials[at]["n_params"] for at in self._ascending]
+
+    def near(self, size: float) -> list[Known]:
+        """Those within `EQUAL_SIZE` of it, and maybe some a little further away."""
+        reach = 1 + 1.01 * EQUAL_SIZE
+        within = slice(bisect_left(self._sizes, size / reach), bisect_right(self._sizes, size * reach))
+        return [self._trials[at] for at in sorted(self._ascending[within])]
+
+
+def _nearness(trial: Known, other: Known) -> tuple[tuple[int, float], float]:
+    return _unlike(trial, other), _distance(trial, other)
+
+
+def _unlike(trial: Known, other: Known) -> tuple[int, float]:
+    """In how much of how they were trained, and of what an arm may list, two differ; and by how much in rates."""
+    layers = trial["learning_rate"] / other["learning_rate"]
+    embeddings = trial["embedding_learning_rate"] / other["embedding_learning_rate"]
+    return sum(map(ne, trial["trained"], other["trained"])), abs(math.log(layers)) + abs(math.log(embeddings))
+
+
+def _sites(trial: Known) -> tuple[str, str]:
+    return str(trial["factorisation"]), str(trial["n_sites"])
+
+
+def _distance(trial: Known, other: Known) -> float:
+    return abs(math.log(other["n_params"] / trial["n_params"]))
