@@ -17,6 +17,7 @@ import optuna
 import typer
 from rich.console import Console
 
+from analysis.streams import lasting_streams
 from study.config import StudyConfig
 from study.directory import StudyDirectory
 from study.errors import StudyError
@@ -43,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run studies of compressed transformers: many trials, many seeds, nothing lost.",
 )
-console = Console(width=None if sys.stdout.isatty() else 140)  # a log has room
+console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 140)  # a log has room
 
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (YAML).")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The study's folder, which `run` made.")]
@@ -324,12 +325,14 @@ def sample(
 
 
 def main() -> None:
-    """Entry point: a user's error is one line and exit code 2."""
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        app()
-    except StudyError as error:
-        Console(stderr=True).print(f"mpo-study: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    """Entry point: a user's error is one line for each, and exit code 2."""
+    with lasting_streams("mpo-study"):
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        try:
+            app()
+        except StudyError as error:
+            for line in str(error).splitlines():
+                say(Console(stderr=True), f"mpo-study: {line}", is_trouble=True)
+            sys.exit(2)

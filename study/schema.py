@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -131,10 +131,19 @@ def document() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(folder: str = "docs") -> None:
+def write(folder: str | Path) -> None:
     """Write both files to a folder."""
     for name, text in ((SCHEMA, json_schema()), (DOCUMENT, document())):
         (Path(folder) / name).write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m study.schema", description=f"Write {DOCUMENT} and {SCHEMA} anew.")
+    parser.add_argument("folder", nargs="?", default="docs", help="where they go; Default: docs")
+    try:
+        write(parser.parse_args().folder)
+    except OSError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 # The document ---------------------------------------------------------------------------------------------------------
@@ -260,4 +269,4 @@ def _without_generated_names(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
