@@ -23,7 +23,9 @@ _HEAD = """\
 <!-- Written by `python -m study.schema` from the descriptions in study/config.py; a test compares. -->
 
 One YAML file says what a study is. Unknown keys, wrong types and values that do not go together are refused in one
-line, with the key and what is allowed, before anything is trained; `mpo-study plan FILE` shows what a file will cost.
+line each, with the key and what is allowed, before anything is trained; `mpo-study plan FILE` shows what a file will
+cost. A file is UTF-8 text of at most 4,000,000 bytes, 200,000 keys and values (those that aliases repeat included) and
+20 nested levels; a study has at most 100,000 listed trials, 10,000,000 runs and 1,000,000,000 parameters in a model.
 The smallest one:
 
 ```yaml
