@@ -78,6 +78,13 @@ after its bonds are clipped, is answered by that one's results; one beyond `budg
 trial is told as infeasible, by how far it breaks the limit or by the share of its seeds that diverged, and samplers
 rank what is infeasible below all else. Neither is on the report's frontier.
 
+Before anything is trained, `mpo-study plan` draws 64 trials from the space of each searched arm, as the random sampler
+would, and shows the smallest, the median and the largest, the time that the whole budget takes, and which share of the
+space has more parameters than dense or is beyond the limits of the budget. `plan`, the first `run` and `winners` also
+say what the analysis will not compare: arms whose values were chosen among different numbers of trials, or whose steps
+differ, are compared only where `claims.contrasts` declares it. So a search of MPO beside a fixed dense arm needs a
+contrast.
+
 With `early_stopping` the study depends on the order in which its trials ended, which the report then says. Each
 decision is kept in the ledger with the seeds it rests on, and holds when the study is resumed.
 
@@ -108,8 +115,9 @@ what MPO is compared with goes missing. A trial of which a seed failed is not se
 the lowest or the highest that was listed, the command says so. Contrasts go on as declared: with the rivals that share
 a χ, or else the nearest in parameters; for what a search found always with the nearest. `tuned_among` says among how
 many trials an arm's values were chosen, so that arms tuned alike, wherever, are of one budget. The written file says
-from which study and seeds it comes, and is yours to read and change before it runs. Neither a study that lacks runs nor
-a seed that chose is taken.
+from which study and seeds it comes, and is yours to read and change before it runs. A study that lacks runs is refused.
+The new study has the first seeds that the old one did not use, or those of `--seeds 100,101,102`; a seed that chose is
+refused.
 """
 
 

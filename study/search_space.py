@@ -94,14 +94,12 @@ def check_trials(config: StudyConfig) -> None:
 
 def _examples(value: Any) -> tuple[Any, ...]:
     match value:
-        case Choices(choices=choices):
-            return choices
         case Range(low=int(low), high=high):
             return low, low + 1, high  # where not every whole number will do, two neighbours cannot both
         case Range(low=low, high=high):
             return low, high
         case _:
-            return (value,)
+            return options(value)
 
 
 def _grid(config: StudyConfig, arm: Arm) -> Iterator[TrialSpec]:
@@ -144,6 +142,11 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
 
 def _of_size(value: Any, size: int) -> Any:
     return value[size] if isinstance(value, dict) else value
+
+
+def example(config: StudyConfig, arm: Arm) -> TrialSpec:
+    """A trial of an arm, the first value of each field that is listed or searched."""
+    return resolve(config, arm, {key: _examples(value)[0] for key, value in arm.values().items()})
 
 
 def teacher_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:
