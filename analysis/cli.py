@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.errors import AnalysisError
+from analysis.streams import lasting_streams
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,4 +237,5 @@ def _one_line_for_errors() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of `mpo-analysis`."""
-    app(prog_name="mpo-analysis")
+    with lasting_streams("mpo-analysis"):
+        app(prog_name="mpo-analysis")

@@ -1,7 +1,5 @@
 """The studies that the project ships: their reports, and what the documents say of them. `make results`.
 
-    python -m analysis.shipped STUDIES OUT DOCUMENT ...
-
 STUDIES has a folder for each study, OUT gets one for each, with a light report; and where a DOCUMENT has a place (see
 `analysis.places`) of the name of a study, or STUDY:PART, there goes what is said of it. Nothing of that is typed.
 """
@@ -9,7 +7,7 @@ STUDIES has a folder for each study, OUT gets one for each, with a light report;
 from __future__ import annotations
 
 import os
-import sys
+from argparse import ArgumentParser, RawTextHelpFormatter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,11 +29,15 @@ MPO_LOSS = ("compared", "against", "difference", "verdict", "p adjusted", "decla
 
 
 def main() -> None:
-    if len(sys.argv) < 4:
-        raise SystemExit((__doc__ or "").strip())
-    studies, out, *documents = map(Path, sys.argv[1:])
+    parser = ArgumentParser(
+        prog="python -m analysis.shipped", description=__doc__, formatter_class=RawTextHelpFormatter
+    )
+    parser.add_argument("studies", type=Path, metavar="STUDIES")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("documents", type=Path, metavar="DOCUMENT", nargs="+")
+    given = parser.parse_args()
     try:
-        ship(studies, out, documents)
+        ship(given.studies, given.out, given.documents)
     except (AnalysisError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

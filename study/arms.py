@@ -5,6 +5,7 @@ An arm has listed or searched values beside its fixed ones, not both.
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -20,8 +21,11 @@ from study.values import (
     PositiveInt,
     Range,
     Sites,
+    Steps,
     Strict,
     Value,
+    WideInt,
+    Width,
     options,
 )
 
@@ -38,7 +42,7 @@ class _Arm(Strict):
         description="Overrides the protocol's; the same value as `learning_rate` means no rate of their own. "
         + _BY_SIZE,
     )
-    steps: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
+    steps: Steps | None = Field(default=None, description="Overrides the protocol's.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Overrides the protocol's.")
     eval_every: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
     tuned_among: PositiveInt | None = Field(
@@ -82,7 +86,7 @@ class _Arm(Strict):
                 continue
             given = options(value)
             if len(set(given)) != len(given):
-                raise ValueError(f"`{name}` names a value twice: {list(given)}")
+                raise ValueError(f"`{name}` names a value twice: {shorten(str(list(given)), 80, placeholder=' ...')}")
         return self
 
 
@@ -93,10 +97,10 @@ class DenseArm(_Arm):
     init: Value[Literal["paper", "variance"]] | None = Field(
         default=None, description="Scale of the linear weights: `paper` (std 0.02) unless given, `variance` (1/√N_in)."
     )
-    d_model: Number[PositiveInt] | None = Field(
+    d_model: Number[Width] | None = Field(
         default=None, description="Overrides the model's; d_ff follows as 4 × d_model unless given."
     )
-    d_ff: FixedOrBySize[PositiveInt] | None = Field(
+    d_ff: FixedOrBySize[WideInt] | None = Field(
         default=None,
         description="Overrides the model's. `{40: 146, 60: 228}`: by d_model, to come as near to a number of "
         "parameters as heads of equal width allow.",

@@ -5,7 +5,7 @@ python -m study.bigram [TEXT]     of Tiny Shakespeare, or of another text
 
 from __future__ import annotations
 
-import sys
+from argparse import ArgumentParser
 
 import torch
 
@@ -26,8 +26,10 @@ def bigram_scores(corpus: Corpus) -> tuple[float, float]:
 
 
 def main() -> None:
+    parser = ArgumentParser(prog="python -m study.bigram", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("text", nargs="?", help="a text file; Default: Tiny Shakespeare")
     try:
-        loss, accuracy = bigram_scores(load_corpus(sys.argv[1] if sys.argv[1:] else None))
+        loss, accuracy = bigram_scores(load_corpus(parser.parse_args().text))
     except StudyError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{loss:.4f} nats, {100 * accuracy:.2f} %")

@@ -17,6 +17,7 @@ import optuna
 import typer
 from rich.console import Console
 
+from analysis.streams import lasting_streams
 from analysis.urls import hide_password
 from study.config import StudyConfig
 from study.directory import StudyDirectory
@@ -29,14 +30,14 @@ from study.run import TRACKING_OFF, run_study, study_corpus
 from study.run import sync as sync_study
 from study.sample import sample as draw_sample
 from study.search_space import listed_specs
-from study.show import show_outcome, show_plan, show_status
+from study.show import say_not_compared, show_outcome, show_plan, show_status
 from study.status import as_json as status_as_json
 from study.status import study_status
 from study.study_file import load_config
 from study.tracking.background import is_left_writing
 from study.tracking.connection import runs_page
 from study.urls import is_database
-from study.winners import write_winners
+from study.winners import parse_seeds, write_winners
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run studies of compressed transformers: many trials, many seeds, nothing lost.",
 )
-console = Console(width=None if sys.stdout.isatty() else 140, markup=False)  # a log has room
+console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 140, markup=False)  # a log has room
 
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (YAML).")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The study's folder, which `run` made.")]
@@ -136,6 +137,8 @@ def run(
     growth = Growth(parse_more("--trials", trials), parse_more("--seeds", seeds), extend=extend)
     if extend and growth.command:
         raise StudyError(f"--extend and {growth.command}: give one of them, and then the other")
+    if folder.has_no_study or extend:
+        say_not_compared(console, config)
     _run(
         config,
         folder,
@@ -178,17 +181,18 @@ def winners(
     directory: Folder,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The study file to write.")],
     seeds: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            metavar="N",
-            help="The new study has the seeds 0 to N - 1; unless given as many as the old one has, and at least 5.",
-            min=1,
+            metavar="N|LIST",
+            help="The new study's seeds: 0 to N - 1, or a list such as 100,101,102. "
+            "Default: the first that the old study did not use, as many as it has and at least 5.",
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the new study; the file's unless given.")] = None,
 ) -> None:
     """Write a study file of what a finished study selected, to be measured again on fresh seeds."""
-    new = write_winners(StudyDirectory(directory), file, seeds, name, partial(say, console))
+    new = write_winners(StudyDirectory(directory), file, parse_seeds(seeds), name, partial(say, console))
+    say_not_compared(console, new)
     n_runs = len(listed_specs(new)) * len(new.seed_list)
     say(console, f"{file}: {len(new.arms)} arms, {n_runs} runs. To see what they cost: mpo-study plan {file}")
 
@@ -325,12 +329,14 @@ def sample(
 
 
 def main() -> None:
-    """Entry point: a user's error is one line and exit code 2."""
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        app()
-    except StudyError as error:
-        Console(stderr=True).print(f"mpo-study: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    """Entry point: a user's error is one line for each, and exit code 2."""
+    with lasting_streams("mpo-study"):
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        try:
+            app()
+        except StudyError as error:
+            for line in str(error).splitlines():
+                say(Console(stderr=True), f"mpo-study: {line}", is_trouble=True)
+            sys.exit(2)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from textwrap import shorten
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from study.arms import BY_SIZE_FIELDS, Arm, DenseArm, MPOArm
-from study.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Strict
+from study.errors import did_you_mean
+from study.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Steps, Strict, WideInt, Width
+
+MAX_PARAMS = 1_000_000_000
+"""Of a dense model without its vocabulary: with its gradients and moments it takes 16 GB."""
+MAX_SEQUENCES = 500_000_000
+"""Of all steps of a run: where each begins in the text is drawn beforehand, 8 bytes for each."""
+MAX_BATCH_TOKENS = 10_000_000
 
 
 class Corpus(Strict):
     """The text. Tiny Shakespeare unless a path is given."""
 
-    path: str | None = Field(default=None, description="A UTF-8 text file, relative to the study file.")
+    path: str | None = Field(
+        default=None,
+        description="A UTF-8 text file of at most 1 GB, relative to the study file. A byte order mark at its beginning "
+        "is dropped; line ends stay as they are.",
+    )
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
         default=None, description="The checksum the file must have."
     )
@@ -27,25 +39,29 @@ class Corpus(Strict):
 class Model(Strict):
     """PicoGPT's sizes; the vocabulary comes from the corpus."""
 
-    d_model: PositiveInt = Field(default=128, description="Embedding dimension.")
+    d_model: Width = Field(default=128, description="Embedding dimension.")
     n_heads: PositiveInt = Field(default=4, description="Attention heads; must divide d_model.")
-    n_layers: PositiveInt = Field(default=4, description="Transformer blocks.")
-    context: PositiveInt = Field(default=256, description="Context length in tokens.")
-    d_ff: PositiveInt | None = Field(default=None, description="Feed-forward dimension; 4 × d_model unless given.")
+    n_layers: Annotated[int, Field(ge=1, le=1000)] = Field(default=4, description="Transformer blocks.")
+    context: WideInt = Field(default=256, description="Context length in tokens.")
+    d_ff: WideInt | None = Field(default=None, description="Feed-forward dimension; 4 × d_model unless given.")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:
         if self.d_model % self.n_heads:
             raise ValueError(f"`n_heads` must divide `d_model`, but got d_model={self.d_model}, n_heads={self.n_heads}")
+        d_ff = self.d_ff or 4 * self.d_model
+        n_params = self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * d_ff) + self.context * self.d_model
+        if n_params > MAX_PARAMS:
+            raise ValueError(f"a dense model has at most {MAX_PARAMS:,} parameters, but this one has {n_params:,}")
         return self
 
 
 class Protocol(Strict):
     """How a model is trained and evaluated; an arm may override steps, warm-up and learning rates."""
 
-    steps: PositiveInt = Field(default=2000, description="Optimiser steps.")
+    steps: Steps = Field(default=2000, description="Optimiser steps.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=100, description="Steps of linear warm-up.")
-    batch_size: PositiveInt = Field(default=32, description="Sequences per step.")
+    batch_size: WideInt = Field(default=32, description="Sequences per step.")
     learning_rate: PositiveFloat = Field(
         default=3e-4, description="Peak learning rate; cosine decay to 0 at the last step."
     )
@@ -66,11 +82,13 @@ class Protocol(Strict):
     eval_every: PositiveInt = Field(
         default=100, description="Steps between evaluations; the first and last step always are."
     )
-    sampled_eval_batches: PositiveInt = Field(
+    sampled_eval_batches: Annotated[int, Field(ge=1, le=10_000)] = Field(
         default=20, description="Random batches of the paper's own validation estimate, recorded beside the full one."
     )
-    sampled_eval_batch_size: PositiveInt = Field(default=8, description="Sequences in each of those batches.")
-    calibration_batches: PositiveInt = Field(
+    sampled_eval_batch_size: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        default=8, description="Sequences in each of those batches."
+    )
+    calibration_batches: Annotated[int, Field(ge=1, le=10_000)] = Field(
         default=8, description="Training batches over which `refinement: whitened` and `als` fit a layer's outputs."
     )
 
@@ -79,6 +97,11 @@ class Protocol(Strict):
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"`warmup_steps < steps` must hold, but got warmup_steps={self.warmup_steps}, steps={self.steps}"
+            )
+        if self.steps * self.batch_size > MAX_SEQUENCES:
+            raise ValueError(
+                f"`steps` × `batch_size` must be at most {MAX_SEQUENCES:,}, but got {self.steps:,} × "
+                f"{self.batch_size:,}"
             )
         return self
 
@@ -154,6 +177,7 @@ class Claims(Strict):
     margins: Margins = Margins()
     contrasts: tuple[Contrast, ...] = Field(
         default=(),
+        max_length=10_000,
         description="Comparisons that are claimed, tested as one family. Arms of different budgets are compared only "
         "where it is declared here.",
     )
@@ -168,8 +192,12 @@ def _seeds_per_unit(value: Any) -> Any:
 class Execution(Strict):
     """Where and how units run; may change between two runs of a study."""
 
-    cpus: Annotated[float, Field(gt=0)] = Field(default=1, description="CPU cores, and threads, of one unit.")
-    gpus: Annotated[float, Field(ge=0)] = Field(default=0, description="GPUs of one unit; a fraction shares one.")
+    cpus: Annotated[float, Field(gt=0, le=10_000)] = Field(
+        default=1, description="CPU cores, and threads, of one unit."
+    )
+    gpus: Annotated[float, Field(ge=0, le=10_000)] = Field(
+        default=0, description="GPUs of one unit; a fraction shares one."
+    )
     seeds_per_unit: Annotated[Literal["auto"] | PositiveInt, BeforeValidator(_seeds_per_unit)] = Field(
         default="auto",
         description="Seeds of a trial that are trained as one model: `auto` is one on a CPU, all it lacks on a GPU.",
@@ -187,7 +215,7 @@ class Execution(Strict):
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
         default=30, description="Least time between two checkpoints."
     )
-    backup_seconds: Annotated[float, Field(ge=0)] = Field(
+    backup_seconds: Annotated[float, Field(ge=0, le=1_000_000_000)] = Field(
         default=60, description="Least time between two copies of the databases in a storage that is a URL."
     )
     keep_weights: bool = Field(
@@ -199,7 +227,7 @@ class StudyConfig(Strict):
     """A whole study file."""
 
     name: Name = Field(description="Names the MLflow experiment and the default folder.")
-    description: str = Field(default="", description="One line for the report.")
+    description: str = Field(default="", max_length=5000, description="One line for the report.")
     corpus: Corpus = Corpus()
     model: Model = Model()
     protocol: Protocol = Protocol()
@@ -215,11 +243,12 @@ class StudyConfig(Strict):
     claims: Claims = Claims()
     rel_error_chi: tuple[PositiveInt, ...] = Field(
         default=(),
+        max_length=1000,
         description="χ, beside those of its arms, at which the layers of every dense model from scratch are "
         "decomposed, untrained and trained, and their relative errors recorded.",
     )
     execution: Execution = Execution()
-    arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = Field(
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1, max_length=1000)] = Field(
         description="What is compared; each gives one trial or more."
     )
 
@@ -232,86 +261,97 @@ class StudyConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
+        if problems := list(self._problems()):
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """What does not go together, one line each."""
         if isinstance(self.seeds, tuple):
-            _refuse_repeats("seeds", self.seeds)
-        _refuse_repeats("objectives", self.objectives)
+            yield from _repeats("seeds", self.seeds)
+        yield from _repeats("objectives", self.objectives)
         names = [arm.name for arm in self.arms]
-        _refuse_repeats("arms", names)
+        yield from _repeats("arms", names)
         for arm in self.arms:
             if arm.teacher is not None:
-                self._check_teacher(arm)
+                yield from self._problems_of_teacher(arm)
             for key in BY_SIZE_FIELDS:
                 if isinstance(given := getattr(arm, key, None), dict):
-                    _check_sizes(f"arms[{arm.name}]: `{key}`", given, arm.sizes or (self.model.d_model,))
-        self._check_contrasts(names)
+                    sizes = arm.sizes or (self.model.d_model,)
+                    yield from _problems_of_sizes(f"arms[{arm.name}]: `{key}`", given, sizes)
+        yield from self._problems_of_contrasts(names)
         if self.protocol.precision == "tf32" and self.execution.gpus == 0:
-            raise ValueError("`protocol.precision: tf32` needs `execution.gpus`: only a GPU has that format")
+            yield "`protocol.precision: tf32` needs `execution.gpus`: only a GPU has that format"
+        for key in ("batch_size", "sampled_eval_batch_size"):
+            size, context = getattr(self.protocol, key), self.model.context
+            if size * context > MAX_BATCH_TOKENS:
+                yield (
+                    f"`protocol.{key}` × `model.context` must be at most {MAX_BATCH_TOKENS:,} tokens, but got "
+                    f"{size:,} × {context:,}"
+                )
         searched = [arm.name for arm in self.arms if arm.is_searched]
-        if searched and self.sampler.name == "grid":
-            raise ValueError(
+        yield from self._problems_of_sampler(searched)
+        yield from self._problems_of_limits(searched)
+
+    def _problems_of_contrasts(self, arms: list[str]) -> Iterator[str]:
+        pairs = [(contrast.arm, contrast.against) for contrast in self.claims.contrasts]
+        for arm in dict.fromkeys(name for pair in pairs for name in pair):
+            if arm not in arms:
+                meant = did_you_mean(arm, arms)
+                yield f"`claims.contrasts` names arm {arm}, which the study lacks{meant}; it has {', '.join(arms)}"
+        yield from _repeats("claims.contrasts", [f"{arm} against {against}" for arm, against in pairs])
+        for arm in dict.fromkeys(arm for arm, against in pairs if arm == against):
+            yield f"`claims.contrasts` sets arm {arm} against itself"
+
+    def _problems_of_sampler(self, searched: list[str]) -> Iterator[str]:
+        name, n_trials = self.sampler.name, self.budget.trials
+        if searched and name == "grid":
+            yield (
                 f"arm {searched[0]} has searched values, which sampler grid cannot choose; list them as [...], "
                 "or use another sampler"
             )
-        if self.sampler.name != "grid" and not searched:
-            raise ValueError(f"sampler {self.sampler.name} has nothing to choose: no arm has a searched value")
-        if searched and self.budget.trials == 0:
-            raise ValueError(f"`budget.trials` must be at least 1, since arm {searched[0]} has searched values")
-        if not searched and self.budget.trials:
-            raise ValueError("`budget.trials` must be 0 (or absent): no arm has a searched value")
-        self._check_sampler(searched)
-        self._check_limits(searched)
-        return self
-
-    def _check_contrasts(self, arms: list[str]) -> None:
-        pairs = [(contrast.arm, contrast.against) for contrast in self.claims.contrasts]
-        for arm in (name for pair in pairs for name in pair):
-            if arm not in arms:
-                raise ValueError(f"`claims.contrasts` names arm {arm}, which the study lacks; it has {', '.join(arms)}")
-        _refuse_repeats("claims.contrasts", [f"{arm} against {against}" for arm, against in pairs])
-        for arm, against in pairs:
-            if arm == against:
-                raise ValueError(f"`claims.contrasts` sets arm {arm} against itself")
-
-    def _check_sampler(self, searched: list[str]) -> None:
-        name, n_trials = self.sampler.name, self.budget.trials
+        if name != "grid" and not searched:
+            yield f"sampler {name} has nothing to choose: no arm has a searched value"
+        if searched and n_trials == 0:
+            yield f"`budget.trials` must be at least 1, since arm {searched[0]} has searched values"
+        if not searched and n_trials:
+            yield "`budget.trials` must be 0 (or absent): no arm has a searched value"
         if name in ("nsga2", "nsga3", "gp") and len(searched) > 1:
-            raise ValueError(
+            yield (
                 f"sampler {name} cannot search several arms ({', '.join(searched)}), whose values depend on the arm; "
                 "use tpe or random"
             )
-        if name in ("nsga2", "nsga3") and n_trials <= self.sampler.population_size:
-            raise ValueError(
+        if name in ("nsga2", "nsga3") and 0 < n_trials <= self.sampler.population_size:
+            yield (
                 f"`budget.trials` must exceed `sampler.population_size`, or {name} draws all at random, but got "
                 f"{n_trials} and {self.sampler.population_size}"
             )
 
-    def _check_limits(self, searched: list[str]) -> None:
+    def _problems_of_limits(self, searched: list[str]) -> Iterator[str]:
         budget, stopping = self.budget, self.early_stopping
         given = [key for key in ("max_params", "min_params", "max_repeats") if getattr(budget, key) is not None]
         if given and not searched:
-            raise ValueError(f"`budget.{given[0]}` has no meaning: no arm has a searched value")
+            yield f"`budget.{given[0]}` has no meaning: no arm has a searched value"
         if budget.min_params is not None and budget.max_params is not None:
             same_kind = (budget.min_params <= 1) == (budget.max_params <= 1)
             if same_kind and budget.min_params > budget.max_params:
-                raise ValueError(
+                yield (
                     f"`budget.min_params <= budget.max_params` must hold, but got min_params={budget.min_params:g}, "
                     f"max_params={budget.max_params:g}"
                 )
         if stopping is None:
             return
         if not any(isinstance(arm, MPOArm) and arm.is_searched for arm in self.arms):
-            raise ValueError(
-                "`early_stopping` has no meaning: no MPO arm has a searched value, and no other is stopped"
-            )
+            yield "`early_stopping` has no meaning: no MPO arm has a searched value, and no other is stopped"
         if stopping.metric not in self.objectives:
-            raise ValueError(f"`early_stopping.metric` must be one of the objectives, but got {stopping.metric}")
+            yield f"`early_stopping.metric` must be one of the objectives, but got {stopping.metric}"
         if stopping.min_seeds >= len(self.seed_list):
-            raise ValueError(
+            yield (
                 f"`early_stopping.min_seeds` must be below the number of seeds, or there is none to spare, but got "
                 f"{stopping.min_seeds} and {len(self.seed_list)}"
             )
 
-    def _check_teacher(self, arm: Arm) -> None:
+    def _problems_of_teacher(self, arm: Arm) -> Iterator[str]:
         candidates = [
             other.name
             for other in self.arms
@@ -322,19 +362,20 @@ class StudyConfig(Strict):
             and other.d_ff in (None, self.model.d_ff or 4 * self.model.d_model)
         ]
         if arm.teacher not in candidates:
-            raise ValueError(
+            yield (
                 f"arms[{arm.name}]: `teacher` must name a dense arm from scratch of the study's own model, with fixed "
                 f"values ({', '.join(candidates) or 'there is none'}), but got {arm.teacher}"
+                + did_you_mean(arm.teacher, candidates)
             )
 
 
-def _check_sizes(what: str, given: Mapping[int, float], sizes: Sequence[int]) -> None:
-    has, needs = ", ".join(map(str, given)), ", ".join(map(str, sizes))
+def _problems_of_sizes(what: str, given: Mapping[int, float], sizes: Sequence[int]) -> Iterator[str]:
+    has, needs = (shorten(", ".join(map(str, each)), 200, placeholder=" ...") for each in (given, sizes))
     if set(given) != set(sizes):
-        raise ValueError(f"{what} must name the sizes of the arm's trials ({needs}), but got {has}")
+        yield f"{what} must name the sizes of the arm's trials ({needs}), but got {has}"
 
 
-def _refuse_repeats(what: str, items: Sequence[Any]) -> None:
+def _repeats(what: str, items: Sequence[Any]) -> Iterator[str]:
     repeated = [str(item) for item, count in Counter(items).items() if count > 1]
     if repeated:
-        raise ValueError(f"`{what}` names {', '.join(repeated)} more than once")
+        yield f"`{what}` names {shorten(', '.join(repeated), 200, placeholder=' ...')} more than once"

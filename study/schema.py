@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -23,7 +23,9 @@ _HEAD = """\
 <!-- Written by `python -m study.schema` from the descriptions in study/config.py; a test compares. -->
 
 One YAML file says what a study is. Unknown keys, wrong types and values that do not go together are refused in one
-line, with the key and what is allowed, before anything is trained; `mpo-study plan FILE` shows what a file will cost.
+line each, with the key and what is allowed, before anything is trained; `mpo-study plan FILE` shows what a file will
+cost. A file is UTF-8 text of at most 4,000,000 bytes, 200,000 keys and values (those that aliases repeat included) and
+20 nested levels; a study has at most 100,000 listed trials, 10,000,000 runs and 1,000,000,000 parameters in a model.
 The smallest one:
 
 ```yaml
@@ -76,6 +78,13 @@ after its bonds are clipped, is answered by that one's results; one beyond `budg
 trial is told as infeasible, by how far it breaks the limit or by the share of its seeds that diverged, and samplers
 rank what is infeasible below all else. Neither is on the report's frontier.
 
+Before anything is trained, `mpo-study plan` draws 64 trials from the space of each searched arm, as the random sampler
+would, and shows the smallest, the median and the largest, the time that the whole budget takes, and which share of the
+space has more parameters than dense or is beyond the limits of the budget. `plan`, the first `run` and `winners` also
+say what the analysis will not compare: arms whose values were chosen among different numbers of trials, or whose steps
+differ, are compared only where `claims.contrasts` declares it. So a search of MPO beside a fixed dense arm needs a
+contrast.
+
 With `early_stopping` the study depends on the order in which its trials ended, which the report then says. Each
 decision is kept in the ledger with the seeds it rests on, and holds when the study is resumed.
 
@@ -106,8 +115,9 @@ what MPO is compared with goes missing. A trial of which a seed failed is not se
 the lowest or the highest that was listed, the command says so. Contrasts go on as declared: with the rivals that share
 a χ, or else the nearest in parameters; for what a search found always with the nearest. `tuned_among` says among how
 many trials an arm's values were chosen, so that arms tuned alike, wherever, are of one budget. The written file says
-from which study and seeds it comes, and is yours to read and change before it runs. Neither a study that lacks runs nor
-a seed that chose is taken.
+from which study and seeds it comes, and is yours to read and change before it runs. A study that lacks runs is refused.
+The new study has the first seeds that the old one did not use, or those of `--seeds 100,101,102`; a seed that chose is
+refused.
 """
 
 
@@ -131,10 +141,19 @@ def document() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(folder: str = "docs") -> None:
+def write(folder: str | Path) -> None:
     """Write both files to a folder."""
     for name, text in ((SCHEMA, json_schema()), (DOCUMENT, document())):
         (Path(folder) / name).write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m study.schema", description=f"Write {DOCUMENT} and {SCHEMA} anew.")
+    parser.add_argument("folder", nargs="?", default="docs", help="where they go; Default: docs")
+    try:
+        write(parser.parse_args().folder)
+    except OSError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 # The document ---------------------------------------------------------------------------------------------------------
@@ -260,4 +279,4 @@ def _without_generated_names(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any, Literal
@@ -19,10 +20,13 @@ from study.arms import RATES, SIZE_FIELDS, Arm, CompressedArm, ControlArm, Dense
 from study.config import StudyConfig
 from study.errors import StudyError
 from study.trial import TrialSpec
-from study.values import Choices, Range
+from study.values import Choices, Range, options
 
 ARM = "arm"
 """Name of the Optuna parameter that chooses between several searched arms."""
+
+MAX_LISTED, MAX_RUNS = 100_000, 10_000_000
+"""Listed trials of a study; its runs (trial × seed), searched ones included."""
 
 METRIC_OF_OBJECTIVE = {"val_loss": "final/val_loss", "val_acc": "final/val_acc", "n_params": "n_params"}
 
@@ -44,8 +48,9 @@ def listed_specs(config: StudyConfig) -> list[TrialSpec]:
     """Every trial of the arms that leave nothing to the sampler, in the order of the file.
 
     Raises:
-        StudyError: two of them are the same configuration.
+        StudyError: two of them are the same configuration, or there are too many.
     """
+    _check_number(config)
     specs: list[TrialSpec] = []
     for arm in config.arms:
         if not arm.is_searched:
@@ -59,31 +64,47 @@ def listed_specs(config: StudyConfig) -> list[TrialSpec]:
     return specs
 
 
+def _check_number(config: StudyConfig) -> None:
+    """Raise a StudyError where the study has too many trials or runs to hold them all."""
+    n_listed = 0
+    for arm in config.arms:
+        if not arm.is_searched:
+            n_listed += math.prod(len(options(value)) for value in arm.values().values())
+    if n_listed > MAX_LISTED:
+        raise StudyError(
+            f"`arms` list {n_listed:,} trials, but at most {MAX_LISTED:,} are allowed; let a sampler choose among them "
+            "(`{choices: [...]}`)"
+        )
+    n_runs = (n_listed + config.budget.trials) * len(config.seed_list)
+    if n_runs > MAX_RUNS:
+        raise StudyError(f"{n_runs:,} runs (trials × `seeds`), but at most {MAX_RUNS:,} are allowed")
+
+
 def check_trials(config: StudyConfig) -> None:
     """Raise a StudyError where values that a trial of the study may get do not go together."""
     listed_specs(config)
-    for arm in _searched_arms(config):
-        values = arm.values()
-        for chosen in product(*map(_examples, values.values())):
-            resolve(config, arm, dict(zip(values, chosen, strict=True)))
+    for arm in searched_arms(config):
+        # One after another: no two values of an arm depend on each other, and all combinations may be too many.
+        examples = {key: _examples(value) for key, value in arm.values().items()}
+        first = {key: values[0] for key, values in examples.items()}
+        for key, values in examples.items():
+            for value in values:
+                resolve(config, arm, first | {key: value})
 
 
 def _examples(value: Any) -> tuple[Any, ...]:
     match value:
-        case Choices(choices=choices):
-            return choices
         case Range(low=int(low), high=high):
             return low, low + 1, high  # where not every whole number will do, two neighbours cannot both
         case Range(low=low, high=high):
             return low, high
         case _:
-            return (value,)
+            return options(value)
 
 
 def _grid(config: StudyConfig, arm: Arm) -> Iterator[TrialSpec]:
     values = arm.values()
-    options = [value if isinstance(value, tuple) else (value,) for value in values.values()]
-    for chosen in product(*options):
+    for chosen in product(*map(options, values.values())):
         yield resolve(config, arm, dict(zip(values, chosen, strict=True)))
 
 
@@ -123,6 +144,11 @@ def _of_size(value: Any, size: int) -> Any:
     return value[size] if isinstance(value, dict) else value
 
 
+def example(config: StudyConfig, arm: Arm) -> TrialSpec:
+    """A trial of an arm, the first value of each field that is listed or searched."""
+    return resolve(config, arm, {key: _examples(value)[0] for key, value in arm.values().items()})
+
+
 def teacher_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:
     """The trial whose trained weights a spec starts from; None where it starts from scratch."""
     if spec.teacher is None:
@@ -136,7 +162,7 @@ def teacher_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:
 
 def suggest(config: StudyConfig, trial: optuna.Trial) -> TrialSpec:
     """Let the trial's sampler choose an arm, where there are several to search, and the arm's open values."""
-    arms = _searched_arms(config)
+    arms = searched_arms(config)
     name = trial.suggest_categorical(ARM, [arm.name for arm in arms]) if len(arms) > 1 else arms[0].name
     arm = config.arm(name)
     chosen = {
@@ -158,11 +184,12 @@ def _suggest(trial: optuna.Trial, parameter: str, value: Choices[Any] | Range[An
 
 def space(config: StudyConfig) -> dict[str, BaseDistribution]:
     """Distributions of the open values of the one arm that is searched, by the names of their parameters."""
-    arm = _searched_arms(config)[0]
+    arm = searched_arms(config)[0]
     return {_parameter(arm, key): _distribution(value) for key, value in arm.values().items() if _is_open(value)}
 
 
-def _searched_arms(config: StudyConfig) -> list[Arm]:
+def searched_arms(config: StudyConfig) -> list[Arm]:
+    """Those that leave values to the sampler."""
     return [arm for arm in config.arms if arm.is_searched]
 
 

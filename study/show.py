@@ -10,6 +10,7 @@ from rich.table import Table
 
 from analysis.statistics.seed_blocks import MIN_SEEDS
 from analysis.urls import hide_password
+from study.comparable import not_compared
 from study.config import StudyConfig
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.ledger.trials import Trial
@@ -21,7 +22,7 @@ from study.trial import TrialSpec
 
 
 def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> None:
-    """Every listed trial, and what all of them cost on this machine.
+    """Every listed trial, what a search may choose, what all of it costs on this machine, and what is not compared.
 
     Args:
         slots: runs at a time.
@@ -31,12 +32,14 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         left=("arm", "what"),
         right=("rate", "steps", "parameters", "of dense", "TFLOP", "time"),
     )
-    for trial in plan.trials:
+    rows = [(trial, "") for trial in plan.trials]
+    rows += [(trial, f"{name} drawn: ") for search in plan.searches for name, trial in search.rows.items()]
+    for trial, drawn in rows:
         spec, shape = trial.spec, trial.shape
         table.add_row(
             spec.arm,
-            _what(spec),
-            f"{spec.protocol.learning_rate:g}",
+            drawn + _what(spec),
+            "searched" if drawn else f"{spec.protocol.learning_rate:g}",
             f"{spec.protocol.steps:,}",
             f"{shape.n_params:,}",
             f"{shape.n_params / shape.n_params_dense:.1%}",
@@ -46,13 +49,27 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
     console.print(table)
     if plan.n_searched:
         say(console, f"and {plan.n_searched} trials that sampler {config.sampler.name} will choose")
-    if plan.trials:
-        console.print(
-            f"{len(plan.trials) * plan.n_seeds} runs listed: {plan.unit_seconds / 3600:.3g} hours one after "
-            f"another, about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
-            f"(at {min(plan.rates) / 1e9:.0f} to {max(plan.rates) / 1e9:.0f} GFLOP/s each, measured on the CPU "
-            "just now)."
+    for search in plan.searches:
+        said = f"arm {search.arm}: about {search.larger_than_dense:.0%} of its space has more parameters than dense"
+        if search.beyond_limits:
+            said += f"; about {search.beyond_limits:.0%} is beyond the limits of `budget` and is never trained"
+        say(console, said)
+    runs = f"{len(plan.trials) * plan.n_seeds} runs listed: {plan.listed_seconds / 3600:.3g} hours"
+    if plan.searches:
+        runs += (
+            f", and at most {plan.n_searched * plan.n_seeds} searched: about {plan.searched_seconds / 3600:.3g} hours"
         )
+    console.print(
+        f"{runs}, one after another; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
+        f"(at {min(plan.rates) / 1e9:.0f} to {max(plan.rates) / 1e9:.0f} GFLOP/s each, measured on the CPU just now)."
+    )
+    say_not_compared(console, config)
+
+
+def say_not_compared(console: Console, config: StudyConfig) -> None:
+    """What the analysis will not compare of a study as it is written, and why."""
+    for line in not_compared(config):
+        say(console, f"note: {line}")
 
 
 def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder: StudyDirectory) -> None:

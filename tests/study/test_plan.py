@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import Counter
 
 import pytest
 import torch
 
+from study.arms import MPOArm
+from study.comparable import not_compared
 from study.corpus import load_corpus
 from study.errors import StudyError
-from study.plan import plan
-from study.search_space import listed_specs
+from study.plan import _draws, _extremes, plan
+from study.search_space import listed_specs, resolve
 from study.study_file import validate
 from study.trial import trial_shape
+from study.values import Choices, Range
 
 
 @pytest.fixture
@@ -47,10 +52,65 @@ def test_times_follow_from_measured_rates(planned):
     assert long.shape.flops == pytest.approx(2 * short.shape.flops, rel=0.01)
 
 
-def test_searched_trials_are_known_in_number_alone(planned):
+def test_search_costs_what_its_space_does(planned):
+    arms = [
+        {"name": "dense", "family": "dense"},
+        {"name": "mpo", "family": "mpo", "chi": {"low": 1, "high": 40}, "learning_rate": {"low": 0.1, "high": 0.2}},
+    ]
+    settings = {"sampler": {"name": "random"}, "budget": {"trials": 7}, "model": {"d_model": 16}, "seeds": 3}
+    config, corpus, made = planned(arms=arms, **settings)
+    sizes = {}
+    for chi in range(1, 41):
+        spec = resolve(config, config.arm("mpo"), config.arm("mpo").values() | {"chi": chi, "learning_rate": 0.1})
+        sizes[chi] = trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
+    [search] = made.searches
+    found = {name: row.spec.chi for name, row in search.rows.items()}
+    n_params = {name: row.shape.n_params for name, row in search.rows.items()}
+    everything = sorted(shape.n_params for shape in sizes.values())
+    assert (found["least"], n_params["least"], n_params["largest"]) == (1, everything[0], everything[-1])
+    assert n_params["median"] == sizes[found["median"]].n_params
+    assert everything[17] <= n_params["median"] <= everything[21]
+    larger = sum(shape.n_params > shape.n_params_dense for shape in sizes.values()) / 40
+    assert 0 < larger < 1
+    assert search.larger_than_dense == pytest.approx(larger, abs=1 / 64)
+    assert search.beyond_limits == 0
+    [rate] = {trial.shape.flops / trial.seconds for trial in [search.rows["least"]]}
+    expected = statistics.fmean(shape.flops for shape in sizes.values()) / rate
+    assert search.seconds == pytest.approx(expected, rel=0.02)
+    assert made.searched_seconds == pytest.approx(7 * 3 * search.seconds)
+    assert made.unit_seconds == pytest.approx(made.listed_seconds + made.searched_seconds)
+
+    limit = sizes[2].n_params
+    _, _, limited = planned(arms=arms, **settings | {"budget": {"trials": 7, "max_params": limit}})
+    assert limited.searches[0].beyond_limits == pytest.approx(38 / 40, abs=1 / 64)
+    assert limited.searches[0].rows["largest"].shape.n_params == limit
+    assert limited.searched_seconds < made.searched_seconds / 5
+
+
+def test_draws_are_those_of_the_random_sampler_and_as_many_whatever_the_space():
+    arm = MPOArm(
+        name="a",
+        family="mpo",
+        chi=Range(1, 2**31 - 1, log=True),
+        n_sites=Choices((1, 2, 3, 4)),
+        factorisation="balanced",
+        learning_rate=Range(0.0, 1.0),
+    )
+    drawn = list(_draws(arm))
+    assert drawn == list(_draws(arm))
+    assert len(drawn) == 64
+    assert Counter(values["n_sites"] for values in drawn) == dict.fromkeys((1, 2, 3, 4), 16)
+    assert sorted(values["learning_rate"] for values in drawn) == pytest.approx([(n + 0.5) / 64 for n in range(64)])
+    halves = Counter(values["chi"] < 2**15 for values in drawn)
+    assert abs(halves[True] - halves[False]) <= 6  # uniform in the logarithm
+    assert len(list(_extremes(arm))) == 8
+
+
+def test_space_smaller_than_the_budget_trains_each_configuration_once(planned):
     arms = [{"name": "mpo", "family": "mpo", "chi": {"choices": [2, 4]}}]
     _, _, made = planned(arms=arms, sampler={"name": "random"}, budget={"trials": 7})
-    assert (made.trials, made.n_searched, made.rates, made.unit_seconds) == ([], 7, [], 0)
+    assert (made.trials, made.n_searched, made.n_different) == ([], 7, 2)
+    assert made.searched_seconds == pytest.approx(2 * 2 * made.searches[0].seconds)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +131,58 @@ def test_planning_leaves_threads_and_global_random_state_alone(planned):
 def test_text_shorter_than_the_context_is_refused(planned):
     with pytest.raises(StudyError, match="the corpus is too short: its validation split has"):
         planned(model={"context": 2000})
+
+
+# What will not be compared --------------------------------------------------------------------------------------------
+
+DENSE = {"name": "dense", "family": "dense"}
+SEARCHED = {"name": "mpo", "family": "mpo", "chi": {"low": 2, "high": 4}}
+LOW_RANK = {"name": "low-rank", "family": "low_rank", "as_chi": [2, 4]}
+TUNED = {"name": "tuned", "family": "mpo", "chi": 2, "teacher": "dense", "steps": 6}
+FURTHER = {"name": "further", "family": "dense", "teacher": "dense", "steps": 6}
+SEARCH = {"sampler": {"name": "random"}, "budget": {"trials": 7}}
+
+
+def pairs(*named):
+    return {"contrasts": [{"arm": arm, "against": against} for arm, against in named]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arms": [DENSE, LOW_RANK, SEARCHED | {"chi": 2}]}, []),
+        ({"arms": [DENSE]}, []),
+        (
+            {"arms": [DENSE, LOW_RANK, SEARCHED], **SEARCH},
+            [
+                "arm mpo will not be compared with dense, low-rank: chosen among 7 trials, and not 1",
+                "{arm: mpo, against: ",
+            ],
+        ),
+        ({"arms": [DENSE, LOW_RANK, SEARCHED], "claims": pairs(("mpo", "dense"), ("mpo", "low-rank")), **SEARCH}, []),
+        ({"arms": [DENSE | {"tuned_among": 7}, SEARCHED], **SEARCH}, []),
+        (
+            {"arms": [DENSE, SEARCHED | {"chi": 2, "steps": 6}, {**LOW_RANK, "steps": 6}]},
+            ["arms mpo, low-rank will not be compared with dense: steps 6, and not 12", "declares it"],
+        ),
+        (
+            {"arms": [DENSE, TUNED]},
+            ["arm tuned will not be compared with dense: no dense arm is trained further"],
+        ),
+        ({"arms": [DENSE, TUNED, FURTHER]}, []),
+        ({"arms": [DENSE, TUNED], "claims": pairs(("tuned", "dense"))}, []),
+        (
+            {"arms": [DENSE, TUNED, FURTHER | {"steps": 8}]},
+            ["arm tuned will not be compared with further: steps 6, and not 8", "declares it"],
+        ),
+        ({"arms": [DENSE | {"d_model": 4}, LOW_RANK]}, ["nothing will be compared with dense"]),
+        (
+            {"arms": [DENSE, LOW_RANK], "seeds": 2},
+            ["no difference will be tested: that takes 3 seeds, but"],
+        ),
+    ],
+)
+def test_what_will_not_be_compared_is_told_with_the_reason(small_study, changes, said):
+    lines = not_compared(validate(small_study(**{"seeds": 3} | changes), "here"))
+    assert len(lines) == len(said)
+    assert all(words in line for line, words in zip(lines, said, strict=True))

@@ -12,7 +12,7 @@ import yaml
 
 import study
 from study.config import StudyConfig
-from study.schema import DOCUMENT, SCHEMA, document, json_schema, main
+from study.schema import DOCUMENT, SCHEMA, document, json_schema, write
 from study.study_file import parse_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ SCHEMA_CONTENT = json.loads(json_schema())
 
 @pytest.mark.parametrize("name", [SCHEMA, DOCUMENT])
 def test_committed_file_is_what_the_command_writes(tmp_path, name):
-    main(str(tmp_path))
+    write(tmp_path)
     assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 

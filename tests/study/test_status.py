@@ -186,8 +186,13 @@ def test_plan_for_machines_says_what_the_table_says(tmp_path, command):
         trial["n_params_dense"],
         6,
     )
-    assert plan["run_seconds"] == pytest.approx(2 * trial["seconds"])
+    assert plan["run_seconds_listed"] == pytest.approx(2 * trial["seconds"])
+    [search] = plan["searches"]
+    assert plan["run_seconds_searched"] == pytest.approx(2 * 5 * search["seconds"])
+    assert plan["run_seconds"] == pytest.approx(plan["run_seconds_listed"] + plan["run_seconds_searched"])
     assert 0 < plan["seconds"] <= plan["run_seconds"]
+    assert search["least"]["n_params"] < search["median"]["n_params"] < search["largest"]["n_params"]
+    assert any("arm found will not be compared with dense" in line for line in plan["not_compared"])
 
 
 # What a study runs on -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from study.growth import Growth
 from study.ledger.snapshot import read_ledger
 from study.search_space import listed_specs
 from study.study_file import load_config
-from study.winners import write_winners
+from study.winners import parse_seeds, write_winners
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 
@@ -187,7 +187,7 @@ def test_arm_is_split_where_more_than_the_rate_depends_on_the_size(tmp_path):
         return 1 if (spec.init, spec.protocol.learning_rate) == best.get(spec.chi) else 2
 
     give_losses(folder, loss)
-    new = written(folder, tmp_path / "new.yaml", name="chosen", n_seeds=3)
+    new = written(folder, tmp_path / "new.yaml", name="chosen", seeds=3)
     assert (new.name, new.seeds) == ("chosen", 3)
     assert [arm.name for arm in new.arms] == ["dense", "mpo-paper-2", "mpo-variance", "mpo-paper", "low-rank"]
     one, two = new.arm("mpo-paper-2"), new.arm("mpo-variance")
@@ -248,7 +248,7 @@ def test_feed_forward_sizes_go_with_the_widths_that_won(tmp_path):
     narrow = {"name": "narrow", "family": "dense", "d_model": [4, 8], "d_ff": {4: 10, 8: 20}, "learning_rate": RATES}
     folder = tuning(tmp_path, arms=[narrow | {"init": ["paper", "variance"]}], model={"d_model": 16}, seeds=[100])
     give_losses(folder, lambda spec: (spec.init == "paper") == (spec.model.d_model == 4))
-    new = written(folder, tmp_path / "new.yaml", n_seeds=2)
+    new = written(folder, tmp_path / "new.yaml", seeds=2)
     assert [(arm.init, arm.d_model, arm.d_ff) for arm in new.arms] == [("variance", 4, {4: 10}), ("paper", 8, {8: 20})]
 
 
@@ -398,8 +398,8 @@ def refused(tmp_path):
 
 def test_winners_need_seeds_and_a_name_of_their_own_and_a_new_file(tmp_path, refused):
     folder = tuning(tmp_path, arms=[DENSE | {"learning_rate": RATES}])
-    said = refused(folder, n_seeds=102)
-    assert said.startswith("the new study would have the seeds 0 to 101, but study tuning selected on 100, 101, ")
+    said = refused(folder, seeds=102)
+    assert said.startswith("--seeds: the new study would have 100, 101, on which study tuning selected, ")
     assert "is the name of the study that selected" in refused(folder, tmp_path / "tuning.yaml")
     assert "is the name of the study that selected" in refused(folder, name="tuning")
     assert "name: must match" in refused(folder, name="no name")
@@ -410,14 +410,29 @@ def test_winners_need_seeds_and_a_name_of_their_own_and_a_new_file(tmp_path, ref
     written(folder, tmp_path / "new.yaml")
     run_at(tmp_path / "files" / "tuning.yaml", folder, growth=Growth(seeds=1))
     (tmp_path / "new.yaml").unlink()
-    assert "selected on 100, 101, 102, " in refused(folder, n_seeds=103)
+    assert "would have 102, " in refused(folder, seeds=[102, 7])
 
 
-def test_winners_of_seeds_from_0_on_are_refused(tmp_path, refused):
-    folder = tuning(tmp_path, arms=[DENSE | {"learning_rate": RATES}], seeds=2)
-    assert "selected on 0, 1, and what is selected counts on fresh seeds alone; tune on seeds from 100 on" in (
-        refused(folder)
-    )
+def test_winners_of_seeds_from_0_on_get_fresh_ones_or_those_that_are_given(tmp_path, refused):
+    folder = tuning(tmp_path, arms=[DENSE | {"learning_rate": RATES}], seeds=[0, 1, 4])
+    assert written(folder, tmp_path / "new.yaml").seeds == (2, 3, 5, 6, 7)
+    assert "--seeds" not in (tmp_path / "new.yaml").read_text(encoding="utf-8")
+    assert written(folder, tmp_path / "given.yaml", seeds=parse_seeds("100,101")).seeds == (100, 101)
+    assert "--seeds 100,101`" in " ".join((tmp_path / "given.yaml").read_text(encoding="utf-8").split("\n# "))
+    (tmp_path / "new.yaml").unlink()
+    assert "would have 0, 1, 4, on which study tuning selected" in refused(folder, seeds=5)
+    assert "more than once" in refused(folder, seeds=[7, 7])
+
+
+@pytest.mark.parametrize(("text", "seeds"), [(None, None), ("5", 5), ("7,", (7,)), ("100,101", (100, 101))])
+def test_seeds_are_a_number_or_a_list(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "five", "1;2", ",", "1,,2", "99999999999", "1,b"])
+def test_seeds_that_are_neither_are_refused(text):
+    with pytest.raises(StudyError, match=r"^--seeds .*: must be a number of seeds, such as 5, or a list"):
+        parse_seeds(text)
 
 
 def test_study_that_tuned_nothing_has_no_winners(tmp_path, refused):
