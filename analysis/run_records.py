@@ -22,6 +22,8 @@ _BEFORE_IT_WAS_RECORDED = {"precision": "float32"}
 CLAIMED = ("final/val_loss", "final/val_acc")
 """Metrics that claims rest on: a complete seed has them, finite. Other final metrics may be absent (NaN)."""
 
+MEND = "`mpo-study sync DIR` writes it again from the study's ledger"
+"""The way back from every run that is not as a study writes it."""
 OVER = ("FINISHED", "FAILED")
 _DTYPES = {int: "Int64", float: "float64", str: "str"}
 
@@ -38,13 +40,15 @@ class RunRecord:
     tags: dict[str, str]
 
     def __str__(self) -> str:
+        if self.tags.get(schema.KIND) == schema.KIND_SUMMARY:
+            return f"run {self.run_id} (the study's summary)"
         seed = f", seed {self.params['seed']}" if "seed" in self.params else ""
         return f"run {self.run_id} (trial {self.params.get('trial', 'unknown')}{seed})"
 
 
 def tag_of(run: RunRecord, key: str) -> str:
     if key not in run.tags:
-        raise AnalysisError(f"{run} has no tag `{key}`")
+        raise AnalysisError(f"{run} has no tag `{key}`; {MEND}")
     return run.tags[key]
 
 
@@ -55,11 +59,11 @@ def param_of(run: RunRecord, key: str) -> Any:
     if text is None:
         if key in OPTIONAL_PARAMS:
             return None
-        raise AnalysisError(f"{run} has no param `{key}`")
+        raise AnalysisError(f"{run} has no param `{key}`; {MEND}")
     try:
         return dtype(text)
     except ValueError as error:
-        raise AnalysisError(f"{run}: param `{key}` must be {dtype.__name__}, but is {text!r}") from error
+        raise AnalysisError(f"{run}: param `{key}` must be {dtype.__name__}, but is {text!r}; {MEND}") from error
 
 
 def metric_of(run: RunRecord, kind: str, key: str, required: bool) -> float | int | None:
@@ -67,14 +71,14 @@ def metric_of(run: RunRecord, kind: str, key: str, required: bool) -> float | in
     value = run.metrics.get(key)
     if value is None:
         if required:
-            raise AnalysisError(f"{run} is complete but has no metric `{key}`")
+            raise AnalysisError(f"{run} is complete but has no metric `{key}`; {MEND}")
         return None
     # MLflow stores an infinity as the largest float.
     if required and not abs(value) < 1e308:
-        raise AnalysisError(f"{run} is complete but its metric `{key}` is {value:.3g}")
+        raise AnalysisError(f"{run} is complete but its metric `{key}` is {value:.3g}; {MEND}")
     if dtype is int:
         if not math.isfinite(value) or value != int(value):
-            raise AnalysisError(f"{run}: metric `{key}` must be a whole number, but is {value}")
+            raise AnalysisError(f"{run}: metric `{key}` must be a whole number, but is {value}; {MEND}")
         return int(value)
     return value
 
@@ -111,7 +115,9 @@ def _validation_fraction(run: RunRecord) -> float | None:
     try:
         return None if text is None else float(text)
     except ValueError:
-        raise AnalysisError(f"{run}: tag `{schema.VALIDATION_FRACTION}` must be a number, but is {text!r}") from None
+        raise AnalysisError(
+            f"{run}: tag `{schema.VALIDATION_FRACTION}` must be a number, but is {text!r}; {MEND}"
+        ) from None
 
 
 def seeds_frame(runs: list[RunRecord]) -> pd.DataFrame:
@@ -141,7 +147,7 @@ def _failure_step(run: RunRecord) -> int | None:
     if text is None:
         return None
     if not text.isdecimal():
-        raise AnalysisError(f"{run}: tag `{schema.FAILURE_STEP}` must be a whole number, but is {text!r}")
+        raise AnalysisError(f"{run}: tag `{schema.FAILURE_STEP}` must be a whole number, but is {text!r}; {MEND}")
     return int(text)
 
 

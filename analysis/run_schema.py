@@ -9,7 +9,10 @@ configuration, the parent run), a *seed* (one trial × one seed, its child) and 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,6 +69,44 @@ REVISION = "mpo.revision"
 other state of it ever had, and after a slash the number of its runs. The writer takes it away before it changes
 anything, so that what was read under one revision holds as long as that revision and that number are there."""
 PARENT = "mlflow.parentRunId"
+DIGEST = "mpo.digest"
+"""On every run: what `digest` gives of it as it was written, so that a change by somebody else shows. Absent where an
+older version wrote it, and behind the run's content while that is being written."""
+
+TAG_LIMIT = 5000
+"""Characters of a tag that every backend of MLflow takes; some cut off what is longer without a word."""
+_PARTS = re.compile(r"(\d+) parts, SHA-256 ([0-9a-f]{64})")
+
+
+def tag_text(text: str) -> str:
+    """The text as every backend takes it in one tag: cut off if it is too long, without what is no text."""
+    text = text.encode(errors="replace").decode().replace("\0", "?")
+    return text if len(text) <= TAG_LIMIT else text[: TAG_LIMIT - 1] + "…"
+
+
+def long_tag(tag: str, text: str) -> dict[str, str]:
+    """Tags that hold a text of any length: one of that name, and the parts beside it if it is too long for one."""
+    if len(text) <= TAG_LIMIT:
+        return {tag: text}
+    parts = [text[start : start + TAG_LIMIT] for start in range(0, len(text), TAG_LIMIT)]
+    head = f"{len(parts)} parts, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
+    return {tag: head} | {f"{tag}.{number}": part for number, part in enumerate(parts, 1)}
+
+
+def read_long_tag(tags: Mapping[str, str], tag: str) -> str | None:
+    """The text that `long_tag` put there; None where there is none.
+
+    Raises:
+        ValueError: some of its parts are missing or are others.
+    """
+    head = tags.get(tag)
+    split = _PARTS.fullmatch(head or "")
+    if head is None or split is None:
+        return head
+    text = "".join(tags.get(f"{tag}.{number}", "") for number in range(1, int(split[1]) + 1))
+    if hashlib.sha256(text.encode()).hexdigest() != split[2]:
+        raise ValueError(f"not all of its {split[1]} parts are there as they were written")
+    return text
 
 
 def run_key(study_uuid: str, trial: int, seed: int | None = None) -> str:
@@ -206,3 +247,38 @@ def parse_rel_error_key(key: str) -> tuple[str, int, str] | None:
     """(when, chi, layer) of a key made by `rel_error_key`, or None for any other key."""
     match = _REL_ERROR.fullmatch(key)
     return (match[1], int(match[2]), match[3]) if match else None
+
+
+# What a run holds -----------------------------------------------------------------------------------------------------
+
+PARAM_KEYS = frozenset(field.key for field in PARAMS)
+_OWN_METRICS = frozenset(
+    [field.key for field in (*CURVES, *FINALS, *COUNTS)]
+    + [key_of(field.key) for field in FINALS for key_of in (mean_key, std_key)]
+    + [N_SEEDS, N_FAILED]
+)
+_NOT_CONTENT = (DIGEST, REVISION, MISSING, WEIGHTS_LOST)
+"""Tags that change while the content of a run stays."""
+
+
+def is_own_metric(key: str) -> bool:
+    """Whether a metric of this name is the study's; anybody may log others to its runs."""
+    return key in _OWN_METRICS or parse_rel_error_key(key) is not None
+
+
+def is_own_tag(tag: str) -> bool:
+    """Whether a tag belongs to a run's content; anybody may set those without `mpo.`."""
+    return tag.startswith("mpo.") and tag not in _NOT_CONTENT
+
+
+def digest(params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]) -> str:
+    """SHA-256 of what a run holds that is the study's: params, the last value of each metric, and tags.
+
+    A field that leaves the schema changes the digests of the runs that have it: then `DIGEST` needs another name.
+    """
+    own = (
+        sorted((key, text) for key, text in params.items() if key in PARAM_KEYS),
+        sorted((key, float(value).hex()) for key, value in metrics.items() if is_own_metric(key)),
+        sorted((key, text) for key, text in tags.items() if is_own_tag(key)),
+    )
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()

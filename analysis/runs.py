@@ -13,6 +13,7 @@ from analysis import run_schema as schema
 from analysis.cache import Cache
 from analysis.errors import AnalysisError
 from analysis.run_records import (
+    MEND,
     OVER,
     RunRecord,
     failures_frame,
@@ -155,6 +156,9 @@ def study_runs(
             of the wrong type, a key occurs twice, or a seed does not match its trial.
     """
     name, uuid = _identity([*trial_runs, *seed_runs], address)
+    _check_digests(
+        [*trial_runs, *seed_runs, *summary_runs], is_settled=any(schema.REVISION in run.tags for run in summary_runs)
+    )
     trial_runs, seed_runs = _fill_in(trial_runs, seed_runs)
     _check_keys(trial_runs, uuid)
     _check_keys(seed_runs, uuid)
@@ -200,7 +204,7 @@ def claims_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> Claim
         margins = {key: float(value) for key, value in declared.get("margins", {}).items()}
         contrasts = tuple(Contrast(study, pair["arm"], pair["against"]) for pair in declared.get("contrasts", ()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AnalysisError(f"study {study}: tag `{schema.CLAIMS}` is not what a study writes") from error
+        raise AnalysisError(f"study {study}: tag `{schema.CLAIMS}` is not what a study writes; {MEND}") from error
     return Claims(margins, contrasts)
 
 
@@ -231,7 +235,7 @@ def growths_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> tupl
             Growth(study, str(each["by"]), *map(int, each["seeds"][:2]), n_over=int(each["over"])) for each in grown
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise AnalysisError(f"study {study}: tag `{schema.GROWTHS}` is not what a study writes") from error
+        raise AnalysisError(f"study {study}: tag `{schema.GROWTHS}` is not what a study writes; {MEND}") from error
 
 
 def _json_tag(summary_runs: Sequence[RunRecord], uuid: str, tag: str, default: _T) -> _T:
@@ -240,11 +244,12 @@ def _json_tag(summary_runs: Sequence[RunRecord], uuid: str, tag: str, default: _
     for run in summary_runs:
         if run.tags.get(schema.STUDY_UUID) == uuid and tag in run.tags:
             try:
-                held = json.loads(run.tags[tag])
-            except ValueError:
-                held = None
-            if not isinstance(held, type(default)):
-                raise AnalysisError(f"run {run.run_id}: tag `{tag}` is not JSON as a study writes it")
+                held = json.loads(schema.read_long_tag(run.tags, tag) or "")
+                if not isinstance(held, type(default)):
+                    raise ValueError("another kind of value")
+            except ValueError as error:
+                why = f"run {run.run_id}: tag `{tag}` is not JSON as a study writes it ({error}); {MEND}"
+                raise AnalysisError(why) from None
             return held
     return default
 
@@ -286,6 +291,23 @@ def _fill_in(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) -> tuple[l
     return [run for run in map(filled, trial_runs) if run], [run for run in map(filled, seed_runs) if run]
 
 
+def _check_digests(runs: list[RunRecord], is_settled: bool) -> None:
+    """Every run that is over is as the study wrote it, and the study wrote it, as far as its runs say.
+
+    Args:
+        is_settled: whether the study's writer has left them whole: then either all of them say it, or an older version
+            wrote them and none does.
+    """
+    over = [run for run in runs if run.status != "RUNNING"]
+    must_say = is_settled and any(schema.DIGEST in run.tags for run in over)
+    for run in over:
+        said = run.tags.get(schema.DIGEST)
+        if said is None and must_say:
+            raise AnalysisError(f"{run} was not written by the study it is in; {MEND}")
+        if said is not None and said != schema.digest(run.params, run.metrics, run.tags):
+            raise AnalysisError(f"{run} is no longer as the study wrote it: somebody else has changed it; {MEND}")
+
+
 def _trial_and_seed(run: RunRecord) -> tuple[str, str | None]:
     """Trial and seed as the key has them."""
     trial, *seed = tag_of(run, schema.KEY).split("/")[1:]
@@ -298,11 +320,11 @@ def _check_keys(runs: list[RunRecord], uuid: str) -> None:
     for run in runs:
         key = tag_of(run, schema.KEY)
         if key in seen:
-            raise AnalysisError(f"{run} has the same key as run {seen[key].run_id}: {key}")
+            raise AnalysisError(f"{run} has the same key as run {seen[key].run_id}: {key}; {MEND}")
         seen[key] = run
         expected = schema.run_key(uuid, param_of(run, "trial"), param_of(run, "seed"))
         if key != expected:
-            raise AnalysisError(f"{run} must have the key {expected}, but has {key}")
+            raise AnalysisError(f"{run} must have the key {expected}, but has {key}; {MEND}")
 
 
 def _check_against_trials(seed_runs: list[RunRecord], trials: pd.DataFrame) -> None:
@@ -311,10 +333,10 @@ def _check_against_trials(seed_runs: list[RunRecord], trials: pd.DataFrame) -> N
     for run in seed_runs:
         trial = known.get(param_of(run, "trial"))
         if trial is None:
-            raise AnalysisError(f"{run} belongs to no trial run; repair with `mpo-study sync`")
+            raise AnalysisError(f"{run} belongs to no trial run; {MEND}")
         own = {field.key: param_of(run, field.key) for field in schema.PARAMS if field.key not in ("trial", "seed")}
         counts = {field.key: metric_of(run, "count", field.key, required=False) for field in schema.COUNTS}
         own |= {key: count for key, count in counts.items() if count is not None}
         for key, value in own.items():
             if value != trial[key]:
-                raise AnalysisError(f"{run}: `{key}` is {value}, but its trial has {trial[key]}")
+                raise AnalysisError(f"{run}: `{key}` is {value}, but its trial has {trial[key]}; {MEND}")

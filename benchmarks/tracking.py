@@ -27,11 +27,12 @@ from rich.console import Console
 from study.config import StudyConfig
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.ledger.ledger import Ledger
-from study.run import open_ledger, open_tracker, study_corpus
+from study.run import open_ledger, study_corpus
 from study.scheduler.queue import Queue
 from study.scheduler.unit import Unit, run_unit, store_corpus
 from study.storage import Storage
 from study.tracking.background import BackgroundTracker
+from study.tracking.opening import open_tracker, study_record
 from study.tracking.tracker import Tracker
 from study.trial import SeedResult
 
@@ -48,7 +49,7 @@ def main() -> None:
         corpus, storage = study_corpus(config), Storage(directory.storage_url())
         store_corpus(storage, corpus)
         ledger = open_ledger(config, corpus, directory)
-        tracker = open_tracker(DEFAULT_TRACKING_URI, config, directory, ledger, corpus, storage)
+        tracker = open_tracker(DEFAULT_TRACKING_URI, directory, storage, study_record(config, ledger, corpus))
         times, cpu = measure(Queue(config, ledger, storage, corpus.sha256), tracker, n_rounds)
         ledger.close()
     ratios = [on / off for on, off in zip(times["on"], times["off"], strict=True)]
@@ -90,7 +91,7 @@ def measure(queue: Queue, tracker: Tracker, n_rounds: int) -> tuple[dict[str, li
     """Training times, in seconds, of the same units with tracking on and off, and CPU time of what was written."""
     times: dict[str, list[float]] = {"on": [], "off": []}
     written, writer_cpu = [], 0.0
-    background = BackgroundTracker(lambda: tracker, print, tracker)
+    background = BackgroundTracker(lambda sign: tracker, print)
     with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as pool:
         for number in range(n_rounds + 1):  # the first one only to come up, and to have something to write
             units = [unit for _ in range(CORES) if isinstance(unit := queue.next_unit(), Unit)]

@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import warnings
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import optuna
 import typer
 from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
 
 from analysis.streams import lasting_streams
 from analysis.urls import hide_password
 from study.config import StudyConfig
-from study.directory import StudyDirectory
+from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.errors import StudyError
 from study.growth import Growth, parse_more
 from study.plan import as_json as plan_as_json
@@ -35,7 +35,8 @@ from study.status import as_json as status_as_json
 from study.status import study_status
 from study.study_file import load_config
 from study.tracking.background import is_left_writing
-from study.tracking.connection import runs_page
+from study.tracking.connection import move_artifacts, runs_page, shown
+from study.tracking.server import serve
 from study.urls import is_database
 from study.winners import parse_seeds, write_winners
 
@@ -203,15 +204,19 @@ def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
     except KeyboardInterrupt:  # or SIGTERM
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that another one could end now is this line
         say(console, f"stopped; what is done is kept. To go on: the same command again ({folder.path})")
-        if is_left_writing():
-            sys.stdout.flush()
-            os._exit(130)
-        raise typer.Exit(130) from None
+        _end(130)
     show_outcome(console, outcome, config, folder)
     nothing_succeeded = outcome.n_failed > 0 and outcome.n_complete == 0
     trouble = outcome.aborted or outcome.tracking_trouble or outcome.backup_trouble
-    if trouble is not None or outcome.n_missing or nothing_succeeded:
-        raise typer.Exit(1)
+    _end(int(trouble is not None or outcome.n_missing > 0 or nothing_succeeded))
+
+
+def _end(code: int) -> NoReturn:
+    """End with this code, also where a writer hangs in a call of MLflow, for which the interpreter might wait."""
+    if is_left_writing():
+        sys.stdout.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -265,24 +270,18 @@ def ui(
     if not is_database(uri):
         console.print(f"this study's runs are at {hide_password(uri)}: open that in a browser", markup=False)
         return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise StudyError(f"--port {port}: cannot listen there: {error.strerror}; give another port") from None
     page = runs_page(uri, config.name)
-    console.print(f"MLflow: http://127.0.0.1:{port}{page}", highlight=False, soft_wrap=True)
-    console.print("(Ctrl-C ends it)")
-    sys.stdout.flush()
-    settings = {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_BACKEND_STORE_URI": uri,  # not as an argument: it may hold a password, and every user sees those
-    }
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1", "--default-artifact-root", folder.artifacts]
-    os.execve(sys.executable, command, os.environ | settings)  # what ends this process then ends the server
+    try:
+        move_artifacts(uri, config.name, folder.artifacts, is_own=recorded == DEFAULT_TRACKING_URI)
+    except SQLAlchemyError as error:
+        say(console, f"artifacts will not open, since the study's folder was moved: {shown(error, uri)}")
+
+    def on_ready() -> None:
+        console.print(f"MLflow: http://127.0.0.1:{port}{page}", highlight=False, soft_wrap=True)
+        console.print("(Ctrl-C ends it)")
+        sys.stdout.flush()
+
+    serve(uri, folder.artifacts, port, on_ready)
 
 
 @app.command()
@@ -293,7 +292,7 @@ def sync(
     ] = None,
     storage: StorageOption = None,
 ) -> None:
-    """Write to MLflow whatever of the ledger it lacks: after a run without it, or to repair or move an experiment."""
+    """Compare MLflow with the ledger and mend it: after a run without it, or to repair or move an experiment."""
     folder = StudyDirectory(directory)
     config = folder.load_config()
     if tracking == TRACKING_OFF:

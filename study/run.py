@@ -29,20 +29,16 @@ from study.scheduler.queue import Queue
 from study.scheduler.unit import store_corpus, stored_corpus
 from study.search_space import teacher_spec
 from study.storage import Storage
-from study.study_file import dump_config
 from study.tracking.background import BackgroundTracker
-from study.tracking.connection import (
-    TrackingAway,
-    connect,
-    first_line,
-    prepare_own_database,
-    tracking_error,
-)
-from study.tracking.tracker import StudyRecord, Tracker
+from study.tracking.connection import first_line, tracking_error
+from study.tracking.opening import open_tracker, study_record
+from study.tracking.tracker import Tracker
 from study.trial import SeedResult, TrialSpec, budget_hash, trial_shape, tuning_trials
-from study.urls import is_database
 
 TRACKING_OFF = "off"
+
+_OPENING_SECONDS = 60.0
+"""How long MLflow may hold up a study's start; a server that drips answers for hours."""
 
 
 @dataclass(frozen=True)
@@ -144,19 +140,15 @@ def run_study(
         _note_start(ledger, partial(say, console))
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
         with StudyProgress(console, ledger) as progress:
+            tracker, record = None, study_record(config, ledger, corpus)
 
-            def open_this_tracker() -> Tracker:
-                return open_tracker(uri, config, directory, ledger, corpus, storage, progress.say)
+            def open_this_tracker(on_sign: Callable[[], None]) -> Tracker:
+                return open_tracker(uri, directory, storage, record, progress.say, on_sign=on_sign)
 
-            opened = None
-            if uri != TRACKING_OFF:  # what MLflow refuses is better known before anything is trained
-                with suppress(TrackingAway):
-                    opened = open_this_tracker()
+            if uri != TRACKING_OFF:
+                tracker = BackgroundTracker(open_this_tracker, progress.say, _OPENING_SECONDS)
             directory.write(config, ledger.uuid, directory.tracking_uri() if uri == TRACKING_OFF else uri, storage.url)
             _reopen(config, ledger, storage, retry_failed, progress.say)
-            tracker = None
-            if uri != TRACKING_OFF:
-                tracker = BackgroundTracker(open_this_tracker, progress.say, opened)
 
             def track(trial: Trial) -> None:
                 if tracker is not None:
@@ -285,57 +277,6 @@ def _execute(
         run_on_ray(queue, progress.on_evaluation, directory.scratch, address)
 
 
-def open_tracker(
-    uri: str,
-    config: StudyConfig,
-    directory: StudyDirectory,
-    ledger: Ledger,
-    corpus: Corpus,
-    storage: Storage,
-    say: Callable[[str], None] = lambda line: None,
-) -> Tracker:
-    """A writer for this study's experiment.
-
-    Args:
-        say: told in one line where the folder's own database had to be made anew.
-
-    Raises:
-        TrackingAway: MLflow cannot be reached now.
-        StudyError: it can never be, there, or refuses the experiment.
-    """
-    record = StudyRecord(
-        name=config.name,
-        uuid=ledger.uuid,
-        description=config.description,
-        study_file=dump_config(ledger.config),
-        claims=ledger.config.claims.model_dump_json(),
-        growths=[
-            {"by": each.command, "seeds": [each.seeds_before, each.seeds_after], "over": ledger.n_over_at(each.made)}
-            for each in ledger.growths
-        ],
-        environment=ledger.first_environment(),
-        n_missing=ledger.n_missing,
-        created=ledger.created,
-        changed=ledger.changed,
-        corpus_sha256=corpus.sha256,
-        validation_fraction=config.corpus.validation_fraction,
-        vocab_size=len(corpus.vocabulary),
-        tuned_among={arm.name: arm.tuned_among for arm in ledger.config.arms},
-        log_weights=config.execution.keep_weights,
-    )
-    # A server has a place for artifacts; a database alone has none, and MLflow would take the working folder.
-    artifacts = directory.artifacts if is_database(uri) else None
-    resolved = directory.resolve_tracking_uri(uri)
-    try:
-        if uri == DEFAULT_TRACKING_URI:
-            said = prepare_own_database(directory.mlflow_database, config.name, directory.artifacts)
-            if said is not None:
-                say(said)
-        return Tracker(connect(resolved), artifacts, storage, record)
-    except Exception as error:  # MLflow raises whatever its backend raises
-        raise tracking_error(error, resolved) from error
-
-
 def sync(
     config: StudyConfig,
     directory: StudyDirectory,
@@ -343,7 +284,7 @@ def sync(
     tracking: str | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Write to MLflow whatever of the ledger it lacks; returns the number of trials.
+    """Compare MLflow with the ledger, and write there what it lacks or holds otherwise; returns the number of trials.
 
     Raises:
         StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
@@ -354,7 +295,8 @@ def sync(
         ledger = open_ledger(config, corpus, directory)
         config = ledger.config
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        tracker = open_tracker(uri, config, directory, ledger, corpus, storage, say)
+        record = study_record(config, ledger, corpus)
+        tracker = open_tracker(uri, directory, storage, record, say, is_thorough=True)
         directory.write(config, ledger.uuid, uri, storage.url)
         refused: dict[int, Exception] = {}
         for trial in ledger.trials.values():

@@ -17,8 +17,13 @@ from study.trial import SeedResult
 _LONGEST_PAUSE = 60.0
 """Seconds between two attempts where MLflow stays away."""
 
+_LONGEST_SILENCE = 600.0
+"""Seconds without an answer after which MLflow is no more waited for at the end: it may hang, or drip."""
+
 _LOOK_SECONDS = 0.1
 """How long `close` waits before it looks whether it was told not to."""
+
+_AWAY = "is away, the study goes on and catches up later"
 
 _THREAD = "tracking"
 
@@ -34,32 +39,57 @@ class BackgroundTracker:
     """Writes to MLflow from a thread of its own, and goes on trying where MLflow is away.
 
     Args:
-        connect: opens a `Tracker`; called in the thread, again after each failure.
+        connect: opens a `Tracker`; called in the thread, again after each failure, with what is to be called whenever
+            MLflow has answered.
         say: told in one line when MLflow goes away, is back, or does not take a trial.
-        opened: a tracker to begin with; None: the first is opened in the thread.
+        patience: seconds to wait for the first attempt: what MLflow refuses is better known before anything is trained.
         pause: seconds before the second attempt; each further one waits twice as long.
+        silence: seconds without an answer after which `close` waits no more.
+
+    Raises:
+        StudyError: MLflow refused this study within `patience`. That it is away is no error.
     """
 
     def __init__(
         self,
-        connect: Callable[[], Tracker],
+        connect: Callable[[Callable[[], None]], Tracker],
         say: Callable[[str], None],
-        opened: Tracker | None = None,
+        patience: float = 0.0,
         pause: float = 1.0,
+        silence: float = _LONGEST_SILENCE,
     ) -> None:
-        self._connect, self._say, self._first_pause = connect, say, pause
-        self._opened = opened
+        self._connect, self._say, self._first_pause, self._silence = connect, say, pause, silence
         # The only way from the study's thread to this one: no lock that Ctrl-C could leave locked.
         self._inbox: SimpleQueue[_Job | None] = SimpleQueue()
         self._pending: dict[int, _Job] = {}
         self._deferred: dict[int, _Job] = {}
         """Trials that MLflow did not take; they are tried again when all others are written."""
+        self._written: dict[int, _Job] = {}
+        """Trials that MLflow took; they are looked at again when it was away, since it may have come back without."""
         self._refused: dict[int, str] = {}
+        self._suspects: set[int] = set()
+        """Trials whose last write failed, as it may where MLflow goes away for a moment."""
         self._away: str | None = None
+        self._refusal: SimpleQueue[Exception | None] = SimpleQueue()
+        """What came of the first attempt."""
+        self._is_awaited = patience > 0
         self._closing = self._is_last_round = self._is_left = False
         self._n_missing = 0
+        self._last_sign = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=_THREAD, daemon=True)
         self._thread.start()
+        if patience > 0:
+            self._wait_until_open(patience)
+
+    def _wait_until_open(self, patience: float) -> None:
+        try:
+            refusal = self._refusal.get(timeout=patience)
+        except Empty:
+            self._is_awaited = False
+            self._note_away(TrackingAway(f"it has not answered within {patience:g} seconds"))
+            return
+        if refusal is not None:
+            raise refusal
 
     @property
     def trouble(self) -> str | None:
@@ -93,42 +123,71 @@ class BackgroundTracker:
         """
         self._n_missing = n_missing
         self._inbox.put(None)
+        self._note_sign()
         while self._thread.is_alive() and not self._is_left:
             self._thread.join(_LOOK_SECONDS)
+            if self._thread.is_alive() and time.monotonic() - self._last_sign > self._silence:
+                self._away = self._away or f"it has not answered for {self._silence:g} seconds"
+                self.leave()
         return self.trouble
 
     # In the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        tracker, pause = self._opened, self._first_pause
-        while (job := self._next(pause)) is not None:
-            trial, results, n_seeds = job
-            is_last_attempt = self._closing
+        tracker, pause = None, self._first_pause
+        while True:
+            job, is_last_attempt = None, self._closing
             try:
-                tracker = tracker or self._connect()
-                tracker.write(trial, results, n_seeds)
+                if tracker is None:
+                    tracker = self._open()
+                job, is_last_attempt = self._next(pause), self._closing
+                if job is None:
+                    if not self._refused:
+                        tracker.settle(self._n_missing)
+                    self._note_back()
+                    return
+                tracker.write(*job)
             except Exception as error:  # whatever it is, the study must go on
-                is_refused = tracker is not None and tracker.answers()
-                tracker = None  # what it knows of MLflow's runs may not be so
-                if is_refused:
-                    self._note_refused(trial.number, first_line(error))
+                if job is not None and tracker is not None and self._is_refused(job, error, tracker):
+                    self._note_refused(job[0].number, first_line(error))
+                elif self._is_awaited and isinstance(error, StudyError) and not isinstance(error, TrackingAway):
+                    self._refusal.put(error)
+                    return
                 else:
-                    is_final = isinstance(error, StudyError) and not isinstance(error, TrackingAway)
-                    self._note_away(first_line(error), is_final)
-                    if is_last_attempt or is_final:
+                    self._note_away(error)
+                    if is_last_attempt:
                         return
+                    self._release()
                     self._receive(pause)
+                tracker = None  # what it knows of MLflow's runs may not be so
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
-            if self._away is not None:
-                self._away = None
-                self._tell("MLflow is back")
-            pause = self._first_pause
-            self._refused.pop(trial.number, None)
-            del self._pending[trial.number]
-        if tracker is not None and not self._refused:
-            with suppress(Exception):  # without it readers read more than they need
-                tracker.settle(self._n_missing)
+            self._note_back()
+            pause, number = self._first_pause, job[0].number
+            self._suspects.discard(number)
+            self._refused.pop(number, None)
+            self._written[number] = self._pending.pop(number)
+
+    def _open(self) -> Tracker:
+        tracker = self._connect(self._note_sign)
+        self._pending, self._written = self._written | self._pending, {}
+        if not self._pending:
+            self._note_back()
+        self._release()
+        return tracker
+
+    def _release(self) -> None:
+        """Let the study begin."""
+        if self._is_awaited:
+            self._is_awaited = False
+            self._refusal.put(None)
+
+    def _is_refused(self, job: _Job, error: Exception, tracker: Tracker) -> bool:
+        """Whether the trouble is this trial's own: MLflow answers, and no waiting changes it, or none has."""
+        number, is_transient = job[0].number, isinstance(error, TrackingAway)
+        is_own = self._closing or not is_transient or number in self._suspects
+        self._suspects.add(number)
+        return tracker.answers() and is_own
 
     def _next(self, pause: float) -> _Job | None:
         """A trial to write, waited for; None where there will be none."""
@@ -156,6 +215,7 @@ class BackgroundTracker:
                 self._closing = True
                 return
             self._deferred.pop(job[0].number, None)
+            self._written.pop(job[0].number, None)
             self._pending[job[0].number] = job
             if until_something:
                 return
@@ -167,12 +227,20 @@ class BackgroundTracker:
         if is_first:
             self._tell(f"MLflow did not take trial {number}, which is tried again later: {why}")
 
-    def _note_away(self, why: str, is_final: bool) -> None:
-        was_away, self._away = self._away is not None, why
-        if is_final:
-            self._tell(f"MLflow takes no more, the study goes on without it: {why}")
-        elif not was_away:
-            self._tell(f"MLflow is away, the study goes on and catches up later: {why}")
+    def _note_away(self, error: Exception) -> None:
+        was_away, self._away = self._away is not None, first_line(error)
+        if not was_away:
+            is_refusal = isinstance(error, StudyError) and not isinstance(error, TrackingAway)
+            what = "does not take this study, which goes on and tries again" if is_refusal else _AWAY
+            self._tell(f"MLflow {what}: {self._away}")
+
+    def _note_back(self) -> None:
+        if self._away is not None:
+            self._away = None
+            self._tell("MLflow is back")
+
+    def _note_sign(self) -> None:
+        self._last_sign = time.monotonic()
 
     def _tell(self, line: str) -> None:
         with suppress(OSError):  # a terminal that is gone is no reason to write no more

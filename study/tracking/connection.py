@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 import sqlalchemy
 import sqlalchemy.exc
@@ -29,6 +29,9 @@ _REFUSALS = {
     "UNAUTHENTICATED",
 }
 """MLflow's error codes that no waiting will change."""
+
+_LONGEST_LINE = 500
+"""Characters of what is shown of an error."""
 
 
 class TrackingAway(StudyError):
@@ -72,6 +75,7 @@ def _set_up_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for every run that ends
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     # A new database is announced with a line for each of MLflow's migrations, a refused write with its traceback.
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -82,8 +86,14 @@ def tracking_error(error: Exception, uri: str) -> StudyError:
     """What MLflow raised, in one line without its password."""
     if isinstance(error, StudyError):
         return error
-    kind = StudyError if _is_refusal(error) else TrackingAway
-    return kind(f"cannot reach MLflow at {hide_password(uri)}: {hide_password(first_line(error), uri)}")
+    return error_kind(error)(f"cannot reach MLflow at {hide_password(uri)}: {shown(error, uri)}")
+
+
+def error_kind(error: Exception) -> type[StudyError]:
+    """`TrackingAway` where the same call may work later, `StudyError` where it is refused."""
+    if isinstance(error, StudyError):
+        return type(error)
+    return StudyError if _is_refusal(error) else TrackingAway
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -103,6 +113,12 @@ def first_line(error: Exception) -> str:
     return said[0] if said else type(error).__name__
 
 
+def shown(error: Exception, uri: str) -> str:
+    """That line without the password of a URI, and not the whole page that a server in between may have sent."""
+    line = hide_password(first_line(error), uri)
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…"
+
+
 def runs_page(uri: str, name: str) -> str:
     """Where in MLflow's UI the runs of an experiment are, below the server's address.
 
@@ -120,19 +136,18 @@ def runs_page(uri: str, name: str) -> str:
 # The database in a study's own folder ---------------------------------------------------------------------------------
 
 
-def prepare_own_database(path: Path, experiment: str, artifacts: str) -> str | None:
+def prepare_own_database(path: Path, artifacts: str) -> str | None:
     """See to it that a whole MLflow database lies there, whatever happened to it or to its maker before.
 
-    It holds nothing that the ledger does not, so one that is damaged, or whose folder was moved (MLflow knows artifacts
-    by absolute paths), is set aside for the ledger to be written again.
+    It holds nothing that the ledger does not, so one that is damaged is set aside for the ledger to be written again.
 
     Args:
-        artifacts: where the experiment's artifacts go.
+        artifacts: where artifacts go if the database has to be made.
     Returns:
         What was done to a database that was there, in one line; None where there was nothing to do.
     """
     said = None
-    why = _what_is_wrong(path, experiment, artifacts) if path.exists() else None
+    why = _what_is_wrong(path) if path.exists() else None
     if why is not None:
         aside = _set_aside(path)
         said = f"{path.name} {why}; it is now {aside.name}, and MLflow is written again from the ledger"
@@ -141,7 +156,7 @@ def prepare_own_database(path: Path, experiment: str, artifacts: str) -> str | N
     return said
 
 
-def _what_is_wrong(path: Path, experiment: str, artifacts: str) -> str | None:
+def _what_is_wrong(path: Path) -> str | None:
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=rw", uri=True)) as database:
             if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
@@ -150,9 +165,7 @@ def _what_is_wrong(path: Path, experiment: str, artifacts: str) -> str | None:
             is_whole = {"alembic_version", "experiments", "runs"} <= tables
             if not is_whole or any(name.startswith("_alembic_tmp") for name in tables):
                 return "was never completely made"
-            query = "SELECT artifact_location FROM experiments WHERE name = ?"
-            row = database.execute(query, (experiment,)).fetchone()
-            return "lies in another folder than it was made for" if row not in (None, (artifacts,)) else None
+            return None
     except sqlite3.OperationalError:  # locked: MLflow will say so
         return None
     except sqlite3.DatabaseError:
@@ -181,3 +194,43 @@ def _make_database(path: Path, artifacts: str) -> None:
     store = SqlAlchemyStore(f"sqlite:///{partial}", artifacts)
     store.engine.dispose()
     partial.replace(path)
+
+
+def move_artifacts(uri: str, experiment: str, artifacts: str, *, is_own: bool) -> None:
+    """Let a database know an experiment's artifacts, and those of its runs, where they are now.
+
+    MLflow keeps absolute addresses, which are no longer so when a study's folder was moved or copied.
+
+    Args:
+        artifacts: where they are, in the study's folder.
+        is_own: the database lies in that folder too; if not, addresses that still lead somewhere stay: another copy
+            of the study may use them.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: the database cannot be read, or not be written.
+    """
+    from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlRun
+
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        with engine.begin() as database:
+            query = sqlalchemy.select(SqlExperiment.experiment_id, SqlExperiment.artifact_location)
+            row = database.execute(query.where(SqlExperiment.name == experiment)).one_or_none()
+            before = row.artifact_location if row is not None else None
+            if row is None or before is None or before == artifacts or not (is_own or _leads_nowhere(before)):
+                return
+            below = sqlalchemy.func.substr(SqlRun.artifact_uri, len(before) + 1)
+            moved = sqlalchemy.literal(artifacts).concat(below)
+            of_runs = sqlalchemy.update(SqlRun).where(
+                SqlRun.experiment_id == row.experiment_id, SqlRun.artifact_uri.startswith(before, autoescape=True)
+            )
+            database.execute(of_runs.values(artifact_uri=moved).execution_options(synchronize_session=False))
+            of_experiment = sqlalchemy.update(SqlExperiment).where(SqlExperiment.experiment_id == row.experiment_id)
+            database.execute(of_experiment.values(artifact_location=artifacts))
+    finally:
+        engine.dispose()
+
+
+def _leads_nowhere(artifacts: str) -> bool:
+    parts = urlsplit(artifacts)
+    return parts.scheme == "file" and not Path(unquote(parts.path)).exists()

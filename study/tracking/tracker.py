@@ -1,33 +1,41 @@
 """Projects the ledger onto one MLflow experiment.
 
 Every run carries a key (study, trial, seed) and timestamps from the ledger, so that writing it twice changes nothing.
+A run that holds something else than the ledger says is mended: MLflow takes no param or metric back, so where one of
+them is wrong the run is deleted, and a new one written in its place.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
+import math
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from dataclasses import field as with_default
-from datetime import datetime
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis import run_schema as schema
 from analysis.urls import hide_password
 from study.errors import StudyError
 from study.ledger.trials import Trial
 from study.storage import Storage
-from study.telling import Pruned
-from study.tracking.connection import first_line
+from study.tracking.connection import TrackingAway, error_kind, shown
+from study.tracking.content import (
+    RunContent,
+    StudyRecord,
+    milliseconds,
+    pruned_content,
+    seed_content,
+    summary_content,
+    trial_content,
+)
 from study.trial import SeedResult
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Experiment, Run
 
 _PAGE = 1000
 """Runs asked for at once."""
@@ -35,31 +43,7 @@ _PAGE = 1000
 _DIGEST = 36
 """Characters that MLflow takes of a data set's digest."""
 
-
-@dataclass(frozen=True)
-class StudyRecord:
-    """What MLflow is told of a study besides its runs."""
-
-    name: str
-    uuid: str
-    description: str
-    study_file: str
-    claims: str
-    """JSON, see `run_schema.CLAIMS`."""
-    growths: list[dict[str, Any]]
-    """See `run_schema.GROWTHS`."""
-    environment: dict[str, Any]
-    n_missing: int
-    """Runs that the study lacks at this start."""
-    created: str
-    changed: str
-    """When the study grew last, or was begun."""
-    corpus_sha256: str
-    validation_fraction: float
-    vocab_size: int
-    tuned_among: Mapping[str, int | None]
-    """Of each arm, see `config.Arm`."""
-    log_weights: bool
+_OVER = ("FINISHED", "FAILED", "KILLED")
 
 
 @dataclass
@@ -68,16 +52,21 @@ class _KnownRun:
 
     run_id: str
     started: int
+    status: str
     ended: int | None = None
-    """Times in milliseconds; None while something of it is missing."""
-    n_results: int = 0
+    """Milliseconds; None while it is not over."""
+    digest: str = ""
+    """Of its content, see `run_schema.digest`; empty where the run itself does not say so."""
     parent: str | None = None
     lost_weights: bool = False
-    budget_hash: str | None = None
     revision: str | None = None
     """The summary's: what readers know the experiment by, see `analysis.run_schema`."""
-    tags: dict[str, str] = with_default(default_factory=dict)
+    n_missing: str | None = None
     """The summary's."""
+    is_checked: bool = False
+    """Whether it was compared with what it must hold, or written, by this writer."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Those that it was found to hold as they must be, until the others are written."""
 
 
 class Tracker:
@@ -87,13 +76,25 @@ class Tracker:
         client: a connection that works, see `connect`.
         artifacts: where the experiment's artifacts go if it has to be created; None leaves that to MLflow.
         storage: where trained weights lie.
+        is_thorough: compare also what takes a request for each run: all points of the curves, and artifacts.
+        on_sign: called whenever MLflow has answered.
 
     Raises:
+        TrackingAway: what answers is not MLflow, or not whole.
         StudyError: the experiment was deleted, or is another study's.
     """
 
-    def __init__(self, client: MlflowClient, artifacts: str | None, storage: Storage, record: StudyRecord) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        artifacts: str | None,
+        storage: Storage,
+        record: StudyRecord,
+        is_thorough: bool = False,
+        on_sign: Callable[[], None] = lambda: None,
+    ) -> None:
         self._client, self._record, self._storage = client, record, storage
+        self._is_thorough, self._on_sign = is_thorough, on_sign
         self._experiment_id = self._open_experiment(artifacts)
         self._summary_key = f"{record.uuid}/{schema.KIND_SUMMARY}"
         self._known: dict[str, _KnownRun] = {}
@@ -103,26 +104,37 @@ class Tracker:
     def answers(self) -> bool:
         """Whether MLflow can be reached: then a write that failed is that run's own trouble."""
         try:
-            self._client.search_experiments(max_results=1)
+            return self._client.get_experiment(self._experiment_id).name == self._record.name
         except Exception:  # MLflow raises whatever its backend raises
             return False
-        return True
 
     def _open_experiment(self, artifacts: str | None) -> str:
         name = self._record.name
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            tags = {schema.STUDY_UUID: self._record.uuid, "mlflow.note.content": self._record.description}
-            return self._client.create_experiment(name, artifact_location=artifacts, tags=tags)
+            description = schema.tag_text(self._record.description)
+            tags = {schema.STUDY_UUID: self._record.uuid, "mlflow.note.content": description}
+            return _of_mlflow(self._client.create_experiment(name, artifact_location=artifacts, tags=tags))
+        experiment_id = _of_mlflow(experiment.experiment_id)
         if experiment.lifecycle_stage == "deleted":
-            raise StudyError(f"the experiment {name} was deleted; restore it, or purge it with `mlflow gc`")
+            raise StudyError(self._how_to_restore(experiment))
         if experiment.tags.get(schema.STUDY_UUID) != self._record.uuid:
             raise StudyError(f"the experiment {name} holds another study of that name; give this one another name")
-        return experiment.experiment_id
+        return experiment_id
+
+    def _how_to_restore(self, experiment: Experiment) -> str:
+        uri = hide_password(self._client.tracking_uri)
+        store = "the server's database" if uri.startswith("http") else uri
+        return (
+            f"the experiment {experiment.name} was deleted; restore it: MLFLOW_TRACKING_URI={uri} mlflow experiments "
+            f"restore --experiment-id {experiment.experiment_id}; or purge it: mlflow gc --tracking-uri {uri} "
+            f"--backend-store-uri {store!r} --experiment-ids {experiment.experiment_id}"
+        )
 
     @property
     def _writer(self) -> MlflowClient:
         """The client for calls that change something, of which readers are warned first."""
+        self._on_sign()
         summary = self._known.get(self._summary_key)
         if summary is not None and summary.revision is not None:
             self._client.delete_tag(summary.run_id, schema.REVISION)
@@ -132,13 +144,16 @@ class Tracker:
     def settle(self, n_missing: int) -> None:
         """Tell readers that this state of the experiment will stay, unless something in it is still to come.
 
-        To be called when all is written.
+        To be called when this tracker has written every trial: it deletes the runs of this study that are none of
+        theirs.
 
         Args:
             n_missing: runs that the study still lacks.
         """
+        for key in [key for key, run in self._known.items() if not run.is_checked]:
+            self._delete(key)
         summary = self._known[self._summary_key]
-        self._tag_summary(summary, {schema.MISSING: str(n_missing)})
+        self._set_missing(summary, n_missing)
         if any(run.ended is None for run in self._known.values()):
             return
         n_runs = str(len(self._known))
@@ -147,10 +162,18 @@ class Tracker:
             self._client.set_tag(summary.run_id, schema.REVISION, revision)
             summary.revision = revision
 
+    def _set_missing(self, summary: _KnownRun, n_missing: int) -> None:
+        if summary.n_missing != str(n_missing):
+            self._writer.set_tag(summary.run_id, schema.MISSING, str(n_missing))
+            summary.n_missing = str(n_missing)
+
+    # What is there ------------------------------------------------------------------------------------------------
+
     def _find_runs(self) -> None:
         """Take up the active runs of this study by key.
 
-        Of two under one key (a call whose answer was lost, and that was made again) the one that is over stays.
+        Of two under one key (a call whose answer was lost, and that was made again) the one that says itself what it
+        holds stays, or else the one that is over.
         """
         known = self._known
         doomed: list[_KnownRun] = []  # deleted at the end: a page begins where the runs before it end
@@ -162,210 +185,195 @@ class Tracker:
                 max_results=_PAGE,
                 page_token=token,
             )
+            self._on_sign()
             for run in page:
-                n_results = run.data.metrics.get(schema.N_SEEDS, 0) + run.data.metrics.get(schema.N_FAILED, 0)
-                tags, is_over = run.data.tags, run.info.status in ("FINISHED", "FAILED", "KILLED")
-                ended = run.info.end_time if is_over and schema.WEIGHTS_LOST not in tags else None
-                found = _KnownRun(
-                    run.info.run_id,
-                    run.info.start_time,
-                    ended,
-                    int(n_results),
-                    tags.get(schema.PARENT),
-                    schema.WEIGHTS_LOST in tags,
-                    run.data.params.get("budget_hash"),
-                    tags.get(schema.REVISION),
-                    dict(tags) if tags.get(schema.KIND) == schema.KIND_SUMMARY else {},
-                )
-                both = sorted(
-                    (known.get(tags[schema.KEY], found), found), key=lambda one: (one.ended or 0, one.n_results)
-                )
-                known[tags[schema.KEY]] = both[1]
-                if both[0] is not both[1]:
-                    doomed.append(both[0])
+                key, found = run.data.tags.get(schema.KEY, run.info.run_id), _known(run)
+                one, other = sorted((known.get(key, found), found), key=lambda one: (one.digest != "", one.ended or 0))
+                known[key] = other
+                if one is not other:
+                    doomed.append(one)
             token = page.token
             if not token:
                 break
         for run in doomed:
             self._writer.delete_run(run.run_id)
 
-    @property
-    def _summary_tags(self) -> dict[str, str]:
-        return {
-            schema.CLAIMS: self._record.claims,
-            schema.GROWTHS: json.dumps(self._record.growths),
-            schema.ENVIRONMENT: json.dumps(self._record.environment),
-            schema.MISSING: str(self._record.n_missing),
-        }
-
-    def _tag_summary(self, run: _KnownRun, tags: dict[str, str]) -> None:
-        for tag, value in tags.items():
-            if run.tags.get(tag) != value:  # of an older version's run, taken away by hand, or no longer so
-                self._writer.set_tag(run.run_id, tag, value)
-                run.tags[tag] = value
-
-    def _describe(self) -> None:
-        """A summary run that holds the resolved study file and the environment."""
-        key = self._summary_key
-        known = self._known.get(key)
-        created, changed = _milliseconds(self._record.created), _milliseconds(self._record.changed)
-        run = known or self._create(key, schema.KIND_SUMMARY, f"study {self._record.name}", created, {})
-        self._tag_summary(run, self._summary_tags)
-        if run.ended == changed:
-            return
-        self._log_file(run, "study.yaml", self._record.study_file.encode())
-        self._log_file(run, "environment.json", json.dumps(self._record.environment, indent=2).encode())
-        self._log_corpus(run)
-        self._terminate(run, "FINISHED", changed)
+    def _differ(self, known: _KnownRun, content: RunContent, earlier: Callable[[], list[RunContent]]) -> bool:
+        """Whether a run holds what it must not, or lacks what is not added to it any more; tags are mended here."""
+        if known.digest != content.digest:
+            run = self._client.get_run(known.run_id)
+            params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
+            own = {key: value for key, value in metrics.items() if schema.is_own_metric(key)}
+            wrong = [key for key in schema.PARAM_KEYS & params.keys() if params[key] != content.params.get(key)]
+            if wrong or not any(_is_part(own, each.metrics) for each in (content, *earlier())):
+                return True
+            known.metrics = {key: value for key, value in own.items() if _is_part({key: value}, content.metrics)}
+            for tag in filter(schema.is_own_tag, tags.keys() - content.tags.keys()):
+                self._writer.delete_tag(known.run_id, tag)
+        return self._is_thorough and any(
+            {(point.step, point.value) for point in self._client.get_metric_history(known.run_id, curve.key)}
+            != {(point.step, point.value) for point in content.points if point.key == curve.key}
+            for curve in schema.CURVES
+            if curve.key in content.metrics and (known.digest == content.digest or curve.key in known.metrics)
+        )
 
     # Writing ------------------------------------------------------------------------------------------------------
 
     def write(self, trial: Trial, results: Iterable[SeedResult], n_seeds: int) -> None:
-        """Bring one trial's runs up to date; what is there already stays.
+        """Bring one trial's runs up to date; what is there as it must be stays.
 
         Args:
             results: those that are in; a duplicate's are its original's, and only its aggregates are written.
             n_seeds: how many there will be.
 
         Raises:
-            StudyError: MLflow did not take them, or not all; in one line, without a password.
+            TrackingAway: MLflow did not take them, or not all; later it may.
+            StudyError: it refuses them. Both in one line, without a password.
         """
         try:
             self._write(trial, sorted(results, key=lambda result: (result.ended, result.seed)), n_seeds)
         except Exception as error:  # MLflow raises whatever its backend raises
-            raise StudyError(hide_password(first_line(error), self._client.tracking_uri)) from error
+            raise error_kind(error)(shown(error, self._client.tracking_uri)) from error
+        self._on_sign()
 
     def _write(self, trial: Trial, results: list[SeedResult], n_seeds: int) -> None:
         if trial.pruned is not None:
-            self._write_pruned(trial, trial.pruned)
+            content = pruned_content(self._record, trial, trial.pruned)
+            self._complete(self._ensure(content), content)
         if not results:
             return
         trial_key = schema.run_key(self._record.uuid, trial.number)
-        keys = {result.seed: schema.run_key(self._record.uuid, trial.number, result.seed) for result in results}
-        if trial.duplicate_of is not None:
-            keys = {}
-        again = [r for r in results if r.seed in keys and self._is_outdated(keys[r.seed], trial, r)]
-        if again or self._is_outdated(trial_key, trial):
-            for key in [trial_key, *(keys[result.seed] for result in again)]:
-                if key in self._known:  # of what was trained again nothing may stay, means included
-                    self._writer.delete_run(self._known.pop(key).run_id)
-        parent = self._known.get(trial_key) or self._create_trial(trial, results[0])
-        if trial.duplicate_of is None:
-            for result in results:
-                known = self._known.get(keys[result.seed])
-                if known is not None and known.parent != parent.run_id:  # somebody deleted the parent that it had
-                    self._writer.set_tag(known.run_id, schema.PARENT, parent.run_id)
-                    known.parent = parent.run_id
-                if known is None or known.ended is None:
-                    self._write_seed(known or self._create_seed(parent, trial, result), trial, result)
-        is_over = len(results) >= n_seeds or trial.stop is not None
-        if parent.n_results < len(results) or (is_over and parent.ended != _milliseconds(results[-1].ended)):
-            self._write_aggregates(parent, trial, results, is_over)
+        own = results if trial.duplicate_of is None else []
+        again = [key for key in map(self._again_key(trial), own) if key is not None]
+        if again:  # of what was trained again nothing may stay, means included
+            for key in {trial_key, *again} & self._known.keys():
+                self._delete(key)
 
-    def _write_pruned(self, trial: Trial, pruned: Pruned) -> None:
-        """A trial's run without seeds, over as soon as it was begun."""
-        key, when = schema.run_key(self._record.uuid, trial.number), _milliseconds(pruned.when)
-        if self._is_outdated(key, trial):
-            self._writer.delete_run(self._known.pop(key).run_id)
-        known = self._known.get(key)
-        if known is None:
-            tags = self._trial_tags(trial) | {schema.PRUNED: pruned.reason}
-            known = self._create(key, schema.KIND_TRIAL, trial_name(trial), when, tags)
-        if known.ended is None:
-            self._log(known, _metrics(_counts(trial), when), self._params(trial))
-            self._terminate(known, "KILLED", when)
+        def of_first(n: int, is_over: bool = False) -> RunContent:
+            return trial_content(self._record, trial, results[:n], is_over)
 
-    def _is_outdated(self, key: str, trial: Trial, result: SeedResult | None = None) -> bool:
-        """Whether there is a run under this key of an earlier training of the seed, or from before the study grew
-        such that its trial belongs to another budget: MLflow lets no param change."""
-        known = self._known.get(key)
-        if known is None:
-            return False
-        was_before = result is not None and known.started != _milliseconds(result.started)
-        return was_before or known.budget_hash not in (None, trial.budget_hash)
+        content = of_first(len(results), len(results) >= n_seeds or trial.stop is not None)
+        parent = self._ensure(content, lambda: [of_first(n) for n in range(1, len(results))])
+        for result in own:
+            self._write_seed(parent, trial, result)
+        self._complete(parent, content)
 
-    def _create_trial(self, trial: Trial, first: SeedResult) -> _KnownRun:
-        key, started = schema.run_key(self._record.uuid, trial.number), _milliseconds(first.started)
-        run = self._create(key, schema.KIND_TRIAL, trial_name(trial), started, self._trial_tags(trial))
-        self._log_corpus(run)
-        return run
+    def _again_key(self, trial: Trial) -> Callable[[SeedResult], str | None]:
+        def key_of(result: SeedResult) -> str | None:
+            """The key of a run of an earlier training of this seed."""
+            key = schema.run_key(self._record.uuid, trial.number, result.seed)
+            known = self._known.get(key)
+            return key if known is not None and known.started != milliseconds(result.started) else None
 
-    def _trial_tags(self, trial: Trial) -> dict[str, str]:
-        return _group_tags(trial) | {schema.VALIDATION_FRACTION: str(self._record.validation_fraction)}
+        return key_of
 
-    def _create_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> _KnownRun:
-        tags = _group_tags(trial) | result.ran_on | {schema.PARENT: parent.run_id}
-        if result.failure is not None:
-            tags[schema.FAILURE] = result.failure
-        if result.failure_step is not None:
-            tags[schema.FAILURE_STEP] = str(result.failure_step)
-        key = schema.run_key(self._record.uuid, trial.number, result.seed)
-        name = f"seed {result.seed} of {trial_name(trial)}"  # MLflow's tables cut names off at their end
-        return self._create(key, schema.KIND_SEED, name, _milliseconds(result.started), tags)
-
-    def _write_seed(self, run: _KnownRun, trial: Trial, result: SeedResult) -> None:
-        ended = _milliseconds(result.ended)
-        metrics = _metrics(_counts(trial) | result.final | result.rel_errors, ended)
-        for row in result.curve:
-            values = {key: value for key, value in row.items() if key != "step"}
-            metrics += _metrics(values, ended, step=int(row["step"]))
-        self._log(run, metrics, self._params(trial) | {"seed": result.seed})
+    def _write_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> None:
+        content = seed_content(self._record, trial, result)
+        known = self._ensure(content, parent=parent.run_id)
+        if known.parent != parent.run_id:  # somebody deleted the parent that it had
+            self._writer.set_tag(known.run_id, schema.PARENT, parent.run_id)
+            known.parent = parent.run_id
         if result.weights is not None and self._record.log_weights:
-            try:
-                self._log_file(run, Path(result.weights).name, self._storage.read(result.weights))
-                if run.lost_weights:
-                    self._writer.delete_tag(run.run_id, schema.WEIGHTS_LOST)
-            except FileNotFoundError:  # its numbers are no less true for that
-                self._writer.set_tag(run.run_id, schema.WEIGHTS_LOST, result.weights)
-        self._terminate(run, "FINISHED" if result.state == "complete" else "FAILED", ended)
+            self._log_weights(known, result.weights)
+        self._complete(known, content)
 
-    def _write_aggregates(self, run: _KnownRun, trial: Trial, results: list[SeedResult], is_over: bool) -> None:
-        """Means and standard deviations over the complete seeds that are in; the step is their number."""
-        complete = [result for result in results if result.state == "complete"]
-        metrics: dict[str, float] = {schema.N_SEEDS: len(complete), schema.N_FAILED: len(results) - len(complete)}
-        for field in schema.FINALS if complete else ():
-            values = [result.final[field.key] for result in complete]
-            metrics[schema.mean_key(field.key)] = statistics.fmean(values)
-            if len(values) > 1:
-                metrics[schema.std_key(field.key)] = statistics.stdev(values)
-        ended = _milliseconds(results[-1].ended)
-        counts = _metrics(_counts(trial), _milliseconds(results[0].started))
-        self._log(run, counts + _metrics(metrics, ended, step=len(results)), self._params(trial))
-        run.n_results = len(results)
-        if trial.stop is not None and trial.duplicate_of is None:
-            self._writer.set_tag(run.run_id, schema.STOPPED, trial.stop.reason)
-        if is_over:
-            self._terminate(run, "FINISHED" if complete else "FAILED", ended)
-        elif run.ended is not None:  # the study has grown
-            self._writer.update_run(run.run_id, status="RUNNING")
-            run.ended = None
+    def _log_weights(self, known: _KnownRun, weights: str) -> None:
+        name = Path(weights).name
+        if known.ended is not None and not known.lost_weights and not (self._is_thorough and self._lacks(known, name)):
+            return
+        try:
+            self._log_file(known, name, self._storage.read(weights))
+            if known.lost_weights:
+                self._writer.delete_tag(known.run_id, schema.WEIGHTS_LOST)
+                known.lost_weights = False
+        except FileNotFoundError:  # its numbers are no less true for that
+            self._writer.set_tag(known.run_id, schema.WEIGHTS_LOST, weights)
+            known.lost_weights = True
 
-    # MLflow's calls -----------------------------------------------------------------------------------------------
-
-    def _create(self, key: str, kind: str, name: str, started: int, tags: dict[str, str]) -> _KnownRun:
-        own = {
-            schema.KIND: kind,
-            schema.KEY: key,
-            schema.STUDY_NAME: self._record.name,
-            schema.STUDY_UUID: self._record.uuid,
-            schema.SCHEMA: str(schema.SCHEMA_VERSION),
+    def _describe(self) -> None:
+        """A summary run that holds the resolved study file and the environment."""
+        content = summary_content(self._record)
+        known = self._ensure(content)
+        self._set_missing(known, self._record.n_missing)
+        files = {
+            "study.yaml": self._record.study_file.encode(),
+            "environment.json": json.dumps(self._record.environment, indent=2).encode(),
         }
-        run = self._writer.create_run(self._experiment_id, start_time=started, tags=own | tags, run_name=name)
-        self._known[key] = _KnownRun(run.info.run_id, started, parent=tags.get(schema.PARENT))
-        return self._known[key]
+        for name, text in files.items():
+            if known.ended != content.ended or (self._is_thorough and self._read(known, name) != text):
+                self._log_file(known, name, text)
+        self._complete(known, content)
 
-    def _log(self, run: _KnownRun, metrics: list[Metric], params: dict[str, Any]) -> None:
-        from mlflow.entities import Param
+    def _ensure(
+        self,
+        content: RunContent,
+        earlier: Callable[[], Sequence[RunContent]] = list,
+        parent: str | None = None,
+    ) -> _KnownRun:
+        """The run of this key: one that holds nothing that it must not, in its place a new one, or the first.
 
-        own = [Param(key, str(value)) for key, value in params.items() if value is not None]
-        self._writer.log_batch(run.run_id, metrics, own)
-        run.budget_hash = params.get("budget_hash", run.budget_hash)
+        Args:
+            earlier: contents that it may have had before this one, and that this one takes the place of.
+            parent: of a new one.
+        """
+        known = self._known.get(content.key)
+        if known is not None and not known.is_checked:
+            if self._differ(known, content, lambda: list(earlier())):
+                self._delete(content.key)
+                known = None
+            else:
+                known.is_checked = True
+        if known is None:
+            tags = content.tags if parent is None else content.tags | {schema.PARENT: parent}
+            run = self._writer.create_run(
+                self._experiment_id, start_time=content.started, tags=tags, run_name=content.name
+            )
+            known = _KnownRun(_of_mlflow(run.info.run_id), content.started, "RUNNING", parent=parent, is_checked=True)
+            self._known[content.key] = known
+            if parent is None and schema.PRUNED not in content.tags:
+                self._log_corpus(known)
+        return known
+
+    def _complete(self, known: _KnownRun, content: RunContent) -> None:
+        """Write what this run lacks, and end it where it is over."""
+        if content.ended is None and known.status != "RUNNING":  # the study has grown
+            self._writer.update_run(known.run_id, status="RUNNING")
+            known.status, known.ended = "RUNNING", None
+        if known.digest != content.digest:
+            self._log(known, content)
+        if content.ended is not None and (known.ended, known.status) != (content.ended, content.status):
+            self._writer.set_terminated(known.run_id, content.status, end_time=content.ended)
+            known.status, known.ended = content.status, content.ended
+
+    def _log(self, known: _KnownRun, content: RunContent) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        metrics = [Metric(*point) for point in content.points if point.key not in known.metrics]
+        params = [Param(key, text) for key, text in content.params.items()]
+        tags = [RunTag(tag, text) for tag, text in (content.tags | {schema.DIGEST: content.digest}).items()]
+        self._writer.log_batch(known.run_id, metrics, params, tags)
+        known.digest, known.metrics = content.digest, {}
+
+    def _delete(self, key: str) -> None:
+        self._writer.delete_run(self._known[key].run_id)
+        del self._known[key]
+
+    # Files --------------------------------------------------------------------------------------------------------
 
     def _log_file(self, run: _KnownRun, name: str, content: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(content)
             self._writer.log_artifact(run.run_id, str(path))
+
+    def _lacks(self, run: _KnownRun, name: str) -> bool:
+        return name not in {file.path for file in self._client.list_artifacts(run.run_id)}
+
+    def _read(self, run: _KnownRun, name: str) -> bytes | None:
+        if self._lacks(run, name):
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(run.run_id, name, folder)).read_bytes()
 
     def _log_corpus(self, run: _KnownRun) -> None:
         """Name the text as the run's input, for MLflow's column of data sets."""
@@ -376,49 +384,30 @@ class Tracker:
         corpus = Dataset("corpus", sha256[:_DIGEST], source_type="sha256", source=source)  # more it does not take
         self._writer.log_inputs(run.run_id, [DatasetInput(corpus, [InputTag("mlflow.data.context", "training")])])
 
-    def _terminate(self, run: _KnownRun, status: str, ended: int) -> None:
-        self._writer.set_terminated(run.run_id, status, end_time=ended)
-        run.ended = ended
 
-    def _params(self, trial: Trial) -> dict[str, Any]:
-        spec = trial.spec
-        values = spec.model_dump() | spec.protocol.model_dump() | spec.model.model_dump()
-        values |= {
-            "trial": trial.number,
-            "start": spec.start,
-            "vocab_size": self._record.vocab_size,
-            "d_ff": spec.model.d_ff or 4 * spec.model.d_model,
-            "sites": ", ".join(sorted({str(len(bonds) - 1) for bonds in trial.shape.bonds.values()})) or None,
-            "largest_bond": max((max(bonds) for bonds in trial.shape.bonds.values()), default=None),
-            "tuning_trials": trial.tuning_trials,
-            "tuned_among": self._record.tuned_among.get(spec.arm),
-            "budget_hash": trial.budget_hash,
-            "corpus_sha256": self._record.corpus_sha256,
-        }
-        return {field.key: values.get(field.key) for field in schema.PARAMS}
+def _known(run: Run) -> _KnownRun:
+    info, tags = run.info, run.data.tags
+    digest = schema.digest(run.data.params, run.data.metrics, tags)
+    return _KnownRun(
+        info.run_id,
+        info.start_time,
+        info.status,
+        info.end_time if info.status in _OVER else None,
+        digest if tags.get(schema.DIGEST) == digest else "",
+        tags.get(schema.PARENT),
+        schema.WEIGHTS_LOST in tags,
+        tags.get(schema.REVISION),
+        tags.get(schema.MISSING),
+    )
 
 
-def trial_name(trial: Trial) -> str:
-    """What the MLflow UI calls a trial: its arm, with what sets it apart there."""
-    spec = trial.spec
-    what = f"d_model={spec.model.d_model}" if spec.family == "dense" else f"χ={spec.chi or spec.as_chi}"
-    return f"{spec.arm} {what} (trial {trial.number})"
+def _is_part(found: dict[str, float], wanted: dict[str, float]) -> bool:
+    """Whether all that was found is wanted, up to what a backend may round."""
+    return all(key in wanted and math.isclose(value, wanted[key], rel_tol=1e-12) for key, value in found.items())
 
 
-def _group_tags(trial: Trial) -> dict[str, str]:
-    repeats = {} if trial.duplicate_of is None else {schema.DUPLICATE_OF: str(trial.duplicate_of)}
-    return {schema.FAMILY: trial.spec.family, schema.ARM: trial.spec.arm} | repeats
-
-
-def _counts(trial: Trial) -> dict[str, float]:
-    return {field.key: getattr(trial.shape, field.key) for field in schema.COUNTS}
-
-
-def _metrics(values: dict[str, float], timestamp: int, step: int = 0) -> list[Metric]:
-    from mlflow.entities import Metric
-
-    return [Metric(key, value, timestamp, step) for key, value in values.items()]
-
-
-def _milliseconds(time: str) -> int:
-    return int(datetime.fromisoformat(time).timestamp() * 1000)
+def _of_mlflow(given: str) -> str:
+    """What MLflow gives to each thing that it has; a server before it may answer with nothing instead."""
+    if not given:
+        raise TrackingAway("what answers there is not MLflow: it has neither an experiment nor a run to give")
+    return given

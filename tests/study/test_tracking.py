@@ -30,11 +30,13 @@ from analysis.load import StudyAddress, load_study
 from study.config import Execution
 from study.directory import StudyDirectory
 from study.errors import StudyError
-from study.run import open_tracker, study_corpus, sync
+from study.run import study_corpus, sync
 from study.storage import Storage
 from study.study_file import load_config
 from study.tracking.background import BackgroundTracker, is_left_writing
 from study.tracking.connection import TrackingAway, connect, prepare_own_database, tracking_error
+from study.tracking.content import seed_content, trial_content
+from study.tracking.opening import open_tracker, study_record
 from study.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
@@ -68,15 +70,32 @@ def opened(finished):
         corpus = study_corpus(config)
         uri = path if isinstance(path, str) else f"sqlite:///{path}"
         storage = Storage(directory.storage_url())
-        return open_tracker(uri, config.model_copy(update=changes), directory, ledger, corpus, storage)
+        record = study_record(config.model_copy(update=changes), ledger, corpus)
+        return open_tracker(uri, directory, storage, record)
 
     yield ledger, connect
     ledger.close()
 
 
+def wait_until(is_so):
+    """Wait for an event of another thread; at most as long as no machine takes."""
+    deadline = time.monotonic() + 240
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def write_all(ledger, tracker):
     for trial in ledger.trials.values():
         tracker.write(trial, ledger.on_record(trial), 2)
+
+
+def create(tracker, ledger, number, result=None):
+    """Runs of a trial, and of a seed of it, that have only what they are created with."""
+    trial, record = ledger.trials[number], tracker._record
+    parent = tracker._ensure(trial_content(record, trial, ledger.on_record(trial)[:1], False))
+    child = None if result is None else tracker._ensure(seed_content(record, trial, result), parent=parent.run_id)
+    return parent, child
 
 
 def keys_of(ledger):
@@ -233,8 +252,7 @@ def test_tracker_completes_half_written_runs(opened, database, tmp_path):  # noq
     write_all(ledger, connect(whole))
     tracker = connect(database)
     result = ledger.on_record(ledger.trials[0])[0]
-    parent = tracker._create_trial(ledger.trials[0], result)
-    child = tracker._create_seed(parent, ledger.trials[0], result)  # the driver dies before their first metric
+    parent, child = create(tracker, ledger, 0, result)  # the driver dies before their first metric
     write_all(ledger, connect(database))
 
     runs = runs_in(database)
@@ -385,8 +403,9 @@ def test_tracker_refuses_the_experiment_of_another_study(opened, database, tmp_p
     config, directory = load_config(write_study(other, arms=[DENSE])), StudyDirectory(other / "study")
     ledger = ledger_at(other / "tiny.yaml", other / "study")
     before = contents(database)
+    record = study_record(config, ledger, study_corpus(config))
     with pytest.raises(StudyError, match="the experiment tiny holds another study of that name"):
-        open_tracker(f"sqlite:///{database}", config, directory, ledger, study_corpus(config), Storage(str(other)))
+        open_tracker(f"sqlite:///{database}", directory, Storage(str(other)), record)
     ledger.close()
     assert contents(database) == before
 
@@ -437,7 +456,7 @@ def own(tmp_path):
     """Prepares the database of a study's own folder, for artifacts in a folder beside it."""
 
     def prepare(artifacts="file:///artifacts"):
-        return prepare_own_database(tmp_path / "mlflow.db", "tiny", artifacts)
+        return prepare_own_database(tmp_path / "mlflow.db", artifacts)
 
     return prepare
 
@@ -475,20 +494,52 @@ def test_own_database_that_was_half_made_is_set_aside(tmp_path, mlflow_template,
     assert str(own()).startswith("mlflow.db was never completely made; it is now mlflow.db.old-1")
 
 
-def test_own_database_of_a_moved_folder_is_written_again(tmp_path, mlflow_template):  # noqa: F811
+@pytest.mark.parametrize("means", ["run", "sync"])
+def test_artifacts_open_where_a_moved_folder_is_now(tmp_path, mlflow_template, means):  # noqa: F811
+    file, folder = write_study(tmp_path, seeds=1, arms=[DENSE], execution={"keep_weights": True}), tmp_path / "study"
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    run_at(file, folder, tracking=None)
+    before = contents(folder / "mlflow.db")
+    moved = Path(shutil.move(folder, tmp_path / "moved"))
+    if means == "run":
+        assert run_at(file, moved, tracking=None).tracking_trouble is None
+    else:
+        sync(load_config(file), StudyDirectory(moved), None, None)
+    assert contents(moved / "mlflow.db") == before  # nothing but addresses has changed
+    client = mlflow_client(moved / "mlflow.db")
+    for key, [run] in runs_in(moved / "mlflow.db").items():
+        assert run.info.artifact_uri == f"file://{moved}/mlartifacts/{run.info.run_id}/artifacts"
+        names = {file.path for file in client.list_artifacts(run.info.run_id)}
+        wanted = {"summary": {"study.yaml", "environment.json"}, "0": {"trial0-seed0.safetensors"}}
+        of_seed = key.count("/") == 2
+        assert names == wanted.get(key.rpartition("/")[2] if of_seed or key.endswith("summary") else "", set())
+    assert not folder.exists()
+
+
+def test_artifacts_of_a_copied_folder_are_its_own(tmp_path, mlflow_template):  # noqa: F811
     file, folder = write_study(tmp_path, seeds=1, arms=[DENSE]), tmp_path / "study"
     folder.mkdir()
     shutil.copy(mlflow_template, folder / "mlflow.db")
     run_at(file, folder, tracking=None)
-    before = runs_in(folder / "mlflow.db")
-    moved = Path(shutil.move(folder, tmp_path / "moved"))
-    outcome, printed = printed_by_run(file, moved, tracking=None)
-    assert (outcome.n_complete, outcome.tracking_trouble) == (1, None)
-    assert "mlflow.db lies in another folder than it was made for; it is now mlflow.db.old-1" in printed
-    after = runs_in(moved / "mlflow.db")
-    assert sorted(after) == sorted(before)
-    for [run] in after.values():
-        assert run.info.artifact_uri.startswith(f"file://{moved}/mlartifacts/")
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    sync(load_config(file), StudyDirectory(copied), None, None)
+    for place in (folder, copied):
+        for [run] in runs_in(place / "mlflow.db").values():
+            assert run.info.artifact_uri.startswith(f"file://{place}/mlartifacts/")
+
+
+def test_artifacts_in_a_shared_database_stay_with_a_copy_that_is_there(tmp_path, database):  # noqa: F811
+    file, folder, uri = write_study(tmp_path, seeds=1, arms=[DENSE]), tmp_path / "study", f"sqlite:///{database}"
+    run_at(file, folder, tracking=uri)
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    sync(load_config(file), StudyDirectory(copied), None, None)
+    addresses = {run.info.artifact_uri.partition("/mlartifacts/")[0] for [run] in runs_in(database).values()}
+    assert addresses == {f"file://{folder}"}
+    shutil.rmtree(folder)
+    sync(load_config(file), StudyDirectory(copied), None, None)
+    addresses = {run.info.artifact_uri.partition("/mlartifacts/")[0] for [run] in runs_in(database).values()}
+    assert addresses == {f"file://{copied}"}
 
 
 # With a running study -------------------------------------------------------------------------------------------------
@@ -569,7 +620,7 @@ def test_background_tracker_catches_up_once_mlflow_is_back(opened, database):  #
     ledger, connect = opened
     attempts, said = [], []
 
-    def sometimes():
+    def sometimes(sign):
         attempts.append(1)
         if len(attempts) < 3:
             raise ConnectionError("nobody there\nand more of it")
@@ -589,7 +640,7 @@ def test_background_tracker_catches_up_once_mlflow_is_back(opened, database):  #
 def test_background_tracker_says_what_is_lacking_when_it_ends(opened):
     ledger, _ = opened
 
-    def never():
+    def never(sign):
         raise ConnectionError("nobody there")
 
     background = BackgroundTracker(never, lambda line: None, pause=0.01)
@@ -607,7 +658,7 @@ def test_background_tracker_writes_the_other_trials_where_mlflow_does_not_take_o
         write(self, trial, *args)
 
     monkeypatch.setattr(Tracker, "write", refuse)
-    background = BackgroundTracker(lambda: connect(database), said.append, pause=0.01)
+    background = BackgroundTracker(lambda sign: connect(database), said.append, pause=0.01)
     for trial in ledger.trials.values():
         background.put(trial, ledger.on_record(trial), 2)
     assert background.close(0) == "trial 0: a metric that MLflow does not take"
@@ -627,7 +678,7 @@ def test_background_tracker_tries_again_what_mlflow_did_not_take_once(opened, da
         write(self, trial, *args)
 
     monkeypatch.setattr(Tracker, "write", refuse_once)
-    background = BackgroundTracker(lambda: connect(database), lambda line: None, pause=0.01)
+    background = BackgroundTracker(lambda sign: connect(database), lambda line: None, pause=0.01)
     for trial in ledger.trials.values():
         background.put(trial, ledger.on_record(trial), 2)
     deadline = time.monotonic() + 300
@@ -648,7 +699,7 @@ def test_background_tracker_ends_where_mlflow_answers_at_times(opened, database,
 
     monkeypatch.setattr(Tracker, "write", fail)
     monkeypatch.setattr(Tracker, "answers", lambda self: False)
-    background = BackgroundTracker(lambda: connect(database), lambda line: None, pause=0.5)
+    background = BackgroundTracker(lambda sign: connect(database), lambda line: None, pause=0.5)
     background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
     time.sleep(0.7)
     assert background.close(0) == "no route to host"
@@ -659,7 +710,7 @@ def test_background_tracker_can_be_left_while_it_is_closed(opened):
     ledger, _ = opened
     hangs, is_over = threading.Event(), threading.Event()
 
-    def hanging():
+    def hanging(sign):
         hangs.set()
         is_over.wait()
         raise ConnectionError("nobody there")
@@ -696,20 +747,120 @@ def test_tracker_hides_a_password_in_what_it_says_of_a_write(opened, database, m
         tracker.write(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
 
 
-def test_background_tracker_gives_up_where_it_is_refused(opened):
-    ledger, _ = opened
+def test_background_tracker_goes_on_where_it_is_refused_for_a_while(opened, database):  # noqa: F811
+    ledger, connect = opened
     attempts, said = [], []
 
-    def refused():
+    def refused(sign):
         attempts.append(1)
-        raise StudyError("the experiment tiny was deleted")
+        if len(attempts) < 4:
+            raise StudyError("the experiment tiny was deleted")
+        return connect(database)
 
     background = BackgroundTracker(refused, said.append, pause=0.01)
     for trial in ledger.trials.values():
         background.put(trial, ledger.on_record(trial), 2)
-    assert background.close(0) == "the experiment tiny was deleted"
-    assert said == ["MLflow takes no more, the study goes on without it: the experiment tiny was deleted"]
-    assert len(attempts) == 1
+    wait_until(lambda: not background.n_pending)
+    assert background.close(0) is None
+    why = "does not take this study, which goes on and tries again: the experiment tiny was deleted"
+    assert said == [f"MLflow {why}", "MLflow is back"]
+    assert sorted(runs_in(database)) == keys_of(ledger)
+
+
+def test_background_tracker_raises_at_once_what_mlflow_refuses_at_the_start():
+    def refused(sign):
+        raise StudyError("the experiment tiny was deleted")
+
+    said = []
+    with pytest.raises(StudyError, match="the experiment tiny was deleted"):
+        BackgroundTracker(refused, said.append, patience=600)
+    assert said == []
+
+
+def test_background_tracker_waits_no_longer_than_it_has_patience(opened, database):  # noqa: F811
+    ledger, connect = opened
+    may_answer, said = threading.Event(), []
+
+    def slow(sign):
+        may_answer.wait()
+        return connect(database)
+
+    background = BackgroundTracker(slow, said.append, patience=0.01)
+    assert said == ["MLflow is away, the study goes on and catches up later: it has not answered within 0.01 seconds"]
+    may_answer.set()
+    background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
+    assert background.close(0) is None
+    assert said[1:] == ["MLflow is back"]
+
+
+def test_background_tracker_does_not_wait_at_the_end_for_a_server_that_hangs(opened):
+    ledger, _ = opened
+    is_over = threading.Event()
+
+    def hanging(sign):
+        is_over.wait()
+        raise ConnectionError("nobody there")
+
+    background = BackgroundTracker(hanging, lambda line: None, pause=0.01, silence=0.2)
+    background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
+    assert background.close(0) == "it has not answered for 0.2 seconds"
+    is_over.set()
+    background._thread.join(60)
+
+
+class Away(Exception):
+    """What a network says."""
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_background_tracker_takes_no_outage_for_the_end(opened, database, monkeypatch, answers):  # noqa: F811
+    ledger, connect = opened
+    write, said, is_up = Tracker._write, [], threading.Event()
+    is_up.set()
+
+    def fail(self, *args):
+        if not is_up.is_set():
+            raise Away("connection refused")
+        write(self, *args)
+
+    monkeypatch.setattr(Tracker, "_write", fail)
+    monkeypatch.setattr(Tracker, "answers", lambda self: answers)  # it may be back when it is asked
+    background = BackgroundTracker(lambda sign: connect(database), said.append, pause=0.01)
+    first, *others = ledger.trials.values()
+    background.put(first, ledger.on_record(first), 2)
+    wait_until(lambda: not background.n_pending)
+    is_up.clear()
+    for trial in others:
+        background.put(trial, ledger.on_record(trial), 2)
+    wait_until(lambda: said)
+    is_up.set()
+    wait_until(lambda: not background.n_pending)
+    assert background.close(0) is None
+    assert said[0] == "MLflow is away, the study goes on and catches up later: connection refused"
+    assert "MLflow is back" in said
+    assert sorted(runs_in(database)) == keys_of(ledger)
+    assert revision_of(database) is not None
+
+
+def test_background_tracker_writes_all_again_where_mlflow_is_back_without_it(opened, database, tmp_path):  # noqa: F811
+    ledger, connect = opened
+    places = [database, Path(shutil.copy(database, tmp_path / "new.db"))]
+    first, second, *_ = ledger.trials.values()
+    trackers = []
+
+    def connect_to_next(sign):
+        trackers.append(connect(places[len(trackers)]))
+        return trackers[-1]
+
+    background = BackgroundTracker(connect_to_next, lambda line: None, pause=0.01)
+    background.put(first, ledger.on_record(first), 2)
+    wait_until(lambda: not background.n_pending)
+    client = mlflow_client(database)
+    client.delete_experiment(client.get_experiment_by_name("tiny").experiment_id)
+    background.put(second, ledger.on_record(second), 2)
+    assert background.close(0) is None
+    keys = [schema.run_key(ledger.uuid, trial.number, seed) for trial in (first, second) for seed in (None, 0, 7)]
+    assert sorted(runs_in(places[1])) == sorted([*keys, f"{ledger.uuid}/summary"])
 
 
 def test_tracker_keeps_one_of_two_runs_of_one_key(opened, database):  # noqa: F811
@@ -718,7 +869,8 @@ def test_tracker_keeps_one_of_two_runs_of_one_key(opened, database):  # noqa: F8
     write_all(ledger, tracker)
     before = contents(database)
     first = ledger.on_record(ledger.trials[0])[0]
-    tracker._create_seed(tracker._create_trial(ledger.trials[0], first), ledger.trials[0], first)  # answers were lost
+    tracker._known.clear()
+    create(tracker, ledger, 0, first)  # answers were lost
     assert sorted(map(len, runs_in(database).values()))[-2:] == [2, 2]
     write_all(ledger, connect(database))
     assert contents(database) == before
@@ -732,7 +884,8 @@ def test_tracker_mends_doubled_runs_of_a_study_half_done(opened, database, monke
     for trial in ledger.trials.values():
         first = ledger.on_record(trial)[:1]
         tracker.write(trial, first, 2)
-        tracker._create_trial(trial, first[0])  # create_run's answer was lost, and it was made again
+        tracker._known.pop(schema.run_key(ledger.uuid, trial.number))
+        create(tracker, ledger, trial.number)  # create_run's answer was lost, and it was made again
     write_all(ledger, connect(database))
     write_all(ledger, connect(database))
     after = runs_in(database)

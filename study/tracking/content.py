@@ -1,0 +1,218 @@
+"""What MLflow must hold of a study's runs: their params, tags, metrics and times, from the ledger alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from analysis import run_schema as schema
+from study.ledger.trials import Trial
+from study.telling import Pruned
+from study.trial import SeedResult
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """What MLflow is told of a study besides its runs."""
+
+    name: str
+    uuid: str
+    description: str
+    study_file: str
+    claims: str
+    """JSON, see `run_schema.CLAIMS`."""
+    growths: list[dict[str, Any]]
+    """See `run_schema.GROWTHS`."""
+    environment: dict[str, Any]
+    n_missing: int
+    """Runs that the study lacks at this start."""
+    created: str
+    changed: str
+    """When the study grew last, or was begun."""
+    corpus_sha256: str
+    validation_fraction: float
+    vocab_size: int
+    tuned_among: Mapping[str, int | None]
+    """Of each arm, see `config.Arm`."""
+    log_weights: bool
+
+
+class Point(NamedTuple):
+    """One value of a metric; timestamp in milliseconds."""
+
+    key: str
+    value: float
+    timestamp: int
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """What one run must hold; times in milliseconds, `ended` None while more is to come."""
+
+    key: str
+    name: str
+    started: int
+    ended: int | None
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The value that MLflow shows of each metric: the last one."""
+        in_order = sorted(self.points, key=lambda point: (point.step, point.timestamp, point.value))
+        return {point.key: point.value for point in in_order}
+
+    @cached_property
+    def digest(self) -> str:
+        return schema.digest(self.params, self.metrics, self.tags)
+
+
+def summary_content(record: StudyRecord) -> RunContent:
+    """The run that holds what is not of a single trial; without `schema.MISSING`, which changes as the study runs."""
+    tags = schema.long_tag(schema.CLAIMS, record.claims)
+    tags |= schema.long_tag(schema.GROWTHS, json.dumps(record.growths))
+    tags |= schema.long_tag(schema.ENVIRONMENT, json.dumps(record.environment))
+    key = f"{record.uuid}/{schema.KIND_SUMMARY}"
+    return RunContent(
+        key=key,
+        name=f"study {record.name}",
+        started=milliseconds(record.created),
+        ended=milliseconds(record.changed),
+        status="FINISHED",
+        tags=_tags(record, key, schema.KIND_SUMMARY, tags),
+    )
+
+
+def trial_content(record: StudyRecord, trial: Trial, results: Sequence[SeedResult], is_over: bool) -> RunContent:
+    """A trial's run: means and standard deviations over its complete seeds; the step is the number of results.
+
+    Args:
+        results: at least one, in the order in which they ended; a duplicate's are its original's.
+    """
+    complete = [result for result in results if result.state == "complete"]
+    metrics: dict[str, float] = {schema.N_SEEDS: len(complete), schema.N_FAILED: len(results) - len(complete)}
+    for each in schema.FINALS if complete else ():
+        values = [result.final[each.key] for result in complete]
+        metrics[schema.mean_key(each.key)] = statistics.fmean(values)
+        if len(values) > 1:
+            metrics[schema.std_key(each.key)] = statistics.stdev(values)
+    started, ended = milliseconds(results[0].started), milliseconds(results[-1].ended)
+    tags = _trial_tags(record, trial)
+    if trial.stop is not None and trial.duplicate_of is None:
+        tags[schema.STOPPED] = trial.stop.reason
+    key = schema.run_key(record.uuid, trial.number)
+    return RunContent(
+        key=key,
+        name=trial_name(trial),
+        started=started,
+        ended=ended if is_over else None,
+        status=("FINISHED" if complete else "FAILED") if is_over else "RUNNING",
+        tags=_tags(record, key, schema.KIND_TRIAL, tags),
+        params=_params(record, trial),
+        points=[*_points(_counts(trial), started), *_points(metrics, ended, step=len(results))],
+    )
+
+
+def pruned_content(record: StudyRecord, trial: Trial, pruned: Pruned) -> RunContent:
+    """The run of a trial that has no seeds: over as soon as it was begun."""
+    key, when = schema.run_key(record.uuid, trial.number), milliseconds(pruned.when)
+    return RunContent(
+        key=key,
+        name=trial_name(trial),
+        started=when,
+        ended=when,
+        status="KILLED",
+        tags=_tags(record, key, schema.KIND_TRIAL, _trial_tags(record, trial) | {schema.PRUNED: pruned.reason}),
+        params=_params(record, trial),
+        points=_points(_counts(trial), when),
+    )
+
+
+def seed_content(record: StudyRecord, trial: Trial, result: SeedResult) -> RunContent:
+    """One seed's run: its final metrics and its learning curve."""
+    tags = _group_tags(trial) | result.ran_on
+    if result.failure is not None:
+        tags[schema.FAILURE] = result.failure
+    if result.failure_step is not None:
+        tags[schema.FAILURE_STEP] = str(result.failure_step)
+    ended = milliseconds(result.ended)
+    points = _points(_counts(trial) | result.final | result.rel_errors, ended)
+    for row in result.curve:
+        values = {key: value for key, value in row.items() if key != "step"}
+        points += _points(values, ended, step=int(row["step"]))
+    key = schema.run_key(record.uuid, trial.number, result.seed)
+    return RunContent(
+        key=key,
+        name=f"seed {result.seed} of {trial_name(trial)}",  # MLflow's tables cut names off at their end
+        started=milliseconds(result.started),
+        ended=ended,
+        status="FINISHED" if result.state == "complete" else "FAILED",
+        tags=_tags(record, key, schema.KIND_SEED, tags),
+        params=_params(record, trial) | {"seed": str(result.seed)},
+        points=points,
+    )
+
+
+def trial_name(trial: Trial) -> str:
+    """What the MLflow UI calls a trial: its arm, with what sets it apart there."""
+    spec = trial.spec
+    what = f"d_model={spec.model.d_model}" if spec.family == "dense" else f"χ={spec.chi or spec.as_chi}"
+    return f"{spec.arm} {what} (trial {trial.number})"
+
+
+def milliseconds(time: str) -> int:
+    return int(datetime.fromisoformat(time).timestamp() * 1000)
+
+
+def _tags(record: StudyRecord, key: str, kind: str, tags: dict[str, str]) -> dict[str, str]:
+    own = {
+        schema.KIND: kind,
+        schema.KEY: key,
+        schema.STUDY_NAME: record.name,
+        schema.STUDY_UUID: record.uuid,
+        schema.SCHEMA: str(schema.SCHEMA_VERSION),
+    }
+    return {tag: schema.tag_text(value) for tag, value in (own | tags).items()}
+
+
+def _trial_tags(record: StudyRecord, trial: Trial) -> dict[str, str]:
+    return _group_tags(trial) | {schema.VALIDATION_FRACTION: str(record.validation_fraction)}
+
+
+def _group_tags(trial: Trial) -> dict[str, str]:
+    repeats = {} if trial.duplicate_of is None else {schema.DUPLICATE_OF: str(trial.duplicate_of)}
+    return {schema.FAMILY: trial.spec.family, schema.ARM: trial.spec.arm} | repeats
+
+
+def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
+    spec = trial.spec
+    values = spec.model_dump() | spec.protocol.model_dump() | spec.model.model_dump()
+    values |= {
+        "trial": trial.number,
+        "start": spec.start,
+        "vocab_size": record.vocab_size,
+        "d_ff": spec.model.d_ff or 4 * spec.model.d_model,
+        "sites": ", ".join(sorted({str(len(bonds) - 1) for bonds in trial.shape.bonds.values()})) or None,
+        "largest_bond": max((max(bonds) for bonds in trial.shape.bonds.values()), default=None),
+        "tuning_trials": trial.tuning_trials,
+        "tuned_among": record.tuned_among.get(spec.arm),
+        "budget_hash": trial.budget_hash,
+        "corpus_sha256": record.corpus_sha256,
+    }
+    return {each.key: str(values[each.key]) for each in schema.PARAMS if values.get(each.key) is not None}
+
+
+def _counts(trial: Trial) -> dict[str, float]:
+    return {each.key: getattr(trial.shape, each.key) for each in schema.COUNTS}
+
+
+def _points(values: Mapping[str, float], timestamp: int, step: int = 0) -> list[Point]:
+    return [Point(key, value, timestamp, step) for key, value in values.items()]

@@ -1,0 +1,75 @@
+"""Opens a writer for a study's experiment, wherever its MLflow is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from study.config import StudyConfig
+from study.corpus import Corpus
+from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.ledger.ledger import Ledger
+from study.storage import Storage
+from study.study_file import dump_config
+from study.tracking.connection import connect, move_artifacts, prepare_own_database, tracking_error
+from study.tracking.content import StudyRecord
+from study.tracking.tracker import Tracker
+from study.urls import is_database
+
+
+def study_record(config: StudyConfig, ledger: Ledger, corpus: Corpus) -> StudyRecord:
+    """What MLflow is told of a study besides its runs, as the ledger is now."""
+    return StudyRecord(
+        name=config.name,
+        uuid=ledger.uuid,
+        description=config.description,
+        study_file=dump_config(ledger.config),
+        claims=ledger.config.claims.model_dump_json(),
+        growths=[
+            {"by": each.command, "seeds": [each.seeds_before, each.seeds_after], "over": ledger.n_over_at(each.made)}
+            for each in ledger.growths
+        ],
+        environment=ledger.first_environment(),
+        n_missing=ledger.n_missing,
+        created=ledger.created,
+        changed=ledger.changed,
+        corpus_sha256=corpus.sha256,
+        validation_fraction=config.corpus.validation_fraction,
+        vocab_size=len(corpus.vocabulary),
+        tuned_among={arm.name: arm.tuned_among for arm in ledger.config.arms},
+        log_weights=config.execution.keep_weights,
+    )
+
+
+def open_tracker(
+    uri: str,
+    directory: StudyDirectory,
+    storage: Storage,
+    record: StudyRecord,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    is_thorough: bool = False,
+    on_sign: Callable[[], None] = lambda: None,
+) -> Tracker:
+    """A writer for this study's experiment; options as of `Tracker`.
+
+    Args:
+        say: told in one line where the folder's own database had to be made anew.
+
+    Raises:
+        TrackingAway: MLflow cannot be reached now.
+        StudyError: it can never be, there, or refuses the experiment.
+    """
+    # A server has a place for artifacts; a database alone has none, and MLflow would take the working folder.
+    artifacts = directory.artifacts if is_database(uri) else None
+    resolved = directory.resolve_tracking_uri(uri)
+    try:
+        if uri == DEFAULT_TRACKING_URI:
+            said = prepare_own_database(directory.mlflow_database, directory.artifacts)
+            if said is not None:
+                say(said)
+        client = connect(resolved)
+        if artifacts is not None:
+            move_artifacts(resolved, record.name, artifacts, is_own=uri == DEFAULT_TRACKING_URI)
+        return Tracker(client, artifacts, storage, record, is_thorough, on_sign)
+    except Exception as error:  # MLflow raises whatever its backend raises
+        raise tracking_error(error, resolved) from error
