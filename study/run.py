@@ -171,18 +171,18 @@ def run_study(
                     queue.aborted = "the connection to the ledger was lost, and with it the hold on this study"
                 if copies is not None:
                     copies.note_change()
-                for trial in ledger.trials.values():
-                    stopped_now = trial.stop is not None and trial.stop.after == (result.trial, result.seed)
-                    if stopped_now:
-                        progress.on_stop(trial)
-                    if stopped_now or result.trial == trial.source:
-                        track(trial)
+                for trial in ledger.sharing(result.trial):
+                    track(trial)
+
+            def on_stop(trial: Trial) -> None:
+                progress.on_stop(trial)
+                track(trial)
 
             def on_answered(trial: Trial) -> None:
                 progress.on_answered(trial)
                 track(trial)
 
-            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say)
+            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say, on_stop)
             copies = None
             if backup is not None:
                 seconds = config.execution.backup_seconds
@@ -239,13 +239,15 @@ def _reopen(
         teachers |= {arm.teacher for arm in config.arms if arm.is_searched}
     needed = {(teacher, seed) for teacher in teachers for seed in config.seed_list}
     needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
-    for result in list(ledger.results.values()):
+    gone = []
+    for result in ledger.results.values():
         arm = ledger.trials[result.trial].spec.arm
         if (arm, result.seed) not in needed or result.state != "complete":
             continue
         if result.weights is None or not storage.exists(result.weights):  # None: it became a teacher later
             say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.shown}; it is trained again")
-            ledger.reopen([result])
+            gone.append(result)
+    ledger.reopen(gone)
 
 
 def _to_retry(ledger: Ledger) -> list[SeedResult]:
