@@ -28,8 +28,9 @@ from study.corpus import corpus_from_bytes
 from study.directory import StudyDirectory
 from study.environment import environment
 from study.errors import StudyError
+from study.ledger.database import LEDGER_ERRORS, open_database
 from study.ledger.snapshot import read_ledger
-from study.ledger.tables import LEDGER_ERRORS, SCHEMA_VERSION, empty_ledger, open_database, optuna_name
+from study.ledger.tables import SCHEMA_VERSION, empty_ledger, optuna_name
 from study.run import known_corpus
 from study.scheduler.unit import store_corpus
 from study.storage import Storage

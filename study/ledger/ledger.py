@@ -21,27 +21,36 @@ from study.config import StudyConfig
 from study.definition import definition, differences, only_adds, settled
 from study.early_stopping import Stop, stops_after
 from study.errors import StudyError
+from study.ledger.checksums import SUM, Damaged, insert, read_rows, sign
+from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna
 from study.ledger.tables import (
     SCHEMA_VERSION,
     STOP,
     GrowthRecord,
     check_results,
-    close_optuna,
     driver_table,
     growth_table,
-    in_one_line,
     metadata,
-    open_database,
     optuna_name,
     read_growths,
     read_results,
     read_stops,
+    read_study,
     result_table,
     stop_table,
     study_table,
 )
 from study.ledger.tally import Tally
-from study.ledger.trials import TRIAL, Trial, from_attribute, to_attribute
+from study.ledger.trials import (
+    TRIAL,
+    Trial,
+    check_trials,
+    first_defect,
+    from_attribute,
+    read_frozen,
+    signed,
+    to_attribute,
+)
 from study.samplers import make_sampler
 from study.search_space import directions, listed_specs, suggest, teacher_spec
 from study.telling import Pruned, what_to_tell, why_pruned, worst_loss
@@ -93,15 +102,18 @@ class Ledger:
         self._examine = examine
         self.flops_recorded = 0.0
         """FLOPs of the runs that were recorded since this was opened."""
-        with in_one_line():
+        self._url = url
+        with in_one_line(url):
             self._open(url, uuid, may_begin, extend)
 
     def _open(self, url: str, uuid: str | None, may_begin: bool, extend: bool) -> None:
         self._engine = open_database(url)
+        check_file(self._engine)
         metadata.create_all(self._engine)
+        sign(self._engine, metadata)
         self.uuid, self.created = self._open_study(uuid, may_begin)
         is_extended = self._open_growths(extend)
-        self._optuna_database = optuna.storages.RDBStorage(url)
+        self._optuna_database = open_optuna(url)
         # The one cache for all calls: the database alone looks for a trial's number among all trials.
         self._optuna_storage = optuna.storages.get_storage(self._optuna_database)
         self._optuna = optuna.create_study(
@@ -138,39 +150,34 @@ class Ledger:
     def _open_study(self, expected: str | None, may_begin: bool) -> tuple[str, str]:
         """UUID and time of creation of the study on record, or of a new one."""
         name = self.config.name
-        with self._engine.begin() as connection:
-            row = connection.execute(sa.select(study_table).where(study_table.c.name == name)).one_or_none()
-            if expected is not None and (row is None or row.uuid != expected):
-                raise StudyError(
-                    f"the ledger does not hold study {name} ({expected}), which was run here before; "
-                    "put its ledger.db back, or begin a new study with another --dir"
-                )
-            if row is None and not may_begin:
-                raise StudyError(f"no study {name} here that could grow; run it without that first")
-            if row is None:
-                uuid, created = uuid_module.uuid4().hex, now()
-                connection.execute(
-                    study_table.insert().values(
-                        name=name,
-                        uuid=uuid,
-                        schema_version=SCHEMA_VERSION,
-                        config=self.config.model_dump_json(),
-                        corpus_sha256=self._corpus_sha256,
-                        created=created,
-                    )
-                )
-                return uuid, created
-        if row.schema_version != SCHEMA_VERSION:
+        row = read_study(self._engine, name)
+        if expected is not None and (row is None or row["uuid"] != expected):
             raise StudyError(
-                f"the ledger of study {name} has schema version {row.schema_version}, this program knows "
-                f"{SCHEMA_VERSION}"
+                f"the ledger does not hold study {name} ({expected}), which was run here before; "
+                "put its ledger.db back, or begin a new study with another --dir"
             )
-        if row.corpus_sha256 != self._corpus_sha256:
+        if row is None and not may_begin:
+            raise StudyError(f"no study {name} here that could grow; run it without that first")
+        if row is None:
+            uuid, created = uuid_module.uuid4().hex, now()
+            with self._engine.begin() as connection:
+                insert(
+                    connection,
+                    study_table,
+                    name=name,
+                    uuid=uuid,
+                    schema_version=SCHEMA_VERSION,
+                    config=self.config.model_dump_json(),
+                    corpus_sha256=self._corpus_sha256,
+                    created=created,
+                )
+            return uuid, created
+        if row["corpus_sha256"] != self._corpus_sha256:
             raise StudyError(
                 f"study {name} was begun with another study file; it differs in corpus (SHA-256 was "
-                f"{row.corpus_sha256[:12]}…, now {self._corpus_sha256[:12]}…); {_UNDO}"
+                f"{row['corpus_sha256'][:12]}…, now {self._corpus_sha256[:12]}…); {_UNDO}"
             )
-        return row.uuid, row.created
+        return row["uuid"], row["created"]
 
     def _open_growths(self, extend: bool) -> bool:
         """Find out what the study has become, and whether the config means that; returns whether it means more."""
@@ -209,41 +216,57 @@ class Ledger:
         before = self.growths[-1].seeds_after if self.growths else len(self._first_seeds)
         after = before if config is None else len(config.seed_list)
         self.growths.append(GrowthRecord(self.changed, command, before, after))
-        with in_one_line(), self._engine.begin() as connection:
-            connection.execute(
-                growth_table.insert().values(
-                    study_uuid=self.uuid,
-                    made=self.changed,
-                    command=command,
-                    config=config.model_dump_json() if config is not None else None,
-                    seeds=json.dumps(list(more_seeds.items())) if more_seeds is not None else None,
-                )
+        with in_one_line(self._url), self._engine.begin() as connection:
+            insert(
+                connection,
+                growth_table,
+                study_uuid=self.uuid,
+                made=self.changed,
+                command=command,
+                config=config.model_dump_json() if config is not None else None,
+                seeds=json.dumps(list(more_seeds.items())) if more_seeds is not None else None,
             )
 
     def _reconcile(self) -> None:
         """Bring Optuna's tables in line with ours."""
-        known = self._optuna.get_trials(deepcopy=False)
+        known = read_frozen(self._optuna)
         self._next_number = len(known)
         for frozen in known:
-            if TRIAL in frozen.user_attrs:
-                trial = from_attribute(frozen, self._stops)
-                if self._has_grown:  # then more trials are among those that tuning chooses from
-                    trial = self._with_new_budget(trial)
-                self._remember(trial)
-                if frozen.state == TrialState.RUNNING:
-                    self._untold.add(trial.number)
-            elif frozen.state == TrialState.RUNNING:
-                # The driver died before the trial was completely written.
-                self._optuna.tell(frozen.number, state=TrialState.FAIL)
+            self._take_in(frozen)
+        check_trials(self.trials, {arm.name for arm in self.config.arms}, self._stops)
+        self._sign_trials(known)
         for trial in self.trials.values():
             if trial.duplicate_of is not None and trial.spec.arm in self._teacher_arms:
                 raise StudyError(
                     f"arm {trial.spec.arm} cannot be a teacher: its trial {trial.number} repeats trial "
                     f"{trial.duplicate_of}, and was never trained itself"
                 )
-        check_results(self.results.values(), self.trials)
+        check_results(self.results.values(), self.trials, self.seeds_of)
         for number in sorted(self._untold):
             self._tell_if_over(number)
+
+    def _take_in(self, frozen: optuna.trial.FrozenTrial) -> None:
+        if TRIAL in frozen.user_attrs:
+            trial = from_attribute(frozen, self._stops)
+            if self._has_grown:  # then more trials are among those that tuning chooses from
+                trial = self._with_new_budget(trial)
+            self._remember(trial)
+            if frozen.state == TrialState.RUNNING:
+                self._untold.add(trial.number)
+        elif frozen.state == TrialState.RUNNING:
+            # The driver died before the trial was completely written.
+            self._optuna.tell(frozen.number, state=TrialState.FAIL)
+
+    def _sign_trials(self, known: Iterable[optuna.trial.FrozenTrial]) -> None:
+        """Give a checksum to what an earlier version wrote; Optuna itself changes no trial that is over."""
+        attributes = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"), sa.column("value_json"))
+        with self._engine.begin() as connection:
+            for frozen in known:
+                content = frozen.user_attrs.get(TRIAL)
+                if content is not None and SUM not in content:
+                    mine = (attributes.c.trial_id == self._optuna_id(frozen.number)) & (attributes.c.key == TRIAL)
+                    text = json.dumps(signed(content, frozen.number))
+                    connection.execute(attributes.update().where(mine).values(value_json=text))
 
     def _with_new_budget(self, trial: Trial) -> Trial:
         teacher = teacher_spec(self.config, trial.spec)
@@ -357,18 +380,18 @@ class Ledger:
             for result in new:
                 of_seed = (rows.study_uuid == self.uuid) & (rows.trial == result.trial) & (rows.seed == result.seed)
                 connection.execute(result_table.delete().where(of_seed))  # see `reopen`
-                connection.execute(
-                    result_table.insert().values(
-                        study_uuid=self.uuid,
-                        trial=result.trial,
-                        seed=result.seed,
-                        state=result.state,
-                        content=json.dumps(result.__dict__, allow_nan=False),
-                    )
+                insert(
+                    connection,
+                    result_table,
+                    study_uuid=self.uuid,
+                    trial=result.trial,
+                    seed=result.seed,
+                    state=result.state,
+                    content=json.dumps(result.__dict__, allow_nan=False),
                 )
             for stop in stops:  # with the result, so that what is decided once is never decided again
                 content = STOP.dump_json(stop).decode()
-                connection.execute(stop_table.insert().values(study_uuid=self.uuid, trial=stop.trial, content=content))
+                insert(connection, stop_table, study_uuid=self.uuid, trial=stop.trial, content=content)
         for result in new:
             self.results[result.trial, result.seed] = result
             self._reopened.pop((result.trial, result.seed), None)
@@ -408,10 +431,9 @@ class Ledger:
 
     def record_driver(self, environment: Mapping[str, Any]) -> None:
         """Note a start of the driver, with the versions it runs on."""
-        with in_one_line(), self._engine.begin() as connection:
-            connection.execute(
-                driver_table.insert().values(study_uuid=self.uuid, started=now(), environment=json.dumps(environment))
-            )
+        with in_one_line(self._url), self._engine.begin() as connection:
+            content = json.dumps(environment)
+            insert(connection, driver_table, study_uuid=self.uuid, started=now(), environment=content)
 
     # Telling ------------------------------------------------------------------------------------------------------
 
@@ -517,17 +539,20 @@ class Ledger:
 
     def first_environment(self) -> dict[str, Any]:
         """What the study was begun on."""
-        return self._environment(driver_table.c.id)
+        return next(iter(self._environments()), {})
 
     def last_environment(self) -> dict[str, Any]:
         """What the study ran on last; empty before its first run."""
-        return self._environment(driver_table.c.id.desc())
+        return next(iter(reversed(self._environments())), {})
 
-    def _environment(self, order: sa.ColumnElement[int]) -> dict[str, Any]:
-        query = sa.select(driver_table.c.environment).where(driver_table.c.study_uuid == self.uuid).order_by(order)
-        with in_one_line(), self._engine.connect() as connection:
-            row = connection.execute(query.limit(1)).one_or_none()
-        return json.loads(row.environment) if row is not None else {}
+    def _environments(self) -> list[dict[str, Any]]:
+        """What each driver ran on."""
+        with in_one_line(self._url), self._engine.connect() as connection:
+            rows = read_rows(connection, driver_table, driver_table.c.study_uuid == self.uuid)
+            try:
+                return [dict(json.loads(row["environment"])) for row in rows]
+            except (ValueError, TypeError) as error:
+                raise Damaged(f"what a driver ran on: {first_defect(error)}") from None
 
     def close(self) -> None:
         """Let go of the database."""

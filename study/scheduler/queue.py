@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from study.config import StudyConfig
+from study.ledger.database import LEDGER_ERRORS
 from study.ledger.ledger import Ledger
-from study.ledger.tables import LEDGER_ERRORS
 from study.ledger.trials import Trial
 from study.scheduler.unit import Teachers, Unit, checkpoints_of
 from study.storage import Storage
