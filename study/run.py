@@ -18,6 +18,7 @@ from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment, what_changed
 from study.errors import StudyError
 from study.growth import NO_GROWTH, Growth, grow
+from study.ledger.copies import Copies
 from study.ledger.ledger import Asked, Ledger
 from study.ledger.lock import hold_ledger
 from study.ledger.snapshot import read_ledger
@@ -131,7 +132,7 @@ def run_study(
         StudyError: the study cannot be opened, cannot grow so, or another driver has it.
     """
     corpus = study_corpus(config)
-    with directory.locked(), hold_ledger(directory.ledger_url, config.name) as is_held:
+    with directory.locked(), hold_ledger(directory.ledger_url, config.name) as hold:
         directory.check_is_for(config)
         storage = Storage(storage_url or directory.storage_url())
         try:
@@ -165,12 +166,20 @@ def run_study(
             for trial in ledger.trials.values():
                 track(trial)
 
+            beside = Copies(directory.ledger_url, progress.say)
+            beside.keep()  # all of the ledger has just been read, and is whole
+
+            def keep_copy(keep: Callable[[], None]) -> None:
+                try:
+                    keep()
+                except StudyError as error:
+                    queue.aborted = str(error)
+
             def on_result(result: SeedResult) -> None:
                 progress.on_result(result)
-                if not is_held():
-                    queue.aborted = "the connection to the ledger was lost, and with it the hold on this study"
                 if copies is not None:
                     copies.note_change()
+                keep_copy(beside.keep_if_due)
                 for trial in ledger.sharing(result.trial):
                     track(trial)
 
@@ -182,7 +191,7 @@ def run_study(
                 progress.on_answered(trial)
                 track(trial)
 
-            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say, on_stop)
+            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say, on_stop, hold)
             copies = None
             if backup is not None:
                 seconds = config.execution.backup_seconds
@@ -190,8 +199,9 @@ def run_study(
             try:
                 _execute(queue, progress, executor, directory, address)
                 for trial in ledger.trials.values():
-                    if trial.duplicate_of is not None:  # it came after its original's results
+                    if trial.duplicate_of is not None or trial.pruned is not None:  # its original's results came before
                         track(trial)
+                keep_copy(beside.keep)
             except KeyboardInterrupt:
                 if tracker is not None:
                     # No exception for the second Ctrl-C, which could be raised before anything waits, and be lost.

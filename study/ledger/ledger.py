@@ -10,18 +10,20 @@ import math
 import uuid as uuid_module
 from collections import ChainMap, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
 import sqlalchemy as sa
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from study.config import StudyConfig
 from study.definition import definition, differences, only_adds, settled
 from study.early_stopping import Stop, stops_after
 from study.errors import StudyError
-from study.ledger.checksums import SUM, Damaged, insert, read_rows, sign
+from study.ledger.checksums import SUM, insert, sign
 from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna
 from study.ledger.tables import (
     SCHEMA_VERSION,
@@ -32,6 +34,7 @@ from study.ledger.tables import (
     growth_table,
     metadata,
     optuna_name,
+    read_environments,
     read_growths,
     read_results,
     read_stops,
@@ -45,7 +48,6 @@ from study.ledger.trials import (
     TRIAL,
     Trial,
     check_trials,
-    first_defect,
     from_attribute,
     read_frozen,
     signed,
@@ -100,6 +102,8 @@ class Ledger:
         """The study as it is now: what the file says, with all that it has grown by since."""
         self._corpus_sha256 = corpus_sha256
         self._examine = examine
+        self._driver: int | None = None
+        """Number of this start in the table of drivers."""
         self.flops_recorded = 0.0
         """FLOPs of the runs that were recorded since this was opened."""
         self._url = url
@@ -126,6 +130,7 @@ class Ledger:
         self.results: dict[tuple[int, int], SeedResult] = {
             (result.trial, result.seed): result for result in read_results(self._engine, self.uuid)
         }
+        self._environments = read_environments(self._engine, self.uuid)
         self._losses = self._extreme_losses()
         self._stops = read_stops(self._engine, self.uuid)
         self._reopened: dict[tuple[int, int], SeedResult] = {}
@@ -136,6 +141,10 @@ class Ledger:
         """Numbers of the trials that repeat one, by its number."""
         self._untold: set[int] = set()
         """Numbers of the trials that Optuna has not been told of."""
+        self._to_tell: list[int] = []
+        """Those of them that may be over since it was told last."""
+        self._stopped: list[Trial] = []
+        """Trials that results have stopped, which `record` has not returned yet."""
         self._tally = Tally(self.config, self._more_seeds, self.results)
         self._unasked: dict[str | None, OrderedDict[TrialSpec, int]] = defaultdict(OrderedDict)
         """Listed specs that are no trial yet, with their places in the file, by the teacher that they wait for."""
@@ -257,6 +266,24 @@ class Ledger:
             # The driver died before the trial was completely written.
             self._optuna.tell(frozen.number, state=TrialState.FAIL)
 
+    def catch_up(self) -> None:
+        """Take in what was asked just as the connection was lost, so that its answer never came.
+
+        Raises:
+            StudyError: another driver has begun meanwhile.
+        """
+        self._optuna_database.remove_session()
+        drivers = sa.select(sa.func.max(driver_table.c.id)).where(driver_table.c.study_uuid == self.uuid)
+        with self._engine.connect() as connection:
+            if connection.scalar(drivers) != self._driver and self._driver is not None:
+                raise StudyError("another driver has worked on this study")
+        for frozen in self._optuna.get_trials(deepcopy=False):
+            if frozen.number not in self.trials:
+                self._next_number = max(self._next_number, frozen.number + 1)
+                self._take_in(frozen)
+                self._to_tell += [frozen.number] if frozen.number in self._untold else []
+        self._tell_what_is_over()
+
     def _sign_trials(self, known: Iterable[optuna.trial.FrozenTrial]) -> None:
         """Give a checksum to what an earlier version wrote; Optuna itself changes no trial that is over."""
         attributes = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"), sa.column("value_json"))
@@ -284,6 +311,7 @@ class Ledger:
         Args:
             may_start: whether what has this arm for its teacher may.
         """
+        self._tell_what_is_over()
         heads = [
             next((place, spec) for spec, place in specs.items())
             for teacher, specs in self._unasked.items()
@@ -309,7 +337,8 @@ class Ledger:
         self._optuna_storage.set_trial_user_attr(trial_id, TRIAL, to_attribute(trial))  # now it is completely written
         self._remember(trial)
         self._untold.add(trial.number)
-        self._tell_if_over(trial.number)
+        self._to_tell.append(trial.number)
+        self._tell_what_is_over()
         return trial
 
     def _new_trial(self, number: int, spec: TrialSpec) -> Trial:
@@ -368,12 +397,19 @@ class Ledger:
     def record(self, *results: SeedResult) -> list[Trial]:
         """Write results of one trial, all or none; one that is there stays as it is.
 
+        Where the database fails in between, the same call later does what is left.
+
         Returns:
             The trials that they stop, with those that repeat them.
         """
         new = [result for result in results if (result.trial, result.seed) not in self.results]
-        if not new:
-            return []
+        if new:
+            self._write(new)
+        self._tell_what_is_over()
+        stopped, self._stopped = self._stopped, []
+        return stopped
+
+    def _write(self, new: Sequence[SeedResult]) -> None:
         stops = self._stops_after(new)
         rows = result_table.c
         with self._engine.begin() as connection:
@@ -391,6 +427,8 @@ class Ledger:
                 )
             for stop in stops:  # with the result, so that what is decided once is never decided again
                 content = STOP.dump_json(stop).decode()
+                of_trial = (stop_table.c.study_uuid == self.uuid) & (stop_table.c.trial == stop.trial)
+                connection.execute(stop_table.delete().where(of_trial))  # from an attempt whose answer was lost
                 insert(connection, stop_table, study_uuid=self.uuid, trial=stop.trial, content=content)
         for result in new:
             self.results[result.trial, result.seed] = result
@@ -399,17 +437,14 @@ class Ledger:
             self._tally.note(trial, result.seed)
             self.flops_recorded += trial.shape.flops
             self._losses = _extremes(self._losses, [result])
-        stopped = []
         for stop in stops:
             self._stops[stop.trial] = stop
             for trial in self.sharing(stop.trial):
-                stopped.append(replace(trial, stop=stop))
-                self.trials[trial.number] = stopped[-1]
-                self._tally.look_at(stopped[-1])
+                self.trials[trial.number] = replace(trial, stop=stop)
+                self._tally.look_at(self.trials[trial.number])
+                self._stopped.append(self.trials[trial.number])
         for number in [new[0].trial, *(stop.trial for stop in stops)]:
-            for trial in self.sharing(number):
-                self._tell_if_over(trial.number)
-        return stopped
+            self._to_tell += [trial.number for trial in self.sharing(number)]
 
     def _stops_after(self, new: Sequence[SeedResult]) -> list[Stop]:
         if self.config.early_stopping is None:
@@ -433,9 +468,15 @@ class Ledger:
         """Note a start of the driver, with the versions it runs on."""
         with in_one_line(self._url), self._engine.begin() as connection:
             content = json.dumps(environment)
-            insert(connection, driver_table, study_uuid=self.uuid, started=now(), environment=content)
+            self._driver = insert(connection, driver_table, study_uuid=self.uuid, started=now(), environment=content)
+        self._environments.append(dict(environment))
 
     # Telling ------------------------------------------------------------------------------------------------------
+
+    def _tell_what_is_over(self) -> None:
+        while self._to_tell:
+            self._tell_if_over(self._to_tell[0])
+            del self._to_tell[0]
 
     def _tell_if_over(self, number: int) -> None:
         """Tell Optuna of a trial (or of the trial it repeats) once all its first seeds are in, or it has no more.
@@ -454,19 +495,18 @@ class Ledger:
         is_lacking = len(results) < len(keys) or any(result.state == "failed" for result in results)
         worst = worst_loss(source.shape, self._losses[1]) if is_lacking else 0.0
         told = what_to_tell(self.config, trial, source, results, worst)
-        self._untold.remove(number)
         if told.constraints:
             self._tell_constraints(number, told.constraints)
-        if told.values is None:
-            self._optuna.tell(number, state=TrialState.FAIL)
-        else:
-            self._optuna.tell(number, told.values)
+        state = TrialState.FAIL if told.values is None else None
+        self._optuna.tell(number, told.values, state, skip_if_finished=True)  # by an attempt whose answer was lost
+        self._untold.remove(number)
 
     def _tell_constraints(self, number: int, constraints: Mapping[str, float]) -> None:
         """As Optuna's `Trial.set_constraint` does, which needs a trial that was asked in this process."""
         trial_id = self._optuna_id(number)
-        for name, value in constraints.items():
-            self._optuna_storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
+        with suppress(UpdateFinishedTrialError):  # it has been told, see below
+            for name, value in constraints.items():
+                self._optuna_storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
 
     def _optuna_id(self, number: int) -> int:
         return self._optuna_storage.get_trial_id_from_study_id_trial_number(self._optuna_study_id, number)
@@ -539,20 +579,11 @@ class Ledger:
 
     def first_environment(self) -> dict[str, Any]:
         """What the study was begun on."""
-        return next(iter(self._environments()), {})
+        return next(iter(self._environments), {})
 
     def last_environment(self) -> dict[str, Any]:
         """What the study ran on last; empty before its first run."""
-        return next(iter(reversed(self._environments())), {})
-
-    def _environments(self) -> list[dict[str, Any]]:
-        """What each driver ran on."""
-        with in_one_line(self._url), self._engine.connect() as connection:
-            rows = read_rows(connection, driver_table, driver_table.c.study_uuid == self.uuid)
-            try:
-                return [dict(json.loads(row["environment"])) for row in rows]
-            except (ValueError, TypeError) as error:
-                raise Damaged(f"what a driver ran on: {first_defect(error)}") from None
+        return next(reversed(self._environments), {})
 
     def close(self) -> None:
         """Let go of the database."""

@@ -152,6 +152,16 @@ def check_results(
             raise Damaged(f"it has a result of trial {result.trial} for seed {result.seed}, which the study has not")
 
 
+def read_environments(engine: sa.Engine, study_uuid: str) -> list[dict[str, Any]]:
+    """What each driver of a study ran on, in the order of their starts."""
+    with engine.connect() as connection:
+        rows = read_rows(connection, driver_table, driver_table.c.study_uuid == study_uuid)
+    try:
+        return [dict(json.loads(row["environment"])) for row in rows]
+    except (ValueError, TypeError) as error:
+        raise Damaged(f"what a driver ran on: {first_defect(error)}") from None
+
+
 def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
     """Every decision to stop a trial, by its number."""
     if not sa.inspect(engine).has_table(stop_table.name):

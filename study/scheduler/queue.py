@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from study.config import StudyConfig
-from study.ledger.database import LEDGER_ERRORS
 from study.ledger.ledger import Ledger
+from study.ledger.lock import Hold
+from study.ledger.outage import LedgerGone, Patience
 from study.ledger.trials import Trial
 from study.scheduler.unit import Teachers, Unit, checkpoints_of
 from study.storage import Storage
@@ -33,6 +34,7 @@ class Queue:
     Args:
         on_result: called after each recorded result.
         on_stop: called with a trial that results have stopped, after them.
+        hold: of this driver on the ledger.
         on_answered: called with a new trial that needs no training: it repeats another, or is pruned.
         say: told in one line what the user should know of.
     """
@@ -45,6 +47,7 @@ class Queue:
     on_answered: Callable[[Trial], None] = lambda trial: None
     say: Callable[[str], None] = print
     on_stop: Callable[[Trial], None] = lambda trial: None
+    hold: Hold = field(default_factory=Hold)
     aborted: str | None = None
     """Why no more units are issued although work is left; None while all is well."""
     _in_flight: set[tuple[int, int]] = field(default_factory=set)
@@ -61,15 +64,14 @@ class Queue:
     def __post_init__(self) -> None:
         self._teacher_arms = {arm.teacher for arm in self.config.arms} - {None}
         self._rel_error_chis = study_chis(self.config)
+        self._patience = Patience(self.ledger, self.hold, self.say)
 
     def next_unit(self) -> Unit | Finished | None:
         """The next unit; None where all that is left waits for units in flight; "finished" where nothing is left."""
         if self.aborted is not None:
             return "finished"
-        try:
-            unit = self._issue()
-        except LEDGER_ERRORS as error:
-            self.aborted = f"the ledger cannot be written: {error}".splitlines()[0]
+        unit = self._issue()
+        if self.aborted is not None and unit is None:
             return "finished"
         if unit is None and not self._in_flight:
             if self._given_up:
@@ -109,7 +111,13 @@ class Queue:
             if has_changed and self.aborted is None:
                 continue
             # While one that was found waits for its teacher, another would be chosen with nothing learnt from it.
-            asked = None if found_waits or self.aborted is not None else self.ledger.ask(self._may_start)
+            if found_waits or self.aborted is not None:
+                return None
+            try:
+                asked = self._patience.act(lambda: self.ledger.ask(self._may_start))
+            except LedgerGone as gone:
+                self.aborted = str(gone)
+                return None
             if asked is None:
                 return None
             if not self.ledger.missing_seeds(asked):
@@ -129,9 +137,9 @@ class Queue:
             return
         self._in_flight.difference_update((result.trial, result.seed) for result in results)
         try:
-            stopped = self.ledger.record(*results)
-        except LEDGER_ERRORS as error:
-            self.aborted = f"the ledger cannot be written: {error}".splitlines()[0]
+            stopped = self._patience.act(lambda: self.ledger.record(*results))
+        except LedgerGone as gone:
+            self.aborted = str(gone)
             return
         for result in results:
             self._forget_checkpoints(result.trial, [result.seed])
@@ -187,6 +195,10 @@ class Queue:
         self._given_up |= {key: why for key in _keys(unit) if self._n_stillborn[key] == MAX_DEATHS}
         if self._n_stillborn_in_a_row == MAX_STILLBORN:
             self.aborted = f"{MAX_STILLBORN} workers in a row died before they began with a run: {why}"
+
+    def stop_waiting(self) -> None:
+        """Wait no more for a ledger that is away: the study is interrupted."""
+        self._patience.is_over = True
 
     def is_cancelled(self, unit: Unit) -> bool:
         """Whether a unit in flight has been stopped meanwhile: nothing waits for what it still trains."""
