@@ -134,7 +134,7 @@ def run_study(
     corpus = study_corpus(config)
     with directory.locked(), hold_ledger(directory.ledger_url, config.name) as hold:
         directory.check_is_for(config)
-        storage = Storage(storage_url or directory.storage_url())
+        storage = directory.storage(storage_url)
         try:
             store_corpus(storage, corpus)
             backup = open_backup(storage, directory, config.name, partial(say, console))
@@ -361,7 +361,7 @@ def sync(
         StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
     """
     with directory.locked(), hold_ledger(directory.ledger_url, config.name):
-        storage = Storage(storage_url or directory.storage_url())
+        storage = directory.storage(storage_url)
         corpus = known_corpus(config, directory, storage)
         ledger = open_ledger(config, corpus, directory)
         config = ledger.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import optuna
 import sqlalchemy as sa
@@ -23,7 +24,7 @@ from study.ledger.tables import (
     read_study,
     study_table,
 )
-from study.ledger.tally import Tally
+from study.ledger.tally import seeds_of
 from study.ledger.trials import TRIAL, Trial, check_trials, from_attribute, read_frozen
 from study.trial import SeedResult
 
@@ -66,7 +67,7 @@ def _read(url: str, engine: sa.Engine, name: str) -> Snapshot:
     results, trials = read_results(engine, uuid), _read_trials(url, name, uuid, stops)
     config, by_number = growths.history[-1], {trial.number: trial for trial in trials}
     check_trials(by_number, {arm.name for arm in config.arms}, stops)
-    check_results(results, by_number, Tally(config, growths.more_seeds, ()).seeds_of)
+    check_results(results, by_number, partial(seeds_of, config, growths.more_seeds))
     started = max((driver["started"] for driver in drivers), default=None)
     return Snapshot(uuid, row["corpus_sha256"], trials, results, growths, started)
 

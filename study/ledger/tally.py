@@ -79,7 +79,7 @@ class Tally:
 
     def seeds_of(self, trial: Trial) -> list[int]:
         """Seeds that a trial (or the one it repeats) is to have: the study's, and those that were added to it alone."""
-        return list(dict.fromkeys([*self._config.seed_list, *self._more_seeds.get(trial.source, [])]))
+        return seeds_of(self._config, self._more_seeds, trial)
 
     def missing_seeds(self, trial: Trial) -> list[int]:
         """Seeds that a trial has no result for and is to have.
@@ -138,3 +138,8 @@ class Tally:
             f"the search ended after {self._n_searched} of {self._config.budget.trials} trials: {self._n_repeats} of "
             f"them repeat another (budget.max_repeats={cap}; more of them, or a wider space, and it goes on)"
         )
+
+
+def seeds_of(config: StudyConfig, more_seeds: Mapping[int, Sequence[int]], trial: Trial) -> list[int]:
+    """See `Tally.seeds_of`."""
+    return list(dict.fromkeys([*config.seed_list, *more_seeds.get(trial.source, [])]))
