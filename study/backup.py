@@ -14,15 +14,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from study.directory import StudyDirectory, replace_file
 from study.errors import StudyError
+from study.ledger.checksums import Damaged
+from study.ledger.copies import check_whole, copy_database
 from study.storage import Storage
-
-_BUSY_SECONDS = 60
-"""How long a copy waits for the writer of a database."""
 
 
 class AnotherDriver(StudyError):
@@ -94,6 +93,7 @@ class Backup:
 
         Raises:
             AnotherDriver: somebody else made a copy meanwhile.
+        Damaged: the ledger is not what was written, and no copy takes the place of a whole one.
             OSError, sqlite3.Error: the storage cannot be written, or a database cannot be read.
         """
         self.check_is_ours()
@@ -108,7 +108,7 @@ class Backup:
                 self._copy(kind, path)
 
     def _copy(self, kind: str, path: Path) -> None:
-        data = _snapshot(path)
+        data = _snapshot(path, check_whole if kind == "ledger" else None)
         checksum = hashlib.sha256(data).hexdigest()
         copies = self._copies(kind)
         if self._copied.get(kind) == checksum or (copies and _checksum_of(copies[-1]) == checksum):
@@ -190,7 +190,7 @@ class BackgroundBackup:
     Args:
         seconds: least time between two copies.
         say: told in one line when it fails, and when it works again.
-        stop: called with the reason where another driver works on the same study.
+        stop: called with the reason where another driver works on the same study, or the ledger is damaged.
     """
 
     def __init__(self, backup: Backup, seconds: float, say: Callable[[str], None], stop: Callable[[str], None]) -> None:
@@ -225,7 +225,7 @@ class BackgroundBackup:
     def _attempt(self) -> None:
         try:
             self._backup.update()
-        except AnotherDriver as error:
+        except (AnotherDriver, Damaged) as error:
             self.trouble = str(error)
             self._stop(str(error))
         except (OSError, sqlite3.Error) as error:
@@ -246,13 +246,11 @@ def _checksum_of(key: str) -> str:
     return Path(key).stem.partition("-")[2]
 
 
-def _snapshot(path: Path) -> bytes:
-    """A SQLite database's file as it is between two transactions, while others write to it."""
+def _snapshot(path: Path, check: Callable[[Path], None] | None) -> bytes:
+    """A SQLite database's file as it is between two transactions, after a check of it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
-        with (
-            closing(sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True, timeout=_BUSY_SECONDS)) as source,
-            closing(sqlite3.connect(copy)) as target,
-        ):
-            source.backup(target)
+        copy_database(path, copy)
+        if check is not None:
+            check(copy)
         return copy.read_bytes()

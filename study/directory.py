@@ -17,6 +17,7 @@ from analysis.urls import hide_password
 from study.config import StudyConfig
 from study.errors import StudyError
 from study.ledger.lock import check_ledger_url
+from study.storage import Storage
 from study.study_file import dump_config, load_config
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
@@ -61,7 +62,7 @@ class StudyDirectory:
     @property
     def has_ledger(self) -> bool:
         """Whether there is a ledger, or a database elsewhere that may hold one."""
-        return self._ledger_elsewhere is not None or self.ledger_file.is_file()
+        return self._ledger_elsewhere is not None or _is_file(self.ledger_file)
 
     @property
     def has_no_study(self) -> bool:
@@ -89,7 +90,7 @@ class StudyDirectory:
         Raises:
             StudyError: there is none.
         """
-        if not self.study_file.is_file():
+        if not _is_file(self.study_file):
             raise StudyError(f"{self.path}: no study here (no {self.study_file.name}); give a folder that a run made")
         self.check_ledger()
         return load_config(self.study_file)
@@ -116,24 +117,26 @@ class StudyDirectory:
             StudyError: another driver has it, and is named.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise StudyError(f"--dir {self.path}: cannot make the folder: {error.strerror}") from None
         holder = self.path / "driver.json"
-        lock = FileLock(self.path / "driver.lock")
-        try:
-            with self._writing():
-                lock.acquire(timeout=0)
-        except Timeout:
-            raise StudyError(f"{self.path}: another driver runs this study: {_describe_holder(holder)}") from None
-        try:
-            with self._writing():
-                holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
-            yield
-        finally:
-            with suppress(OSError):
-                holder.unlink(missing_ok=True)
-            lock.release()
+        with private_files():
+            lock = FileLock(self.path / "driver.lock", mode=0o600)
+            try:
+                with self._writing():
+                    lock.acquire(timeout=0)
+            except Timeout:
+                raise StudyError(f"{self.path}: another driver runs this study: {_describe_holder(holder)}") from None
+            try:
+                with self._writing():
+                    holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
+                yield
+            finally:
+                with suppress(OSError):
+                    holder.unlink(missing_ok=True)
+                lock.release()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -147,16 +150,12 @@ class StudyDirectory:
 
     def driver(self) -> dict[str, Any] | None:
         """Host and process of the driver that has the study now; None where nobody has."""
-        holder: dict[str, Any] = {}
         try:
             holder = dict(json.loads((self.path / "driver.json").read_text(encoding="utf-8")))
-            if holder["host"] == socket.gethostname():
-                os.kill(holder["pid"], 0)  # asks whether it is there
-        except PermissionError:  # it is, and is another user's
-            pass
-        except (OSError, ValueError, KeyError, TypeError):  # a driver that was killed leaves its name behind
+            # A driver that was killed leaves its name behind.
+            return holder if holder["host"] != socket.gethostname() or is_alive(holder["pid"]) else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return holder
 
     def write(self, config: StudyConfig, uuid: str, tracking_uri: str | None, storage: str) -> None:
         """Keep the resolved study file, and the manifest, from which later commands take what they are not told."""
@@ -170,7 +169,7 @@ class StudyDirectory:
             "storage": None if storage == self._own_storage else storage,  # the folder may be moved
             "ledger": self._ledger_elsewhere,
         }
-        self._replace(self._manifest_path, json.dumps(manifest, indent=2) + "\n", mode=0o600)  # URIs hold passwords
+        self._replace(self._manifest_path, json.dumps(manifest, indent=2) + "\n")
 
     def tracking_uri(self) -> str | None:
         """The tracking URI of the last run, as the manifest has it; None with tracking off or before any run."""
@@ -179,6 +178,26 @@ class StudyDirectory:
     def uuid(self) -> str | None:
         """UUID of the study that was run here; None before any run."""
         return self._manifest().get("uuid")
+
+    def storage(self, url: str | None = None) -> Storage:
+        """The storage at a path or URL that the user gave, or that of the last run.
+
+        Raises:
+            StudyError: it would mix with what is no storage's: the root, the user's home or this folder itself.
+        """
+        storage = Storage(url if url is not None else self.storage_url())
+        if not storage.is_remote:
+            place = Path(storage.url).resolve()
+            above = [Path("/"), Path(os.path.expanduser("~")).resolve()]
+            is_too_high = any(own.is_relative_to(place) for own in above)
+            if url != "" and not is_too_high and place != self.path.resolve():
+                return storage
+        elif storage.has_folder:
+            return storage
+        raise StudyError(
+            f"--storage {storage.shown if url != '' else repr(url)}: must be a folder of its own, not the root, your "
+            "home or a folder above it, or the study's folder; give a folder in there"
+        )
 
     def storage_url(self) -> str:
         """The storage of the last run; in this folder before any run."""
@@ -193,10 +212,12 @@ class StudyDirectory:
         return self.path / run_schema.STUDY_MANIFEST
 
     def _manifest(self) -> dict[str, Any]:
-        if not self._manifest_path.is_file():
+        if not _is_file(self._manifest_path):
             return {}
         try:
             manifest = dict(json.loads(self._manifest_path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise _unreadable(self._manifest_path, error) from None
         except (ValueError, TypeError) as error:
             raise StudyError(f"{self._manifest_path} is damaged: {error}") from None
         for key in ("name", "uuid", "tracking_uri", "storage", "ledger"):
@@ -220,17 +241,51 @@ class StudyDirectory:
             )
         return uri
 
-    def _replace(self, path: Path, text: str, mode: int = 0o644) -> None:
+    def _replace(self, path: Path, text: str) -> None:
         with self._writing():
-            replace_file(path, text.encode(), mode)
+            replace_file(path, text.encode())
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Whatever this process, and those it starts, write in here is for their user alone: texts, URLs with passwords."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)  # asks
+    except PermissionError:  # it is there, and is another user's
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write a file whole or not at all, whatever was there before; OSError where that is not possible."""
     partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
     partial.touch(mode)
     partial.write_bytes(data)
     partial.replace(path)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is; not to be told from a folder that may not be read is a StudyError."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> StudyError:
+    return StudyError(f"{path}: cannot read it: {error.strerror}; a study is for the user who ran it alone")
 
 
 def _describe_holder(holder: Path) -> str:

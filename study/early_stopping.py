@@ -6,7 +6,7 @@ order in which its trials ended. Every decision is therefore kept with its evide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,19 +51,20 @@ def stops_after(
     trials: Mapping[int, Trial],
     results: Mapping[tuple[int, int], SeedResult],
     latest: SeedResult,
-    is_open: Callable[[Trial], bool],
+    lacking: Iterable[Trial],
 ) -> list[Stop]:
     """The trials that a result ends, its own or those that its own beats, with that result among `results`.
 
     Args:
-        is_open: whether a trial still lacks seeds that it has never had.
+        lacking: the trials that still lack seeds that they have never had.
     """
     rule = config.early_stopping
     if rule is None:
         return []
-    may_stop = [trial for trial in trials.values() if _is_stoppable(config, trial) and is_open(trial)]
     stops = []
-    for trial in may_stop:
+    for trial in lacking:
+        if not _is_stoppable(config, trial):
+            continue
         rivals = trials.values() if trial.number == latest.trial else [trials[latest.trial]]
         for rival in rivals:
             stop = _stop(rule, config.seed_list, trial, rival, results, latest)

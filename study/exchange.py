@@ -7,12 +7,15 @@ of their own; checkpoints, weights and addresses, which may hold passwords, do n
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,21 +24,27 @@ import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlalchemy as sa
+import yaml
 
 from analysis import run_schema
 from analysis.urls import hide_password
 from study.backup import has_backup
+from study.config import StudyConfig
 from study.corpus import corpus_from_bytes
-from study.directory import StudyDirectory
+from study.definition import definition, settled
+from study.directory import StudyDirectory, is_alive, private_files
 from study.environment import environment
 from study.errors import StudyError
-from study.ledger.snapshot import read_ledger
-from study.ledger.tables import LEDGER_ERRORS, SCHEMA_VERSION, empty_ledger, open_database, optuna_name
+from study.ledger.database import LEDGER_ERRORS, open_database
+from study.ledger.snapshot import Snapshot, read_ledger
+from study.ledger.tables import SCHEMA_VERSION, empty_ledger, optuna_name
+from study.ledger.trials import first_defect
 from study.run import known_corpus
 from study.scheduler.unit import store_corpus
 from study.storage import Storage
 from study.study_file import dump_config, parse_yaml, validate
 from study.trial import now
+from study.values import NAME_PATTERN
 
 FORMAT = 1
 """Version of the file; a reader refuses newer ones."""
@@ -44,6 +53,11 @@ _HEADER = b"mpo-study"
 _STUDY_FILE, _CORPUS = "study.yaml", "corpus.txt"
 _OPTUNA_VERSION = "alembic_version"
 """Optuna's table that says which version its other tables have."""
+
+
+class _Refused(StudyError):
+    """A file is whole, and this program cannot take it."""
+
 
 Rows = list[tuple[str, str]]
 """Name of a table, and a row of it as JSON."""
@@ -87,7 +101,7 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
         raise StudyError(f"{file}: is a folder; give the file to write")
     partial = file.with_name(f"{file.name}.partial")
     try:
-        with partial.open("wb") as sink:
+        with private_files(), partial.open("wb") as sink:
             pq.write_table(table, sink, compression="zstd")
         partial.replace(file)
     except OSError as error:
@@ -105,9 +119,14 @@ def import_study(file: Path, directory: StudyDirectory, storage_url: str | None 
     Raises:
         StudyError: the file is damaged, newer than this program or no export; or the folder is not empty.
     """
+    with private_files():
+        return _import(file, directory, storage_url)
+
+
+def _import(file: Path, directory: StudyDirectory, storage_url: str | None) -> str:
     header, rows = _read(file)
     path = directory.path
-    storage = Storage(storage_url) if storage_url is not None else None
+    storage = directory.storage(storage_url) if storage_url is not None else None
     try:
         if storage is not None and has_backup(storage, header["study"]):
             raise StudyError(
@@ -122,15 +141,14 @@ def import_study(file: Path, directory: StudyDirectory, storage_url: str | None 
         raise StudyError(f"{path}: is there already; give a folder that is not, for the study to be made in")
     try:
         path.resolve().parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.resolve().parent))
+        _remove_leftovers(path.resolve())
+        prefix = f"{_unfinished(path.resolve())}{os.getpid()}-"
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.resolve().parent))
     except OSError as error:
         raise StudyError(f"{path}: cannot make the folder: {error.strerror or error}") from None
     try:
         made = StudyDirectory(folder)
-        _fill_ledger(made.ledger_url, file, header, rows)
-        snapshot = read_ledger(made.ledger_url, header["study"])
-        text = _only(rows, _STUDY_FILE)
-        config = validate(parse_yaml(text, str(file)), str(file)) if text is not None else snapshot.growths.history[-1]
+        snapshot, config = _make_ledger(made.ledger_url, file, header, rows)
         own = Storage(made.storage_url())
         corpus = _only(rows, _CORPUS)
         if corpus is not None:
@@ -142,13 +160,56 @@ def import_study(file: Path, directory: StudyDirectory, storage_url: str | None 
                 here = config.corpus.model_copy(update={"path": f"{there}/{key}"})
                 config = config.model_copy(update={"corpus": here})
         made.write(config, snapshot.uuid, None, storage.url if storage is not None else own.url)
-        folder.chmod(0o755)
         _move(folder, path)
     except OSError as error:
         raise StudyError(f"{path}: cannot make the study there: {error.strerror or error}") from None
+    except _Refused:
+        raise
+    except (StudyError, *LEDGER_ERRORS, *_DEFECTS) as error:
+        said = str(error) if isinstance(error, StudyError) else first_defect(error)
+        raise StudyError(f"{file}: is damaged: {said.removeprefix(f'{file}: ')}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return config.name
+
+
+def _make_ledger(url: str, file: Path, header: Mapping[str, Any], rows: Rows) -> tuple[Snapshot, StudyConfig]:
+    """A ledger of the rows, read again: a file with a checksum that fits may hold anything."""
+    _fill_ledger(url, file, header, rows)
+    snapshot = read_ledger(url, header["study"])
+    history = snapshot.growths.history
+    text = _only(rows, _STUDY_FILE)
+    config = _study_file(text, file) if text is not None else history[-1]
+    if {header["study"], config.name, *(one.name for one in history)} != {config.name}:
+        raise StudyError("it holds studies of several names")
+    if header["uuid"] != snapshot.uuid or not re.fullmatch("[0-9a-f]{32}", snapshot.uuid):
+        raise StudyError("its UUIDs differ, or are none")
+    if definition(settled(config, history)) != definition(history[-1]):
+        raise StudyError("its study file is another study's")
+    return snapshot, config
+
+
+_DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, yaml.YAMLError)
+"""What values of a wrong type or size raise in SQLite, Optuna, YAML and pydantic."""
+
+
+def _study_file(text: str, file: Path) -> StudyConfig:
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        raise StudyError("its study file has aliases, which no export writes")
+    return validate(parse_yaml(text, str(file)), str(file))
+
+
+def _unfinished(path: Path) -> str:
+    """How the names of folders begin in which this machine makes the study of that folder."""
+    return f".{path.name}-import-{socket.gethostname()}-"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the folders of imports that were killed."""
+    for folder in path.parent.glob(f"{glob.escape(_unfinished(path))}*"):
+        pid = folder.name.removeprefix(_unfinished(path)).partition("-")[0]
+        if pid.isdecimal() and not is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move(folder: Path, path: Path) -> None:
@@ -217,23 +278,25 @@ def _checksum(header: dict[str, Any], rows: Rows) -> str:
 def _read(file: Path) -> tuple[dict[str, Any], Rows]:
     """Header and rows of an exported file, checked."""
     damaged = f"{file}: is damaged; export the study again, or take another copy"
+    if not file.exists():
+        raise StudyError(f"{file}: there is no such file; `mpo-study export DIR FILE` writes one")
+    if not file.is_file():
+        raise StudyError(f"{file}: is no file; give one that `mpo-study export DIR FILE` wrote")
     try:
-        table = pq.read_table(pa.OSFile(str(file)))
-        text = (table.schema.metadata or {}).get(_HEADER)
-    except FileNotFoundError:
-        raise StudyError(f"{file}: there is no such file; `mpo-study export DIR FILE` writes one") from None
+        with pq.ParquetFile(pa.OSFile(str(file))) as source:
+            text = (source.schema_arrow.metadata or {}).get(_HEADER)
+            rows = _unpack(source, file) if text is not None else []
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise StudyError(f"{file}: is no whole Parquet file; export the study again: {reason}") from None
     if text is None:
         raise StudyError(f"{file}: is no study's export; `mpo-study export DIR FILE` writes one")
-    rows: Rows = []
     try:
         header = dict(json.loads(text))
         is_newer = header["format"] > FORMAT or header["ledger_schema"] > SCHEMA_VERSION
-        version = header["versions"]["mpo-study"]
-        if not is_newer:
-            rows = list(zip(table["table"].to_pylist(), table["row"].to_pylist(), strict=True))
+        version, _ = header["versions"]["mpo-study"], header["versions"]["optuna"]
+        if not re.fullmatch(NAME_PATTERN, header["study"]):
+            raise StudyError(damaged)
     except (ValueError, KeyError, TypeError):
         raise StudyError(damaged) from None
     if is_newer:
@@ -241,6 +304,32 @@ def _read(file: Path) -> tuple[dict[str, Any], Rows]:
     if header.get("sha256") != _checksum(header, rows):
         raise StudyError(damaged)
     return header, rows
+
+
+_LARGEST_RATIO, _ALWAYS = 50, 1 << 26
+"""Of a file's rows to the file, which is about 3, and bytes of rows that every file may have: what has more was made to
+fill a machine's memory."""
+
+
+def _unpack(source: pq.ParquetFile, file: Path) -> Rows:
+    """The rows of a file, a few at a time, as far as they are of a size that it can have.
+
+    Raises:
+        StudyError: they are larger.
+    """
+    limit = max(_ALWAYS, _LARGEST_RATIO * file.stat().st_size)
+    groups = [source.metadata.row_group(index).total_byte_size for index in range(source.metadata.num_row_groups)]
+    rows: Rows = []
+    n_bytes = 0
+    if sum(groups) <= limit:
+        for batch in source.iter_batches(batch_size=16, columns=["table", "row"]):
+            n_bytes += batch.nbytes
+            if n_bytes > limit:
+                break
+            rows += zip(batch["table"].to_pylist(), batch["row"].to_pylist(), strict=True)
+        else:
+            return rows
+    raise StudyError(f"{file}: unpacks to more than {limit >> 20} MiB, which no export of its size does")
 
 
 def _fill_ledger(url: str, file: Path, header: dict[str, Any], rows: Rows) -> None:
@@ -251,7 +340,7 @@ def _fill_ledger(url: str, file: Path, header: dict[str, Any], rows: Rows) -> No
         here = connection.exec_driver_sql(f"SELECT version_num FROM {_OPTUNA_VERSION}").scalar()
         there = [json.loads(row)["version_num"] for name, row in rows if name == _OPTUNA_VERSION]
         if there != [here]:
-            raise StudyError(
+            raise _Refused(
                 f"{file}: was written with Optuna {header['versions']['optuna']}, whose tables are not those of "
                 f"{optuna.__version__}; install the former and import it again"
             )
@@ -260,7 +349,7 @@ def _fill_ledger(url: str, file: Path, header: dict[str, Any], rows: Rows) -> No
         for name, row in _of_tables(rows):
             content = json.loads(row)
             if name not in columns or not content.keys() <= columns[name]:
-                raise StudyError(
+                raise _Refused(
                     f"{file}: holds in {name} what this version does not know; import it with the one that wrote it"
                 )
             marks = ", ".join("?" * len(content))

@@ -28,7 +28,7 @@ class StudyProgress:
     def __init__(self, console: Console, ledger: Ledger) -> None:
         self._console, self._ledger = console, ledger
         self._begun = time.monotonic()
-        self._flops_before = self._flops_done()
+        self._flops_before = ledger.flops_recorded
         self._bar = Progress(
             TextColumn("[bold]runs"),
             BarColumn(bar_width=None),
@@ -38,7 +38,7 @@ class StudyProgress:
         )
         self._task = self._bar.add_task("runs", total=None, words="")
         self._latest = Text("", style="dim", no_wrap=True, overflow="ellipsis")
-        self._live = Live(Group(self._bar, self._latest), console=console, transient=True)
+        self._live = Live(Group(self._bar, self._latest), console=console, transient=True, refresh_per_second=1)
 
     def __enter__(self) -> StudyProgress:
         if self._console.is_terminal:
@@ -86,10 +86,9 @@ class StudyProgress:
 
     def refresh(self) -> None:
         """Bring the display up to date with the ledger."""
-        losses = [r.final["final/val_loss"] for r in self._ledger.results.values() if r.state == "complete"]
-        best = f"best loss {min(losses):.3f}, " if losses else ""
-        over = sum(not self._ledger.missing_seeds(trial) for trial in self._ledger.trials.values())
-        words = f"trials {over}/{self._ledger.n_trials}, {best}{self._time_left()}"
+        ledger = self._ledger
+        best = f"best loss {ledger.best_loss:.3f}, " if ledger.best_loss is not None else ""
+        words = f"trials {ledger.n_trials_over}/{ledger.n_trials}, {best}{self._time_left()}"
         self._bar.update(self._task, completed=len(self._ledger.results), total=self._n_runs(), words=words)
 
     def _n_runs(self) -> int:
@@ -104,12 +103,9 @@ class StudyProgress:
 
     # Time left ----------------------------------------------------------------------------------------------------
 
-    def _flops_done(self) -> float:
-        return sum(self._ledger.trials[trial].shape.flops for trial, _ in self._ledger.results)
-
     def _time_left(self) -> str:
-        done = self._flops_done()
-        if done <= self._flops_before:
+        done = self._ledger.flops_recorded - self._flops_before
+        if done <= 0:
             return "time left unknown"
-        rate = (done - self._flops_before) / (time.monotonic() - self._begun)
+        rate = done / (time.monotonic() - self._begun)
         return f"{timedelta(seconds=round(self._ledger.flops_left / rate))} left"

@@ -18,6 +18,7 @@ from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.environment import environment, what_changed
 from study.errors import StudyError
 from study.growth import NO_GROWTH, Growth, grow
+from study.ledger.copies import Copies
 from study.ledger.ledger import Asked, Ledger
 from study.ledger.lock import hold_ledger
 from study.ledger.snapshot import read_ledger
@@ -127,9 +128,9 @@ def run_study(
         StudyError: the study cannot be opened, cannot grow so, or another driver has it.
     """
     corpus = study_corpus(config)
-    with directory.locked(), hold_ledger(directory.ledger_url, config.name) as is_held:
+    with directory.locked(), hold_ledger(directory.ledger_url, config.name) as hold:
         directory.check_is_for(config)
-        storage = Storage(storage_url or directory.storage_url())
+        storage = directory.storage(storage_url)
         try:
             store_corpus(storage, corpus)
             backup = open_backup(storage, directory, config.name, partial(say, console))
@@ -157,24 +158,32 @@ def run_study(
             for trial in ledger.trials.values():
                 track(trial)
 
+            beside = Copies(directory.ledger_url, progress.say)
+            beside.keep()  # all of the ledger has just been read, and is whole
+
+            def keep_copy(keep: Callable[[], None]) -> None:
+                try:
+                    keep()
+                except StudyError as error:
+                    queue.aborted = str(error)
+
             def on_result(result: SeedResult) -> None:
                 progress.on_result(result)
-                if not is_held():
-                    queue.aborted = "the connection to the ledger was lost, and with it the hold on this study"
                 if copies is not None:
                     copies.note_change()
-                for trial in ledger.trials.values():
-                    stopped_now = trial.stop is not None and trial.stop.after == (result.trial, result.seed)
-                    if stopped_now:
-                        progress.on_stop(trial)
-                    if stopped_now or result.trial == trial.source:
-                        track(trial)
+                keep_copy(beside.keep_if_due)
+                for trial in ledger.sharing(result.trial):
+                    track(trial)
+
+            def on_stop(trial: Trial) -> None:
+                progress.on_stop(trial)
+                track(trial)
 
             def on_answered(trial: Trial) -> None:
                 progress.on_answered(trial)
                 track(trial)
 
-            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say)
+            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say, on_stop, hold)
             copies = None
             if backup is not None:
                 seconds = config.execution.backup_seconds
@@ -182,8 +191,9 @@ def run_study(
             try:
                 _execute(queue, progress, executor, directory, address)
                 for trial in ledger.trials.values():
-                    if trial.duplicate_of is not None:  # it came after its original's results
+                    if trial.duplicate_of is not None or trial.pruned is not None:  # its original's results came before
                         track(trial)
+                keep_copy(beside.keep)
             except KeyboardInterrupt:
                 if tracker is not None:
                     # No exception for the second Ctrl-C, which could be raised before anything waits, and be lost.
@@ -231,13 +241,15 @@ def _reopen(
         teachers |= {arm.teacher for arm in config.arms if arm.is_searched}
     needed = {(teacher, seed) for teacher in teachers for seed in config.seed_list}
     needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
-    for result in list(ledger.results.values()):
+    gone = []
+    for result in ledger.results.values():
         arm = ledger.trials[result.trial].spec.arm
         if (arm, result.seed) not in needed or result.state != "complete":
             continue
         if result.weights is None or not storage.exists(result.weights):  # None: it became a teacher later
             say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.shown}; it is trained again")
-            ledger.reopen([result])
+            gone.append(result)
+    ledger.reopen(gone)
 
 
 def _to_retry(ledger: Ledger) -> list[SeedResult]:
@@ -290,7 +302,7 @@ def sync(
         StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
     """
     with directory.locked(), hold_ledger(directory.ledger_url, config.name):
-        storage = Storage(storage_url or directory.storage_url())
+        storage = directory.storage(storage_url)
         corpus = known_corpus(config, directory, storage)
         ledger = open_ledger(config, corpus, directory)
         config = ledger.config

@@ -66,34 +66,33 @@ def study_status(directory: StudyDirectory) -> StudyStatus:
     own = directory.load_config()
     snapshot = read_ledger(directory.ledger_url, own.name)
     config, driver = settled(own, snapshot.growths.history), directory.driver()
-    tally = Tally(config, snapshot.growths.more_seeds)
     on = frontier(points(snapshot.trials, snapshot.results))
     results: dict[int, dict[int, SeedResult]] = defaultdict(dict)
     for result in snapshot.results:
         results[result.trial][result.seed] = result
     keys = {(result.trial, result.seed) for result in snapshot.results}
+    tally = Tally(config, snapshot.growths.more_seeds, keys, snapshot.trials)
+    numbers = {point.trial for point in on}
     trials = [
-        _trial_status(trial, results[trial.number], tally.missing_seeds(trial, keys), {point.trial for point in on})
-        for trial in snapshot.trials
+        _trial_status(trial, results[trial.number], tally.missing_seeds(trial), numbers) for trial in snapshot.trials
     ]
-    n_runs_unasked = tally.n_runs_unasked(snapshot.trials)
     failures = [result for result in snapshot.results if result.state == "failed"]
-    run_seconds_left, seconds_left = _time_left(snapshot, tally.flops_left(snapshot.trials, keys), driver is not None)
+    run_seconds_left, seconds_left = _time_left(snapshot, tally.flops_left, driver is not None)
     return StudyStatus(
         name=config.name,
         uuid=snapshot.uuid,
         seeds=list(config.seed_list),
         trials=trials,
-        n_unasked=n_runs_unasked // len(config.seed_list),
+        n_unasked=tally.n_runs_unasked // len(config.seed_list),
         n_complete=len(snapshot.results) - len(failures),
         n_failed=len(failures),
-        n_missing=sum(len(row.missing) for row in trials) + n_runs_unasked,
+        n_missing=tally.n_missing,
         failures=failures,
         frontier=on,
         driver=driver,
         run_seconds_left=run_seconds_left,
         seconds_left=seconds_left,
-        search_ended=tally.search_ended(snapshot.trials),
+        search_ended=tally.search_ended,
     )
 
 

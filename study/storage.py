@@ -52,6 +52,11 @@ class Storage:
         """The path or URL for a reader, without a password."""
         return hide_password(self.url)
 
+    @property
+    def has_folder(self) -> bool:
+        """Whether it is in a bucket or folder, not what holds all of them."""
+        return bool(self._root.strip("/"))
+
     @contextmanager
     def _answering(self) -> Iterator[None]:
         """Raise whatever an object store's own library raises as an OSError, in one line without a password."""
@@ -78,7 +83,7 @@ class Storage:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         partial = f"{path}.{uuid4().hex}.partial"
         try:
-            with open(partial, "wb") as file:
+            with open(partial, "wb", opener=_private) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -142,6 +147,11 @@ class Storage:
                 self._files.rm(path, recursive=True)
         except FileNotFoundError:
             return
+
+
+def _private(path: str, flags: int) -> int:
+    """Opens a file for its user alone."""
+    return os.open(path, flags, 0o600)
 
 
 # Tensors as objects ---------------------------------------------------------------------------------------------------

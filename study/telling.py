@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,10 +61,9 @@ def what_to_tell(
     return Told(_values(config, source, results, worst_loss), constraints)
 
 
-def worst_loss(shape: TrialShape, results: Iterable[SeedResult]) -> float:
+def worst_loss(shape: TrialShape, worst_on_record: float) -> float:
     """As bad as a uniform guess, and as the worst result on record."""
-    losses = (result.final["final/val_loss"] for result in results if result.state == "complete")
-    return max(math.log(shape.vocab_size), *losses, 0.0)
+    return max(math.log(shape.vocab_size), worst_on_record, 0.0)
 
 
 def why_pruned(budget: Budget, shape: TrialShape) -> str | None:

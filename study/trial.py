@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import torch
+from pydantic import FiniteFloat
 
 import mpo_core
 from study.config import Model, Protocol, StudyConfig
@@ -61,9 +62,9 @@ class SeedResult:
     state: Literal["complete", "failed"]
     started: str
     ended: str
-    final: dict[str, float] = field(default_factory=dict)
-    curve: list[dict[str, float]] = field(default_factory=list)
-    rel_errors: dict[str, float] = field(default_factory=dict)
+    final: dict[str, FiniteFloat] = field(default_factory=dict)
+    curve: list[dict[str, FiniteFloat]] = field(default_factory=list)
+    rel_errors: dict[str, FiniteFloat] = field(default_factory=dict)
     ran_on: dict[str, str] = field(default_factory=dict)
     weights: str | None = None
     failure: str | None = None
@@ -164,8 +165,8 @@ class TrialShape:
     n_params_dense: int
     bonds: dict[str, tuple[int, ...]]
     identity: str
-    step_flops: float
-    flops: float
+    step_flops: FiniteFloat
+    flops: FiniteFloat
     vocab_size: int = 1
     """Of the corpus: a uniform guess has a loss of its logarithm."""
 

@@ -104,7 +104,8 @@ WideInt = Annotated[int, Field(ge=1, le=1_000_000)]
 """A feed-forward dimension, a context or a batch."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Sites = Annotated[int, Field(ge=1, le=6)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 def options(value: Any) -> tuple[Any, ...]:

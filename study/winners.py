@@ -86,7 +86,7 @@ def write_winners(
     new = validate(parse_yaml(text, str(file)), str(file))
     check_trials(new)
     try:
-        replace_file(file, text.encode())
+        replace_file(file, text.encode(), mode=0o644)
     except OSError as error:
         raise StudyError(f"{file}: cannot write there: {error.strerror or error}; give another file") from None
     return new

@@ -6,40 +6,53 @@ Only the driver writes. Our tables are the truth: Optuna's are reconciled with t
 from __future__ import annotations
 
 import json
+import math
 import uuid as uuid_module
+from collections import ChainMap, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
 import sqlalchemy as sa
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from study.config import StudyConfig
 from study.definition import definition, differences, only_adds, settled
 from study.early_stopping import Stop, stops_after
 from study.errors import StudyError
+from study.ledger.checksums import SUM, insert, sign
+from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna
 from study.ledger.tables import (
     SCHEMA_VERSION,
     STOP,
     GrowthRecord,
     check_results,
-    close_optuna,
     driver_table,
     growth_table,
-    in_one_line,
     metadata,
-    open_database,
     optuna_name,
+    read_environments,
     read_growths,
     read_results,
     read_stops,
+    read_study,
     result_table,
     stop_table,
     study_table,
 )
 from study.ledger.tally import Tally
-from study.ledger.trials import TRIAL, Trial, from_attribute, to_attribute
+from study.ledger.trials import (
+    TRIAL,
+    Trial,
+    check_trials,
+    from_attribute,
+    read_frozen,
+    signed,
+    to_attribute,
+)
 from study.samplers import make_sampler
 from study.search_space import directions, listed_specs, suggest, teacher_spec
 from study.telling import Pruned, what_to_tell, why_pruned, worst_loss
@@ -89,34 +102,54 @@ class Ledger:
         """The study as it is now: what the file says, with all that it has grown by since."""
         self._corpus_sha256 = corpus_sha256
         self._examine = examine
-        with in_one_line():
+        self._driver: int | None = None
+        """Number of this start in the table of drivers."""
+        self.flops_recorded = 0.0
+        """FLOPs of the runs that were recorded since this was opened."""
+        self._url = url
+        with in_one_line(url):
             self._open(url, uuid, may_begin, extend)
 
     def _open(self, url: str, uuid: str | None, may_begin: bool, extend: bool) -> None:
         self._engine = open_database(url)
+        check_file(self._engine)
         metadata.create_all(self._engine)
+        sign(self._engine, metadata)
         self.uuid, self.created = self._open_study(uuid, may_begin)
         is_extended = self._open_growths(extend)
-        self._optuna_storage = optuna.storages.RDBStorage(url)
+        self._optuna_database = open_optuna(url)
+        # The one cache for all calls: the database alone looks for a trial's number among all trials.
+        self._optuna_storage = optuna.storages.get_storage(self._optuna_database)
         self._optuna = optuna.create_study(
             storage=self._optuna_storage,
             study_name=optuna_name(self.config.name, self.uuid),
             directions=directions(self.config),
             load_if_exists=True,
         )
+        self._optuna_study_id = self._optuna_storage.get_study_id_from_name(self._optuna.study_name)
         self.results: dict[tuple[int, int], SeedResult] = {
             (result.trial, result.seed): result for result in read_results(self._engine, self.uuid)
         }
+        self._environments = read_environments(self._engine, self.uuid)
+        self._losses = self._extreme_losses()
         self._stops = read_stops(self._engine, self.uuid)
         self._reopened: dict[tuple[int, int], SeedResult] = {}
         self.trials: dict[int, Trial] = {}
         self._by_identity: dict[str, int] = {}
+        self._first_of_arm: dict[str, int] = {}
+        self._duplicates: dict[int, list[int]] = defaultdict(list)
+        """Numbers of the trials that repeat one, by its number."""
         self._untold: set[int] = set()
         """Numbers of the trials that Optuna has not been told of."""
-        self._lacking: dict[int, Trial] = {}
-        """Trials that have no result yet for some seed."""
-        self._unasked = dict.fromkeys(listed_specs(self.config))
-        """Listed specs that are no trial yet, in the order of the file."""
+        self._to_tell: list[int] = []
+        """Those of them that may be over since it was told last."""
+        self._stopped: list[Trial] = []
+        """Trials that results have stopped, which `record` has not returned yet."""
+        self._tally = Tally(self.config, self._more_seeds, self.results)
+        self._unasked: dict[str | None, OrderedDict[TrialSpec, int]] = defaultdict(OrderedDict)
+        """Listed specs that are no trial yet, with their places in the file, by the teacher that they wait for."""
+        for place, spec in enumerate(listed_specs(self.config)):
+            self._unasked[spec.teacher][spec] = place
         self._reconcile()
         if is_extended:
             self.record_growth("--extend", self.config)
@@ -126,39 +159,34 @@ class Ledger:
     def _open_study(self, expected: str | None, may_begin: bool) -> tuple[str, str]:
         """UUID and time of creation of the study on record, or of a new one."""
         name = self.config.name
-        with self._engine.begin() as connection:
-            row = connection.execute(sa.select(study_table).where(study_table.c.name == name)).one_or_none()
-            if expected is not None and (row is None or row.uuid != expected):
-                raise StudyError(
-                    f"the ledger does not hold study {name} ({expected}), which was run here before; "
-                    "put its ledger.db back, or begin a new study with another --dir"
-                )
-            if row is None and not may_begin:
-                raise StudyError(f"no study {name} here that could grow; run it without that first")
-            if row is None:
-                uuid, created = uuid_module.uuid4().hex, now()
-                connection.execute(
-                    study_table.insert().values(
-                        name=name,
-                        uuid=uuid,
-                        schema_version=SCHEMA_VERSION,
-                        config=self.config.model_dump_json(),
-                        corpus_sha256=self._corpus_sha256,
-                        created=created,
-                    )
-                )
-                return uuid, created
-        if row.schema_version != SCHEMA_VERSION:
+        row = read_study(self._engine, name)
+        if expected is not None and (row is None or row["uuid"] != expected):
             raise StudyError(
-                f"the ledger of study {name} has schema version {row.schema_version}, this program knows "
-                f"{SCHEMA_VERSION}"
+                f"the ledger does not hold study {name} ({expected}), which was run here before; "
+                "put its ledger.db back, or begin a new study with another --dir"
             )
-        if row.corpus_sha256 != self._corpus_sha256:
+        if row is None and not may_begin:
+            raise StudyError(f"no study {name} here that could grow; run it without that first")
+        if row is None:
+            uuid, created = uuid_module.uuid4().hex, now()
+            with self._engine.begin() as connection:
+                insert(
+                    connection,
+                    study_table,
+                    name=name,
+                    uuid=uuid,
+                    schema_version=SCHEMA_VERSION,
+                    config=self.config.model_dump_json(),
+                    corpus_sha256=self._corpus_sha256,
+                    created=created,
+                )
+            return uuid, created
+        if row["corpus_sha256"] != self._corpus_sha256:
             raise StudyError(
                 f"study {name} was begun with another study file; it differs in corpus (SHA-256 was "
-                f"{row.corpus_sha256[:12]}…, now {self._corpus_sha256[:12]}…); {_UNDO}"
+                f"{row['corpus_sha256'][:12]}…, now {self._corpus_sha256[:12]}…); {_UNDO}"
             )
-        return row.uuid, row.created
+        return row["uuid"], row["created"]
 
     def _open_growths(self, extend: bool) -> bool:
         """Find out what the study has become, and whether the config means that; returns whether it means more."""
@@ -168,7 +196,7 @@ class Ledger:
         self.growths = list(growths.records)
         newest = growths.history[-1]
         self.config = settled(self.config, growths.history)
-        self._tally = Tally(self.config, growths.more_seeds)
+        self._more_seeds = growths.more_seeds
         self._teacher_arms = {arm.teacher for arm in self.config.arms} - {None}
         changed = list(differences(definition(newest), definition(self.config)))
         self._has_grown = len(growths.history) > 1 or bool(changed)
@@ -197,39 +225,75 @@ class Ledger:
         before = self.growths[-1].seeds_after if self.growths else len(self._first_seeds)
         after = before if config is None else len(config.seed_list)
         self.growths.append(GrowthRecord(self.changed, command, before, after))
-        with in_one_line(), self._engine.begin() as connection:
-            connection.execute(
-                growth_table.insert().values(
-                    study_uuid=self.uuid,
-                    made=self.changed,
-                    command=command,
-                    config=config.model_dump_json() if config is not None else None,
-                    seeds=json.dumps(list(more_seeds.items())) if more_seeds is not None else None,
-                )
+        with in_one_line(self._url), self._engine.begin() as connection:
+            insert(
+                connection,
+                growth_table,
+                study_uuid=self.uuid,
+                made=self.changed,
+                command=command,
+                config=config.model_dump_json() if config is not None else None,
+                seeds=json.dumps(list(more_seeds.items())) if more_seeds is not None else None,
             )
 
     def _reconcile(self) -> None:
         """Bring Optuna's tables in line with ours."""
-        for frozen in self._optuna.get_trials(deepcopy=False):
-            if TRIAL in frozen.user_attrs:
-                trial = from_attribute(frozen, self._stops)
-                if self._has_grown:  # then more trials are among those that tuning chooses from
-                    trial = self._with_new_budget(trial)
-                self._remember(trial)
-                if frozen.state == TrialState.RUNNING:
-                    self._untold.add(trial.number)
-            elif frozen.state == TrialState.RUNNING:
-                # The driver died before the trial was completely written.
-                self._optuna.tell(frozen.number, state=TrialState.FAIL)
+        known = read_frozen(self._optuna)
+        self._next_number = len(known)
+        for frozen in known:
+            self._take_in(frozen)
+        check_trials(self.trials, {arm.name for arm in self.config.arms}, self._stops)
+        self._sign_trials(known)
         for trial in self.trials.values():
             if trial.duplicate_of is not None and trial.spec.arm in self._teacher_arms:
                 raise StudyError(
                     f"arm {trial.spec.arm} cannot be a teacher: its trial {trial.number} repeats trial "
                     f"{trial.duplicate_of}, and was never trained itself"
                 )
-        check_results(self.results.values(), self.trials)
+        check_results(self.results.values(), self.trials, self.seeds_of)
         for number in sorted(self._untold):
             self._tell_if_over(number)
+
+    def _take_in(self, frozen: optuna.trial.FrozenTrial) -> None:
+        if TRIAL in frozen.user_attrs:
+            trial = from_attribute(frozen, self._stops)
+            if self._has_grown:  # then more trials are among those that tuning chooses from
+                trial = self._with_new_budget(trial)
+            self._remember(trial)
+            if frozen.state == TrialState.RUNNING:
+                self._untold.add(trial.number)
+        elif frozen.state == TrialState.RUNNING:
+            # The driver died before the trial was completely written.
+            self._optuna.tell(frozen.number, state=TrialState.FAIL)
+
+    def catch_up(self) -> None:
+        """Take in what was asked just as the connection was lost, so that its answer never came.
+
+        Raises:
+            StudyError: another driver has begun meanwhile.
+        """
+        self._optuna_database.remove_session()
+        drivers = sa.select(sa.func.max(driver_table.c.id)).where(driver_table.c.study_uuid == self.uuid)
+        with self._engine.connect() as connection:
+            if connection.scalar(drivers) != self._driver and self._driver is not None:
+                raise StudyError("another driver has worked on this study")
+        for frozen in self._optuna.get_trials(deepcopy=False):
+            if frozen.number not in self.trials:
+                self._next_number = max(self._next_number, frozen.number + 1)
+                self._take_in(frozen)
+                self._to_tell += [frozen.number] if frozen.number in self._untold else []
+        self._tell_what_is_over()
+
+    def _sign_trials(self, known: Iterable[optuna.trial.FrozenTrial]) -> None:
+        """Give a checksum to what an earlier version wrote; Optuna itself changes no trial that is over."""
+        attributes = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"), sa.column("value_json"))
+        with self._engine.begin() as connection:
+            for frozen in known:
+                content = frozen.user_attrs.get(TRIAL)
+                if content is not None and SUM not in content:
+                    mine = (attributes.c.trial_id == self._optuna_id(frozen.number)) & (attributes.c.key == TRIAL)
+                    text = json.dumps(signed(content, frozen.number))
+                    connection.execute(attributes.update().where(mine).values(value_json=text))
 
     def _with_new_budget(self, trial: Trial) -> Trial:
         teacher = teacher_spec(self.config, trial.spec)
@@ -241,26 +305,40 @@ class Ledger:
 
     # Asking -------------------------------------------------------------------------------------------------------
 
-    def ask(self, may_start: Callable[[TrialSpec], bool] = lambda spec: True) -> Trial | None:
-        """The next trial of the study, or None where its budget is met, or every listed one left may not start yet."""
-        spec = next(filter(may_start, self._unasked), None)
-        if self._unasked and spec is None:
+    def ask(self, may_start: Callable[[str], bool] = lambda teacher: True) -> Trial | None:
+        """The next trial of the study, or None where its budget is met, or every listed one left may not start yet.
+
+        Args:
+            may_start: whether what has this arm for its teacher may.
+        """
+        self._tell_what_is_over()
+        heads = [
+            next((place, spec) for spec, place in specs.items())
+            for teacher, specs in self._unasked.items()
+            if specs and (teacher is None or may_start(teacher))
+        ]
+        if heads:
+            _, spec = min(heads, key=lambda head: head[0])
+            # Not by Optuna's `ask`, which first looks through all trials for one that waits; its sampler has nothing to
+            # choose here.
+            trial_id = self._optuna_storage.create_new_trial(self._optuna_study_id)
+            number = self._optuna_storage.get_trial_number_from_id(trial_id)
+        elif any(self._unasked.values()):
             return None  # so that what is searched neither comes before it nor makes a duplicate of it
-        if spec is not None:
-            self._optuna.sampler = optuna.samplers.RandomSampler(seed=0)  # has nothing to choose in a listed trial
-            asked = self._optuna.ask()
         elif self.is_searching:
-            next_number = len(self._optuna.get_trials(deepcopy=False))
-            self._optuna.sampler = make_sampler(self.config, next_number)
+            self._optuna.sampler = make_sampler(self.config, self._next_number)
             asked = self._optuna.ask()
-            spec = suggest(self.config, asked)
+            number, spec = asked.number, suggest(self.config, asked)
+            trial_id = self._optuna_id(number)
         else:
             return None
-        trial = self._new_trial(asked.number, spec)
-        asked.set_user_attr(TRIAL, to_attribute(trial))  # with it, the trial is completely written
+        self._next_number = number + 1
+        trial = self._new_trial(number, spec)
+        self._optuna_storage.set_trial_user_attr(trial_id, TRIAL, to_attribute(trial))  # now it is completely written
         self._remember(trial)
         self._untold.add(trial.number)
-        self._tell_if_over(trial.number)
+        self._to_tell.append(trial.number)
+        self._tell_what_is_over()
         return trial
 
     def _new_trial(self, number: int, spec: TrialSpec) -> Trial:
@@ -296,69 +374,86 @@ class Ledger:
     @property
     def is_searching(self) -> bool:
         """Whether a sampler has trials to choose yet."""
-        n_searched = len(self._tally.searched(self.trials.values()))
-        return n_searched < self.config.budget.trials and self.search_ended is None
+        return self._tally.is_searching
 
     @property
     def search_ended(self) -> str | None:
         """Why the sampler is asked no more before the budget is met."""
-        return self._tally.search_ended(self.trials.values())
+        return self._tally.search_ended
 
     def _remember(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
-        self._unasked.pop(trial.spec, None)
+        self._first_of_arm.setdefault(trial.spec.arm, trial.number)
+        if trial.spec.teacher in self._unasked:
+            self._unasked[trial.spec.teacher].pop(trial.spec, None)
         if trial.duplicate_of is None:
             self._by_identity[trial.shape.identity] = trial.number
-        if self.missing_seeds(trial):
-            self._lacking[trial.number] = trial
+        else:
+            self._duplicates[trial.duplicate_of].append(trial.number)
+        self._tally.add(trial)
 
     # Recording ----------------------------------------------------------------------------------------------------
 
-    def record(self, *results: SeedResult) -> None:
-        """Write results of one trial, all or none, and which trials they stop; one that is there stays as it is."""
+    def record(self, *results: SeedResult) -> list[Trial]:
+        """Write results of one trial, all or none; one that is there stays as it is.
+
+        Where the database fails in between, the same call later does what is left.
+
+        Returns:
+            The trials that they stop, with those that repeat them.
+        """
         new = [result for result in results if (result.trial, result.seed) not in self.results]
-        if not new:
-            return
+        if new:
+            self._write(new)
+        self._tell_what_is_over()
+        stopped, self._stopped = self._stopped, []
+        return stopped
+
+    def _write(self, new: Sequence[SeedResult]) -> None:
         stops = self._stops_after(new)
         rows = result_table.c
         with self._engine.begin() as connection:
             for result in new:
                 of_seed = (rows.study_uuid == self.uuid) & (rows.trial == result.trial) & (rows.seed == result.seed)
                 connection.execute(result_table.delete().where(of_seed))  # see `reopen`
-                connection.execute(
-                    result_table.insert().values(
-                        study_uuid=self.uuid,
-                        trial=result.trial,
-                        seed=result.seed,
-                        state=result.state,
-                        content=json.dumps(result.__dict__, allow_nan=False),
-                    )
+                insert(
+                    connection,
+                    result_table,
+                    study_uuid=self.uuid,
+                    trial=result.trial,
+                    seed=result.seed,
+                    state=result.state,
+                    content=json.dumps(result.__dict__, allow_nan=False),
                 )
             for stop in stops:  # with the result, so that what is decided once is never decided again
                 content = STOP.dump_json(stop).decode()
-                connection.execute(stop_table.insert().values(study_uuid=self.uuid, trial=stop.trial, content=content))
+                of_trial = (stop_table.c.study_uuid == self.uuid) & (stop_table.c.trial == stop.trial)
+                connection.execute(stop_table.delete().where(of_trial))  # from an attempt whose answer was lost
+                insert(connection, stop_table, study_uuid=self.uuid, trial=stop.trial, content=content)
         for result in new:
             self.results[result.trial, result.seed] = result
             self._reopened.pop((result.trial, result.seed), None)
+            trial = self.trials[result.trial]
+            self._tally.note(trial, result.seed)
+            self.flops_recorded += trial.shape.flops
+            self._losses = _extremes(self._losses, [result])
         for stop in stops:
             self._stops[stop.trial] = stop
-            for number in [stop.trial, *self._duplicates_of(stop.trial)]:
-                self.trials[number] = replace(self.trials[number], stop=stop)
+            for trial in self.sharing(stop.trial):
+                self.trials[trial.number] = replace(trial, stop=stop)
+                self._tally.look_at(self.trials[trial.number])
+                self._stopped.append(self.trials[trial.number])
         for number in [new[0].trial, *(stop.trial for stop in stops)]:
-            if not self.missing_seeds(self.trials[number]):
-                self._lacking.pop(number, None)
-            for told in [number, *self._duplicates_of(number)]:
-                self._tell_if_over(told)
+            self._to_tell += [trial.number for trial in self.sharing(number)]
 
     def _stops_after(self, new: Sequence[SeedResult]) -> list[Stop]:
         if self.config.early_stopping is None:
             return []
-        results = self.results | {(result.trial, result.seed): result for result in new}
-
-        def is_open(trial: Trial) -> bool:
-            return trial.number in self._untold and bool(self._tally.missing_seeds(trial, results))
-
-        return stops_after(self.config, self.trials, results, new[-1], is_open)
+        own = {(result.trial, result.seed): result for result in new}
+        lacking = [trial for trial in self.lacking() if trial.number in self._untold]
+        may_stop = [t for t in lacking if any((t.number, seed) not in own for seed in self.missing_seeds(t))]
+        may_stop.sort(key=lambda trial: trial.number)
+        return stops_after(self.config, self.trials, ChainMap(own, self.results), new[-1], may_stop)
 
     def reopen(self, results: Iterable[SeedResult]) -> None:
         """Take results for missing, until new ones replace them on record; Optuna keeps what it was told."""
@@ -366,19 +461,22 @@ class Ledger:
             if self.trials[result.trial].stop is not None:
                 continue  # it would not be trained again
             self._reopened[result.trial, result.seed] = self.results.pop((result.trial, result.seed))
-            self._lacking[result.trial] = self.trials[result.trial]
+            self._tally.look_at(self.trials[result.trial])
+        self._losses = self._extreme_losses()
 
     def record_driver(self, environment: Mapping[str, Any]) -> None:
         """Note a start of the driver, with the versions it runs on."""
-        with in_one_line(), self._engine.begin() as connection:
-            connection.execute(
-                driver_table.insert().values(study_uuid=self.uuid, started=now(), environment=json.dumps(environment))
-            )
+        with in_one_line(self._url), self._engine.begin() as connection:
+            content = json.dumps(environment)
+            self._driver = insert(connection, driver_table, study_uuid=self.uuid, started=now(), environment=content)
+        self._environments.append(dict(environment))
 
     # Telling ------------------------------------------------------------------------------------------------------
 
-    def _duplicates_of(self, number: int) -> Iterator[int]:
-        return (trial.number for trial in self.trials.values() if trial.duplicate_of == number)
+    def _tell_what_is_over(self) -> None:
+        while self._to_tell:
+            self._tell_if_over(self._to_tell[0])
+            del self._to_tell[0]
 
     def _tell_if_over(self, number: int) -> None:
         """Tell Optuna of a trial (or of the trial it repeats) once all its first seeds are in, or it has no more.
@@ -390,28 +488,28 @@ class Ledger:
             return
         trial = self.trials[number]
         source = self.trials[trial.source]
+        if self._tally.first_missing(source) in self._first_seeds:  # these come first
+            return
         keys = [(source.number, seed) for seed in self._first_seeds]
         results = [self.results[key] for key in keys if key in self.results]
-        if len(results) < len(keys) and self.missing_seeds(source):
-            return
         is_lacking = len(results) < len(keys) or any(result.state == "failed" for result in results)
-        worst = worst_loss(source.shape, self.results.values()) if is_lacking else 0.0
+        worst = worst_loss(source.shape, self._losses[1]) if is_lacking else 0.0
         told = what_to_tell(self.config, trial, source, results, worst)
-        self._untold.remove(number)
         if told.constraints:
             self._tell_constraints(number, told.constraints)
-        if told.values is None:
-            self._optuna.tell(number, state=TrialState.FAIL)
-        else:
-            self._optuna.tell(number, told.values)
+        state = TrialState.FAIL if told.values is None else None
+        self._optuna.tell(number, told.values, state, skip_if_finished=True)  # by an attempt whose answer was lost
+        self._untold.remove(number)
 
     def _tell_constraints(self, number: int, constraints: Mapping[str, float]) -> None:
         """As Optuna's `Trial.set_constraint` does, which needs a trial that was asked in this process."""
-        storage = self._optuna_storage
-        study_id = storage.get_study_id_from_name(self._optuna.study_name)
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        for name, value in constraints.items():
-            storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
+        trial_id = self._optuna_id(number)
+        with suppress(UpdateFinishedTrialError):  # it has been told, see below
+            for name, value in constraints.items():
+                self._optuna_storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
+
+    def _optuna_id(self, number: int) -> int:
+        return self._optuna_storage.get_trial_id_from_study_id_trial_number(self._optuna_study_id, number)
 
     # What is there, and what is left ------------------------------------------------------------------------------
 
@@ -423,11 +521,21 @@ class Ledger:
 
     def unasked(self) -> list[TrialSpec]:
         """Listed specs that are no trial yet."""
-        return list(self._unasked)
+        places = {spec: place for specs in self._unasked.values() for spec, place in specs.items()}
+        return sorted(places, key=places.__getitem__)
 
-    def lacking(self) -> list[Trial]:
-        """Trials that have no result yet for some seed."""
-        return list(self._lacking.values())
+    def lacking(self) -> Iterator[Trial]:
+        """Trials that have no result yet for some seed; not to be gone on with after a change of the ledger."""
+        return (self.trials[number] for number in self._tally.lacking)
+
+    def sharing(self, number: int) -> list[Trial]:
+        """The trial of this number, and those that repeat it."""
+        return [self.trials[each] for each in (number, *self._duplicates.get(number, ()))]
+
+    def first_of(self, arm: str) -> Trial | None:
+        """The first trial of an arm; None where it has none yet."""
+        number = self._first_of_arm.get(arm)
+        return self.trials[number] if number is not None else None
 
     def seeds_of(self, trial: Trial) -> list[int]:
         """Seeds that a trial (or the one it repeats) is to have: the study's, and those that were added to it alone."""
@@ -435,23 +543,35 @@ class Ledger:
 
     def missing_seeds(self, trial: Trial) -> list[int]:
         """Seeds that this trial has no result for and is to have."""
-        return self._tally.missing_seeds(trial, self.results)
+        return self._tally.missing_seeds(trial)
 
     @property
     def n_trials(self) -> int:
         """Trials that the study will have."""
-        return self._tally.n_trials(self.trials.values())
+        return self._tally.n_trials
+
+    @property
+    def n_trials_over(self) -> int:
+        """Trials that lack no seed."""
+        return self._tally.n_over
 
     @property
     def n_missing(self) -> int:
         """Runs that the study lacks, those of trials that are not asked yet included."""
-        known = sum(len(self.missing_seeds(trial)) for trial in self._lacking.values())
-        return known + self._tally.n_runs_unasked(self.trials.values())
+        return self._tally.n_missing
 
     @property
     def flops_left(self) -> float:
         """FLOPs of those runs, see `Tally.flops_left`."""
-        return self._tally.flops_left(self.trials.values(), self.results)
+        return self._tally.flops_left
+
+    @property
+    def best_loss(self) -> float | None:
+        """The lowest final validation loss on record, in nats; None where no run is complete."""
+        return self._losses[0] if math.isfinite(self._losses[0]) else None
+
+    def _extreme_losses(self) -> tuple[float, float]:
+        return _extremes((math.inf, -math.inf), self.results.values())
 
     def n_over_at(self, time: str) -> int:
         """How many of the results on record there were at a time, as `trial.now` writes it."""
@@ -459,19 +579,19 @@ class Ledger:
 
     def first_environment(self) -> dict[str, Any]:
         """What the study was begun on."""
-        return self._environment(driver_table.c.id)
+        return next(iter(self._environments), {})
 
     def last_environment(self) -> dict[str, Any]:
         """What the study ran on last; empty before its first run."""
-        return self._environment(driver_table.c.id.desc())
-
-    def _environment(self, order: sa.ColumnElement[int]) -> dict[str, Any]:
-        query = sa.select(driver_table.c.environment).where(driver_table.c.study_uuid == self.uuid).order_by(order)
-        with in_one_line(), self._engine.connect() as connection:
-            row = connection.execute(query.limit(1)).one_or_none()
-        return json.loads(row.environment) if row is not None else {}
+        return next(reversed(self._environments), {})
 
     def close(self) -> None:
         """Let go of the database."""
         self._engine.dispose()
-        close_optuna(self._optuna_storage)
+        close_optuna(self._optuna_database)
+
+
+def _extremes(before: tuple[float, float], results: Iterable[SeedResult]) -> tuple[float, float]:
+    """The lowest and the highest final validation loss of complete results, and of what there was before."""
+    losses = [result.final["final/val_loss"] for result in results if result.state == "complete"]
+    return min(before[0], *losses, math.inf), max(before[1], *losses, -math.inf)

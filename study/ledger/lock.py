@@ -5,22 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 
 import sqlalchemy as sa
 import sqlalchemy.exc
 
 from analysis.urls import hide_password
 from study.errors import StudyError
+from study.ledger.database import ALIVE
 
 _MARK = "mpo-study"
 _LONGEST_NAME = 63
 """Bytes that PostgreSQL keeps of an application's name."""
-
-_ALIVE = {"keepalives": 1, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-"""libpq's: a connection that has nothing to say for days is neither dropped on its way nor kept after its driver."""
 
 
 def check_ledger_url(url: str) -> str:
@@ -41,53 +38,94 @@ def check_ledger_url(url: str) -> str:
     return url
 
 
-@contextmanager
-def hold_ledger(url: str, name: str) -> Iterator[Callable[[], bool]]:
-    """Hold a study in a PostgreSQL database by an advisory lock, which ends with this process; SQLite needs none.
+class Hold:
+    """A driver's hold on a study; one whose ledger is a file, which the lock of its folder holds as well."""
 
-    Yields:
-        Whether it is held still: it is not where the connection was lost meanwhile.
+    may_be_lost = False
+    """Whether its connection, and with it the hold, may be lost and taken anew."""
+
+    def is_held(self) -> bool:
+        """Whether it is held still."""
+        return True
+
+    def take(self) -> None:
+        """Take it, anew where it was lost.
+
+        Raises:
+            StudyError: another driver has it, and is named.
+            sqlalchemy.exc.SQLAlchemyError: the database cannot be reached.
+        """
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class _PostgreSQLHold(Hold):
+    """By an advisory lock, which ends with this process, or with its connection."""
+
+    may_be_lost = True
+
+    def __init__(self, url: str, name: str) -> None:
+        self._name = name
+        self._key = int.from_bytes(hashlib.sha256(f"{_MARK} {name}".encode()).digest()[:8], "big", signed=True)
+        me = f"{_MARK} {os.getpid()}@{socket.gethostname()}"[:_LONGEST_NAME]
+        # A connection of its own, in no transaction: the lock lasts as long as the session does.
+        self._engine = sa.create_engine(
+            url,
+            poolclass=sa.NullPool,
+            isolation_level="AUTOCOMMIT",
+            connect_args={"application_name": me, **ALIVE},
+        )
+        self._connection: sa.Connection | None = None
+
+    def is_held(self) -> bool:
+        try:
+            return self._connection is not None and bool(self._connection.scalar(sa.text("SELECT true")))
+        except sqlalchemy.exc.SQLAlchemyError:
+            return False
+
+    def take(self) -> None:
+        self._let_go()
+        self._connection = self._engine.connect()
+        key = self._key
+        if not self._connection.scalar(sa.text("SELECT pg_try_advisory_lock(:key)"), {"key": key}):
+            halves = {"high": key >> 32 & 0xFFFFFFFF, "low": key & 0xFFFFFFFF}
+            holder = self._connection.scalar(_HOLDER, halves)
+            process = (holder or "").removeprefix(_MARK).strip() or "its name is not known"
+            self._let_go()
+            raise StudyError(f"study {self._name}: another driver runs it in this ledger: process {process}")
+
+    def close(self) -> None:
+        self._let_go()
+        self._engine.dispose()
+
+    def _let_go(self) -> None:
+        if self._connection is not None:
+            with suppress(sqlalchemy.exc.SQLAlchemyError):
+                self._connection.close()
+            self._connection = None
+
+
+@contextmanager
+def hold_ledger(url: str, name: str) -> Iterator[Hold]:
+    """Hold a study in a PostgreSQL database; SQLite needs no more than the lock of the study's folder.
 
     Raises:
         StudyError: another driver has it, and is named; or the database cannot be reached.
     """
     if sa.make_url(url).get_backend_name() != "postgresql":
-        yield lambda: True
+        yield Hold()
         return
-    me = f"{_MARK} {os.getpid()}@{socket.gethostname()}"[:_LONGEST_NAME]
-    key = int.from_bytes(hashlib.sha256(f"{_MARK} {name}".encode()).digest()[:8], "big", signed=True)
     try:
-        # A connection of its own, in no transaction: the lock lasts as long as the session does.
-        engine = sa.create_engine(
-            url,
-            poolclass=sa.NullPool,
-            isolation_level="AUTOCOMMIT",
-            connect_args={"application_name": me, **_ALIVE},
-        )
-        connection = engine.connect()
-        is_ours = connection.scalar(sa.text("SELECT pg_try_advisory_lock(:key)"), {"key": key})
-        holder = (
-            None if is_ours else connection.scalar(_HOLDER, {"high": key >> 32 & 0xFFFFFFFF, "low": key & 0xFFFFFFFF})
-        )
+        hold = _PostgreSQLHold(url, name)
+        hold.take()
     except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
         said = hide_password(str(error).splitlines()[0], url)
         raise StudyError(f"cannot open the ledger {hide_password(url)}: {said}") from None
     try:
-        if not is_ours:
-            process = (holder or "").removeprefix(_MARK).strip() or "its name is not to be had"
-            raise StudyError(f"study {name}: another driver runs it in this ledger: process {process}")
-        yield partial(_answers, connection)
+        yield hold
     finally:
-        with suppress(sqlalchemy.exc.SQLAlchemyError):
-            connection.close()
-        engine.dispose()
-
-
-def _answers(connection: sa.Connection) -> bool:
-    try:
-        return connection.scalar(sa.text("SELECT true"))
-    except sqlalchemy.exc.SQLAlchemyError:
-        return False
+        hold.close()
 
 
 _HOLDER = sa.text(

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import optuna
 import sqlalchemy as sa
-import sqlalchemy.exc
 
+from study.early_stopping import Stop
 from study.errors import StudyError
+from study.ledger.checksums import Damaged, read_rows
+from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna
 from study.ledger.tables import (
     Growths,
     check_results,
-    close_optuna,
     driver_table,
-    open_database,
     optuna_name,
     read_growths,
     read_results,
     read_stops,
+    read_study,
     study_table,
 )
-from study.ledger.trials import TRIAL, Trial, from_attribute
+from study.ledger.tally import seeds_of
+from study.ledger.trials import TRIAL, Trial, check_trials, from_attribute, read_frozen
 from study.trial import SeedResult
 
 
@@ -44,31 +48,36 @@ def read_ledger(url: str, name: str) -> Snapshot:
     Raises:
         StudyError: there is no such study, or it is damaged.
     """
-    engine = open_database(url)
-    try:
+    with in_one_line(url):
+        engine = open_database(url)
         try:
-            with engine.connect() as connection:
-                query = sa.select(study_table.c.uuid, study_table.c.corpus_sha256).where(study_table.c.name == name)
-                uuid, corpus_sha256 = connection.execute(query).one()
-        except sqlalchemy.exc.SQLAlchemyError:
-            raise StudyError(f"the ledger holds no study {name}") from None
-        latest = sa.select(sa.func.max(driver_table.c.started)).where(driver_table.c.study_uuid == uuid)
-        with engine.connect() as connection:
-            started = connection.execute(latest).scalar()
-        trials, results = _read_trials(url, engine, name, uuid), read_results(engine, uuid)
-        check_results(results, {trial.number for trial in trials})
-        return Snapshot(uuid, corpus_sha256, trials, results, read_growths(engine, uuid, name), started)
-    finally:
-        engine.dispose()
+            return _read(url, engine, name)
+        finally:
+            engine.dispose()
 
 
-def _read_trials(url: str, engine: sa.Engine, name: str, uuid: str) -> list[Trial]:
-    storage = optuna.storages.RDBStorage(url)
+def _read(url: str, engine: sa.Engine, name: str) -> Snapshot:
+    check_file(engine)
+    row = read_study(engine, name) if sa.inspect(engine).has_table(study_table.name) else None
+    if row is None:
+        raise StudyError(f"the ledger holds no study {name}")
+    uuid, growths, stops = row["uuid"], read_growths(engine, row["uuid"], name), read_stops(engine, row["uuid"])
+    with engine.connect() as connection:
+        drivers = read_rows(connection, driver_table, driver_table.c.study_uuid == uuid)
+    results, trials = read_results(engine, uuid), _read_trials(url, name, uuid, stops)
+    config, by_number = growths.history[-1], {trial.number: trial for trial in trials}
+    check_trials(by_number, {arm.name for arm in config.arms}, stops)
+    check_results(results, by_number, partial(seeds_of, config, growths.more_seeds))
+    started = max((driver["started"] for driver in drivers), default=None)
+    return Snapshot(uuid, row["corpus_sha256"], trials, results, growths, started)
+
+
+def _read_trials(url: str, name: str, uuid: str, stops: Mapping[int, Stop]) -> list[Trial]:
+    storage = open_optuna(url)
     try:
         study = optuna.load_study(storage=storage, study_name=optuna_name(name, uuid))
-        stops = read_stops(engine, uuid)
-        return [
-            from_attribute(frozen, stops) for frozen in study.get_trials(deepcopy=False) if TRIAL in frozen.user_attrs
-        ]
+        return [from_attribute(frozen, stops) for frozen in read_frozen(study) if TRIAL in frozen.user_attrs]
+    except KeyError:  # Optuna has no study of that name
+        raise Damaged("Optuna's tables lack the study") from None
     finally:
         close_optuna(storage)

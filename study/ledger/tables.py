@@ -6,26 +6,24 @@ One SQL database holds Optuna's own tables (the sampler's memory) and those belo
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
-import optuna
 import sqlalchemy as sa
-import sqlalchemy.exc
-from optuna.exceptions import StorageInternalError
 from pydantic import TypeAdapter, ValidationError
 
-from analysis.urls import hide_password
 from study.config import StudyConfig
 from study.early_stopping import Stop
 from study.errors import StudyError
+from study.ledger.checksums import SUM, Damaged, read_rows
+from study.ledger.database import close_optuna, open_database, open_optuna
+from study.ledger.trials import Trial, first_defect
+from study.search_space import METRIC_OF_OBJECTIVE
 from study.trial import SeedResult
 
 SCHEMA_VERSION = 1
-
-LEDGER_ERRORS = (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)
-"""What a ledger raises that cannot be read or written any more."""
 
 STOP = TypeAdapter(Stop)
 
@@ -39,6 +37,7 @@ study_table = sa.Table(
     sa.Column("config", sa.Text, nullable=False),  # JSON of the study file that it was begun with
     sa.Column("corpus_sha256", sa.String, nullable=False),
     sa.Column("created", sa.String, nullable=False),
+    sa.Column(SUM, sa.String, nullable=True),
 )
 result_table = sa.Table(
     "mpo_result",
@@ -48,6 +47,7 @@ result_table = sa.Table(
     sa.Column("seed", sa.Integer, primary_key=True),
     sa.Column("state", sa.String, nullable=False),
     sa.Column("content", sa.Text, nullable=False),  # JSON of the whole SeedResult
+    sa.Column(SUM, sa.String, nullable=True),
 )
 stop_table = sa.Table(
     "mpo_stop",
@@ -55,6 +55,7 @@ stop_table = sa.Table(
     sa.Column("study_uuid", sa.String, primary_key=True),
     sa.Column("trial", sa.Integer, primary_key=True),
     sa.Column("content", sa.Text, nullable=False),  # JSON of the whole Stop
+    sa.Column(SUM, sa.String, nullable=True),
 )
 driver_table = sa.Table(
     "mpo_driver",
@@ -63,6 +64,7 @@ driver_table = sa.Table(
     sa.Column("study_uuid", sa.String, nullable=False),
     sa.Column("started", sa.String, nullable=False),
     sa.Column("environment", sa.Text, nullable=False),  # JSON
+    sa.Column(SUM, sa.String, nullable=True),
 )
 growth_table = sa.Table(
     "mpo_growth",
@@ -73,6 +75,7 @@ growth_table = sa.Table(
     sa.Column("command", sa.String, nullable=False),  # what the user asked for
     sa.Column("config", sa.Text, nullable=True),  # JSON of the study from then on, where all of it has grown
     sa.Column("seeds", sa.Text, nullable=True),  # JSON: the seeds that single trials got, [[trial, [seed, ...]], ...]
+    sa.Column(SUM, sa.String, nullable=True),
 )
 
 
@@ -81,83 +84,94 @@ def optuna_name(name: str, uuid: str) -> str:
     return f"{name}-{uuid}"
 
 
-# The database ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def in_one_line() -> Iterator[None]:
-    """Say in one line what a database refuses.
-
-    Raises:
-        StudyError: it does.
-    """
-    try:
-        yield
-    except LEDGER_ERRORS as error:
-        raise StudyError(f"the ledger cannot be used: {error}".splitlines()[0]) from None
-
-
-def open_database(url: str) -> sa.Engine:
-    """An engine for a ledger's URL.
-
-    Raises:
-        StudyError: it cannot be opened; the password, if the URL has one, is not shown.
-    """
-    try:
-        engine = sa.create_engine(url)
-        sa.inspect(engine).get_table_names()  # to connect alone does not read a SQLite file
-        return engine
-    except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
-        said = hide_password(str(error).splitlines()[0], url)
-        raise StudyError(f"cannot open the ledger {hide_password(url)}: {said}") from None
-
-
 def empty_ledger(url: str) -> sa.Engine:
     """A ledger with all its tables, Optuna's included, and no study."""
     engine = open_database(url)
     metadata.create_all(engine)
-    close_optuna(optuna.storages.RDBStorage(url))
+    close_optuna(open_optuna(url))
     return engine
-
-
-def close_optuna(storage: optuna.storages.RDBStorage) -> None:
-    """Let go of every connection that Optuna has to a ledger."""
-    storage.remove_session()
-    storage.engine.dispose()
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
 
+_RESULT = TypeAdapter(SeedResult)
+
+
+def read_study(engine: sa.Engine, name: str) -> dict[str, Any] | None:
+    """The row of a study; None where there is none.
+
+    Raises:
+        StudyError: another version wrote it.
+    """
+    with engine.connect() as connection:
+        versions = sa.select(study_table.c.schema_version).where(study_table.c.name == name)
+        version = connection.execute(versions).scalar_one_or_none()
+        if version not in (None, SCHEMA_VERSION):  # before all else, for which it may have other rules
+            raise StudyError(
+                f"the ledger of study {name} has schema version {version}, this program knows {SCHEMA_VERSION}"
+            )
+        rows = read_rows(connection, study_table, study_table.c.name == name)
+    return rows[0] if rows else None
+
 
 def read_results(engine: sa.Engine, study_uuid: str) -> list[SeedResult]:
     """Every result on record, in the order of (trial, seed)."""
-    query = sa.select(result_table.c.content).where(result_table.c.study_uuid == study_uuid)
     with engine.connect() as connection:
-        rows = connection.execute(query.order_by(result_table.c.trial, result_table.c.seed)).all()
+        return list(map(_result, read_rows(connection, result_table, result_table.c.study_uuid == study_uuid)))
+
+
+def _result(row: Mapping[str, Any]) -> SeedResult:
     try:
-        return [SeedResult(**json.loads(row.content)) for row in rows]
+        _RESULT.validate_json(row["content"], strict=True)
+        result = SeedResult(**json.loads(row["content"]))
+        times = [datetime.fromisoformat(time).tzinfo for time in (result.started, result.ended)]
     except (ValueError, TypeError) as error:
-        raise StudyError(f"a result in the ledger is damaged: {error}") from None
+        raise Damaged(f"the result of trial {row['trial']}, seed {row['seed']}: {first_defect(error)}") from None
+    is_whole = result.state == "failed" or result.final.keys() >= _NEEDED
+    key = (result.trial, result.seed, result.state)
+    if key != (row["trial"], row["seed"], row["state"]) or None in times or not is_whole:
+        raise Damaged(f"the result of trial {row['trial']}, seed {row['seed']}, is another's or lacks something")
+    return result
 
 
-def check_results(results: Iterable[SeedResult], trials: Container[int]) -> None:
-    """Raise a StudyError where a result's trial is not on record."""
-    homeless = next((result.trial for result in results if result.trial not in trials), None)
-    if homeless is not None:
-        raise StudyError(f"the ledger is damaged: it has results of trial {homeless}, but not the trial")
+_NEEDED = {*METRIC_OF_OBJECTIVE.values(), "train_seconds"} - {"n_params"}
+
+
+def check_results(
+    results: Iterable[SeedResult], trials: Mapping[int, Trial], seeds_of: Callable[[Trial], Collection[int]]
+) -> None:
+    """Raise a Damaged where a result's trial is not on record, or has no such seed."""
+    of_study = None
+    for result in results:
+        trial = trials.get(result.trial)
+        if trial is None:
+            raise Damaged(f"it has results of trial {result.trial}, but not the trial")
+        if of_study is None or trial.number != of_study[0]:
+            of_study = trial.number, set(seeds_of(trial))
+        if result.seed not in of_study[1]:
+            raise Damaged(f"it has a result of trial {result.trial} for seed {result.seed}, which the study has not")
+
+
+def read_environments(engine: sa.Engine, study_uuid: str) -> list[dict[str, Any]]:
+    """What each driver of a study ran on, in the order of their starts."""
+    with engine.connect() as connection:
+        rows = read_rows(connection, driver_table, driver_table.c.study_uuid == study_uuid)
+    try:
+        return [dict(json.loads(row["environment"])) for row in rows]
+    except (ValueError, TypeError) as error:
+        raise Damaged(f"what a driver ran on: {first_defect(error)}") from None
 
 
 def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
     """Every decision to stop a trial, by its number."""
     if not sa.inspect(engine).has_table(stop_table.name):
         return {}  # a ledger that an earlier version made, and that is only read
-    query = sa.select(stop_table.c.content).where(stop_table.c.study_uuid == study_uuid)
     with engine.connect() as connection:
-        rows = connection.execute(query.order_by(stop_table.c.trial)).all()
+        rows = read_rows(connection, stop_table, stop_table.c.study_uuid == study_uuid)
     try:
-        stops = [STOP.validate_json(row.content) for row in rows]
-    except ValidationError as error:
-        raise StudyError(f"a decision in the ledger is damaged: {error.errors()[0]['msg']}") from None
+        stops = [STOP.validate_json(row["content"]) for row in rows]
+    except ValueError as error:
+        raise Damaged(f"a decision to stop a trial: {first_defect(error)}") from None
     return {stop.trial: stop for stop in stops}
 
 
@@ -185,25 +199,27 @@ class Growths:
     changed: str
 
 
+_MORE_SEEDS = TypeAdapter(list[tuple[int, list[int]]])
+
+
 def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
     """How a study was begun and has grown.
 
     Raises:
         StudyError: another version wrote what this one does not understand.
     """
-    begun = sa.select(study_table.c.config, study_table.c.created).where(study_table.c.uuid == study_uuid)
-    query = sa.select(growth_table).where(growth_table.c.study_uuid == study_uuid).order_by(growth_table.c.id)
     with engine.connect() as connection:
-        study = connection.execute(begun).one()
+        [study] = read_rows(connection, study_table, study_table.c.uuid == study_uuid)
         is_old = not sa.inspect(engine).has_table(growth_table.name)  # see `read_stops`
-        rows = [] if is_old else connection.execute(query).all()
+        of_study = growth_table.c.study_uuid == study_uuid
+        rows = [] if is_old else read_rows(connection, growth_table, of_study)
     try:
-        history, records = [StudyConfig.model_validate_json(study.config)], []
+        history, records = [StudyConfig.model_validate_json(study["config"])], []
         for row in rows:
             before = len(history[-1].seed_list)
-            if row.config:
-                history.append(StudyConfig.model_validate_json(row.config))
-            records.append(GrowthRecord(row.made, row.command, before, len(history[-1].seed_list)))
+            if row["config"]:
+                history.append(StudyConfig.model_validate_json(row["config"]))
+            records.append(GrowthRecord(row["made"], row["command"], before, len(history[-1].seed_list)))
     except ValidationError as error:
         raise StudyError(
             f"study {name} was begun by another version, whose study file this one does not understand: "
@@ -212,8 +228,8 @@ def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
     more_seeds: dict[int, list[int]] = {}
     try:
         for row in rows:
-            for number, seeds in json.loads(row.seeds or "[]"):
+            for number, seeds in _MORE_SEEDS.validate_json(row["seeds"] or "[]", strict=True):
                 more_seeds.setdefault(number, []).extend(seeds)
-    except (ValueError, TypeError) as error:
-        raise StudyError(f"a growth in the ledger is damaged: {error}") from None
-    return Growths(records, history, more_seeds, changed=records[-1].made if records else study.created)
+    except ValueError as error:
+        raise Damaged(f"a growth: {first_defect(error)}") from None
+    return Growths(records, history, more_seeds, changed=records[-1].made if records else study["created"])

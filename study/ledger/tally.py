@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from study.config import StudyConfig
 from study.ledger.trials import Trial
@@ -10,60 +11,135 @@ from study.search_space import listed_specs
 
 
 class Tally:
-    """Counts for one study.
+    """Counts of one study, brought up to date with each trial and result: no call looks through all of them.
 
     Args:
         more_seeds: seeds that single trials have besides the study's, by their numbers.
+        results: trial and seed of those on record, as they are at each call.
+        trials: to begin with.
     """
 
-    def __init__(self, config: StudyConfig, more_seeds: Mapping[int, Sequence[int]]) -> None:
-        self._config, self._more_seeds = config, more_seeds
+    def __init__(
+        self,
+        config: StudyConfig,
+        more_seeds: Mapping[int, Sequence[int]],
+        results: Container[tuple[int, int]],
+        trials: Iterable[Trial] = (),
+    ) -> None:
+        self._config, self._more_seeds, self._results = config, more_seeds, results
         self._n_listed = len(listed_specs(config))
         self._searched_arms = {arm.name for arm in config.arms if arm.is_searched}
+        # Ordered ones, for a plain dictionary from whose front much was removed is slow to begin with.
+        self._missing: OrderedDict[int, OrderedDict[int, None]] = OrderedDict()
+        """Seeds that a trial lacks, by its number, for those that lack any."""
+        self._n_trials = self._n_searched = self._n_repeats = self._n_missing = 0
+        self._n_known = self._flops_known = self._flops_missing = 0
+        """FLOPs in whole numbers, whose sums have no rounding."""
+        for trial in trials:
+            self.add(trial)
+
+    # Keeping up ---------------------------------------------------------------------------------------------------
+
+    def add(self, trial: Trial) -> None:
+        """Count a new trial."""
+        self._n_trials += 1
+        if trial.spec.arm in self._searched_arms:
+            self._n_searched += 1
+            self._n_repeats += trial.duplicate_of is not None
+        if trial.duplicate_of is None and trial.pruned is None:
+            self._n_known += 1
+            self._flops_known += int(trial.shape.flops)
+        self.look_at(trial)
+
+    def look_at(self, trial: Trial) -> None:
+        """Find anew which seeds a trial lacks: it is new, was stopped, or its results have changed."""
+        n_before = len(self._missing.get(trial.number, ()))
+        is_over = trial.duplicate_of is not None or trial.pruned is not None or trial.stop is not None
+        seeds = [] if is_over else [s for s in self.seeds_of(trial) if (trial.number, s) not in self._results]
+        if seeds:
+            self._missing[trial.number] = OrderedDict.fromkeys(seeds)
+        else:
+            self._missing.pop(trial.number, None)
+        self._count_missing(trial, len(seeds) - n_before)
+
+    def note(self, trial: Trial, seed: int) -> None:
+        """A result is new on record."""
+        seeds = self._missing.get(trial.number, {})
+        if seed in seeds:
+            del seeds[seed]
+            self._count_missing(trial, -1)
+            if not seeds:
+                del self._missing[trial.number]
+
+    def _count_missing(self, trial: Trial, n: int) -> None:
+        self._n_missing += n
+        self._flops_missing += n * int(trial.shape.flops)
+
+    # Counts -------------------------------------------------------------------------------------------------------
 
     def seeds_of(self, trial: Trial) -> list[int]:
         """Seeds that a trial (or the one it repeats) is to have: the study's, and those that were added to it alone."""
-        return list(dict.fromkeys([*self._config.seed_list, *self._more_seeds.get(trial.source, [])]))
+        return seeds_of(self._config, self._more_seeds, trial)
 
-    def missing_seeds(self, trial: Trial, results: Collection[tuple[int, int]]) -> list[int]:
-        """Seeds that a trial has no result for (a trial and a seed) and is to have.
+    def missing_seeds(self, trial: Trial) -> list[int]:
+        """Seeds that a trial has no result for and is to have.
 
         A duplicate lacks none, nor does a trial that was pruned or stopped.
         """
-        if trial.duplicate_of is not None or trial.pruned is not None or trial.stop is not None:
-            return []
-        return [seed for seed in self.seeds_of(trial) if (trial.number, seed) not in results]
+        return list(self._missing.get(trial.number, ()))
 
-    def n_trials(self, trials: Collection[Trial]) -> int:
+    def first_missing(self, trial: Trial) -> int | None:
+        """The first of them; None where none is missing."""
+        return next(iter(self._missing.get(trial.number, ())), None)
+
+    @property
+    def lacking(self) -> Iterable[int]:
+        """Numbers of the trials that lack a seed; of use until the next change."""
+        return self._missing.keys()
+
+    @property
+    def n_over(self) -> int:
+        """Trials that lack no seed."""
+        return self._n_trials - len(self._missing)
+
+    @property
+    def n_trials(self) -> int:
         """Trials that the study will have: the listed ones, and its budget, or those searched when the search ended."""
-        has_ended = self.search_ended(trials) is not None
-        return self._n_listed + (len(self.searched(trials)) if has_ended else self._config.budget.trials)
+        return self._n_listed + (self._n_searched if self.search_ended is not None else self._config.budget.trials)
 
-    def n_runs_unasked(self, trials: Collection[Trial]) -> int:
+    @property
+    def n_runs_unasked(self) -> int:
         """Runs (trial × seed) of trials that are not asked yet; each is taken to need all its seeds."""
-        return max(0, self.n_trials(trials) - len(trials)) * len(self._config.seed_list)
+        return max(0, self.n_trials - self._n_trials) * len(self._config.seed_list)
 
-    def flops_left(self, trials: Collection[Trial], results: Collection[tuple[int, int]]) -> float:
-        """FLOPs of the runs that the study lacks; trials that are not asked yet are taken to cost what the known ones
-        do on average."""
-        known = [trial.shape.flops for trial in trials if trial.duplicate_of is None and trial.pruned is None]
-        left = sum(trial.shape.flops * len(self.missing_seeds(trial, results)) for trial in trials)
-        return left + (sum(known) / len(known) * self.n_runs_unasked(trials) if known else 0.0)
+    @property
+    def n_missing(self) -> int:
+        """Runs that the study lacks, those of trials that are not asked yet included."""
+        return self._n_missing + self.n_runs_unasked
 
-    def searched(self, trials: Collection[Trial]) -> list[Trial]:
-        """Those that a sampler chose."""
-        return [trial for trial in trials if trial.spec.arm in self._searched_arms]
+    @property
+    def flops_left(self) -> float:
+        """FLOPs of those runs; trials that are not asked yet are taken to cost what the known ones do on average."""
+        mean = self._flops_known / self._n_known if self._n_known else 0.0
+        return self._flops_missing + mean * self.n_runs_unasked
 
-    def search_ended(self, trials: Collection[Trial]) -> str | None:
+    @property
+    def is_searching(self) -> bool:
+        """Whether a sampler has trials to choose yet."""
+        return self._n_searched < self._config.budget.trials and self.search_ended is None
+
+    @property
+    def search_ended(self) -> str | None:
         """Why the sampler is asked no more before the budget is met; None while it is, or where the budget is met."""
         cap = self._config.budget.max_repeats
-        if cap is None:
-            return None
-        searched = self.searched(trials)
-        n_repeats = sum(trial.duplicate_of is not None for trial in searched)
-        if n_repeats < cap or len(searched) >= self._config.budget.trials:
+        if cap is None or self._n_repeats < cap or self._n_searched >= self._config.budget.trials:
             return None
         return (
-            f"the search ended after {len(searched)} of {self._config.budget.trials} trials: {n_repeats} of them "
-            f"repeat another (budget.max_repeats={cap}; more of them, or a wider space, and it goes on)"
+            f"the search ended after {self._n_searched} of {self._config.budget.trials} trials: {self._n_repeats} of "
+            f"them repeat another (budget.max_repeats={cap}; more of them, or a wider space, and it goes on)"
         )
+
+
+def seeds_of(config: StudyConfig, more_seeds: Mapping[int, Sequence[int]], trial: Trial) -> list[int]:
+    """See `Tally.seeds_of`."""
+    return list(dict.fromkeys([*config.seed_list, *more_seeds.get(trial.source, [])]))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import optuna
+from pydantic import TypeAdapter, ValidationError
 
 from study.early_stopping import Stop
-from study.errors import StudyError
+from study.ledger.checksums import SUM, Damaged, checksum
 from study.telling import Pruned
 from study.trial import TrialShape, TrialSpec
 
@@ -42,7 +43,7 @@ class Trial:
 
 def to_attribute(trial: Trial) -> dict[str, Any]:
     """What Optuna keeps of a trial; its stop has a table of its own."""
-    return {
+    content = {
         "spec": trial.spec.model_dump(mode="json"),
         "shape": trial.shape.__dict__,
         "budget_hash": trial.budget_hash,
@@ -50,26 +51,62 @@ def to_attribute(trial: Trial) -> dict[str, Any]:
         "duplicate_of": trial.duplicate_of,
         "pruned": asdict(trial.pruned) if trial.pruned is not None else None,
     }
+    return signed(content, trial.number)
+
+
+def signed(content: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The content of a trial with its checksum."""
+    return {**content, SUM: checksum(f"trial {number}", content)}
+
+
+def read_frozen(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Optuna's trials, in the order of their numbers.
+
+    Raises:
+        Damaged: there is something that Optuna did not write.
+    """
+    try:
+        found = study.get_trials(deepcopy=False)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise Damaged(f"a trial in Optuna's tables: {first_defect(error)}") from None
+    if [frozen.number for frozen in found] != list(range(len(found))):
+        raise Damaged("the trials in Optuna's tables are not numbered one after another")
+    return found
+
+
+_TRIAL = TypeAdapter(Trial)
 
 
 def from_attribute(frozen: optuna.trial.FrozenTrial, stops: Mapping[int, Stop]) -> Trial:
     """The trial that Optuna kept.
 
     Raises:
-        StudyError: it is damaged.
+        Damaged: it is not what was written.
     """
     content = frozen.user_attrs[TRIAL]
     try:
-        shape = content["shape"] | {"bonds": {name: tuple(b) for name, b in content["shape"]["bonds"].items()}}
-        trial = Trial(
-            number=frozen.number,
-            spec=TrialSpec.model_validate_json(json.dumps(content["spec"])),
-            shape=TrialShape(**shape),
-            budget_hash=content["budget_hash"],
-            tuning_trials=content["tuning_trials"],
-            duplicate_of=content["duplicate_of"],
-            pruned=Pruned(**content["pruned"]) if content.get("pruned") is not None else None,
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise StudyError(f"trial {frozen.number} in the ledger is damaged: {error}".splitlines()[0]) from None
+        if content.get(SUM) not in (None, signed(content, frozen.number)[SUM]):
+            raise ValueError("its checksum is wrong")
+        trial = _TRIAL.validate_json(json.dumps({**content, "number": frozen.number, "stop": None}), strict=True)
+    except (AttributeError, ValueError, TypeError) as error:
+        raise Damaged(f"trial {frozen.number}: {first_defect(error)}") from None
     return replace(trial, stop=stops.get(trial.source))
+
+
+def check_trials(trials: Mapping[int, Trial], arms: Container[str], stops: Iterable[int]) -> None:
+    """Raise a Damaged where a trial is of no arm of the study or repeats none, or where what was stopped is none."""
+    for trial in trials.values():
+        original = trials.get(trial.source)
+        if trial.spec.arm not in arms or original is None or original.source != original.number:
+            raise Damaged(f"trial {trial.number} is of no arm of the study, or repeats no other trial")
+    unknown = next((number for number in stops if number not in trials), None)
+    if unknown is not None:
+        raise Damaged(f"it has a decision to stop trial {unknown}, but not the trial")
+
+
+def first_defect(error: Exception) -> str:
+    """What is wrong, in one line without the content itself."""
+    if isinstance(error, ValidationError):
+        defect = error.errors(include_input=False, include_url=False)[0]
+        return f"{'.'.join(map(str, defect['loc']))}: {defect['msg']}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -9,11 +9,12 @@ from typing import Literal
 
 from study.config import StudyConfig
 from study.ledger.ledger import Ledger
-from study.ledger.tables import LEDGER_ERRORS
+from study.ledger.lock import Hold
+from study.ledger.outage import LedgerGone, Patience
 from study.ledger.trials import Trial
 from study.scheduler.unit import Teachers, Unit, checkpoints_of
 from study.storage import Storage
-from study.trial import SeedResult, TrialSpec, now
+from study.trial import SeedResult, now
 from study.values import Choices, Range
 
 MAX_DEATHS = 3
@@ -32,6 +33,8 @@ class Queue:
 
     Args:
         on_result: called after each recorded result.
+        on_stop: called with a trial that results have stopped, after them.
+        hold: of this driver on the ledger.
         on_answered: called with a new trial that needs no training: it repeats another, or is pruned.
         say: told in one line what the user should know of.
     """
@@ -43,6 +46,8 @@ class Queue:
     on_result: Callable[[SeedResult], None] = lambda result: None
     on_answered: Callable[[Trial], None] = lambda trial: None
     say: Callable[[str], None] = print
+    on_stop: Callable[[Trial], None] = lambda trial: None
+    hold: Hold = field(default_factory=Hold)
     aborted: str | None = None
     """Why no more units are issued although work is left; None while all is well."""
     _in_flight: set[tuple[int, int]] = field(default_factory=set)
@@ -59,16 +64,14 @@ class Queue:
     def __post_init__(self) -> None:
         self._teacher_arms = {arm.teacher for arm in self.config.arms} - {None}
         self._rel_error_chis = study_chis(self.config)
-        self._teachers: dict[str, Trial] = {}
+        self._patience = Patience(self.ledger, self.hold, self.say)
 
     def next_unit(self) -> Unit | Finished | None:
         """The next unit; None where all that is left waits for units in flight; "finished" where nothing is left."""
         if self.aborted is not None:
             return "finished"
-        try:
-            unit = self._issue()
-        except LEDGER_ERRORS as error:
-            self.aborted = f"the ledger cannot be written: {error}".splitlines()[0]
+        unit = self._issue()
+        if self.aborted is not None and unit is None:
             return "finished"
         if unit is None and not self._in_flight:
             if self._given_up:
@@ -79,15 +82,21 @@ class Queue:
 
     def _issue(self) -> Unit | None:
         while True:
-            found_waits = False
+            found_waits = has_changed = False
             for trial in self.ledger.lacking():
                 block: list[int] = []
                 for seed in self.ledger.missing_seeds(trial):
                     key = trial.number, seed
                     if key in self._in_flight or key in self._given_up:
                         continue
-                    if not self._is_ready(trial, seed):
+                    teacher = self._result_of_teacher(trial, seed)
+                    if teacher == "waits":
                         found_waits |= self.config.arm(trial.spec.arm).is_searched
+                        continue
+                    if teacher is not None and teacher.state == "failed":
+                        reason = f"its teacher (arm {trial.spec.teacher}, seed {seed}) failed: {teacher.failure}"
+                        self.complete([_failed(trial.number, seed, reason)])
+                        has_changed = True
                         continue
                     block.append(seed)
                     if len(block) == self._block_size(trial):
@@ -97,8 +106,18 @@ class Queue:
                     self._in_flight |= keys
                     self._begun -= keys
                     return self._unit(trial, tuple(block))
+                if has_changed:  # then what the ledger lacks has to be looked at anew
+                    break
+            if has_changed and self.aborted is None:
+                continue
             # While one that was found waits for its teacher, another would be chosen with nothing learnt from it.
-            asked = None if found_waits else self.ledger.ask(self._may_start)
+            if found_waits or self.aborted is not None:
+                return None
+            try:
+                asked = self._patience.act(lambda: self.ledger.ask(self._may_start))
+            except LedgerGone as gone:
+                self.aborted = str(gone)
+                return None
             if asked is None:
                 return None
             if not self.ledger.missing_seeds(asked):
@@ -118,18 +137,19 @@ class Queue:
             return
         self._in_flight.difference_update((result.trial, result.seed) for result in results)
         try:
-            self.ledger.record(*results)
-        except LEDGER_ERRORS as error:
-            self.aborted = f"the ledger cannot be written: {error}".splitlines()[0]
+            stopped = self._patience.act(lambda: self.ledger.record(*results))
+        except LedgerGone as gone:
+            self.aborted = str(gone)
             return
         for result in results:
             self._forget_checkpoints(result.trial, [result.seed])
-        if self.config.early_stopping is not None:
-            for trial in self.ledger.trials.values():  # what a stop leaves half trained
-                if trial.stop is not None and trial.duplicate_of is None and trial.stop.after[0] == results[-1].trial:
-                    self._forget_checkpoints(trial.number, self.ledger.seeds_of(trial))
+        for trial in stopped:  # what it leaves half trained
+            if trial.duplicate_of is None:
+                self._forget_checkpoints(trial.number, self.ledger.seeds_of(trial))
         for result in results:
             self.on_result(result)
+        for trial in stopped:
+            self.on_stop(trial)
 
     def note_begin(self, unit: Unit) -> None:
         """A worker has come up and begins with a unit."""
@@ -176,6 +196,10 @@ class Queue:
         if self._n_stillborn_in_a_row == MAX_STILLBORN:
             self.aborted = f"{MAX_STILLBORN} workers in a row died before they began with a run: {why}"
 
+    def stop_waiting(self) -> None:
+        """Wait no more for a ledger that is away: the study is interrupted."""
+        self._patience.is_over = True
+
     def is_cancelled(self, unit: Unit) -> bool:
         """Whether a unit in flight has been stopped meanwhile: nothing waits for what it still trains."""
         return self.ledger.trials[unit.trial].stop is not None
@@ -193,36 +217,25 @@ class Queue:
         except OSError as error:
             self.aborted = str(error)
 
-    def _may_start(self, spec: TrialSpec) -> bool:
-        """Whether a trial can be asked for: what has to wait for its teacher is not, so that others come before it."""
-        teacher = self._teacher(spec.teacher) if spec.teacher is not None else None
-        return spec.teacher is None or (
-            teacher is not None and any((teacher.number, seed) in self.ledger.results for seed in self.config.seed_list)
+    def _may_start(self, arm: str) -> bool:
+        """Whether trials with this teacher can be asked for: those that have to wait are not, so that others come
+        before them."""
+        teacher = self.ledger.first_of(arm)
+        return teacher is not None and any(
+            (teacher.number, seed) in self.ledger.results for seed in self.config.seed_list
         )
 
-    def _is_ready(self, trial: Trial, seed: int) -> bool:
-        """Whether a run can start; a run whose teacher failed is recorded as failed itself."""
+    def _result_of_teacher(self, trial: Trial, seed: int) -> SeedResult | Literal["waits"] | None:
+        """What a run starts from, or that it waits for that; None where it needs none."""
         if trial.spec.teacher is None:
-            return True
-        teacher = self._teacher(trial.spec.teacher)
-        result = self.ledger.results.get((teacher.number, seed)) if teacher is not None else None
-        if result is not None and result.state == "failed":
-            reason = f"its teacher (arm {trial.spec.teacher}, seed {seed}) failed: {result.failure}"
-            self.complete([_failed(trial.number, seed, reason)])
-        return result is not None and result.state == "complete"
-
-    def _teacher(self, arm: str) -> Trial | None:
-        if arm not in self._teachers:
-            found = next((trial for trial in self.ledger.trials.values() if trial.spec.arm == arm), None)
-            if found is None:
-                return None
-            self._teachers[arm] = found
-        return self._teachers[arm]
+            return None
+        teacher = self.ledger.first_of(trial.spec.teacher)
+        return self.ledger.results.get((teacher.number, seed), "waits") if teacher is not None else "waits"
 
     def _unit(self, trial: Trial, seeds: tuple[int, ...]) -> Unit:
         teachers = None
         if trial.spec.teacher is not None:
-            teacher = self._teacher(trial.spec.teacher)
+            teacher = self.ledger.first_of(trial.spec.teacher)
             assert teacher is not None
             weights = {seed: self.ledger.results[teacher.number, seed].weights for seed in seeds}
             teachers = Teachers(

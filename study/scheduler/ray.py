@@ -103,7 +103,12 @@ def _fit(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, slots: int) -
         ),
     )
     try:
-        with interrupts(watch.interrupt):
+
+        def interrupt() -> None:
+            watch.interrupt()
+            queue.stop_waiting()
+
+        with interrupts(interrupt):
             tuner.fit()
     except Exception as error:
         if not watch.has_nodes():

@@ -13,8 +13,8 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable
 
+from analysis.urls import hide_password
 from study.errors import StudyError
-from study.urls import hide_password
 
 _LOOK_SECONDS = 0.1
 

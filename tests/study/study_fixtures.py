@@ -18,9 +18,9 @@ from rich.console import Console
 from analysis import run_schema as schema
 from study.directory import StudyDirectory
 from study.growth import Growth
+from study.ledger.database import open_database
 from study.ledger.ledger import Ledger
 from study.ledger.snapshot import read_ledger
-from study.ledger.tables import open_database
 from study.run import Outcome, open_ledger, run_study, study_corpus
 from study.study_file import load_config
 from study.trial import SeedResult, now

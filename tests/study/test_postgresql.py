@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -12,12 +13,15 @@ import subprocess
 import sys
 import time
 
+import optuna
 import pytest
 import sqlalchemy as sa
+import sqlalchemy.exc
 from rich.console import Console
 from services import POSTGRESQL_PASSWORD, _postgresql, everything_in, new_database  # noqa: F401 (fixtures)
 from study_fixtures import (
     DENSE,
+    MPO,
     cli,
     nothing_left_running,  # noqa: F401 (a fixture)
     optuna_states,
@@ -165,38 +169,172 @@ def test_lock_ends_with_its_holder(new_database):  # noqa: F811
             time.sleep(0.05)
 
 
-def test_hold_that_was_lost_is_noticed_and_stops_the_study(tmp_path, new_database, monkeypatch):  # noqa: F811
-    url, file = new_database("lost"), write_study(tmp_path)
+def drop_connections(url, like="%"):
+    """End the connections to a database whose applications have such a name, as a restart of the server does."""
+    engine = sa.create_engine(url.replace("/" + sa.make_url(url).database + "?", "/postgres?"))
+    query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :n AND application_name LIKE :like"
+    with engine.connect() as connection:
+        connection.execute(sa.text(query), {"n": sa.make_url(url).database, "like": like})
+    engine.dispose()
 
-    def drop_holders():
-        engine = sa.create_engine(url)
-        with engine.connect() as connection:
-            connection.execute(
-                sa.text(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'mpo-study %'"
-                )
-            )
-        engine.dispose()
 
-    with hold_ledger(url, "tiny") as is_held:
-        assert is_held()
-        drop_holders()
-        assert not is_held()
+def allow_connections(url, *, allowed):
+    name = sa.make_url(url).database
+    engine = sa.create_engine(url.replace(f"/{name}?", "/postgres?"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS {allowed}'))
+    engine.dispose()
 
+
+def after_records(monkeypatch, n, act):
+    """Have something happen once that many results are recorded."""
     record, n_recorded = Ledger.record, 0
 
     def counted(self, *results):
         nonlocal n_recorded
-        record(self, *results)
+        stopped = record(self, *results)
         n_recorded += 1
-        if n_recorded == 2:
-            drop_holders()
+        if n_recorded == n:
+            act()
+        return stopped
 
     monkeypatch.setattr(Ledger, "record", counted)
-    outcome = run_in(StudyDirectory(tmp_path / "kept", url), file)
-    assert outcome.aborted == "the connection to the ledger was lost, and with it the hold on this study"
+
+
+class OnLine(io.StringIO):
+    """Takes what is printed, and does something once a line has these words."""
+
+    def __init__(self, words, act):
+        super().__init__()
+        self._words, self._act, self.is_done = words, act, False
+
+    def write(self, text):
+        if self._words in text and not self.is_done:
+            self.is_done = True
+            self._act()
+        return super().write(text)
+
+
+def run_printing_to(stream, directory, file, **options):
+    console = Console(file=stream, width=200)
+    return run_study(load_config(file), directory, console, executor="inline", tracking="off", **options)
+
+
+@pytest.mark.parametrize("like", ["mpo-study %", "%"], ids=["the hold", "all"])
+def test_lost_connections_are_made_anew_and_the_study_goes_on(tmp_path, new_database, monkeypatch, like):  # noqa: F811
+    url, file = new_database(f"lost {len(like)}"), write_study(tmp_path)
+    with hold_ledger(url, "tiny") as hold:
+        assert hold.is_held()
+        drop_connections(url)
+        assert not hold.is_held()
+
+    after_records(monkeypatch, 2, lambda: drop_connections(url, like))
+    stream = io.StringIO()
+    outcome = run_printing_to(stream, StudyDirectory(tmp_path / "kept", url), file)
+    assert (outcome.aborted, outcome.n_complete, outcome.n_missing) == (None, 8, 0)
+    said = stream.getvalue()
+    assert said.count("the ledger is away, and waited for") == said.count("the ledger is back") == 1
+    run_at(file, tmp_path / "local")
+    assert substance_of(url) == substance_of(StudyDirectory(tmp_path / "local").ledger_url)
+    assert optuna_states(url) == optuna_states(StudyDirectory(tmp_path / "local").ledger_url)
+
+
+def test_results_wait_while_the_ledger_is_away(tmp_path, new_database, monkeypatch):  # noqa: F811
+    """It takes no connection from its second result on, until that was said."""
+    url, file = new_database("away"), write_search(tmp_path, sampler="tpe", trials=4, seeds=1)
+
+    def go_away():
+        allow_connections(url, allowed=False)
+        drop_connections(url)
+
+    after_records(monkeypatch, 2, go_away)
+    stream = OnLine("the ledger is away", lambda: allow_connections(url, allowed=True))
+    outcome = run_printing_to(stream, StudyDirectory(tmp_path / "kept", url), file)
+    assert stream.is_done
+    assert (outcome.aborted, outcome.n_complete, outcome.n_missing) == (None, 5, 0)
+    run_at(file, tmp_path / "local")
+    local = StudyDirectory(tmp_path / "local").ledger_url
+    assert substance_of(url, "search-tpe") == substance_of(local, "search-tpe")
+    assert optuna_states(url) == optuna_states(local)
+
+
+def test_ledger_that_stays_away_stops_the_study_in_one_line(tmp_path, new_database, monkeypatch):  # noqa: F811
+    url, file = new_database("gone"), write_study(tmp_path)
+
+    def go_away():
+        allow_connections(url, allowed=False)
+        drop_connections(url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("study.ledger.outage.PATIENCE_SECONDS", 0.0)
+        after_records(patch, 2, go_away)
+        outcome = run_printing_to(io.StringIO(), StudyDirectory(tmp_path / "kept", url), file)
+    assert outcome.aborted.startswith("the ledger is away: ")
+    assert "\n" not in outcome.aborted
+    assert POSTGRESQL_PASSWORD not in outcome.aborted
+    assert (outcome.n_complete, outcome.n_missing) == (2, 6)
+    allow_connections(url, allowed=True)
+    assert run_in(StudyDirectory(tmp_path / "kept", url), file).n_missing == 0
+
+
+def test_hold_that_another_driver_took_meanwhile_stops_the_study(tmp_path, new_database, monkeypatch):  # noqa: F811
+    url, file = new_database("taken"), write_study(tmp_path)
+    with contextlib.ExitStack() as other, monkeypatch.context() as patch:
+
+        def take():
+            drop_connections(url)
+            other.enter_context(hold_ledger(url, "tiny"))
+
+        after_records(patch, 2, take)
+        outcome = run_printing_to(io.StringIO(), StudyDirectory(tmp_path / "kept", url), file)
+    said = r"the ledger was away, and meanwhile: study tiny: another driver runs it in this ledger: process \d+@"
+    assert re.match(said, outcome.aborted)
     assert (outcome.n_complete, outcome.n_missing) == (2, 6)
     assert run_in(StudyDirectory(tmp_path / "kept", url), file).n_missing == 0
+
+
+def test_study_that_another_driver_finished_meanwhile_is_not_gone_on_with(tmp_path, new_database, monkeypatch):  # noqa: F811
+    url, file = new_database("finished"), write_study(tmp_path)
+
+    def finish():
+        drop_connections(url)
+        with monkeypatch.context() as other:
+            other.undo()
+            assert run_in(StudyDirectory(tmp_path / "elsewhere", url), file).n_missing == 0
+
+    with monkeypatch.context() as patch:
+        after_records(patch, 2, finish)
+        outcome = run_printing_to(io.StringIO(), StudyDirectory(tmp_path / "kept", url), file)
+    assert outcome.aborted == "the ledger was away, and meanwhile: another driver has worked on this study"
+    assert len(read_ledger(url, "tiny").results) == 8
+    assert len(read_ledger(url, "tiny").trials) == 4
+
+
+def test_act_whose_answer_was_lost_is_done_once(tmp_path, new_database, monkeypatch):  # noqa: F811
+    """The connection fails just after each kind of write, which is then tried again."""
+    url, file = new_database("answers"), write_study(tmp_path, arms=[DENSE, MPO | {"chi": [2, 500, 1000]}], seeds=1)
+    asked, told, recorded = [], [], []
+
+    def once(done, act, name):
+        original = getattr(act, name)
+
+        def failing(self, *arguments, **options):
+            answer = original(self, *arguments, **options)
+            if not done:
+                done.append(1)
+                raise sa.exc.OperationalError("", None, ConnectionError("its answer was lost"))
+            return answer
+
+        monkeypatch.setattr(act, name, failing)
+
+    once(asked, optuna.storages.RDBStorage, "set_trial_user_attr")
+    once(told, optuna.Study, "tell")
+    once(recorded, Ledger, "_tell_what_is_over")
+    outcome = run_printing_to(io.StringIO(), StudyDirectory(tmp_path / "kept", url), file)
+    assert asked == told == recorded == [1]
+    assert (outcome.aborted, outcome.n_trials, outcome.n_complete, outcome.n_missing) == (None, 4, 3, 0)
+    assert len(optuna_states(url)) == 4
+    assert {state for state, _ in optuna_states(url)} == {"COMPLETE"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""A checksum in each row of a ledger, over all the rest of it, so that damage to its file is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+
+from study.errors import StudyError
+
+SUM = "sha256"
+"""Name of the column; empty in a row that an earlier version wrote, until a driver opens the ledger."""
+
+
+class Damaged(StudyError):
+    """A ledger does not hold what was written."""
+
+
+def checksum(what: str, content: Mapping[str, Any]) -> str:
+    """Of a row's columns, or a mapping of plain values, whatever their order; an empty column counts as none."""
+    plain = {key: value for key, value in content.items() if key != SUM and value is not None}
+    return hashlib.sha256(json.dumps([what, plain], sort_keys=True).encode()).hexdigest()
+
+
+def insert(connection: sa.Connection, table: sa.Table, **values: Any) -> int | None:
+    """Write a row with its checksum; returns the number that the database gave it, where it gives one."""
+    if "id" not in table.c:
+        connection.execute(table.insert().values(**values, **{SUM: checksum(table.name, values)}))
+        return None
+    [number] = connection.execute(table.insert().values(**values)).inserted_primary_key or [None]
+    signed = {SUM: checksum(table.name, values | {"id": number})}
+    connection.execute(table.update().where(table.c.id == number).values(**signed))
+    return number
+
+
+def read_rows(connection: sa.Connection, table: sa.Table, where: sa.ColumnElement[bool]) -> list[dict[str, Any]]:
+    """Rows of a table in the order of its key, as the database holds them, whichever columns it has.
+
+    Raises:
+        Damaged: one has another checksum than its content.
+    """
+    query = sa.select(sa.text("*")).select_from(table).where(where).order_by(*table.primary_key.columns)
+    rows = [dict(row) for row in connection.execute(query).mappings()]
+    for row in rows:
+        try:
+            is_whole = row.get(SUM) in (None, checksum(table.name, row))
+        except TypeError:  # bytes, where there was a text
+            is_whole = False
+        if not is_whole:
+            key = ", ".join(f"{column.name} {row[column.name]}" for column in table.primary_key.columns)
+            raise Damaged(f"the row {key} of {table.name} is not what was written (its checksum is wrong)")
+        row.pop(SUM, None)
+    return rows
+
+
+def sign(engine: sa.Engine, metadata: sa.MetaData) -> None:
+    """Give every row that has none a checksum, and the tables of an earlier version the column for it."""
+    inspector = sa.inspect(engine)
+    with engine.begin() as connection:
+        for table in metadata.sorted_tables:
+            if SUM not in {column["name"] for column in inspector.get_columns(table.name)}:
+                connection.execute(sa.text(f"ALTER TABLE {table.name} ADD COLUMN {SUM} VARCHAR"))
+            for row in read_rows(connection, table, table.c[SUM].is_(None)):
+                of_row = [column == row[column.name] for column in table.primary_key.columns]
+                connection.execute(table.update().where(*of_row).values(**{SUM: checksum(table.name, row)}))

@@ -1,0 +1,100 @@
+"""The last whole copy of a ledger's file, beside it: the way back where the file is found damaged."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from study.ledger.checksums import SUM, Damaged, read_rows
+from study.ledger.database import LEDGER_ERRORS, check_file, copy_of, in_one_line, open_database, reason
+from study.ledger.tables import metadata
+from study.ledger.trials import TRIAL, signed
+
+_LEAST_SECONDS = 600.0
+"""Between two copies of a ledger that changes."""
+
+_SHARE = 50
+"""At most one in so many seconds goes into copies, however large the ledger is."""
+
+_BUSY_SECONDS = 60
+"""How long a copy waits for the writer of a database."""
+
+
+class Copies:
+    """Keeps the copy of one ledger; a ledger in PostgreSQL has none.
+
+    Args:
+        say: told in one line where a copy cannot be made.
+    """
+
+    def __init__(self, url: str, say: Callable[[str], None]) -> None:
+        self._url, self._say = url, say
+        database = sa.make_url(url).database
+        is_file = sa.make_url(url).get_backend_name() == "sqlite" and database
+        self._file = Path(database) if is_file and database else None
+        self._due = 0.0
+
+    def keep_if_due(self) -> None:
+        """Copy the ledger, which has changed, if the last copy is old enough; see `keep`."""
+        if time.monotonic() >= self._due:
+            self.keep()
+
+    def keep(self) -> None:
+        """Put a copy in place of the last one, if it is whole.
+
+        Raises:
+            StudyError: it is not, for the ledger has been damaged.
+        """
+        if self._file is None:
+            return
+        begun, partial = time.monotonic(), self._file.with_name(f"{self._file.name}.copy.partial")
+        try:
+            copy_database(self._file, partial)
+            with in_one_line(self._url):
+                check_whole(partial)
+            partial.replace(copy_of(self._file))
+        except (OSError, sqlite3.Error) as error:
+            self._say(f"the ledger cannot be copied to {copy_of(self._file)}, which is tried again later: {error}")
+        finally:
+            partial.unlink(missing_ok=True)
+        now = time.monotonic()
+        self._due = now + max(_LEAST_SECONDS, _SHARE * (now - begun))
+
+
+def copy_database(path: Path, to: Path) -> None:
+    """Copy a SQLite database as it is between two transactions, while others write to it."""
+    to.unlink(missing_ok=True)
+    with (
+        closing(sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True, timeout=_BUSY_SECONDS)) as source,
+        closing(sqlite3.connect(to)) as target,
+    ):
+        source.backup(target)
+
+
+def check_whole(file: Path) -> None:
+    """Raise a Damaged where a ledger's file, or any row of it that has a checksum, is not what was written."""
+    engine = open_database(f"sqlite:///{file.resolve()}")
+    try:
+        check_file(engine)
+        with engine.connect() as connection:
+            for table in metadata.sorted_tables:
+                read_rows(connection, table, sa.true())
+            for number, text in connection.execute(_TRIALS, {"key": TRIAL}):
+                content = json.loads(text)
+                if content.get(SUM) not in (None, signed(content, number)[SUM]):
+                    raise Damaged(f"trial {number}: its checksum is wrong")
+    except (ValueError, AttributeError) as error:
+        raise Damaged(f"a trial in Optuna's tables: {error}") from None
+    except LEDGER_ERRORS as error:
+        raise Damaged(reason(error)) from None
+    finally:
+        engine.dispose()
+
+
+_TRIALS = sa.text("SELECT number, value_json FROM trial_user_attributes JOIN trials USING (trial_id) WHERE key = :key")

@@ -1,0 +1,83 @@
+"""Writing to a ledger that may be away for a while: a database server is restarted, or a network is down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from study.errors import StudyError
+from study.ledger.database import LEDGER_ERRORS, is_away, reason
+from study.ledger.ledger import Ledger
+from study.ledger.lock import Hold
+
+PATIENCE_SECONDS = 900.0
+"""How long a ledger may be away. Its study waits so long; what workers report meanwhile waits with it."""
+
+_PAUSE_SECONDS = 1.0
+
+T = TypeVar("T")
+
+
+class LedgerGone(StudyError):
+    """The ledger is not back, or is another driver's now."""
+
+
+class Patience:
+    """Acts on a ledger while its hold is held, and waits where it is away; one in a file never is.
+
+    Args:
+        say: told in one line when the ledger goes away, and when it is back.
+    """
+
+    def __init__(self, ledger: Ledger, hold: Hold, say: Callable[[str], None]) -> None:
+        self._ledger, self._hold, self._say = ledger, hold, say
+        self._given_up: LedgerGone | None = None
+        self.is_over = False
+        """True: wait no more; may be set by a signal while it waits."""
+
+    def act(self, act: Callable[[], T]) -> T:
+        """What an act on the ledger gives. It may be done twice, for it may be its answer that was lost.
+
+        Raises:
+            LedgerGone: with the reason.
+        """
+        if self._given_up is not None:
+            raise self._given_up
+        why = None if self._hold.is_held() else "the connection was lost"
+        deadline = None
+        while True:
+            if why is None:
+                try:
+                    done = act()
+                except LEDGER_ERRORS as error:
+                    why = reason(error)
+                    if not (self._hold.may_be_lost and is_away(error)):
+                        raise LedgerGone(f"the ledger cannot be written: {why}") from None
+                else:
+                    if deadline is not None:
+                        self._say("the ledger is back")
+                    return done
+            if deadline is None:
+                deadline = time.monotonic() + PATIENCE_SECONDS
+                self._say(f"the ledger is away, and waited for, {PATIENCE_SECONDS / 60:g} minutes at most: {why}")
+            if self.is_over or time.monotonic() > deadline:
+                self._give_up(f"the ledger is away: {why}")
+            time.sleep(_PAUSE_SECONDS)
+            why = self._regain()
+
+    def _regain(self) -> str | None:
+        """Hold the ledger anew and take in what it has; why that is not possible yet, or None."""
+        try:
+            if not self._hold.is_held():
+                self._hold.take()
+            self._ledger.catch_up()
+        except LEDGER_ERRORS as error:
+            return reason(error)
+        except StudyError as refusal:
+            self._give_up(f"the ledger was away, and meanwhile: {refusal}")
+        return None
+
+    def _give_up(self, why: str) -> NoReturn:
+        self._given_up = LedgerGone(why)
+        raise self._given_up

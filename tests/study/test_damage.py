@@ -1,0 +1,213 @@
+"""A ledger that no longer holds what was written is noticed, and says the way back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sqlite3
+import subprocess
+from contextlib import closing
+
+import pytest
+from study_fixtures import DENSE, MPO, ledger_at, made_up, run_at, substance, write_study
+
+from study.directory import StudyDirectory
+from study.errors import StudyError
+from study.growth import Growth
+from study.ledger.copies import Copies, check_whole
+from study.ledger.snapshot import read_ledger
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+STOP_CONTENT = {
+    "trial": 0, "rival": 1, "metric": "val_loss", "margin": 0.1, "seeds": [0], "own": [1.0], "rivals": [2.0],
+    "after": [0, 0], "when": "now",
+}  # fmt: skip
+
+
+def execute(folder, command, *values):
+    with closing(sqlite3.connect(folder / "ledger.db")) as connection, connection:
+        return connection.execute(command, values).fetchall()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A study that was run and has grown, in the folder `study`."""
+    work = tmp_path_factory.mktemp("whole")
+    file = write_study(work, seeds=1, arms=[DENSE, MPO])
+    run_at(file, work / "study")
+    run_at(file, work / "study", growth=Growth(seeds=1))
+    return work
+
+
+@pytest.fixture
+def study(whole, tmp_path):
+    """Its ledger and copy alone, in a folder of a test's own."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    for path in (whole / "study").iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def read(folder):
+    return read_ledger(StudyDirectory(folder).ledger_url, "tiny")
+
+
+def flip(folder, table, column):
+    """Change one digit of a value, as a bad disk would: nothing else of the file is different."""
+    [(row, value)] = execute(folder, f"SELECT rowid, {column} FROM {table} LIMIT 1")
+    at = max(match.start() for match in re.finditer(r"\d", str(value)))
+    other = f"{str(value)[:at]}{(int(str(value)[at]) + 5) % 10}{str(value)[at + 1 :]}"
+    execute(folder, f"UPDATE {table} SET {column} = ? WHERE rowid = ?", type(value)(other), row)
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("mpo_result", "content"),
+        ("mpo_result", "seed"),
+        ("mpo_result", "sha256"),
+        ("mpo_study", "corpus_sha256"),
+        ("mpo_study", "config"),
+        ("mpo_growth", "config"),
+        ("mpo_growth", "made"),
+        ("mpo_driver", "environment"),
+        ("mpo_driver", "started"),
+        ("trial_user_attributes", "value_json"),
+        ("trials", "number"),
+    ],
+)
+def test_flipped_digit_is_noticed_by_readers_and_drivers(whole, study, table, column):
+    flip(study, table, column)
+    command = f"rm -f {study}/ledger.db-journal && cp {study}/ledger.db.copy {study}/ledger.db"
+    with pytest.raises(StudyError, match="the ledger is damaged: ") as of_reader:
+        read(study)
+    with pytest.raises(StudyError, match="the ledger is damaged: ") as of_driver:
+        ledger_at(whole / "tiny.yaml", study)
+    for error in (of_reader, of_driver):
+        assert str(error.value).endswith(command)
+        assert "\n" not in str(error.value)
+
+
+def test_way_back_is_the_command_that_is_named(whole, study):
+    execute(study, "DELETE FROM mpo_result WHERE trial = 2")
+    Copies(StudyDirectory(study).ledger_url, print).keep()  # so that it is older than what is damaged
+    flip(study, "mpo_result", "content")
+    with pytest.raises(StudyError) as error:
+        run_at(whole / "tiny.yaml", study)
+    command = str(error.value).rpartition("train again what came later: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert run_at(whole / "tiny.yaml", study).n_missing == 0
+    assert substance(study) == substance(whole / "study")
+
+
+def test_flipped_digit_in_a_decision_to_stop_is_noticed(whole, study):
+    ledger = ledger_at(whole / "tiny.yaml", study)
+    from study.ledger.checksums import insert
+    from study.ledger.tables import stop_table
+
+    with ledger._engine.begin() as connection:
+        insert(connection, stop_table, study_uuid=ledger.uuid, trial=0, content=json.dumps(STOP_CONTENT))
+    ledger.close()
+    assert read(study).trials[0].stop is not None
+    flip(study, "mpo_stop", "content")
+    with pytest.raises(StudyError, match=r"the row study_uuid .*, trial 0 of mpo_stop is not what was written"):
+        read(study)
+
+
+@pytest.mark.parametrize("offset", range(0, 40, 4))
+def test_damaged_byte_anywhere_is_one_line_or_does_no_harm(whole, study, offset):
+    """A byte of each tenth of the file: what is read is what was written, or it is refused."""
+    file = study / "ledger.db"
+    data = bytearray(file.read_bytes())
+    for at in range(offset * len(data) // 40, (offset + 1) * len(data) // 40):
+        if chr(data[at]).isdigit():
+            data[at] ^= 1
+            break
+    file.write_bytes(data)
+    found = error = None
+    try:
+        found = read(study)
+    except StudyError as refused:
+        error = str(refused)
+    assert found == read(whole / "study") if error is None else "ledger.db.copy" in error and "\n" not in error
+
+
+def test_ledger_of_an_earlier_version_is_read_and_gets_checksums_once(whole, study):
+    before = read(study)
+    for table in ("mpo_study", "mpo_result", "mpo_stop", "mpo_driver", "mpo_growth"):
+        execute(study, f"ALTER TABLE {table} DROP COLUMN sha256")
+    for number, text in execute(study, "SELECT trial_user_attribute_id, value_json FROM trial_user_attributes"):
+        content = {key: value for key, value in json.loads(text).items() if key != "sha256"}
+        execute(
+            study,
+            "UPDATE trial_user_attributes SET value_json = ? WHERE trial_user_attribute_id = ?",
+            json.dumps(content),
+            number,
+        )
+    assert read(study) == before
+    assert execute(study, "SELECT * FROM mpo_result")[0][-1] != "sha256"
+    ledger_at(whole / "tiny.yaml", study).close()
+    assert read(study) == before
+    for table in ("mpo_study", "mpo_result", "mpo_driver", "mpo_growth"):
+        assert execute(study, f"SELECT count(*) FROM {table} WHERE sha256 IS NULL") == [(0,)]
+    sums = execute(study, "SELECT value_json FROM trial_user_attributes")
+    assert all("sha256" in json.loads(text) for (text,) in sums)
+    flip(study, "trial_user_attributes", "value_json")
+    with pytest.raises(StudyError, match=r"the ledger is damaged: trial \d+: "):
+        read(study)
+
+
+def test_copy_is_never_replaced_by_a_damaged_one(tmp_path, whole, study):
+    said = []
+    copies, copy = Copies(StudyDirectory(study).ledger_url, said.append), study / "ledger.db.copy"
+    copy.unlink()
+    copies.keep()
+    check_whole(copy)
+    kept = copy.read_bytes()
+    flip(study, "mpo_result", "content")
+    with pytest.raises(StudyError, match="the ledger is damaged: "):
+        copies.keep()
+    assert copy.read_bytes() == kept
+    assert not list(study.glob("*.partial"))
+    assert said == []
+
+
+def test_copy_is_made_at_the_start_and_then_only_now_and_then(tmp_path, monkeypatch):
+    n_copies = []
+    monkeypatch.setattr(Copies, "keep", lambda self, keep=Copies.keep: (n_copies.append(1), keep(self)))
+    run_at(write_study(tmp_path, arms=[DENSE, MPO]), tmp_path / "study")
+    assert len(n_copies) == 2  # before the first unit, and after the last
+    with closing(sqlite3.connect(tmp_path / "study" / "ledger.db.copy")) as connection:
+        assert connection.execute("SELECT count(*) FROM mpo_result").fetchall() == [(6,)]
+
+
+def test_copy_that_cannot_be_made_is_said_and_the_study_goes_on(tmp_path):
+    file, folder = write_study(tmp_path, seeds=1, arms=[DENSE]), tmp_path / "study"
+    (folder / "ledger.db.copy").mkdir(parents=True)
+    assert run_at(file, folder).n_missing == 0
+
+
+def test_result_that_lacks_something_is_no_result(tmp_path):
+    """With a checksum that fits, as a program with a fault would write it."""
+    file, folder = write_study(tmp_path, seeds=1, arms=[DENSE]), tmp_path / "study"
+    ledger = ledger_at(file, folder)
+    ledger.ask()
+    ledger.record(made_up(0, 0))
+    ledger.close()
+    [(text,)] = execute(folder, "SELECT content FROM mpo_result")
+    content = json.loads(text)
+    for change in (
+        {"final": {}},
+        {"seed": 1},
+        {"started": "yesterday"},
+        {"final": {**content["final"], "final/val_loss": "low"}},
+        {"state": "done"},
+    ):
+        execute(folder, "UPDATE mpo_result SET sha256 = NULL, content = ?", json.dumps(content | change))
+        with pytest.raises(StudyError, match=r"the ledger is damaged: the result of trial 0, seed 0"):
+            read(folder)
+        with pytest.raises(StudyError, match=shlex.quote("the ledger is damaged").strip("'")):
+            ledger_at(file, folder)
