@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-VERSION = 2
+VERSION = 3
 """Raised when what is kept, or how it was computed from the runs, changes: then older caches are ignored."""
 MANIFEST = "cache.json"
 

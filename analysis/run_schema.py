@@ -46,8 +46,11 @@ PRUNED = "mpo.pruned"
 STOPPED = "mpo.stopped"
 """On a trial that was given up before it had all its seeds: the rival that beat it, and by how much on which seeds."""
 DEVICE, THREADS, TORCH, STACKED = "mpo.device", "mpo.threads", "mpo.torch", "mpo.stacked"
-RAN_ON = (DEVICE, THREADS, TORCH, STACKED)
-"""On a seed: what its numbers depend on to rounding; `STACKED` is how many seeds were trained as one model."""
+PROGRAM = "mpo.program"
+RAN_ON = (DEVICE, THREADS, TORCH, STACKED, PROGRAM)
+"""On a seed: what its numbers depend on to rounding; `STACKED` is how many seeds were trained as one model. `PROGRAM`,
+which an older version did not write, is the fingerprint of the code that trained it and of its versions of torch and
+numpy: under another one the numbers may differ in any way."""
 CLAIMS = "mpo.claims"
 """On the summary: JSON of what the study file declared before it ran, {"margins": {"val_loss": nats, "val_acc":
 fraction}, "contrasts": [{"arm", "against"}, ...]}."""
@@ -57,8 +60,8 @@ GROWTHS = "mpo.growths"
 """On the summary: JSON of how the study grew since it was begun, [{"by": command, "seeds": [of each trial before, and
 after], "over": how many of the runs on record were over then}, ...]."""
 ENVIRONMENT = "mpo.environment"
-"""On the summary: JSON of what the study was begun on, {"python", "packages": {name: version}, "git_commit",
-"git_changed", "system", "cpus"}."""
+"""On the summary: JSON of what the study was begun on, {"python", "packages": {name: version}, "program":
+fingerprint, "git_commit", "git_changed", "system", "cpus"}; an older version wrote no "program"."""
 FAILURE = "mpo.failure"
 """On a failed seed: why, in one line."""
 WEIGHTS_LOST = "mpo.weights_lost"

@@ -136,6 +136,23 @@ class StudyRuns:
         return {str(machine): int(n) for machine, n in words.value_counts().items()}
 
     @property
+    def programs(self) -> dict[str, int]:
+        """Fingerprints of the programs that trained the complete seeds, each with how many; empty where none is known.
+
+        Seeds that say nothing, as older versions wrote them, count as one more, "not on record".
+        """
+        known = self.seeds[schema.PROGRAM]
+        if known.isna().all():
+            return {}
+        return {str(program): int(n) for program, n in known.fillna("not on record").value_counts().items()}
+
+    @property
+    def n_of_several_programs(self) -> int:
+        """Configurations whose means are over seeds that different programs trained."""
+        programs = self.seeds[schema.PROGRAM].fillna("not on record")
+        return int((programs.groupby(self.seeds["trial"]).nunique() > 1).sum())
+
+    @property
     def data_source(self) -> str:
         """The tracking URI without its password, and the experiment; of all studies, if several are joined."""
         if self.parts:

@@ -21,6 +21,7 @@ import io
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -98,9 +99,12 @@ def engine_alone(n_units: int) -> tuple[float, float]:
     """Seconds from the call of a study to the last write of its ledger, and to its end."""
     config = study_of(n_units)
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as `run_study` does before it imports Ray
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find `benchmarks`
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch("study.scheduler.ray._work", nothing),
+        patch("study.scheduler.ray.work", nothing),
         ledger_writes() as writes,
     ):
         begun = time.perf_counter()
@@ -123,12 +127,12 @@ def study_of(n_units: int) -> StudyConfig:
     return StudyConfig.model_validate_json(json.dumps(content))
 
 
-def nothing(config: dict[str, str]) -> None:
-    """In place of `study.scheduler.ray._work`: all that a worker reports of a unit, and no training."""
+def nothing(config: dict[str, str], driver: dict[str, str], storage: str) -> None:
+    """In place of `study.scheduler.worker.work`: all that a worker reports of a unit, and no training."""
     import ray  # not before `run_study` has set what it reads then
     from ray import tune
 
-    unit = Unit.model_validate_json(config["unit"])
+    unit = Unit.model_validate_json(json.dumps(json.loads(config["unit"]) | {"storage": storage}))
     tune.report({"begin": ray.get_runtime_context().get_node_id()})
     results = []
     for seed in unit.seeds:

@@ -218,6 +218,11 @@ class Execution(Strict):
     backup_seconds: Annotated[float, Field(ge=0, le=1_000_000_000)] = Field(
         default=60, description="Least time between two copies of the databases in a storage that is a URL."
     )
+    unit_timeout: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Seconds without an evaluation after which a worker is ended and its unit tried again, as one that "
+        "died. Default: no limit. Only Ray's workers can be ended; one that is starting has at least ten minutes.",
+    )
     keep_weights: bool = Field(
         default=False, description="Keep every trained model, as safetensors, in storage and MLflow."
     )

@@ -75,9 +75,9 @@ class StudyDirectory:
         return self.path / "mlflow.db"
 
     @property
-    def scratch(self) -> Path:
-        """For what a run of the study leaves behind and nobody reads."""
-        return self.path / "scratch"
+    def reports_file(self) -> Path:
+        """When each run that is out now reported last, as the driver has it."""
+        return self.path / "reports.json"
 
     @property
     def artifacts(self) -> str:

@@ -10,16 +10,28 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from study.errors import StudyError
+from study.program import this_program
+
 _PACKAGES = ("mpo-study", "torch", "ray", "optuna", "mlflow", "numpy", "pandas")
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the packages that matter, git commit of this code, and the machine's kind."""
+    """Versions of the packages that matter, git commit and fingerprint of this code, and the machine's kind.
+
+    Raises:
+        StudyError: the files of this code cannot be read.
+    """
+    try:
+        fingerprint = this_program()["fingerprint"]
+    except (ImportError, OSError) as error:
+        raise StudyError(f"this program cannot read its own code: {error}") from None
     top = _git("rev-parse", "--show-toplevel")
     is_checkout = top is not None and Path(top) == Path(__file__).resolve().parents[1]  # not a .venv in another's
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
+        "program": fingerprint,
         "git_commit": _git("rev-parse", "HEAD") if is_checkout else None,
         "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")) if is_checkout else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -38,6 +50,7 @@ def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
             "torch": packages.get("torch"),
             "mpo-study": packages.get("mpo-study"),
             "the git commit": commit[:12] if commit else None,
+            "the fingerprint of this program": one.get("program"),
         }
 
     old, new = named(before), named(now)

@@ -38,7 +38,8 @@ class StudyProgress:
         )
         self._task = self._bar.add_task("runs", total=None, words="")
         self._latest = Text("", style="dim", no_wrap=True, overflow="ellipsis")
-        self._live = Live(Group(self._bar, self._latest), console=console, transient=True, refresh_per_second=1)
+        self._silent: list[str] = []
+        self._live = Live(get_renderable=self._shown, console=console, transient=True, refresh_per_second=1)
 
     def __enter__(self) -> StudyProgress:
         if self._console.is_terminal:
@@ -50,6 +51,9 @@ class StudyProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
+
+    def _shown(self) -> Group:
+        return Group(self._bar, self._latest, *(Text(line, style="red") for line in self._silent))
 
     # Events -------------------------------------------------------------------------------------------------------
 
@@ -68,6 +72,13 @@ class StudyProgress:
             done = f"{len(self._ledger.results)}/{self._n_runs()}"
             self.say(f"{done}  {name}: val loss {loss:.4f}, {seconds:.1f} s, {self._time_left()}")
         self.refresh()
+
+    def on_silence(self, lines: list[str], anew: list[str]) -> None:
+        """Runs that have not reported for long, and which of them a log has to say again."""
+        self._silent = lines
+        if not self._console.is_terminal:
+            for line in anew:
+                self.say(line)
 
     def on_answered(self, trial: Trial) -> None:
         """A new trial needs no training."""

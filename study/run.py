@@ -26,7 +26,9 @@ from study.ledger.trials import Trial
 from study.progress import StudyProgress, say
 from study.scheduler.inline import run_inline
 from study.scheduler.interrupts import interrupts
+from study.scheduler.private_folder import remove_leftovers
 from study.scheduler.queue import Queue
+from study.scheduler.reports import SilenceWatch
 from study.scheduler.unit import store_corpus, stored_corpus
 from study.search_space import teacher_spec
 from study.storage import Storage
@@ -272,13 +274,15 @@ def _to_retry(ledger: Ledger) -> list[SeedResult]:
 def _execute(
     queue: Queue, progress: StudyProgress, executor: str, directory: StudyDirectory, address: str | None
 ) -> None:
+    remove_leftovers(directory.path)
     first = queue.next_unit()  # a study that lacks nothing needs no Ray
     if isinstance(first, str) or first is None:
         return
     queue.put_back(first)
-    if executor == "inline":
-        run_inline(queue, progress.on_evaluation)
-    else:
+    with SilenceWatch(queue.in_flight, directory.reports_file, progress.on_silence):
+        if executor == "inline":
+            run_inline(queue, progress.on_evaluation)
+            return
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         if address == "local":
             # Read as Ray is imported. It is meant for systems with bothersome firewalls; what it does is that Ray's
@@ -286,7 +290,7 @@ def _execute(
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         from study.scheduler.ray import run_on_ray  # the inline executor must work where Ray is not installed
 
-        run_on_ray(queue, progress.on_evaluation, directory.scratch, address)
+        run_on_ray(queue, progress.on_evaluation, directory.path, address)
 
 
 def sync(

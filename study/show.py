@@ -143,6 +143,9 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
     for result in now.failures:
         step = f" (step {result.failure_step})" if result.failure_step is not None else ""
         say(console, f"failed: trial {result.trial} seed {result.seed}{step}: {result.failure}")
+    for silence in now.running:
+        if silence.is_long:
+            say(console, str(silence), is_trouble=True)
     again = f"mpo-study run {folder.study_file} --dir {folder.path}"
     if any(result.failure_step is None for result in now.failures):
         say(console, f"to try again what did not diverge: {again} --retry-failed")

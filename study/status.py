@@ -16,6 +16,7 @@ from study.frontier import Point, frontier, points
 from study.ledger.snapshot import Snapshot, read_ledger
 from study.ledger.tally import Tally
 from study.ledger.trials import Trial
+from study.scheduler.reports import Silence, read_reports
 from study.trial import SeedResult
 
 
@@ -38,7 +39,8 @@ class StudyStatus:
     n_unasked: trials that are still to come, which the ledger knows in number alone. driver: host and process of the
     driver that has the study now. run_seconds_left: what is left, one run after another, at the speed of the runs that
     are over. seconds_left: until the driver is done, at the rate of the runs that ended since it began. Either is None
-    where it is not known. search_ended: why the sampler is asked no more before the budget is met.
+    where it is not known. search_ended: why the sampler is asked no more before the budget is met. running: how long
+    ago each run that a worker has now reported.
     """
 
     name: str
@@ -55,6 +57,7 @@ class StudyStatus:
     run_seconds_left: float | None
     seconds_left: float | None
     search_ended: str | None
+    running: list[Silence]
 
 
 def study_status(directory: StudyDirectory) -> StudyStatus:
@@ -93,12 +96,16 @@ def study_status(directory: StudyDirectory) -> StudyStatus:
         run_seconds_left=run_seconds_left,
         seconds_left=seconds_left,
         search_ended=tally.search_ended,
+        running=read_reports(directory.reports_file, driver.get("pid")) if driver is not None else [],
     )
 
 
 def as_json(status: StudyStatus) -> str:
     """The status for machines; times in seconds, losses in nats."""
     plain = {key: value for key, value in vars(status).items() if key not in ("trials", "failures", "frontier")}
+    plain["running"] = [
+        {"trial": one.trial, "seeds": one.seeds, "seconds_since_report": round(one.seconds)} for one in status.running
+    ]
     plain["trials"] = [_plain_trial(row) for row in status.trials]
     plain["failures"] = [
         {

@@ -25,6 +25,7 @@ from study.captured import DeviceStep, adamw, set_learning_rate
 from study.config import Protocol
 from study.corpus import Corpus, Windows, consecutive_windows
 from study.precision import logits_in, products_in
+from study.program import this_program
 from study.randomness import generator
 from study.storage import Checkpoints
 from study.trial import SeedResult, TrialSpec, build_model, evaluation_steps, now
@@ -353,13 +354,14 @@ class SeedRun:
 
 
 def _ran_on(device: torch.device | str, n_stacked: int) -> dict[str, str]:
-    """What results depend on to rounding; the keys of `run_schema.RAN_ON`."""
+    """What results depend on beside their spec and seed; the keys of `run_schema.RAN_ON`."""
     kind = torch.device(device).type
     return {
         schema.DEVICE: torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine() or kind,
         schema.THREADS: str(torch.get_num_threads()),
         schema.TORCH: torch.__version__,
         schema.STACKED: str(n_stacked),
+        schema.PROGRAM: this_program()["fingerprint"],
     }
 
 

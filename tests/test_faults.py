@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -189,8 +188,9 @@ def test_study_on_a_node_that_cannot_import_it_stops_and_fails_nothing(work, und
     monkeypatch.setenv("PYTHONPATH", str(broken))
     code, out, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=work)
     assert code == 1
-    assert re.search("10 workers in a row died before they began with a run: .+; mend it", " ".join(out.split()))
-    assert "import of mpo_core halted" in out  # Ray's own words
+    [line] = [line for line in out.splitlines() if "cannot import this program" in line]
+    assert "import of mpo_core halted" in line  # Python's own words
+    assert "Traceback" not in out + err
     assert results_at(work / "kept") == {}
 
     monkeypatch.delenv("PYTHONPATH")

@@ -12,6 +12,7 @@ from study.ledger.ledger import Ledger
 from study.ledger.lock import Hold
 from study.ledger.outage import LedgerGone, Patience
 from study.ledger.trials import Trial
+from study.scheduler.reports import SILENT_SECONDS, Flights, Key
 from study.scheduler.unit import Teachers, Unit, checkpoints_of
 from study.storage import Storage
 from study.trial import SeedResult, now
@@ -50,16 +51,15 @@ class Queue:
     hold: Hold = field(default_factory=Hold)
     aborted: str | None = None
     """Why no more units are issued although work is left; None while all is well."""
-    _in_flight: set[tuple[int, int]] = field(default_factory=set)
-    _begun: set[tuple[int, int]] = field(default_factory=set)
-    _n_deaths: Counter[tuple[int, int]] = field(default_factory=Counter)
-    _n_stillborn: Counter[tuple[int, int]] = field(default_factory=Counter)
+    in_flight: Flights = field(default_factory=Flights)
+    _n_deaths: Counter[Key] = field(default_factory=Counter)
+    _n_stillborn: Counter[Key] = field(default_factory=Counter)
     _n_stillborn_in_a_row: int = 0
-    _given_up: dict[tuple[int, int], str] = field(default_factory=dict)
+    _given_up: dict[Key, str] = field(default_factory=dict)
     """Runs that no worker came as far as to begin, and the last one's end."""
     _block_that_fits: dict[int, int] = field(default_factory=dict)
     """For a trial that ran out of memory: the number of seeds to try."""
-    _furthest_step: dict[tuple[int, int], float] = field(default_factory=dict)
+    _furthest_step: dict[Key, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._teacher_arms = {arm.teacher for arm in self.config.arms} - {None}
@@ -73,7 +73,7 @@ class Queue:
         unit = self._issue()
         if self.aborted is not None and unit is None:
             return "finished"
-        if unit is None and not self._in_flight:
+        if unit is None and not self.in_flight:
             if self._given_up:
                 n, why = len(self._given_up), next(iter(self._given_up.values()))
                 self.aborted = f"for {n} of the runs {MAX_DEATHS} workers died before they began: {why}"
@@ -87,7 +87,7 @@ class Queue:
                 block: list[int] = []
                 for seed in self.ledger.missing_seeds(trial):
                     key = trial.number, seed
-                    if key in self._in_flight or key in self._given_up:
+                    if key in self.in_flight or key in self._given_up:
                         continue
                     teacher = self._result_of_teacher(trial, seed)
                     if teacher == "waits":
@@ -102,9 +102,7 @@ class Queue:
                     if len(block) == self._block_size(trial):
                         break
                 if block:
-                    keys = {(trial.number, seed) for seed in block}
-                    self._in_flight |= keys
-                    self._begun -= keys
+                    self.in_flight.issue((trial.number, seed) for seed in block)
                     return self._unit(trial, tuple(block))
                 if has_changed:  # then what the ledger lacks has to be looked at anew
                     break
@@ -135,7 +133,7 @@ class Queue:
         """Record a unit's results; where the ledger does not take them, they are missing again, and the study stops."""
         if not results:
             return
-        self._in_flight.difference_update((result.trial, result.seed) for result in results)
+        self.in_flight.end((result.trial, result.seed) for result in results)
         try:
             stopped = self._patience.act(lambda: self.ledger.record(*results))
         except LedgerGone as gone:
@@ -151,13 +149,18 @@ class Queue:
         for trial in stopped:
             self.on_stop(trial)
 
+    def note_worker(self, unit: Unit) -> None:
+        """A worker was found for a unit; it has to come up yet."""
+        self.in_flight.note(_keys(unit))
+
     def note_begin(self, unit: Unit) -> None:
         """A worker has come up and begins with a unit."""
-        self._begun.update(_keys(unit))
+        self.in_flight.note(_keys(unit), begins=True)
         self._n_stillborn_in_a_row = 0
 
     def note_progress(self, unit: Unit, seed: int, step: float) -> None:
         """A run passed an evaluation; if it came as far never before, its unit's earlier deaths no longer count."""
+        self.in_flight.note(_keys(unit))
         if step > self._furthest_step.get((unit.trial, seed), -1):
             self._furthest_step[unit.trial, seed] = step
             for key in _keys(unit):
@@ -165,13 +168,23 @@ class Queue:
 
     def note_death(self, unit: Unit, why: str) -> None:
         """Take back a unit whose worker died; where that has happened too often, see `MAX_DEATHS`."""
-        if not self._begun.issuperset(_keys(unit)):
+        if not self.in_flight.have_begun(_keys(unit)):
             self._note_stillborn(unit, why)
             return
         self.put_back(unit)
         self._n_deaths.update(_keys(unit))
         reason = f"its worker died {MAX_DEATHS} times without progress: {why}"
         self.complete([_failed(*key, reason) for key in _keys(unit) if self._n_deaths[key] >= MAX_DEATHS])
+
+    def why_overdue(self, unit: Unit) -> str | None:
+        """What to say of a unit that has not reported for longer than `execution.unit_timeout`; None of any other."""
+        limit = self.config.execution.unit_timeout
+        if limit is None:
+            return None
+        if not self.in_flight.have_begun(_keys(unit)):  # to come up takes its time, too
+            limit = max(limit, SILENT_SECONDS)
+        late = [silence for silence in self.in_flight.silences(_keys(unit)) if silence.seconds > limit]
+        return f"no report for {late[0].seconds:.0f} s (execution.unit_timeout)" if late else None
 
     def note_out_of_memory(self, unit: Unit, why: str) -> None:
         """Take back a unit that was too large for its worker: half of its seeds at a time may fit."""
@@ -206,7 +219,7 @@ class Queue:
 
     def put_back(self, unit: Unit) -> None:
         """Take back a unit that ended without results through no fault of its own."""
-        self._in_flight.difference_update(_keys(unit))
+        self.in_flight.end(_keys(unit))
         if self.is_cancelled(unit):
             self._forget_checkpoints(unit.trial, unit.seeds)
 
@@ -278,7 +291,7 @@ def study_chis(config: StudyConfig) -> tuple[int, ...]:
     return tuple(sorted(chis))
 
 
-def _keys(unit: Unit) -> list[tuple[int, int]]:
+def _keys(unit: Unit) -> list[Key]:
     return [(unit.trial, seed) for seed in unit.seeds]
 
 

@@ -10,26 +10,33 @@ import gc
 import json
 import logging
 import os
-import shutil
+import resource
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
+from ray.job_config import JobConfig
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from analysis.urls import hide_password
+from study import program
 from study.errors import StudyError
+from study.scheduler import worker
 from study.scheduler.interrupts import interrupts
+from study.scheduler.private_folder import private_folder
 from study.scheduler.queue import Queue
-from study.scheduler.unit import OUT_OF_MEMORY, Unit, run_unit
+from study.scheduler.unit import Unit
+from study.scheduler.worker import work
 from study.trial import SeedResult
+
+for _module in (program, worker):
+    cloudpickle.register_pickle_by_value(_module)
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -47,62 +54,65 @@ NODE_WATCH_SECONDS = 10
 OnEvaluation = Callable[[Unit, int, dict[str, float]], None]
 
 
-def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, address: str) -> None:
+def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, study: Path, address: str) -> None:
     """Run every unit that the queue issues on Ray, as many at once as its resources allow.
 
     Args:
-        scratch: a folder for what Tune leaves behind on the driver's machine; workers send it no files.
+        study: the study's folder.
         address: of a Ray cluster, or "local": a Ray of its own, which ends with this call.
 
     Raises:
-        StudyError: no Ray at that address, or none of its nodes can hold a unit.
+        StudyError: no Ray at that address, none can be started, or none of its nodes can hold a unit.
     """
-    _connect(address)
-    try:
-        execution = queue.config.execution
-        slots = execution.max_units or _slots(execution.cpus, execution.gpus)
-        if execution.max_units is not None and _slots(execution.cpus, execution.gpus) == 0:
-            queue.say("no node of this Ray can hold a unit yet; waiting for its autoscaler")
-        if slots == 0:
-            there = ray.cluster_resources()
-            raise StudyError(
-                f"no node of this Ray can hold a unit of execution.cpus={execution.cpus:g}, "
-                f"execution.gpus={execution.gpus:g}; in all it has {there.get('CPU', 0):g} CPUs and "
-                f"{there.get('GPU', 0):g} GPUs"
-            )
-        _fit(queue, on_evaluation, scratch, slots)
-    finally:
-        _shut_down()
-        shutil.rmtree(scratch, ignore_errors=True)
+    with private_folder(study) as folder:
+        try:
+            _connect(address, folder)
+            _run(queue, on_evaluation, folder)
+        finally:
+            _shut_down()
 
 
-def _fit(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, slots: int) -> None:
+def _run(queue: Queue, on_evaluation: OnEvaluation, folder: Path) -> None:
     execution = queue.config.execution
-    # Tune leaves a folder for every unit; nothing in them is read again.
-    shutil.rmtree(scratch, ignore_errors=True)
+    slots = execution.max_units or _slots(execution.cpus, execution.gpus)
+    if execution.max_units is not None and _slots(execution.cpus, execution.gpus) == 0:
+        queue.say("no node of this Ray can hold a unit yet; waiting for its autoscaler")
+    if slots == 0:
+        there = ray.cluster_resources()
+        raise StudyError(
+            f"no node of this Ray can hold a unit of execution.cpus={execution.cpus:g}, "
+            f"execution.gpus={execution.gpus:g}; in all it has {there.get('CPU', 0):g} CPUs and "
+            f"{there.get('GPU', 0):g} GPUs"
+        )
+    _fit(queue, on_evaluation, folder, slots)
+
+
+def _fit(queue: Queue, on_evaluation: OnEvaluation, folder: Path, slots: int) -> None:
+    execution = queue.config.execution
     watch = _NodeWatch(
         lambda: execution.max_units is not None or _slots(execution.cpus, execution.gpus) > 0, queue.forgive_death
     )
     searcher = _LedgerSearcher(queue, on_evaluation, watch)
-    tuner = tune.Tuner(
-        tune.with_resources(_work, {"cpu": execution.cpus, "gpu": execution.gpus}),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=_Cancelling(searcher.is_cancelled),
-            num_samples=-1,
-            max_concurrent_trials=slots,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=f"{queue.config.name}-{uuid4().hex[:8]}",
-            storage_path=str(scratch.resolve()),
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=0),  # the queue counts, and issues a unit again
-            callbacks=[watch],
-        ),
-    )
     try:
+        trainable = tune.with_parameters(work, driver=program.this_program(), storage=queue.storage.url)
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": execution.cpus, "gpu": execution.gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=_Cancelling(searcher.is_cancelled),
+                num_samples=-1,
+                max_concurrent_trials=slots,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name=f"{queue.config.name}-{uuid4().hex[:8]}",
+                storage_path=str(folder / "tune"),  # a folder for every unit; workers send no files
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=0),  # the queue counts, and issues a unit again
+                callbacks=[watch, _HungWorkers(searcher)],
+            ),
+        )
 
         def interrupt() -> None:
             watch.interrupt()
@@ -114,7 +124,7 @@ def _fit(queue: Queue, on_evaluation: OnEvaluation, scratch: Path, slots: int) -
         if not watch.has_nodes():
             queue.aborted = _NO_NODES
         elif isinstance(error, OSError) and error.errno is not None:  # the driver's disk is full, for example
-            queue.aborted = str(error)
+            queue.aborted = f"{error} (Ray's folder is {folder})"
         else:
             raise
 
@@ -133,7 +143,17 @@ def _shut_down() -> None:
         gc.enable()
 
 
-def _connect(address: str) -> None:
+class _WithoutDriversPath(JobConfig):
+    """A job whose workers do not look for modules in the driver's working folder, or in its script's, before others.
+
+    Ray adds those where the job has no working folder of its own to import from, and asks it that for nothing else.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
+
+
+def _connect(address: str, folder: Path) -> None:
     for variable, setting in _SETTINGS.items():
         os.environ.setdefault(variable, setting)
     shown = hide_password(address)
@@ -148,16 +168,23 @@ def _connect(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except (OSError, OverflowError) as error:
             raise StudyError(f"--address {shown}: cannot connect to Ray: {error}") from None
+    is_local = address == "local"
     try:
         ray.init(
             address=address,
-            include_dashboard=False if address == "local" else None,
+            include_dashboard=False if is_local else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            job_config=_WithoutDriversPath(),
+            _temp_dir=str(folder / "ray") if is_local else None,  # Ray makes it one that all may read
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        said = hide_password(str(error).splitlines()[0], address)
-        raise StudyError(f"--address {shown}: cannot connect to Ray: {said}") from None
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        n_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        few = f" (ulimit -n allows {n_files} open files)" if 0 <= n_files < 1024 else ""
+        what = f"cannot start Ray{few}" if is_local else f"--address {shown}: cannot connect to Ray"
+        lines = str(error).splitlines() or [type(error).__name__]
+        said = " ".join(" ".join(lines).split()) if lines[0].endswith(":") else lines[0]  # versions that differ
+        raise StudyError(f"{what}: {hide_password(said, address)}") from None
     # A worker's death is no reason for a page of traceback: its unit is issued again.
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -172,24 +199,6 @@ def _slots(cpus: float, gpus: float) -> int:
             fits = [has.get(kind, 0) / asked for kind, asked in (("CPU", cpus), ("GPU", gpus)) if asked]
             slots += int(min(fits))
     return slots
-
-
-def _work(config: dict[str, str]) -> None:
-    """A worker's whole life: one unit. Every result travels in the last report, which must be complete by itself."""
-    unit = Unit.model_validate_json(config["unit"])
-    tune.report({"begin": ray.get_runtime_context().get_node_id()})
-
-    def report_evaluation(seed: int, row: dict[str, float]) -> None:
-        tune.report({"evaluation": json.dumps([seed, row])})
-
-    try:
-        results = run_unit(unit, report_evaluation, lambda line: tune.report({"said": line}))
-    except OSError as error:
-        tune.report({"abort": str(error)})
-    except OUT_OF_MEMORY as error:
-        tune.report({"out_of_memory": f"out of memory: {error}".splitlines()[0]})
-    else:
-        tune.report({"results": json.dumps([asdict(result) for result in results])})
 
 
 _NO_NODES = "no node of Ray is left that can hold a unit"
@@ -243,6 +252,30 @@ class _NodeWatch(tune.Callback):
         return {}
 
 
+class _HungWorkers(tune.Callback):
+    """Ends the workers of units that are overdue; Tune then learns that they are dead."""
+
+    def __init__(self, searcher: _LedgerSearcher) -> None:
+        self._searcher = searcher
+        self._looked = time.monotonic()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._searcher.note_worker(trial.trial_id)
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self._looked < 1:
+            return
+        self._looked = time.monotonic()
+        for trial_id in self._searcher.overdue():
+            actor = next(trial for trial in reversed(trials) if trial.trial_id == trial_id).temporary_state.ray_actor
+            if actor is not None:
+                ray.kill(actor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See `_NodeWatch.__getstate__`."""
+        return {}
+
+
 class _Cancelling(FIFOScheduler):
     """Ends units whose trial was stopped while they ran.
 
@@ -273,6 +306,8 @@ class _LedgerSearcher(Searcher):
         self._units: dict[str, Unit] = {}
         self._nodes: dict[str, str] = {}
         """Id of the node on which a unit began."""
+        self._overdue: dict[str, str] = {}
+        """Units whose workers were ended, and why."""
 
     def suggest(self, trial_id: str) -> Any:
         unit = self._queue.next_unit()
@@ -282,6 +317,21 @@ class _LedgerSearcher(Searcher):
             return None
         self._units[trial_id] = unit
         return {"unit": unit.model_dump_json()}
+
+    def note_worker(self, trial_id: str) -> None:
+        """Tune has a worker for a unit."""
+        if trial_id in self._units:
+            self._queue.note_worker(self._units[trial_id])
+
+    def overdue(self) -> list[str]:
+        """Ids of the units whose workers are to be ended now."""
+        found = {
+            trial_id: why
+            for trial_id, unit in self._units.items()
+            if trial_id not in self._overdue and (why := self._queue.why_overdue(unit)) is not None
+        }
+        self._overdue |= found
+        return list(found)
 
     def is_cancelled(self, trial_id: str) -> bool:
         """Whether a unit has to end at its next report."""
@@ -315,11 +365,11 @@ class _LedgerSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
-        unit = self._units.pop(trial_id, None)
+        unit, overdue = self._units.pop(trial_id, None), self._overdue.pop(trial_id, None)
         if unit is not None and self._queue.is_cancelled(unit):
             self._queue.put_back(unit)
         elif unit is not None and self._watch.has_nodes():
-            self._queue.note_death(unit, self._watch.error_of(trial_id))
+            self._queue.note_death(unit, overdue or self._watch.error_of(trial_id))
             self._watch.died.append((self._nodes.pop(trial_id, None), unit))
         elif unit is not None:
             self._queue.put_back(unit)

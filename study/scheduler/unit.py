@@ -8,8 +8,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from study.corpus import Corpus, corpus_from_bytes
 from study.stacked import train_seeds
@@ -35,7 +37,7 @@ class Unit(Strict):
     trial: int
     seeds: tuple[int, ...]
     spec: TrialSpec
-    storage: str
+    storage: Annotated[str, Field(exclude=True)]  # its URL may hold a password: it travels by itself
     study_uuid: str
     corpus_sha256: str
     validation_fraction: float

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import simulated_study
 
+from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 from analysis.load import StudyAddress, load_study
 from analysis.report import write_report
@@ -238,9 +239,11 @@ def test_report_of_single_seeds_claims_nothing_and_escapes_names(tmp_path):
     found = [replace(c, seeds=(0,), arm=f"<b>{c.arm}</b>") for c in simulated_study.awkward_studies()["usual"][:4]]
     uri = simulated_study.write_study(tmp_path, found, n_evaluations=2)
     runs = load_study(StudyAddress(uri, "tiny"))
+    runs = replace(runs, seeds=runs.seeds.assign(**{schema.PROGRAM: ["1a2b", "1a2b", "<b>3c</b>", None]}))
     write_report(runs, tmp_path / "out")
     page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     assert "b" not in page.tags
+    assert "2 by 1a2b; 1 by <b>3c</b>; 1 by not on record. No configurations have seeds of more than one" in page.text
     assert "None: no configuration has 3 complete seeds." in page.text
     assert "4 configurations have fewer than 3 complete seeds." in page.text
     assert "All trials here share one." in page.text

@@ -155,3 +155,18 @@ def test_ran_on_counts_the_machines_that_are_known():
     seeds.loc[1, schema.DEVICE] = None
     machines = replace(runs, seeds=seeds).ran_on
     assert machines == {"cpu, threads: 1, torch 2.13.0": 4, "cpu, threads: 2, torch 2.13.0": 1}
+
+
+def test_programs_are_counted_and_means_over_several_of_them():
+    found = simulated_study.configurations()[:2]
+    runs, _ = simulated_study.simulated_runs(found)
+    assert (runs.programs, runs.n_of_several_programs) == ({}, 0)  # an older version wrote these
+    trials = runs.seeds["trial"]
+    programs = trials.map({trial: f"program {trial}" for trial in trials}).astype("str")
+    by_trial = replace(runs, seeds=runs.seeds.assign(**{schema.PROGRAM: programs}))
+    assert sorted(by_trial.programs.values()) == [3, 3]
+    assert by_trial.n_of_several_programs == 0
+    programs[0] = None
+    grown = replace(runs, seeds=runs.seeds.assign(**{schema.PROGRAM: programs}))
+    assert grown.programs["not on record"] == 1
+    assert grown.n_of_several_programs == 1

@@ -1,0 +1,102 @@
+"""What a Ray worker does. Ray sends it by value, from the driver: it decides there which program is imported.
+
+Nothing of ours may be imported at the top of this file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray import tune
+
+from study.program import PACKAGES, code_in, program
+
+_checked: list[bool] = []
+"""Not empty once this process has found that its program is the driver's."""
+
+
+class _AsOnTheDriver:
+    """Finds our packages in the driver's folders, before any other place."""
+
+    def __init__(self, folders: Mapping[str, str]) -> None:
+        self._folders = folders
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in self._folders:
+            return None
+        folder = self._folders[name]
+        return importlib.util.spec_from_file_location(
+            name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
+        )
+
+
+def why_refused(driver: Mapping[str, str]) -> str | None:
+    """Why this process may train nothing for a driver, in one line naming both places; None where it may.
+
+    Where the driver's folders hold the driver's program on this machine, too, they are what is imported; else it is
+    what this machine has installed.
+    """
+    if _checked:
+        return None
+    here = f"a worker on {socket.gethostname()}"
+    folders = {name: driver[name] for name in PACKAGES}
+    try:
+        if code_in(folders) == driver["code"]:
+            sys.meta_path.insert(0, _AsOnTheDriver(folders))  # type: ignore[arg-type]
+    except OSError:  # another machine, which has its own
+        pass
+    try:
+        own = program()
+    except (Exception, SystemExit) as error:
+        said = (str(error).splitlines() or [""])[0]
+        return f"{here} cannot import this program, which the driver has from {driver['study']}: {said or error!r}"
+    if own["fingerprint"] != driver["fingerprint"]:
+        places = [
+            f"{', '.join(sorted({one[name] for name in PACKAGES}))} (code {one['code'][:12]}, torch {one['torch']}, "
+            f"numpy {one['numpy']})"
+            for one in (own, driver)
+        ]
+        return f"{here} has another program, {places[0]}, than this driver, {places[1]}"
+    from study.program import this_program  # of this process: what its results name
+
+    this_program()
+    _checked.append(True)
+    return None
+
+
+def work(config: dict[str, str], driver: Mapping[str, str], storage: str) -> None:
+    """A worker's whole life: one unit. Every result travels in the last report, which must be complete by itself.
+
+    Args:
+        driver: its program.
+        storage: its URL may hold a password, so that it is not in what Tune writes down.
+    """
+    refused = why_refused(driver)
+    if refused is not None:
+        tune.report({"abort": refused})
+        return
+    from study.errors import StudyError
+    from study.scheduler.unit import OUT_OF_MEMORY, Unit, run_unit
+
+    unit = Unit.model_validate_json(json.dumps(json.loads(config["unit"]) | {"storage": storage}))
+    tune.report({"begin": ray.get_runtime_context().get_node_id()})
+
+    def report_evaluation(seed: int, row: dict[str, float]) -> None:
+        tune.report({"evaluation": json.dumps([seed, row])})
+
+    try:
+        results = run_unit(unit, report_evaluation, lambda line: tune.report({"said": line}))
+    except (OSError, StudyError) as error:  # the latter: what its storage needs is not installed here
+        tune.report({"abort": str(error)})
+    except OUT_OF_MEMORY as error:
+        tune.report({"out_of_memory": f"out of memory: {error}".splitlines()[0]})
+    else:
+        tune.report({"results": json.dumps([asdict(result) for result in results])})
