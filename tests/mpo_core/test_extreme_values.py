@@ -105,6 +105,18 @@ def test_layers_scale_with_the_weight(e, dtype, kind, with_gram):
         assert 0 < error == pytest.approx(output_error(W, expected, gram), rel=1e-5)
 
 
+@pytest.mark.parametrize(("largest", "dtype"), [(1e-42, torch.float32), (1e-318, torch.float64)])
+def test_subnormal_weights_have_the_error_of_their_digits(largest, dtype):
+    W = torch.full((16, 16), largest, dtype=dtype)
+    assert rel_error(W, contract(tt_svd(W, SIZES, SIZES, 1))) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_near_the_end_of_the_range_are_decomposed(dtype):
+    W = torch.finfo(dtype).max / 64 * normal(16, 16).sign().to(dtype)
+    assert rel_error(W, contract(tt_svd(W, SIZES, SIZES))) < 1e-5
+
+
 def test_errors_of_weights_of_very_different_size():
     W, gram = normal(6, 6), make_gram(6)
     for factor in (1e-170, 1e160):
