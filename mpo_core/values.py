@@ -43,7 +43,7 @@ def in_range(W: Tensor) -> tuple[Tensor, float]:
     limit, highest = (1e100, 1000) if W.dtype is torch.float64 else (1e10, 120)
     if largest == 0 or not math.isfinite(largest) or 1 / limit < largest < limit:
         return W, 1.0
-    scale = 2.0 ** min(math.frexp(largest)[1], highest)
+    scale = 2.0 ** max(-highest, min(math.frexp(largest)[1], highest))
     return W / scale, scale
 
 

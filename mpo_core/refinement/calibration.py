@@ -42,7 +42,8 @@ class Gram:
                 f"calibration inputs must be finite, but {int((~torch.isfinite(x)).sum())} entries are not"
             )
         samples = x.reshape(-1, in_features).to(self._total)
-        self._largest = max([self._largest, float(samples.abs().amax())] if samples.numel() else [self._largest])
+        if samples.numel():
+            self._largest = max(self._largest, float(samples.abs().amax()))
         if self._largest > SQUARABLE[1]:
             raise ValueError(f"calibration inputs must be at most {SQUARABLE[1]:g}, but got one of {self._largest:.3g}")
         self._total.addmm_(samples.T, samples)

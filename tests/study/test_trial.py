@@ -43,6 +43,12 @@ def test_mpo_counts_follow_from_the_papers_definitions(chi, n_params):
     assert len(counted.bonds) == 4 * 6 + 1
 
 
+def test_mpo_of_a_study_grows_where_its_chi_asks_for_it():
+    counted = shape(mpo(chi=1000))
+    assert counted.n_params_compressed == 902_848 > counted.n_params_dense
+    assert len(counted.bonds) == 4 * 6 + 1
+
+
 def test_dense_counts_are_the_papers_architecture():
     counted = shape(dense())
     assert (counted.n_params, counted.n_params_dense, counted.n_params_compressed) == (808_448, 808_448, 794_752)
