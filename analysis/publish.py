@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
@@ -34,6 +35,7 @@ def publish(runs: StudyRuns, report: Path) -> int:
         summaries = search(client, where, schema.KIND_SUMMARY, runs.uuid, page_size=2)
         if len(summaries) != 1:
             raise AnalysisError(f"study {runs.name!r} has no summary run; `mpo-study sync DIR` writes it")
+        _check_place(client.get_run(summaries[0].run_id).info.artifact_uri)
         for name in chosen:  # a folder of somebody else's files beside them is not ours to publish
             target = Path(scratch) / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,3 +45,13 @@ def publish(runs: StudyRuns, report: Path) -> int:
         except OSError as error:
             raise AnalysisError(f"the report could not be published: {error.strerror or error}") from error
     return len(chosen)
+
+
+def _check_place(artifacts: str) -> None:
+    """Refuse to begin a folder where a study was before it was moved: its summary run has had files from the start."""
+    parts = urlsplit(artifacts)
+    if parts.scheme == "file" and not Path(unquote(parts.path)).is_dir():
+        raise AnalysisError(
+            f"MLflow has the artifacts at {unquote(parts.path)}, where nothing is: the study's folder was moved; "
+            "`mpo-study sync DIR` tells MLflow where it is now"
+        )

@@ -6,8 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import time
-import urllib.request
 
 import pytest
 from chromium import PATIENCE, browser, keep_screenshot  # noqa: F401 (a fixture)
@@ -55,16 +53,7 @@ def address(study):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = start_cli("ui", study, "--port", str(port), cwd=study.parent)
-    deadline = time.monotonic() + PATIENCE
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
         yield server.stdout.readline().removeprefix("MLflow: ").strip()
     finally:
         server.send_signal(signal.SIGTERM)

@@ -98,10 +98,16 @@ def test_run_schema_needs_the_standard_library_alone():
 
 
 def test_study_takes_of_the_analysis_its_schema_and_its_pure_functions_alone():
-    """What a run is called, what of a URL may be shown, what `refine` goes by; no loading, no drawing."""
+    """Names of what a run records, URLs as shown, output streams, what `refine` goes by; no loading, no drawing."""
     taken = {name for path in FILES["study"] for name in imports(path) if name.partition(".")[0] == "analysis"}
     modules = (
-        *("analysis.run_schema", "analysis.urls", "analysis.pairs", "analysis.frontier.nondominated"),
+        *(
+            "analysis.run_schema",
+            "analysis.urls",
+            "analysis.streams",
+            "analysis.pairs",
+            "analysis.frontier.nondominated",
+        ),
         *("analysis.statistics.intervals", "analysis.statistics.seed_blocks"),
     )
     assert {next((module for module in modules if name.startswith(module)), name) for name in taken} == {*modules}

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from disturbance import (
@@ -22,10 +26,24 @@ from disturbance import (
 )
 from study_fixtures import (
     cli,
+    contents,
+    ledger_at,
+    mlflow_client,
     mlflow_template,  # noqa: F401 (a fixture)
     nothing_left_running,  # noqa: F401 (a fixture)
+    printed_by_run,
     results_at,
+    run_at,
 )
+
+from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.errors import StudyError
+from study.run import study_corpus
+from study.storage import Storage
+from study.study_file import load_config
+from study.tracking.background import BackgroundTracker
+from study.tracking.opening import open_tracker, study_record
+from study.tracking.server import serve
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -131,3 +149,168 @@ def test_second_ctrl_c_does_not_wait_for_an_mlflow_that_hangs(work, undisturbed,
     code, _, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=work)
     assert code == 0, err
     check_whole(work, undisturbed)
+
+
+# What comes between a study and its server ----------------------------------------------------------------------------
+
+
+class Between(ThreadingHTTPServer):
+    """A proxy of a real server, which answers by itself where `mode` says how."""
+
+    daemon_threads = True
+
+    def __init__(self, url):
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.upstream, self.mode = url, "pass"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def _answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        mode = self.server.mode
+        if mode == "pass":
+            return self._pass_on(body)
+        if mode == "drip":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            for _ in range(100_000):
+                self.wfile.write(b" ")
+                time.sleep(0.3)
+            return None
+        answers = {
+            "500": (500, b"no"),
+            "html": (200, b"<html>Please sign in</html>"),
+            "empty": (200, b""),
+            "404": (404, b"no"),
+        }
+        code, text = answers[mode]
+        self._send(code, text)
+        return None
+
+    def _pass_on(self, body):
+        request = urllib.request.Request(self.server.upstream + self.path, body or None, method=self.command)
+        request.add_header("Content-Type", self.headers.get("Content-Type", "application/json"))
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                self._send(answer.status, answer.read())
+        except urllib.error.HTTPError as error:
+            self._send(error.code, error.read())
+        except OSError:
+            self._send(502, b"nobody there")
+
+    def _send(self, code, text):
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _answer  # noqa: N815
+
+    def log_message(self, *_):
+        """Nobody reads it."""
+
+
+@pytest.fixture
+def between(server):
+    server.start()
+    proxy = Between(server.url)
+    yield proxy
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def test_whatever_answers_instead_of_mlflow_it_is_back_without_sync(work, undisturbed, server, between):
+    file, directory, said = work / "tiny.yaml", StudyDirectory(work / "kept"), []
+    run_at(file, directory.path)
+    config, ledger = load_config(file), ledger_at(file, directory.path)
+    storage, record = Storage(directory.storage_url()), study_record(config, ledger, study_corpus(config))
+    directory.write(config, ledger.uuid, DEFAULT_TRACKING_URI, storage.url)  # which the server serves
+    background = BackgroundTracker(lambda sign: open_tracker(between.url, directory, storage, record), said.append)
+
+    def put(trial, mode, n_seeds=2):
+        n_said, between.mode = len(said), mode
+        background.put(trial, ledger.on_record(trial), n_seeds)
+        wait_until(lambda: len(said) > n_said)
+        assert said[-1] != "MLflow is back"
+        if mode == "pass":
+            server.start()
+        between.mode = "pass"
+        wait_until(lambda: not background.n_pending)
+        assert said[-1] == "MLflow is back"
+
+    trials = list(ledger.trials.values())
+    background.put(trials[0], ledger.on_record(trials[0]), 2)
+    wait_until(lambda: not background.n_pending)
+    for trial, mode in zip(trials[1:], ("500", "html", "empty"), strict=True):
+        put(trial, mode)
+    put(trials[1], "404", n_seeds=3)  # as if there were more to come
+    server.kill()
+    put(trials[1], "pass")
+    assert background.close(0) is None
+    ledger.close()
+    assert len(said) == 2 * 5
+    check_whole(work, undisturbed)
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + 400
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_server_that_drips_holds_up_neither_the_start_nor_the_end(work, undisturbed, between, monkeypatch):
+    between.mode = "drip"
+    monkeypatch.setattr("study.run._OPENING_SECONDS", 2.0)
+    monkeypatch.setattr("study.tracking.background.BackgroundTracker.__init__.__defaults__", (0.0, 1.0, 2.0))
+    outcome, printed = printed_by_run(work / "tiny.yaml", work / "kept", tracking=between.url)
+    assert (outcome.n_complete, outcome.n_missing) == (8, 0)
+    assert "MLflow is away, the study goes on and catches up later: it has not answered within 2 seconds" in printed
+    assert outcome.tracking_trouble == "it has not answered within 2 seconds"
+    between.mode = "pass"
+    code, _, err = cli("sync", "kept", cwd=work)
+    assert (code, err) == (0, "")
+    check_whole(work, undisturbed)
+
+
+# MLflow's own server --------------------------------------------------------------------------------------------------
+
+
+def test_ui_ends_in_one_line_where_its_server_dies_at_the_start(tmp_path):
+    (tmp_path / "mlflow.db").write_text("no database")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    ready = []
+    with pytest.raises(StudyError, match=r"^MLflow's server ended with code 1: .*file is not a database$"):
+        serve(f"sqlite:///{tmp_path}/mlflow.db", f"file://{tmp_path}/artifacts", port, lambda: ready.append(1))
+    assert ready == []
+
+
+def test_mlflow_does_what_a_deleted_experiment_is_said_to_need(work):
+    file, folder = work / "tiny.yaml", work / "kept"
+    run_at(file, folder, "seeds=1", tracking=None)
+    before = contents(folder / "mlflow.db")
+
+    def delete_and_follow(number):
+        client = mlflow_client(folder / "mlflow.db")
+        client.delete_experiment(client.get_experiment_by_name("tiny").experiment_id)
+        code, _, err = cli("sync", "kept", cwd=work)
+        assert (code, err.count("\n")) == (2, 1)
+        advice = re.findall(r"it: (.*?)(?:; or|\n|$)", err)[number]
+        subprocess.run(f"PATH={Path(sys.executable).parent}:$PATH; {advice}", shell=True, check=True, cwd=work)
+        code, _, err = cli("sync", "kept", cwd=work)
+        assert (code, err) == (0, "")
+
+    delete_and_follow(0)
+    assert contents(folder / "mlflow.db") == before
+    delete_and_follow(1)
+    assert sorted(contents(folder / "mlflow.db")) == sorted(before)

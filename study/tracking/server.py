@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,7 +62,7 @@ def serve(uri: str, artifacts: str, port: int, on_ready: Callable[[], None]) -> 
         server.terminate()
         server.wait()
         signal.signal(signal.SIGTERM, before)
-    raise StudyError(f"MLflow's server ended with code {server.returncode}: {hide_password(log.last(), uri)}")
+    raise StudyError(f"MLflow's server ended with code {server.returncode}: {hide_password(log.error(), uri)}")
 
 
 def _check_port(port: int) -> None:
@@ -94,13 +95,17 @@ class _Log:
     def show(self) -> None:
         self._is_shown = True
 
-    def last(self) -> str:
-        """The last line that says something, once the server has ended."""
+    def error(self) -> str:
+        """The last line that names an error, or else that says something, once the server has ended."""
         self._thread.join(timeout=5)  # a process that the server left behind may keep its output open
-        return next((line.strip() for line in reversed(self._lines) if line.strip()), "it says nothing")
+        lines = [line.strip() for line in reversed(self._lines) if line.strip()]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return [*errors, *lines, "it says nothing"][0]
 
     def _read(self) -> None:
-        for line in self._server.stdout or ():
-            self._lines.append(line)
-            if self._is_shown:
-                sys.stderr.write(line)
+        assert self._server.stdout is not None
+        with self._server.stdout as output:
+            for line in output:
+                self._lines.append(line)
+                if self._is_shown:
+                    sys.stderr.write(line)

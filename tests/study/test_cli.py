@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import time
 import urllib.request
 from pathlib import Path
 
@@ -217,16 +216,22 @@ def test_cli_sync_then_ui_serve_the_runs_on_this_machine_alone(tmp_path, mlflow_
     assert len(before) == 1 + 3 + 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "text.txt", "tiny.yaml"]
 
+    (tmp_path / "kept").rename(tmp_path / "moved")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = start_cli("ui", "kept", "--port", str(port), cwd=tmp_path)
+    server = start_cli("ui", "moved", "--port", str(port), cwd=tmp_path)
     try:
         page = f"http://127.0.0.1:{port}/#/experiments/1/runs?workflowType=machine_learning"
         assert server.stdout.readline() == f"MLflow: {page}\n"
-        assert _get(f"http://127.0.0.1:{port}/health", server) == b"OK"
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as answer:  # it is up by then
+            assert answer.read() == b"OK"
+        [(run_id, *_)] = next(runs for key, runs in before.items() if key.endswith("/summary"))
+        file = f"http://127.0.0.1:{port}/get-artifact?path=study.yaml&run_uuid={run_id}"
+        with urllib.request.urlopen(file, timeout=60) as answer:
+            assert answer.read() == (tmp_path / "moved" / "study.yaml").read_bytes()
         assert _listeners(port) == {"0100007F"}
-        code, _, err = cli("ui", "kept", "--port", str(port), cwd=tmp_path)
+        code, _, err = cli("ui", "moved", "--port", str(port), cwd=tmp_path)
         assert code == 2
         assert err == f"mpo-study: --port {port}: cannot listen there: Address already in use; give another port\n"
     finally:
@@ -234,19 +239,7 @@ def test_cli_sync_then_ui_serve_the_runs_on_this_machine_alone(tmp_path, mlflow_
         _, err = server.communicate(timeout=300)
     assert "Traceback" not in err
     assert _listeners(port) == set()
-    assert contents(tmp_path / "kept" / "mlflow.db") == before
-
-
-def _get(url, server, patience=300):
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                return answer.read()
-        except OSError:
-            assert server.poll() is None, server.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    assert contents(tmp_path / "moved" / "mlflow.db") == before
 
 
 def _listeners(port):

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -23,6 +24,7 @@ from study_fixtures import (
     DENSE,
     MPO,
     cli,
+    ledger_at,
     nothing_left_running,  # noqa: F401 (a fixture)
     optuna_states,
     run_at,
@@ -32,7 +34,7 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
-from analysis.load import load_study, resolve_study
+from analysis.load import StudyAddress, load_study, resolve_study
 from study.directory import StudyDirectory
 from study.errors import StudyError
 from study.exchange import export_study, import_study
@@ -40,8 +42,11 @@ from study.growth import Growth
 from study.ledger.ledger import Ledger
 from study.ledger.lock import hold_ledger
 from study.ledger.snapshot import read_ledger
-from study.run import run_study
+from study.run import run_study, study_corpus, sync
+from study.storage import Storage
 from study.study_file import load_config
+from study.tracking.background import BackgroundTracker
+from study.tracking.opening import open_tracker, study_record
 
 pytestmark = [
     pytest.mark.service,
@@ -396,3 +401,64 @@ def test_study_on_postgresql_alone_killed_and_resumed_holds_each_run_once(tmp_pa
     code, out, err = cli("status", "kept", cwd=tmp_path)
     assert (code, POSTGRESQL_PASSWORD in out + err) == (0, False)
     assert "complete" in out.splitlines()[-1]
+
+
+def test_mlflow_is_back_after_its_database_was_restarted(tmp_path, _postgresql, new_database):  # noqa: F811, PT019
+    file, directory, url, said = write_study(tmp_path), StudyDirectory(tmp_path / "kept"), new_database("restarted"), []
+    run_at(file, directory.path)
+    config, ledger = load_config(file), ledger_at(file, directory.path)
+    storage, record = Storage(directory.storage_url()), study_record(config, ledger, study_corpus(config))
+    claims = {"margins": {}, "contrasts": [{"arm": "a" * 64, "against": "b" * 64}] * 100}
+    record = replace(record, claims=json.dumps(claims), description="χ" * 30_000)  # more than a column of it takes
+    background = BackgroundTracker(lambda sign: open_tracker(url, directory, storage, record), said.append)
+    first, *others = ledger.trials.values()
+
+    def put(*trials):
+        for trial in trials:
+            background.put(trial, ledger.on_record(trial), 2)
+        while background.n_pending:
+            time.sleep(0.05)
+
+    put(first)
+    from pgserver._commands import pg_ctl  # which looks for a folder that the fixture gives it
+
+    pg_ctl(["-w", "-m", "fast", "stop"], pgdata=_postgresql.pgdata, user=_postgresql.system_user)
+    background.put(others[0], ledger.on_record(others[0]), 2)
+    while not said:
+        time.sleep(0.05)
+    _postgresql.ensure_postgres_running()
+    put(*others)
+    assert background.close(0) is None
+    assert said[0].startswith("MLflow is away, the study goes on and catches up later: ")
+    assert (len(said), said[1]) == (2, "MLflow is back")
+    runs = load_study(StudyAddress(url, "tiny", ledger.uuid))
+    assert (len(runs.seeds), len(runs.claims.contrasts), runs.n_missing) == (8, 100, 0)
+    ledger.close()
+    sync(config, directory, None, url)  # whose claims are others
+    assert len(load_study(StudyAddress(url, "tiny", ledger.uuid)).claims.contrasts) < 100
+    before = everything_of(url)
+    sync(config, directory, None, url)
+    assert everything_of(url) == before
+    assert len(before["runs"]) == 13
+
+
+def everything_of(url):
+    """All rows of MLflow's runs."""
+    engine = sa.create_engine(url)
+    with engine.connect() as connection:
+        found = {
+            table: sorted(map(tuple, connection.execute(sa.text(f"SELECT * FROM {table}"))), key=str)
+            for table in ("runs", "tags", "params", "metrics", "latest_metrics")
+        }
+    engine.dispose()
+    return found
+
+
+def test_artifacts_of_a_moved_folder_open_where_mlflow_is_in_postgresql(tmp_path, new_database):  # noqa: F811
+    file, url = write_study(tmp_path, seeds=1, arms=[DENSE]), new_database("moved")
+    run_at(file, tmp_path / "kept", tracking=url)
+    (tmp_path / "kept").rename(tmp_path / "moved")
+    assert run_at(file, tmp_path / "moved", tracking=None).tracking_trouble is None
+    assert str(everything_of(url)).count(f"file://{tmp_path}/moved/mlartifacts/") == 3
+    assert f"{tmp_path}/kept" not in str(everything_of(url)["runs"])
+    assert not (tmp_path / "kept").exists()
