@@ -1,6 +1,7 @@
 """What the engine takes beside training: units that do nothing, and the quick study against a bare loop.
 
     python -m benchmarks.engine [--pairs 3] [--override protocol.steps=100 ...]
+    python -m benchmarks.engine --results 500 50000    (the driver alone, once a study has that many results)
 
 Both run a whole study as `mpo-study run` does, with Ray, ledger and MLflow in the study's folder, two units at once.
 
@@ -47,9 +48,12 @@ from study.corpus import Corpus, load_corpus
 from study.directory import StudyDirectory
 from study.ledger.ledger import Ledger
 from study.ledger.snapshot import Snapshot, read_ledger
-from study.run import run_study
-from study.scheduler.queue import study_chis
+from study.ledger.trials import Trial
+from study.progress import StudyProgress
+from study.run import open_ledger, run_study
+from study.scheduler.queue import Queue, study_chis
 from study.scheduler.unit import Unit
+from study.storage import Storage
 from study.study_file import load_config
 from study.training import train_seed
 from study.trial import SeedResult, TrialSpec, evaluation_steps, now
@@ -68,8 +72,8 @@ START_UP = 300.0
 
 
 def rows(pairs: int = 3, overrides: Sequence[str] = ()) -> list[Row]:
-    """Both parts; `overrides` of the quick study's file, for a shorter one."""
-    return [*units_that_do_nothing(), quick_study(pairs, overrides)]
+    """All parts; `overrides` of the quick study's file, for a shorter one."""
+    return [*units_that_do_nothing(), *driver_alone(), quick_study(pairs, overrides)]
 
 
 # Units that do nothing ------------------------------------------------------------------------------------------------
@@ -134,21 +138,64 @@ def nothing(config: dict[str, str], driver: dict[str, str], storage: str) -> Non
 
     unit = Unit.model_validate_json(json.dumps(json.loads(config["unit"]) | {"storage": storage}))
     tune.report({"begin": ray.get_runtime_context().get_node_id()})
-    results = []
-    for seed in unit.seeds:
-        started = now()
-        curve = [
-            {"step": step, **{field.key: 1.0 for field in schema.CURVES}}
-            for step in evaluation_steps(unit.spec.protocol)
-        ]
-        for row in curve:
-            tune.report({"evaluation": json.dumps([seed, row])})
-        final = {field.key: 1.0 for field in schema.FINALS}
-        ran_on: dict[str, str] = dict.fromkeys(schema.RAN_ON, "1")
-        results.append(
-            SeedResult(unit.trial, seed, "complete", started, now(), final=final, curve=curve, ran_on=ran_on)
-        )
+    results = [of_nothing(unit.trial, unit.spec, seed) for seed in unit.seeds]
+    for result in results:
+        for row in result.curve:
+            tune.report({"evaluation": json.dumps([result.seed, row])})
     tune.report({"results": json.dumps([asdict(result) for result in results])})
+
+
+def of_nothing(trial: int, spec: TrialSpec, seed: int) -> SeedResult:
+    """A result as large as that of a training."""
+    curve = [{"step": step, **{field.key: 1.0 for field in schema.CURVES}} for step in evaluation_steps(spec.protocol)]
+    final = {field.key: 1.0 for field in schema.FINALS}
+    ran_on: dict[str, str] = dict.fromkeys(schema.RAN_ON, "1")
+    return SeedResult(trial, seed, "complete", now(), now(), final=final, curve=curve, ran_on=ran_on)
+
+
+# The driver alone -----------------------------------------------------------------------------------------------------
+
+N_RESULTS = (500, 5_000)
+N_MEASURED = 100
+"""Units that are measured at each of these numbers of results."""
+GROWTH_LIMIT = 1.5
+
+
+def driver_alone(sizes: Sequence[int] = N_RESULTS) -> list[Row]:
+    """What ledger, queue and progress take for a unit, without Ray and MLflow, once a study has that many results."""
+    config, corpus = study_of(sizes[-1] + N_MEASURED * N_SEEDS), load_corpus()
+    measured: dict[int, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        directory = StudyDirectory(folder)
+        ledger = open_ledger(config, corpus, directory)
+        storage = Storage(directory.storage_url())
+        with StudyProgress(Console(file=io.StringIO(), force_terminal=True), ledger) as progress:
+            queue = Queue(config, ledger, storage, corpus.sha256, progress.on_result, progress.on_answered)
+            for size in sizes:
+                while len(ledger.results) < size and (trial := ledger.ask()) is not None:
+                    ledger.record(*(of_nothing(trial.number, trial.spec, seed) for seed in config.seed_list))
+                measured[size] = [seconds_of_unit(queue) for _ in range(N_MEASURED)]
+        ledger.close()
+    first = measured[sizes[0]]
+    return [
+        rate(
+            SECTION,
+            f"the driver's work for a unit, with {size:,} results",
+            seconds,
+            f"with {sizes[0]:,}",
+            first,
+            target=GROWTH_LIMIT if size > sizes[0] else None,
+        )
+        for size, seconds in measured.items()
+    ]
+
+
+def seconds_of_unit(queue: Queue) -> float:
+    begun = time.perf_counter()
+    unit = queue.next_unit()
+    assert isinstance(unit, Unit)
+    queue.complete([of_nothing(unit.trial, unit.spec, seed) for seed in unit.seeds])
+    return time.perf_counter() - begun
 
 
 # The quick study ------------------------------------------------------------------------------------------------------
@@ -264,9 +311,10 @@ def ledger_writes(clock: Callable[[], float] = time.perf_counter) -> Iterator[li
     """When each write of results in it was done."""
     record, times = Ledger.record, []
 
-    def noted(ledger: Ledger, *results: SeedResult) -> None:
-        record(ledger, *results)
+    def noted(ledger: Ledger, *results: SeedResult) -> list[Trial]:
+        stopped = record(ledger, *results)
         times.append(clock())
+        return stopped
 
     with patch.object(Ledger, "record", noted):
         yield times
@@ -276,5 +324,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3, help="of the quick study and the bare loop")
     parser.add_argument("--override", nargs="*", default=[], help="of the quick study's file")
+    parser.add_argument(
+        "--results", nargs="*", type=int, help="numbers of results at which the driver alone is measured"
+    )
     arguments = parser.parse_args()
-    run_alone(partial(rows, arguments.pairs, arguments.override))
+    if arguments.results:
+        run_alone(partial(driver_alone, arguments.results))
+    else:
+        run_alone(partial(rows, arguments.pairs, arguments.override))

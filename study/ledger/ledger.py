@@ -34,7 +34,7 @@ from study.ledger.tables import (
     growth_table,
     metadata,
     optuna_name,
-    read_environments,
+    read_drivers,
     read_growths,
     read_results,
     read_stops,
@@ -130,7 +130,7 @@ class Ledger:
         self.results: dict[tuple[int, int], SeedResult] = {
             (result.trial, result.seed): result for result in read_results(self._engine, self.uuid)
         }
-        self._environments = read_environments(self._engine, self.uuid)
+        self._environments = [environment for _, environment in read_drivers(self._engine, self.uuid)]
         self._losses = self._extreme_losses()
         self._stops = read_stops(self._engine, self.uuid)
         self._reopened: dict[tuple[int, int], SeedResult] = {}

@@ -11,13 +11,13 @@ import sqlalchemy as sa
 
 from study.early_stopping import Stop
 from study.errors import StudyError
-from study.ledger.checksums import Damaged, read_rows
+from study.ledger.checksums import Damaged
 from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna
 from study.ledger.tables import (
     Growths,
     check_results,
-    driver_table,
     optuna_name,
+    read_drivers,
     read_growths,
     read_results,
     read_stops,
@@ -62,13 +62,11 @@ def _read(url: str, engine: sa.Engine, name: str) -> Snapshot:
     if row is None:
         raise StudyError(f"the ledger holds no study {name}")
     uuid, growths, stops = row["uuid"], read_growths(engine, row["uuid"], name), read_stops(engine, row["uuid"])
-    with engine.connect() as connection:
-        drivers = read_rows(connection, driver_table, driver_table.c.study_uuid == uuid)
     results, trials = read_results(engine, uuid), _read_trials(url, name, uuid, stops)
     config, by_number = growths.history[-1], {trial.number: trial for trial in trials}
     check_trials(by_number, {arm.name for arm in config.arms}, stops)
     check_results(results, by_number, partial(seeds_of, config, growths.more_seeds))
-    started = max((driver["started"] for driver in drivers), default=None)
+    started = max((started for started, _ in read_drivers(engine, uuid)), default=None)
     return Snapshot(uuid, row["corpus_sha256"], trials, results, growths, started)
 
 

@@ -124,14 +124,20 @@ def _result(row: Mapping[str, Any]) -> SeedResult:
     try:
         _RESULT.validate_json(row["content"], strict=True)
         result = SeedResult(**json.loads(row["content"]))
-        times = [datetime.fromisoformat(time).tzinfo for time in (result.started, result.ended)]
+        _check_time(result.started)
+        _check_time(result.ended)
     except (ValueError, TypeError) as error:
         raise Damaged(f"the result of trial {row['trial']}, seed {row['seed']}: {first_defect(error)}") from None
     is_whole = result.state == "failed" or result.final.keys() >= _NEEDED
     key = (result.trial, result.seed, result.state)
-    if key != (row["trial"], row["seed"], row["state"]) or None in times or not is_whole:
+    if key != (row["trial"], row["seed"], row["state"]) or not is_whole:
         raise Damaged(f"the result of trial {row['trial']}, seed {row['seed']}, is another's or lacks something")
     return result
+
+
+def _check_time(time: str) -> None:
+    if datetime.fromisoformat(time).tzinfo is None:
+        raise ValueError(f"a time without its zone: {time}")
 
 
 _NEEDED = {*METRIC_OF_OBJECTIVE.values(), "train_seconds"} - {"n_params"}
@@ -152,12 +158,14 @@ def check_results(
             raise Damaged(f"it has a result of trial {result.trial} for seed {result.seed}, which the study has not")
 
 
-def read_environments(engine: sa.Engine, study_uuid: str) -> list[dict[str, Any]]:
-    """What each driver of a study ran on, in the order of their starts."""
+def read_drivers(engine: sa.Engine, study_uuid: str) -> list[tuple[str, dict[str, Any]]]:
+    """When each driver of a study began, and what it ran on, in the order of their starts."""
     with engine.connect() as connection:
         rows = read_rows(connection, driver_table, driver_table.c.study_uuid == study_uuid)
     try:
-        return [dict(json.loads(row["environment"])) for row in rows]
+        for row in rows:
+            _check_time(row["started"])
+        return [(row["started"], dict(json.loads(row["environment"]))) for row in rows]
     except (ValueError, TypeError) as error:
         raise Damaged(f"what a driver ran on: {first_defect(error)}") from None
 

@@ -71,6 +71,8 @@ def read_frozen(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
         raise Damaged(f"a trial in Optuna's tables: {first_defect(error)}") from None
     if [frozen.number for frozen in found] != list(range(len(found))):
         raise Damaged("the trials in Optuna's tables are not numbered one after another")
+    if not all(isinstance(value, float | int) for frozen in found for value in frozen.values or ()):
+        raise Damaged("a value in Optuna's tables is no number")
     return found
 
 
