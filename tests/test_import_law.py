@@ -96,11 +96,9 @@ def test_run_schema_needs_the_standard_library_alone():
 
 
 def test_study_takes_of_the_analysis_its_schema_and_its_pure_functions_alone():
-    """What a run is called, the frontier and the interval that `refine` goes by, how many seeds a test takes, and the
-    streams of a command; no loading, no drawing."""
+    """What a run is called, and the frontier and the interval that `refine` goes by; no loading, no drawing."""
     taken = {name for path in FILES["study"] for name in imports(path) if name.partition(".")[0] == "analysis"}
-    statistics = ("analysis.frontier.nondominated", "analysis.statistics.intervals", "analysis.statistics.seed_blocks")
-    modules = ("analysis.run_schema", "analysis.streams", *statistics)
+    modules = ("analysis.run_schema", "analysis.frontier.nondominated", "analysis.statistics.intervals")
     assert {next((module for module in modules if name.startswith(module)), name) for name in taken} == {*modules}
 
 
