@@ -59,8 +59,9 @@ def _describe(defect: Any, data: Any) -> str:
         expected = [shapes[tag.strip(" '")] for tag in context["expected_tags"].split(",")]
         return f"{path}: must be {' or '.join(expected)}, but got {got}"
     if kind == "union_tag_invalid":
-        return f"{path}.family: must be one of {context['expected_tags']}, but got {context['tag']!r}" + did_you_mean(
-            context["tag"], _ARMS
+        return (
+            f"{path}.family: must be one of {context['expected_tags']}, but got {str(context['tag'])[:60]!r}"
+            + did_you_mean(context["tag"], _ARMS)
         )
     if kind == "union_tag_not_found":
         return f"{path}.family: missing, must be one of {', '.join(map(repr, _ARMS))}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from study.arms import Arm
 from study.comparable import not_compared
 from study.config import Model, StudyConfig
 from study.corpus import Corpus
+from study.randomness import generator
 from study.search_space import listed_specs, resolve, searched_arms
 from study.telling import why_pruned
 from study.training import Training
@@ -204,11 +204,10 @@ def _n_params(draw: tuple[TrialSpec, TrialShape]) -> int:
 def _draws(arm: Arm) -> Iterator[dict[str, Any]]:
     """Values of an arm as the random sampler may draw them; of each one's range every part equally often (a Latin
     hypercube), always the same."""
-    generator = random.Random(0)
-    columns = {
-        key: [_quantile(value, (place + 0.5) / N_DRAWS) for place in generator.sample(range(N_DRAWS), N_DRAWS)]
-        for key, value in arm.values().items()
-    }
+    columns = {}
+    for key, value in arm.values().items():
+        places = torch.randperm(N_DRAWS, generator=generator(0, "plan", key)).tolist()
+        columns[key] = [_quantile(value, (place + 0.5) / N_DRAWS) for place in places]
     for row in zip(*columns.values(), strict=True):
         yield dict(zip(columns, row, strict=True))
 

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from study.errors import StudyError
 
@@ -29,7 +30,7 @@ class _StrictLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._extents:
-                raise yaml.composer.ComposerError(None, None, "an alias contains itself", mark)
+                raise ComposerError(None, None, "an alias contains itself", mark)
             n_nodes, n_levels = self._extents[id(node)]
             self._count(n_nodes, self._depth + n_levels, mark)
             return node
@@ -52,7 +53,7 @@ class _StrictLoader(yaml.SafeLoader):
         elif self._n_nodes > MAX_NODES:
             problem = f"more than {MAX_NODES:,} keys and values, those that aliases repeat included"
         if problem is not None:
-            raise yaml.composer.ComposerError(None, None, problem, mark)
+            raise ComposerError(None, None, problem, mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -59,6 +59,9 @@ def test_cli_plan_counts_what_a_sampler_will_choose(tmp_path, command):
     code, out, _ = command("plan", write_search(tmp_path, trials=5))
     assert code == 0
     assert "and 5 trials that sampler random will choose" in out
+    assert re.search(r"found +least drawn: χ=1 .* searched ", out)
+    assert "10 searched" in out
+    assert "note: arm found will not be compared with dense: chosen among 5 trials, and not 1" in out
     code, out, _ = command("plan", write_search(tmp_path, trials=3, arms=[SEARCHED]))
     assert code == 0
     assert "and 3 trials that sampler random will choose" in out
@@ -103,6 +106,15 @@ def test_cli_run_exits_1_where_every_run_failed(tmp_path, command):
     assert "0 failed runs are trained again" in out
 
 
+def test_cli_says_what_will_not_be_compared_before_the_first_run_alone(tmp_path, command):
+    file, folder = write_search(tmp_path, trials=2), tmp_path / "study"
+    for expected in (True, False):
+        code, out, err = command("run", file, "--dir", folder, *INLINE)
+        assert (code, err) == (0, "")
+        assert out.startswith("note: arm found will not be compared with dense: ") == expected
+        assert ("no difference will be tested: that takes 3 seeds" in out) == expected
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +148,7 @@ def test_cli_run_exits_1_where_every_run_failed(tmp_path, command):
 )
 def test_cli_says_a_users_error_in_one_line(tmp_path, monkeypatch, command, arguments, named):
     monkeypatch.chdir(tmp_path)
-    file = write_study(tmp_path)
+    file = write_study(tmp_path, seeds=3, arms=[DENSE, MPO])  # all of it is compared, so that there is no note
     if "done" in arguments:
         run_at(file, tmp_path / "done", "seeds=1")
     code, out, err = command(*arguments)
@@ -155,6 +167,8 @@ def test_cli_says_a_users_error_in_one_line(tmp_path, monkeypatch, command, argu
         (["run"], ["Missing argument", "FILE"]),
         (["run", "tiny.yaml", "--fast"], ["--fast"]),
         (["walk"], ["walk"]),
+        (["statsu", "done"], ["statsu", "Did you mean", "status"]),
+        (["plan", "tiny.yaml", "--jsn"], ["--jsn", "--json"]),
     ],
 )
 def test_cli_says_what_a_wrong_option_may_be(command, arguments, named):
@@ -177,8 +191,7 @@ def test_cli_prints_no_traceback_where_a_shell_starts_it(tmp_path):
 def test_cli_ctrl_c_stops_a_study_that_goes_on_later(tmp_path):
     file = write_study(tmp_path, protocol={"steps": 300, "eval_every": 20}, execution={"checkpoint_seconds": 0.1})
     first = start_cli("run", file, "--dir", "kept", *INLINE, cwd=tmp_path)
-    lines = [first.stdout.readline() for _ in range(3)]
-    assert lines[2].startswith("3/8")
+    assert any(line.startswith("3/8") for line in first.stdout)  # it reads no further
 
     first.send_signal(signal.SIGSTOP)  # or it might be over before the others have begun
     code, out, err = cli("run", file, "--dir", "kept", *INLINE, cwd=tmp_path)

@@ -154,7 +154,7 @@ def test_status_in_the_middle_of_a_search_says_what_is_left_and_how_to_go_on(tmp
 def test_status_of_a_running_study_names_its_driver_and_the_time_left(tmp_path):
     file = write_study(tmp_path, protocol={"steps": 3000, "eval_every": 1000}, arms=[DENSE, MPO])
     driver = start_cli("run", file, "--dir", "kept", "--executor", "inline", "--tracking", "off", cwd=tmp_path)
-    assert driver.stdout.readline().startswith("1/6")
+    assert any(line.startswith("1/6") for line in driver.stdout)  # it reads no further
     code, out, err = cli("status", "kept", "--json", cwd=tmp_path)
     assert (code, err) == (0, "")
     status = json.loads(out)
@@ -191,7 +191,7 @@ def test_plan_for_machines_says_what_the_table_says(tmp_path, command):
     assert plan["run_seconds_searched"] == pytest.approx(2 * 5 * search["seconds"])
     assert plan["run_seconds"] == pytest.approx(plan["run_seconds_listed"] + plan["run_seconds_searched"])
     assert 0 < plan["seconds"] <= plan["run_seconds"]
-    assert search["least"]["n_params"] < search["median"]["n_params"] < search["largest"]["n_params"]
+    assert search["least"]["n_params"] < search["median"]["n_params"] <= search["largest"]["n_params"]
     assert any("arm found will not be compared with dense" in line for line in plan["not_compared"])
 
 
