@@ -35,7 +35,7 @@ def publish(runs: StudyRuns, report: Path) -> int:
         summaries = search(client, where, schema.KIND_SUMMARY, runs.uuid, page_size=2)
         if len(summaries) != 1:
             raise AnalysisError(f"study {runs.name!r} has no summary run; `mpo-study sync DIR` writes it")
-        _check_place(client.get_run(summaries[0].run_id).info.artifact_uri)
+        _check_place(client.get_run(summaries[0].run_id).info.artifact_uri or "")
         for name in chosen:  # a folder of somebody else's files beside them is not ours to publish
             target = Path(scratch) / name
             target.parent.mkdir(parents=True, exist_ok=True)

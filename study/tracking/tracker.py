@@ -243,8 +243,11 @@ class Tracker:
         if not results:
             return
         trial_key = schema.run_key(self._record.uuid, trial.number)
-        own = results if trial.duplicate_of is None else []
-        again = [key for key in map(self._again_key(trial), own) if key is not None]
+        own = {schema.run_key(self._record.uuid, trial.number, result.seed): result for result in results}
+        if trial.duplicate_of is not None:
+            own = {}
+        was = {key: self._known[key].started for key in own.keys() & self._known.keys()}
+        again = [key for key, started in was.items() if started != milliseconds(own[key].started)]
         if again:  # of what was trained again nothing may stay, means included
             for key in {trial_key, *again} & self._known.keys():
                 self._delete(key)
@@ -254,18 +257,12 @@ class Tracker:
 
         content = of_first(len(results), len(results) >= n_seeds or trial.stop is not None)
         parent = self._ensure(content, lambda: [of_first(n) for n in range(1, len(results))])
-        for result in own:
-            self._write_seed(parent, trial, result)
-        self._complete(parent, content)
-
-    def _again_key(self, trial: Trial) -> Callable[[SeedResult], str | None]:
-        def key_of(result: SeedResult) -> str | None:
-            """The key of a run of an earlier training of this seed."""
-            key = schema.run_key(self._record.uuid, trial.number, result.seed)
+        for key, result in own.items():
             known = self._known.get(key)
-            return key if known is not None and known.started != milliseconds(result.started) else None
-
-        return key_of
+            is_written = known is not None and known.is_checked and known.ended == milliseconds(result.ended)
+            if known is None or not is_written or known.lost_weights or known.parent != parent.run_id:
+                self._write_seed(parent, trial, result)
+        self._complete(parent, content)
 
     def _write_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> None:
         content = seed_content(self._record, trial, result)
