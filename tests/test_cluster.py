@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from disturbance import descendants
 from services import S3_SECRET, _s3, bucket, free_port  # noqa: F401 (fixtures)
-from study_fixtures import ENVIRONMENT, results_at, run_at, substance, write_study
+from study_fixtures import DENSE, ENVIRONMENT, results_at, run_at, substance, write_study
 
 ROOT = Path(__file__).parents[1]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -218,3 +218,41 @@ def n_alive(cluster: Cluster) -> int:
     )
     found = re.search(r"^nodes (.*)$", asked.stdout, re.MULTILINE)
     return sum(json.loads(found.group(1))) if found else 0
+
+
+@pytest.mark.fault
+def test_driver_on_a_cluster_lends_it_no_folder_and_one_of_another_ray_is_refused_in_one_line(cluster):
+    file = write_study(cluster.folder, seeds=1, arms=[DENSE])
+    cluster.start_head()
+    cluster.start_worker("first")
+    cluster.wait_for("a node", lambda: n_alive(cluster) == 2)
+    cwd = cluster.folder / "cwd"
+    for name in ("study", "mpo_core", "analysis"):
+        shutil.copytree(ROOT / name, cwd / name, ignore=shutil.ignore_patterns("__pycache__"))
+    training = cwd / "study" / "training.py"
+    training.write_text(training.read_text(encoding="utf-8").replace("loss += nn", "loss += 10 * nn"), encoding="utf-8")
+
+    def run(directory: str, **environment: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-P", "-m", "study", "run", str(file), "--dir", str(cluster.folder / directory)]
+        return subprocess.run(
+            [*command, "--tracking", "off", "--address", f"127.0.0.1:{cluster.port}"],
+            env=cluster.environment | environment,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    ended = run("kept")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run_at(file, cluster.folder / "here")
+    assert substance(cluster.folder / "kept") == substance(cluster.folder / "here")
+
+    older = cluster.folder / "older"
+    older.mkdir()
+    (older / "sitecustomize.py").write_text("import ray\nray.__version__ = '2.59.0'\n")
+    refused = run("refused", PYTHONPATH=f"{older}{os.pathsep}{ROOT}")
+    assert refused.returncode == 2
+    [line] = refused.stderr.splitlines()
+    assert "Version mismatch" in line
+    assert "2.59.0" in line
