@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -23,6 +25,25 @@ def why_computed(module: nn.Module) -> str | None:
         if name not in own and getattr(module, name, None) is not None:
             return f"its {name} is computed from other parameters{_by_hook(module, name)}"
     return None
+
+
+def copied_results(model: nn.Module) -> dict[int, Tensor]:
+    """Copies, by the id of the original, of tensors in the model that came out of a computation: torch's deepcopy
+    refuses those. A memo for it."""
+    found = (tensor for module in model.modules() for tensor in tensors_in(vars(module)))
+    return {id(tensor): tensor.detach().clone() for tensor in found if not tensor.is_leaf}
+
+
+def tensors_in(held: object) -> Iterator[Tensor]:
+    """Tensors, also those in lists, tuples and dicts inside each other."""
+    to_see, seen = [held], set()
+    while to_see:
+        one = to_see.pop()
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, dict | list | tuple) and id(one) not in seen:
+            seen.add(id(one))  # one may hold itself
+            to_see.extend(one.values() if isinstance(one, dict) else one)
 
 
 def _by_hook(module: nn.Module, name: str) -> str:

@@ -16,7 +16,7 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
     """Raise ValueError unless it is one of `DTYPES`."""
     if dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{name} must be floating-point to be decomposed, but got {dtype}; allowed: {allowed}")
+        raise ValueError(f"{name} must be one of {allowed}, but got {dtype}")
 
 
 def check_matrix(W: Tensor) -> None:

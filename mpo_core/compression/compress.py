@@ -65,9 +65,9 @@ def compress(
     Replaced are nn.Linear and the Conv1D of Hugging Face, by name. Layers that hold one weight together get one
     structured weight together. Left as they are, with the reason in the report, are layers whose weight is also an
     embedding's or belongs to a layer that is not replaced; whose weight or bias is computed from other parameters
-    (weight_norm, spectral_norm, prune, parametrize); that have hooks or a forward of their own; subclasses of
-    nn.Linear; and with them the projections of nn.MultiheadAttention, which uses their weights itself. To name such a
-    layer in `include` outright is an error.
+    (weight_norm, spectral_norm, prune, parametrize); that have hooks, a forward of their own, or tensors or modules
+    beside weight and bias; subclasses of nn.Linear; and with them the projections of nn.MultiheadAttention, which uses
+    their weights itself. To name such a layer in `include` outright is an error.
 
     Args:
         layer: "mpo" (MPOLinear), "low_rank", "monarch" or "pruned"; or a function from a layer's name and its weight
@@ -94,9 +94,10 @@ def compress(
             values; needed to draw fresh parameters, except on the meta device, where there is nothing to draw.
         n_tokens: tokens per forward for which the report gives FLOPs and bytes.
     Raises:
-        ValueError: no layer matches; one named outright cannot be replaced; not exactly one size; a budget that even
-            the smallest layers exceed; an unknown layer, init or method; calibration that is empty or not finite;
-            fresh parameters without generator_for; or as `factorise` and `tt_svd`, with the name of the layer.
+        ValueError: no layer matches; one named outright, or all beside a budget, cannot be replaced; not exactly one
+            size; a budget that even the smallest layers exceed; an unknown layer, init or method; calibration that is
+            empty or not finite; fresh parameters without generator_for; or as `factorise` and `tt_svd`, with the
+            name of the layer.
     """
     check_whole(n_tokens=n_tokens)
     n_tokens = int(n_tokens)
@@ -110,6 +111,8 @@ def compress(
     if isinstance(layer, str):
         sizer = Sizer(layer, init, factorisation, n_sites, padding, method, forward, generator_for, allow_growth)
         if isinstance(budget, Real):
+            if not targets:
+                raise ValueError(f"no layer can be replaced, such as {found[0].name}: {found[0].reason}")
             size = int(budget) if isinstance(budget, Integral) else float(budget)
             budget = spread(sizer, {dense.name: dense.linear for dense in targets}, grams, size)
     unknown = set(budget) - {dense.name for dense in found} if isinstance(budget, Mapping) else set()

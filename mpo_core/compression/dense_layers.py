@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from mpo_core.computed_weights import weight_of, why_computed
+from mpo_core.computed_weights import copied_results, weight_of, why_computed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,7 +37,7 @@ def find_dense_layers(model: nn.Module, include: str | Sequence[str], exclude: s
     """The nn.Linear layers, and Conv1D layers of Hugging Face, that match one of `include` and none of `exclude`.
 
     A layer has to stay as it is if its owner would miss its weight, if the weight is also used elsewhere, or if it is
-    not sure that the layer computes x Wᵀ + b of a weight W that is there: see `_no_weight` and `does_more`.
+    not sure that the layer is x Wᵀ + b of a weight W that is there, and no more: see `_stays`.
 
     Args:
         include, exclude: patterns; a string is one.
@@ -119,14 +119,8 @@ def as_linear(module: nn.Module) -> nn.Linear:
 
 
 def copied(model: Model) -> Model:
-    """A deep copy. Weights that hooks compute at every call, which torch refuses to copy, are copied as values."""
-    computed = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(model, computed)
+    """A deep copy. Weights that hooks compute at every call, and outputs that a module keeps, are copied as values."""
+    return copy.deepcopy(model, copied_results(model))
 
 
 def does_more(module: nn.Module) -> str | None:
@@ -153,7 +147,13 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _stays(module: nn.Module) -> str | None:
-    return _no_weight(module) or does_more(module)
+    return _no_weight(module) or does_more(module) or _holds_more(module)
+
+
+def _holds_more(module: nn.Module) -> str | None:
+    held = (dict(named) for named in (module.named_children(), module.named_buffers(), module.named_parameters()))
+    more = [name for names in held for name in names if name not in ("weight", "bias")]
+    return f"it holds {more[0]} too, which another layer would not" if more else None
 
 
 def _no_weight(module: nn.Module) -> str | None:

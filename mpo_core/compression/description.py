@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from mpo_core.compression.dense_layers import is_dense
 from mpo_core.compression.origin import LOADED_INTO, build, check_same_settings, origin_of
+from mpo_core.computed_weights import copied_results, tensors_in
 from mpo_core.structured import StructuredLinear, kind_called
 
 _LINEAR = "linear"
@@ -133,8 +134,8 @@ def check_plain_tensors(model: nn.Module) -> None:
     known = {id(tensor) for tensors in named_tensors(model) for tensor in tensors.values()}
     for name, module in model.named_modules():
         for key, held in vars(module).items():
-            for one in held.values() if isinstance(held, dict) else held if isinstance(held, list | tuple) else [held]:
-                if isinstance(one, Tensor) and one.is_meta and id(one) not in known:
+            for tensor in tensors_in(held):
+                if tensor.is_meta and id(tensor) not in known:
                     where = f"{name}.{key}" if name else key
                     raise ValueError(f"{where} holds a tensor without values, which is no parameter or buffer")
 
@@ -221,14 +222,11 @@ def _sizes(module: nn.Module) -> tuple[int, ...]:
 
 def _on_meta(model: nn.Module) -> nn.Module:
     """A copy of the model that takes no memory for parameters and buffers."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = dict(copied_results(model))
     for tensor in (*model.buffers(), *model.parameters()):
         if not is_lazy(tensor):
             empty = torch.empty_like(tensor, device="meta", requires_grad=False)
             memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    for held in (held for module in model.modules() for held in vars(module).values()):
-        if isinstance(held, Tensor) and not held.is_leaf:  # a weight that a hook of torch.nn.utils forms at each call
-            memo[id(held)] = held.detach().clone()
     return copy.deepcopy(model, memo)
 
 

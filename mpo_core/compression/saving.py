@@ -18,6 +18,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from mpo_core.bonds import check_whole
 from mpo_core.compression.description import check_plain_tensors, describe, named_tensors, rebuild, set_modes
 from mpo_core.compression.origin import LOADED_INTO, config_json
 
@@ -63,6 +64,7 @@ def save(
             which `from_pretrained` would take for this model's.
         OSError: the folder cannot be written.
     """
+    check_whole(shard_bytes=shard_bytes)
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     content = describe(model)
     tensors = {name: tensor for group in named_tensors(model) for name, tensor in group.items()}
@@ -126,6 +128,8 @@ def load(
         set_modes(model, content)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / INDEX} does not describe a model: {type(error).__name__}: {error}") from error
     return model
 
 

@@ -139,7 +139,7 @@ class Sizer:
 
         def meets(index: int) -> bool:
             layer = self._decomposed(linear, gram, max_params=ladder[index].n_params)
-            if _error(linear, layer, gram) > target:
+            if not _error(linear, layer, gram) <= target:  # which may be NaN
                 return False
             layers[index] = layer
             return True

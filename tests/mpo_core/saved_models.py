@@ -31,11 +31,11 @@ def make_net(dtype=torch.float32, width=12):
 
 
 def shrink(model, kind="mpo", **options):
-    """The model with small layers of one kind in the place of all that `compress` replaces."""
+    """The model with layers of one kind in the place of all that `compress` replaces."""
     if kind == "pruned":  # whose sizes `compress` measures one by one
         options["layer"] = lambda _, linear: mpo_core.PrunedLinear.from_linear(linear, sparsity=0.5)
     else:
-        options |= {"layer": kind, "chi": 2}
+        options |= {"layer": kind, "chi": 2, "allow_growth": True}
     return mpo_core.compress(model, factorisation="balanced", **options)[0]
 
 

@@ -161,6 +161,45 @@ def test_a_layer_that_does_more_stays(change):
     torch.testing.assert_close(compressed(x), model(x))
 
 
+@pytest.mark.parametrize(
+    ("add", "name"),
+    [
+        (lambda layer: layer.add_module("lora", nn.Linear(8, 8).double()), "lora"),
+        (lambda layer: layer.register_parameter("gain", nn.Parameter(torch.ones(8))), "gain"),
+        (lambda layer: layer.register_buffer("scale", torch.ones(8)), "scale"),
+    ],
+)
+def test_a_layer_that_holds_more_stays(add, name):
+    model = make_model()
+    add(model[4])
+    compressed, report = compress(model, chi=64, allow_growth=True)
+    assert [row.kind for row in report.rows[:3]] == ["mpo", "mpo", "dense"]
+    assert report.rows[2].reason == f"it holds {name} too, which another layer would not"
+    assert hasattr(compressed[4], name)
+
+
+def test_a_budget_that_no_layer_can_take_says_why():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].register_forward_pre_hook(halve)
+    for budget in (0.5, 40):
+        with pytest.raises(ValueError, match=r"^no layer can be replaced, such as 0: it has hooks"):
+            compress(model, budget=budget)
+
+
+def test_outputs_that_a_module_keeps_are_copied_as_values():
+    model = make_model()
+    model.register_buffer("last", model(normal(3, 8)))
+    model.outputs, model.named = [model(normal(3, 8))], {"a": (model(normal(3, 8)),)}
+    compressed, _ = compress(model, chi=2)
+    for kept, value in (
+        (compressed.last, model.last),
+        (compressed.outputs[0], model.outputs[0]),
+        (compressed.named["a"][0], model.named["a"][0]),
+    ):
+        assert torch.equal(kept, value)
+        assert kept.is_leaf
+
+
 class WithLora(nn.Linear):
     """A subclass that computes more than its weight says."""
 

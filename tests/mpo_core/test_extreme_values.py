@@ -267,3 +267,14 @@ def test_rounding_of_half_precision_cores_stays_within_range():
     cores = balance_cores(tt_svd(W.float(), [8, 8], [8, 8], 2))
     rounded = round_cores([core.half() for core in cores], 1)
     assert rel_error(W, contract(rounded)) < 0.01
+
+
+def test_a_layer_that_overflows_float16_does_not_meet_an_output_error():
+    generator = torch.Generator().manual_seed(0)
+    W = (torch.randn(16, 16, generator=generator).clamp(-3, 3).double() * 20000).half()
+    linear = nn.Linear(16, 16, bias=False, device="meta")
+    linear.weight = nn.Parameter(W)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(14))
+    gram = {"0": x.T @ x}  # under which the Monarch layer that is found first has an infinite entry
+    _, report = compress(nn.Sequential(linear), layer="monarch", rel_error=0.5, calibration=gram)
+    assert report.rows[0].output_error <= 0.5

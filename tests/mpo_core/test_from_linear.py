@@ -77,7 +77,7 @@ def test_from_linear_says_what_is_allowed(options, message):
     ("W", "message"),
     [
         (torch.ones(3), r"`W` must have shape \(out_features, in_features\), but got \(3,\)"),
-        (torch.ones(4, 4, dtype=torch.int64), "`W` must be floating-point to be decomposed, but got torch.int64"),
+        (torch.ones(4, 4, dtype=torch.int64), "`W` must be one of float64, .*, but got torch.int64"),
         (torch.full((4, 4), float("inf")), "`W` must be finite to be decomposed, but 16 entries are not"),
     ],
 )

@@ -118,6 +118,20 @@ def shards(folder):
     return sorted(folder.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("size", [True, "300", 2.5])
+def test_a_size_of_shards_that_is_no_whole_number_is_refused(tmp_path, size):
+    with pytest.raises(ValueError, match="`shard_bytes` must be a whole number, but got"):
+        mpo_core.save(make_net(), tmp_path, shard_bytes=size)
+
+
+def test_a_like_that_keeps_its_outputs_is_taken(tmp_path):
+    model, like = shrink(make_net()), make_net()
+    mpo_core.save(model, tmp_path)
+    like.outputs = [like(torch.ones(2, 8))]
+    loaded = mpo_core.load(tmp_path, like)
+    assert torch.equal(loaded(torch.ones(2, 8)), model(torch.ones(2, 8)))
+
+
 def test_shards_hold_at_most_so_many_bytes_and_old_ones_go(tmp_path):
     large, small = make_net(), shrink(make_net(), "low_rank")
     mpo_core.save(large, tmp_path, shard_bytes=300)
@@ -163,6 +177,24 @@ def test_a_flipped_digit_of_the_index_is_recognised(tmp_path):
     path.write_text(path.read_text().replace('"training": true', '"training": false'))
     with pytest.raises(ValueError, match="checksum"):
         mpo_core.load(tmp_path, make_net)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content["layers"].append(3),
+        lambda content: content["layers"][0].pop("kind"),
+        lambda content: content["origin"].pop("config"),
+        lambda content: content["buffers"].append({}),
+        lambda content: next(iter(content["files"].values())).pop("sha256"),
+    ],
+)
+def test_an_index_of_other_content_is_refused(tmp_path, edit):
+    mpo_core.save(shrink(make_net()), tmp_path)
+    change(tmp_path, edit)
+    with pytest.raises(ValueError, match=r"mpo_core\.json does not describe a model: [A-Z]\w+Error: .+") as error:
+        mpo_core.load(tmp_path, make_net)
+    assert "\n" not in str(error.value)
 
 
 def test_an_unknown_version_is_refused(tmp_path):
