@@ -32,8 +32,8 @@ class SeedMeans:
     grand_se: float
     """Standard error of the mean of all means: sd over seeds of the mean over configurations, / √n. Of unequal seeds:
     NaN, each draw shifts them one by one."""
-    grand_df: int
-    """Degrees of freedom of that: n − 1."""
+    grand_df: float
+    """Degrees of freedom of that: n − 1; of unequal seeds those of the seeds' variance."""
     marginal_se: NDArray[np.float64]
     """(C,): standard error of each mean, its seeds' shift included."""
     marginal_df: float

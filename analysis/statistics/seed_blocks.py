@@ -53,7 +53,8 @@ class UnevenTwoWay(NamedTuple):
 
     means: (C,), each over its own seeds. weights: (C, S), 1/n where a configuration has a seed, else 0.
     residual_variance: as of `TwoWay`, 0 where df is 0. df: its degrees of freedom. seed_variance: Var(b), at least 0.
-    seed_df: seeds whose shifts the table can tell apart. variance: of one value within configurations, on average.
+    seed_df: of that, fewer than seeds where few configurations have some of them. variance: of one value within
+    configurations, on average.
     marginal_variance, marginal_df: as `marginal_variance` has them.
     """
 
@@ -62,7 +63,7 @@ class UnevenTwoWay(NamedTuple):
     residual_variance: float
     df: int
     seed_variance: float
-    seed_df: int
+    seed_df: float
     variance: float
     marginal_variance: float
     marginal_df: float
@@ -72,7 +73,9 @@ def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
     """The two-way model fitted by least squares; of a complete table it is what `two_way` and `marginal_variance` are.
 
     Within configurations, the seeds' shifts explain R of the sum of squares, with r degrees of freedom. Of N values of
-    C configurations it has the expectation (N − C) Var(b) + r Var(ε), by which Var(b) is estimated.
+    C configurations it has the expectation (N − C) Var(b) + r Var(ε), by which Var(b) is estimated. It is a sum of r
+    independent squares of the variances λ Var(b) + Var(ε), with the eigenvalues λ > 0 of the seeds' normal equations,
+    which add up to N − C: from them come Satterthwaite's degrees of freedom.
 
     Args:
         values: (C, S), configurations × all seeds, in any unit; NaN where a configuration has not that seed.
@@ -96,17 +99,19 @@ def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
     shifts = axes @ (axes.T @ sums / sizes)
     left = np.where(has, within - shifts + (weights @ shifts)[:, None], 0)
     n_free = int(counts.sum()) - len(table)
-    seed_df = sizes.size
-    df, explained = n_free - seed_df, max(0.0, float(shifts @ sums))
+    df, explained = n_free - sizes.size, max(0.0, float(shifts @ sums))
     residual = float((left**2).sum()) / df if df else 0.0
     of_seeds, of_rest = explained / n_free, residual * df / n_free
+    seed_variance = max(0.0, of_seeds - residual * sizes.size / n_free)
+    squares = sizes * seed_variance + residual if of_seeds > 0 else sizes
+    seed_df = float(squares.sum() ** 2 / (squares**2).sum())
     share = of_seeds / (of_seeds + of_rest) if of_seeds + of_rest > 0 else 1.0
     return UnevenTwoWay(
         means,
         weights,
         residual,
         df,
-        max(0.0, of_seeds - residual * seed_df / n_free),
+        seed_variance,
         seed_df,
         float((within**2).sum()) / n_free,
         of_seeds + of_rest,

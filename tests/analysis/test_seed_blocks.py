@@ -60,6 +60,20 @@ def test_variances_are_unbiased():
     assert errors.max() < 0.1
 
 
+def test_seeds_that_one_configuration_has_do_not_make_the_variance_of_the_seeds_sure():
+    rng, n_draws = np.random.default_rng(4), 1_500
+    covered, df = [], []
+    for _ in range(n_draws):
+        table = 0.3 * rng.normal(size=(40, 13)) + rng.normal(size=13)
+        table[1:, 3:] = NAN
+        model = uneven_two_way(table)
+        half_width = stats.t.ppf(0.975, model.marginal_df) * np.sqrt(model.marginal_variance / 3)
+        covered.append(abs(model.means[1]) <= half_width)
+        df.append(model.seed_df)
+    assert 2 < np.mean(df) < 3  # 40 have three seeds, and what ten more of one say counts little
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+
+
 @pytest.mark.parametrize(
     "table", [[1.0, 2], [[1.0, NAN], [1, 2]], [[1.0, 2, np.inf], [1, 2, NAN]], np.empty((0, 3)), [[NAN, NAN, NAN]]]
 )
