@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def _import(file: Path, directory: StudyDirectory, storage_url: str | None) -> s
     return config.name
 
 
-def _make_ledger(url: str, file: Path, header: Mapping[str, Any], rows: Rows) -> tuple[Snapshot, StudyConfig]:
+def _make_ledger(url: str, file: Path, header: dict[str, Any], rows: Rows) -> tuple[Snapshot, StudyConfig]:
     """A ledger of the rows, read again: a file with a checksum that fits may hold anything."""
     _fill_ledger(url, file, header, rows)
     snapshot = read_ledger(url, header["study"])
