@@ -193,9 +193,15 @@ _DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeEr
 """What values of a wrong type or size raise in SQLite, Optuna, YAML and pydantic."""
 
 
+_DEEPEST = 20
+
+
 def _study_file(text: str, file: Path) -> StudyConfig:
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        raise StudyError("its study file has aliases, which no export writes")
+    depth = 0
+    for event in yaml.parse(text):  # one by one, before any of it is built
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
+            raise StudyError("its study file has aliases or deep nesting, which no export writes")
     return validate(parse_yaml(text, str(file)), str(file))
 
 
