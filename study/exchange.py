@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def _import(file: Path, directory: StudyDirectory, storage_url: str | None) -> s
     return config.name
 
 
-def _make_ledger(url: str, file: Path, header: Mapping[str, Any], rows: Rows) -> tuple[Snapshot, StudyConfig]:
+def _make_ledger(url: str, file: Path, header: dict[str, Any], rows: Rows) -> tuple[Snapshot, StudyConfig]:
     """A ledger of the rows, read again: a file with a checksum that fits may hold anything."""
     _fill_ledger(url, file, header, rows)
     snapshot = read_ledger(url, header["study"])
@@ -193,9 +193,15 @@ _DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeEr
 """What values of a wrong type or size raise in SQLite, Optuna, YAML and pydantic."""
 
 
+_DEEPEST = 20
+
+
 def _study_file(text: str, file: Path) -> StudyConfig:
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        raise StudyError("its study file has aliases, which no export writes")
+    depth = 0
+    for event in yaml.parse(text):  # one by one, before any of it is built
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
+            raise StudyError("its study file has aliases or deep nesting, which no export writes")
     return validate(parse_yaml(text, str(file)), str(file))
 
 

@@ -386,7 +386,7 @@ def with_losses(folder, losses):
         for number, of_seeds in enumerate(losses):
             for seed, loss in enumerate(of_seeds):
                 connection.execute(
-                    "UPDATE mpo_result SET content = json_set(content, '$.final.\"final/val_loss\"', ?) "
+                    "UPDATE mpo_result SET sha256 = NULL, content = json_set(content, '$.final.\"final/val_loss\"', ?) "
                     "WHERE trial = ? AND seed = ?",
                     (loss, number, seed),
                 )

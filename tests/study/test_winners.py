@@ -50,7 +50,8 @@ def give_losses(folder, loss_of, name="tuning"):
     with sqlite3.connect(folder / "ledger.db") as connection:
         for trial in trials:
             connection.execute(
-                "UPDATE mpo_result SET content = json_set(content, '$.final.\"final/val_loss\"', ?) WHERE trial = ?",
+                "UPDATE mpo_result SET sha256 = NULL, content = json_set(content, '$.final.\"final/val_loss\"', ?) "
+                "WHERE trial = ?",
                 (float(loss_of(trial.spec)), trial.number),
             )
     connection.close()
