@@ -24,7 +24,6 @@ import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlalchemy as sa
-import yaml
 
 from analysis import run_schema
 from analysis.urls import hide_password
@@ -179,7 +178,8 @@ def _make_ledger(url: str, file: Path, header: dict[str, Any], rows: Rows) -> tu
     snapshot = read_ledger(url, header["study"])
     history = snapshot.growths.history
     text = _only(rows, _STUDY_FILE)
-    config = _study_file(text, file) if text is not None else history[-1]
+    where = "its study file"
+    config = validate(parse_yaml(text, where), where) if text is not None else history[-1]
     if {header["study"], config.name, *(one.name for one in history)} != {config.name}:
         raise StudyError("it holds studies of several names")
     if header["uuid"] != snapshot.uuid or not re.fullmatch("[0-9a-f]{32}", snapshot.uuid):
@@ -189,20 +189,8 @@ def _make_ledger(url: str, file: Path, header: dict[str, Any], rows: Rows) -> tu
     return snapshot, config
 
 
-_DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, yaml.YAMLError)
-"""What values of a wrong type or size raise in SQLite, Optuna, YAML and pydantic."""
-
-
-_DEEPEST = 20
-
-
-def _study_file(text: str, file: Path) -> StudyConfig:
-    depth = 0
-    for event in yaml.parse(text):  # one by one, before any of it is built
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
-            raise StudyError("its study file has aliases or deep nesting, which no export writes")
-    return validate(parse_yaml(text, str(file)), str(file))
+_DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What values of a wrong type or size raise in SQLite, Optuna and pydantic."""
 
 
 def _unfinished(path: Path) -> str:

@@ -231,10 +231,8 @@ def test_alias_bomb_in_an_imported_file_needs_little_memory(exported, tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     code, out, err = cli("import", "bomb.parquet", "b", cwd=tmp_path)
     assert (code, out) == (2, "")
-    assert (
-        err
-        == "mpo-study: bomb.parquet: is damaged: its study file has aliases or deep nesting, which no export writes\n"
-    )
+    assert err.startswith("mpo-study: bomb.parquet: is damaged: its study file:")
+    assert err.endswith("keys and values, those that aliases repeat included\n")
     assert (
         max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) < 1_200_000
     )  # KiB; torch alone has 600,000
