@@ -117,9 +117,9 @@ def test_flipped_digit_in_a_decision_to_stop_is_noticed(whole, study):
         read(study)
 
 
-@pytest.mark.parametrize("offset", range(0, 40, 4))
+@pytest.mark.parametrize("offset", range(0, 40, 8))
 def test_damaged_byte_anywhere_is_one_line_or_does_no_harm(whole, study, offset):
-    """A byte of each tenth of the file: what is read is what was written, or it is refused."""
+    """A byte here and there: what is read is what was written, or it is refused."""
     file = study / "ledger.db"
     data = bytearray(file.read_bytes())
     for at in range(offset * len(data) // 40, (offset + 1) * len(data) // 40):
