@@ -163,13 +163,16 @@ def test_worker_killed_while_it_starts_is_replaced(work, undisturbed):
 
 
 def test_unit_whose_worker_dies_three_times_is_a_recorded_failure(tmp_path):
-    write_study(tmp_path, arms=[DENSE], seeds=1, protocol={"steps": 1_000_000, "eval_every": 1_000_000})
+    endless = {"protocol": {"steps": 1_000_000, "eval_every": 1_000_000}, "execution": {"checkpoint_seconds": 0.1}}
+    write_study(tmp_path, arms=[DENSE], seeds=1, **endless)
     driver = start(tmp_path, "--tracking", "off")
-    killed: list[int] = []
+    killed, seen = [], set()
     while len(killed) < 3:
         killed.append(wait_for_trainer(driver, other_than=killed))
-        time.sleep(0.5)
+        while not (new := set((tmp_path / "kept" / "storage").glob("*/checkpoints/*/*.safetensors")) - seen):
+            assert driver.poll() is None  # it has still to import what it trains with
         kill(killed[-1:])
+        seen |= new
     out, err = driver.communicate(timeout=300)
     assert driver.returncode == 1, err  # every run failed
     assert "1 trials, 0 runs complete, 1 failed" in out
