@@ -28,7 +28,17 @@ from analysis.runs import Growth, StudyRuns
 from analysis.selection import seed_table
 from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
 from analysis.statistics.seed_blocks import MIN_SEEDS, is_complete, two_way, uneven_two_way
-from analysis.summary import DENSE, DENSE_TUNED, MEASURES, VAL_LOSS, Measure, frontier_key, n_statement, sole_reference
+from analysis.summary import (
+    DENSE,
+    DENSE_TUNED,
+    MEASURES,
+    NO_FRONTIER,
+    VAL_LOSS,
+    Measure,
+    frontier_key,
+    n_statement,
+    sole_reference,
+)
 from analysis.tables import counted, decimals_for, difference_shown, percent, range_shown
 from analysis.uncertainty import FrontierUncertainty
 
@@ -88,7 +98,7 @@ def _on_frontier(
     by = f"{'So far, by' if runs.n_lacking else 'By'} {measure.title.lower()}"
     on = summary.loc[summary[frontier_key(measure)], ["label", "group", "trial", "n_params"]].sort_values("n_params")
     if on.empty:
-        return f"{by}: none, since no configuration has {MIN_SEEDS} complete seeds."
+        return f"{by}: none, since {NO_FRONTIER}."
     support = uncertainties[measure.name].support.set_index("trial")["support"]
     named = [f"{row['label']} ({row['group']}{_supported(support, row['trial'])})" for row in on.to_dict("records")]
     shown = named if len(named) <= _MOST_NAMED else [*named[: _MOST_NAMED - 1], f"{len(named) - _MOST_NAMED + 1} more"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ CacheFolder = Annotated[
     typer.Option(
         "--cache",
         metavar="FOLDER",
-        help="Where what was read of a finished study is kept until it changes; by default DIR/cache. May be removed.",
+        help="Has a folder for each finished study, with what was read until it changes; by default DIR/cache. May be removed.",
     ),
 ]
 
@@ -146,7 +147,7 @@ def _report(
 ) -> None:
     from analysis.publish import publish
     from analysis.report import INDEX, write_report
-    from analysis.summary import MIN_SEEDS
+    from analysis.summary import NO_FRONTIER
     from analysis.tables import frontier_table
 
     if is_published and len(studies) > 1:
@@ -166,7 +167,7 @@ def _report(
             table.add_row(*row)
         console.print(table)
     else:
-        console.print(f"no trial has {MIN_SEEDS} complete seeds, so there is no frontier")
+        console.print(f"there is no frontier, since {NO_FRONTIER}", highlight=False)
     for answer in findings.answers[2:]:  # what was run its user knows, and the frontier stands above
         console.print(answer.question, style="bold", highlight=False)
         for sentence in answer.sentences:
@@ -206,7 +207,8 @@ def _read(
         except OSError as error:
             raise AnalysisError(f"--cache {cache}: {error.strerror or error}") from error
     if tracking_uri and experiment:
-        runs = load_study(StudyAddress(tracking_uri, experiment), cache=cache)
+        place = hashlib.sha256(f"{tracking_uri} {experiment}".encode()).hexdigest()[:16]
+        runs = load_study(StudyAddress(tracking_uri, experiment), cache=cache / place if cache else None)
     else:
         addresses = [resolve_study(path) for path in studies]
         caches = [

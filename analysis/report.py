@@ -16,7 +16,7 @@ from analysis.findings import Findings
 from analysis.folder import OutputFolder
 from analysis.runs import StudyRuns
 from analysis.studies import environments
-from analysis.summary import MEASURES, MIN_SEEDS, VAL_LOSS, n_statement
+from analysis.summary import MEASURES, MIN_SEEDS, NO_FRONTIER, VAL_LOSS, n_statement
 
 INDEX, EXPLORE = "index.html", "explore.html"
 PARTS = ("figures", "tables", "scripts")
@@ -93,6 +93,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
         explore=None if light else EXPLORE,
         tables=written,
         min_seeds=MIN_SEEDS,
+        no_frontier=NO_FRONTIER,
         few=summary[(summary["n_seeds"] < MIN_SEEDS) & summary["stopped"].isna()],
         n_stated=n_statement(summary.loc[summary["n_seeds"] > 0, "n_seeds"]),
         environments=environments(runs),

@@ -55,6 +55,8 @@ class Measure:
 VAL_LOSS = Measure("val_loss", "final/val_loss", "Validation loss", "loss", "nats", margin=0.02)
 VAL_ACC = Measure("val_acc", "final/val_acc", "Validation token accuracy", "accuracy", "%", margin=0.005, scale=100)
 MEASURES = (VAL_LOSS, VAL_ACC)
+NO_FRONTIER = f"no configuration has {MIN_SEEDS} complete seeds without a failed one"
+"""Why nothing is on a frontier."""
 
 
 def half_width_key(key: str) -> str:

@@ -135,7 +135,7 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
     if now.frontier:
         say(console, "* on the frontier so far: no trial has a lower mean loss with no more parameters")
     elif now.n_complete:
-        say(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds, and none failed")
+        say(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds without a failed one")
     if now.n_unasked:
         say(console, f"and {now.n_unasked} trials that are still to come")
     if now.search_ended is not None:

@@ -14,8 +14,8 @@ from matplotlib.transforms import ScaledTranslation
 
 from analysis import style
 from analysis.figures import labels, panels
-from analysis.frontier.nondominated import step_line
-from analysis.summary import MIN_SEEDS, Measure, n_statement
+from analysis.frontier.nondominated import frontier_mask, step_line
+from analysis.summary import MIN_SEEDS, NO_FRONTIER, Measure, n_statement
 from analysis.tables import percent
 from analysis.uncertainty import N_DRAWS, FrontierUncertainty
 
@@ -50,6 +50,8 @@ def frontier_figure(
         if len(enough)
         else f"No configuration has {MIN_SEEDS} complete seeds: no intervals and no frontier."
     )
+    if len(enough) and not points["on_frontier"].any():
+        statement += f" No frontier: {NO_FRONTIER}."
     redrawn = (
         f"In brackets: support, the share of {N_DRAWS:,} redraws of the means, with the noise of the "
         f"{uncertainty.rests_on}, in which one is on the frontier; not said of one off it below "
@@ -59,7 +61,7 @@ def frontier_figure(
         else ""
     )
     with style.context():
-        legend = _legend(points, has_band=len(band) > 0)
+        legend = _legend(points, measure, has_band=len(band) > 0)
         figure = style.new_figure(_ABOVE + _AXES_HEIGHT + 1)
         axes = figure.add_axes((0, 0, 1, 1))
         _lay_out(figure, axes, below=1)
@@ -227,7 +229,7 @@ def _labelled(row: dict[Any, Any]) -> str:
     return f"{row['label']} ({percent(share)})" if is_worth_it else row["label"]
 
 
-def _legend(points: pd.DataFrame, has_band: bool) -> list[Line2D | Patch]:
+def _legend(points: pd.DataFrame, measure: Measure, has_band: bool) -> list[Line2D | Patch]:
     def marker(shape: str, color: str, filled: bool, label: str) -> Line2D:
         return Line2D(
             [],
@@ -250,7 +252,11 @@ def _legend(points: pd.DataFrame, has_band: bool) -> list[Line2D | Patch]:
     if has_band:
         handles.append(Patch(color=_BAND, linewidth=0, label="95 % band of the frontier"))
     if (enough & ~points["on_frontier"]).any():
-        handles.append(marker("o", style.GREY, False, "hollow: dominated"))
+        # One that nothing on the frontier dominates is not sound.
+        shown = points[enough]
+        best = frontier_mask(shown["n_params"], shown["mean"], ("minimize", measure.direction))
+        not_sound = ", with a failed seed or given up" if (best & ~shown["on_frontier"]).any() else ""
+        handles.append(marker("o", style.GREY, False, f"hollow: dominated{not_sound}"))
     if not enough.all():
         handles.append(marker("o", style.FEW, False, f"grey: fewer than {MIN_SEEDS} seeds"))
     if (points["n_seeds"] > 1).any():

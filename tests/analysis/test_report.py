@@ -244,7 +244,7 @@ def test_report_of_single_seeds_claims_nothing_and_escapes_names(tmp_path):
     page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     assert "b" not in page.tags
     assert "2 by 1a2b; 1 by <b>3c</b>; 1 by not on record. No configurations have seeds of more than one" in page.text
-    assert "None: no configuration has 3 complete seeds." in page.text
+    assert "None: no configuration has 3 complete seeds without a failed one." in page.text
     assert "4 configurations have fewer than 3 complete seeds." in page.text
     assert "All trials here share one." in page.text
 

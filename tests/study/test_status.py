@@ -36,7 +36,7 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     folder = tmp_path / "study"
     file = write_study(tmp_path, seeds=2, arms=[DENSE, WILD, MPO | {"chi": [1, 500, 1000]}])
     run_at(file, folder)
-    assert "no frontier yet: no trial has 3 complete seeds" in command("status", folder)[1]
+    assert "no frontier yet: no trial has 3 complete seeds without a failed one" in command("status", folder)[1]
     assert json.loads(command("status", folder, "--json")[1])["frontier"] == []
     run_at(file, folder, growth=Growth(seeds=1))
     code, out, err = command("status", folder, "--json")
