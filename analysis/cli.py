@@ -37,7 +37,7 @@ CacheFolder = Annotated[
     typer.Option(
         "--cache",
         metavar="FOLDER",
-        help="Has a folder for each finished study, with what was read until it changes; by default DIR/cache. May be removed.",
+        help="Keeps what was read of each finished study until it changes. Default: DIR/cache. May be removed.",
     ),
 ]
 
