@@ -115,10 +115,11 @@ def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
     more = {number: seeds for number, seeds in more.items() if seeds}
     ledger.record_growth(growth.command, more_seeds=more)
     others = more.keys() - chosen
-    too = f", and trials {_listed(others)}, which they are compared with or start from, the same" if others else ""
+    too = f"; more seeds, too, for {_trials(others)}, which these are compared with or start from" if others else ""
+    n_runs = sum(map(len, more.values()))
     say(
-        f"undecided: trials {_listed(chosen)}, of {len(asked)}; they get {growth.refine} seeds more{too}: "
-        f"{sum(map(len, more.values()))} runs"
+        f"undecided: {_trials(chosen)}, of {len(asked)}; more seeds for each: {growth.refine}{too}: "
+        f"{n_runs} run{'s' * (n_runs != 1)}"
     )
     return True
 
@@ -168,5 +169,5 @@ def _size(config: StudyConfig) -> str:
     return f"{searched}{len(config.seed_list)} seeds"
 
 
-def _listed(numbers: set[int]) -> str:
-    return ", ".join(map(str, sorted(numbers)))
+def _trials(numbers: set[int]) -> str:
+    return f"trial{'s' * (len(numbers) != 1)} {', '.join(map(str, sorted(numbers)))}"

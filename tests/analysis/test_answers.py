@@ -182,6 +182,11 @@ def test_first_screen_names_the_tokens_where_budgets_differ():
         ([DENSE, mpo(8, 1.8, failed=(9,))], "Does it keep up with dense?", "not tested (failed seeds) at 1 of 1"),
         ([replace(DENSE, seeds=(7, 8)), mpo(8, 1.8)], "Does it keep up with dense?", "not tested (too few seeds)"),
         ([DENSE], "How sure is that?", "Nothing was compared"),
+        (
+            [replace(DENSE, failed=(9,)), mpo(8, 1.8, failed=(9,))],
+            "What is on the frontier?",
+            "none, since no configuration has 3 complete seeds without a failed one",
+        ),
         ([replace(DENSE, seeds=(0,))], "What is on the frontier?", "none, since no configuration has 3 complete seeds"),
     ],
 )

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 import simulated_study
 from mlflow.tracking import MlflowClient
+from typer.testing import CliRunner
 
 from analysis import run_schema as schema
 from analysis.cache import MANIFEST, Cache
+from analysis.cli import app
 from analysis.load import StudyAddress, load_curves, load_study
 
 FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned")
@@ -360,3 +362,14 @@ def test_cache_behind_a_link_is_not_written(study, tmp_path):
     study.cache.symlink_to(elsewhere)
     same(study.load(), load_study(study.address))
     assert [(path.name, path.read_text()) for path in elsewhere.iterdir()] == [("seeds.parquet", "precious")]
+
+
+def test_folder_of_the_cache_that_has_files_of_others_keeps_them(study, tmp_path):
+    cache = tmp_path / "kept"
+    cache.mkdir()
+    (cache / "trials.parquet").write_bytes(b"of others")
+    arguments = ["--tracking-uri", study.address.tracking_uri, "--experiment", "tiny", "--cache", cache]
+    result = CliRunner().invoke(app, ["report", "-o", str(tmp_path / "out"), *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    assert (cache / "trials.parquet").read_bytes() == b"of others"
+    assert list(cache.glob(f"*/{MANIFEST}"))

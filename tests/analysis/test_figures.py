@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -214,6 +215,23 @@ def test_frontier_figure_says_when_there_is_no_frontier():
     figure, _ = drawn_frontier(runs, summary, VAL_ACC)
     assert figure.texts[0].get_text().startswith("No configuration has 3 complete seeds: no intervals and no frontier.")
     assert "steps" not in figure.texts[0].get_text()
+
+
+def test_frontier_figure_says_why_what_nothing_dominates_is_hollow():
+    found = [replace(c, failed=()) for c in STUDIES["usual"][:4]]
+    best = replace(found[0], n_params=found[0].n_params - 1, val_loss=1.0)
+    for failed, stated in (((), "hollow: dominated"), ((9,), "hollow: dominated, with a failed seed or given up")):
+        runs, _ = simulated_study.simulated_runs([*found, replace(best, failed=failed)])
+        figure, _ = drawn_frontier(runs, summarise(runs), VAL_LOSS)
+        said = [text.get_text() for text in figure.legends[0].get_texts() if text.get_text().startswith("hollow")]
+        assert said == [stated]
+
+
+def test_frontier_figure_says_when_every_configuration_has_a_failed_seed():
+    runs, _ = simulated_study.simulated_runs([replace(c, failed=(9,)) for c in STUDIES["usual"][:4]])
+    figure, _ = drawn_frontier(runs, summarise(runs), VAL_LOSS)
+    said = " ".join(figure.texts[0].get_text().split())
+    assert "No frontier: no configuration has 3 complete seeds without a failed one." in said
 
 
 def test_frontier_figure_draws_its_band_and_names_the_support(summary, runs):

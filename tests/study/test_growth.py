@@ -374,7 +374,7 @@ def test_refine_brings_along_what_a_trial_is_compared_with(tmp_path, folder, wid
     lines = []
     assert grow(ledger, Growth(refine=1), lines.append)
     assert ledger_of(folder).growths.more_seeds == more
-    assert "which they are compared with or start from" in lines[0]
+    assert "which these are compared with or start from" in lines[0]
     ledger.close()
 
 
