@@ -14,12 +14,14 @@ import resource
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import ray
 from ray import cloudpickle, tune
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 from ray.job_config import JobConfig
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -93,8 +95,13 @@ def _fit(queue: Queue, on_evaluation: OnEvaluation, folder: Path, slots: int) ->
         lambda: execution.max_units is not None or _slots(execution.cpus, execution.gpus) > 0, queue.forgive_death
     )
     searcher = _LedgerSearcher(queue, on_evaluation, watch)
+    this_program, storage_key = program.this_program(), f"mpo-study-storage-{uuid4().hex}"
+
+    def trainable(config: dict[str, str]) -> None:
+        work(config, this_program, storage_key)
+
     try:
-        trainable = tune.with_parameters(work, driver=program.this_program(), storage=queue.storage.url)
+        _internal_kv_put(storage_key, queue.storage.url)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": execution.cpus, "gpu": execution.gpus}),
             tune_config=tune.TuneConfig(
@@ -127,6 +134,9 @@ def _fit(queue: Queue, on_evaluation: OnEvaluation, folder: Path, slots: int) ->
             queue.aborted = f"{error} (Ray's folder is {folder})"
         else:
             raise
+    finally:
+        with suppress(Exception):  # where Ray is gone, so is what it stored
+            _internal_kv_del(storage_key)
 
 
 def _shut_down() -> None:

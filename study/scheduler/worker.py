@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.experimental.internal_kv import _internal_kv_get
 
 from study.program import PACKAGES, code_in, program
 
@@ -72,12 +73,14 @@ def why_refused(driver: Mapping[str, str]) -> str | None:
     return None
 
 
-def work(config: dict[str, str], driver: Mapping[str, str], storage: str) -> None:
+def work(config: dict[str, str], driver: Mapping[str, str], storage_key: str) -> None:
     """A worker's whole life: one unit. Every result travels in the last report, which must be complete by itself.
 
     Args:
         driver: its program.
-        storage: its URL may hold a password, so that it is not in what Tune writes down.
+        storage_key: where Ray's own store of keys has the URL of the storage. The URL may hold a password, which Tune
+            would write down. Ray's store of objects is no place for it: a driver that has an object there ends without
+            a word when its node dies.
     """
     refused = why_refused(driver)
     if refused is not None:
@@ -86,7 +89,10 @@ def work(config: dict[str, str], driver: Mapping[str, str], storage: str) -> Non
     from study.errors import StudyError
     from study.scheduler.unit import OUT_OF_MEMORY, Unit, run_unit
 
-    unit = Unit.model_validate_json(json.dumps(json.loads(config["unit"]) | {"storage": storage}))
+    storage = _internal_kv_get(storage_key)
+    if storage is None:
+        raise ConnectionError("Ray has lost what its driver told it")
+    unit = Unit.model_validate_json(json.dumps(json.loads(config["unit"]) | {"storage": storage.decode()}))
     tune.report({"begin": ray.get_runtime_context().get_node_id()})
 
     def report_evaluation(seed: int, row: dict[str, float]) -> None:
