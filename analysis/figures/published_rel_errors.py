@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -81,24 +82,26 @@ def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
         foot = style.footer_height(text)
         figure = style.new_figure(foot + _PANEL_HEIGHT + 0.67)
         height = figure.get_figheight()
-        names = [max((_short(name) for name in _of_panel(points, when, overall)["layers"]), key=len)
-                 for when, overall, _ in panels]  # fmt: skip
-        beside = [(labels.text_size(figure, name)[0] + 18) / 72 for name in names]
-        width = min(2.4, (style.WIDTH - _LEFT - sum(beside) - _GAP * len(panels)) / len(panels))
-        left = _LEFT
-        for (when, overall, title), room in zip(panels, beside, strict=True):
-            axes = figure.add_axes(
-                (left / style.WIDTH, (foot + 0.42) / height, width / style.WIDTH, _PANEL_HEIGHT / height)
-            )
-            axes.set_yscale("log")
-            axes.set_ylim(low, high)
-            style.set_log_ticks(axes.yaxis, low, high, lambda tick: f"{tick:g}")
-            _draw_panel(axes, _of_panel(points, when, overall), overall)
-            axes.set_title(title, loc="left")
-            axes.tick_params(labelleft=left == _LEFT)
-            if left == _LEFT:
-                axes.set_ylabel("Relative error ‖W − Ŵ‖ / ‖W‖")
-            left += width + room + _GAP
+        # The layers' symbols are ours, unlike other names.
+        with mpl.rc_context({"text.parse_math": True}):
+            names = [max((_short(name) for name in _of_panel(points, when, overall)["layers"]), key=len)
+                     for when, overall, _ in panels]  # fmt: skip
+            beside = [(labels.text_size(figure, name)[0] + 18) / 72 for name in names]
+            width = min(2.4, (style.WIDTH - _LEFT - sum(beside) - _GAP * len(panels)) / len(panels))
+            left = _LEFT
+            for (when, overall, title), room in zip(panels, beside, strict=True):
+                axes = figure.add_axes(
+                    (left / style.WIDTH, (foot + 0.42) / height, width / style.WIDTH, _PANEL_HEIGHT / height)
+                )
+                axes.set_yscale("log")
+                axes.set_ylim(low, high)
+                style.set_log_ticks(axes.yaxis, low, high, lambda tick: f"{tick:g}")
+                _draw_panel(axes, _of_panel(points, when, overall), overall)
+                axes.set_title(title, loc="left")
+                axes.tick_params(labelleft=left == _LEFT)
+                if left == _LEFT:
+                    axes.set_ylabel("Relative error ‖W − Ŵ‖ / ‖W‖")
+                left += width + room + _GAP
         style.add_footer(figure, text)
     return figure
 
