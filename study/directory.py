@@ -67,7 +67,7 @@ class StudyDirectory:
     @property
     def has_no_study(self) -> bool:
         """Whether no study was run here, or nothing of it is left."""
-        return not self._manifest_path.exists() and not self.ledger_file.exists()
+        return not _is_file(self._manifest_path) and not _is_file(self.ledger_file)
 
     @property
     def mlflow_database(self) -> Path:

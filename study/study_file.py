@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def _read(path: Path) -> str:
             data = file.read(MAX_BYTES + 1)  # a device has no end
         if len(data) > MAX_BYTES:
             raise StudyError(f"{path}: a study file has at most {MAX_BYTES:,} bytes, but this one has more")
-        return data.decode("utf-8-sig")
+        return data.removeprefix(BOM_UTF8).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise StudyError(f"{path}: cannot read the study file: {reason}") from None
