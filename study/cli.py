@@ -138,8 +138,6 @@ def run(
     growth = Growth(parse_more("--trials", trials), parse_more("--seeds", seeds), extend=extend)
     if extend and growth.command:
         raise StudyError(f"--extend and {growth.command}: give one of them, and then the other")
-    if folder.has_no_study or extend:
-        say_not_compared(console, config)
     _run(
         config,
         folder,

@@ -12,6 +12,7 @@ from typing import Literal
 from rich.console import Console
 
 from study.backup import BackgroundBackup, open_backup
+from study.comparable import not_compared
 from study.config import StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
@@ -191,6 +192,9 @@ def run_study(
                 seconds = config.execution.backup_seconds
                 copies = BackgroundBackup(backup, seconds, progress.say, partial(setattr, queue, "aborted"))
             try:
+                if growth.extend or not ledger.results:
+                    for line in not_compared(config):
+                        progress.say(f"note: {line}")
                 _execute(queue, progress, executor, directory, address)
                 for trial in ledger.trials.values():
                     if trial.duplicate_of is not None or trial.pruned is not None:  # its original's results came before
