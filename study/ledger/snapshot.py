@@ -11,7 +11,6 @@ import sqlalchemy as sa
 
 from study.early_stopping import Stop
 from study.errors import StudyError
-from study.ledger.checksums import Damaged
 from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna
 from study.ledger.tables import (
     Growths,
@@ -75,7 +74,7 @@ def _read_trials(url: str, name: str, uuid: str, stops: Mapping[int, Stop]) -> l
     try:
         study = optuna.load_study(storage=storage, study_name=optuna_name(name, uuid))
         return [from_attribute(frozen, stops) for frozen in read_frozen(study) if TRIAL in frozen.user_attrs]
-    except KeyError:  # Optuna has no study of that name
-        raise Damaged("Optuna's tables lack the study") from None
+    except KeyError:  # a driver that was killed as it began the study; results without their trials are found later
+        return []
     finally:
         close_optuna(storage)

@@ -211,3 +211,12 @@ def test_result_that_lacks_something_is_no_result(tmp_path):
             read(folder)
         with pytest.raises(StudyError, match=shlex.quote("the ledger is damaged").strip("'")):
             ledger_at(file, folder)
+
+
+def test_ledger_of_a_driver_that_was_killed_as_it_began_has_no_trials_yet(tmp_path):
+    """Our row of the study is written before Optuna's."""
+    file, folder = write_study(tmp_path), tmp_path / "begun"
+    ledger_at(file, folder).close()
+    with closing(sqlite3.connect(folder / "ledger.db")) as database, database:
+        database.execute("DELETE FROM studies")
+    assert read_ledger(StudyDirectory(folder).ledger_url, "tiny").trials == []
