@@ -45,6 +45,7 @@ def test_study_on_ray_leaves_nothing_but_its_folder(finished):
     assert sorted(path.name for path in folder.iterdir()) == [
         "driver.lock",
         "ledger.db",
+        "ledger.db.copy",
         "mlartifacts",
         "mlflow.db",
         "storage",
