@@ -38,10 +38,10 @@ ui: $(INSTALLED) ## browse the quick study's runs in MLflow
 	$(BIN)/mpo-study ui results/quick
 
 test: $(INSTALLED) ## the tests that need only Python, git and make
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not fault and not service and not browser'
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not fault and not service and not browser and not shipped'
 
-test-all: test /usr/bin/chromium ## those, and the fault, service and browser tests
-	$(BIN)/python -m pytest -m 'fault or service or browser'
+test-all: test /usr/bin/chromium ## those, and the fault, service and browser tests, and all shipped reports
+	$(BIN)/python -m pytest -m 'fault or service or browser or shipped'
 
 lint: $(INSTALLED) ## ruff, types, the import law
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from study.config import Model, Protocol, StudyConfig
 from study.corpus import Corpus, load_corpus
 from study.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
-from study.run import run_study
+from study.run import run_study, study_corpus
 from study.search_space import listed_specs
 from study.study_file import load_config
 from study.training import Training
@@ -186,6 +186,7 @@ def test_the_bare_loop_trains_what_a_study_did(tmp_path):
 
     study = {
         "name": "tiny",
+        "corpus": {"validation_fraction": 0.01},
         "model": {"d_model": 8, "n_heads": 2, "n_layers": 1, "context": 64},
         "protocol": {"steps": 2, "warmup_steps": 1, "batch_size": 2, "eval_every": 2},
         "seeds": 2,
@@ -198,10 +199,11 @@ def test_the_bare_loop_trains_what_a_study_did(tmp_path):
     run_study(config, directory, Console(file=io.StringIO()), executor="inline", tracking="off")
     trained = read_ledger(directory.ledger_url, config.name)
     assert len(trained.results) == 4
-    assert bare_loop(config, load_corpus(), trained) > 0
+    corpus = study_corpus(config)
+    assert bare_loop(config, corpus, trained) > 0
     trained.results[-1].final["final/val_loss"] += 1e-6
     with pytest.raises(RuntimeError, match="did not train what the study did"):
-        bare_loop(config, load_corpus(), trained)
+        bare_loop(config, corpus, trained)
 
 
 def test_what_a_gpu_is_measured_by_runs_on_any_device(monkeypatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -129,7 +130,7 @@ def test_report_tells_what_was_tuned_here_from_what_was_tuned_before(tmp_path):
         for arm, (n, among) in tuned.items()
     ]
     uri = simulated_study.write_study(tmp_path, found, n_evaluations=2)
-    write_report(load_study(StudyAddress(uri, "tiny")), tmp_path / "report")
+    write_report(load_study(StudyAddress(uri, "tiny")), tmp_path / "report", light=True)
     text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "2 of 4 configurations have values that another study chose, each among 3 trials." in text
     assert "2 of 4 configurations were tried to choose an init or a learning rate." in text
@@ -156,7 +157,7 @@ def test_report_saves_the_data_each_figure_shows(report, summary, runs):
 
 
 def test_light_report_is_the_same_with_fewer_files(report, runs, tmp_path):
-    write_report(runs, tmp_path)
+    shutil.copytree(report, tmp_path, dirs_exist_ok=True)
     write_report(runs, tmp_path, light=True)
     full, light = files(report), files(tmp_path)
     fewer = {
@@ -180,12 +181,12 @@ def test_report_written_again_is_the_same_bytes(report, runs):
 
 
 def test_report_replaces_the_last_one_and_leaves_foreign_files_alone(runs, tmp_path):
-    write_report(runs, tmp_path)
+    write_report(runs, tmp_path, light=True)
     assert (tmp_path / "figures" / "rel_error.svg").exists()
     notes = [tmp_path / "notes.txt", tmp_path / "figures" / "mine.png"]
     for note in notes:
         note.write_text("mine")
-    write_report(replace(runs, rel_errors=runs.rel_errors.iloc[:0]), tmp_path)
+    write_report(replace(runs, rel_errors=runs.rel_errors.iloc[:0]), tmp_path, light=True)
     assert not (tmp_path / "figures" / "rel_error.svg").exists()
     assert not (tmp_path / "figures" / "rel_error.csv").exists()
     assert all(note.read_text() == "mine" for note in notes)
@@ -204,7 +205,7 @@ def test_report_overwrites_nothing_it_did_not_write(runs, tmp_path):
 def test_report_names_a_file_where_its_folder_must_be(runs, tmp_path):
     (tmp_path / "figures").write_text("mine")
     with pytest.raises(AnalysisError, match=r"figures exists and is no folder"):
-        write_report(runs, tmp_path)
+        write_report(runs, tmp_path, light=True)
     assert files(tmp_path) == {"figures": b"mine"}
 
 
@@ -240,7 +241,7 @@ def test_report_of_single_seeds_claims_nothing_and_escapes_names(tmp_path):
     uri = simulated_study.write_study(tmp_path, found, n_evaluations=2)
     runs = load_study(StudyAddress(uri, "tiny"))
     runs = replace(runs, seeds=runs.seeds.assign(**{schema.PROGRAM: ["1a2b", "1a2b", "<b>3c</b>", None]}))
-    write_report(runs, tmp_path / "out")
+    write_report(runs, tmp_path / "out", light=True)
     page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     assert "b" not in page.tags
     assert "2 by 1a2b; 1 by <b>3c</b>; 1 by not on record. No configurations have seeds of more than one" in page.text
@@ -253,7 +254,7 @@ def test_report_says_what_was_stopped_early_and_what_follows(tmp_path):
     usual = simulated_study.awkward_studies()["usual"]
     why = "trial 5 is better in val_loss by 0.02 or more on every seed shared"
     database = simulated_study.write_study(tmp_path, [*usual, replace(usual[5], seeds=(0, 1), stopped=why)])
-    write_report(load_study(StudyAddress(database, "tiny")), tmp_path / "report")
+    write_report(load_study(StudyAddress(database, "tiny")), tmp_path / "report", light=True)
     text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "1 stopped early." in text
     assert "depends on the order in which trials ended" in text

@@ -216,7 +216,7 @@ CHANGED = ENVIRONMENT | {"git_commit": "decaf", "git_changed": True, "packages":
 def test_report_on_studies_begun_on_different_code_says_so_of_each(directories, tmp_path, other, begun_with, commit):
     first, second = (load_study(resolve_study(folder)) for folder in directories)
     joined = join_studies([replace(first, environment=ENVIRONMENT), replace(second, environment=other)])
-    write_report(joined, tmp_path / "out")
+    write_report(joined, tmp_path / "out", light=True)
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert (
         "<dt>Begun with</dt>\n"

@@ -13,7 +13,7 @@ from study.ledger.snapshot import read_ledger
 from study.run import run_study
 from study.study_file import load_config
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.fault, pytest.mark.filterwarnings("ignore")]
 
 
 def test_unit_in_flight_of_a_stopped_trial_is_cancelled(tmp_path, monkeypatch):

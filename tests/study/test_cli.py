@@ -188,6 +188,7 @@ def test_cli_prints_no_traceback_where_a_shell_starts_it(tmp_path):
 # Signals and locks ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault
 def test_cli_ctrl_c_stops_a_study_that_goes_on_later(tmp_path):
     file = write_study(tmp_path, protocol={"steps": 300, "eval_every": 20}, execution={"checkpoint_seconds": 0.1})
     first = start_cli("run", file, "--dir", "kept", *INLINE, cwd=tmp_path)
@@ -219,6 +220,7 @@ def test_cli_ctrl_c_stops_a_study_that_goes_on_later(tmp_path):
 # MLflow ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.service
 def test_cli_sync_then_ui_serve_the_runs_on_this_machine_alone(tmp_path, mlflow_template):  # noqa: F811
     run_at(write_study(tmp_path, seeds=1, arms=[DENSE, MPO]), tmp_path / "kept")
     shutil.copy(mlflow_template, tmp_path / "kept" / "mlflow.db")

@@ -13,7 +13,6 @@ from study_fixtures import (
     MPO,
     SEARCHED,
     TUNED,
-    cli,
     contents,
     mlflow_template,  # noqa: F401 (a fixture)
     optuna_states,
@@ -229,22 +228,24 @@ def test_import_refuses_a_folder_that_holds_something(exported, tmp_path):
     assert len(results_at(tmp_path / "b")) == 2
 
 
-def test_cli_exports_and_imports(exported, tmp_path):
-    code, out, err = cli("export", exported / "a", "out.parquet", cwd=tmp_path)
+def test_cli_exports_and_imports(exported, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("export", exported / "a", "out.parquet")
     assert (code, err) == (0, "")
     assert out == "out.parquet: 2 runs. To make a study of it: mpo-study import out.parquet DIR\n"
-    code, out, err = cli("import", "out.parquet", "made", cwd=tmp_path)
+    code, out, err = command("import", "out.parquet", "made")
     assert (code, err) == (0, "")
     assert out.startswith("made: study tiny. To write its runs to MLflow: mpo-study sync made; ")
-    code, out, err = cli("import", "out.parquet", "made", cwd=tmp_path)
+    code, out, err = command("import", "out.parquet", "made")
     assert (code, out) == (2, "")
     assert err == "mpo-study: made: is there already; give a folder that is not, for the study to be made in\n"
-    code, out, err = cli("export", exported / "a", ".", cwd=tmp_path)
+    code, out, err = command("export", exported / "a", ".")
     assert (code, out, err) == (2, "", "mpo-study: .: is a folder; give the file to write\n")
     (tmp_path / "here").mkdir()
-    code, out, err = cli("import", "../out.parquet", ".", cwd=tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    code, out, err = command("import", "../out.parquet", ".")
     assert (code, err) == (0, "")
     assert len(results_at(tmp_path / "here")) == 2
-    code, out, err = cli("export", exported / "a", "nowhere/out.parquet", cwd=tmp_path)
+    code, out, err = command("export", exported / "a", "nowhere/out.parquet")
     assert (code, out) == (2, "")
     assert err == "mpo-study: nowhere/out.parquet: cannot write there: No such file or directory; give another file\n"

@@ -226,9 +226,10 @@ def test_growth_goes_on_from_a_ledger_whose_folder_has_nothing_else(tmp_path, fo
     assert run_at(file, folder, growth=Growth(seeds=1)).n_complete == 2
 
 
-def test_cli_takes_one_way_to_grow_at_a_time(tmp_path):
+def test_cli_takes_one_way_to_grow_at_a_time(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     file = write_study(tmp_path)
-    code, out, err = cli("run", file, "--dir", "kept", "--extend", "--seeds", "+1", cwd=tmp_path)
+    code, out, err = command("run", file, "--dir", "kept", "--extend", "--seeds", "+1")
     assert (code, out) == (2, "")
     assert err == "mpo-study: --extend and --seeds +1: give one of them, and then the other\n"
 
@@ -438,17 +439,18 @@ def test_refined_trials_have_their_own_number_of_seeds_in_mlflow(tmp_path, folde
 # By the command line --------------------------------------------------------------------------------------------------
 
 
-def test_cli_grows_a_study(tmp_path):
+def test_cli_grows_a_study(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     file = write_search(tmp_path, trials=2, seeds=1)
     inline = ("--dir", "kept", "--executor", "inline", "--tracking", "off")
-    assert cli("run", file, *inline, cwd=tmp_path)[0] == 0
-    code, out, err = cli("run", file, *inline, "--trials", "+1", "--seeds", "+1", cwd=tmp_path)
+    assert command("run", file, *inline)[0] == 0
+    code, out, err = command("run", file, *inline, "--trials", "+1", "--seeds", "+1")
     assert (code, err) == (0, "")
     assert "grown by --trials +1 --seeds +1: 3 searched trials, 2 seeds, was 2 searched trials, 1 seeds" in out
     assert "4 trials, 8 runs complete" in out
-    code, out, err = cli("refine", "kept", "--seeds", "+1", *inline[2:], cwd=tmp_path)
+    code, out, err = command("refine", "kept", "--seeds", "+1", *inline[2:])
     assert (code, err) == (0, "")
-    code, _, err = cli("refine", "kept", "--seeds", "3", cwd=tmp_path)
+    code, _, err = command("refine", "kept", "--seeds", "3")
     assert code == 2
     assert err == "mpo-study: --seeds 3: must be + and how many more, for example --seeds +5\n"
 

@@ -154,6 +154,7 @@ def test_status_in_the_middle_of_a_search_says_what_is_left_and_how_to_go_on(tmp
     assert last.endswith(f"; nobody is at them. To go on: {again}")
 
 
+@pytest.mark.fault
 def test_status_of_a_running_study_names_its_driver_and_the_time_left(tmp_path):
     file = write_study(tmp_path, protocol={"steps": 3000, "eval_every": 1000}, arms=[DENSE, MPO])
     driver = start_cli("run", file, "--dir", "kept", "--executor", "inline", "--tracking", "off", cwd=tmp_path)

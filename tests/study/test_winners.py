@@ -12,7 +12,6 @@ from study_fixtures import (
     MPO,
     SEARCHED,
     TUNED,
-    cli,
     ledger_at,
     made_up,
     results_at,
@@ -66,7 +65,7 @@ def written(folder, file, **options):
 # What is selected -----------------------------------------------------------------------------------------------------
 
 
-def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_path, monkeypatch):
+def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_path, monkeypatch, command):
     arms = [
         DENSE | {"learning_rate": RATES},
         {"name": "plain", "family": "dense", "init": "variance"},
@@ -79,7 +78,7 @@ def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_pa
     folder = tuning(tmp_path, arms=arms, claims=claims, rel_error_chi=[8], model={"d_model": 16})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
-    code, out, err = cli("winners", "results", "configs/final.yaml", "--seeds", "2", cwd=tmp_path)
+    code, out, err = command("winners", "results", "configs/final.yaml", "--seeds", "2")
     assert (code, err) == (0, "")
     assert "configs/final.yaml: 5 arms, 14 runs." in out
 
@@ -116,7 +115,7 @@ def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_pa
     assert str(tmp_path) not in text
     assert max(map(len, text.splitlines())) <= 120
 
-    code, out, err = cli("plan", "configs/final.yaml", cwd=tmp_path)
+    code, out, err = command("plan", "configs/final.yaml")
     assert (code, err) == (0, "")
     assert "14 runs listed" in out
     outcome = run_at(tmp_path / "configs" / "final.yaml", tmp_path / "again")
