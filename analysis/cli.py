@@ -22,7 +22,7 @@ from analysis.streams import lasting_streams
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.runs import StudyRuns
+    from analysis.runs.study_runs import StudyRuns
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -145,10 +145,10 @@ def _report(
     is_published: bool,
     is_light: bool,
 ) -> None:
-    from analysis.publish import publish
-    from analysis.report import INDEX, write_report
-    from analysis.summary import NO_FRONTIER
-    from analysis.tables import frontier_table
+    from analysis.report.publish import publish
+    from analysis.report.report import INDEX, write_report
+    from analysis.report.tables import frontier_table
+    from analysis.results.summary import NO_FRONTIER
 
     if is_published and len(studies) > 1:
         raise AnalysisError("a report on several studies has no experiment of its own; publish one on each")
@@ -191,9 +191,9 @@ def _read(
     folder: str,
 ) -> tuple[StudyRuns, Path]:
     """The runs, and where to write: by default a folder of the study's own."""
-    from analysis.load import load_study, resolve_study
-    from analysis.runs import StudyAddress
-    from analysis.studies import join_studies
+    from analysis.runs.load import load_study, resolve_study
+    from analysis.runs.studies import join_studies
+    from analysis.runs.study_runs import StudyAddress
 
     if studies and (tracking_uri or experiment):
         raise AnalysisError("give either DIR, or --tracking-uri and --experiment, not both")

@@ -1,7 +1,7 @@
 """Names, units, directions and kinds of everything a run records.
 
-The contract between the one writer of MLflow (`study.tracking`) and its one reader (`analysis.load`). Standard library
-only, so that both sides can import it at no cost.
+The contract between the one writer of MLflow (`study.tracking`) and its one reader (`analysis.runs.load`). It uses the
+standard library alone, so that both sides can import it at no cost.
 
 One MLflow experiment holds one study. Its runs are of three kinds, told apart by the tag `KIND`: a *trial* (one
 configuration, the parent run), a *seed* (one trial × one seed, its child) and at most one *summary* of the experiment.

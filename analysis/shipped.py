@@ -1,7 +1,7 @@
 """The studies that the project ships: their reports, and what the documents say of them. `make results`.
 
 STUDIES has a folder for each study, OUT gets one for each, with a light report; and where a DOCUMENT has a place (see
-`analysis.places`) of the name of a study, or STUDY:PART, there goes what is said of it. Nothing of that is typed.
+`report/places.py`) of the name of a study, or STUDY:PART, there goes what is said of it. Nothing of that is typed.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from argparse import ArgumentParser, RawTextHelpFormatter
 from collections.abc import Mapping
 from pathlib import Path
 
-from analysis.answers import retained_shares
 from analysis.errors import AnalysisError
-from analysis.findings import Findings
-from analysis.load import load_study, resolve_study
 from analysis.paper.trials import paper_trials
 from analysis.paper.write import write_comparison
-from analysis.places import fill_place, places
-from analysis.report import INDEX, write_report
-from analysis.summary import VAL_LOSS
-from analysis.tables import comparisons_table, to_markdown, trials_table
+from analysis.report.places import fill_place, places
+from analysis.report.report import INDEX, write_report
+from analysis.report.tables import comparisons_table, to_markdown, trials_table
+from analysis.results.answers import retained_shares
+from analysis.results.findings import Findings
+from analysis.results.summary import VAL_LOSS
+from analysis.runs.load import load_study, resolve_study
 
 FIGURE = "figures/frontier_val_loss.svg"
 TRIALS = ("configuration", "family", "arm", "parameters", "seeds", "val loss (nats)", "val accuracy (%)")

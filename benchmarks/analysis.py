@@ -1,6 +1,6 @@
 """What a report of 10,000 runs costs: reading them from MLflow, statistics and frontier, and each part of the latter.
 
-Statistics and frontier are `analysis.findings.Findings.of`, all that report and command compute before they draw
+Statistics and frontier are `Findings.of`, all that report and command compute before they draw
 or print: means and intervals, every comparison with the dense model and with controls of equal parameters (declared
 in the study file or not), support, band, hypervolume and size needed of both frontiers, and the sentences. The study is
 made up: a dense model, and as many MPOs from scratch as controls, of low rank and narrower dense ones, with losses that
@@ -16,9 +16,9 @@ import time
 import numpy as np
 
 from analysis import run_schema as schema
-from analysis.findings import Findings
-from analysis.run_records import RunRecord
-from analysis.runs import StudyAddress, StudyRuns, study_runs
+from analysis.results.findings import Findings
+from analysis.runs.run_records import RunRecord
+from analysis.runs.study_runs import StudyAddress, StudyRuns, study_runs
 from benchmarks import analysis_load, frontier
 from benchmarks.measurement import Row, rate, run_alone, within
 

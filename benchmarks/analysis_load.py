@@ -21,8 +21,8 @@ from mlflow.store.tracking.dbmodels import models
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from analysis import run_schema as schema
-from analysis.load import load_curves, load_study
-from analysis.runs import StudyAddress, StudyRuns
+from analysis.runs.load import load_curves, load_study
+from analysis.runs.study_runs import StudyAddress, StudyRuns
 from benchmarks.measurement import Row, rate, run_alone, within
 
 SECTION = "analysis"

@@ -16,13 +16,13 @@ import torch
 
 from benchmarks.document import put_table
 from mpo_core.compression.compress import compress
-from mpo_core.picogpt import PicoGPT
-from mpo_core.refinement.calibration import collect_grams, output_error
-from mpo_core.structured import StructuredLinear
-from study.config import Model, Protocol
-from study.corpus import Corpus, consecutive_windows, load_corpus
-from study.training import Training, evaluate
-from study.trial import TrialSpec
+from mpo_core.fitting.calibration import collect_grams, output_error
+from mpo_core.layers.structured import StructuredLinear
+from mpo_core.models.picogpt import PicoGPT
+from study.spec.config import Model, Protocol
+from study.spec.trial import TrialSpec
+from study.training.corpus import Corpus, consecutive_windows, load_corpus
+from study.training.train import Training, evaluate
 
 CHIS = (8, 16, 32, 48)
 CONTEXT, BATCH = 64, 16

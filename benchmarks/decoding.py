@@ -14,7 +14,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.measurement import Row, paired, run_alone
-from mpo_core import GPTConfig, PicoGPT, compress, generate, generation
+from mpo_core import GPTConfig, PicoGPT, compress, generate
+from mpo_core.models import generation
 
 SECTION = "decoding"
 CHI = 8

@@ -2,7 +2,7 @@
 
 Two matrices: independent normal entries, whose singular values hardly fall, and one whose k-th singular value over the
 first bond falls about as 1 / k. tensorly's default is a full SVD of each unfolding, ours a subspace iteration or the
-eigenvectors of a Gram matrix (`mpo_core/leading_subspace.py`); tensorly's two other ways are measured beside it. A row
+eigenvectors of a Gram matrix (`leading_subspace.py`); tensorly's two other ways are measured beside it. A row
 with a target counts as met only where our relative error ‖W − Ŵ‖ / ‖W‖ is at most 1.001 times the rival's: both errors
 are in the note.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measurement import Row, paired, run_alone
-from mpo_core.tensor_train import contract, rel_error, tt_svd
+from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

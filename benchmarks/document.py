@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.places import fill_place
+from analysis.report.places import fill_place
 
 ROOT = Path(__file__).parents[1]
 
 
 def put_table(document: str, name: str, caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Replace what stands at the place `name` (see `analysis.places`) by a table and its caption.
+    """Replace what stands at the place `name` (see `analysis.report.places`) by a table and its caption.
 
     Args:
         document: path from the project's root.

@@ -43,20 +43,19 @@ from rich.console import Console
 import study
 from analysis import run_schema as schema
 from benchmarks.measurement import Row, rate, run_alone, within
-from study.config import StudyConfig
-from study.corpus import Corpus, load_corpus
-from study.directory import StudyDirectory
+from study.commands.progress import StudyProgress
+from study.commands.run import open_ledger, run_study
+from study.ledger.directory import StudyDirectory
 from study.ledger.ledger import Ledger
 from study.ledger.snapshot import Snapshot, read_ledger
-from study.ledger.trials import Trial
-from study.progress import StudyProgress
-from study.run import open_ledger, run_study
 from study.scheduler.queue import Queue, study_chis
-from study.scheduler.unit import Unit
-from study.storage import Storage
-from study.study_file import load_config
-from study.training import train_seed
-from study.trial import SeedResult, TrialSpec, evaluation_steps, now
+from study.spec.config import StudyConfig
+from study.spec.study_file import load_config
+from study.spec.trial import SeedResult, Trial, TrialSpec, evaluation_steps, now
+from study.training.corpus import Corpus, load_corpus
+from study.training.storage import Storage
+from study.training.train import train_seed
+from study.training.unit import Unit
 
 SECTION = "engine"
 QUICK = Path(study.__file__).parent / "configs" / "quick.yaml"

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import moocore
 import numpy as np
 
-from analysis.frontier.attainment import attainment_surfaces, mean_frontier_band
-from analysis.frontier.draws import SeedMeans
-from analysis.frontier.hypervolume import HypervolumeReference, hypervolume_interval
-from analysis.frontier.support import frontier_support, size_needed
+from analysis.statistics.attainment import attainment_surfaces, mean_frontier_band
+from analysis.statistics.draws import SeedMeans
+from analysis.statistics.hypervolume import HypervolumeReference, hypervolume_interval
+from analysis.statistics.support import frontier_support, size_needed
 from benchmarks.measurement import Row, paired, run_alone
 
 SECTION = "frontier"

@@ -19,14 +19,14 @@ import yaml
 from torch.nn.functional import linear
 
 from benchmarks.measurement import Call, Row, call_of, paired, rate, run_alone, seconds_of
-from mpo_core.linear import MPOLinear
-from study.captured import WARM_UP
-from study.config import Model, Protocol
-from study.corpus import Corpus
-from study.precision import products_in
-from study.stacked import StackedTraining
-from study.training import Training
-from study.trial import TrialSpec, evaluation_steps
+from mpo_core.layers.mpo import MPOLinear
+from study.spec.config import Model, Protocol
+from study.spec.trial import TrialSpec, evaluation_steps
+from study.training.captured import WARM_UP
+from study.training.corpus import Corpus
+from study.training.precision import products_in
+from study.training.stacked import StackedTraining
+from study.training.train import Training
 
 STACKED = "8 seeds stacked against 8 one after another"
 CAPTURED = "Training step captured against eager"

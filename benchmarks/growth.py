@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks.measurement import Row, call_of, paired, run_alone
-from mpo_core.linear import MPOLinear
+from mpo_core.layers.mpo import MPOLinear
 
 BASE = {"tokens": 256, "width": 4096, "χ": 8, "L": 2}
 VALUES = {

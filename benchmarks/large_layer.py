@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks.measurement import THREADS, Row, call_of, paired, rate, run_alone
-from mpo_core.linear import MPOLinear
+from mpo_core.layers.mpo import MPOLinear
 
 WIDTH, SITES = 4096, (64, 64)
 CHIS = (4, 8, 16, 32)

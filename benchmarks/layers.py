@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from benchmarks.measurement import Call, Row, call_of, fastest, paired, repeats_of, run_alone, seconds_of
-from mpo_core.contraction import chain_products
-from mpo_core.linear import MPOLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.tensor_train.contraction import chain_products
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

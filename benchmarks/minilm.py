@@ -28,8 +28,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.document import put_table
 from mpo_core.compression.compress import compress
-from mpo_core.refinement.calibration import collect_grams, output_error
-from study.corpus import load_corpus
+from mpo_core.fitting.calibration import collect_grams, output_error
+from study.training.corpus import load_corpus
 
 INCLUDE = ("encoder.*",)
 N_CALIBRATION, N_TEST = 240, 120

@@ -1,7 +1,7 @@
 """PicoGPT as one would first write it in eager PyTorch: the rival of `benchmarks.training_step`.
 
 Attention is a softmax of masked scores that are written out, every parameter is updated on its own, and a batch is
-gathered window by window in Python. Names and values of the parameters are `mpo_core.picogpt.PicoGPT`'s, so that both
+gathered window by window in Python. Names and values of the parameters are `mpo_core.PicoGPT`'s, so that both
 train the same model on the same windows. Shapes: B sequences, T tokens, C = d_model, H heads, V vocabulary.
 """
 
@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mpo_core.picogpt import GPTConfig, PicoGPT
-from study.training import Training, learning_rate_at
+from mpo_core.models.picogpt import GPTConfig, PicoGPT
+from study.training.train import Training, learning_rate_at
 
 
 class PlainAttention(nn.Module):

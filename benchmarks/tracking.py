@@ -24,17 +24,17 @@ from statistics import fmean, median, quantiles
 
 from rich.console import Console
 
-from study.config import StudyConfig
-from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.commands.run import open_ledger, study_corpus
+from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.ledger.ledger import Ledger
-from study.run import open_ledger, study_corpus
 from study.scheduler.queue import Queue
-from study.scheduler.unit import Unit, run_unit, store_corpus
-from study.storage import Storage
+from study.spec.config import StudyConfig
+from study.spec.trial import SeedResult
 from study.tracking.background import BackgroundTracker
 from study.tracking.opening import open_tracker, study_record
 from study.tracking.tracker import Tracker
-from study.trial import SeedResult
+from study.training.storage import Storage
+from study.training.unit import Unit, run_unit, store_corpus
 
 RESULTS = Path("results/tracking.json")
 CORES = os.cpu_count() or 1

@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measurement import PAIRS, Row, paired, rate, run_alone, seconds_of
 from benchmarks.plain_gpt import PlainTraining
-from mpo_core.picogpt import PicoGPT, flops_per_token
-from study.config import Model, Protocol
-from study.corpus import Corpus, load_corpus
-from study.training import Training
-from study.trial import TrialSpec
+from mpo_core.models.picogpt import PicoGPT, flops_per_token
+from study.spec.config import Model, Protocol
+from study.spec.trial import TrialSpec
+from study.training.corpus import Corpus, load_corpus
+from study.training.train import Training
 
 PLAIN = "PicoGPT training step against a plain eager loop"
 RATE = "PicoGPT training step against the machine's matrix products"

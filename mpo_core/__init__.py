@@ -4,25 +4,21 @@ Needs torch alone, and safetensors to save a model. Names used throughout: `chi`
 for, `bonds` the actual (1, χ_1, ..., χ_{L-1}, 1), and core l has the shape (bonds[l], d_out[l], d_in[l], bonds[l+1]).
 """
 
-from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
-from mpo_core.bonds import clip_bonds, largest_bonds, largest_chi
 from mpo_core.compression.budget import spread_budget
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
 from mpo_core.compression.report import CompressedLayer, CompressionReport
 from mpo_core.compression.saving import load, save
-from mpo_core.contraction import Cost, chain
-from mpo_core.cost_model import Calibration, calibrate, set_calibration
-from mpo_core.factorisation import FACTORISATIONS, factorisations, factorise, why_not
-from mpo_core.generation import generate
-from mpo_core.initialisation import FRESH_INITS, INITS, init_cores_, spectral_norm
-from mpo_core.linear import FORWARD_MODES, MPOLinear
+from mpo_core.fitting.calibration import Gram, collect_grams, output_error
+from mpo_core.fitting.fit import fit_cores, low_rank_svd, whitened_tt_svd
+from mpo_core.fitting.least_squares import als
+from mpo_core.layers.cost_model import Calibration, calibrate, set_calibration
+from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.mpo import FORWARD_MODES, MPOLinear
+from mpo_core.layers.structured import StructuredLinear
+from mpo_core.models.generation import generate
+from mpo_core.models.picogpt import GPTConfig, KeyValueCache, PicoGPT, flops_per_token, reconstruct_flops
 from mpo_core.param_groups import param_groups
-from mpo_core.picogpt import GPTConfig, KeyValueCache, PicoGPT, flops_per_token, reconstruct_flops
-from mpo_core.refinement.calibration import Gram, collect_grams, output_error
-from mpo_core.refinement.fit import fit_cores, low_rank_svd, whitened_tt_svd
-from mpo_core.refinement.least_squares import als
-from mpo_core.structured import StructuredLinear
-from mpo_core.tensor_train import (
+from mpo_core.tensor_train.algebra import (
     balance_cores,
     contract,
     frobenius_norm,
@@ -32,6 +28,10 @@ from mpo_core.tensor_train import (
     round_cores,
     tt_svd,
 )
+from mpo_core.tensor_train.bonds import clip_bonds, largest_bonds, largest_chi
+from mpo_core.tensor_train.contraction import Cost, chain
+from mpo_core.tensor_train.factorisation import FACTORISATIONS, factorisations, factorise, why_not
+from mpo_core.tensor_train.initialisation import FRESH_INITS, INITS, init_cores_, spectral_norm
 
 __all__ = [
     "FACTORISATIONS",

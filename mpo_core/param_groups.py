@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
-from mpo_core.linear import MPOLinear
-from mpo_core.structured import StructuredLinear
+from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.structured import StructuredLinear
 
 RULES = ("uniform", "mup")
 DECAYS = ("parameter", "matrix")

@@ -1,5 +1,5 @@
 """`python -m study` is `mpo-study`."""
 
-from study.cli import main
+from study.commands.cli import main
 
 main()

@@ -14,15 +14,15 @@ from benchmarks import __main__ as bench
 from benchmarks import measurement, report
 from benchmarks.measurement import MIN_PAIRS, PAIRS, fastest, paired, quantity, rate, within
 from benchmarks.plain_gpt import PlainTraining
-from study.config import Model, Protocol, StudyConfig
-from study.corpus import Corpus, load_corpus
-from study.directory import StudyDirectory
+from study.commands.run import run_study, study_corpus
+from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
-from study.run import run_study, study_corpus
-from study.search_space import listed_specs
-from study.study_file import load_config
-from study.training import Training
-from study.trial import TrialSpec
+from study.spec.config import Model, Protocol, StudyConfig
+from study.spec.search_space import listed_specs
+from study.spec.study_file import load_config
+from study.spec.trial import TrialSpec
+from study.training.corpus import Corpus
+from study.training.train import Training
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
-from analysis.load import load_curves, load_study, resolve_study
-from study.directory import StudyDirectory
+from analysis.runs.load import load_curves, load_study, resolve_study
+from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

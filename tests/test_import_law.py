@@ -49,7 +49,7 @@ def loaded_by(statement, modules):
 
 def test_packages_are_found():
     assert all(len(paths) > 5 for paths in FILES.values())
-    assert "mpo_core.linear.MPOLinear" in imports(ROOT / "mpo_core/picogpt.py")
+    assert "mpo_core.layers.mpo.MPOLinear" in imports(ROOT / "mpo_core/models/picogpt.py")
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_analysis_needs_neither_torch_nor_ray():
 
 def test_analysis_takes_of_optuna_its_importance_alone():
     """And what that is fed with: no sampler, no storage. It brings neither torch nor Ray."""
-    assert importers("analysis", ("optuna",)) == {"analysis/importance.py"}
-    taken = {name for name in imports(ROOT / "analysis/importance.py") if name.startswith("optuna")}
+    assert importers("analysis", ("optuna",)) == {"analysis/results/importance.py"}
+    taken = {name for name in imports(ROOT / "analysis/results/importance.py") if name.startswith("optuna")}
     modules = ("importance", "distributions", "logging", "study.create_study", "trial.create_trial")
     assert all(name.removeprefix("optuna.").startswith(modules) for name in taken)
-    assert loaded_by("import analysis.importance", ["optuna"]) == []
+    assert loaded_by("import analysis.results.importance", ["optuna"]) == []
     assert loaded_by("import optuna.importance", ["torch", "ray"]) == []
 
 
 def test_mlflow_has_one_writer_and_one_reader():
     assert importers("study", ("mlflow",)) == {f"study/tracking/{name}.py" for name in ("connection", "tracker")}
-    assert importers("analysis", ("mlflow",)) == {"analysis/load.py"}
+    assert importers("analysis", ("mlflow",)) == {"analysis/runs/load.py"}
 
 
 def test_ray_is_imported_by_its_executor_alone():
@@ -103,10 +103,10 @@ def test_study_takes_of_the_analysis_its_schema_and_its_pure_functions_alone():
     modules = (
         *(
             "analysis.run_schema",
-            "analysis.urls",
+            "analysis.runs.urls",
             "analysis.streams",
-            "analysis.pairs",
-            "analysis.frontier.nondominated",
+            "analysis.results.pairs",
+            "analysis.statistics.nondominated",
         ),
         *("analysis.statistics.intervals", "analysis.statistics.seed_blocks"),
     )
@@ -136,17 +136,17 @@ def test_init_is_a_docstring(path):
 
 def test_command_line_loads_neither_ray_nor_mlflow():
     # It imports every module of the study but the two that need them.
-    everything = ["study.training", "study.plan", "study.ledger.ledger", "study.scheduler.inline"]
-    assert loaded_by("import study.cli", ["ray", "mlflow", *everything]) == everything
+    everything = ["study.training.train", "study.commands.plan", "study.ledger.ledger", "study.scheduler.inline"]
+    assert loaded_by("import study.commands.cli", ["ray", "mlflow", *everything]) == everything
 
 
 def test_pure_training_needs_no_sampler_and_no_database():
-    statement = "import study.training, study.corpus, study.storage"
+    statement = "import study.training.train, study.training.corpus, study.training.storage"
     assert loaded_by(statement, ["optuna", "sqlalchemy", "ray", "mlflow", "pandas", "matplotlib"]) == []
 
 
 def test_analysis_loads_no_torch():
-    statement = "import analysis.cli, analysis.load, analysis.report"
+    statement = "import analysis.cli, analysis.runs.load, analysis.report.report"
     assert loaded_by(statement, ["torch", "ray", "optuna", "mpo_core", "study"]) == []
 
 
@@ -164,14 +164,14 @@ def test_inline_study_without_tracking_loads_neither_ray_nor_mlflow(tmp_path):
     arguments = ["mpo-study", "run", str(tmp_path / "study.yaml"), "--dir", str(tmp_path / "results")]
     arguments += ["--executor", "inline", "--tracking", "off"]
     statement = (
-        f"sys.argv = {arguments!r}\nfrom study.cli import main\n"
+        f"sys.argv = {arguments!r}\nfrom study.commands.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code"
     )
     assert loaded_by(statement, ["ray", "mlflow", "sqlalchemy"]) == ["sqlalchemy"]
     assert (tmp_path / "results" / "ledger.db").exists()
 
 
-@pytest.mark.parametrize("module", ["mpo_core", "study.training"])
+@pytest.mark.parametrize("module", ["mpo_core", "study.training.train"])
 def test_import_has_no_side_effects(module):
     script = f"""
 import random, threading

@@ -36,14 +36,14 @@ from study_fixtures import (
     run_at,
 )
 
-from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.commands.run import study_corpus
 from study.errors import StudyError
-from study.run import study_corpus
-from study.storage import Storage
-from study.study_file import load_config
+from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.spec.study_file import load_config
 from study.tracking.background import BackgroundTracker
 from study.tracking.opening import open_tracker, study_record
 from study.tracking.server import serve
+from study.training.storage import Storage
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -269,7 +269,7 @@ def wait_until(is_so):
 
 def test_server_that_drips_holds_up_neither_the_start_nor_the_end(work, undisturbed, between, monkeypatch):
     between.mode = "drip"
-    monkeypatch.setattr("study.run._OPENING_SECONDS", 2.0)
+    monkeypatch.setattr("study.commands.run._OPENING_SECONDS", 2.0)
     monkeypatch.setattr("study.tracking.background.BackgroundTracker.__init__.__defaults__", (0.0, 1.0, 2.0))
     outcome, printed = printed_by_run(work / "tiny.yaml", work / "kept", tracking=between.url)
     assert (outcome.n_complete, outcome.n_missing) == (8, 0)

@@ -12,8 +12,8 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from analysis.load import StudyAddress, load_study
-from analysis.report import EXPLORE, INDEX, write_report
+from analysis.report.report import EXPLORE, INDEX, write_report
+from analysis.runs.load import StudyAddress, load_study
 
 sys.path.append(str(Path(__file__).parent / "analysis"))
 import simulated_study

@@ -14,14 +14,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.places import places
+from analysis.report.places import places
 from analysis.shipped import place_text, ship_study
-from study.definition import definition, differences
-from study.directory import StudyDirectory
-from study.exchange import import_study
+from study.commands.exchange import import_study
+from study.commands.run import sync
+from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
-from study.run import sync
-from study.study_file import load_config
+from study.spec.definition import definition, differences
+from study.spec.study_file import load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from study_fixtures import nothing_left_running, results_at, start_cli, write_study  # noqa: F401 (one is a fixture)
 
-from analysis import shipped
-from study import bigram, schema
+from analysis.report import shipped
+from study.spec import schema
+from study.training import bigram
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,7 +76,7 @@ def test_module_that_is_run_says_what_it_takes(module, named, monkeypatch, capsy
 
 
 def test_schema_says_in_one_line_where_it_cannot_write(tmp_path):
-    command = [sys.executable, "-m", "study.schema", str(tmp_path / "none")]
+    command = [sys.executable, "-m", "study.spec.schema", str(tmp_path / "none")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "none" in done.stderr

@@ -37,8 +37,8 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
-from analysis.load import load_study, resolve_study
-from study.program import PACKAGES, this_program
+from analysis.runs.load import load_study, resolve_study
+from study.training.program import PACKAGES, this_program
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +59,7 @@ def installed(*arguments, cwd, **environment):
 
 
 def checkout(folder: Path, old: str = "", new: str = "") -> Path:
-    """The three packages elsewhere, with a word of `study/training.py` replaced."""
+    """The three packages elsewhere, with a word of `study/training/train.py` replaced."""
     for name in PACKAGES:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     training = folder / "study" / "training.py"

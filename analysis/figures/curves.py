@@ -7,9 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis import style
-from analysis.figures import labels
-from analysis.summary import group_order, interval_statement, n_statement
+from analysis.figures import labels, style
+from analysis.results.summary import group_order, interval_statement, n_statement
 
 _SHOWN_FROM = 0.2
 """The loss axis holds every mean from this share of a run's tokens on; the fall before it would flatten the rest."""

@@ -8,9 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import run_schema as schema
-from analysis.frontier.nondominated import frontier_mask
-from analysis.statistics.intervals import mean_interval
-from analysis.summary import (
+from analysis.results.summary import (
     DENSE,
     LARGER_DENSE,
     MIN_SEEDS,
@@ -21,6 +19,8 @@ from analysis.summary import (
     half_width_key,
     sole_reference,
 )
+from analysis.statistics.intervals import mean_interval
+from analysis.statistics.nondominated import frontier_mask
 
 EXACT = 1e-5
 """A relative error below this is rounding of an exact factorisation, and has no place on a logarithmic axis."""

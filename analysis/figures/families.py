@@ -8,11 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import run_schema as schema
-from analysis import style
-from analysis.figures import marks
+from analysis.figures import marks, style
 from analysis.figures.rows import Row, lay_out, set_limits
-from analysis.pairs import EQUAL_PARAMETERS
-from analysis.summary import MEASURES, MIN_SEEDS, group_order, half_width_key, interval_statement, n_statement
+from analysis.results.pairs import EQUAL_PARAMETERS
+from analysis.results.summary import MEASURES, MIN_SEEDS, group_order, half_width_key, interval_statement, n_statement
 
 COLUMNS = (
     *("measure", "size", "trial", "label", "group", "n_params", "n_seeds", "n_failed", "total_tokens"),

@@ -12,12 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import style
-from analysis.comparisons import BETTER, FAILED, UNDECIDED, WORSE
-from analysis.figures import marks
+from analysis.figures import marks, style
 from analysis.figures.rows import Row, lay_out, set_limits
-from analysis.pairs import REFERENCE
-from analysis.summary import MEASURES, MIN_SEEDS, Measure, group_order, n_statement
+from analysis.results.comparisons import BETTER, FAILED, UNDECIDED, WORSE
+from analysis.results.pairs import REFERENCE
+from analysis.results.summary import MEASURES, MIN_SEEDS, Measure, group_order, n_statement
 
 MAX_ROWS = 30
 """Pairs that one forest shows at most."""

@@ -12,12 +12,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
-from analysis import style
-from analysis.figures import labels, panels
-from analysis.frontier.nondominated import frontier_mask, step_line
-from analysis.summary import MIN_SEEDS, NO_FRONTIER, Measure, n_statement
-from analysis.tables import percent
-from analysis.uncertainty import N_DRAWS, FrontierUncertainty
+from analysis.figures import labels, panels, style
+from analysis.results.numbers import percent
+from analysis.results.summary import MIN_SEEDS, NO_FRONTIER, Measure, n_statement
+from analysis.results.uncertainty import N_DRAWS, FrontierUncertainty
+from analysis.statistics.nondominated import frontier_mask, step_line
 
 _MARKER_SIZE = 5.2
 _AXES_HEIGHT, _ABOVE = 2.6, 0.45

@@ -12,12 +12,11 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analysis import style
-from analysis.figures import labels
-from analysis.importance import factor_name, varying
-from analysis.selection import OTHER_BUDGET, is_sound, left_out_statement
+from analysis.figures import labels, style
+from analysis.results.importance import factor_name, varying
+from analysis.results.selection import OTHER_BUDGET, is_sound, left_out_statement
+from analysis.results.summary import MIN_SEEDS, MPO_SCRATCH, MPO_TUNED, Measure, sole_reference
 from analysis.statistics.contrasts import contrasts
-from analysis.summary import MIN_SEEDS, MPO_SCRATCH, MPO_TUNED, Measure, sole_reference
 
 COLUMNS = (*("start", "chi", "n_sites", "trial", "difference", "half_width", "n_seeds", "setting", "left_out"),)
 _TITLES = {"scratch": MPO_SCRATCH, "teacher": MPO_TUNED}

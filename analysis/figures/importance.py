@@ -7,10 +7,9 @@ import textwrap
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import style
-from analysis.figures import labels
-from analysis.importance import FANOVA, INTERACTIONS
-from analysis.summary import Measure
+from analysis.figures import labels, style
+from analysis.results.importance import FANOVA, INTERACTIONS
+from analysis.results.summary import Measure
 
 _LINE, _BETWEEN = 0.125, 0.05
 _LONGEST_LINE = 36

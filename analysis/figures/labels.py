@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from analysis.style import ink
+from analysis.figures.style import ink
 
 _LED_TO = 16
 """Labels up to which a line may lead to any, not only to an important one."""

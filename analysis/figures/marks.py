@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from analysis import style
-from analysis.figures import labels
+from analysis.figures import labels, style
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
 SIZE = 4.6

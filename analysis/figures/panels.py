@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis import style
-from analysis.figures import labels
-from analysis.tables import percent
+from analysis.figures import labels, style
+from analysis.results.numbers import percent
 
 _HEIGHT, _ABOVE = 2.6, 0.1
 _LEFT, _RIGHT, _LINE = 0.62, 0.15, 0.165

@@ -10,11 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis import style
-from analysis.figures import labels
-from analysis.selection import common_seeds, seeds_stated, select
+from analysis.figures import labels, style
+from analysis.results.selection import common_seeds, seeds_stated, select
+from analysis.results.summary import Measure
 from analysis.statistics.ranking import rank_agreement, rank_intervals, reliability
-from analysis.summary import Measure
 
 MAX_ROWS = 40
 """Configurations that are shown at most: the best."""

@@ -6,10 +6,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import style
-from analysis.figures import labels
+from analysis.figures import labels, style
 from analysis.figures.data import EXACT
-from analysis.summary import interval_statement, n_statement
+from analysis.results.summary import interval_statement, n_statement
 
 _TITLES = {"init": "Dense weights at initialisation", "trained": "Dense weights after training"}
 

@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import style
-from analysis.figures import labels, marks, panels
-from analysis.frontier.nondominated import frontier_mask
-from analysis.runs import StudyRuns
-from analysis.statistics.intervals import ratio_interval
-from analysis.summary import MIN_SEEDS, VAL_ACC, n_statement, sole_reference
+from analysis.figures import labels, marks, panels, style
+from analysis.results.summary import MIN_SEEDS, n_statement
+from analysis.statistics.nondominated import frontier_mask
 
-COLUMNS = ("trial", "label", "group", "n_params", "n_failed", "n", "ratio", "low", "high")
 _LABELLED = 20
 """Configurations up to which each gets a label; of more, only the best of their size or smaller do."""
 _DENSE_LINE = {"color": "#444444", "linewidth": 0.9, "linestyle": (0, (5, 3))}
-
-
-def retained_points(runs: StudyRuns, summary: pd.DataFrame, declared: Collection[int] = ()) -> pd.DataFrame:
-    """Mean final accuracy relative to that of the dense reference, over the seeds that both have completed.
-
-    Trials of the reference's budget, and those of `declared`, which the study file compares with it across budgets;
-    none that was stopped early, and none that shares no seed. Without a sole reference there are no rows.
-
-    Columns: trial, label, group, n_params, n_failed (of either), n (shared seeds), ratio, low, high (Fieller's 95 %
-    interval) in per cent. Limits are NaN below MIN_SEEDS, where a seed failed, whose loss would flatter those that are
-    left, and where the seeds do not bound the ratio.
-    """
-    accuracy = runs.seeds.set_index(["trial", "seed"])[VAL_ACC.key]
-    rows = []
-    for reference in sole_reference(summary).to_dict("records"):
-        for row in _comparable(summary, reference, declared).to_dict("records"):
-            shared = pd.concat([accuracy[row["trial"]], accuracy[reference["trial"]]], axis=1, join="inner")
-            if shared.empty:
-                continue
-            own, dense = shared.to_numpy(dtype=np.float64).T
-            found = ratio_interval(own, dense)
-            n_failed = row["n_failed"] + reference["n_failed"]
-            low, high = (float("nan"), float("nan")) if n_failed else (100 * float(found.low), 100 * float(found.high))
-            rows.append(
-                {key: row[key] for key in COLUMNS[:4]}
-                | {"n_failed": n_failed, "n": found.n, "ratio": 100 * float(found.ratio), "low": low, "high": high}
-            )
-    return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def _comparable(summary: pd.DataFrame, reference: dict, declared: Collection[int]) -> pd.DataFrame:
-    same = (summary["budget_hash"] == reference["budget_hash"]) | summary["trial"].isin(list(declared))
-    done = (summary["n_seeds"] > 0) & summary["stopped"].isna()
-    return summary[same & done & ~summary["is_reference"]]
 
 
 def retained_figure(points: pd.DataFrame, n_dense: int, note: str = "") -> Figure:

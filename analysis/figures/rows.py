@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
-from analysis import style
-from analysis.figures import labels
+from analysis.figures import labels, style
 
 _LINE, _GAP = 0.122, 0.068
 """Inches of a line of text, and between rows."""

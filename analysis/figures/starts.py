@@ -10,9 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis import run_schema as schema
-from analysis import style
-from analysis.figures import labels, marks, panels
-from analysis.summary import MEASURES, MIN_SEEDS, half_width_key, interval_statement, n_statement
+from analysis.figures import labels, marks, panels, style
+from analysis.results.summary import MEASURES, MIN_SEEDS, half_width_key, interval_statement, n_statement
 
 SCRATCH, TEACHER = "scratch", "teacher"
 SHAPE = ("family", "chi", "n_sites", "factorisation")

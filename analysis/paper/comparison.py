@@ -12,8 +12,8 @@ from analysis.paper.rel_errors import errors_of, order_rows, summary_rows
 from analysis.paper.training import curve_rows, model_rows, retained_row, tuned_rows
 from analysis.paper.trials import PaperTrials
 from analysis.paper.values import BELOW, COLUMNS, READ_OFF
-from analysis.runs import StudyRuns
-from analysis.tables import Table
+from analysis.report.tables import Table
+from analysis.runs.study_runs import StudyRuns
 
 CURVES = ("val_loss", "val_acc", "val_acc_sampled", "train_loss")
 """Learning curves that the comparison needs of the trials from scratch."""

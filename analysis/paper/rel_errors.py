@@ -20,7 +20,7 @@ from analysis.paper.values import (
     row,
     too_few,
 )
-from analysis.runs import StudyRuns
+from analysis.runs.study_runs import StudyRuns
 
 MEAN, LARGEST = "mean over layers", "largest of any layer"
 _UP = "W_1"

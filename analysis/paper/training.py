@@ -25,7 +25,7 @@ from analysis.paper.values import (
     row,
     too_few,
 )
-from analysis.runs import StudyRuns
+from analysis.runs.study_runs import StudyRuns
 
 Row = dict[str, object]
 LOSS, ACC = "final/val_loss", "final/val_acc"

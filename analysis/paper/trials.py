@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.paper import published
-from analysis.runs import StudyRuns
+from analysis.runs.study_runs import StudyRuns
 
 COLUMNS = ("model", "trial", "arm", "n_seeds", "n_failed", "n_unfinished", "stopped", "others")
 

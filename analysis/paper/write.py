@@ -8,15 +8,16 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import style, tables
-from analysis.figures.published import published_figure, published_points
-from analysis.figures.published_curves import published_curves, published_curves_figure
-from analysis.figures.published_rel_errors import published_rel_error_figure, published_rel_errors
-from analysis.folder import OutputFolder
-from analysis.load import load_curves
+from analysis.figures import style
 from analysis.paper.comparison import CURVES, comparison_table, paper_comparison
+from analysis.paper.published_curves_figure import published_curves, published_curves_figure
+from analysis.paper.published_figure import published_figure, published_points
+from analysis.paper.published_rel_errors_figure import published_rel_error_figure, published_rel_errors
 from analysis.paper.trials import PaperTrials, paper_trials, remarks
-from analysis.runs import StudyRuns
+from analysis.report import tables
+from analysis.report.folder import OutputFolder
+from analysis.runs.load import load_curves
+from analysis.runs.study_runs import StudyRuns
 
 FIGURES = ("published", "published_rel_error", "published_curves")
 FOLDER = OutputFolder(

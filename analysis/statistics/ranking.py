@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from analysis.frontier.draws import SeedMeans
 from analysis.run_schema import Direction
+from analysis.statistics.draws import SeedMeans
 from analysis.statistics.intervals import LEVEL, check_level
 from analysis.statistics.seed_blocks import MIN_SEEDS, complete_table, two_way
 

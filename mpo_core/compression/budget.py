@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpo_core.bonds import clip_bonds, n_params
-from mpo_core.refinement.calibration import check_gram
-from mpo_core.refinement.whitening import make_whitener, square_root, times_sites
+from mpo_core.fitting.calibration import check_gram
+from mpo_core.fitting.whitening import make_whitener, square_root, times_sites
+from mpo_core.tensor_train.bonds import clip_bonds, n_params
 from mpo_core.values import in_range
 
 Split = tuple[tuple[int, ...], tuple[int, ...]]

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mpo_core.baselines import PrunedLinear
-from mpo_core.bonds import check_fraction, check_whole
 from mpo_core.compression.dense_layers import (
     DenseLayer,
     Model,
@@ -27,14 +25,16 @@ from mpo_core.compression.dense_layers import (
 )
 from mpo_core.compression.report import CompressedLayer, CompressionReport
 from mpo_core.compression.sizing import KINDS, Sizer, spread
-from mpo_core.computed_weights import weight_of
-from mpo_core.factorisation import factorise
-from mpo_core.initialisation import FRESH_INITS, INITS
-from mpo_core.linear import MPOLinear
-from mpo_core.refinement.calibration import collect_grams, output_error
-from mpo_core.structured import StructuredLinear
-from mpo_core.tensor_train import contract, tt_svd
-from mpo_core.tensor_train import rel_error as relative_error
+from mpo_core.fitting.calibration import collect_grams, output_error
+from mpo_core.layers.computed_weights import weight_of
+from mpo_core.layers.low_rank import PrunedLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.structured import StructuredLinear
+from mpo_core.tensor_train.algebra import contract, tt_svd
+from mpo_core.tensor_train.algebra import rel_error as relative_error
+from mpo_core.tensor_train.bonds import check_fraction, check_whole
+from mpo_core.tensor_train.factorisation import factorise
+from mpo_core.tensor_train.initialisation import FRESH_INITS, INITS
 
 Layer = Callable[[str, nn.Linear], StructuredLinear | None]
 

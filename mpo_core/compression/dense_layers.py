@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from mpo_core.computed_weights import copied_results, weight_of, why_computed
+from mpo_core.layers.computed_weights import copied_results, weight_of, why_computed
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpo_core.picogpt import GPTConfig, PicoGPT
+from mpo_core.models.picogpt import GPTConfig, PicoGPT
 
 LOADED_INTO = "the model that it is loaded into"
 

@@ -18,9 +18,9 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from mpo_core.bonds import check_whole
 from mpo_core.compression.description import check_plain_tensors, describe, named_tensors, rebuild, set_modes
 from mpo_core.compression.origin import LOADED_INTO, config_json
+from mpo_core.tensor_train.bonds import check_whole
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
 from mpo_core.compression.budget import Rung, Split, chain_ladder, low_rank_ladder, spread_budget
-from mpo_core.factorisation import factorise, why_not
-from mpo_core.initialisation import FRESH_INITS
-from mpo_core.linear import MPOLinear
-from mpo_core.refinement.calibration import output_error
-from mpo_core.structured import StructuredLinear, rounding
-from mpo_core.tensor_train import rel_error
+from mpo_core.fitting.calibration import output_error
+from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.structured import StructuredLinear, rounding
+from mpo_core.tensor_train.algebra import rel_error
+from mpo_core.tensor_train.factorisation import factorise, why_not
+from mpo_core.tensor_train.initialisation import FRESH_INITS
 from mpo_core.values import check_matrix
 
 KINDS: dict[str, type[StructuredLinear]] = {

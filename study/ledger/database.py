@@ -14,7 +14,7 @@ import sqlalchemy as sa
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
 
-from analysis.urls import hide_password
+from analysis.runs.urls import hide_password
 from study.errors import StudyError
 from study.ledger.checksums import Damaged
 

@@ -19,9 +19,6 @@ import sqlalchemy as sa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from study.config import StudyConfig
-from study.definition import definition, differences, only_adds, settled
-from study.early_stopping import Stop, stops_after
 from study.errors import StudyError
 from study.ledger.checksums import SUM, insert, sign
 from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna
@@ -44,19 +41,14 @@ from study.ledger.tables import (
     study_table,
 )
 from study.ledger.tally import Tally
-from study.ledger.trials import (
-    TRIAL,
-    Trial,
-    check_trials,
-    from_attribute,
-    read_frozen,
-    signed,
-    to_attribute,
-)
-from study.samplers import make_sampler
-from study.search_space import directions, listed_specs, suggest, teacher_spec
-from study.telling import Pruned, what_to_tell, why_pruned, worst_loss
-from study.trial import SeedResult, TrialShape, TrialSpec, budget_hash, now, tuning_trials
+from study.ledger.trials import TRIAL, check_trials, from_attribute, read_frozen, signed, to_attribute
+from study.search.early_stopping import stops_after
+from study.search.samplers import make_sampler
+from study.search.telling import what_to_tell, why_pruned, worst_loss
+from study.spec.config import StudyConfig
+from study.spec.definition import definition, differences, only_adds, settled
+from study.spec.search_space import directions, listed_specs, suggest, teacher_spec
+from study.spec.trial import Pruned, SeedResult, Stop, Trial, TrialShape, TrialSpec, budget_hash, now, tuning_trials
 
 _UNDO = "undo the change, or begin a new study with another name or --dir"
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import sqlalchemy as sa
 import sqlalchemy.exc
 
-from analysis.urls import hide_password
+from analysis.runs.urls import hide_password
 from study.errors import StudyError
 from study.ledger.database import ALIVE
 

@@ -9,7 +9,6 @@ from functools import partial
 import optuna
 import sqlalchemy as sa
 
-from study.early_stopping import Stop
 from study.errors import StudyError
 from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna
 from study.ledger.tables import (
@@ -24,8 +23,8 @@ from study.ledger.tables import (
     study_table,
 )
 from study.ledger.tally import seeds_of
-from study.ledger.trials import TRIAL, Trial, check_trials, from_attribute, read_frozen
-from study.trial import SeedResult
+from study.ledger.trials import TRIAL, check_trials, from_attribute, read_frozen
+from study.spec.trial import SeedResult, Stop, Trial
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,13 @@ from typing import Any
 import sqlalchemy as sa
 from pydantic import TypeAdapter, ValidationError
 
-from study.config import StudyConfig
-from study.early_stopping import Stop
 from study.errors import StudyError
 from study.ledger.checksums import SUM, Damaged, read_rows
 from study.ledger.database import close_optuna, open_database, open_optuna
-from study.ledger.trials import Trial, first_defect
-from study.search_space import METRIC_OF_OBJECTIVE
-from study.trial import SeedResult
+from study.ledger.trials import first_defect
+from study.spec.config import StudyConfig
+from study.spec.search_space import METRIC_OF_OBJECTIVE
+from study.spec.trial import SeedResult, Stop, Trial
 
 SCHEMA_VERSION = 1
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from study.config import StudyConfig
-from study.ledger.trials import Trial
-from study.search_space import listed_specs
+from study.spec.config import StudyConfig
+from study.spec.search_space import listed_specs
+from study.spec.trial import Trial
 
 
 class Tally:

@@ -1,44 +1,20 @@
-"""A trial as the ledger has it."""
+"""Trials in Optuna's tables: how one is written there and read back."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import optuna
 from pydantic import TypeAdapter, ValidationError
 
-from study.early_stopping import Stop
 from study.ledger.checksums import SUM, Damaged, checksum
-from study.telling import Pruned
-from study.trial import TrialShape, TrialSpec
+from study.spec.trial import Stop, Trial
 
 TRIAL = "trial"
 """Optuna's user attribute that holds a trial of ours: one, so that it is written whole or not at all."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One configuration, its place in Optuna's numbering, and the counts that its shapes give.
-
-    pruned: it breaks a limit of the budget, and is never trained. stop: it, or the trial it repeats, was given up.
-    """
-
-    number: int
-    spec: TrialSpec
-    shape: TrialShape
-    budget_hash: str
-    tuning_trials: int
-    duplicate_of: int | None = None
-    pruned: Pruned | None = None
-    stop: Stop | None = None
-
-    @property
-    def source(self) -> int:
-        """Number of the trial whose results are this one's: its own, or that of the trial it repeats."""
-        return self.number if self.duplicate_of is None else self.duplicate_of
 
 
 def to_attribute(trial: Trial) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from study.scheduler.interrupts import interrupts
 from study.scheduler.queue import Queue
-from study.scheduler.unit import OUT_OF_MEMORY, Unit, run_unit
+from study.training.unit import OUT_OF_MEMORY, Unit, run_unit
 
 
 def run_inline(queue: Queue, on_evaluation: Callable[[Unit, int, dict[str, float]], None]) -> None:

@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from study.config import StudyConfig
 from study.ledger.ledger import Ledger
 from study.ledger.lock import Hold
 from study.ledger.outage import LedgerGone, Patience
-from study.ledger.trials import Trial
 from study.scheduler.reports import SILENT_SECONDS, Flights, Key
-from study.scheduler.unit import Teachers, Unit, checkpoints_of
-from study.storage import Storage
-from study.trial import SeedResult, now
-from study.values import Choices, Range
+from study.spec.config import StudyConfig
+from study.spec.trial import SeedResult, Trial, now
+from study.spec.values import Choices, Range
+from study.training.storage import Storage
+from study.training.unit import Teachers, Unit, checkpoints_of
 
 MAX_DEATHS = 3
 """A unit whose worker died this often, with no evaluation passed in between, is recorded as failed; or, where no

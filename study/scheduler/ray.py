@@ -26,16 +26,16 @@ from ray.job_config import JobConfig
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from analysis.urls import hide_password
-from study import program
+from analysis.runs.urls import hide_password
 from study.errors import StudyError
 from study.scheduler import worker
 from study.scheduler.interrupts import interrupts
 from study.scheduler.private_folder import private_folder
 from study.scheduler.queue import Queue
-from study.scheduler.unit import Unit
 from study.scheduler.worker import work
-from study.trial import SeedResult
+from study.spec.trial import SeedResult
+from study.training import program
+from study.training.unit import Unit
 
 for _module in (program, worker):
     cloudpickle.register_pickle_by_value(_module)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from study.directory import replace_file
+from study.ledger.directory import replace_file
 
 SILENT_SECONDS = 600
 """A run that has not reported for this long is named, and again each time that this long has passed."""

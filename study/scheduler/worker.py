@@ -18,7 +18,7 @@ import ray
 from ray import tune
 from ray.experimental.internal_kv import _internal_kv_get
 
-from study.program import PACKAGES, code_in, program
+from study.training.program import PACKAGES, code_in, program
 
 _checked: list[bool] = []
 """Not empty once this process has found that its program is the driver's."""
@@ -66,7 +66,7 @@ def why_refused(driver: Mapping[str, str]) -> str | None:
             for one in (own, driver)
         ]
         return f"{here} has another program, {places[0]}, than this driver, {places[1]}"
-    from study.program import this_program  # of this process: what its results name
+    from study.training.program import this_program  # of this process: what its results name
 
     this_program()
     _checked.append(True)
@@ -87,7 +87,7 @@ def work(config: dict[str, str], driver: Mapping[str, str], storage_key: str) ->
         tune.report({"abort": refused})
         return
     from study.errors import StudyError
-    from study.scheduler.unit import OUT_OF_MEMORY, Unit, run_unit
+    from study.training.unit import OUT_OF_MEMORY, Unit, run_unit
 
     storage = _internal_kv_get(storage_key)
     if storage is None:

@@ -9,10 +9,9 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from study.errors import StudyError
-from study.ledger.trials import Trial
+from study.spec.trial import SeedResult, Trial
 from study.tracking.connection import TrackingAway, first_line
 from study.tracking.tracker import Tracker
-from study.trial import SeedResult
 
 _LONGEST_PAUSE = 60.0
 """Seconds between two attempts where MLflow stays away."""

@@ -13,9 +13,9 @@ from urllib.parse import quote, unquote, urlsplit
 import sqlalchemy
 import sqlalchemy.exc
 
-from analysis.urls import hide_password
+from analysis.runs.urls import hide_password
 from study.errors import StudyError
-from study.urls import is_database
+from study.ledger.urls import is_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,9 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from analysis import run_schema as schema
-from study.ledger.trials import Trial
-from study.telling import Pruned
-from study.trial import SeedResult
+from study.spec.trial import Pruned, SeedResult, Trial
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from study.config import StudyConfig
-from study.corpus import Corpus
-from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.ledger.ledger import Ledger
-from study.storage import Storage
-from study.study_file import dump_config
+from study.ledger.urls import is_database
+from study.spec.config import StudyConfig
+from study.spec.study_file import dump_config
 from study.tracking.connection import connect, move_artifacts, prepare_own_database, tracking_error
 from study.tracking.content import StudyRecord
 from study.tracking.tracker import Tracker
-from study.urls import is_database
+from study.training.corpus import Corpus
+from study.training.storage import Storage
 
 
 def study_record(config: StudyConfig, ledger: Ledger, corpus: Corpus) -> StudyRecord:

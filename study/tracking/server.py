@@ -14,7 +14,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable
 
-from analysis.urls import hide_password
+from analysis.runs.urls import hide_password
 from study.errors import StudyError
 
 _LOOK_SECONDS = 0.1

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis import run_schema as schema
-from analysis.urls import hide_password
+from analysis.runs.urls import hide_password
 from study.errors import StudyError
-from study.ledger.trials import Trial
-from study.storage import Storage
+from study.spec.trial import SeedResult, Trial
 from study.tracking.connection import TrackingAway, error_kind, shown
 from study.tracking.content import (
     RunContent,
@@ -31,7 +30,7 @@ from study.tracking.content import (
     summary_content,
     trial_content,
 )
-from study.trial import SeedResult
+from study.training.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -10,11 +10,11 @@ import pytest
 import simulated_study
 
 from analysis import run_schema as schema
-from analysis.findings import Findings
-from analysis.load import load_study, resolve_study
-from analysis.runs import StudyRuns
-from analysis.summary import summarise
-from analysis.uncertainty import FrontierUncertainty
+from analysis.results.findings import Findings
+from analysis.results.summary import summarise
+from analysis.results.uncertainty import FrontierUncertainty
+from analysis.runs.load import load_study, resolve_study
+from analysis.runs.study_runs import StudyRuns
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pandas as pd
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, awkward_studies, simulated_runs
 
-from analysis.comparisons import compare
-from analysis.runs import Claims, Contrast, StudyRuns
-from analysis.summary import summarise
+from analysis.results.comparisons import compare
+from analysis.results.summary import summarise
+from analysis.runs.study_runs import Claims, Contrast, StudyRuns
 
 CONTRASTS = (("mpo-tuned", "dense"), ("mpo-tuned", "mpo"), ("mpo", "low_rank"))
 MARGINS = {"val_loss": 0.02, "val_acc": 0.005}

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import run_schema as schema
-from analysis.runs import RunRecord, StudyAddress, StudyRuns, study_runs
+from analysis.runs.study_runs import RunRecord, StudyAddress, StudyRuns, study_runs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -223,7 +223,7 @@ def _empty_database() -> bytes:
 def simulated_runs(
     found: Sequence[Configuration], keys: Sequence[str] = ("val_loss", "tokens"), **settings: Any
 ) -> tuple[StudyRuns, pd.DataFrame]:
-    """The same runs without MLflow, and their curves as `analysis.load.load_curves` gives them for `keys`."""
+    """The same runs without MLflow, and their curves as `analysis.runs.load.load_curves` gives them for `keys`."""
     simulated = list(simulate(found, **settings))
     records = [
         RunRecord(

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
 
-from analysis.answers import seed_noise
 from analysis.figures.data import curve_trials, frontier_points
 from analysis.figures.heat_map import heat_map_cells
-from analysis.figures.retained import retained_points
-from analysis.findings import Findings
-from analysis.runs import Claims, Contrast, Growth
+from analysis.results.answers import seed_noise
+from analysis.results.findings import Findings
+from analysis.results.retained import retained_points
+from analysis.results.summary import VAL_LOSS, summarise
+from analysis.results.uncertainty import frontier_uncertainty
+from analysis.runs.study_runs import Claims, Contrast, Growth
 from analysis.statistics.intervals import ratio_interval
 from analysis.statistics.power import resolved_gap
-from analysis.summary import VAL_LOSS, summarise
-from analysis.uncertainty import frontier_uncertainty
 
 DENSE = Configuration("dense", N_PARAMS_DENSE, 1.60, "dense", seeds=range(5))
 MARGINS = {"val_loss": 0.02, "val_acc": 0.005}

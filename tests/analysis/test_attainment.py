@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from analysis.frontier.attainment import attainment_surfaces, mean_frontier_band
-from analysis.frontier.nondominated import frontier_mask
+from analysis.statistics.attainment import attainment_surfaces, mean_frontier_band
 from analysis.statistics.intervals import mean_interval
+from analysis.statistics.nondominated import frontier_mask
 
 DIRECTIONS = st.sampled_from(["minimize", "maximize"])
 PERCENTILES = [0, 10, 25, 33, 50, 75, 90, 100]

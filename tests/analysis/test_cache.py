@@ -13,9 +13,9 @@ from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner
 
 from analysis import run_schema as schema
-from analysis.cache import MANIFEST, Cache
 from analysis.cli import app
-from analysis.load import StudyAddress, load_curves, load_study
+from analysis.runs.cache import MANIFEST, Cache
+from analysis.runs.load import StudyAddress, load_curves, load_study
 
 FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned")
 USUAL = [replace(c, unfinished=()) for c in simulated_study.configurations()]

@@ -10,7 +10,7 @@ from least_squares import anova_residual
 from scipy import stats
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
 
-from analysis.comparisons import (
+from analysis.results.comparisons import (
     BETTER,
     COLUMNS,
     FAILED,
@@ -24,12 +24,12 @@ from analysis.comparisons import (
     declared_against_reference,
     reference_trial,
 )
-from analysis.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
-from analysis.runs import Claims, Contrast
-from analysis.selection import seed_table
+from analysis.results.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
+from analysis.results.selection import seed_table
+from analysis.results.summary import summarise
+from analysis.runs.studies import join_studies
+from analysis.runs.study_runs import Claims, Contrast
 from analysis.statistics.multiplicity import benjamini_hochberg, holm
-from analysis.studies import join_studies
-from analysis.summary import summarise
 
 DENSE = Configuration("dense", N_PARAMS_DENSE, 1.60, "dense", seeds=range(5))
 MARGINS = {"val_loss": 0.02, "val_acc": 0.005}

@@ -7,8 +7,8 @@ from drawn import artists, check_same_bytes, check_texts, footer_of
 from simulated_study import N_PARAMS_MPO, Configuration
 
 from analysis.figures.families import MAX_ROWS, families_figure, family_points
-from analysis.pairs import REFERENCE
-from analysis.summary import MEASURES, VAL_ACC
+from analysis.results.pairs import REFERENCE
+from analysis.results.summary import MEASURES, VAL_ACC
 
 STUDIES = simulated_controls.studies()
 

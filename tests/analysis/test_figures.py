@@ -11,14 +11,13 @@ import simulated_study
 from drawn import Drawn, apart
 from matplotlib.collections import PolyCollection
 
-from analysis import style
-from analysis.figures import data, labels, panels
+from analysis.figures import data, labels, panels, style
 from analysis.figures.curves import learning_curves_figure
 from analysis.figures.frontier import frontier_figure
 from analysis.figures.rel_errors import rel_error_figure
-from analysis.summary import MEASURES, VAL_ACC, VAL_LOSS, summarise
-from analysis.tables import percent
-from analysis.uncertainty import frontier_uncertainty
+from analysis.results.numbers import percent
+from analysis.results.summary import MEASURES, VAL_ACC, VAL_LOSS, summarise
+from analysis.results.uncertainty import frontier_uncertainty
 
 STUDIES = simulated_study.awkward_studies()
 

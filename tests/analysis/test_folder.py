@@ -7,7 +7,7 @@ import json
 import pytest
 
 from analysis.errors import AnalysisError
-from analysis.folder import OutputFolder
+from analysis.report.folder import OutputFolder
 
 FOLDER = OutputFolder("sketch", "index.html", "sketch.json", ("index.html", "notes.csv"), ("figures", "tables"))
 

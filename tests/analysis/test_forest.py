@@ -10,8 +10,8 @@ from drawn import artists, check_same_bytes, check_texts, footer_of
 from simulated_study import Configuration
 
 from analysis.figures.forest import MAX_ROWS, forest_figure, forest_pairs
-from analysis.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
-from analysis.summary import MEASURES
+from analysis.results.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
+from analysis.results.summary import MEASURES
 
 STUDIES = simulated_controls.studies()
 

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from analysis.frontier.attainment import mean_frontier_band
-from analysis.frontier.draws import SeedMeans
-from analysis.frontier.hypervolume import HypervolumeReference, hypervolume, hypervolume_interval
-from analysis.frontier.nondominated import frontier_mask
-from analysis.frontier.support import frontier_support, size_needed
+from analysis.statistics.attainment import mean_frontier_band
+from analysis.statistics.draws import SeedMeans
+from analysis.statistics.hypervolume import HypervolumeReference, hypervolume, hypervolume_interval
+from analysis.statistics.nondominated import frontier_mask
+from analysis.statistics.support import frontier_support, size_needed
 
 DRAWS = 500
 UP = "maximize"

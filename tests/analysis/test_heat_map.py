@@ -12,9 +12,9 @@ from matplotlib.patches import Rectangle
 from scipy import stats
 from simulated_study import Configuration
 
-from analysis import style
+from analysis.figures import style
 from analysis.figures.heat_map import COLUMNS, heat_map_cells, heat_map_figure
-from analysis.summary import VAL_ACC, VAL_LOSS, summarise
+from analysis.results.summary import VAL_ACC, VAL_LOSS, summarise
 
 DENSE = Configuration("dense", 808_448, 1.575, family="dense")
 

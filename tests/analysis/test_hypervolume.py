@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from analysis.frontier.hypervolume import HypervolumeReference, hypervolume, hypervolume_interval
+from analysis.statistics.hypervolume import HypervolumeReference, hypervolume, hypervolume_interval
 
 DIRECTIONS = st.sampled_from(["minimize", "maximize"])
 REFERENCE = HypervolumeReference(worst_value=0.0, largest_size=1e6, base=10, direction="maximize")

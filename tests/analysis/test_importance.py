@@ -10,10 +10,11 @@ import simulated_study
 from drawn import check_texts
 from simulated_study import Configuration
 
-from analysis import importance, style
+from analysis.figures import style
 from analysis.figures.importance import importance_figure
-from analysis.importance import ANOVA, COLUMNS, FACTORS, FANOVA, INTERACTIONS, MIN_TRIALS, factor_importance
-from analysis.summary import VAL_ACC, VAL_LOSS, summarise
+from analysis.results import importance
+from analysis.results.importance import ANOVA, COLUMNS, FACTORS, FANOVA, INTERACTIONS, MIN_TRIALS, factor_importance
+from analysis.results.summary import VAL_ACC, VAL_LOSS, summarise
 
 CHI, SITES, INIT = (4, 8, 16, 32), (2, 3, 4), ("paper", "variance")
 

@@ -9,10 +9,10 @@ import simulated_controls
 from simulated_study import simulated_runs
 
 from analysis.figures import data
-from analysis.interactive import frontier_chart, parallel_chart, plotly_script, run_link
-from analysis.studies import join_studies
-from analysis.summary import VAL_LOSS, summarise
-from analysis.uncertainty import frontier_uncertainty
+from analysis.report.interactive import frontier_chart, parallel_chart, plotly_script, run_link
+from analysis.results.summary import VAL_LOSS, summarise
+from analysis.results.uncertainty import frontier_uncertainty
+from analysis.runs.studies import join_studies
 
 
 def points_of(runs, summary):

@@ -12,7 +12,7 @@ import simulated_study
 
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
-from analysis.load import StudyAddress, load_curves, load_study, resolve_study
+from analysis.runs.load import StudyAddress, load_curves, load_study, resolve_study
 
 CONFIGURATIONS = simulated_study.configurations()
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.frontier.nondominated import frontier_mask, step_line
+from analysis.statistics.nondominated import frontier_mask, step_line
 
 # Few distinct values, so that ties and equal points are common.
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=30)

@@ -18,8 +18,8 @@ from analysis.paper.comparison import CURVES, comparison_table, paper_comparison
 from analysis.paper.definitions import layer_params, model_params, mpo_params, quadratic_at
 from analysis.paper.trials import missing, paper_trials, remarks
 from analysis.paper.values import COLUMNS
+from analysis.report.tables import to_latex
 from analysis.statistics.intervals import ratio_interval
-from analysis.tables import to_latex
 
 PAPER = {"factorisation": "paper", "init": "paper", "n_sites": None}
 LOSSES = {4: 2.02, 8: 1.86, 16: 1.745, 32: 1.655}

@@ -14,18 +14,18 @@ from simulated_study import UUID, simulated_runs, write_study
 from test_paper import paper_study
 from typer.testing import CliRunner
 
-from analysis import style
 from analysis.cli import app
 from analysis.errors import AnalysisError
-from analysis.figures.published import published_figure, published_points
-from analysis.figures.published_curves import published_curves, published_curves_figure
-from analysis.figures.published_rel_errors import published_rel_error_figure, published_rel_errors
-from analysis.load import load_study
+from analysis.figures import style
 from analysis.paper import published
 from analysis.paper.comparison import CURVES, paper_comparison
+from analysis.paper.published_curves_figure import published_curves, published_curves_figure
+from analysis.paper.published_figure import published_figure, published_points
+from analysis.paper.published_rel_errors_figure import published_rel_error_figure, published_rel_errors
 from analysis.paper.trials import paper_trials
 from analysis.paper.write import write_comparison
-from analysis.runs import StudyAddress
+from analysis.runs.load import load_study
+from analysis.runs.study_runs import StudyAddress
 
 STUDIES = {
     "whole": paper_study(),

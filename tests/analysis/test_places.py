@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from analysis.places import fill_place, places
+from analysis.report.places import fill_place, places
 
 DOCUMENT = """A place begins with `<!-- begin a -->`: keep this.
 

@@ -10,10 +10,10 @@ from drawn import check_texts
 from scipy import stats
 from simulated_study import Configuration
 
-from analysis import style
+from analysis.figures import style
 from analysis.figures.rank_intervals import COLUMNS, MAX_ROWS, rank_figure, rank_rows
-from analysis.selection import common_seeds, select
-from analysis.summary import VAL_ACC, VAL_LOSS, summarise
+from analysis.results.selection import common_seeds, select
+from analysis.results.summary import VAL_ACC, VAL_LOSS, summarise
 
 STUDIES = simulated_study.awkward_studies()
 STUDIES["long labels"] = [

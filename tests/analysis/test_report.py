@@ -11,8 +11,8 @@ import simulated_study
 
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
-from analysis.load import StudyAddress, load_study
-from analysis.report import write_report
+from analysis.report.report import write_report
+from analysis.runs.load import StudyAddress, load_study
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

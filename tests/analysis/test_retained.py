@@ -6,9 +6,10 @@ import simulated_controls
 from drawn import artists, check_same_bytes, check_texts, footer_of
 from simulated_study import N_PARAMS_DENSE, Configuration, simulated_runs
 
-from analysis.figures.retained import retained_figure, retained_points
+from analysis.figures.retained import retained_figure
+from analysis.results.retained import retained_points
+from analysis.results.summary import summarise
 from analysis.statistics.intervals import ratio_interval
-from analysis.summary import summarise
 
 STUDIES = simulated_controls.studies()
 WITHOUT = ["one configuration", "no dense model", "equal", "all lost"]

@@ -9,7 +9,7 @@ import simulated_study
 
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
-from analysis.runs import RunRecord, StudyAddress, study_runs
+from analysis.runs.study_runs import RunRecord, StudyAddress, study_runs
 
 ADDRESS = StudyAddress("sqlite:///mlflow.db", "tiny")
 COUNTS = {"n_params": 79_168.0, "n_params_compressed": 70_000.0, "n_params_dense": 808_448.0}

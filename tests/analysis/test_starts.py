@@ -8,7 +8,7 @@ from drawn import artists, check_same_bytes, check_texts, footer_of
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
 
 from analysis.figures.starts import start_points, starts_figure
-from analysis.summary import MEASURES, summarise
+from analysis.results.summary import MEASURES, summarise
 
 STUDIES = simulated_controls.studies()
 DENSE = Configuration("dense", N_PARAMS_DENSE, 1.6, "dense")

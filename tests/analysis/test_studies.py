@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from analysis import run_schema as schema
 from analysis.cli import app
 from analysis.errors import AnalysisError
-from analysis.load import load_curves, load_study, resolve_study
-from analysis.report import write_report
-from analysis.runs import StudyRuns
-from analysis.studies import environments, join_studies
-from analysis.summary import summarise
-from analysis.tables import pruned_table, stopped_table
+from analysis.report.report import write_report
+from analysis.report.tables import pruned_table, stopped_table
+from analysis.results.summary import summarise
+from analysis.runs.load import load_curves, load_study, resolve_study
+from analysis.runs.studies import environments, join_studies
+from analysis.runs.study_runs import StudyRuns
 
 USUAL = simulated_study.awkward_studies()["usual"]
 DENSE, MPO = USUAL[0], USUAL[3]

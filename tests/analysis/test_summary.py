@@ -7,7 +7,7 @@ import pytest
 import simulated_study
 from scipy import stats
 
-from analysis.summary import (
+from analysis.results.summary import (
     MEASURES,
     frontier_key,
     group_order,

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis.frontier.attainment import mean_frontier_band
-from analysis.frontier.draws import SeedMeans
-from analysis.frontier.running_best import SortedSizes
-from analysis.frontier.support import frontier_support, size_needed
+from analysis.statistics.attainment import mean_frontier_band
+from analysis.statistics.draws import SeedMeans
+from analysis.statistics.running_best import SortedSizes
 from analysis.statistics.seed_blocks import uneven_two_way
+from analysis.statistics.support import frontier_support, size_needed
 
 DIRECTIONS = st.sampled_from(["minimize", "maximize"])
 

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import tables
+from analysis.report import tables
+from analysis.results import numbers
 
 
 def test_trials_table_shows_every_trial_with_its_interval(summary):
@@ -32,7 +33,7 @@ def test_frontier_table_says_the_support(summary, uncertainties):
     table = tables.frontier_table(summary, uncertainties)
     support = uncertainties["val_loss"].support.set_index("trial")["support"]
     for shown, trial in zip(table.shown["support, loss"], table.data["trial"], strict=True):
-        assert shown == tables.percent(support[trial])
+        assert shown == numbers.percent(support[trial])
 
 
 def test_comparisons_table_shows_declared_ones_first_with_their_tests(findings):
@@ -70,7 +71,7 @@ def test_arms_table_lists_what_trials_of_an_arm_differ_in(summary):
     ("share", "shown"), [(0, "0 %"), (0.001, "<1 %"), (0.5, "50 %"), (0.999, ">99 %"), (1, "100 %"), (0.004999, "<1 %")]
 )
 def test_percent_is_certain_only_where_the_share_is(share, shown):
-    assert tables.percent(share) == shown
+    assert numbers.percent(share) == shown
 
 
 def test_budgets_table_shows_both_totals_of_tokens(summary):
@@ -165,7 +166,7 @@ def test_to_latex_leaves_nothing_that_plain_latex_cannot_set(summary, runs, find
     ],
 )
 def test_with_interval_shows_what_there_is(mean, half_width, decimals, shown):
-    assert tables.with_interval(mean, half_width, decimals) == shown
+    assert numbers.with_interval(mean, half_width, decimals) == shown
 
 
 @pytest.mark.parametrize(
@@ -173,4 +174,4 @@ def test_with_interval_shows_what_there_is(mean, half_width, decimals, shown):
     [([0.0083], 4), ([0.012, 0.013, 5.0], 3), ([1.2], 1), ([25.0], 0), ([1e-9], 6), ([np.nan], 3), ([], 3), ([0.0], 3)],
 )
 def test_decimals_for_gives_the_typical_interval_two_digits(half_widths, decimals):
-    assert tables.decimals_for(pd.Series(half_widths, dtype=float)) == decimals
+    assert numbers.decimals_for(pd.Series(half_widths, dtype=float)) == decimals

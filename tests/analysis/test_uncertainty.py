@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
 
-from analysis.frontier.hypervolume import HypervolumeReference, hypervolume
-from analysis.runs import Claims
-from analysis.summary import MEASURES, VAL_ACC, VAL_LOSS, frontier_key, summarise
-from analysis.uncertainty import N_DRAWS, frontier_uncertainty
+from analysis.results.summary import MEASURES, VAL_ACC, VAL_LOSS, frontier_key, summarise
+from analysis.results.uncertainty import N_DRAWS, frontier_uncertainty
+from analysis.runs.study_runs import Claims
+from analysis.statistics.hypervolume import HypervolumeReference, hypervolume
 
 LOSSES = {4: 2.0, 8: 1.8, 16: 1.605, 32: 1.60}
 FOUND = [

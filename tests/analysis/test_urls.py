@@ -6,8 +6,8 @@ from urllib.parse import quote_plus
 import pytest
 
 from analysis.errors import AnalysisError
-from analysis.runs import StudyAddress, study_runs
-from analysis.urls import hide_password, without_credentials
+from analysis.runs.study_runs import StudyAddress, study_runs
+from analysis.runs.urls import hide_password, without_credentials
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
-from mpo_core.bonds import clip_bonds, largest_chi
 from mpo_core.compression.compress import compress, rel_errors
-from mpo_core.factorisation import factorise
-from mpo_core.linear import MPOLinear
-from mpo_core.refinement.fit import fit_cores, low_rank_svd
-from mpo_core.refinement.least_squares import als
-from mpo_core.tensor_train import orthogonalize, round_cores, tt_svd
+from mpo_core.fitting.fit import fit_cores, low_rank_svd
+from mpo_core.fitting.least_squares import als
+from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.tensor_train.algebra import orthogonalize, round_cores, tt_svd
+from mpo_core.tensor_train.bonds import clip_bonds, largest_chi
+from mpo_core.tensor_train.factorisation import factorise
 
 KINDS = [(MPOLinear, "chi"), (LowRankLinear, "rank"), (MonarchLinear, "rank"), (PrunedLinear, "max_params")]
 kinds = pytest.mark.parametrize(("kind", "size"), KINDS)

@@ -16,11 +16,11 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
-from mpo_core.initialisation import normal_
-from mpo_core.linear import MPOLinear
-from mpo_core.refinement.calibration import output_error
-from mpo_core.tensor_train import rel_error
+from mpo_core.fitting.calibration import output_error
+from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.tensor_train.algebra import rel_error
+from mpo_core.tensor_train.initialisation import normal_
 
 KINDS = {
     "low_rank": (LowRankLinear, {"rank": 3}),

@@ -12,7 +12,7 @@ from chains import few, seeds, splits, unfolding_singular_values
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_core.bonds import check_sizes, clip_bonds, contraction_order, largest_bonds, largest_chi, n_params
+from mpo_core.tensor_train.bonds import check_sizes, clip_bonds, contraction_order, largest_bonds, largest_chi, n_params
 
 
 @few

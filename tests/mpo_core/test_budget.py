@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from mpo_core.compression.budget import Rung, chain_ladder, low_rank_ladder, spread_budget
 from mpo_core.compression.sizing import N_MEASURED, Sizer
-from mpo_core.factorisation import factorise
-from mpo_core.linear import MPOLinear
-from mpo_core.refinement.calibration import output_error
-from mpo_core.refinement.fit import fit_cores, low_rank_svd
-from mpo_core.tensor_train import contract, rel_error, tt_svd
+from mpo_core.fitting.calibration import output_error
+from mpo_core.fitting.fit import fit_cores, low_rank_svd
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
+from mpo_core.tensor_train.factorisation import factorise
 
 ladders = st.lists(
     st.lists(st.builds(Rung, st.integers(1, 30), st.floats(0, 1)), min_size=1, max_size=5), min_size=1, max_size=4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpo_core.refinement.calibration import Gram, check_gram, collect_grams, output_error
+from mpo_core.fitting.calibration import Gram, check_gram, collect_grams, output_error
 
 
 def inputs(*shape, seed=0, dtype=torch.float64):

@@ -9,11 +9,11 @@ import torch
 import torch.utils.checkpoint
 from torch.autograd import forward_ad
 
-from mpo_core import contraction
-from mpo_core.bonds import clip_bonds
-from mpo_core.chain_steps import contracted_in_parts, matrices_of, steps_of
-from mpo_core.contraction import chain
-from mpo_core.tensor_train import bonds_and_sizes, contract
+from mpo_core.tensor_train import contraction
+from mpo_core.tensor_train.algebra import bonds_and_sizes, contract
+from mpo_core.tensor_train.bonds import clip_bonds
+from mpo_core.tensor_train.chain_steps import contracted_in_parts, matrices_of, steps_of
+from mpo_core.tensor_train.contraction import chain
 
 CHAINS = {
     "one site": ((3,), (4,), 1),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from mpo_core.baselines import LowRankLinear
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
-from mpo_core.linear import MPOLinear
-from mpo_core.picogpt import GPTConfig, PicoGPT
+from mpo_core.layers.low_rank import LowRankLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.models.picogpt import GPTConfig, PicoGPT
 
 SMALL = GPTConfig(vocab_size=11, d_model=12, n_heads=3, n_layers=2, context=10, d_ff=20)
 PER_BLOCK = (

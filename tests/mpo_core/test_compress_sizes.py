@@ -10,10 +10,10 @@ from torch import nn
 
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed
 from mpo_core.compression.sizing import KINDS
-from mpo_core.linear import MPOLinear
-from mpo_core.refinement.calibration import collect_grams, output_error
-from mpo_core.structured import StructuredLinear
-from mpo_core.tensor_train import rel_error
+from mpo_core.fitting.calibration import collect_grams, output_error
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.structured import StructuredLinear
+from mpo_core.tensor_train.algebra import rel_error
 
 KIND_NAMES = ("mpo", "low_rank", "monarch", "pruned")
 

@@ -13,10 +13,10 @@ from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpo_core import contraction
-from mpo_core.bonds import clip_bonds
-from mpo_core.contraction import CHAIN_STATE, Product, chain, cheapest_direction, cost, products
-from mpo_core.tensor_train import contract
+from mpo_core.tensor_train import contraction
+from mpo_core.tensor_train.algebra import contract
+from mpo_core.tensor_train.bonds import clip_bonds
+from mpo_core.tensor_train.contraction import CHAIN_STATE, Product, chain, cheapest_direction, cost, products
 
 DIRECTIONS = ("left", "right")
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from mpo_core.contraction import CHAIN_STATE, MODES, Product, products
-from mpo_core.cost_model import (
+from mpo_core.layers.cost_model import (
     Calibration,
     _no_slower_than_larger,
     calibrate,
@@ -18,7 +17,8 @@ from mpo_core.cost_model import (
     choose,
     set_calibration,
 )
-from mpo_core.linear import MPOLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.tensor_train.contraction import CHAIN_STATE, MODES, Product, products
 
 FREE = ((1.0, 0.0),)
 NONE, EQUAL = dict.fromkeys(MODES, (0.0, 0.0)), dict.fromkeys(MODES, (1e-6, 3e-6))

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed
-from mpo_core.linear import MPOLinear
-from mpo_core.refinement.calibration import collect_grams
+from mpo_core.fitting.calibration import collect_grams
+from mpo_core.layers.mpo import MPOLinear
 
 
 def normal(*shape, seed=0):

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
 from mpo_core.compression.compress import compress, rel_errors
-from mpo_core.initialisation import spectral_norm
-from mpo_core.linear import MPOLinear
-from mpo_core.refinement.calibration import Gram, collect_grams, output_error
-from mpo_core.refinement.fit import fit_cores
-from mpo_core.refinement.least_squares import als
-from mpo_core.tensor_train import (
+from mpo_core.fitting.calibration import Gram, collect_grams, output_error
+from mpo_core.fitting.fit import fit_cores
+from mpo_core.fitting.least_squares import als
+from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.tensor_train.algebra import (
     balance_cores,
     contract,
     frobenius_norm,
@@ -25,6 +24,7 @@ from mpo_core.tensor_train import (
     round_cores,
     tt_svd,
 )
+from mpo_core.tensor_train.initialisation import spectral_norm
 
 SIZES = [2, 2, 2, 2]
 KINDS = {

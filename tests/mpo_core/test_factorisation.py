@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo_core.bonds import clip_bonds, n_params
-from mpo_core.factorisation import (
+from mpo_core.tensor_train.bonds import clip_bonds, n_params
+from mpo_core.tensor_train.factorisation import (
     FACTORISATIONS,
     PAPER_FACTORISATIONS,
     factorisations,

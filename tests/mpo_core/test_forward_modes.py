@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from mpo_core.cached_matrix import CachedMatrix
-from mpo_core.linear import FORWARD_MODES, MPOLinear
+from mpo_core.layers.cached_matrix import CachedMatrix
+from mpo_core.layers.mpo import FORWARD_MODES, MPOLinear
 
 modes = pytest.mark.parametrize("mode", FORWARD_MODES)
 

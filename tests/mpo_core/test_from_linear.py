@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpo_core.linear import MPOLinear
-from mpo_core.tensor_train import rel_error, tt_svd
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.tensor_train.algebra import rel_error, tt_svd
 
 
 def seeded(seed=0):

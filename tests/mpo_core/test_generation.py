@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mpo_core.compression.compress import compress
-from mpo_core.generation import generate
-from mpo_core.linear import MPOLinear
-from mpo_core.picogpt import GPTConfig, KeyValueCache, PicoGPT
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.models.generation import generate
+from mpo_core.models.picogpt import GPTConfig, KeyValueCache, PicoGPT
 
 
 def generator(seed=0):

@@ -14,10 +14,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from mpo_core.baselines import LowRankLinear
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
-from mpo_core.linear import MPOLinear
-from mpo_core.refinement.calibration import output_error
+from mpo_core.fitting.calibration import output_error
+from mpo_core.layers.low_rank import LowRankLinear
+from mpo_core.layers.mpo import MPOLinear
 
 VOCABULARY, WIDTH, LAYERS = 50, 24, 2
 

@@ -10,9 +10,11 @@ from chains import few, random_cores, splits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_core.bonds import clip_bonds
-from mpo_core.factorisation import factorise
-from mpo_core.initialisation import (
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.tensor_train.algebra import contract, tt_svd
+from mpo_core.tensor_train.bonds import clip_bonds
+from mpo_core.tensor_train.factorisation import factorise
+from mpo_core.tensor_train.initialisation import (
     FRESH_INITS,
     INITS,
     init_cores_,
@@ -22,8 +24,6 @@ from mpo_core.initialisation import (
     spectral_norm,
     variance_std,
 )
-from mpo_core.linear import MPOLinear
-from mpo_core.tensor_train import contract, tt_svd
 
 
 def generators(n_sites, seed=0):

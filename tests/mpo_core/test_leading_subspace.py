@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mpo_core import contract, rel_error, tt_svd
-from mpo_core.leading_subspace import leading_left
+from mpo_core.tensor_train.leading_subspace import leading_left
 
 N, K = 2048, 24
 

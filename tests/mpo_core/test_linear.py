@@ -11,8 +11,8 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from mpo_core.bonds import clip_bonds
-from mpo_core.linear import MPOLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.tensor_train.bonds import clip_bonds
 
 shapes = pytest.mark.parametrize(
     ("out_features", "in_features", "n_sites"),

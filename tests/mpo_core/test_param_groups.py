@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpo_core.baselines import LowRankLinear, MonarchLinear, PrunedLinear
-from mpo_core.linear import MPOLinear
+from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.mpo import MPOLinear
 from mpo_core.param_groups import param_groups
 
 

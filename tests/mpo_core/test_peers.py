@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
-from mpo_core.linear import FORWARD_MODES, MPOLinear
-from mpo_core.tensor_train import contract, tt_svd
+from mpo_core.layers.mpo import FORWARD_MODES, MPOLinear
+from mpo_core.tensor_train.algebra import contract, tt_svd
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

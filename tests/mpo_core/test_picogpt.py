@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from mpo_core.compression.compress import compress, n_params
-from mpo_core.picogpt import GPTConfig, PicoGPT, flops_per_token, reconstruct_flops, sinusoidal_positions
+from mpo_core.models.picogpt import GPTConfig, PicoGPT, flops_per_token, reconstruct_flops, sinusoidal_positions
 
 SMALL = GPTConfig(vocab_size=11, d_model=12, n_heads=3, n_layers=2, context=10, d_ff=20)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpo_core.baselines import PrunedLinear
+from mpo_core.layers.low_rank import PrunedLinear
 
 
 def normal(*shape, seed=0):

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mpo_core.refinement.least_squares
-from mpo_core.bonds import clip_bonds
-from mpo_core.refinement.calibration import output_error
-from mpo_core.refinement.fit import FIT_METHODS, fit_cores, low_rank_svd, whitened_tt_svd
-from mpo_core.refinement.least_squares import MAX_ENTRIES, als
-from mpo_core.refinement.whitening import kronecker_factors
-from mpo_core.tensor_train import contract, rel_error, tt_svd
+import mpo_core.fitting.least_squares
+from mpo_core.fitting.calibration import output_error
+from mpo_core.fitting.fit import FIT_METHODS, fit_cores, low_rank_svd, whitened_tt_svd
+from mpo_core.fitting.least_squares import MAX_ENTRIES, als
+from mpo_core.fitting.whitening import kronecker_factors
+from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
+from mpo_core.tensor_train.bonds import clip_bonds
 
 few = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -177,8 +177,8 @@ def test_als_never_raises_the_error_and_keeps_the_bonds(problem):
 @pytest.mark.parametrize(("d_out", "d_in", "chi"), [([3, 4], [4, 3], 3), ([2, 3, 2], [3, 2, 2], 3)])
 def test_als_ends_where_no_core_has_a_gradient(monkeypatch, entries, d_out, d_in, chi):
     """Autograd of the objective is the oracle for both ways to solve for a core."""
-    monkeypatch.setattr(mpo_core.refinement.least_squares, "MAX_ENTRIES", entries)
-    monkeypatch.setattr(mpo_core.refinement.least_squares, "CG_STEPS", 60)
+    monkeypatch.setattr(mpo_core.fitting.least_squares, "MAX_ENTRIES", entries)
+    monkeypatch.setattr(mpo_core.fitting.least_squares, "CG_STEPS", 60)
     W, gram = normal(12, 12, seed=0), make_gram(12, 1, decades=0.5)
     start = tt_svd(W, d_out, d_in, chi)
     cores, history = als(W, start, gram, max_sweeps=200, tolerance=1e-12)

@@ -11,8 +11,7 @@ from chains import dense, few, random_cores, seeds, splits, unfolding_singular_v
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_core.bonds import clip_bonds
-from mpo_core.tensor_train import (
+from mpo_core.tensor_train.algebra import (
     balance_cores,
     bonds_and_sizes,
     contract,
@@ -23,6 +22,7 @@ from mpo_core.tensor_train import (
     round_cores,
     tt_svd,
 )
+from mpo_core.tensor_train.bonds import clip_bonds
 
 
 @st.composite

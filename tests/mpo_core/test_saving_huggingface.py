@@ -27,7 +27,7 @@ from transformers import (
 
 import mpo_core
 from mpo_core.compression import saving
-from mpo_core.structured import StructuredLinear
+from mpo_core.layers.structured import StructuredLinear
 
 SIZES = {
     "vocab_size": 30,

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from study.cli import main
-from study.corpus import load_corpus
-from study.search_space import listed_specs
-from study.study_file import validate
+from study.commands.cli import main
+from study.spec.search_space import listed_specs
+from study.spec.study_file import validate
+from study.training.corpus import load_corpus
 
 WORDS = ("tensor", "train", "bond", "site", "core", "chi")
 

@@ -20,7 +20,7 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
-from analysis.load import load_study, resolve_study
+from analysis.runs.load import load_study, resolve_study
 
 LONG = {"protocol": {"steps": 400, "eval_every": 40}, "execution": {"checkpoint_seconds": 0.1}}
 

@@ -16,14 +16,14 @@ import yaml
 from rich.console import Console
 
 from analysis import run_schema as schema
-from study.directory import StudyDirectory
-from study.growth import Growth
+from study.commands.run import Outcome, open_ledger, run_study, study_corpus
 from study.ledger.database import open_database
+from study.ledger.directory import StudyDirectory
+from study.ledger.growth import Growth
 from study.ledger.ledger import Ledger
 from study.ledger.snapshot import read_ledger
-from study.run import Outcome, open_ledger, run_study, study_corpus
-from study.study_file import load_config
-from study.trial import SeedResult, now
+from study.spec.study_file import load_config
+from study.spec.trial import SeedResult, now
 
 DENSE = {"name": "dense", "family": "dense"}
 MPO = {"name": "mpo", "family": "mpo", "chi": [2, 4]}

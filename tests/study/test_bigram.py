@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from study.bigram import bigram_scores
-from study.corpus import Corpus
+from study.training.bigram import bigram_scores
+from study.training.corpus import Corpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,13 +31,15 @@ def test_scores_are_those_of_counts_by_hand():
 
 @pytest.mark.parametrize("document", ["README.md", "docs/results/README.md"])
 def test_documents_say_what_the_command_prints(document):
-    command = [sys.executable, "-m", "study.bigram"]
+    command = [sys.executable, "-m", "study.training.bigram"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-    assert f"({printed}; `python -m study.bigram`)" in " ".join((ROOT / document).read_text(encoding="utf-8").split())
+    assert f"({printed}; `python -m study.training.bigram`)" in " ".join(
+        (ROOT / document).read_text(encoding="utf-8").split()
+    )
 
 
 def test_text_that_is_not_there_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "study.bigram", str(tmp_path / "none.txt")]
+    command = [sys.executable, "-m", "study.training.bigram", str(tmp_path / "none.txt")]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")

@@ -8,16 +8,16 @@ import pytest
 import torch
 from study_fixtures import DENSE, MPO, TUNED, ledger_at, made_up, printed_by_run, results_at, run_at, write_study
 
-from study.directory import StudyDirectory
+from study.commands.run import study_corpus
+from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
-from study.run import study_corpus
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
-from study.scheduler.unit import Unit, checkpoints_of, run_unit, store_corpus
-from study.stacked import train_seeds
-from study.storage import Storage
-from study.study_file import load_config
-from study.training import train_seed
+from study.spec.study_file import load_config
+from study.training.stacked import train_seeds
+from study.training.storage import Storage
+from study.training.train import train_seed
+from study.training.unit import Unit, checkpoints_of, run_unit, store_corpus
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def stop_at(file, folder, n_evaluations):
 def test_study_does_not_depend_on_the_size_of_its_blocks(tmp_path, monkeypatch):
     alone = write_study(tmp_path, seeds=3)
     run_at(alone, tmp_path / "alone")
-    monkeypatch.setattr("study.scheduler.unit.train_seed", None)  # nothing is trained alone from here on
+    monkeypatch.setattr("study.training.unit.train_seed", None)  # nothing is trained alone from here on
     outcome = run_at(alone, tmp_path / "stacked", "execution.seeds_per_unit=3")
     assert (outcome.n_complete, outcome.n_failed) == (12, 0)
     assert_same_study(tmp_path / "stacked", tmp_path / "alone")
@@ -302,7 +302,7 @@ def test_out_of_memory_of_a_stack_trains_half_of_it_at_a_time(tmp_path, monkeypa
             raise torch.OutOfMemoryError("tried to allocate a lot")
         return train_seeds(spec, seeds, *args, **kwargs)
 
-    monkeypatch.setattr("study.scheduler.unit.train_seeds", train)
+    monkeypatch.setattr("study.training.unit.train_seeds", train)
     file = write_study(tmp_path, seeds=4, arms=[DENSE], execution={"seeds_per_unit": 4})
     assert run_at(file, tmp_path / "study").n_complete == 4
     assert sizes == [4, 2, 2]
@@ -317,8 +317,8 @@ def test_what_goes_wrong_in_one_seed_of_a_stack_fails_that_seed_alone(tmp_path, 
     def stack(*args, **kwargs):
         raise ValueError("one of these cannot be trained")
 
-    monkeypatch.setattr("study.scheduler.unit.train_seed", train)
-    monkeypatch.setattr("study.scheduler.unit.train_seeds", stack)
+    monkeypatch.setattr("study.training.unit.train_seed", train)
+    monkeypatch.setattr("study.training.unit.train_seeds", stack)
     queue = open_queue(write_study(tmp_path, seeds=3, arms=[DENSE], execution={"seeds_per_unit": 3}))
     results = run_unit(queue.next_unit(), lambda seed, row: None)
     assert [result.state for result in results] == ["complete", "failed", "complete"]

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 from study_fixtures import DENSE, write_search
 
-from study.directory import StudyDirectory
+from study.commands.run import run_study
+from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
-from study.run import run_study
-from study.study_file import load_config
+from study.spec.study_file import load_config
 
 pytestmark = [pytest.mark.fault, pytest.mark.filterwarnings("ignore")]
 

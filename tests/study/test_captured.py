@@ -12,10 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from study import captured, precision
-from study.captured import WARM_UP, DeviceStep
-from study.stacked import StackedTraining, train_seeds
-from study.training import Diverged, Training, train_seed
+from study.training import captured, precision
+from study.training.captured import WARM_UP, DeviceStep
+from study.training.stacked import StackedTraining, train_seeds
+from study.training.train import Diverged, Training, train_seed
 
 
 class Recording(TorchDispatchMode):

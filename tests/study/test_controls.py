@@ -11,12 +11,12 @@ from study_fixtures import DENSE, cli, results_at, run_at, write_study
 
 import mpo_core
 from study.errors import StudyError
-from study.randomness import generator
-from study.search_space import listed_specs
-from study.storage import Checkpoints, Storage
-from study.study_file import load_config
-from study.training import Training, train_seed
-from study.trial import build_model, trial_shape
+from study.spec.search_space import listed_specs
+from study.spec.study_file import load_config
+from study.training.model import build_model, trial_shape
+from study.training.randomness import generator
+from study.training.storage import Checkpoints, Storage
+from study.training.train import Training, train_seed
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

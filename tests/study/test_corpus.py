@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from study.corpus import (
+from study.errors import StudyError
+from study.training.corpus import (
     CACHE_VARIABLE,
     TINY_SHAKESPEARE_SHA256,
     Corpus,
@@ -22,9 +23,8 @@ from study.corpus import (
     corpus_from_bytes,
     load_corpus,
 )
-from study.errors import StudyError
-from study.scheduler.unit import store_corpus, stored_corpus
-from study.storage import Storage
+from study.training.storage import Storage
+from study.training.unit import store_corpus, stored_corpus
 
 
 def make_corpus(text, validation_fraction=0.1):

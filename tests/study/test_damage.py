@@ -12,10 +12,10 @@ from contextlib import closing
 import pytest
 from study_fixtures import DENSE, MPO, ledger_at, made_up, run_at, substance, write_study
 
-from study.directory import StudyDirectory
 from study.errors import StudyError
-from study.growth import Growth
 from study.ledger.copies import Copies, check_whole
+from study.ledger.directory import StudyDirectory
+from study.ledger.growth import Growth
 from study.ledger.snapshot import read_ledger
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

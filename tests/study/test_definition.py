@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from study_fixtures import DENSE, MPO, SEARCHED, TUNED, write_search, write_study
 
-from study.definition import definition, only_adds, settled
-from study.study_file import load_config
+from study.spec.definition import definition, only_adds, settled
+from study.spec.study_file import load_config
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import sys
 import pytest
 from study_fixtures import ledger_at, run_at, write_study
 
-from analysis.load import resolve_study
-from study.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from analysis.runs.load import resolve_study
 from study.errors import StudyError
-from study.study_file import load_config
+from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.spec.study_file import load_config
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_locked_refuses_a_second_driver_and_names_the_first(directory):
             [
                 sys.executable,
                 "-c",
-                "import sys; from study.directory import StudyDirectory\n"
+                "import sys; from study.ledger.directory import StudyDirectory\n"
                 "with StudyDirectory(sys.argv[1]).locked(): pass",
                 str(directory.path),
             ],

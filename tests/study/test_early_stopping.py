@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from study_fixtures import DENSE, SEARCHED, ledger_at, made_up, optuna_states, results_at, run_at, write_search
 
-from study.directory import StudyDirectory
+from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.scheduler.queue import Queue
-from study.storage import Storage
-from study.study_file import load_config
+from study.spec.study_file import load_config
+from study.training.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 

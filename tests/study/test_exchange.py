@@ -24,12 +24,12 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
-from study.directory import StudyDirectory
+from study.commands.exchange import export_study, import_study
+from study.commands.run import sync
 from study.errors import StudyError
-from study.exchange import export_study, import_study
-from study.growth import Growth
+from study.ledger.directory import StudyDirectory
+from study.ledger.growth import Growth
 from study.ledger.snapshot import read_ledger
-from study.run import sync
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::optuna.exceptions.ExperimentalWarning", "ignore:::mlflow", "ignore::DeprecationWarning"
@@ -106,7 +106,7 @@ def test_study_in_the_middle_goes_on_after_an_import_as_it_would_have(tmp_path, 
 
 
 def test_import_then_sync_and_analysis_give_what_they_gave(tmp_path, mlflow_template):  # noqa: F811
-    from analysis.load import load_study, resolve_study
+    from analysis.runs.load import load_study, resolve_study
 
     arms = [DENSE, MPO | {"chi": [2, 500, 1000]}]  # the last is a repeat
     file = write_study(tmp_path / "work", arms=arms)
@@ -203,7 +203,7 @@ def test_import_refuses_in_one_line_and_leaves_nothing(exported, tmp_path, damag
 
 
 def test_import_refuses_tables_of_another_optuna(exported, tmp_path):
-    from study.exchange import _checksum
+    from study.commands.exchange import _checksum
 
     def change(header, rows):
         row = next(row for row in rows if row["table"] == "alembic_version")

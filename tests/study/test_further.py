@@ -17,13 +17,13 @@ from study_fixtures import (
     write_study,
 )
 
-from study.directory import StudyDirectory
-from study.growth import Growth
+from study.ledger.directory import StudyDirectory
+from study.ledger.growth import Growth
 from study.ledger.snapshot import read_ledger
-from study.search_space import listed_specs
-from study.stacked import train_seeds
-from study.study_file import load_config, validate
-from study.training import train_seed
+from study.spec.search_space import listed_specs
+from study.spec.study_file import load_config, validate
+from study.training.stacked import train_seeds
+from study.training.train import train_seed
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

@@ -25,14 +25,14 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
-from analysis.load import load_study, resolve_study
-from analysis.summary import VAL_LOSS, frontier_key, summarise
-from study.directory import StudyDirectory
+from analysis.results.summary import VAL_LOSS, frontier_key, summarise
+from analysis.runs.load import load_study, resolve_study
+from study.commands.status import study_status
 from study.errors import StudyError
-from study.growth import Growth, grow, parse_more
+from study.ledger.directory import StudyDirectory
+from study.ledger.growth import Growth, grow, parse_more
 from study.ledger.snapshot import read_ledger
 from study.scheduler.inline import run_inline
-from study.status import study_status
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::optuna.exceptions.ExperimentalWarning", "ignore:::mlflow", "ignore::DeprecationWarning"
@@ -62,7 +62,7 @@ def interrupted(monkeypatch):
             run_inline(queue, count)
 
         with monkeypatch.context() as patched:
-            patched.setattr("study.run.run_inline", stopping)
+            patched.setattr("study.commands.run.run_inline", stopping)
             with pytest.raises(KeyboardInterrupt):
                 run_at(file, folder, **options)
 

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from study_fixtures import DENSE, cli, results_at, run_at, write_study
 
-from study.directory import StudyDirectory
+from study.commands.exchange import _checksum, export_study, import_study
 from study.errors import StudyError
-from study.exchange import _checksum, export_study, import_study
+from study.ledger.directory import StudyDirectory
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +207,8 @@ def test_import_of_no_file_is_one_line(tmp_path, what):
 @pytest.mark.fault
 def test_import_that_was_killed_leaves_nothing_after_the_next(exported, tmp_path):
     script = (
-        "import os, signal, sys\nfrom pathlib import Path\nimport study.exchange as exchange\n"
-        "from study.directory import StudyDirectory\n"
+        "import os, signal, sys\nfrom pathlib import Path\nimport study.commands.exchange as exchange\n"
+        "from study.ledger.directory import StudyDirectory\n"
         "exchange._move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "exchange.import_study(Path(sys.argv[1]), StudyDirectory(sys.argv[2]))\n"
     )

@@ -18,11 +18,11 @@ from study_fixtures import (
     write_study,
 )
 
-from study.directory import StudyDirectory
 from study.errors import StudyError
+from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
-from study.search_space import listed_specs
-from study.study_file import load_config
+from study.spec.search_space import listed_specs
+from study.spec.study_file import load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # TPE's group, constant_liar
 

@@ -27,11 +27,11 @@ from study_fixtures import (
     write_study,
 )
 
-from study.directory import StudyDirectory
+from study.commands.exchange import export_study, import_study
 from study.errors import StudyError
-from study.exchange import export_study, import_study
-from study.growth import Growth
-from study.storage import Checkpoints, Damaged, Storage, unpack_tensors
+from study.ledger.directory import StudyDirectory
+from study.ledger.growth import Growth
+from study.training.storage import Checkpoints, Damaged, Storage, unpack_tensors
 
 pytestmark = [
     pytest.mark.service,

@@ -9,15 +9,15 @@ from collections import Counter
 import pytest
 import torch
 
-from study.arms import MPOArm
-from study.comparable import not_compared
-from study.corpus import load_corpus
+from study.commands.plan import _draws, _extremes, plan
 from study.errors import StudyError
-from study.plan import _draws, _extremes, plan
-from study.search_space import listed_specs, resolve
-from study.study_file import validate
-from study.trial import trial_shape
-from study.values import Choices, Range
+from study.spec.arms import MPOArm
+from study.spec.comparable import not_compared
+from study.spec.search_space import listed_specs, resolve
+from study.spec.study_file import validate
+from study.spec.values import Choices, Range
+from study.training.corpus import load_corpus
+from study.training.model import trial_shape
 
 
 @pytest.fixture

@@ -34,19 +34,19 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
-from analysis.load import StudyAddress, load_study, resolve_study
-from study.directory import StudyDirectory
+from analysis.runs.load import StudyAddress, load_study, resolve_study
+from study.commands.exchange import export_study, import_study
+from study.commands.run import run_study, study_corpus, sync
 from study.errors import StudyError
-from study.exchange import export_study, import_study
-from study.growth import Growth
+from study.ledger.directory import StudyDirectory
+from study.ledger.growth import Growth
 from study.ledger.ledger import Ledger
 from study.ledger.lock import hold_ledger
 from study.ledger.snapshot import read_ledger
-from study.run import run_study, study_corpus, sync
-from study.storage import Storage
-from study.study_file import load_config
+from study.spec.study_file import load_config
 from study.tracking.background import BackgroundTracker
 from study.tracking.opening import open_tracker, study_record
+from study.training.storage import Storage
 
 pytestmark = [
     pytest.mark.service,

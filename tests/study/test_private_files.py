@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from study_fixtures import DENSE, TUNED, cli, mlflow_template, run_at, write_study  # noqa: F401 (a fixture)
 
-from study.directory import StudyDirectory
+from study.commands.exchange import export_study, import_study
 from study.errors import StudyError
-from study.exchange import export_study, import_study
+from study.ledger.directory import StudyDirectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
@@ -57,8 +57,8 @@ def as_nobody(*command, cwd):
     """As another user, who may not read what is the first one's alone."""
     # As root first, where that user may not read this installation.
     script = (
-        "import os, sys\nfrom study.cli import main\nimport study.exchange\nos.setgroups([])\nos.setegid(65534)\n"
-        "os.seteuid(65534)\nsys.argv = ['mpo-study', *sys.argv[1:]]\nmain()"
+        "import os, sys\nfrom study.commands.cli import main\nimport study.commands.exchange\n"
+        "os.setgroups([])\nos.setegid(65534)\nos.seteuid(65534)\nsys.argv = ['mpo-study', *sys.argv[1:]]\nmain()"
     )
     process = subprocess.run(
         [sys.executable, "-c", script, *command], cwd=cwd, capture_output=True, text=True, check=False, timeout=600

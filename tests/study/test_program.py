@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from study.program import PACKAGES, code_in, program
 from study.scheduler.private_folder import private_folder, remove_leftovers
+from study.training.program import PACKAGES, code_in, program
 
 ROOT = Path(__file__).parents[2]
 

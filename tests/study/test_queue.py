@@ -6,11 +6,11 @@ import pytest
 import torch
 from study_fixtures import DENSE, MPO, SEARCHED, TUNED, ledger_at, made_up, write_search, write_study
 
-from study.run import study_corpus
+from study.commands.run import study_corpus
 from study.scheduler.queue import Queue, study_chis
-from study.scheduler.unit import Unit, checkpoints_of
-from study.storage import Storage
-from study.study_file import load_config
+from study.spec.study_file import load_config
+from study.training.storage import Storage
+from study.training.unit import Unit, checkpoints_of
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from study.randomness import generator
+from study.training.randomness import generator
 
 
 def draw(*names, n=1000):

@@ -9,12 +9,12 @@ import socket
 import pytest
 from study_fixtures import DENSE, ledger_at, write_study
 
-from study.directory import StudyDirectory
-from study.run import study_corpus
+from study.commands.run import study_corpus
+from study.ledger.directory import StudyDirectory
 from study.scheduler.queue import Queue
 from study.scheduler.reports import SILENT_SECONDS, Flights, Silence, SilenceWatch, read_reports
-from study.storage import Storage
-from study.study_file import load_config
+from study.spec.study_file import load_config
+from study.training.storage import Storage
 
 
 class Clock:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from study.storage import Checkpoints, Storage
-from study.training import Training, train_seed
+from study.training.storage import Checkpoints, Storage
+from study.training.train import Training, train_seed
 
 
 def equal_states(one, two):

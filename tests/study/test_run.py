@@ -26,17 +26,17 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
-from analysis.load import load_study, resolve_study
-from study.directory import StudyDirectory
+from analysis.runs.load import load_study, resolve_study
+from study.commands.run import study_corpus, sync
 from study.errors import StudyError
+from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
-from study.run import study_corpus, sync
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
-from study.scheduler.unit import store_corpus
-from study.storage import Storage
-from study.study_file import load_config
-from study.training import train_seed
+from study.spec.study_file import load_config
+from study.training.storage import Storage
+from study.training.train import train_seed
+from study.training.unit import store_corpus
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::optuna.exceptions.ExperimentalWarning", "ignore:::mlflow", "ignore::DeprecationWarning"
@@ -242,7 +242,7 @@ def test_run_study_gives_each_seed_what_it_gives_alone(tmp_path, folder):
 def test_run_study_without_tracking_imports_neither_ray_nor_mlflow(tmp_path, folder):
     file = write_study(tmp_path, seeds=1, arms=[DENSE])
     script = (
-        "import sys\nfrom study.cli import main\n"
+        "import sys\nfrom study.commands.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "assert not {'ray', 'mlflow'} & set(sys.modules)\n"
     )
@@ -355,7 +355,7 @@ def out_of_memory_at(monkeypatch, arm, times):
             raise torch.OutOfMemoryError("tried to allocate a lot")
         return train_seed(spec, *args, **kwargs)
 
-    monkeypatch.setattr("study.scheduler.unit.train_seed", train)
+    monkeypatch.setattr("study.training.unit.train_seed", train)
 
 
 def test_run_study_out_of_memory_in_one_trial_goes_on_with_the_others(tmp_path, folder, monkeypatch):
@@ -399,7 +399,7 @@ def test_run_unit_calls_a_number_that_is_none_a_failure(tmp_path, folder, monkey
         result, weights = train_seed(*args, **kwargs)
         return replace(result, final=result.final | {"final/val_acc": float("nan")}), weights
 
-    monkeypatch.setattr("study.scheduler.unit.train_seed", train)
+    monkeypatch.setattr("study.training.unit.train_seed", train)
     outcome = run_at(write_study(tmp_path, seeds=1, arms=[DENSE]), folder)
     assert (outcome.n_complete, outcome.n_failed) == (0, 1)
     assert results_at(folder)[0, 0].failure == "diverged: final/val_acc is not finite"

@@ -5,11 +5,11 @@ import torch
 from study_fixtures import DENSE, MPO, TUNED, results_at, run_at, write_study
 
 import mpo_core
-from study.cli import app
-from study.directory import StudyDirectory
+from study.commands.cli import app
+from study.commands.sample import sample
 from study.errors import StudyError
-from study.sample import sample
-from study.storage import unpack_tensors
+from study.ledger.directory import StudyDirectory
+from study.training.storage import unpack_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

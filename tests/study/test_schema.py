@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 import study
-from study.config import StudyConfig
-from study.schema import DOCUMENT, SCHEMA, document, json_schema, write
-from study.study_file import parse_yaml
+from study.spec.config import StudyConfig
+from study.spec.schema import DOCUMENT, SCHEMA, document, json_schema, write
+from study.spec.study_file import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((Path(study.__file__).parent / "configs").glob("*.yaml"))

@@ -9,15 +9,15 @@ import optuna
 import pytest
 from study_fixtures import DENSE, SEARCHED, ledger_at, made_up, optuna_states, write_search
 
-from study.directory import StudyDirectory
+from study.commands.run import study_corpus
+from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
-from study.ledger.trials import Trial
-from study.run import study_corpus
-from study.samplers import make_sampler
-from study.search_space import directions, suggest
-from study.study_file import load_config
-from study.telling import DIVERGED, what_to_tell, why_pruned
-from study.trial import trial_shape
+from study.search.samplers import make_sampler
+from study.search.telling import DIVERGED, what_to_tell, why_pruned
+from study.spec.search_space import directions, suggest
+from study.spec.study_file import load_config
+from study.spec.trial import Trial
+from study.training.model import trial_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 

@@ -9,10 +9,10 @@ import optuna
 import pytest
 
 from study.errors import StudyError
-from study.samplers import make_sampler
-from study.schema import json_schema
-from study.search_space import check_trials, directions, listed_specs, suggest
-from study.study_file import dump_config, load_config, parse_yaml, validate
+from study.search.samplers import make_sampler
+from study.spec.schema import json_schema
+from study.spec.search_space import check_trials, directions, listed_specs, suggest
+from study.spec.study_file import dump_config, load_config, parse_yaml, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 

@@ -21,10 +21,10 @@ from study_fixtures import (
     write_study,
 )
 
-from study.directory import StudyDirectory
-from study.environment import environment, what_changed
-from study.growth import Growth
-from study.status import study_status
+from study.commands.status import study_status
+from study.ledger.directory import StudyDirectory
+from study.ledger.environment import environment, what_changed
+from study.ledger.growth import Growth
 
 WILD = {"name": "wild", "family": "dense", "learning_rate": 1e30}
 
@@ -226,10 +226,10 @@ def test_run_warns_in_one_line_where_it_ran_on_something_else_before(tmp_path, m
     file, folder = write_search(tmp_path, trials=1, seeds=1), tmp_path / "study"
     real = environment()
     old = real | {"packages": real["packages"] | {"torch": "2.0"}}
-    monkeypatch.setattr("study.run.environment", lambda: old)
+    monkeypatch.setattr("study.commands.run.environment", lambda: old)
     _, printed = printed_by_run(file, folder, tracking="off")
     assert "warning" not in printed
-    monkeypatch.setattr("study.run.environment", lambda: real)
+    monkeypatch.setattr("study.commands.run.environment", lambda: real)
     for n_warnings in (1, 0):  # once for each change
         _, printed = printed_by_run(file, folder, tracking="off", growth=Growth(trials=1))
         lines = [line for line in printed.splitlines() if line.startswith("warning: since this study ran last, ")]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from study.errors import StudyError
-from study.storage import Checkpoints, Damaged, Storage, pack_tensors, unpack_tensors
+from study.training.storage import Checkpoints, Damaged, Storage, pack_tensors, unpack_tensors
 
 
 @pytest.fixture(params=["path", "file URL", "memory URL"])
@@ -109,7 +109,7 @@ def test_writer_killed_half_way_leaves_the_old_object(tmp_path):
     # The process ends where the new object would have taken the old one's place.
     script = (
         "import os; os.replace = lambda *paths: os._exit(9)\n"
-        f"from study.storage import Storage; Storage({str(tmp_path)!r}).write('folder/object', b'new')"
+        f"from study.training.storage import Storage; Storage({str(tmp_path)!r}).write('folder/object', b'new')"
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=False)
     assert ended.returncode == 9

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 import study
-from study.config import StudyConfig
 from study.errors import StudyError
-from study.study_file import dump_config, load_config, parse_yaml, validate
-from study.values import Choices, Range
+from study.spec.config import StudyConfig
+from study.spec.study_file import dump_config, load_config, parse_yaml, validate
+from study.spec.values import Choices, Range
 
 BAD = sorted((Path(__file__).parent / "bad_study_files").glob("*.yaml"))
 CONFIGS = sorted((Path(study.__file__).parent / "configs").glob("*.yaml"))

@@ -27,20 +27,20 @@ from study_fixtures import (
 
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
-from analysis.load import StudyAddress, load_study, resolve_study
-from analysis.publish import publish
-from analysis.report import FOLDER
-from study.config import Execution
-from study.directory import StudyDirectory
+from analysis.report.publish import publish
+from analysis.report.report import FOLDER
+from analysis.runs.load import StudyAddress, load_study, resolve_study
+from study.commands.run import study_corpus, sync
 from study.errors import StudyError
-from study.run import study_corpus, sync
-from study.storage import Storage
-from study.study_file import load_config
+from study.ledger.directory import StudyDirectory
+from study.spec.config import Execution
+from study.spec.study_file import load_config
 from study.tracking.background import BackgroundTracker, is_left_writing
 from study.tracking.connection import TrackingAway, connect, prepare_own_database, tracking_error
 from study.tracking.content import seed_content, trial_content
 from study.tracking.opening import open_tracker, study_record
 from study.tracking.tracker import Tracker
+from study.training.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

@@ -24,13 +24,13 @@ from study_fixtures import (
 
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
-from analysis.load import StudyAddress, load_study
-from study.config import Execution
-from study.directory import StudyDirectory
-from study.run import study_corpus, sync
-from study.storage import Storage
-from study.study_file import load_config
+from analysis.runs.load import StudyAddress, load_study
+from study.commands.run import study_corpus, sync
+from study.ledger.directory import StudyDirectory
+from study.spec.config import Execution
+from study.spec.study_file import load_config
 from study.tracking.opening import open_tracker, study_record
+from study.training.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from analysis import run_schema as schema
 from analysis.cli import app
-from study.directory import StudyDirectory
-from study.growth import NO_GROWTH, Growth
+from study.commands.run import sync
+from study.ledger.directory import StudyDirectory
+from study.ledger.growth import NO_GROWTH, Growth
 from study.ledger.snapshot import read_ledger
-from study.run import sync
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

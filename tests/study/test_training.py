@@ -10,10 +10,10 @@ import torch
 
 import mpo_core
 from analysis import run_schema
-from study.config import Protocol
-from study.corpus import Windows
-from study.training import Training, learning_rate_at, train_seed
-from study.trial import build_model
+from study.spec.config import Protocol
+from study.training.corpus import Windows
+from study.training.model import build_model
+from study.training.train import Training, learning_rate_at, train_seed
 
 LAYERS = [
     *(
@@ -122,7 +122,7 @@ def test_validation_is_every_token_of_the_split_once(spec_of, corpus, arm):
 def test_validation_does_not_depend_on_its_batches(spec_of, corpus, monkeypatch):
     rows = []
     for tokens in (8, 24, 8192):
-        monkeypatch.setattr("study.training.EVALUATION_TOKENS", tokens)
+        monkeypatch.setattr("study.training.train.EVALUATION_TOKENS", tokens)
         rows.append(train_seed(spec_of(), 0, corpus)[0].final)
     for row in rows[1:]:
         assert row["final/val_loss"] == pytest.approx(rows[0]["final/val_loss"], rel=1e-6)

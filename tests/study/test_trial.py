@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from study.config import Model, Protocol
-from study.randomness import generator
-from study.study_file import validate
-from study.trial import TrialSpec, budget_hash, build_model, evaluation_steps, trial_shape
+from study.spec.config import Model, Protocol
+from study.spec.study_file import validate
+from study.spec.trial import TrialSpec, budget_hash, evaluation_steps
+from study.training.model import build_model, trial_shape
+from study.training.randomness import generator
 
 PAPER = Model()
 TINY_SHAKESPEARE = {"vocab_size": 65, "n_validation": 111_540, "reference": PAPER}

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from study_fixtures import MPO, ledger_at, made_up, write_study
 
-from study.frontier import Point, frontier, half_width, points, undecided
+from study.ledger.frontier import Point, frontier, half_width, points, undecided
 
 
 def trials_of(found):

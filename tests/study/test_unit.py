@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from study.scheduler.unit import Teachers, Unit, run_unit, store_corpus
-from study.search_space import listed_specs
-from study.storage import Storage
-from study.study_file import validate
-from study.trial import build_model
+from study.spec.search_space import listed_specs
+from study.spec.study_file import validate
+from study.training.model import build_model
+from study.training.storage import Storage
+from study.training.unit import Teachers, Unit, run_unit, store_corpus
 
 
 @pytest.fixture

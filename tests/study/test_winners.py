@@ -20,14 +20,14 @@ from study_fixtures import (
     write_study,
 )
 
-from study.corpus import load_corpus
-from study.directory import StudyDirectory
+from study.commands.winners import parse_seeds, write_winners
 from study.errors import StudyError
-from study.growth import Growth
+from study.ledger.directory import StudyDirectory
+from study.ledger.growth import Growth
 from study.ledger.snapshot import read_ledger
-from study.search_space import listed_specs
-from study.study_file import load_config
-from study.winners import parse_seeds, write_winners
+from study.spec.search_space import listed_specs
+from study.spec.study_file import load_config
+from study.training.corpus import load_corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from study_fixtures import DENSE, MPO, TUNED, made_up, write_study
 
 import study
-from study.directory import StudyDirectory
-from study.run import run_study
-from study.study_file import load_config
+from study.commands.run import run_study
+from study.ledger.directory import StudyDirectory
+from study.spec.study_file import load_config
 
 
 def lines_per_unit(file, folder, monkeypatch):

@@ -1,0 +1,212 @@
+"""The figures of a report, each with the frames it shows and its words for those who cannot see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.figures import data
+from analysis.figures.curves import learning_curves_figure
+from analysis.figures.families import families_figure, family_points
+from analysis.figures.forest import forest_figure, forest_pairs
+from analysis.figures.frontier import frontier_figure
+from analysis.figures.heat_map import heat_map_cells, heat_map_figure
+from analysis.figures.importance import importance_figure
+from analysis.figures.rank_intervals import rank_figure, rank_rows
+from analysis.figures.rel_errors import rel_error_figure
+from analysis.figures.retained import retained_figure
+from analysis.figures.starts import start_points, starts_figure
+from analysis.results.comparisons import declared_against_reference
+from analysis.results.findings import Findings
+from analysis.results.importance import factor_importance
+from analysis.results.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
+from analysis.results.retained import retained_points
+from analysis.results.summary import MEASURES, VAL_LOSS, Measure
+from analysis.runs.load import load_curves
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, what it says to those who cannot see it, and the frames it shows by the names of their CSVs."""
+
+    name: str
+    figure: Figure
+    title: str
+    alt: str
+    shows: dict[str, pd.DataFrame]
+
+
+def drawings(findings: Findings) -> list[Drawing]:
+    """The figures that this study has something to show in, in the order of the report."""
+    n = len(findings.runs.budgets)
+    note = f"Runs of {n} budgets are shown together." if n > 1 else ""
+    return [
+        *(_frontier(findings, measure, note) for measure in MEASURES),
+        *_forests(findings),
+        *_families(findings),
+        *_retained(findings),
+        *_starts(findings),
+        _learning_curves(findings, note),
+        *_rel_errors(findings),
+        *(drawing for measure in MEASURES for drawing in _heat_map(findings, measure)),
+        *_importance(findings, VAL_LOSS),
+        *_ranks(findings, VAL_LOSS),
+    ]
+
+
+def _frontier(findings: Findings, measure: Measure, note: str) -> Drawing:
+    summary, uncertainty = findings.summary, findings.uncertainties[measure.name]
+    points = data.frontier_points(summary, measure, uncertainty.support)
+    seeds = data.seed_points(summary, findings.runs.seeds, measure)
+    name = f"frontier_{measure.name}"
+    on_frontier = points[points["on_frontier"]]
+    on = ", ".join(on_frontier["label"] + " (" + on_frontier["group"] + ")")
+    return Drawing(
+        name,
+        frontier_figure(points, seeds, uncertainty, measure, note),
+        f"{measure.title} against parameters",
+        f"{measure.title} of {len(points)} configurations against their trainable parameters on a logarithmic "
+        f"axis, with 95 % t intervals and a 95 % band of the frontier. On the frontier: {on or 'none'}.",
+        {name: points, f"{name}_seeds": seeds, f"{name}_band": uncertainty.band},
+    )
+
+
+def _forests(findings: Findings) -> Iterator[Drawing]:
+    for relation, name, against in (
+        (REFERENCE, "forest_dense", "dense"),
+        (EQUAL_PARAMETERS, "forest_controls", "controls of equal parameters"),
+        (DECLARED, "forest_declared", "the other rivals that the study file declares"),
+    ):
+        own = findings.compared[findings.compared["relation"] == relation]
+        if len(own):
+            pairs = forest_pairs(findings.compared, relation)
+            n_pairs = len(own.drop_duplicates(["trial", "against"]))
+            yield Drawing(
+                name,
+                forest_figure(pairs, n_pairs),
+                f"Difference to {against}",
+                f"{n_pairs} paired differences to {against}, in validation loss and accuracy, one row each, with 95 % "
+                "intervals beside the line of no difference"
+                + (" and that of the margin." if relation == REFERENCE else "."),
+                {name: pairs},
+            )
+
+
+def _families(findings: Findings) -> Iterator[Drawing]:
+    points = family_points(findings.compared, findings.summary)
+    if len(points):
+        yield Drawing(
+            "families",
+            families_figure(points),
+            "Families at equal parameters",
+            f"Means of validation loss and accuracy with 95 % t intervals of {points['group'].nunique()} families, "
+            f"side by side at {points['size'].nunique()} sizes.",
+            {"families": points},
+        )
+
+
+def _retained(findings: Findings) -> Iterator[Drawing]:
+    summary, compared = findings.summary, findings.compared
+    across = set(compared.loc[(compared["relation"] == REFERENCE) & ~compared["same_budget"].astype(bool), "trial"])
+    points = retained_points(findings.runs, summary, across)
+    if len(points):
+        dense = summary.loc[summary["is_reference"], "n_params"].item()
+        note = f"{len(across)} have another budget than dense, as the study file declares." if across else ""
+        yield Drawing(
+            "retained",
+            retained_figure(points, int(dense), note),
+            "Retained accuracy",
+            f"Accuracy of {len(points)} configurations in per cent of the dense model's, against their parameters on a "
+            "logarithmic axis, with 95 % Fieller intervals and a line at 100 %.",
+            {"retained": points},
+        )
+
+
+def _starts(findings: Findings) -> Iterator[Drawing]:
+    points = start_points(findings.summary)
+    if len(points):
+        n_shapes = len(points.dropna(subset="chi").drop_duplicates(["family", "chi", "n_sites", "factorisation"]))
+        yield Drawing(
+            "starts",
+            starts_figure(points),
+            "From scratch against compressed and fine-tuned",
+            f"Validation loss and accuracy of {n_shapes} shapes, each from scratch and compressed from a trained dense "
+            "model, joined by a line, against parameters, with 95 % t intervals.",
+            {"starts": points},
+        )
+
+
+def _learning_curves(findings: Findings, note: str) -> Drawing:
+    summary = findings.summary
+    shown = data.curve_trials(summary)
+    curves = load_curves(findings.runs, shown["trial"].tolist())
+    means = data.curve_means(shown, curves)
+    return Drawing(
+        "learning_curves",
+        learning_curves_figure(means, curves, f"{data.curves_left_out(summary)} {note}".strip()),
+        "Learning curves",
+        f"Validation loss of {len(shown)} configurations against the training tokens of each run, one panel per "
+        "family.",
+        {"learning_curves": means, "learning_curves_seeds": curves},
+    )
+
+
+def _rel_errors(findings: Findings) -> Iterator[Drawing]:
+    for trial in findings.summary.loc[findings.summary["is_reference"], "trial"]:
+        errors = data.rel_error_means(findings.runs.rel_errors, trial)
+        if len(errors):
+            yield Drawing(
+                "rel_error",
+                rel_error_figure(errors),
+                "Reconstruction error of the dense weights",
+                f"Relative error of TT-SVD at {errors['chi'].nunique()} caps χ, for {errors['kind'].nunique()} kinds "
+                "of layers, before and after training, on logarithmic axes.",
+                {"rel_error": errors},
+            )
+
+
+def _heat_map(findings: Findings, measure: Measure) -> Iterator[Drawing]:
+    summary = findings.summary
+    declared = declared_against_reference(findings.compared)
+    budgets = set(summary.loc[summary["trial"].isin(declared), "budget_hash"])
+    cells = heat_map_cells(summary, findings.runs.seeds, measure, budgets)
+    if len(cells):
+        name = f"heat_map_{measure.name}"
+        yield Drawing(
+            name,
+            heat_map_figure(cells, measure),
+            f"{measure.title}: difference to dense by χ and L",
+            f"Mean difference to dense in {measure.title.lower()} with its 95 % interval, in a grid of "
+            f"{cells['chi'].nunique()} caps χ by {cells['n_sites'].nunique()} numbers of sites L.",
+            {name: cells},
+        )
+
+
+def _importance(findings: Findings, measure: Measure) -> Iterator[Drawing]:
+    shares = factor_importance(findings.summary, findings.runs.seeds, measure, np.random.default_rng(0))
+    if len(shares):
+        yield Drawing(
+            "importance",
+            importance_figure(shares, measure),
+            "Importance of each factor",
+            f"Share of the variance of {measure.title.lower()} between MPO configurations by factor, from "
+            f"{shares['factor'].iloc[0]} ({shares['share'].iloc[0]:.0f} %) down, with the range of redrawn means.",
+            {"importance": shares},
+        )
+
+
+def _ranks(findings: Findings, measure: Measure) -> Iterator[Drawing]:
+    rows = rank_rows(findings.summary, findings.runs.seeds, measure, np.random.default_rng(0))
+    if len(rows):
+        yield Drawing(
+            "ranks",
+            rank_figure(rows, measure),
+            "Ranks",
+            f"Rank by {measure.title.lower()} of {len(rows)} configurations with 95 % intervals, the best on top: "
+            f"{rows['label'].iloc[0]} ({rows['group'].iloc[0]}).",
+            {"ranks": rows},
+        )

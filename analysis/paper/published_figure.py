@@ -1,0 +1,128 @@
+"""The paper's models as published and as measured here: loss and accuracy against parameters (its Figure 4, right)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis.figures import labels, style
+from analysis.results.summary import interval_statement, n_statement
+from analysis.statistics.seed_blocks import MIN_SEEDS
+
+_PANELS = (("validation loss", "Validation loss (nats)"), ("validation accuracy", "Validation token accuracy (%)"))
+_PUBLISHED, _MEASURED = "#d55e00", "#0072b2"
+
+
+def published_points(comparison: pd.DataFrame) -> pd.DataFrame:
+    """Of `paper_comparison`, what the figure shows: one row per model and quantity.
+
+    Columns: model, quantity, n_params_published, n_params, published, measured, low, high (95 % t interval), n_seeds.
+    """
+    table = comparison[comparison["place"] == "Table 4"]
+    sizes = comparison[(comparison["place"] == "Table 3") & (comparison["quantity"] == "parameters")].set_index("row")
+    rows = []
+    for quantity, _ in _PANELS:
+        for row in table[table["quantity"] == quantity].to_dict("records"):
+            size = sizes.loc[row["row"]]
+            rows.append(
+                {
+                    "model": row["row"],
+                    "quantity": quantity,
+                    "n_params_published": size["published"],
+                    "n_params": size["ours"],
+                    "published": row["published"],
+                    "measured": row["ours"],
+                    "low": row["low"],
+                    "high": row["high"],
+                    "n_seeds": row["n"],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def published_figure(points: pd.DataFrame, note: str = "") -> Figure:
+    """Published points hollow, measured ones filled with their 95 % t intervals; each at its own parameter count.
+
+    Args:
+        points: `published_points`; models without a measured value are drawn as published alone.
+        note: sentence added under the figure.
+    """
+    counts = points.loc[points["n_seeds"] > 0, "n_seeds"]
+    text = style.footer(
+        "Hollow: as published, of one seed, uncertainty not reported, at the published number of parameters.",
+        f"Filled: measured here at the final step over the whole validation split, {n_statement(counts)}; "
+        f"{interval_statement('bars', counts)}; at the parameters that the definitions give." if len(counts) else
+        "Nothing of this study is measured under the paper's protocol.",
+        "Grey: fewer than three seeds." if len(counts) and counts.min() < MIN_SEEDS else "",
+        note,
+    )  # fmt: skip
+    with style.context():
+        foot = style.footer_height(text)
+        figure = style.new_figure(foot + 2.7)
+        height = figure.get_figheight()
+        width = (style.WIDTH - 2 * 0.55 - 0.25) / 2
+        for column, (quantity, title) in enumerate(_PANELS):
+            left = 0.55 + column * (width + 0.55 + 0.1)
+            axes = figure.add_axes((left / style.WIDTH, (foot + 0.42) / height, width / style.WIDTH, 1.95 / height))
+            _draw(axes, points[points["quantity"] == quantity])
+            axes.set_ylabel(title)
+        handles = [
+            Line2D([], [], color=_PUBLISHED, marker="s", markerfacecolor="white", linestyle=":", label="as published"),
+        ]
+        if len(counts):
+            color, line = (_MEASURED, "-") if counts.max() >= MIN_SEEDS else (style.GREY, "")
+            handles.append(Line2D([], [], color=color, marker="o", linestyle=line, label="measured"))
+        figure.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(0.55 / style.WIDTH, 1 - 0.02 / height), ncols=2
+        )
+        style.add_footer(figure, text)
+    return figure
+
+
+def _draw(axes: Axes, points: pd.DataFrame) -> None:
+    sizes = pd.concat([points["n_params_published"], points["n_params"]])
+    low, high = sizes.min() / 1.4, sizes.max() * 1.4
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    style.set_log_ticks(axes.xaxis, low, high, style.format_count)
+    axes.set_xlabel("Trainable parameters")
+    published = points.sort_values("n_params_published")
+    axes.plot(
+        published["n_params_published"], published["published"], color=_PUBLISHED, linestyle=":", marker="s",
+        markersize=4.2, markerfacecolor="white", zorder=3,
+    )  # fmt: skip
+    measured = points.dropna(subset="measured").sort_values("n_params")
+    enough = measured["n_seeds"] >= MIN_SEEDS
+    for few, color, line in ((False, _MEASURED, "-"), (True, style.GREY, "")):
+        own = measured[~enough if few else enough]
+        around = np.vstack((own["measured"] - own["low"], own["high"] - own["measured"]))
+        axes.errorbar(
+            own["n_params"], own["measured"], yerr=np.nan_to_num(around), color=color, linestyle=line, linewidth=0.8,
+            marker="o", markersize=3.6, capsize=2, elinewidth=0.9, zorder=4,
+        )  # fmt: skip
+    axes.margins(y=0.16)
+    axes.set_ylim(axes.get_ylim())
+    texts, marks, lines = [], [], []
+    for frame, size, value, color in (
+        (published, "n_params_published", "published", _PUBLISHED),
+        (measured, "n_params", "measured", _MEASURED),
+    ):
+        marks.append(labels.boxes_around(axes, frame[size].to_numpy(), frame[value].to_numpy(), 3.0))
+        lines.append(_boxes_along(axes, frame[size].to_numpy(), frame[value].to_numpy()))
+        for row in frame.to_dict("records"):
+            is_few = color == _MEASURED and row["n_seeds"] < MIN_SEEDS
+            text = row["model"].removeprefix("MPO ")
+            texts.append(labels.Label(row[size], row[value], text, style.GREY if is_few else color))
+    labels.place_labels(axes, texts, np.vstack(marks), np.vstack(lines))
+
+
+def _boxes_along(axes: Axes, x: np.ndarray, y: np.ndarray) -> labels.Boxes:
+    """Small boxes along the lines between points, straight on the page, that labels keep away from."""
+    share = np.linspace(0, 1, 12)
+    steps = [np.column_stack((a * (b / a) ** share, c + (d - c) * share))
+             for a, b, c, d in zip(x[:-1], x[1:], y[:-1], y[1:], strict=True)]  # fmt: skip
+    along = np.vstack((np.empty((0, 2)), *steps))
+    return labels.boxes_around(axes, along[:, 0], along[:, 1], 1.0)

@@ -1,0 +1,150 @@
+"""The paper's Figure 2 beside this study: reconstruction errors of TT-SVD, published and measured, against χ."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.figures import labels, style
+from analysis.figures.data import EXACT
+from analysis.paper import published
+from analysis.paper.rel_errors import LARGEST, MEAN, errors_of, of_seeds
+from analysis.paper.trials import PaperTrials
+from analysis.paper.values import over_seeds
+from analysis.results.summary import interval_statement, n_statement
+from analysis.runs.study_runs import StudyRuns
+from analysis.statistics.seed_blocks import MIN_SEEDS
+
+_COLUMNS = ("when", "layers", "chi", "n_layers", "published", "measured", "low", "high", "n_seeds")
+_OVERALL = {MEAN: "o", LARGEST: "^"}
+_PANELS = (("init", True, "All layers, random weights"), ("init", False, "Random weights"),
+           ("trained", False, "Trained weights"))  # fmt: skip
+_PUBLISHED, _MEASURED = "#d55e00", "#0072b2"
+_LEFT, _GAP, _PANEL_HEIGHT = 0.55, 0.1, 2.05
+
+
+def published_rel_errors(runs: StudyRuns, trials: PaperTrials) -> pd.DataFrame:
+    """What the figure shows, one row per line and χ.
+
+    Columns: when ("init", "trained"); layers: a row of Table 2, averaged over its layers, or the mean or the largest of
+    all; chi; n_layers; published: Table 3's, of all layers with random weights alone; measured: mean over seeds, with
+    the limits of its 95 % t interval; n_seeds.
+    """
+    printed = {
+        (name, model.chi): number
+        for model in published.MODELS
+        for name, number in ((MEAN, model.mean_rel_error), (LARGEST, model.max_rel_error))
+    }
+    rows = []
+    for when in ("init", "trained"):
+        errors = errors_of(runs, trials.dense, when)
+        for name in (*_OVERALL, *(layer.name for layer in published.LAYERS)):
+            own = errors if name in _OVERALL else errors[errors["kind"] == name]
+            asked = {chi for _, chi in printed if chi is not None} if name in _OVERALL and when == "init" else set()
+            for chi in sorted(asked | set(own["chi"])):
+                value = over_seeds(of_seeds(own, chi, name))
+                number = printed.get((name, chi)) if when == "init" else None
+                n_layers = own.loc[own["chi"] == chi, "layer"].nunique()
+                shown = math.nan if number is None else number
+                rows.append((when, name, chi, n_layers, shown, value.value, value.low, value.high, value.n))
+    return pd.DataFrame(rows, columns=list(_COLUMNS))
+
+
+def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
+    """Errors over all layers, published hollow and measured filled; then each kind of layer, before and after training.
+
+    Args:
+        points: `published_rel_errors`; what is not measured is drawn as published alone.
+        note: sentence added under the figure.
+    """
+    counts = points.loc[points["n_seeds"] > 0, "n_seeds"]
+    text = style.footer(
+        "Relative Frobenius errors of TT-SVD with Table 2's factorisations. Hollow: Table 3 as published, uncertainty "
+        "not reported.",
+        f"Filled: the dense model's layers in this study, means over layers, then seeds, {n_statement(counts)}; "
+        f"{interval_statement('bars', counts)}." if len(counts) else
+        "This study has no run of the paper's dense model, so nothing is measured.",
+        "Grey: fewer than three seeds." if len(counts) and counts.min() < MIN_SEEDS else "",
+        note,
+    )  # fmt: skip
+    values = points[["published", "measured"]].to_numpy(dtype=np.float64)
+    values = values[values > EXACT]
+    low, high = values.min() / 1.15, max(1.0, values.max()) * 1.15
+    panels = [panel for panel in _PANELS if len(_of_panel(points, panel[0], panel[1]))]
+    with style.context():
+        foot = style.footer_height(text)
+        figure = style.new_figure(foot + _PANEL_HEIGHT + 0.67)
+        height = figure.get_figheight()
+        # The layers' symbols are ours, unlike other names.
+        with mpl.rc_context({"text.parse_math": True}):
+            names = [max((_short(name) for name in _of_panel(points, when, overall)["layers"]), key=len)
+                     for when, overall, _ in panels]  # fmt: skip
+            beside = [(labels.text_size(figure, name)[0] + 18) / 72 for name in names]
+            width = min(2.4, (style.WIDTH - _LEFT - sum(beside) - _GAP * len(panels)) / len(panels))
+            left = _LEFT
+            for (when, overall, title), room in zip(panels, beside, strict=True):
+                axes = figure.add_axes(
+                    (left / style.WIDTH, (foot + 0.42) / height, width / style.WIDTH, _PANEL_HEIGHT / height)
+                )
+                axes.set_yscale("log")
+                axes.set_ylim(low, high)
+                style.set_log_ticks(axes.yaxis, low, high, lambda tick: f"{tick:g}")
+                _draw_panel(axes, _of_panel(points, when, overall), overall)
+                axes.set_title(title, loc="left")
+                axes.tick_params(labelleft=left == _LEFT)
+                if left == _LEFT:
+                    axes.set_ylabel("Relative error ‖W − Ŵ‖ / ‖W‖")
+                left += width + room + _GAP
+        style.add_footer(figure, text)
+    return figure
+
+
+def _of_panel(points: pd.DataFrame, when: str, overall: bool) -> pd.DataFrame:
+    return points[(points["when"] == when) & (points["layers"].isin(list(_OVERALL)) == overall)]
+
+
+def _draw_panel(axes: Axes, points: pd.DataFrame, overall: bool) -> None:
+    style.set_chi_axis(axes, points["chi"].unique(), room=1.2)
+    ends = []
+    for index, name in enumerate(points["layers"].unique()):
+        line = points[points["layers"] == name].sort_values("chi")
+        marker = _OVERALL[name] if overall else "sDvX"[index]
+        color = _MEASURED if overall else style.LINE_COLORS[(0, 2, 3, 5)[index]]
+        measured = line[line["measured"] > EXACT]
+        if len(measured):
+            drawn = color if measured["n_seeds"].min() >= MIN_SEEDS else style.GREY
+            _draw_measured(axes, measured, drawn, marker, 3.4 if overall else (3.4, 5.2, 3.0, 3.4)[index])
+            last = measured.iloc[-1]
+            ends.append(labels.Label(last["chi"], last["measured"], _short(name), drawn))
+        known = line.dropna(subset="published")
+        if len(known):
+            axes.plot(
+                known["chi"], known["published"], color=_PUBLISHED, linestyle=":", linewidth=1.0, marker=marker,
+                markersize=4.2, markerfacecolor="white", zorder=4,
+            )  # fmt: skip
+            last = known.iloc[-1]
+            ends.append(labels.Label(last["chi"], last["published"], _short(name), _PUBLISHED))
+    labels.label_line_ends(axes, ends)
+    if points["published"].notna().any():
+        axes.text(0.05, 0.04, "as published", transform=axes.transAxes, color=style.ink(_PUBLISHED))
+
+
+def _draw_measured(axes: Axes, line: pd.DataFrame, color: str, marker: str, size: float) -> None:
+    around = np.vstack((line["measured"] - line["low"], line["high"] - line["measured"]))
+    axes.errorbar(
+        line["chi"], line["measured"], yerr=np.nan_to_num(around), color=color, linewidth=1.0, marker=marker,
+        markersize=size, capsize=1.5, elinewidth=0.8, zorder=3,
+    )  # fmt: skip
+
+
+def _short(name: str) -> str:
+    """`W_Q, W_K` as the one symbol W with both indices; `mean over layers` as `mean`."""
+    if name in _OVERALL:
+        return name.split()[0]
+    return "$W_{" + ",".join(re.findall(r"W_(\w+)", name)) + "}$"

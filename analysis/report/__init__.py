@@ -1,0 +1,1 @@
+"""The report of a study: one folder of pages, figures and tables."""

@@ -1,0 +1,130 @@
+"""One folder that says what a study found: index.html, figures with the data they show, tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from analysis import run_schema as schema
+from analysis.errors import AnalysisError
+from analysis.figures import data, style
+from analysis.figures.drawings import drawings
+from analysis.report import interactive, tables
+from analysis.report.folder import OutputFolder
+from analysis.results.findings import Findings
+from analysis.results.summary import MEASURES, MIN_SEEDS, NO_FRONTIER, VAL_LOSS, n_statement
+from analysis.runs.studies import environments
+from analysis.runs.study_runs import StudyRuns
+
+INDEX, EXPLORE = "index.html", "explore.html"
+PARTS = ("figures", "tables", "scripts")
+FOLDER = OutputFolder("report", INDEX, "report.json", (INDEX, EXPLORE), PARTS)
+
+
+def write_report(runs: StudyRuns, out: Path, *, light: bool = False) -> Findings:
+    """Write the report of a study to the folder `out`, and return what it shows.
+
+    Files of an earlier report that this one has no more are removed; files of others are not touched.
+
+    Args:
+        light: figures as SVG alone, no page to explore with its script, and nothing of the MLflow that was read, so
+            that it is the same wherever the ledger's runs were written to.
+
+    Raises:
+        AnalysisError: no seed is complete, `out` cannot be written, or a file there was not written by a report.
+    """
+    if runs.seeds.empty:
+        raise AnalysisError(
+            f"study {runs.name!r} has no complete seed yet: {len(runs.unfinished)} unfinished, {len(runs.failures)} "
+            "failed; nothing to report on"
+        )
+    FOLDER.check(out)  # before the statistics, which take their time
+    findings = Findings.of(runs)
+    FOLDER.write(out, lambda folder: _write_all(findings, folder, light))
+    return findings
+
+
+def _write_all(findings: Findings, folder: Path, light: bool) -> None:
+    runs, summary = findings.runs, findings.summary
+    formats = style.LIGHT_FORMATS if light else style.FORMATS
+    for part in PARTS[:2] if light else PARTS:
+        (folder / part).mkdir()
+    made = drawings(findings)
+    for drawing in made:
+        style.save(drawing.figure, folder / "figures" / drawing.name, formats)
+        for name, frame in drawing.shows.items():
+            frame.to_csv(folder / "figures" / f"{name}.csv", index=False, lineterminator="\n")
+    listed = summary.drop(columns="run_id") if light else summary  # a repository has no MLflow that knows them
+    written = {
+        table.name: table
+        for table in (
+            tables.trials_table(listed),
+            tables.frontier_table(listed, findings.uncertainties),
+            tables.comparisons_table(findings.compared),
+            tables.size_needed_table(findings.uncertainties),
+            tables.hypervolume_table(findings.uncertainties),
+            tables.budgets_table(summary),
+            tables.arms_table(summary),
+            tables.failures_table(runs),
+            tables.unfinished_table(runs),
+            tables.stopped_table(runs),
+            tables.pruned_table(runs),
+        )
+    }
+    for table in written.values():
+        if table.name not in ("stopped", "pruned") or len(table.data):  # in most studies nothing can be
+            tables.write(table, folder / "tables")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("analysis.report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    if not light:
+        _write_explore(findings, environment, folder)
+    page = environment.get_template("report.html").render(
+        runs=runs,
+        summary=summary,
+        source=None if light else runs.data_source,
+        answers=findings.answers,
+        declared=bool(findings.compared["declared"].any()),
+        drawings=made,
+        formats=formats,
+        explore=None if light else EXPLORE,
+        tables=written,
+        min_seeds=MIN_SEEDS,
+        no_frontier=NO_FRONTIER,
+        few=summary[(summary["n_seeds"] < MIN_SEEDS) & summary["stopped"].isna()],
+        n_stated=n_statement(summary.loc[summary["n_seeds"] > 0, "n_seeds"]),
+        environments=environments(runs),
+        corpora=sorted(summary["corpus_sha256"].unique()),
+        measured=[schema.FIELDS["final", measure.key].label for measure in MEASURES],
+        sampled=schema.FIELDS["final", "final/val_loss_sampled"].label,
+        curve=schema.FIELDS["curve", VAL_LOSS.name].label,
+    )
+    (folder / INDEX).write_text(page, encoding="utf-8")
+
+
+def _write_explore(findings: Findings, environment: jinja2.Environment, folder: Path) -> None:
+    runs, summary = findings.runs, findings.summary
+    charts = []
+    for measure in MEASURES:
+        points = data.frontier_points(summary, measure, findings.uncertainties[measure.name].support)
+        charts.append(
+            {
+                "title": f"{measure.title} against parameters",
+                "text": "Filled: on the frontier of the means. Bars: 95 % t intervals. Point at a configuration to see "
+                "what it is; a click opens its run in MLflow, where that is running.",
+                "html": Markup(interactive.frontier_chart(runs, points, measure)),
+            }
+        )
+    charts.append(
+        {
+            "title": "All configurations",
+            "text": "A line is a configuration; drag along an axis to pick some out, drag its name to move it.",
+            "html": Markup(interactive.parallel_chart(runs, summary)),
+        }
+    )
+    page = environment.get_template("explore.html").render(runs=runs, charts=charts, script=interactive.SCRIPT)
+    (folder / EXPLORE).write_text(page, encoding="utf-8")
+    (folder / interactive.SCRIPT).write_text(interactive.plotly_script(), encoding="utf-8")

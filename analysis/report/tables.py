@@ -1,0 +1,331 @@
+"""frame → CSV and Markdown. A CSV has every digit; a table for people has those the interval leaves meaningful."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import run_schema as schema
+from analysis.results.numbers import (
+    count_shown,
+    decimals_for,
+    difference_shown,
+    digits,
+    percent,
+    range_shown,
+    signed,
+    with_interval,
+)
+from analysis.results.summary import MEASURES, SECONDS, VAL_ACC, VAL_LOSS, Measure, frontier_key, half_width_key
+from analysis.results.uncertainty import FrontierUncertainty
+from analysis.runs.study_runs import StudyRuns
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table twice: `data` as it is computed on, `shown` as text for people; the same rows in the same order."""
+
+    name: str
+    data: pd.DataFrame
+    shown: pd.DataFrame
+
+
+def trials_table(summary: pd.DataFrame) -> Table:
+    """Every trial: what it is, how large, its final and best metrics, whether it is on a frontier."""
+    on_frontiers = [
+        ", ".join(measure.short for measure in MEASURES if row[frontier_key(measure)]) or "–"
+        for row in summary.to_dict("records")
+    ]
+    shown = pd.DataFrame(
+        {
+            "family": summary["group"],
+            "configuration": summary["label"],
+            "arm": summary["arm"],
+            "parameters": [count_shown(value) for value in summary["n_params"]],
+            "% of dense": [digits(value, 1) for value in summary["percent_of_dense"]],
+            "seeds": [
+                f"{n}" + (f" ({failed} failed)" if failed else "") + (" (stopped)" if pd.notna(stopped) else "")
+                for n, failed, stopped in zip(summary["n_seeds"], summary["n_failed"], summary["stopped"], strict=True)
+            ],
+            "val loss (nats)": _intervals(summary, VAL_LOSS.key, VAL_LOSS),
+            "val accuracy (%)": _intervals(summary, VAL_ACC.key, VAL_ACC),
+            "best val loss": _means(summary, "best/val_loss", VAL_LOSS),
+            "best val accuracy": _means(summary, "best/val_acc", VAL_ACC),
+            "tokens": [count_shown(value) for value in summary["total_tokens"]],
+            "training (s)": [count_shown(value) for value in summary[schema.mean_key(SECONDS)].round()],
+            "on frontier of": on_frontiers,
+        }
+    )
+    return Table("trials", summary, shown)
+
+
+def frontier_table(summary: pd.DataFrame, uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
+    """The trials on the frontier of any measure, the smallest first, with their support."""
+    on_any = summary[[frontier_key(measure) for measure in MEASURES]].any(axis=1)
+    rows = summary[on_any].sort_values("n_params", kind="stable")
+    columns = [
+        "configuration",
+        "family",
+        "val loss (nats)",
+        "val accuracy (%)",
+        "parameters",
+        "% of dense",
+        "seeds",
+        "on frontier of",
+    ]
+    shown = trials_table(summary).shown.loc[rows.index, columns].reset_index(drop=True)
+    data = rows.reset_index(drop=True)
+    for measure in MEASURES:
+        support = uncertainties[measure.name].support.set_index("trial")["support"].reindex(data["trial"])
+        data[f"support/{measure.name}"] = support.to_numpy(dtype="float64")
+        shown[f"support, {measure.short}"] = ["–" if pd.isna(share) else percent(share) for share in support]
+    return Table("frontier", data, shown)
+
+
+def comparisons_table(compared: pd.DataFrame) -> Table:
+    """Every comparison, the declared ones first: the difference with its interval, the tests, the verdict."""
+    data = compared.sort_values(["declared", "relation", "measure"], ascending=[False, False, False], kind="stable")
+    rows = []
+    for row in data.to_dict("records"):
+        decimals = decimals_for(pd.Series([row["half_width"]]))
+        block = digits(row["block_half_width"], decimals) if pd.notna(row["block_half_width"]) else "–"
+        rows.append(
+            {
+                "compared": f"{row['label']} ({row['group']})",
+                "against": f"{row['against_label']} ({row['against_group']})",
+                "measure": _UNITS[row["measure"]],
+                "difference": difference_shown(row),
+                "verdict": row["verdict"],
+                "not inferior": "–" if pd.isna(row["margin"]) else "yes" if row["non_inferior"] else "no",
+                "declared": "yes" if row["declared"] else "no",
+                "seeds": str(row["n"]),
+                "p": _p_value(row["p"]),
+                "p adjusted": f"{_p_value(row['p_adjusted'])} ({row['adjustment']})",
+                "± of the block": block,
+                "worst not excluded": "–" if pd.isna(row["bound"]) else signed(row["bound"], math.nan, decimals),
+                "margin": "–" if pd.isna(row["margin"]) else f"{row['margin']:g}",
+                "tokens": _both(row["total_tokens"], row["against_total_tokens"]),
+                "tuning trials": _both(row["tuning_trials"], row["against_tuning_trials"]),
+            }
+        )
+    return Table("comparisons", data.reset_index(drop=True), pd.DataFrame(rows))
+
+
+def size_needed_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
+    """How large a configuration has to be in order to lose at most the margin against dense, by measure; shown are the
+    sizes that are it in at least one of 200 redraws, or by the means."""
+    frames = [
+        uncertainty.size_needed.assign(measure=name, margin=uncertainty.epsilon)
+        for name, uncertainty in uncertainties.items()
+    ]
+    data = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+    data = data[(data["support"] >= 0.005) | data["observed"].astype(bool)].reset_index(drop=True)
+    shown = pd.DataFrame(
+        {
+            "measure": [_UNITS[name] for name in data["measure"]],
+            "margin": [f"{margin:g}" for margin in data["margin"]],
+            "parameters": [count_shown(size) for size in data["n_params"]],
+            "smallest within the margin, by the means": ["yes" if is_it else "" for is_it in data["observed"]],
+            "share of redraws": [percent(share) for share in data["support"]],
+            "this size or smaller": [percent(share) for share in data["cumulative"]],
+        }
+    )
+    return Table("size_needed", data, shown)
+
+
+def hypervolume_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
+    """The area under each frontier, with its interval and what it is measured against."""
+    frames = [uncertainty.hypervolume.assign(measure=name) for name, uncertainty in uncertainties.items()]
+    data = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+    shown = pd.DataFrame(
+        [
+            {
+                "measure": _UNITS[row["measure"]],
+                "hypervolume": digits(row["observed"], 3),
+                "95 % interval": f"{digits(row['low'], 3)} to {digits(row['high'], 3)}",
+                "measured against": f"{row['worst_value']:.4g}, {count_shown(row['largest_size'])} parameters",
+                "unit": f"unit of the measure × factor {row['base']:g} of parameters",
+            }
+            for row in data.to_dict("records")
+        ]
+    )
+    return Table("hypervolume", data, shown)
+
+
+_UNITS = {measure.name: f"{measure.short} ({measure.difference_unit})" for measure in MEASURES}
+
+
+def _p_value(p: float) -> str:
+    return "–" if math.isnan(p) else "<0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def _both(count: int, against: int) -> str:
+    return (
+        count_shown(count)
+        if pd.isna(count) or count == against
+        else f"{count_shown(count)} against {count_shown(against)}"
+    )
+
+
+def failures_table(runs: StudyRuns) -> Table:
+    """Every failed seed, with its step and reason."""
+    return Table("failures", runs.failures, _as_text(runs.failures))
+
+
+def unfinished_table(runs: StudyRuns) -> Table:
+    """Every seed that was neither complete nor failed when the runs were read."""
+    return Table("unfinished", runs.unfinished, _as_text(runs.unfinished))
+
+
+def stopped_table(runs: StudyRuns) -> Table:
+    """Every trial that was given up before it had all its seeds, with the evidence."""
+    columns = ["trial", "arm", "n_params", "n_seeds", "stopped"]
+    if runs.parts:  # a reason names a rival by its number in its own study
+        columns += ["study", "study_trial"]
+    data = runs.trials.loc[runs.trials["stopped"].notna(), columns].reset_index(drop=True)
+    named = {"n_params": "parameters", "n_seeds": "seeds", "stopped": "reason"}
+    return Table("stopped", data, _as_text(data.rename(columns=named)))
+
+
+def pruned_table(runs: StudyRuns) -> Table:
+    """Every trial that was never trained, since it breaks a limit of the search."""
+    data = runs.pruned
+    shown = data.assign(n_params=[count_shown(value) for value in data["n_params"]])
+    return Table("pruned", data, _as_text(shown.rename(columns={"n_params": "parameters", "chi": "χ"})))
+
+
+def budgets_table(summary: pd.DataFrame) -> Table:
+    """Which trials share a budget, and the tokens each of their runs was trained on, the teacher's included or not."""
+    rows = []
+    for budget, group in summary.groupby("budget_hash"):
+        rows.append(
+            {
+                "budget": budget,
+                "arms": ", ".join(sorted(group["arm"].unique())),
+                "trials": len(group),
+                "tokens of the run": range_shown(group["train_tokens"]),
+                "tokens with the teacher's": range_shown(group["total_tokens"]),
+            }
+        )
+    data = pd.DataFrame(rows)
+    return Table("budgets", data, _as_text(data))
+
+
+def arms_table(summary: pd.DataFrame) -> Table:
+    """What each arm of the study file was trained with; several values where its trials differ."""
+    rows = []
+    for arm, group in summary.groupby("arm", sort=False):
+        row: dict[str, object] = {"arm": arm, "trials": len(group)}
+        for key in _TRAINED_WITH:
+            values = sorted(group[key].dropna().unique())
+            row[key] = (
+                "–" if not values else ", ".join(f"{value:g}" if key in _NUMBERS else str(value) for value in values)
+            )
+        rows.append(row)
+    data = pd.DataFrame(rows)
+    some = data.columns[~(data == "–").all()]
+    return Table("arms", data, _as_text(data[some].rename(columns=lambda column: column.replace("_", " "))))
+
+
+_NUMBERS = (
+    "learning_rate",
+    "embedding_learning_rate",
+    "steps",
+    "warmup_steps",
+    "batch_size",
+    "context",
+    "weight_decay",
+    "d_model",
+    "tuning_trials",
+    "tuned_among",
+)
+_TRAINED_WITH = (
+    *("family", "start", "teacher", "init", "refinement", "lr_rule", "decay", "factorisation", "sites", "precision"),
+    *_NUMBERS,
+)
+
+
+def write(table: Table, folder: Path) -> list[Path]:
+    """Write `folder`/NAME.csv, NAME.md and NAME.tex.
+
+    The CSV has every text as it is, for programs: a spreadsheet may take one that begins with = for a formula.
+    """
+    csv, markdown, latex = (folder / f"{table.name}.{kind}" for kind in ("csv", "md", "tex"))
+    table.data.to_csv(csv, index=False, lineterminator="\n")
+    markdown.write_text(to_markdown(table.shown), encoding="utf-8")
+    latex.write_text(to_latex(table.shown), encoding="utf-8")
+    return [csv, markdown, latex]
+
+
+def to_markdown(shown: pd.DataFrame) -> str:
+    """A GitHub table; a vertical bar or a line break in a cell stays inside it, and what looks like HTML, a link or a
+    picture is the text that it is."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(_MARKDOWN.sub(r"\\\g<0>", _on_one_line(cell)) for cell in cells) + " |"
+
+    lines = [line(list(shown.columns)), line(["---"] * len(shown.columns))]
+    return "\n".join([*lines, *(line(list(row)) for row in shown.itertuples(index=False))]) + "\n"
+
+
+def to_latex(shown: pd.DataFrame) -> str:
+    """A tabular for any LaTeX engine, with the rules of booktabs; columns of numbers are set right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(_LATEX.get(mark, mark) for mark in _on_one_line(cell)) for cell in cells) + r" \\"
+
+    rows = [list(row) for row in shown.itertuples(index=False)]
+    columns = "".join(
+        "r" if rows and all(_NUMBER.fullmatch(row[column]) for row in rows) else "l"
+        for column in range(len(shown.columns))
+    )
+    body = [line(list(shown.columns)), r"\midrule", *map(line, rows)]
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _on_one_line(cell: str) -> str:
+    return _BREAK.sub(" ", cell)
+
+
+_BREAK = re.compile(r"\r\n|[\x00-\x1f\x7f\x85\u2028\u2029]")
+_MARKDOWN = re.compile(r"[|\[\]]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\\(?=[!-/:-@\[-`{-~])")
+"""What would end a cell, or begin HTML, an entity, a link, a picture or an escape; a backslash takes that away."""
+_NUMBER = re.compile(r"[−+]?[\d,.]+( ± [\d,.]+)?( \(.*\))?|–|")
+_LATEX = {mark: f"\\{mark}" for mark in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "[": "{[}",  # the end of a row would take these two for arguments
+    "*": "{*}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "×": r"$\times$",
+    "√": r"$\surd$",
+    "χ": r"$\chi$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "<": "$<$",  # in LaTeX's default font encoding these three are other marks
+    ">": "$>$",
+    "|": "$|$",
+}
+
+
+def _means(summary: pd.DataFrame, key: str, measure: Measure) -> list[str]:
+    decimals = decimals_for(measure.scale * summary[half_width_key(key)])
+    return [with_interval(measure.scale * mean, math.nan, decimals) for mean in summary[schema.mean_key(key)]]
+
+
+def _intervals(summary: pd.DataFrame, key: str, measure: Measure) -> list[str]:
+    means, half_widths = measure.scale * summary[schema.mean_key(key)], measure.scale * summary[half_width_key(key)]
+    decimals = decimals_for(half_widths)
+    return [with_interval(mean, half, decimals) for mean, half in zip(means, half_widths, strict=True)]
+
+
+def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.astype("object").where(frame.notna(), "–").astype("str")

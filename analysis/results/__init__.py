@@ -1,0 +1,1 @@
+"""Results of a study: summary, comparisons, uncertainty and importance."""

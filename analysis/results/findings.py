@@ -1,0 +1,32 @@
+"""All that a study's runs say, computed once: the report writes it, the command prints it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.results.answers import Answer, answers
+from analysis.results.comparisons import compare, declared_against_reference
+from analysis.results.summary import MEASURES, summarise
+from analysis.results.uncertainty import FrontierUncertainty, frontier_uncertainty
+from analysis.runs.study_runs import StudyRuns
+
+
+@dataclass(frozen=True)
+class Findings:
+    """summary: `summary.summarise`. compared: `comparisons.compare`. uncertainties: by the name of the measure."""
+
+    runs: StudyRuns
+    summary: pd.DataFrame
+    compared: pd.DataFrame
+    uncertainties: dict[str, FrontierUncertainty]
+    answers: list[Answer]
+
+    @classmethod
+    def of(cls, runs: StudyRuns) -> Findings:
+        summary = summarise(runs)
+        compared = compare(runs, summary)
+        declared = declared_against_reference(compared)
+        uncertainties = {measure.name: frontier_uncertainty(runs, summary, measure, declared) for measure in MEASURES}
+        return cls(runs, summary, compared, uncertainties, answers(runs, summary, compared, uncertainties))

@@ -1,0 +1,210 @@
+"""One row per trial, over its complete seeds: what the tables, the figures and the report show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis import run_schema as schema
+from analysis.results.pairs import DENSE, DENSE_TUNED, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED, SMALLER_DENSE, group_of
+from analysis.results.selection import is_sound
+from analysis.runs.study_runs import StudyRuns
+from analysis.statistics.intervals import mean_interval
+from analysis.statistics.nondominated import on_frontier
+from analysis.statistics.seed_blocks import MIN_SEEDS
+
+AGGREGATED = ("final/val_loss", "final/val_acc", "best/val_loss", "best/val_acc")
+TOKENS = ("train_tokens", "total_tokens")
+SECONDS = "train_seconds"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A final metric that a frontier is drawn of; `scale` turns the recorded unit into `unit`.
+
+    margin: how much worse is near, in the recorded unit, where the study file is not there to say.
+    """
+
+    name: str
+    key: str
+    title: str
+    short: str
+    unit: str
+    margin: float
+    scale: float = 1.0
+
+    @property
+    def direction(self) -> schema.Direction:
+        direction = schema.FIELDS["final", self.key].direction
+        assert direction is not None
+        return direction
+
+    @property
+    def difference_unit(self) -> str:
+        """Unit of a difference: percentages differ by points."""
+        return "points" if self.unit == "%" else self.unit
+
+    @property
+    def axis_label(self) -> str:
+        return f"{self.title} ({self.unit})"
+
+
+VAL_LOSS = Measure("val_loss", "final/val_loss", "Validation loss", "loss", "nats", margin=0.02)
+VAL_ACC = Measure("val_acc", "final/val_acc", "Validation token accuracy", "accuracy", "%", margin=0.005, scale=100)
+MEASURES = (VAL_LOSS, VAL_ACC)
+NO_FRONTIER = f"no configuration has {MIN_SEEDS} complete seeds without a failed one"
+"""Why nothing is on a frontier."""
+
+
+def half_width_key(key: str) -> str:
+    """Column of a summary: half the width of the 95 % t interval of the mean of `key`; NaN below MIN_SEEDS."""
+    return f"half_width/{key}"
+
+
+def frontier_key(measure: Measure) -> str:
+    """Column of a summary: whether the trial is on the frontier of parameters and `measure`."""
+    return f"on_frontier/{measure.name}"
+
+
+def summarise(runs: StudyRuns) -> pd.DataFrame:
+    """The trials frame, sorted by group and size, with these columns more:
+
+    group: the family as a reader tells them apart. label: short and unique in its group. is_reference: the dense model
+    from scratch that others are compared with, the first trial of that size with seeds enough. percent_of_dense:
+    parameters relative to the study's dense model. For each metric of AGGREGATED, its mean, std and half-width over
+    seeds; the mean of the seconds of training; the most tokens of any seed. For each measure, whether the trial is on
+    its frontier.
+    """
+    summary = runs.trials.copy()
+    summary["percent_of_dense"] = (100 * summary["n_params"] / summary["n_params_dense"]).astype("float64")
+    summary["group"] = [
+        group_of(family, start, percent)
+        for family, start, percent in zip(summary["family"], summary["start"], summary["percent_of_dense"], strict=True)
+    ]
+    summary["label"] = _labels(summary)
+    for key in AGGREGATED:
+        _add_interval(summary, runs.seeds, key)
+    # As it went: it depends on the machine, and on what else ran there.
+    seconds = summary["trial"].map(runs.seeds.groupby("trial")[SECONDS].mean())
+    summary[schema.mean_key(SECONDS)] = seconds.astype("float64")
+    for key in TOKENS:
+        tokens = summary["trial"].map(runs.seeds.groupby("trial")[key].max()).astype("Int64")
+        # Of one budget all have as many: so, too, a trial that has no complete seed.
+        summary[key] = tokens.fillna(tokens.groupby(summary["budget_hash"]).transform("max"))
+    for measure in MEASURES:
+        _add_frontier(summary, measure)
+    # The first, not the best: choosing by the loss that is then compared would flatter it.
+    candidates = summary[(summary["group"] == DENSE) & (summary["n_seeds"] > 0)]
+    enough = candidates[candidates["n_seeds"] >= MIN_SEEDS]
+    first = (enough if len(enough) else candidates)["trial"].min()
+    summary["is_reference"] = (summary["trial"] == first) & summary.index.isin(candidates.index)
+    order = {group: rank for rank, group in enumerate(group_order(summary["group"]))}
+    summary["rank"] = summary["group"].map(order)
+    return summary.sort_values(["rank", "n_params", "trial"], ignore_index=True).drop(columns="rank")
+
+
+def sole_reference(summary: pd.DataFrame) -> pd.DataFrame:
+    """The row of the dense reference, if it is the only dense model of its budget; else none.
+
+    Of several, such as at two learning rates, the first may be the worst: what can show one dense model shows none.
+    """
+    reference = summary[summary["is_reference"]]
+    alike = (summary["group"] == DENSE) & summary["budget_hash"].isin(reference["budget_hash"])
+    return reference if (alike & (summary["n_seeds"] > 0)).sum() == 1 else reference.iloc[:0]
+
+
+def group_order(groups: Iterable[str]) -> list[str]:
+    """The groups present: the known ones first, then others by name."""
+    known = (DENSE, SMALLER_DENSE, LARGER_DENSE, DENSE_TUNED, MPO_SCRATCH, MPO_TUNED)
+    present = set(groups)
+    return [group for group in known if group in present] + sorted(present - set(known), key=str.casefold)
+
+
+def n_statement(counts: pd.Series) -> str:
+    """`n = 3`, or `n = 3 to 5` where trials differ."""
+    low, high = int(counts.min()), int(counts.max())
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def interval_statement(drawn_as: str, counts: pd.Series) -> str:
+    """What intervals a figure shows, for trials of so many seeds."""
+    if counts.max() < MIN_SEEDS:
+        return f"no intervals below n = {MIN_SEEDS}"
+    where = f" where n ≥ {MIN_SEEDS}" if counts.min() < MIN_SEEDS else ""
+    return f"{drawn_as}: 95 % t intervals{where}"
+
+
+def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:
+    columns = [schema.mean_key(key), schema.std_key(key), half_width_key(key)]
+    summary[columns] = float("nan")
+    ordered = seeds.sort_values(["trial", "seed"])
+    counts = ordered["trial"].map(ordered["trial"].value_counts())
+    for n, own in ordered.groupby(counts):  # trials of as many seeds are one table
+        interval = mean_interval(own[key].to_numpy().reshape(-1, int(n)))
+        half_width = interval.half_width if interval.n >= MIN_SEEDS else np.full(interval.mean.shape, np.nan)
+        found = pd.DataFrame(
+            dict(zip(columns, (interval.mean, interval.std, half_width), strict=True)), index=own["trial"].unique()
+        )
+        rows = summary["trial"].isin(found.index)
+        summary.loc[rows, columns] = found.loc[summary.loc[rows, "trial"]].to_numpy()
+
+
+def _add_frontier(summary: pd.DataFrame, measure: Measure) -> None:
+    summary[frontier_key(measure)] = on_frontier(
+        summary["n_params"].astype("float64"),
+        summary[schema.mean_key(measure.key)],
+        summary["n_seeds"],
+        is_sound(summary),
+        measure.direction,
+    )
+
+
+def _scientific(value: float) -> str:
+    """`3e-4`: as people write learning rates."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+_NAMED = {
+    "d_model": "d_model={}".format, "n_layers": "{} layers".format, "d_ff": "d_ff={}".format,
+    "n_sites": "L={}".format, "factorisation": str, "init": str,
+    "refinement": str, "learning_rate": lambda value: f"lr {_scientific(value)}", "lr_rule": "{} rates".format,
+    "embedding_learning_rate": lambda value: f"embeddings {_scientific(value)}",
+    "decay": "decay of each {}".format, "forward": "by {}".format, "precision": "in {}".format,
+    "steps": "{} steps".format, "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format,
+    "arm": str, "study": str, "trial": "#{}".format,
+}  # fmt: skip
+"""Params that tell trials apart, in the order in which a label takes them up."""
+
+
+def _labels(summary: pd.DataFrame) -> pd.Series:
+    """χ, or the χ it stands for, or what it is; then whatever tells apart the trials of a group that would otherwise be
+    called the same."""
+    dense = summary.loc[summary["group"] == DENSE, ["d_model", "n_layers", "d_ff"]]
+    reference_shape = {key: dense[key].iloc[0] for key in dense.columns if len(dense)}
+
+    def shortest(row: dict) -> str:
+        if pd.notna(row["chi"]):
+            return f"χ={row['chi']}"
+        if pd.notna(row["as_chi"]):
+            return f"as χ={row['as_chi']}"
+        if row["group"] in (SMALLER_DENSE, LARGER_DENSE) and reference_shape:
+            differing = [key for key, value in reference_shape.items() if row[key] != value]
+            return _NAMED[differing[0]](row[differing[0]]) if differing else row["arm"]
+        return row["group"] if row["group"] == DENSE else row["arm"]
+
+    named_first = summary[["group", "arm", "chi", "as_chi", *dense.columns]]
+    labels = pd.Series([shortest(row) for row in named_first.to_dict("records")], summary.index, dtype="str")
+    for key, form in _NAMED.items():
+        codes, distinct = pd.factorize(summary[key], use_na_sentinel=False)
+        if len(distinct) < 2:
+            continue
+        differ = (
+            pd.Series(codes, summary.index).groupby([summary["group"], labels], sort=False).transform("nunique") > 1
+        )
+        named = summary.loc[differ, key].map(lambda value, form=form: "" if pd.isna(value) else f", {form(value)}")
+        labels[differ] += named.astype("str")
+    return labels

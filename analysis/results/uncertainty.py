@@ -1,0 +1,131 @@
+"""How sure a frontier is: support of its points, a band around it, its hypervolume, the size that a margin needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from analysis.results.selection import seed_table, seeds_stated
+from analysis.results.summary import Measure, sole_reference
+from analysis.runs.study_runs import StudyRuns
+from analysis.statistics.attainment import mean_frontier_band
+from analysis.statistics.hypervolume import HypervolumeReference, hypervolume_interval
+from analysis.statistics.seed_blocks import is_complete
+from analysis.statistics.support import frontier_support, size_needed
+
+N_DRAWS = 10_000
+"""Redraws of the means behind each share; its standard error is at most half a percent."""
+HYPERVOLUME_BASE = 10.0
+
+
+class FrontierUncertainty(NamedTuple):
+    """What the seeds say of one frontier; in the measure's unit. Frames are empty where there is nothing to say.
+
+    support: trial, support (share of redraws in which it is on the frontier), near_support (within epsilon of it).
+    band: n_params, observed (best mean up to that size), low, high: 95 % pointwise for the frontier of the true means.
+    hypervolume: one row; observed, low, high (95 %), worst_value, largest_size, base.
+    size_needed: n_params, support, cumulative: how often each size is the smallest that loses at most epsilon against
+        the dense reference; observed: whether it is that of the means.
+    rests_on: its seeds and trials in words. n_trials, n_left_out: trials in it; others with complete seeds, which are
+        fewer than MIN_SEEDS, or not all that the trial was to have.
+    """
+
+    support: pd.DataFrame
+    band: pd.DataFrame
+    hypervolume: pd.DataFrame
+    size_needed: pd.DataFrame
+    epsilon: float
+    rests_on: str
+    n_trials: int
+    n_left_out: int
+
+
+def frontier_uncertainty(
+    runs: StudyRuns, summary: pd.DataFrame, measure: Measure, declared: Collection[int] = ()
+) -> FrontierUncertainty:
+    """Redraw the means of all trials, each over its own seeds, with the noise of all (`analysis.statistics.draws`).
+
+    The draws come from a fixed seed: the same runs give the same numbers. The area of the hypervolume is bounded by the
+    loss (accuracy) of guessing all tokens with equal probability (at random: 0) and by the dense model's size, so that
+    studies of one text and one model compare.
+
+    Args:
+        measure: of which frontier.
+        declared: trials of other budgets than the reference's that the study file compares with it; of all others
+            none is a size that dense could be replaced by.
+    """
+    table = measure.scale * seed_table(summary, runs.seeds, measure.key)
+    epsilon = measure.scale * runs.claims.margins.get(measure.name, measure.margin)
+    left_out = int((summary["n_seeds"] > 0).sum()) - len(table)
+    support, band, hypervolume, needed = (
+        pd.DataFrame(columns=list(columns)) for columns in (_SUPPORT, _BAND, _HYPERVOLUME, _SIZE_NEEDED)
+    )
+    empty = FrontierUncertainty(support, band, hypervolume, needed, epsilon, _rests_on(table), len(table), left_out)
+    if len(table) < 2:
+        return empty
+    rows = summary.set_index("trial").loc[table.index]
+    sizes, values, direction = rows["n_params"].to_numpy(dtype=np.float64), table.to_numpy().T, measure.direction
+    rng = np.random.default_rng(0)
+    support = frontier_support(sizes, values, rng, epsilon=epsilon, direction=direction, n_draws=N_DRAWS)
+    band = mean_frontier_band(sizes, values, rng, direction=direction)
+    corner = HypervolumeReference(
+        worst_value=math.log(int(rows["vocab_size"].iloc[0])) if direction == "minimize" else 0.0,
+        largest_size=float(rows["n_params_dense"].iloc[0]),
+        base=HYPERVOLUME_BASE,
+        direction=direction,
+    )
+    area = hypervolume_interval(sizes, values, corner, rng)
+    return empty._replace(
+        support=pd.DataFrame(
+            {"trial": table.index, "support": support.on_frontier, "near_support": support.near_frontier}
+        ),
+        band=pd.DataFrame(dict(zip(_BAND, (band.sizes.astype(np.int64), *band[1:]), strict=True))),
+        hypervolume=pd.DataFrame(
+            [(*area, corner.worst_value, corner.largest_size, corner.base)], columns=list(_HYPERVOLUME)
+        ),
+        size_needed=_size_needed(summary, table, declared, epsilon, measure, rng),
+    )
+
+
+_SUPPORT = ("trial", "support", "near_support")
+_BAND = ("n_params", "observed", "low", "high")
+_HYPERVOLUME = ("observed", "low", "high", "worst_value", "largest_size", "base")
+_SIZE_NEEDED = ("n_params", "support", "cumulative", "observed")
+
+
+def _rests_on(table: pd.DataFrame) -> str:
+    if is_complete(table):
+        return f"{table.shape[1]} seeds that {len(table)} configurations share"
+    return f"{seeds_stated(table)} seeds of each of {len(table)} configurations"
+
+
+def _size_needed(
+    summary: pd.DataFrame,
+    table: pd.DataFrame,
+    declared: Collection[int],
+    epsilon: float,
+    measure: Measure,
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    reference = sole_reference(summary)["trial"].max()
+    if reference not in table.index:
+        return pd.DataFrame(columns=list(_SIZE_NEEDED))
+    budgets = summary.set_index("trial")["budget_hash"]
+    table = table[(budgets[table.index] == budgets[reference]) | table.index.isin(list(declared))]
+    sizes = summary.set_index("trial")["n_params"][table.index].to_numpy(dtype=np.float64)
+    row = int(table.index.get_indexer(pd.Index([reference]))[0])
+    needed = size_needed(
+        sizes, table.to_numpy().T, row, rng, delta=epsilon, direction=measure.direction, n_draws=N_DRAWS
+    )
+    return pd.DataFrame(
+        {
+            "n_params": needed.sizes.astype(np.int64),
+            "support": needed.support,
+            "cumulative": needed.support.cumsum(),
+            "observed": needed.sizes == needed.observed,
+        }
+    )

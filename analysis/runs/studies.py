@@ -1,0 +1,131 @@
+"""Several studies read as one, where their runs may be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import pandas as pd
+
+from analysis.errors import AnalysisError
+from analysis.runs.study_runs import Claims, StudyRuns
+
+EVALUATION = ("corpus_sha256", "validation_fraction", "vocab_size", "context")
+"""What a loss depends on however good the model is. What else may differ, the budget hash says."""
+
+
+def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
+    """The runs of several studies as those of one.
+
+    Trials are numbered on from one study to the next, those of the first keep their numbers. Frames that name trials
+    get two columns more: study, the name of the study a trial is of, and study_trial, its number there. Sizes are
+    relative to the dense model of the first study: n_params_dense is that one's in all of them. Trials may be paired
+    where their budget hashes are equal, as in one study.
+
+    Raises:
+        AnalysisError: there are none, one is given twice, or two differ in corpus, split, vocabulary or context.
+    """
+    if not studies:
+        raise AnalysisError("there is no study to report on")
+    if len(studies) == 1:
+        return studies[0]
+    for one, other in combinations(studies, 2):
+        _check_comparable(one, other)
+    names = part_names(studies)
+    offsets, n = [], 0
+    for study in studies:
+        offsets.append(n)
+        n += 1 + max(_last(frame) for frame in (study.trials, study.failures, study.unfinished, study.pruned))
+    parts = [_renumbered(study, name, offset) for study, name, offset in zip(studies, names, offsets, strict=True)]
+    trials = _concat([part["trials"] for part in parts])
+    of_first = studies[0].trials["n_params_dense"].dropna()
+    if len(of_first):
+        trials["n_params_dense"] = trials["n_params_dense"].where(trials["n_params_dense"].isna(), of_first.iloc[0])
+    ends = [study.latest for study in studies if study.latest is not None]
+    return StudyRuns(
+        address=studies[0].address,
+        name=" + ".join(names),
+        uuid=", ".join(study.uuid for study in studies),
+        trials=trials,
+        seeds=_concat([part["seeds"] for part in parts]),
+        failures=_concat([part["failures"] for part in parts]),
+        unfinished=_concat([part["unfinished"] for part in parts]),
+        rel_errors=_concat([part["rel_errors"] for part in parts]),
+        pruned=_concat([part["pruned"] for part in parts]),
+        n_duplicates=sum(study.n_duplicates for study in studies),
+        latest=max(ends) if ends else None,
+        n_missing=sum(study.n_missing for study in studies),
+        claims=_claims(studies, names),
+        growths=tuple(
+            growth._replace(study=name) for study, name in zip(studies, names, strict=True) for growth in study.growths
+        ),
+        environment=_shared([study.environment for study in studies]),
+        parts=tuple(studies),
+    )
+
+
+def environments(runs: StudyRuns) -> list[tuple[str, dict[str, Any]]]:
+    """What runs were begun on, with the name of the study: one entry without a name where it is the same for all.
+
+    Of joined studies that differ each has an entry, empty where nothing is known of it; none has where of none is.
+    """
+    if runs.environment:
+        return [("", runs.environment)]
+    known = any(part.environment for part in runs.parts)
+    named = zip(part_names(runs.parts), runs.parts, strict=True)
+    return [(name, part.environment) for name, part in named] if known else []
+
+
+def _claims(studies: Sequence[StudyRuns], names: Sequence[str]) -> Claims:
+    """Every study's contrasts, and the margins if they are the same in all: else none was fixed for these runs."""
+    contrasts = [
+        contrast._replace(study=name)
+        for study, name in zip(studies, names, strict=True)
+        for contrast in study.claims.contrasts
+    ]
+    return Claims(_shared([study.claims.margins for study in studies]), tuple(contrasts))
+
+
+def _shared(all_of_them: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first, *others = all_of_them
+    return first if all(other == first for other in others) else {}
+
+
+def _check_comparable(one: StudyRuns, other: StudyRuns) -> None:
+    if one.uuid == other.uuid:
+        raise AnalysisError(f"study {one.name!r} ({one.uuid}) is given twice")
+    for key in EVALUATION:
+        values = [sorted(study.trials[key].dropna().unique().tolist()) for study in (one, other)]
+        if all(values) and values[0] != values[1]:
+            listed = [", ".join(map(str, value)) for value in values]
+            raise AnalysisError(
+                f"studies {one.name!r} and {other.name!r} cannot be compared: {key} is {listed[0]} in the first and "
+                f"{listed[1]} in the other"
+            )
+
+
+def part_names(studies: Sequence[StudyRuns]) -> list[str]:
+    """What studies are called where they are joined: by name, and where two have one name with part of the UUID."""
+    names = [study.name for study in studies]
+    return [f"{study.name} ({study.uuid[:8]})" if names.count(study.name) > 1 else study.name for study in studies]
+
+
+def _last(frame: pd.DataFrame) -> int:
+    return -1 if frame.empty else int(frame["trial"].max())
+
+
+def _renumbered(study: StudyRuns, name: str, offset: int) -> dict[str, pd.DataFrame]:
+    frames = {}
+    for key in ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned"):
+        frame = getattr(study, key).copy()
+        if key in ("trials", "failures", "unfinished", "pruned"):
+            frame["study"] = pd.Series(name, frame.index, dtype="str")
+            frame["study_trial"] = frame["trial"]
+        frame["trial"] += offset
+        frames[key] = frame
+    return frames
+
+
+def _concat(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(frames, ignore_index=True)

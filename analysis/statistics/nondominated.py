@@ -1,0 +1,92 @@
+"""The non-dominated set of two objectives, what of a study is on it, and the line that it draws."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from analysis.run_schema import Direction
+from analysis.statistics.running_best import SortedSizes
+from analysis.statistics.seed_blocks import MIN_SEEDS
+
+
+def frontier_mask(
+    x: ArrayLike, y: ArrayLike, directions: tuple[Direction, Direction] = ("minimize", "minimize")
+) -> NDArray[np.bool_]:
+    """Which points no other point dominates.
+
+    A point dominates another that it is nowhere worse than and somewhere better. Equal points do not dominate each
+    other, so all copies of a frontier point are on the frontier.
+
+    Args:
+        x, y: (n,), finite, in their own units.
+        directions: what is better in x and in y.
+    Returns:
+        (n,) mask, in the order of the input.
+    Raises:
+        ValueError: shapes differ, a value is not finite, or a direction is unknown.
+    Cost: O(n log n), by one sort and a running best.
+    Source: Kung, Luccio and Preparata 1975, On finding the maxima of a set of vectors, section 2.
+    """
+    x, y = _checked(x, y)
+    if not set(directions) <= {"minimize", "maximize"}:
+        raise ValueError(f"`directions` must be 'minimize' or 'maximize', but got {directions}")
+    sizes = SortedSizes.of(-x if directions[0] == "maximize" else x)
+    return sizes.standing(y, directions[1]).on_frontier
+
+
+def on_frontier(
+    sizes: ArrayLike,
+    means: ArrayLike,
+    n_seeds: ArrayLike,
+    is_sound: ArrayLike,
+    direction: Direction = "minimize",
+    fewest: int = MIN_SEEDS,
+) -> NDArray[np.bool_]:
+    """Which configurations of a study are on its frontier, wherever it is shown.
+
+    On it are those that no other dominates, among the sound ones of enough seeds: one of which a seed failed, or that
+    was given up, may owe its mean to the seeds that are missing; of fewer than `MIN_SEEDS` nothing is claimed.
+
+    Args:
+        sizes, means: (C,), over complete seeds; what is not looked at may be NaN.
+        n_seeds: (C,), complete seeds of each.
+        is_sound: (C,), whether no seed failed and the configuration was not given up.
+        direction: what is better in the means.
+        fewest: seeds that are enough.
+    Returns:
+        (C,) mask.
+    Raises:
+        ValueError: shapes differ, a mean that is looked at is not finite, or the direction is unknown.
+    """
+    enough = np.asarray(is_sound, dtype=np.bool_) & (np.asarray(n_seeds) >= fewest)
+    on = np.zeros(enough.shape, dtype=np.bool_)
+    sizes, means = (np.asarray(values, dtype=np.float64)[enough] for values in (sizes, means))
+    on[enough] = frontier_mask(sizes, means, ("minimize", direction))
+    return on
+
+
+def step_line(x: ArrayLike, y: ArrayLike, x_end: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Corners of the line below (or above) which nothing was attained: y holds until the next x reaches a better one.
+
+    Args:
+        x, y: (n,), the points of a frontier, in any order; x is the objective that is minimised.
+        x_end: where the last step ends.
+    Returns:
+        Two arrays of 2n coordinates in drawing order: every point of the frontier, and the corner after it.
+    Raises:
+        ValueError: shapes differ or a value is not finite.
+    """
+    x, y = _checked(x, y)
+    order = np.argsort(x, kind="stable")
+    x, y = x[order], y[order]
+    return np.column_stack((x, np.append(x, x_end)[1:])).ravel(), np.repeat(y, 2)
+
+
+def _checked(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"`x.shape == y.shape == (n,)` must hold, but got {x.shape} and {y.shape}")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("`x` and `y` must be finite, but got a NaN or an infinity")
+    return x, y

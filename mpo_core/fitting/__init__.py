@@ -1,0 +1,1 @@
+"""Fits of structured layers to a weight and to its inputs."""

@@ -1,0 +1,1 @@
+"""Structured linear layers: one interface, one file for each kind."""

@@ -1,0 +1,268 @@
+"""The structured layers an MPO must be compared with, at equal parameters and with the same interface.
+
+Every size below is given by exactly one of the layer's own measure (rank, sparsity), `max_params`, which leads to the
+largest layer with no more parameters in its matrix, or, where a W is given, `rel_error`, which leads to the smallest
+layer with ‖W − Ŵ‖_F / ‖W‖_F no larger than that. Fresh parameters are drawn with Var(W) = 1 / in_features (init
+"variance") unless low rank has another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mpo_core.fitting.calibration import check_gram
+from mpo_core.fitting.fit import low_rank_svd
+from mpo_core.layers.monarch import MonarchLinear
+from mpo_core.layers.structured import (
+    StructuredLinear,
+    check_error,
+    check_init,
+    check_one_cap,
+    n_needed,
+    rank_within,
+    rounding,
+)
+from mpo_core.tensor_train.bonds import check_fraction, check_whole
+from mpo_core.tensor_train.contraction import Product, dense_product
+from mpo_core.tensor_train.initialisation import normal_
+from mpo_core.values import check_matrix, in_range
+
+__all__ = ["LowRankLinear", "MonarchLinear", "PrunedLinear"]
+
+Device = torch.device | str | None
+
+
+class LowRankLinear(StructuredLinear, kind="low_rank"):
+    """y = x (A B)ᵀ + b with A (out_features, rank) and B (rank, in_features).
+
+    Args:
+        rank, max_params: exactly one; `rank` then holds the actual one, at most min(in_features, out_features).
+        init: "variance", Var(B) = 1 / in_features and Var(A) = 1 / rank, so that Var(W) = 1 / in_features; all of W's
+            norm then lies in a few directions. "svd_fresh", the truncated SVD of a dense W with entries
+            N(0, 1 / in_features): W has the spectral norm of a dense draw, and less variance (Khodak et al. 2021).
+        generator: what the factors are drawn from. Default: torch's own, as nn.Linear.
+    Raises:
+        ValueError: not exactly one size, a rank below 1, or max_params below those of rank 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int | None = None,
+        max_params: int | None = None,
+        bias: bool = True,
+        init: str = "variance",
+        generator: torch.Generator | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        largest = min(in_features, out_features)
+        self.rank = rank_within(rank, max_params, in_features + out_features, largest)
+        self.A = nn.Parameter(torch.empty(out_features, self.rank, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(self.rank, in_features, device=device, dtype=dtype))
+        self._draw_unless_meta(init, generator)
+
+    @classmethod
+    def from_matrix(
+        cls,
+        W: Tensor,
+        bias: Tensor | None = None,
+        *,
+        rank: int | None = None,
+        max_params: int | None = None,
+        rel_error: float | None = None,
+        gram: Tensor | None = None,
+        **options: Any,
+    ) -> Self:
+        """The nearest product of that rank, in the norm of the outputs where `gram` is given (`low_rank_svd`).
+
+        Raises:
+            ValueError: as the constructor and `low_rank_svd`; `rel_error`, which is one of W, beside a gram.
+        """
+        check_matrix(W)
+        check_error(rel_error, gram)
+        if rel_error is not None:
+            check_one_cap(rank=rank, max_params=max_params, rel_error=rel_error)
+            s = torch.linalg.svdvals(in_range(W.double())[0])
+            rank = max(1, n_needed(s.square(), rel_error, rounding(W)))
+        layer = cls._empty(W, bias, rank=rank, max_params=max_params, **options)
+        A, B = low_rank_svd(W, layer.rank, gram)
+        layer.A.data.copy_(A)
+        layer.B.data.copy_(B)
+        return layer
+
+    def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """Draw the parameters of W afresh, each from the generator of its name; with init "svd_fresh" all from A's.
+
+        Raises:
+            ValueError: an init that is neither "variance" nor "svd_fresh".
+        """
+        check_init(self, init, "svd_fresh")
+        if init == "svd_fresh":
+            generator = generator_for("A")
+            W = torch.empty(self.out_features, self.in_features, dtype=self.A.dtype, device=generator.device)
+            normal_(W, self.in_features**-0.5, generator)
+            for factor, values in zip((self.A, self.B), low_rank_svd(W, self.rank), strict=True):
+                factor.data.copy_(values)
+            return
+        normal_(self.A, self.rank**-0.5, generator_for("A"))
+        normal_(self.B, self.in_features**-0.5, generator_for("B"))
+
+    def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
+        with self._no_autocast(self.A):
+            return self.A @ self.B
+
+    @property
+    def weight(self) -> Tensor:
+        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        return self.to_matrix()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), by the factors: W is not formed."""
+        return nn.functional.linear(nn.functional.linear(x, self.B), self.A, self.bias)
+
+    def products(self, n_tokens: int) -> list[Product]:
+        """The matrix products of a forward over that many tokens."""
+        return [
+            dense_product(self.rank, self.in_features, n_tokens),
+            dense_product(self.out_features, self.rank, n_tokens),
+        ]
+
+    def structure(self) -> str:
+        """What fixes the shape of the parameters, in a few words."""
+        return f"rank={self.rank}"
+
+    def options(self) -> dict[str, Any]:
+        """The rank."""
+        return {"rank": self.rank}
+
+
+class PrunedLinear(StructuredLinear, kind="pruned"):
+    """A dense weight of which only the entries under `mask` count; the mask never changes by itself.
+
+    W is `weight` where the mask is true and 0 elsewhere, so the gradient elsewhere is exactly 0, and W stays 0 there
+    under any optimiser; `weight` itself does under those that act on each entry, weight decay included. Its FLOPs are
+    those of a dense layer: nothing is gained from zeros at places without order.
+
+    Args:
+        sparsity, max_params: exactly one. The fraction of zeros in [0, 1), or the most entries that are kept.
+        init: "variance", entries kept at random places, with a variance that makes Var(W) = 1 / in_features over all
+            entries. generator: what they are drawn from. Default: torch's own, as nn.Linear.
+    Shapes:
+        weight (out_features, in_features); mask, a buffer of the same shape.
+    Raises:
+        ValueError: not exactly one size, sparsity outside [0, 1), or max_params below 1.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        sparsity: float | None = None,
+        max_params: int | None = None,
+        bias: bool = True,
+        init: str = "variance",
+        generator: torch.Generator | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        check_one_cap(sparsity=sparsity, max_params=max_params)
+        total = out_features * in_features
+        if sparsity is not None:
+            check_fraction(sparsity=sparsity)
+            max_params = max(1, total - round(sparsity * total))
+        check_whole(max_params=max_params)
+        assert max_params is not None
+        if max_params < 1:
+            raise ValueError(f"`max_params >= 1` must hold, but got max_params={max_params}")
+        self._n_kept = min(int(max_params), total)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.register_buffer("mask", torch.ones(out_features, in_features, device=device, dtype=torch.bool))
+        self._draw_unless_meta(init, generator)
+
+    @classmethod
+    def from_matrix(
+        cls,
+        W: Tensor,
+        bias: Tensor | None = None,
+        *,
+        sparsity: float | None = None,
+        max_params: int | None = None,
+        rel_error: float | None = None,
+        gram: Tensor | None = None,
+        **options: Any,
+    ) -> Self:
+        """W with its largest entries kept; with `gram`, those of |W_ij| G_jj^{1/2} (Wanda, Sun et al. 2024, but over
+        the whole matrix). Of equal entries the first in row-major order is kept.
+
+        Raises:
+            ValueError: as the constructor; a gram that is refused by `check_gram`; `rel_error` beside a gram.
+        """
+        check_matrix(W)
+        check_error(rel_error, gram)
+        scaled = in_range(W.double())[0]
+        score = scaled.abs()
+        if gram is not None:
+            score = score * check_gram(gram, W.shape[1]).to(W.device).diagonal().sqrt()
+        order = torch.sort(score.flatten(), descending=True, stable=True).indices
+        if rel_error is not None:
+            check_one_cap(sparsity=sparsity, max_params=max_params, rel_error=rel_error)
+            max_params = max(1, n_needed(scaled.flatten()[order].square(), rel_error))
+        layer = cls._empty(W, bias, sparsity=sparsity, max_params=max_params, **options)
+        layer._set_mask(order)
+        layer.weight.data.copy_(torch.where(layer.mask, W, 0))
+        return layer
+
+    @property
+    def n_params_matrix(self) -> int:
+        """Entries of W that are kept; on the meta device, those asked for."""
+        return self._n_kept if self.mask.is_meta else int(self.mask.sum())
+
+    def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """Draw the parameters of W afresh, each from the generator of its name; `init` is "variance".
+
+        Raises:
+            ValueError: any other init.
+        """
+        check_init(self, init)
+        generator = generator_for("weight")
+        order = torch.randperm(self.weight.numel(), generator=generator, device=generator.device)
+        self._set_mask(order.to(self.mask.device))
+        normal_(self.weight, (self.out_features / self._n_kept) ** 0.5, generator)
+        self.weight.data.mul_(self.mask)
+
+    def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
+        return torch.where(self.mask, self.weight, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), with the masked weight."""
+        return nn.functional.linear(x, self.to_matrix(), self.bias)
+
+    def products(self, n_tokens: int) -> list[Product]:
+        """The matrix products of a forward over that many tokens."""
+        return [dense_product(self.out_features, self.in_features, n_tokens)]
+
+    def structure(self) -> str:
+        """What fixes the shape of the parameters, in a few words."""
+        return f"kept={self.n_params_matrix}"
+
+    def options(self) -> dict[str, Any]:
+        """The number of entries that were asked for; which ones are kept is in `mask`."""
+        return {"max_params": self._n_kept}
+
+    def _set_mask(self, order: Tensor) -> None:
+        self.mask.fill_(False)
+        self.mask.view(-1)[order[: self._n_kept]] = True

@@ -1,0 +1,210 @@
+"""MonarchLinear: a weight of equal blocks of low rank, one of the layers an MPO must be compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mpo_core.fitting.calibration import check_gram
+from mpo_core.fitting.whitening import square_root
+from mpo_core.layers.structured import (
+    StructuredLinear,
+    check_error,
+    check_init,
+    check_one_cap,
+    n_needed,
+    rank_within,
+    rounding,
+)
+from mpo_core.tensor_train.bonds import check_whole
+from mpo_core.tensor_train.contraction import Product
+from mpo_core.tensor_train.initialisation import normal_
+from mpo_core.values import check_matrix, in_range
+
+
+class MonarchLinear(StructuredLinear, kind="monarch"):
+    """W as n_blocks[0] × n_blocks[1] equal blocks, each of rank r: a Monarch matrix, or block tensor-train of rank r.
+
+    Block (l, k) is L[l, :, k, :] R[k, l, :, :], so that y = x Wᵀ is two batches of products. One block is a low-rank
+    matrix; more blocks have a higher rank altogether for their r (n_blocks[0] + n_blocks[1]) in place of (1 + 1) sizes.
+
+    Args:
+        n_blocks: down and across, divisors of out_features and in_features; an int is both. None: the divisors next to
+            the square roots, from below; where max_params is too small for those, the most blocks that it allows.
+        rank, max_params: exactly one; `rank` then holds the actual one, at most the smaller side of a block.
+        init: "variance", each factor with 1 / its own inputs.
+        generator: what the factors are drawn from. Default: torch's own, as nn.Linear.
+    Shapes:
+        L (n_blocks[0], out_features / n_blocks[0], n_blocks[1], rank),
+        R (n_blocks[1], n_blocks[0], rank, in_features / n_blocks[1]).
+    Raises:
+        ValueError: not exactly one size, a rank below 1, n_blocks that do not divide the features, or max_params
+            below those of rank 1.
+    Source: Dao et al. 2022 (Monarch); Qiu et al. 2024 (block tensor-train).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int | None = None,
+        max_params: int | None = None,
+        n_blocks: int | tuple[int, int] | None = None,
+        bias: bool = True,
+        init: str = "variance",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if n_blocks is None:
+            n_blocks = _most_blocks(out_features, in_features, max_params)
+        down, across = n_blocks if isinstance(n_blocks, tuple | list) else (n_blocks, n_blocks)
+        check_whole(**{"n_blocks[0]": down, "n_blocks[1]": across})
+        if down < 1 or across < 1 or out_features % down or in_features % across:
+            raise ValueError(
+                f"`n_blocks` must divide out_features={out_features} and in_features={in_features}, "
+                f"but got n_blocks={(down, across)}"
+            )
+        self.n_blocks = int(down), int(across)
+        m, p = out_features // down, in_features // across
+        self.rank = rank_within(rank, max_params, down * across * (m + p), min(m, p))
+        self.L = nn.Parameter(torch.empty(down, m, across, self.rank, device=device, dtype=dtype))
+        self.R = nn.Parameter(torch.empty(across, down, self.rank, p, device=device, dtype=dtype))
+        self._draw_unless_meta(init, generator)
+
+    @classmethod
+    def from_matrix(
+        cls,
+        W: Tensor,
+        bias: Tensor | None = None,
+        *,
+        rank: int | None = None,
+        max_params: int | None = None,
+        rel_error: float | None = None,
+        gram: Tensor | None = None,
+        n_blocks: int | tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Self:
+        """The nearest such matrix: each block's truncated SVD.
+
+        With `gram` each block is first fitted under its own inputs' block of it, then all of L exactly under the whole,
+        given R: no worse than the first step, not optimal over both factors.
+
+        Raises:
+            ValueError: as the constructor; a gram that is refused by `check_gram`; `rel_error` beside a gram.
+        """
+        check_matrix(W)
+        check_error(rel_error, gram)
+        if rel_error is not None:
+            check_one_cap(rank=rank, max_params=max_params, rel_error=rel_error)
+            down, across = cls(W.shape[1], W.shape[0], rank=1, n_blocks=n_blocks, device="meta").n_blocks
+            s = torch.linalg.svdvals(_blocks(in_range(W.double())[0], down, across))
+            rank = max(1, n_needed(s.square().sum((0, 1)), rel_error, rounding(W)))
+        layer = cls._empty(W, bias, rank=rank, max_params=max_params, n_blocks=n_blocks, **options)
+        scaled, scale = in_range(W.double())
+        blocks = _blocks(scaled, *layer.n_blocks)  # (down, across, m, p)
+        weighted, G = blocks, None
+        if gram is not None:
+            G = check_gram(gram, W.shape[1]).to(W.device)
+            p = blocks.shape[3]
+            weighted = blocks @ torch.stack([square_root(g) for g in _diagonal_blocks(G, p)])
+        U, s, _ = torch.linalg.svd(weighted, full_matrices=False)
+        L = U[..., : layer.rank]  # (down, across, m, r)
+        R = L.mT @ blocks  # (down, across, r, p)
+        if G is not None:
+            L = _fit_left(scaled, R, G)
+        # Each component's norm is shared equally, as an optimiser would want it.
+        norms = (torch.linalg.norm(R, dim=3, keepdim=True) / torch.linalg.norm(L, dim=2)[..., None]).sqrt()
+        norms = torch.where(torch.isfinite(norms) & (norms > 0), norms, 1)
+        share = math.sqrt(scale)
+        layer.L.data.copy_((L * norms.mT * share).permute(0, 2, 1, 3))
+        layer.R.data.copy_((R / norms * share).transpose(0, 1))
+        return layer
+
+    def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """Draw the parameters of W afresh, each from the generator of its name; `init` is "variance".
+
+        Raises:
+            ValueError: any other init.
+        """
+        check_init(self, init)
+        across, _, rank, p = self.R.shape
+        normal_(self.L, (across * rank) ** -0.5, generator_for("L"))
+        normal_(self.R, p**-0.5, generator_for("R"))
+
+    def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
+        with self._no_autocast(self.L):
+            blocks = self.L.transpose(1, 2) @ self.R.transpose(0, 1)  # (down, across, m, p)
+        return blocks.transpose(1, 2).reshape(self.out_features, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        return self.to_matrix()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), by the factors: W is not formed."""
+        down, m, across, rank = self.L.shape
+        p = self.R.shape[3]
+        n = math.prod(x.shape[:-1])
+        z = x.reshape(n, across, p).transpose(0, 1) @ self.R.reshape(across, down * rank, p).mT  # (across, n, down·r)
+        z = z.reshape(across, n, down, rank).permute(2, 1, 0, 3).reshape(down, n, across * rank)
+        y = (z @ self.L.reshape(down, m, across * rank).mT).transpose(0, 1)  # (n, down, m)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def products(self, n_tokens: int) -> list[Product]:
+        """The matrix products of a forward over that many tokens."""
+        down, m, across, rank = self.L.shape
+        right = Product(1, down * rank, self.R.shape[3], n_tokens, copied=n_tokens * down * rank)
+        return [right] * across + [Product(1, m, across * rank, n_tokens, copied=n_tokens * m)] * down
+
+    def structure(self) -> str:
+        """What fixes the shape of the parameters, in a few words."""
+        return f"n_blocks={self.n_blocks}, rank={self.rank}"
+
+    def options(self) -> dict[str, Any]:
+        """The numbers of blocks and the rank."""
+        return {"n_blocks": list(self.n_blocks), "rank": self.rank}
+
+
+def _most_blocks(out_features: int, in_features: int, max_params: int | None) -> tuple[int, int]:
+    def divisors(n: int) -> list[int]:
+        return [divisor for divisor in range(1, math.isqrt(n) + 1) if n % divisor == 0]
+
+    pairs = [(down, across) for down in divisors(out_features) for across in divisors(in_features)]
+
+    def per_rank(pair: tuple[int, int]) -> int:
+        return pair[1] * out_features + pair[0] * in_features
+
+    fitting = [pair for pair in pairs if max_params is None or per_rank(pair) <= max_params]
+    return max(fitting, key=lambda pair: (pair[0] * pair[1], -per_rank(pair)), default=(1, 1))
+
+
+def _blocks(W: Tensor, down: int, across: int) -> Tensor:
+    """(out_features, in_features) -> (down, across, m, p)."""
+    return W.reshape(down, W.shape[0] // down, across, W.shape[1] // across).transpose(1, 2)
+
+
+def _diagonal_blocks(G: Tensor, p: int) -> list[Tensor]:
+    return [G[start : start + p, start : start + p] for start in range(0, len(G), p)]
+
+
+def _fit_left(W: Tensor, R: Tensor, G: Tensor) -> Tensor:
+    """The L (down, across, m, r) with the least output error under G for these R (down, across, r, p)."""
+    down, across, rank, _ = R.shape
+    rows = W.reshape(down, -1, W.shape[1])
+    fitted = []
+    for index in range(down):
+        Z = torch.block_diag(*R[index])  # (across·r, in_features)
+        # A pseudo-inverse, since rows of Z may depend on each other under G.
+        left = rows[index] @ G @ Z.T @ torch.linalg.pinv(Z @ G @ Z.T, hermitian=True)
+        fitted.append(left.reshape(-1, across, rank).transpose(0, 1))
+    return torch.stack(fitted)

@@ -1,0 +1,333 @@
+"""MPOLinear: a drop-in for nn.Linear whose weight is a chain of cores."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mpo_core.fitting.fit import fit_cores
+from mpo_core.layers.cached_matrix import CachedMatrix
+from mpo_core.layers.cost_model import calibration_of, choose
+from mpo_core.layers.structured import StructuredLinear, check_one_cap
+from mpo_core.tensor_train.algebra import bonds_and_sizes, contract, tt_svd
+from mpo_core.tensor_train.bonds import check_whole, clip_bonds, given_sizes, largest_bonds, n_params
+from mpo_core.tensor_train.chain_steps import is_traced
+from mpo_core.tensor_train.contraction import Product, chain, cheapest_direction, pad_features, products
+from mpo_core.tensor_train.factorisation import factorise
+from mpo_core.tensor_train.initialisation import init_cores_
+from mpo_core.values import check_matrix
+
+__all__ = ["FORWARD_MODES", "MPOLinear", "StructuredLinear"]
+
+FORWARD_MODES = ("reconstruct", "chain", "cached", "auto")
+_CACHED_OR_CHAIN, _RECONSTRUCT_OR_CHAIN = ("cached", "chain"), ("reconstruct", "chain")
+
+Sizes = tuple[int, ...]
+
+
+class MPOLinear(StructuredLinear, kind="mpo"):
+    """y = x Wᵀ + b with W the contraction of `cores` (paper, Eq. 6 and 7).
+
+    Args:
+        chi, bonds, max_params: exactly one of them. A cap on every bond; a cap on each, (1, χ_1, …, 1); or the most
+            parameters the cores may have, for which the largest χ is taken. `bonds` then holds the actual ones, clipped
+            to the largest useful, and `chi` the cap, which is the largest of the bonds asked for.
+        d_out, d_in: local sizes, one per site. None: chosen by `factorise` with the method `factorisation` and n_sites.
+        padding: whether prod(d_out) and prod(d_in) may exceed the features: W is then the upper left part of what the
+            cores contract to.
+        init: one of `mpo_core.tensor_train.initialisation.FRESH_INITS`; the bias starts at zero.
+        generator: what the cores are drawn from, one after the other. Default: torch's own, as nn.Linear.
+        forward: how W is applied. "reconstruct": W is formed in every forward. "chain": never (`contraction.chain`).
+            "cached": in evaluation mode W is formed once and kept, as long as no gradient of it is asked for and no
+            core changes; else as "reconstruct". "auto": whichever of these is fastest for the number of tokens, by a
+            cost model calibrated on the device (`cost_model.choose`); it keeps a dense W only where that is fastest.
+            Under torch.compile and torch.func transforms "cached" and "auto" are "reconstruct". On an accelerator a
+            core written through `.data` does not drop the W that is kept: call `drop_cached_matrix` after it.
+    Shapes:
+        x: (..., in_features); y: (..., out_features).
+        cores[l]: (bonds[l], d_out[l], d_in[l], bonds[l+1]); bias: (out_features,) or None.
+    Raises:
+        ValueError: not exactly one cap, one below 1, sizes that do not multiply to the features, an unknown init,
+            factorisation or forward mode, or max_params that χ = 1 exceeds.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        chi: int | None = None,
+        bonds: Sequence[int] | None = None,
+        max_params: int | None = None,
+        n_sites: int | None = None,
+        d_out: Sequence[int] | None = None,
+        d_in: Sequence[int] | None = None,
+        factorisation: str = "balanced",
+        padding: bool = False,
+        bias: bool = True,
+        init: str = "variance",
+        generator: torch.Generator | None = None,
+        forward: str = "reconstruct",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if forward not in FORWARD_MODES:
+            raise ValueError(f"`forward` must be one of {', '.join(FORWARD_MODES)}, but got {forward!r}")
+        check_one_cap(chi=chi, bonds=bonds, max_params=max_params)
+
+        def split(chi: int) -> tuple[Sizes, Sizes]:
+            if d_out is None and d_in is None:
+                return factorise(
+                    out_features, in_features, method=factorisation, n_sites=n_sites, chi=chi, padding=padding
+                )
+            return given_sizes(out_features, in_features, d_out, d_in, n_sites, padding)
+
+        if bonds is not None:
+            if not isinstance(bonds, Sequence):
+                raise ValueError(f"`bonds` must be a sequence of whole numbers, but got {bonds!r}")
+            check_whole(**{f"bonds[{place}]": bond for place, bond in enumerate(bonds)})
+            chi = max(bonds, default=1)
+        elif max_params is not None:
+            check_whole(max_params=max_params)
+            chi = _largest_chi(max_params, split, 2 * math.isqrt(in_features * out_features))
+        check_whole(chi=chi)
+        assert chi is not None
+        self.chi = int(chi)
+        self.d_out, self.d_in = split(self.chi)
+        self.n_sites = len(self.d_out)
+        self.bonds = clip_bonds(chi if bonds is None else bonds, self.d_out, self.d_in)
+        self.forward_mode = forward
+        self._direction = cheapest_direction(self.bonds, self.d_out, self.d_in)
+        self._is_exact = math.prod(self.d_out) == out_features and math.prod(self.d_in) == in_features
+        self._cache: CachedMatrix | None = None
+        self._held: Tensor | None = None
+        shapes = zip(self.bonds[:-1], self.d_out, self.d_in, self.bonds[1:], strict=True)
+        self.cores = nn.ParameterList([torch.empty(shape, device=device, dtype=dtype) for shape in shapes])
+        self._draw_unless_meta(init, generator)
+
+    # Making -----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_matrix(
+        cls,
+        W: Tensor,
+        bias: Tensor | None = None,
+        *,
+        chi: int | None = None,
+        bonds: Sequence[int] | None = None,
+        rel_error: float | None = None,
+        max_params: int | None = None,
+        gram: Tensor | None = None,
+        method: str | None = None,
+        max_sweeps: int = 20,
+        **options: Any,
+    ) -> Self:
+        """The layer whose cores stand for W (out_features, in_features) as nearly as `method` can.
+
+        Args:
+            chi, bonds, max_params: as the constructor; chi may also cap the bonds that `rel_error` leads to.
+            rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F allowed; the bonds are those that the data need.
+            gram, method, max_sweeps: see `refinement.fit.fit_cores`; "als" under `gram` where one is given, else
+                "tt_svd".
+            options: n_sites, d_out, d_in, factorisation, padding and forward, as the constructor.
+        Raises:
+            ValueError: as the constructor and `fit_cores`; `rel_error` beside a gram, whose errors are others.
+        """
+        check_matrix(W)
+        if rel_error is None:
+            layer = cls._empty(W, bias, chi=chi, bonds=bonds, max_params=max_params, **options)
+            how = {"gram": gram, "method": method, "max_sweeps": max_sweeps}
+            cores = fit_cores(W, layer.d_out, layer.d_in, bonds=layer.bonds, **how)
+        else:
+            if gram is not None or method not in (None, "tt_svd"):
+                raise ValueError("`rel_error` is an error of W, not of outputs: give it without `gram` and `method`")
+            if bonds is not None or max_params is not None:
+                raise ValueError("`rel_error` goes with no cap but `chi`; the bonds follow from W")
+            if chi is None and options.get("factorisation") == "min_params":
+                raise ValueError("factorisation='min_params' counts parameters at a `chi`: give it beside `rel_error`")
+            cap = cls(W.shape[1], W.shape[0], chi=min(W.shape) if chi is None else chi, device="meta", **options)
+            cores = tt_svd(cap.pad_matrix(W), cap.d_out, cap.d_in, chi, rel_error=rel_error)
+            sizes = {"bonds": bonds_and_sizes(cores)[0], "d_out": cap.d_out, "d_in": cap.d_in}
+            layer = cls._empty(W, bias, **{**options, **sizes})
+        for core, value in zip(layer.cores, cores, strict=True):
+            core.data.copy_(value)
+        return layer
+
+    def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
+        """`init_cores` with core l drawn from generator_for("cores.l")."""
+        self.init_cores(init, [generator_for(f"cores.{site}") for site in range(self.n_sites)])
+
+    def init_cores(self, init: str, generators: Sequence[torch.Generator]) -> None:
+        """Draw the cores afresh, core l from generators[l]; `init` is one of `initialisation.FRESH_INITS`."""
+        init_cores_(
+            list(self.cores),
+            init,
+            generators,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            chi=self.chi,
+        )
+
+    def pad_matrix(self, W: Tensor) -> Tensor:
+        """W (out_features, in_features) with zeros below and to the right, to (prod(d_out), prod(d_in))."""
+        rows = math.prod(self.d_out) - self.out_features
+        return pad_features(nn.functional.pad(W, (0, 0, 0, rows)), math.prod(self.d_in))
+
+    # Applying ---------------------------------------------------------------------------------------------------------
+
+    def to_matrix(self) -> Tensor:
+        """W (out_features, in_features), differentiable, in the dtype of the cores even under autocast."""
+        return self._matrix(list(self.cores))
+
+    def _matrix(self, cores: Sequence[Tensor]) -> Tensor:
+        with self._no_autocast(cores[0]):
+            W = contract(cores)
+        return W if self._is_exact else W[: self.out_features, : self.in_features]
+
+    @property
+    def weight(self) -> Tensor:
+        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        return self.to_matrix()
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if self._held is not None:
+            return nn.functional.linear(x, self._held, self.bias)
+        cores = list(self.cores)  # a reading of a ParameterList takes microseconds
+        mode = self._mode(cores, x.numel() // self.in_features, x.requires_grad)
+        if mode != "chain":
+            W = self._kept_matrix(cores) if mode == "cached" else self._matrix(cores)
+            return nn.functional.linear(x, W, self.bias)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"`x.shape[-1] == in_features` must hold, but got x of shape {tuple(x.shape)}, "
+                f"in_features={self.in_features}"
+            )
+        y = chain(cores, pad_features(x, math.prod(self.d_in)), self._direction)
+        y = y if self._is_exact else y[..., : self.out_features]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def products(self, n_tokens: int) -> list[Product]:
+        mode = self.forward_mode
+        if mode == "auto":
+            # On the meta device there is nothing to measure.
+            core = self.cores[0]
+            mode = "reconstruct" if core.is_meta else self._fastest(core, n_tokens, False, _CACHED_OR_CHAIN)
+        return products(
+            mode,
+            self.bonds,
+            self.d_out,
+            self.d_in,
+            n_tokens,
+            out_features=self.out_features,
+            in_features=self.in_features,
+        )
+
+    def structure(self) -> str:
+        """The cap, the local sizes and the bonds."""
+        return f"chi={self.chi}, d_out={list(self.d_out)}, d_in={list(self.d_in)}, bonds={list(self.bonds)}"
+
+    def options(self) -> dict[str, Any]:
+        """The cap, the local sizes, padding and the forward mode."""
+        # Bonds that were asked for one by one may have been clipped: the cap then stands in the place of one of them.
+        caps = [(*self.bonds[:site], self.chi, *self.bonds[site + 1 :]) for site in range(1, self.n_sites)]
+        fitting = (cap for cap in (self.chi, *caps) if clip_bonds(cap, self.d_out, self.d_in) == self.bonds)
+        cap = next(fitting, self.bonds)
+        size = {"bonds": list(cap)} if isinstance(cap, tuple) else {"chi": cap}
+        sizes = {"d_out": list(self.d_out), "d_in": list(self.d_in), "padding": not self._is_exact}
+        return {**size, **sizes, "forward": self.forward_mode}
+
+    def _mode(self, cores: Sequence[Tensor], n_tokens: int, x_has_grad: bool) -> str:
+        """The mode of this call: "reconstruct", "chain" or "cached"."""
+        if self.forward_mode not in FORWARD_MODES:
+            raise ValueError(f"`forward` must be one of {', '.join(FORWARD_MODES)}, but got {self.forward_mode!r}")
+        if self.forward_mode in ("reconstruct", "chain"):
+            return self.forward_mode
+        if is_traced() or cores[0].is_meta:
+            return "reconstruct"  # nothing can be kept or measured while being traced or transformed
+        with_grad = torch.is_grad_enabled()
+        trains = with_grad and any(core.requires_grad for core in cores)
+        keeps = not trains and not self.training
+        if self.forward_mode == "cached":
+            return "cached" if keeps else "reconstruct"
+        training = trains or (with_grad and x_has_grad)
+        return self._fastest(cores[0], n_tokens, training, _CACHED_OR_CHAIN if keeps else _RECONSTRUCT_OR_CHAIN)
+
+    def _fastest(self, core: Tensor, n_tokens: int, training: bool, modes: Sequence[str]) -> str:
+        calibration = calibration_of(core.device, _compute_dtype(core))
+        return choose(
+            self.bonds, self.d_out, self.d_in, n_tokens, training=training, calibration=calibration, modes=modes
+        )
+
+    # Keeping W --------------------------------------------------------------------------------------------------------
+
+    def hold_matrix(self) -> None:
+        """Form W, and apply it in every forward until `drop_cached_matrix`, or a change of mode, device or dtype.
+
+        In all forward modes, without a gradient to the cores, and without the look at whether they changed that the
+        mode "cached" takes at every call.
+        """
+        self._cache = None
+        with torch.inference_mode(False), torch.no_grad():  # see `_kept_matrix`
+            self._held = self.to_matrix().to(_compute_dtype(self.cores[0]))
+
+    def drop_cached_matrix(self) -> None:
+        """Free the W that `hold_matrix` and the modes "cached" and "auto" keep; it is formed anew when needed."""
+        self._cache = self._held = None
+
+    def _kept_matrix(self, cores: Sequence[Tensor]) -> Tensor:
+        dtype = _compute_dtype(cores[0])
+        if self._cache is None or not self._cache.holds_for(cores, dtype):
+            self._cache = None
+            # Outside inference mode, so that W may also meet an input that needs a gradient.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = CachedMatrix(cores, self._matrix(cores).to(dtype))
+        return self._cache.W
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_cached_matrix()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        self.drop_cached_matrix()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.drop_cached_matrix()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None, "_held": None}  # a copy forms its own
+
+
+def _compute_dtype(core: Tensor) -> torch.dtype:
+    # Autocast leaves float64 as it is.
+    dtype = core.dtype
+    if dtype is not torch.float64:
+        kind = core.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+    return dtype
+
+
+def _largest_chi(max_params: int, split: Callable[[int], tuple[Sizes, Sizes]], limit: int) -> int:
+    """The largest useful χ up to `limit` with at most that many parameters; the split may depend on χ."""
+
+    def count(chi: int) -> int:
+        sizes = split(chi)
+        return n_params(clip_bonds(chi, *sizes), *sizes)
+
+    if count(1) > max_params:
+        d_out, d_in = split(1)
+        raise ValueError(
+            f"chi=1 needs {count(1)} parameters with d_out={list(d_out)}, d_in={list(d_in)}, "
+            f"but got max_params={max_params}"
+        )
+    chi = bisect_right(range(1, limit + 1), max_params, key=count)
+    useful = min(chi, max(largest_bonds(*split(chi))))
+    return useful if split(useful) == split(chi) else chi

@@ -1,0 +1,1 @@
+"""PicoGPT, and text generation."""

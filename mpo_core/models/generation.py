@@ -1,0 +1,81 @@
+"""Sampling text from a PicoGPT, token by token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpo_core.evaluating import evaluating
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.models.picogpt import KeyValueCache, PicoGPT
+from mpo_core.tensor_train.bonds import check_whole
+
+
+@torch.no_grad()
+def generate(
+    model: PicoGPT,
+    tokens: Tensor,
+    n_new: int,
+    *,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """Continue each row of tokens by `n_new` tokens; the model sees at most its last `context` of them.
+
+    No core changes meanwhile: of MPO layers in the modes "reconstruct" and "cached" W is formed once and held.
+
+    Args:
+        tokens: (B, T) int64, T >= 1.
+        generator: what the tokens are drawn from, on its own device, so that a GPU draws what a CPU does; needed unless
+            temperature is 0.
+        temperature: the logits are divided by it; 0 takes the most likely token, of equals the first.
+        top_k: draw from the so many most likely tokens alone, of equals the first; None: from all.
+        use_cache: keep keys and values of the tokens so far. Once the context is full every position moves with each
+            token, and the whole window is computed again, with a cache or without.
+    Returns:
+        (B, T + n_new). Every module is left in the mode (training or evaluation) it was in, also by an error.
+    Raises:
+        ValueError: no tokens to continue, n_new < 0, temperature < 0, top_k < 1, or no generator to draw from.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(f"`tokens` must have shape (B, T) with T >= 1, but got {tuple(tokens.shape)}")
+    check_whole(n_new=n_new, **({} if top_k is None else {"top_k": top_k}))
+    if n_new < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(
+            "`n_new >= 0`, `temperature >= 0` and `top_k >= 1` must hold, "
+            f"but got n_new={n_new}, temperature={temperature}, top_k={top_k}"
+        )
+    if temperature > 0 and generator is None:
+        raise ValueError("tokens are drawn from `generator`, but got None; pass a torch.Generator or temperature=0")
+    cache = KeyValueCache(model, tokens.shape[0]) if use_cache else None
+    context = model.config.context
+    with evaluating(model):
+        _hold_matrices(model)  # `evaluating` frees them, also after an error
+        for _ in range(n_new):
+            if cache is not None and cache.length < tokens.shape[1] <= context:
+                logits = model(tokens[:, cache.length :], cache)
+            else:
+                logits = model(tokens[:, -context:])
+            chosen = _choose(logits[:, -1], temperature, top_k, generator)
+            tokens = torch.cat([tokens, chosen.to(tokens.device)], dim=1)
+    return tokens
+
+
+def _hold_matrices(model: PicoGPT) -> None:
+    for module in model.modules():
+        if isinstance(module, MPOLinear) and module.forward_mode in ("reconstruct", "cached"):
+            module.hold_matrix()
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """(B, V) logits to (B, 1) tokens."""
+    if temperature == 0 or generator is None:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.to(generator.device, torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        # Of equals the first, on every device: a threshold would keep them all.
+        beyond = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, top_k:]
+        logits = logits.scatter(-1, beyond, float("-inf"))
+    return torch.multinomial(nn.functional.softmax(logits, dim=-1), 1, generator=generator)

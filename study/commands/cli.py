@@ -1,0 +1,339 @@
+"""The command `mpo-study`: plan, run, refine, winners, status, export, import, ui, sync, sample."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import optuna
+import typer
+from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
+
+from analysis.runs.urls import hide_password
+from analysis.streams import lasting_streams
+from study.commands.plan import as_json as plan_as_json
+from study.commands.plan import plan as make_plan
+from study.commands.progress import say
+from study.commands.run import TRACKING_OFF, run_study, study_corpus
+from study.commands.run import sync as sync_study
+from study.commands.sample import sample as draw_sample
+from study.commands.show import say_not_compared, show_outcome, show_plan, show_status
+from study.commands.status import as_json as status_as_json
+from study.commands.status import study_status
+from study.commands.winners import parse_seeds, write_winners
+from study.errors import StudyError
+from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.ledger.growth import Growth, parse_more
+from study.ledger.urls import is_database
+from study.spec.config import StudyConfig
+from study.spec.search_space import listed_specs
+from study.spec.study_file import load_config
+from study.tracking.background import is_left_writing
+from study.tracking.connection import move_artifacts, runs_page, shown
+from study.tracking.server import serve
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run studies of compressed transformers: many trials, many seeds, nothing lost.",
+)
+console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 140, markup=False)  # a log has room
+
+StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (YAML).")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The study's folder, which `run` made.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the study file, e.g. protocol.steps=100."),
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|URL", help="For checkpoints and weights; unless given, the last run's, at first DIR/storage."
+    ),
+]
+
+
+class Executor(StrEnum):
+    ray = "ray"
+    inline = "inline"
+
+
+class Where(StrEnum):
+    frontier = "frontier"
+
+
+ExecutorOption = Annotated[Executor, typer.Option(help="Ray Tune, or this process.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="A Ray cluster; $RAY_ADDRESS unless given, else a Ray of its own.")
+]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option(metavar="URI|off", help="MLflow; unless given, the last run's URI, at first a database in DIR."),
+]
+LedgerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="A PostgreSQL database for the ledger; unless given, the last run's, at first DIR/ledger.db.",
+    ),
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
+ParquetFile = Annotated[Path, typer.Argument(metavar="FILE", help="The Parquet file.")]
+
+
+@app.command()
+def plan(
+    file: StudyFile,
+    as_json: AsJSON = False,
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default, nobody writes it)
+) -> None:
+    """Show every trial with its parameters, FLOPs and time on this machine; train nothing."""
+    config = load_config(file, overrides)
+    planned = make_plan(config, study_corpus(config))
+    slots = max(1, int((os.cpu_count() or 1) / config.execution.cpus))
+    if as_json:
+        sys.stdout.write(plan_as_json(config, planned, slots) + "\n")
+        return
+    show_plan(console, config, planned, slots)
+
+
+@app.command()
+def run(
+    file: StudyFile,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIR", help="The study's folder; results/NAME unless given.")
+    ] = None,
+    storage: StorageOption = None,
+    executor: ExecutorOption = Executor.ray,
+    address: AddressOption = None,
+    tracking: TrackingOption = None,
+    ledger: LedgerOption = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Train again what failed, except for seeds that diverged.")
+    ] = False,
+    trials: Annotated[
+        str | None, typer.Option(metavar="+N", help="Let the study grow by so many searched trials, once.")
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="+N", help="Let the study have so many more seeds, once."),
+    ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Let the study grow by the trials and seeds that its file now has more.")
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Run a study; run it again to resume it. A complete study is left as it is."""
+    config = load_config(file, overrides)
+    folder = StudyDirectory(directory if directory is not None else Path("results") / config.name, ledger)
+    growth = Growth(parse_more("--trials", trials), parse_more("--seeds", seeds), extend=extend)
+    if extend and growth.command:
+        raise StudyError(f"--extend and {growth.command}: give one of them, and then the other")
+    _run(
+        config,
+        folder,
+        storage_url=storage,
+        executor=executor.value,
+        address=address,
+        tracking=tracking,
+        retry_failed=retry_failed,
+        growth=growth,
+    )
+
+
+@app.command()
+def refine(
+    directory: Folder,
+    seeds: Annotated[str, typer.Option(metavar="+N", help="How many seeds more each of these trials gets.")],
+    on: Annotated[
+        Where, typer.Option(help="Trials whose place on the frontier of n_params and val_loss is undecided.")
+    ] = Where.frontier,
+    storage: StorageOption = None,
+    executor: ExecutorOption = Executor.ray,
+    address: AddressOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Add seeds to a finished study where they count, and run them: where the frontier is undecided."""
+    folder = StudyDirectory(directory)
+    _run(
+        folder.load_config(),
+        folder,
+        storage_url=storage,
+        executor=executor.value,
+        address=address,
+        tracking=tracking,
+        growth=Growth(refine=parse_more("--seeds", seeds)),
+    )
+
+
+@app.command()
+def winners(
+    directory: Folder,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The study file to write.")],
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|LIST",
+            help="The new study's seeds: 0 to N - 1, or a list such as 100,101,102. "
+            "Default: the first that the old study did not use, as many as it has and at least 5.",
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the new study; the file's unless given.")] = None,
+) -> None:
+    """Write a study file of what a finished study selected, to be measured again on fresh seeds."""
+    new = write_winners(StudyDirectory(directory), file, parse_seeds(seeds), name, partial(say, console))
+    say_not_compared(console, new)
+    n_runs = len(listed_specs(new)) * len(new.seed_list)
+    say(console, f"{file}: {len(new.arms)} arms, {n_runs} runs. To see what they cost: mpo-study plan {file}")
+
+
+def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
+    try:
+        outcome = run_study(config, folder, console, **options)
+    except KeyboardInterrupt:  # or SIGTERM
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that another one could end now is this line
+        say(console, f"stopped; what is done is kept. To go on: the same command again ({folder.path})")
+        _end(130)
+    show_outcome(console, outcome, config, folder)
+    nothing_succeeded = outcome.n_failed > 0 and outcome.n_complete == 0
+    trouble = outcome.aborted or outcome.tracking_trouble or outcome.backup_trouble
+    _end(int(trouble is not None or outcome.n_missing > 0 or nothing_succeeded))
+
+
+def _end(code: int) -> NoReturn:
+    """End with this code, also where a writer hangs in a call of MLflow, for which the interpreter might wait."""
+    if is_left_writing():
+        sys.stdout.flush()
+        os._exit(code)
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(directory: Folder, as_json: AsJSON = False) -> None:
+    """Show what a study has done, what failed and why, its frontier so far, and what is left."""
+    folder = StudyDirectory(directory)
+    now = study_status(folder)
+    if as_json:
+        sys.stdout.write(status_as_json(now) + "\n")
+        return
+    show_status(console, now, folder)
+
+
+@app.command(name="export")
+def export_(directory: Folder, file: ParquetFile) -> None:
+    """Write the whole ledger of a study to one Parquet file, from which `import` makes the study again."""
+    from study.commands.exchange import export_study  # Parquet's reader and writer take a while to come up
+
+    folder = StudyDirectory(directory)
+    n_runs = export_study(folder, file, partial(say, console))
+    say(console, f"{file}: {n_runs} runs. To make a study of it: mpo-study import {file} DIR")
+
+
+@app.command(name="import")
+def import_(file: ParquetFile, directory: Folder, storage: StorageOption = None) -> None:
+    """Make a study's folder of what `export` wrote; its checkpoints and weights are not in it."""
+    from study.commands.exchange import import_study
+
+    folder = StudyDirectory(directory)
+    name = import_study(file, folder, storage)
+    shown = folder.path
+    say(
+        console,
+        f"{shown}: study {name}. To write its runs to MLflow: mpo-study sync {shown}; "
+        f"to see what is left of it: mpo-study status {shown}",
+    )
+
+
+@app.command()
+def ui(
+    directory: Folder,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000,
+) -> None:
+    """Open the study's MLflow UI on 127.0.0.1."""
+    folder = StudyDirectory(directory)
+    config = folder.load_config()
+    recorded = folder.tracking_uri()
+    if recorded is None:
+        raise StudyError(f"{folder.path}: no runs in MLflow yet; write them: mpo-study sync {folder.path}")
+    uri = folder.resolve_tracking_uri(recorded)
+    if not is_database(uri):
+        console.print(f"this study's runs are at {hide_password(uri)}: open that in a browser", markup=False)
+        return
+    page = runs_page(uri, config.name)
+    try:
+        move_artifacts(uri, config.name, folder.artifacts, is_own=recorded == DEFAULT_TRACKING_URI)
+    except SQLAlchemyError as error:
+        say(console, f"artifacts will not open, since the study's folder was moved: {shown(error, uri)}")
+
+    def on_ready() -> None:
+        console.print(f"MLflow: http://127.0.0.1:{port}{page}", highlight=False, soft_wrap=True)
+        console.print("(Ctrl-C ends it)")
+        sys.stdout.flush()
+
+    serve(uri, folder.artifacts, port, on_ready)
+
+
+@app.command()
+def sync(
+    directory: Folder,
+    tracking: Annotated[
+        str | None, typer.Option(metavar="URI", help="MLflow; what the last run used unless given.")
+    ] = None,
+    storage: StorageOption = None,
+) -> None:
+    """Compare MLflow with the ledger and mend it: after a run without it, or to repair or move an experiment."""
+    folder = StudyDirectory(directory)
+    config = folder.load_config()
+    if tracking == TRACKING_OFF:
+        raise StudyError("--tracking off: sync writes to MLflow, it needs a tracking URI")
+    n_trials = sync_study(config, folder, storage, tracking, partial(say, console))
+    console.print(f"MLflow has all {n_trials} trials of {config.name}. To browse them: mpo-study ui {folder.path}")
+
+
+@app.command()
+def sample(
+    directory: Folder,
+    trial: Annotated[int | None, typer.Option(help="Of the run; the one with the lowest loss unless given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the run.")] = None,
+    prompt: Annotated[str, typer.Option(help="What the model continues.")] = "\n",
+    tokens: Annotated[int, typer.Option(help="Characters to draw.", min=1)] = 400,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely character.", min=0)] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the so many most likely ones alone.", min=1)] = None,
+    draw: Annotated[int, typer.Option(help="Another number, another text.", min=0)] = 0,
+) -> None:
+    """Draw text from a trained model whose weights were kept."""
+    run_, text = draw_sample(
+        StudyDirectory(directory),
+        prompt=prompt,
+        n_new=tokens,
+        trial=trial,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        draw=draw,
+    )
+    Console(stderr=True).print(f"trial {run_.trial} seed {run_.seed}: val loss {run_.final['final/val_loss']:.4f}")
+    sys.stdout.write(text + "\n")
+
+
+def main() -> None:
+    """Entry point: a user's error is one line for each, and exit code 2."""
+    with lasting_streams("mpo-study"):
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        try:
+            app()
+        except StudyError as error:
+            for line in str(error).splitlines():
+                say(Console(stderr=True), f"mpo-study: {line}", is_trouble=True)
+            sys.exit(2)

@@ -1,0 +1,121 @@
+"""What a running study shows: a live display in a terminal, a line per event elsewhere."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from study.ledger.ledger import Ledger
+from study.spec.trial import SeedResult, Trial
+from study.training.unit import Unit
+
+
+def say(console: Console, line: str, *, is_trouble: bool = False) -> None:
+    """Print a line as it is: in one piece, whatever brackets and addresses it holds."""
+    console.print(line, style="red" if is_trouble else None, markup=False, highlight=False, soft_wrap=True)
+
+
+class StudyProgress:
+    """Counts runs (trial × seed) and weighs what is left by its FLOPs."""
+
+    def __init__(self, console: Console, ledger: Ledger) -> None:
+        self._console, self._ledger = console, ledger
+        self._begun = time.monotonic()
+        self._flops_before = ledger.flops_recorded
+        self._bar = Progress(
+            TextColumn("[bold]runs"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[words]}"),
+            expand=True,
+        )
+        self._task = self._bar.add_task("runs", total=None, words="")
+        self._latest = Text("", style="dim", no_wrap=True, overflow="ellipsis")
+        self._silent: list[str] = []
+        self._live = Live(get_renderable=self._shown, console=console, transient=True, refresh_per_second=1)
+
+    def __enter__(self) -> StudyProgress:
+        if self._console.is_terminal:
+            self._live.start()
+        self.refresh()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def _shown(self) -> Group:
+        return Group(self._bar, self._latest, *(Text(line, style="red") for line in self._silent))
+
+    # Events -------------------------------------------------------------------------------------------------------
+
+    def on_evaluation(self, unit: Unit, seed: int, row: dict[str, float]) -> None:
+        """A run passed an evaluation."""
+        step = f"step {row['step']:.0f}/{unit.spec.protocol.steps}"
+        self._latest.plain = f"{self._name(unit.trial, seed)}: {step}, val loss {row['val_loss']:.3f}"
+
+    def on_result(self, result: SeedResult) -> None:
+        """A run is over."""
+        name = self._name(result.trial, result.seed)
+        if result.state == "failed":
+            self.say(f"failed: {name}: {result.failure}")
+        elif not self._console.is_terminal:
+            loss, seconds = result.final["final/val_loss"], result.final["train_seconds"]
+            done = f"{len(self._ledger.results)}/{self._n_runs()}"
+            self.say(f"{done}  {name}: val loss {loss:.4f}, {seconds:.1f} s, {self._time_left()}")
+        self.refresh()
+
+    def on_silence(self, lines: list[str], anew: list[str]) -> None:
+        """Runs that have not reported for long, and which of them a log has to say again."""
+        self._silent = lines
+        if not self._console.is_terminal:
+            for line in anew:
+                self.say(line)
+
+    def on_answered(self, trial: Trial) -> None:
+        """A new trial needs no training."""
+        if trial.pruned is not None and trial.duplicate_of is None:
+            self.say(f"pruned: trial {trial.number} ({trial.spec.arm}): {trial.pruned.reason}")
+        self.refresh()
+
+    def on_stop(self, trial: Trial) -> None:
+        """A trial was given up."""
+        if trial.stop is not None and trial.duplicate_of is None:
+            self.say(f"stopped: trial {trial.number} ({trial.spec.arm}): {trial.stop.reason}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the display."""
+        say(self._console, line)
+
+    def refresh(self) -> None:
+        """Bring the display up to date with the ledger."""
+        ledger = self._ledger
+        best = f"best loss {ledger.best_loss:.3f}, " if ledger.best_loss is not None else ""
+        words = f"trials {ledger.n_trials_over}/{ledger.n_trials}, {best}{self._time_left()}"
+        self._bar.update(self._task, completed=len(self._ledger.results), total=self._n_runs(), words=words)
+
+    def _n_runs(self) -> int:
+        """Runs that the study will have; a trial that repeats another has none of its own."""
+        return len(self._ledger.results) + self._ledger.n_missing
+
+    def _name(self, number: int, seed: int) -> str:
+        spec = self._ledger.trials[number].spec
+        chi = spec.chi or spec.as_chi
+        what = f" χ={chi}" if chi is not None else ""
+        return f"trial {number} ({spec.arm}{what}) seed {seed}"
+
+    # Time left ----------------------------------------------------------------------------------------------------
+
+    def _time_left(self) -> str:
+        done = self._ledger.flops_recorded - self._flops_before
+        if done <= 0:
+            return "time left unknown"
+        rate = done / (time.monotonic() - self._begun)
+        return f"{timedelta(seconds=round(self._ledger.flops_left / rate))} left"

@@ -1,0 +1,364 @@
+"""Run a study: open all its parts, run what is missing, leave everything written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from rich.console import Console
+
+from study.commands.backup import BackgroundBackup, open_backup
+from study.commands.progress import StudyProgress, say
+from study.errors import StudyError
+from study.ledger.copies import Copies
+from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.ledger.environment import environment, what_changed
+from study.ledger.growth import NO_GROWTH, Growth, grow
+from study.ledger.ledger import Asked, Ledger
+from study.ledger.lock import hold_ledger
+from study.ledger.snapshot import read_ledger
+from study.scheduler.inline import run_inline
+from study.scheduler.interrupts import interrupts
+from study.scheduler.private_folder import remove_leftovers
+from study.scheduler.queue import Queue
+from study.scheduler.reports import SilenceWatch
+from study.spec.comparable import not_compared
+from study.spec.config import StudyConfig
+from study.spec.search_space import teacher_spec
+from study.spec.trial import SeedResult, Trial, TrialSpec, budget_hash, tuning_trials
+from study.tracking.background import BackgroundTracker
+from study.tracking.connection import first_line, tracking_error
+from study.tracking.opening import open_tracker, study_record
+from study.tracking.tracker import Tracker
+from study.training.corpus import Corpus, load_corpus
+from study.training.model import trial_shape
+from study.training.storage import Storage
+from study.training.unit import store_corpus, stored_corpus
+
+TRACKING_OFF = "off"
+
+_OPENING_SECONDS = 60.0
+"""How long MLflow may hold up a study's start; a server that drips answers for hours."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of a study ended."""
+
+    n_trials: int
+    n_complete: int
+    n_failed: int
+    n_missing: int
+    aborted: str | None
+    tracking_trouble: str | None
+    n_pruned: int = 0
+    n_stopped: int = 0
+    search_ended: str | None = None
+    backup_trouble: str | None = None
+
+
+def study_corpus(config: StudyConfig) -> Corpus:
+    """The study's corpus, checked to be long enough for its context."""
+    corpus = load_corpus(config.corpus.path, config.corpus.sha256, config.corpus.validation_fraction)
+    corpus.check_context(config.model.context)
+    return corpus
+
+
+def open_ledger(
+    config: StudyConfig,
+    corpus: Corpus,
+    directory: StudyDirectory,
+    growth: Growth = NO_GROWTH,
+    say: Callable[[str], None] = lambda line: None,
+) -> Ledger:
+    """The ledger of a study folder, begun where there is none.
+
+    Args:
+        growth: what the study is to grow by first.
+        say: told in one line what it has grown by.
+    """
+
+    def examine(spec: TrialSpec, config: StudyConfig) -> Asked:
+        return Asked(
+            trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model),
+            budget_hash(spec, config, corpus.sha256, teacher_spec(config, spec)),
+            tuning_trials(spec.arm, config),
+        )
+
+    uuid = directory.uuid()
+    if uuid is not None:
+        directory.check_ledger()
+    elif growth.command and not directory.has_ledger:
+        raise StudyError(
+            f"{directory.path}: no study here that could grow by {growth.command}; run it without that first"
+        )
+    may_begin = not growth.command
+    ledger = Ledger(
+        directory.ledger_url, config, corpus.sha256, examine, uuid, may_begin=may_begin, extend=growth.extend
+    )
+    if grow(ledger, growth, say):
+        ledger.close()
+        ledger = Ledger(directory.ledger_url, ledger.config, corpus.sha256, examine, uuid)
+    return ledger
+
+
+def run_study(
+    config: StudyConfig,
+    directory: StudyDirectory,
+    console: Console,
+    *,
+    storage_url: str | None = None,
+    executor: Literal["ray", "inline"] = "ray",
+    address: str | None = None,
+    tracking: str | None = None,
+    retry_failed: bool = False,
+    growth: Growth = NO_GROWTH,
+) -> Outcome:
+    """Run what a study lacks, from its beginning or from where it stopped.
+
+    Args:
+        storage_url: path or URL of checkpoints and weights; what the last run had, at first in the study's folder.
+        address: of a Ray cluster.
+        tracking: an MLflow tracking URI, "off", or None for what the last run had, at first the folder's own database.
+        retry_failed: train again what failed, except for seeds that diverged, which would do so again.
+        growth: what the study is to grow by.
+
+    Raises:
+        StudyError: the study cannot be opened, cannot grow so, or another driver has it.
+    """
+    corpus = study_corpus(config)
+    with directory.locked(), hold_ledger(directory.ledger_url, config.name) as hold:
+        directory.check_is_for(config)
+        storage = directory.storage(storage_url)
+        try:
+            store_corpus(storage, corpus)
+            backup = open_backup(storage, directory, config.name, partial(say, console))
+        except OSError as error:
+            raise StudyError(f"--storage {storage.shown}: cannot write there: {error.strerror or error}") from None
+        ledger = open_ledger(config, corpus, directory, growth, partial(say, console))
+        config = ledger.config
+        _note_start(ledger, partial(say, console))
+        uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
+        with StudyProgress(console, ledger) as progress:
+            tracker, record = None, study_record(config, ledger, corpus)
+
+            def open_this_tracker(on_sign: Callable[[], None]) -> Tracker:
+                return open_tracker(uri, directory, storage, record, progress.say, on_sign=on_sign)
+
+            if uri != TRACKING_OFF:
+                tracker = BackgroundTracker(open_this_tracker, progress.say, _OPENING_SECONDS)
+            directory.write(config, ledger.uuid, directory.tracking_uri() if uri == TRACKING_OFF else uri, storage.url)
+            _reopen(config, ledger, storage, retry_failed, progress.say)
+
+            def track(trial: Trial) -> None:
+                if tracker is not None:
+                    tracker.put(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
+
+            for trial in ledger.trials.values():
+                track(trial)
+
+            beside = Copies(directory.ledger_url, progress.say)
+            beside.keep()  # all of the ledger has just been read, and is whole
+
+            def keep_copy(keep: Callable[[], None]) -> None:
+                try:
+                    keep()
+                except StudyError as error:
+                    queue.aborted = str(error)
+
+            def on_result(result: SeedResult) -> None:
+                progress.on_result(result)
+                if copies is not None:
+                    copies.note_change()
+                keep_copy(beside.keep_if_due)
+                for trial in ledger.sharing(result.trial):
+                    track(trial)
+
+            def on_stop(trial: Trial) -> None:
+                progress.on_stop(trial)
+                track(trial)
+
+            def on_answered(trial: Trial) -> None:
+                progress.on_answered(trial)
+                track(trial)
+
+            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say, on_stop, hold)
+            copies = None
+            if backup is not None:
+                seconds = config.execution.backup_seconds
+                copies = BackgroundBackup(backup, seconds, progress.say, partial(setattr, queue, "aborted"))
+            try:
+                if growth.extend or not ledger.results:
+                    for line in not_compared(config):
+                        progress.say(f"note: {line}")
+                _execute(queue, progress, executor, directory, address)
+                for trial in ledger.trials.values():
+                    if trial.duplicate_of is not None or trial.pruned is not None:  # its original's results came before
+                        track(trial)
+                keep_copy(beside.keep)
+            except KeyboardInterrupt:
+                if tracker is not None:
+                    # No exception for the second Ctrl-C, which could be raised before anything waits, and be lost.
+                    with suppress(KeyboardInterrupt), interrupts(tracker.leave):
+                        if tracker.n_pending:
+                            progress.say(
+                                "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)"
+                            )
+                        tracker.close(ledger.n_missing)
+                    tracker.leave()
+                raise
+            finally:
+                try:
+                    trouble = tracker.close(ledger.n_missing) if tracker is not None else None
+                finally:
+                    lost = copies.close() if copies is not None else None
+        outcome = _outcome(ledger, queue.aborted, trouble, lost)
+        ledger.close()
+        return outcome
+
+
+def _note_start(ledger: Ledger, say: Callable[[str], None]) -> None:
+    """Record what the study runs on from now on, and say in one line how that differs from its last run."""
+    now = environment()
+    changed = what_changed(ledger.last_environment(), now)
+    ledger.record_driver(now)
+    if changed and ledger.results:
+        say(
+            f"warning: since this study ran last, {', '.join(changed)}; new runs may differ from old ones in more than "
+            "their seeds. To be sure they do not, stop, go back to what it ran on, and run it again"
+        )
+
+
+def _reopen(
+    config: StudyConfig, ledger: Ledger, storage: Storage, retry_failed: bool, say: Callable[[str], None]
+) -> None:
+    """Make missing again what has to be trained again: failures where asked, and teachers whose weights are gone."""
+    if retry_failed:
+        failed = _to_retry(ledger)
+        ledger.reopen(failed)
+        say(f"{len(failed)} failed runs are trained again")
+    # A trial that is not asked yet lacks all its seeds.
+    teachers = {spec.teacher for spec in ledger.unasked()}
+    if ledger.is_searching:
+        teachers |= {arm.teacher for arm in config.arms if arm.is_searched}
+    needed = {(teacher, seed) for teacher in teachers for seed in config.seed_list}
+    needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
+    gone = []
+    for result in ledger.results.values():
+        arm = ledger.trials[result.trial].spec.arm
+        if (arm, result.seed) not in needed or result.state != "complete":
+            continue
+        if result.weights is None or not storage.exists(result.weights):  # None: it became a teacher later
+            say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.shown}; it is trained again")
+            gone.append(result)
+    ledger.reopen(gone)
+
+
+def _to_retry(ledger: Ledger) -> list[SeedResult]:
+    """Failures that may end otherwise: no seed that diverged, none whose teacher did, and none of a stopped trial."""
+    failed = {
+        key: result
+        for key, result in ledger.results.items()
+        if result.state == "failed" and ledger.trials[result.trial].stop is None
+    }
+    retried = {key: result for key, result in failed.items() if result.failure_step is None}
+    number_of = {trial.spec.arm: number for number, trial in reversed(ledger.trials.items())}
+    for (number, seed), result in list(retried.items()):
+        teacher = ledger.trials[number].spec.teacher
+        of_teacher = (number_of[teacher], seed) if teacher is not None else None
+        if of_teacher in failed and of_teacher not in retried:
+            del retried[result.trial, seed]
+    return list(retried.values())
+
+
+def _execute(
+    queue: Queue, progress: StudyProgress, executor: str, directory: StudyDirectory, address: str | None
+) -> None:
+    remove_leftovers(directory.path)
+    first = queue.next_unit()  # a study that lacks nothing needs no Ray
+    if isinstance(first, str) or first is None:
+        return
+    queue.put_back(first)
+    with SilenceWatch(queue.in_flight, directory.reports_file, progress.on_silence):
+        if executor == "inline":
+            run_inline(queue, progress.on_evaluation)
+            return
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":
+            # Read as Ray is imported. It is meant for systems with bothersome firewalls; what it does is that Ray's
+            # processes listen on 127.0.0.1 alone.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        from study.scheduler.ray import run_on_ray  # the inline executor must work where Ray is not installed
+
+        run_on_ray(queue, progress.on_evaluation, directory.path, address)
+
+
+def sync(
+    config: StudyConfig,
+    directory: StudyDirectory,
+    storage_url: str | None,
+    tracking: str | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
+    """Compare MLflow with the ledger, and write there what it lacks or holds otherwise; returns the number of trials.
+
+    Raises:
+        StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
+    """
+    with directory.locked(), hold_ledger(directory.ledger_url, config.name):
+        storage = directory.storage(storage_url)
+        corpus = known_corpus(config, directory, storage)
+        ledger = open_ledger(config, corpus, directory)
+        config = ledger.config
+        uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
+        record = study_record(config, ledger, corpus)
+        tracker = open_tracker(uri, directory, storage, record, say, is_thorough=True)
+        directory.write(config, ledger.uuid, uri, storage.url)
+        refused: dict[int, Exception] = {}
+        for trial in ledger.trials.values():
+            try:
+                tracker.write(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
+            except Exception as error:  # MLflow raises whatever its backend raises
+                if not tracker.answers():
+                    raise tracking_error(error, uri) from error
+                refused[trial.number] = error
+        if refused:
+            number, error = next(iter(refused.items()))
+            raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")
+        try:
+            tracker.settle(ledger.n_missing)
+        except Exception as error:  # MLflow raises whatever its backend raises
+            raise tracking_error(error, uri) from error
+        n_trials = len(ledger.trials)
+        ledger.close()
+        return n_trials
+
+
+def known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
+    """The corpus of a study that was run before: as its runs had it, or from where its file says."""
+    sha256 = read_ledger(directory.ledger_url, config.name).corpus_sha256
+    try:
+        return stored_corpus(storage, sha256, config.corpus.validation_fraction)
+    except OSError:
+        return study_corpus(config)
+
+
+def _outcome(ledger: Ledger, aborted: str | None, trouble: str | None, lost: str | None) -> Outcome:
+    states = [result.state for result in ledger.results.values()]
+    trials = ledger.trials.values()
+    return Outcome(
+        n_trials=ledger.n_trials,
+        n_pruned=sum(trial.pruned is not None and trial.duplicate_of is None for trial in trials),
+        n_stopped=sum(trial.stop is not None and trial.duplicate_of is None for trial in trials),
+        search_ended=ledger.search_ended,
+        n_complete=states.count("complete"),
+        n_failed=states.count("failed"),
+        n_missing=ledger.n_missing,
+        aborted=aborted,
+        tracking_trouble=trouble,
+        backup_trouble=lost,
+    )

@@ -1,0 +1,74 @@
+"""Text drawn from a trained model of a study."""
+
+from __future__ import annotations
+
+import mpo_core
+from study.errors import StudyError
+from study.ledger.directory import StudyDirectory
+from study.ledger.snapshot import Snapshot, read_ledger
+from study.spec.trial import SeedResult
+from study.training.model import build_model
+from study.training.randomness import generator
+from study.training.storage import Damaged, Storage, unpack_tensors
+from study.training.unit import stored_corpus
+
+
+def sample(
+    directory: StudyDirectory,
+    *,
+    prompt: str,
+    n_new: int,
+    trial: int | None = None,
+    seed: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    draw: int = 0,
+) -> tuple[SeedResult, str]:
+    """Continue a prompt with the trained model of one run.
+
+    Args:
+        prompt: at least one character of the corpus.
+        n_new: characters to add.
+        trial, seed: which run; where not given, of those whose weights are kept the one with the lowest final loss.
+        temperature, top_k: see `mpo_core.generate`.
+        draw: names the random stream; equal ones give equal text.
+    Returns:
+        The run, and the prompt with its continuation.
+    Raises:
+        StudyError: no study there, no such run with its weights kept, or a prompt that the corpus's alphabet lacks.
+    """
+    config = directory.load_config()
+    snapshot = read_ledger(directory.ledger_url, config.name)
+    run = _choose(snapshot, trial, seed)
+    spec = next(trial.spec for trial in snapshot.trials if trial.number == run.trial)
+    storage = Storage(directory.storage_url())
+    try:
+        corpus = stored_corpus(storage, snapshot.corpus_sha256, config.corpus.validation_fraction)
+        weights, _ = unpack_tensors(storage.read(run.weights or ""))
+    except (OSError, Damaged) as error:
+        raise StudyError(f"the weights of trial {run.trial} seed {run.seed} cannot be read: {error}") from None
+    if not prompt:
+        raise StudyError("--prompt: must have at least one character")
+    tokens = corpus.encode(prompt)[None]
+    model, _ = build_model(spec, len(corpus.vocabulary), lambda name: generator(run.seed, "init", name))
+    model.load_state_dict(weights)
+    drawn = mpo_core.generate(
+        model, tokens, n_new, generator=generator(draw, "sample"), temperature=temperature, top_k=top_k
+    )
+    return run, corpus.decode(drawn[0])
+
+
+def _choose(snapshot: Snapshot, trial: int | None, seed: int | None) -> SeedResult:
+    kept = [
+        result
+        for result in snapshot.results
+        if result.weights is not None and trial in (None, result.trial) and seed in (None, result.seed)
+    ]
+    if not kept:
+        with_weights = sorted({(r.trial, r.seed) for r in snapshot.results if r.weights is not None})
+        raise StudyError(
+            "no such run has its weights kept; those that have: "
+            + (", ".join(f"trial {number} seed {of}" for number, of in with_weights) or "none")
+            + " (execution.keep_weights: true keeps all)"
+        )
+    return min(kept, key=lambda result: (result.final["final/val_loss"], result.trial, result.seed))

@@ -1,0 +1,213 @@
+"""What `mpo-study` prints of plans, studies and their runs."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from analysis.runs.urls import hide_password
+from analysis.statistics.seed_blocks import MIN_SEEDS
+from study.commands.plan import Plan
+from study.commands.progress import say
+from study.commands.run import Outcome
+from study.commands.status import StudyStatus
+from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.spec.comparable import not_compared
+from study.spec.config import StudyConfig
+from study.spec.trial import Trial, TrialSpec
+
+
+def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> None:
+    """Every listed trial, what a search may choose, what all of it costs on this machine, and what is not compared.
+
+    Args:
+        slots: runs at a time.
+    """
+    table = _table(
+        f"{config.name}: {plan.n_seeds} seeds for each trial; FLOPs and time are one seed's",
+        left=("arm", "what"),
+        right=("rate", "steps", "parameters", "of dense", "TFLOP", "time"),
+    )
+    rows = [(trial, "") for trial in plan.trials]
+    rows += [(trial, f"{name} drawn: ") for search in plan.searches for name, trial in search.rows.items()]
+    for trial, drawn in rows:
+        spec, shape = trial.spec, trial.shape
+        table.add_row(
+            spec.arm,
+            drawn + _what(spec),
+            "searched" if drawn else f"{spec.protocol.learning_rate:g}",
+            f"{spec.protocol.steps:,}",
+            f"{shape.n_params:,}",
+            f"{shape.n_params / shape.n_params_dense:.1%}",
+            f"{shape.flops / 1e12:.3g}",
+            _duration(trial.seconds),
+        )
+    console.print(table)
+    if plan.n_searched:
+        say(console, f"and {plan.n_searched} trials that sampler {config.sampler.name} will choose")
+    for search in plan.searches:
+        said = f"arm {search.arm}: about {search.larger_than_dense:.0%} of its space has more parameters than dense"
+        if search.beyond_limits:
+            said += f"; about {search.beyond_limits:.0%} is beyond the limits of `budget` and is never trained"
+        say(console, said)
+    runs = f"{len(plan.trials) * plan.n_seeds} runs listed: {plan.listed_seconds / 3600:.3g} hours"
+    if plan.searches:
+        runs += (
+            f", and at most {plan.n_searched * plan.n_seeds} searched: about {plan.searched_seconds / 3600:.3g} hours"
+        )
+    console.print(
+        f"{runs}, one after another; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
+        f"(at {min(plan.rates) / 1e9:.0f} to {max(plan.rates) / 1e9:.0f} GFLOP/s each, measured on the CPU just now)."
+    )
+    say_not_compared(console, config)
+
+
+def say_not_compared(console: Console, config: StudyConfig) -> None:
+    """What the analysis will not compare of a study as it is written, and why."""
+    for line in not_compared(config):
+        say(console, f"note: {line}")
+
+
+def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder: StudyDirectory) -> None:
+    """How a run ended, what is wrong, and what to do next."""
+    failed = f", {outcome.n_failed} failed" if outcome.n_failed else ""
+    pruned = f", {outcome.n_pruned} pruned" if outcome.n_pruned else ""
+    stopped = f", {outcome.n_stopped} stopped early" if outcome.n_stopped else ""
+    say(
+        console,
+        f"{config.name}: {outcome.n_trials} trials{pruned}{stopped}, {outcome.n_complete} runs complete{failed}",
+    )
+    if outcome.search_ended is not None:
+        say(console, outcome.search_ended)
+    if outcome.aborted is not None:
+        missing = f"stopped early with {outcome.n_missing} runs missing"
+        say(console, f"{missing}: {outcome.aborted}; mend it, then give the same command again", is_trouble=True)
+    if outcome.tracking_trouble is not None:
+        mended = f"once that is mended: mpo-study sync {folder.path}"
+        say(console, f"MLflow lacks some runs: {outcome.tracking_trouble}; {mended}", is_trouble=True)
+    if outcome.backup_trouble is not None:
+        say(
+            console,
+            f"the last backup of the study's databases failed: {outcome.backup_trouble}; once that is mended: the same "
+            "command again",
+            is_trouble=True,
+        )
+    nothing_succeeded = not outcome.n_complete and not outcome.n_missing
+    uri = folder.tracking_uri()
+    if uri is None and not nothing_succeeded:
+        say(console, f"tracking is off; to write the runs to MLflow: mpo-study sync {folder.path}")
+    elif uri is not None:
+        where = folder.mlflow_database if uri == DEFAULT_TRACKING_URI else hide_password(uri)
+        say(console, f"MLflow:  {where}  (browse: mpo-study ui {folder.path})")
+    if nothing_succeeded:
+        why = f"all {outcome.n_failed} runs failed" if outcome.n_failed else "every trial was pruned"
+        what_next = f"why, and what to do: mpo-study status {folder.path}"
+        say(console, f"nothing succeeded: {why}, so there is nothing to report on; {what_next}", is_trouble=True)
+    elif uri is not None:
+        say(console, f"report:  mpo-analysis report {folder.path}")
+
+
+def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> None:
+    """Every trial, what failed and why, the frontier so far, and what is left."""
+    table = _table(
+        f"{now.name}: {len(now.seeds)} seeds for each trial",
+        left=("trial", "arm", "what"),
+        right=("rate", "parameters", "complete", "failed", "left", "val loss"),
+    )
+    for row in now.trials:
+        trial = row.trial
+        table.add_row(
+            str(trial.number),
+            trial.spec.arm,
+            _what(trial.spec) + _note(trial),
+            f"{trial.spec.protocol.learning_rate:.3g}",
+            f"{trial.shape.n_params:,}",
+            str(len(row.complete)),
+            str(len(row.failed)),
+            str(len(row.missing)),
+            (f"{row.val_loss:.4f}" if row.val_loss is not None else "–") + (" *" if row.on_frontier else "  "),
+        )
+    console.print(table)
+    if now.frontier:
+        say(console, "* on the frontier so far: no trial has a lower mean loss with no more parameters")
+    elif now.n_complete:
+        say(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds without a failed one")
+    if now.n_unasked:
+        say(console, f"and {now.n_unasked} trials that are still to come")
+    if now.search_ended is not None:
+        say(console, now.search_ended)
+    for result in now.failures:
+        step = f" (step {result.failure_step})" if result.failure_step is not None else ""
+        say(console, f"failed: trial {result.trial} seed {result.seed}{step}: {result.failure}")
+    for silence in now.running:
+        if silence.is_long:
+            say(console, str(silence), is_trouble=True)
+    again = f"mpo-study run {folder.study_file} --dir {folder.path}"
+    if any(result.failure_step is None for result in now.failures):
+        say(console, f"to try again what did not diverge: {again} --retry-failed")
+    then = f"report: mpo-analysis report {folder.path}"
+    if folder.tracking_uri() is None:
+        then = f"to write its runs to MLflow: mpo-study sync {folder.path}"
+    say(console, _what_is_left(now, again, then))
+
+
+def _what_is_left(now: StudyStatus, again: str, then: str) -> str:
+    if not now.n_missing:
+        return f"complete; {then}" if now.n_complete else _nothing_succeeded(now)
+    over = f"{now.n_complete + now.n_failed} runs over, {now.n_missing} left"
+    work = f", {_duration(now.run_seconds_left)} one after another" if now.run_seconds_left is not None else ""
+    if now.driver is None:
+        return f"{over}{work}; nobody is at them. To go on: {again}"
+    who = f"process {now.driver.get('pid', 'unknown')} on {now.driver.get('host', 'some host')}"
+    left = f"about {_duration(now.seconds_left)} left" if now.seconds_left is not None else "time left not known yet"
+    return f"{over}{work}; {who} is at them: {left}"
+
+
+def _nothing_succeeded(now: StudyStatus) -> str:
+    """What to do with a study that is over without a result."""
+    if not now.n_failed:
+        why, what_next = "every trial was pruned", "widen the limits of the budget in the study file"
+    elif any(result.failure_step is None for result in now.failures):
+        return f"nothing succeeded: all {now.n_failed} runs failed; mend the cause, then give the command above"
+    else:
+        why, what_next = f"all {now.n_failed} runs diverged", "lower the learning rates in the study file"
+    return f"nothing succeeded: {why}; {what_next}, and run that in a new folder (--dir)"
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in left:
+        table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _what(spec: TrialSpec) -> str:
+    own = spec.protocol.embedding_learning_rate
+    return _shape(spec) + (f", embeddings {own:g}" if own is not None else "")
+
+
+def _shape(spec: TrialSpec) -> str:
+    if spec.family == "dense":
+        return f"d_model={spec.model.d_model}" + (f", from {spec.teacher}" if spec.teacher is not None else "")
+    sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
+    size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
+    start = f"from {spec.teacher} ({spec.refinement})" if spec.teacher is not None else spec.init
+    return f"{size} {spec.factorisation}{sites}, {start}"
+
+
+def _note(trial: Trial) -> str:
+    """What became of a trial that has not all its seeds trained."""
+    if trial.duplicate_of is not None:
+        return f" (repeats trial {trial.duplicate_of})"
+    if trial.pruned is not None:
+        return f" (pruned: {trial.pruned.reason})"
+    return f" (stopped: {trial.stop.reason})" if trial.stop is not None else ""
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))

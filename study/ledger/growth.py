@@ -1,0 +1,173 @@
+"""Growing a study that was begun: by searched trials, by seeds, by what its file adds, by seeds where they count."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from analysis.results.pairs import KNOWN, REFERENCE, Known, pairs
+from study.errors import StudyError
+from study.ledger.frontier import points, undecided
+from study.ledger.ledger import Ledger
+from study.spec.config import StudyConfig
+from study.spec.trial import Trial
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a user asks for.
+
+    trials: searched trials more. seeds: seeds more for every trial. refine: seeds more for every trial whose place on
+    the frontier is undecided, and for those that it is compared with. extend: whatever the study file has more than
+    the study on record.
+    """
+
+    trials: int = 0
+    seeds: int = 0
+    refine: int = 0
+    extend: bool = False
+
+    @property
+    def command(self) -> str:
+        """What is on record of it."""
+        asked = [("--trials", self.trials), ("--seeds", self.seeds), ("refine --seeds", self.refine)]
+        return " ".join(f"{option} +{number}" for option, number in asked if number)
+
+
+NO_GROWTH = Growth()
+
+
+def parse_more(option: str, text: str | None) -> int:
+    """The number of a `+N`; 0 where the option is not given.
+
+    Raises:
+        StudyError: it is no such thing.
+    """
+    if text is None:
+        return 0
+    if not re.fullmatch(r"\+[1-9][0-9]{0,8}", text):
+        raise StudyError(f"{option} {text}: must be + and how many more, for example {option} +5")
+    return int(text[1:])
+
+
+def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
+    """Record a growth in the ledger, which has to be opened again to have it; returns whether it was recorded.
+
+    The same growth asked for again while the study still lacks runs of it is the same growth: so one goes on with it
+    after an interruption by the same command, too.
+
+    Raises:
+        StudyError: the study cannot grow so.
+    """
+    config, command = ledger.config, growth.command
+    if not command:
+        return False
+    if ledger.growths and ledger.growths[-1].command == command and ledger.n_missing:
+        say(f"going on: this study has grown by {command} already, and lacks {ledger.n_missing} runs of that")
+        return False
+    if growth.refine:
+        return _refine(ledger, growth, say)
+    if growth.trials and config.budget.trials == 0:
+        raise StudyError(
+            f"--trials +{growth.trials}: no arm of study {config.name} has searched values; add listed values or arms "
+            "to its file, and run that with --extend"
+        )
+    if growth.trials and ledger.search_ended is not None:
+        raise StudyError(f"--trials +{growth.trials}: {ledger.search_ended}")
+    seeds = config.seeds + growth.seeds if isinstance(config.seeds, int) else _more(config.seeds, growth.seeds)
+    budget = config.budget.model_copy(update={"trials": config.budget.trials + growth.trials})
+    try:
+        grown = StudyConfig.model_validate_json(
+            config.model_copy(update={"seeds": seeds, "budget": budget}).model_dump_json()
+        )
+    except ValidationError as error:
+        raise StudyError(f"{command}: the study cannot grow so: {error.errors()[0]['msg']}") from None
+    ledger.record_growth(command, grown)
+    say(f"grown by {command}: {_size(grown)}, was {_size(config)}; the same command without that goes on with it")
+    return True
+
+
+def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
+    if ledger.n_missing:
+        raise StudyError(
+            f"study {ledger.config.name} lacks {ledger.n_missing} runs; where its frontier is undecided can be said "
+            "when it is finished: run it again first"
+        )
+    asked = points(ledger.trials.values(), ledger.results.values())
+    chosen = {point.trial for point in undecided(asked)}
+    if not chosen:
+        say("every trial's place on the frontier is decided by the seeds it has: there is nothing to refine")
+        return False
+    wanted = {n: list(_more(tuple(ledger.seeds_of(ledger.trials[n])), growth.refine)) for n in sorted(chosen)}
+    for trial, rival in _compared_with(ledger, chosen):  # on the seeds that both have
+        wanted[rival] = [*wanted.get(rival, []), *wanted[trial]]
+    for number in sorted(wanted):  # which start from a teacher of the same seed
+        arm = ledger.trials[number].spec.teacher
+        teacher = next((trial for trial in ledger.trials.values() if trial.spec.arm == arm), None)
+        if teacher is not None:
+            wanted[teacher.number] = [*wanted.get(teacher.number, []), *wanted[number]]
+    had = {number: set(ledger.seeds_of(ledger.trials[number])) for number in wanted}
+    more = {n: [seed for seed in dict.fromkeys(seeds) if seed not in had[n]] for n, seeds in sorted(wanted.items())}
+    more = {number: seeds for number, seeds in more.items() if seeds}
+    ledger.record_growth(growth.command, more_seeds=more)
+    others = more.keys() - chosen
+    too = f"; more seeds, too, for {_trials(others)}, which these are compared with or start from" if others else ""
+    n_runs = sum(map(len, more.values()))
+    say(
+        f"undecided: {_trials(chosen)}, of {len(asked)}; more seeds for each: {growth.refine}{too}: "
+        f"{n_runs} run{'s' * (n_runs != 1)}"
+    )
+    return True
+
+
+def _compared_with(ledger: Ledger, chosen: Collection[int]) -> list[tuple[int, int]]:
+    """Of each chosen trial, its references and what the study file sets it against, as the analysis pairs them; none of
+    which a seed failed, since nothing is claimed of those."""
+    states: dict[int, list[str]] = defaultdict(list)
+    for result in ledger.results.values():
+        states[result.trial].append(result.state)
+    trials = [trial for trial in ledger.trials.values() if trial.duplicate_of is None and trial.pruned is None]
+    trials.sort(key=lambda trial: (trial.shape.n_params, trial.number))
+    name = ledger.config.name
+    contrasts = [(name, contrast.arm, contrast.against) for contrast in ledger.config.claims.contrasts]
+    found = pairs([_known(trial, name, states[trial.number]) for trial in trials], contrasts, is_unfinished=False)
+    return [
+        (pair.trial, pair.against)
+        for pair in found
+        if pair.trial in chosen
+        and (pair.declared or pair.relation == REFERENCE)
+        and "failed" not in states[pair.against]
+    ]
+
+
+def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
+    spec = trial.spec
+    values = spec.model_dump() | spec.protocol.model_dump() | vars(trial.shape)
+    values |= {
+        "trial": trial.number,
+        "study": study,
+        "start": spec.start,
+        "n_seeds": states.count("complete"),
+        "n_failed": states.count("failed"),
+        "stopped": trial.stop and trial.stop.reason,
+        "budget_hash": trial.budget_hash,
+    }
+    return {key: values[key] for key in KNOWN}
+
+
+def _more(seeds: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """The seeds, and as many more after the largest."""
+    return (*seeds, *range(max(seeds) + 1, max(seeds) + 1 + n))
+
+
+def _size(config: StudyConfig) -> str:
+    searched = f"{config.budget.trials} searched trials, " if config.budget.trials else ""
+    return f"{searched}{len(config.seed_list)} seeds"
+
+
+def _trials(numbers: set[int]) -> str:
+    return f"trial{'s' * (len(numbers) != 1)} {', '.join(map(str, sorted(numbers)))}"

@@ -1,0 +1,82 @@
+"""Giving up searched trials that a rival beats on every seed that both have.
+
+A trial may be stopped by one that ended before it and not by one that ended after, so that such a study depends on the
+order in which its trials ended. Every decision is therefore kept with its evidence, and never made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from study.spec.config import EarlyStopping, StudyConfig
+from study.spec.search_space import METRIC_OF_OBJECTIVE
+from study.spec.trial import SeedResult, Stop, Trial, TrialSpec, now
+
+
+def stops_after(
+    config: StudyConfig,
+    trials: Mapping[int, Trial],
+    results: Mapping[tuple[int, int], SeedResult],
+    latest: SeedResult,
+    lacking: Iterable[Trial],
+) -> list[Stop]:
+    """The trials that a result ends, its own or those that its own beats, with that result among `results`.
+
+    Args:
+        lacking: the trials that still lack seeds that they have never had.
+    """
+    rule = config.early_stopping
+    if rule is None:
+        return []
+    stops = []
+    for trial in lacking:
+        if not _is_stoppable(config, trial):
+            continue
+        rivals = trials.values() if trial.number == latest.trial else [trials[latest.trial]]
+        for rival in rivals:
+            stop = _stop(rule, config.seed_list, trial, rival, results, latest)
+            if stop is not None:
+                stops.append(stop)
+                break
+    return stops
+
+
+def _is_stoppable(config: StudyConfig, trial: Trial) -> bool:
+    """A searched MPO trial of its own: references, controls and teachers are dense or listed."""
+    is_own = trial.duplicate_of is None and trial.pruned is None and trial.stop is None
+    return is_own and trial.spec.family == "mpo" and config.arm(trial.spec.arm).is_searched
+
+
+def _stop(
+    rule: EarlyStopping,
+    seeds: Collection[int],
+    trial: Trial,
+    rival: Trial,
+    results: Mapping[tuple[int, int], SeedResult],
+    latest: SeedResult,
+) -> Stop | None:
+    if rival.number == trial.number or rival.duplicate_of is not None or rival.stop is not None:
+        return None
+    if rival.shape.n_params > trial.shape.n_params or _schedule(rival.spec) != _schedule(trial.spec):
+        return None
+    of_rival = [results[rival.number, seed] for seed in seeds if (rival.number, seed) in results]
+    if any(result.state == "failed" for result in of_rival):
+        return None  # it is on no frontier itself
+    key = METRIC_OF_OBJECTIVE[rule.metric]
+    shared = [
+        (result.seed, results[trial.number, result.seed].final[key], result.final[key])
+        for result in of_rival
+        if (own := results.get((trial.number, result.seed))) is not None and own.state == "complete"
+    ]
+    sign = 1 if rule.metric == "val_loss" else -1
+    if len(shared) < rule.min_seeds or any(sign * (own - rivals) < rule.margin for _, own, rivals in shared):
+        return None
+    numbers, own, rivals = zip(*shared, strict=True)
+    after = (latest.trial, latest.seed)
+    return Stop(trial.number, rival.number, rule.metric, rule.margin, numbers, own, rivals, after, when=now())
+
+
+def _schedule(spec: TrialSpec) -> tuple[object, ...]:
+    """Equal where the same seed means the same data, and neither run has had more training."""
+    protocol = spec.protocol
+    return spec.teacher, protocol.steps, protocol.batch_size, spec.model.context

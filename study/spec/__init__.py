@@ -1,0 +1,1 @@
+"""A study file: what it says, and what follows from it."""

@@ -1,0 +1,117 @@
+"""What of a study the analysis will not compare, known before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from study.spec.arms import Arm, DenseArm, MPOArm
+from study.spec.config import StudyConfig
+from study.spec.search_space import example, teacher_spec
+from study.spec.trial import budget_hash, tuning_trials
+from study.spec.values import Range, options
+
+
+def not_compared(config: StudyConfig) -> list[str]:
+    """One line for each comparison that a reader expects and will not find, with the reason.
+
+    Expected are each arm beside the dense model of the study's own size (from a teacher: beside a dense model that is
+    trained further from it), and each MPO arm beside the controls with the same start. The analysis compares arms
+    of one budget (see `budget_hash`), and pairs that `claims.contrasts` declares.
+    """
+    from analysis.statistics.seed_blocks import MIN_SEEDS  # and NumPy, which is slow to import
+
+    if len(config.arms) == 1:
+        return []
+    dense = [arm for arm in config.arms if _is_reference(config, arm)]
+    dense.sort(key=lambda arm: arm.is_searched)  # listed trials come first, and the first is the reference
+    lines, missing = [], []
+    for arm in config.arms:
+        nearest = dense[:1]
+        if arm.teacher is not None:
+            nearest = [other for other in config.arms if isinstance(other, DenseArm) and other.teacher == arm.teacher]
+        rivals = _uncompared_controls(config, arm, dense) if isinstance(arm, MPOArm) else []
+        if arm not in (*dense, *nearest) and not _has_reference(config, arm, dense, nearest):
+            rivals = list({rival.name: rival for rival in [*nearest, *rivals]}.values())
+            if not nearest and arm.teacher is not None:
+                lines.append(
+                    f"arm {arm.name} will not be compared with dense: no dense arm is trained further from "
+                    f"{arm.teacher} (family: dense, teacher: {arm.teacher})"
+                )
+        missing += [(arm, rival) for rival in rivals]
+    lines += _lines(config, missing)
+    if missing:
+        lines.append(
+            "arms of different budgets are compared only where `claims.contrasts` declares it, for example "
+            f"{{arm: {missing[0][0].name}, against: {missing[0][1].name}}}"
+        )
+    if not dense:
+        lines.append("nothing will be compared with dense: no dense arm from scratch has the study's own size")
+    if len(config.seed_list) < MIN_SEEDS:
+        lines.append(
+            f"no difference will be tested: that takes {MIN_SEEDS} seeds, but there are {len(config.seed_list)}"
+        )
+    return lines
+
+
+def _has_reference(config: StudyConfig, arm: Arm, dense: Sequence[Arm], nearest: Sequence[Arm]) -> bool:
+    return any(_one_budget(config, arm, other) for other in nearest) or any(
+        _is_declared(config, arm, other) for other in (*dense, *nearest)
+    )
+
+
+def _uncompared_controls(config: StudyConfig, arm: Arm, dense: Sequence[Arm]) -> list[Arm]:
+    return [
+        other
+        for other in config.arms
+        if not isinstance(other, MPOArm)
+        and other not in dense
+        and other.teacher == arm.teacher
+        and not _one_budget(config, arm, other)
+        and not _is_declared(config, arm, other)
+    ]
+
+
+def _is_reference(config: StudyConfig, arm: Arm) -> bool:
+    """Whether a trial of the arm may be the dense model, from scratch, of the study's own size."""
+    if not isinstance(arm, DenseArm) or arm.teacher is not None:
+        return False
+    own = config.model.d_model
+    width = arm.d_model
+    has_width = width.low <= own <= width.high if isinstance(width, Range) else {None, own} & set(options(width))
+    d_ff = arm.d_ff.get(own) if isinstance(arm.d_ff, dict) else arm.d_ff
+    return bool(has_width) and d_ff in (None, config.model.d_ff or 4 * own)
+
+
+def _one_budget(config: StudyConfig, *arms: Arm) -> bool:
+    specs = [example(config, arm) for arm in arms]
+    return len({budget_hash(spec, config, "", teacher_spec(config, spec)) for spec in specs}) == 1
+
+
+def _is_declared(config: StudyConfig, *arms: Arm) -> bool:
+    names = {arm.name for arm in arms}
+    return any({contrast.arm, contrast.against} == names for contrast in config.claims.contrasts)
+
+
+def _lines(config: StudyConfig, pairs: Sequence[tuple[Arm, Arm]]) -> Iterator[str]:
+    """One line for the arms that lack the same comparisons for the same reasons."""
+    rivals: dict[str, list[Arm]] = {}
+    for arm, rival in pairs:
+        rivals.setdefault(arm.name, []).append(rival)
+    alike: dict[str, list[str]] = {}
+    for name, others in rivals.items():
+        said = f"{', '.join(other.name for other in others)}: {'; '.join(_reasons(config, config.arm(name), others))}"
+        alike.setdefault(said, []).append(name)
+    for said, names in alike.items():
+        yield f"{'arm' if len(names) == 1 else 'arms'} {', '.join(names)} will not be compared with {said}"
+
+
+def _reasons(config: StudyConfig, arm: Arm, rivals: Sequence[Arm]) -> Iterator[str]:
+    def differ(of: Callable[[Arm], int]) -> tuple[int, str] | None:
+        others = sorted({of(rival) for rival in rivals} - {of(arm)})
+        return (of(arm), " or ".join(map(str, others))) if others else None
+
+    if (tuned := differ(lambda each: tuning_trials(each.name, config))) is not None:
+        yield f"chosen among {tuned[0]} trials, and not {tuned[1]}"
+    for key in ("steps", "warmup_steps"):
+        if (given := differ(lambda each, key=key: getattr(example(config, each).protocol, key))) is not None:
+            yield f"{key} {given[0]}, and not {given[1]}"

@@ -1,0 +1,130 @@
+"""What is wrong with the content of a study file: one line for each defect, with its key and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from study.errors import did_you_mean
+from study.spec.arms import VALUE_FIELDS, ControlArm, DenseArm, MPOArm
+from study.spec.config import StudyConfig
+from study.spec.values import VALUE_KINDS, Choices, Range
+
+_ARMS: dict[str, type[BaseModel]] = {
+    family: arm for arm in (DenseArm, MPOArm, ControlArm) for family in get_args(arm.model_fields["family"].annotation)
+}
+
+
+def defects(error: ValidationError, data: Any) -> Iterator[str]:
+    """One line for each defect that pydantic found in the content of a study file."""
+    for defect in _roots(error.errors()):
+        yield from _describe(defect, data).split("\n")
+
+
+def _roots(defects: Sequence[Any]) -> list[Any]:
+    """Without the lists that are too short merely because an item of theirs has a defect of its own."""
+    locations = [defect["loc"] for defect in defects]
+
+    def has_inner(location: tuple[int | str, ...]) -> bool:
+        return any(other != location and other[: len(location)] == location for other in locations)
+
+    return [defect for defect in defects if defect["type"] != "too_short" or not has_inner(defect["loc"])]
+
+
+def _describe(defect: Any, data: Any) -> str:
+    path = _path(defect["loc"], data)
+    kind, context, got = defect["type"], defect.get("ctx", {}), _shorten(defect.get("input"))
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        key, allowed = defect["loc"][-1], list(_allowed_keys(defect["loc"]))
+        of_section = [f"{name}.{key}" for name in allowed if key in _allowed_keys((name, key))]
+        meant = f" (did you mean {of_section[0]}?)" if path == key and of_section else did_you_mean(key, allowed)
+        return f"{path}: unknown key{meant}; allowed: {', '.join(allowed)}"
+    if kind == "missing":
+        return f"{path}: missing, must be given"
+    if kind == "value_error":
+        text = str(context["error"])
+        return f"{path}: {text}" if path else text
+    if kind == "union_tag_invalid" and context["tag"] in VALUE_KINDS:
+        shapes = {
+            "fixed": "a value",
+            "listed": "a list",
+            "choices": "{choices: [...]}",
+            "range": "{low: ..., high: ...}",
+            "by_size": "{SIZE: ...}",
+        }
+        expected = [shapes[tag.strip(" '")] for tag in context["expected_tags"].split(",")]
+        return f"{path}: must be {' or '.join(expected)}, but got {got}"
+    if kind == "union_tag_invalid":
+        return (
+            f"{path}.family: must be one of {context['expected_tags']}, but got {str(context['tag'])[:60]!r}"
+            + did_you_mean(context["tag"], _ARMS)
+        )
+    if kind == "union_tag_not_found":
+        return f"{path}.family: missing, must be one of {', '.join(map(repr, _ARMS))}"
+    if kind in ("too_short", "too_long"):
+        limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return f"{path}: must have a length of {limit}, but got {context['actual_length']}"
+    if kind == "json_invalid":
+        return "holds a text that is not valid Unicode"
+    message = {
+        "string_pattern_mismatch": f"match {context.get('pattern')}",
+        "tuple_type": "be a list",
+        "model_type": "be a mapping of keys to values",
+        "dict_type": "be a mapping of keys to values",
+        "model_attributes_type": "be a mapping of keys to values",
+    }.get(kind, defect["msg"].removeprefix("Input should "))
+    meant = (
+        did_you_mean(defect["input"], re.findall("'([^']*)'", context["expected"])) if kind == "literal_error" else ""
+    )
+    return f"{path}: must {message}, but got {got}{meant}"
+
+
+def _path(location: tuple[int | str, ...], data: Any) -> str:
+    """The defect's dotted key; list positions are shown by the arm's name where it has one."""
+    parts, node = "", data
+    for before, key in zip((None, *location), location, strict=False):
+        if key in VALUE_KINDS and before in (*VALUE_FIELDS, "seeds"):
+            continue  # a branch of our unions, not a key of the file
+        if key in _ARMS and isinstance(before, int):
+            continue
+        node = _get(node, key)
+        name = node.get("name") if isinstance(key, int) and isinstance(node, dict) else None
+        shown = name if isinstance(name, str) else key
+        if not str(shown).isprintable() or len(str(shown)) > 60:
+            shown = _shorten(shown)
+        parts += f"[{shown}]" if isinstance(key, int) else f".{shown}" if parts else str(shown)
+    return parts
+
+
+def _get(node: Any, key: int | str) -> Any:
+    try:
+        return node[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _allowed_keys(location: tuple[int | str, ...]) -> Iterator[str]:
+    """The keys of the model in which an unknown key stood."""
+    model: Any = StudyConfig
+    for key in location[:-1]:
+        if key in _ARMS:
+            model = _ARMS[str(key)]
+        elif key in ("choices", "range"):
+            model = Choices if key == "choices" else Range
+        elif isinstance(key, str) and key in model.__pydantic_fields__:
+            annotation = model.__pydantic_fields__[key].annotation
+            options = (annotation, *get_args(annotation))  # of an optional section, the section
+            sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+            model = next(iter(sections), model)
+    yield from model.__pydantic_fields__
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if not text.isprintable():  # an escape code would reach the terminal
+        text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,71 @@
+"""Which study files go on with a study on record, and which ones extend it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from study.spec.config import StudyConfig
+from study.spec.search_space import listed_specs
+
+
+def definition(config: StudyConfig) -> dict[str, Any]:
+    """What may not change under a study: all but its words, where it runs, where its corpus lies, and what ends a
+    search early."""
+    plain = config.model_dump(
+        mode="json",
+        exclude={"description": True, "execution": True, "corpus": {"path", "sha256"}, "budget": {"max_repeats"}},
+    )
+    plain["seeds"] = list(config.seed_list)
+    plain["arms"] = {arm["name"]: arm for arm in plain["arms"]}
+    return plain
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Dotted keys in which two nested structures differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} (was {json.dumps(old)}, now {json.dumps(new)})"
+
+
+_MAY_GROW = ("seeds", "budget", "arms")
+
+
+def settled(config: StudyConfig, history: Sequence[StudyConfig]) -> StudyConfig:
+    """The study that a file means: where its seeds, budget or arms are ones that the study had before it grew, the
+    grown ones are meant.
+
+    Args:
+        history: the study as it was begun, and after each growth.
+    """
+    known = [definition(before) for before in history]
+    own = definition(config)
+    grown = {
+        part: getattr(history[-1], part) for part in _MAY_GROW if any(own[part] == before[part] for before in known)
+    }
+    if "budget" in grown:
+        grown["budget"] = grown["budget"].model_copy(update={"max_repeats": config.budget.max_repeats})
+    return config.model_copy(update=grown)
+
+
+def only_adds(old: StudyConfig, new: StudyConfig) -> bool:
+    """Whether a study file has all of another, and what it has more are seeds, searched trials or listed trials."""
+    rest = [{key: value for key, value in definition(one).items() if key not in _MAY_GROW} for one in (old, new)]
+    tuned_among = [{arm.name: arm.tuned_among for arm in one.arms} for one in (old, new)]
+    searched = [{arm.name: arm for arm in one.arms if arm.is_searched} for one in (old, new)]
+    return (
+        rest[0] == rest[1]
+        and new.seed_list[: len(old.seed_list)] == old.seed_list
+        and new.budget.trials >= old.budget.trials
+        and _limits(new) == _limits(old)
+        and tuned_among[0].items() <= tuned_among[1].items()
+        and searched[0] == searched[1]  # Optuna knows no parameter whose range changes
+        and set(listed_specs(old)) <= set(listed_specs(new))
+    )
+
+
+def _limits(config: StudyConfig) -> dict[str, Any]:
+    return {key: value for key, value in definition(config)["budget"].items() if key != "trials"}

@@ -1,0 +1,210 @@
+"""From the study file to trials: listed ones enumerated, searched ones suggested by an Optuna sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from analysis import run_schema
+from study.errors import StudyError
+from study.spec.arms import RATES, SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm
+from study.spec.config import StudyConfig
+from study.spec.trial import TrialSpec
+from study.spec.values import Choices, Range, options
+
+ARM = "arm"
+"""Name of the Optuna parameter that chooses between several searched arms."""
+
+MAX_LISTED, MAX_RUNS = 100_000, 10_000_000
+"""Listed trials of a study; its runs (trial × seed), searched ones included."""
+
+METRIC_OF_OBJECTIVE = {"val_loss": "final/val_loss", "val_acc": "final/val_acc", "n_params": "n_params"}
+
+
+def directions(config: StudyConfig) -> list[Literal["minimize", "maximize"]]:
+    """Optuna's direction for each of the study's objectives."""
+    fields = {field.key: field for field in (*run_schema.FINALS, *run_schema.COUNTS)}
+    return [
+        direction
+        for objective in config.objectives
+        if (direction := fields[METRIC_OF_OBJECTIVE[objective]].direction) is not None
+    ]
+
+
+# Listed trials --------------------------------------------------------------------------------------------------------
+
+
+def listed_specs(config: StudyConfig) -> list[TrialSpec]:
+    """Every trial of the arms that leave nothing to the sampler, in the order of the file.
+
+    Raises:
+        StudyError: two of them are the same configuration, or there are too many.
+    """
+    _check_number(config)
+    specs: list[TrialSpec] = []
+    for arm in config.arms:
+        if not arm.is_searched:
+            specs.extend(_grid(config, arm))
+    seen: dict[TrialSpec, str] = {}
+    for spec in specs:
+        anonymous = spec.model_copy(update={"arm": ""})
+        if anonymous in seen:
+            raise StudyError(f"arms[{spec.arm}]: repeats a trial of arm {seen[anonymous]}; every trial must differ")
+        seen[anonymous] = spec.arm
+    return specs
+
+
+def _check_number(config: StudyConfig) -> None:
+    """Raise a StudyError where the study has too many trials or runs to hold them all."""
+    n_listed = 0
+    for arm in config.arms:
+        if not arm.is_searched:
+            n_listed += math.prod(len(options(value)) for value in arm.values().values())
+    if n_listed > MAX_LISTED:
+        raise StudyError(
+            f"`arms` list {n_listed:,} trials, but at most {MAX_LISTED:,} are allowed; let a sampler choose among them "
+            "(`{choices: [...]}`)"
+        )
+    n_runs = (n_listed + config.budget.trials) * len(config.seed_list)
+    if n_runs > MAX_RUNS:
+        raise StudyError(f"{n_runs:,} runs (trials × `seeds`), but at most {MAX_RUNS:,} are allowed")
+
+
+def check_trials(config: StudyConfig) -> None:
+    """Raise a StudyError where values that a trial of the study may get do not go together."""
+    listed_specs(config)
+    for arm in searched_arms(config):
+        # One after another: no two values of an arm depend on each other, and all combinations may be too many.
+        examples = {key: _examples(value) for key, value in arm.values().items()}
+        first = {key: values[0] for key, values in examples.items()}
+        for key, values in examples.items():
+            for value in values:
+                resolve(config, arm, first | {key: value})
+
+
+def _examples(value: Any) -> tuple[Any, ...]:
+    match value:
+        case Range(low=int(low), high=high):
+            return low, low + 1, high  # where not every whole number will do, two neighbours cannot both
+        case Range(low=low, high=high):
+            return low, high
+        case _:
+            return options(value)
+
+
+def _grid(config: StudyConfig, arm: Arm) -> Iterator[TrialSpec]:
+    values = arm.values()
+    for chosen in product(*map(options, values.values())):
+        yield resolve(config, arm, dict(zip(values, chosen, strict=True)))
+
+
+def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
+    """The trial of an arm with these values for the fields that may be listed or searched.
+
+    Raises:
+        StudyError: the values do not go together.
+    """
+    data: dict[str, Any] = {"arm": arm.name, "family": arm.family, "teacher": arm.teacher}
+    data |= {key: value for key, value in chosen.items() if key not in (*RATES, "d_model")}
+    if isinstance(arm, CompressedArm):
+        data.setdefault("lr_rule", "uniform")
+        data.setdefault("decay", "parameter")
+        plain = "weights" if isinstance(arm, ControlArm) else "tt_svd"
+        data.setdefault(*(("init", "variance") if arm.teacher is None else ("refinement", plain)))
+    elif arm.teacher is None:
+        data.setdefault("init", "paper")
+    size = next((chosen[key] for key in SIZE_FIELDS if key in chosen), config.model.d_model)
+    overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {
+        key: _of_size(chosen.get(key), size) for key in RATES
+    }
+    protocol = config.protocol.model_dump() | {key: value for key, value in overrides.items() if value is not None}
+    model = config.model.model_dump()
+    if chosen.get("d_model", config.model.d_model) != config.model.d_model:
+        model |= {"d_model": chosen["d_model"], "d_ff": None}
+    if isinstance(arm, DenseArm) and arm.d_ff is not None:
+        model["d_ff"] = _of_size(arm.d_ff, size)
+    try:
+        return TrialSpec.model_validate(data | {"model": model, "protocol": protocol})
+    except ValueError as error:
+        reason = str(error.errors()[0]["msg"]) if hasattr(error, "errors") else str(error)  # type: ignore[attr-defined]
+        raise StudyError(f"arms[{arm.name}]: {reason.removeprefix('Value error, ')}") from None
+
+
+def _of_size(value: Any, size: int) -> Any:
+    return value[size] if isinstance(value, dict) else value
+
+
+def example(config: StudyConfig, arm: Arm) -> TrialSpec:
+    """A trial of an arm, the first value of each field that is listed or searched."""
+    return resolve(config, arm, {key: _examples(value)[0] for key, value in arm.values().items()})
+
+
+def teacher_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:
+    """The trial whose trained weights a spec starts from; None where it starts from scratch."""
+    if spec.teacher is None:
+        return None
+    arm = config.arm(spec.teacher)
+    return resolve(config, arm, arm.values())  # no value of a teacher is open
+
+
+# Searched trials ------------------------------------------------------------------------------------------------------
+
+
+def suggest(config: StudyConfig, trial: optuna.Trial) -> TrialSpec:
+    """Let the trial's sampler choose an arm, where there are several to search, and the arm's open values."""
+    arms = searched_arms(config)
+    name = trial.suggest_categorical(ARM, [arm.name for arm in arms]) if len(arms) > 1 else arms[0].name
+    arm = config.arm(name)
+    chosen = {
+        key: _suggest(trial, _parameter(arm, key), value) if _is_open(value) else value
+        for key, value in arm.values().items()
+    }
+    return resolve(config, arm, chosen)
+
+
+def _suggest(trial: optuna.Trial, parameter: str, value: Choices[Any] | Range[Any]) -> Any:
+    match _distribution(value):
+        case CategoricalDistribution(choices=choices):
+            return trial.suggest_categorical(parameter, choices)
+        case IntDistribution(low=low, high=high, log=log):
+            return trial.suggest_int(parameter, low, high, log=log)
+        case FloatDistribution(low=low, high=high, log=log):
+            return trial.suggest_float(parameter, low, high, log=log)
+
+
+def space(config: StudyConfig) -> dict[str, BaseDistribution]:
+    """Distributions of the open values of the one arm that is searched, by the names of their parameters."""
+    arm = searched_arms(config)[0]
+    return {_parameter(arm, key): _distribution(value) for key, value in arm.values().items() if _is_open(value)}
+
+
+def searched_arms(config: StudyConfig) -> list[Arm]:
+    """Those that leave values to the sampler."""
+    return [arm for arm in config.arms if arm.is_searched]
+
+
+def _parameter(arm: Arm, key: str) -> str:
+    # Two arms may search the same key in different ranges, which Optuna forbids under one name.
+    return f"{arm.name}.{key}"
+
+
+def _is_open(value: Any) -> bool:
+    return isinstance(value, Choices | Range)
+
+
+def _distribution(value: Choices[Any] | Range[Any]) -> BaseDistribution:
+    if isinstance(value, Choices):
+        return CategoricalDistribution(value.choices)
+    if isinstance(value.low, int) and isinstance(value.high, int):
+        return IntDistribution(value.low, value.high, log=value.log)
+    return FloatDistribution(value.low, value.high, log=value.log)

@@ -1,0 +1,127 @@
+"""Reading a study file: strict YAML, overrides, and one line for each defect."""
+
+from __future__ import annotations
+
+import json
+import re
+from codecs import BOM_UTF8
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from study.errors import StudyError, did_you_mean
+from study.spec.config import StudyConfig
+from study.spec.defects import defects
+from study.spec.search_space import check_trials
+from study.spec.strict_yaml import MAX_BYTES, MAX_DEPTH, SectionDumper, StrictDumper, parse_yaml
+
+MOST_SHOWN = 20
+"""Defects of a file; of others there is the number."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study file and apply `key=value` overrides (dotted keys; an arm by its name: `arms.mpo.chi=8`).
+
+    Raises:
+        StudyError: the file cannot be read or is not a valid study; names file, key and what is allowed.
+    """
+    path = Path(path)
+    data = parse_yaml(_read(path), str(path))
+    if not isinstance(data, dict):
+        raise StudyError(f"{path}: a study file is a mapping of keys to values; it begins with `name:`")
+    for override in overrides:
+        _apply_override(data, override)
+    config = validate(data, str(path))
+    try:
+        check_trials(config)
+    except StudyError as error:
+        raise StudyError(f"{path}: {error}") from None
+    if config.corpus.path is not None and not Path(config.corpus.path).is_absolute():
+        absolute = str((path.parent / config.corpus.path).resolve())
+        config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"path": absolute})})
+    return config
+
+
+def _read(path: Path) -> str:
+    if path.is_dir():
+        own = path / "study.yaml"
+        there = f"its study file is {own} (to go on with it: mpo-study run {own} --dir {path})"
+        raise StudyError(f"{path}: is a folder; {there if own.is_file() else 'give a study file'}")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)  # a device has no end
+        if len(data) > MAX_BYTES:
+            raise StudyError(f"{path}: a study file has at most {MAX_BYTES:,} bytes, but this one has more")
+        return data.removeprefix(BOM_UTF8).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StudyError(f"{path}: cannot read the study file: {reason}") from None
+
+
+def validate(data: Any, where: str) -> StudyConfig:
+    """Build the configuration.
+
+    Raises:
+        StudyError: a line for each defect, at most `MOST_SHOWN`.
+    """
+    try:
+        # By way of JSON, where strict mode still knows that an array may become a tuple.
+        return StudyConfig.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        lines = [f"{where}: {line}" for line in defects(error, data)]
+        more = [f"{where}: and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
+        raise StudyError("\n".join([*lines[:MOST_SHOWN], *more])) from None
+
+
+def dump_config(config: StudyConfig) -> str:
+    """The resolved study file as YAML: every value that counts, defaults included."""
+    data = config.model_dump(mode="json", exclude_none=True)
+    return yaml.dump(data, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_sections(data: Mapping[str, Any]) -> str:
+    """The content of a study file as YAML to be read: a blank line between sections and arms, the innermost lists and
+    mappings in one line."""
+    text = yaml.dump(
+        dict(data), Dumper=SectionDumper, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110
+    )
+    return re.sub(r"\n(?=(?!description)\S|  - )", "\n\n", text).replace("\narms:\n\n", "\narms:\n")
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise StudyError(f"--set {override}: must have the form key=value, for example protocol.steps=100")
+    keys, node = dotted.split("."), data
+    if len(keys) > MAX_DEPTH:
+        raise StudyError(f"--set {dotted[:60]}...: a key has at most {MAX_DEPTH} parts")
+    for depth, key in enumerate(keys[:-1]):
+        node = _child(node, key, ".".join(keys[: depth + 1]), override)
+    value = parse_yaml(text, f"--set {override}")
+    if isinstance(node, list):
+        node[_index(node, keys[-1], dotted, override)] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _child(node: Any, key: str, path: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, path, override)]
+    child = node.setdefault(key, {})
+    if not isinstance(child, dict | list):
+        raise StudyError(f"--set {override}: {path} is a single value, it has no keys")
+    return child
+
+
+def _index(items: list[Any], key: str, path: str, override: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key in names:
+        return names.index(key)
+    places = [str(place) for place in range(len(items))]
+    if key in places:
+        return int(key)
+    known = [str(name) for name in names if name is not None] or places
+    raise StudyError(f"--set {override}: {path} is not there{did_you_mean(key, known)}; allowed: {', '.join(known)}")

@@ -1,0 +1,186 @@
+"""A trial: its resolved configuration, its results, and what is decided about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import FiniteFloat
+
+from study.spec.config import Model, Protocol, StudyConfig
+from study.spec.values import Strict
+
+
+class TrialSpec(Strict):
+    """Everything that, with the corpus and a seed, fixes a training run. One configuration: no value is open."""
+
+    arm: str
+    family: Literal["dense", "mpo", "low_rank", "monarch", "pruned"]
+    model: Model
+    protocol: Protocol
+    chi: int | None = None
+    as_chi: int | None = None
+    n_sites: int | None = None
+    factorisation: Literal["paper", "balanced", "min_params"] | None = None
+    init: Literal["paper", "variance", "orthogonal", "spectral", "tt_svd", "tt_svd_fresh", "svd_fresh"] | None = None
+    teacher: str | None = None
+    refinement: Literal["tt_svd", "whitened", "als", "weights", "outputs"] | None = None
+    lr_rule: Literal["uniform", "mup"] | None = None
+    decay: Literal["parameter", "matrix"] | None = None
+    forward: Literal["reconstruct", "chain"] | None = None
+    """None: `reconstruct`."""
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens this trial's optimiser sees, the teacher's not included."""
+        return self.protocol.steps * self.protocol.batch_size * self.model.context
+
+    @property
+    def start(self) -> str:
+        return "scratch" if self.teacher is None else "teacher"
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """All that is known of one trial × one seed once it is over.
+
+    `curve` has one row per evaluation (keys of `run_schema.CURVES`, and "step"); `final` the keys of
+    `run_schema.FINALS`; `rel_errors` the keys of `run_schema.rel_error_key`; `ran_on` those of `run_schema.RAN_ON`.
+    Times are UTC, ISO 8601.
+    """
+
+    trial: int
+    seed: int
+    state: Literal["complete", "failed"]
+    started: str
+    ended: str
+    final: dict[str, FiniteFloat] = field(default_factory=dict)
+    curve: list[dict[str, FiniteFloat]] = field(default_factory=list)
+    rel_errors: dict[str, FiniteFloat] = field(default_factory=dict)
+    ran_on: dict[str, str] = field(default_factory=dict)
+    weights: str | None = None
+    failure: str | None = None
+    failure_step: int | None = None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+@dataclass(frozen=True)
+class TrialShape:
+    """Counts and identity of a spec, from its shapes alone.
+
+    FLOPs are floating-point operations, a multiply-add counted as two; `step_flops` are those of one optimiser step,
+    `flops` those of all training and evaluation of one seed.
+    """
+
+    n_params: int
+    n_params_compressed: int
+    n_params_dense: int
+    bonds: dict[str, tuple[int, ...]]
+    identity: str
+    step_flops: FiniteFloat
+    flops: FiniteFloat
+    vocab_size: int = 1
+    """Of the corpus: a uniform guess has a loss of its logarithm."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Why a trial is not trained, and when that was decided (UTC, ISO 8601)."""
+
+    reason: str
+    when: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """That a trial was stopped, and on what evidence.
+
+    seeds, own, rivals: the seeds that both had, and their final `metric` on them, in its unit. after: the result (trial
+    and seed) with which the last of it was in.
+    """
+
+    trial: int
+    rival: int
+    metric: str
+    margin: float
+    seeds: tuple[int, ...]
+    own: tuple[float, ...]
+    rivals: tuple[float, ...]
+    after: tuple[int, int]
+    when: str
+
+    @property
+    def reason(self) -> str:
+        """In one line."""
+        pairs = ", ".join(
+            f"seed {seed}: {rival:.4f} against {own:.4f}"
+            for seed, own, rival in zip(self.seeds, self.own, self.rivals, strict=True)
+        )
+        return f"trial {self.rival} is better in {self.metric} by {self.margin:g} or more on every seed shared: {pairs}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration, its place in Optuna's numbering, and the counts that its shapes give.
+
+    pruned: it breaks a limit of the budget, and is never trained. stop: it, or the trial it repeats, was given up.
+    """
+
+    number: int
+    spec: TrialSpec
+    shape: TrialShape
+    budget_hash: str
+    tuning_trials: int
+    duplicate_of: int | None = None
+    pruned: Pruned | None = None
+    stop: Stop | None = None
+
+    @property
+    def source(self) -> int:
+        """Number of the trial whose results are this one's: its own, or that of the trial it repeats."""
+        return self.number if self.duplicate_of is None else self.duplicate_of
+
+
+def evaluation_steps(protocol: Protocol) -> list[int]:
+    """Steps before which the model is evaluated, the first (0) and the last (after all of them) included."""
+    return sorted({*range(0, protocol.steps, protocol.eval_every), protocol.steps})
+
+
+def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, teacher: TrialSpec | None) -> str:
+    """Equal for trials that may be paired: corpus, evaluation, tokens, schedule shape, tuning trials and precision."""
+    protocol = spec.protocol
+    return json_hash(
+        ({} if protocol.precision == "float32" else {"precision": protocol.precision})
+        | {
+            "corpus": corpus_sha256,
+            "split": config.corpus.validation_fraction,
+            "evaluation": [spec.model.context, protocol.sampled_eval_batches, protocol.sampled_eval_batch_size],
+            "batch": [protocol.batch_size, spec.model.context],
+            "steps": [protocol.steps, protocol.warmup_steps],
+            "teacher": None if teacher is None else [teacher.protocol.steps, teacher.protocol.warmup_steps],
+            "tuning_trials": tuning_trials(spec.arm, config),
+        }
+    )[:12]
+
+
+TUNED_FIELDS = ("init", "learning_rate", "embedding_learning_rate", "lr_rule", "decay")
+
+
+def tuning_trials(arm: str, config: StudyConfig) -> int:
+    """How many trials of this arm differ in what tuning chooses (`TUNED_FIELDS`), or a search's whole budget; times
+    those of another study that its values were chosen among."""
+    own = config.arm(arm)
+    listed = [len(value) for key, value in own.values().items() if key in TUNED_FIELDS and isinstance(value, tuple)]
+    return (own.tuned_among or 1) * (config.budget.trials if own.is_searched else math.prod(listed))
+
+
+def json_hash(data: Any) -> str:
+    """SHA-256 of data as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

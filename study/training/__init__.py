@@ -1,0 +1,1 @@
+"""Training of one unit: PyTorch alone, neither Ray nor MLflow."""

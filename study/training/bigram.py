@@ -1,0 +1,39 @@
+"""What is known from the last character alone: a table of pairs, the mark that a trained model has to beat.
+
+python -m study.training.bigram [TEXT]     of Tiny Shakespeare, or of another text
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+import torch
+
+from study.errors import StudyError
+from study.training.corpus import Corpus, load_corpus
+
+
+def bigram_scores(corpus: Corpus) -> tuple[float, float]:
+    """Loss (nats) and accuracy on the validation split of P(b | a) = (n_ab + 1) / (n_a + V), counted in training."""
+    n_tokens = len(corpus.vocabulary)
+    train, validation = corpus.train, corpus.validation
+    pairs = torch.bincount(train[:-1] * n_tokens + train[1:], minlength=n_tokens**2).view(n_tokens, n_tokens) + 1
+    log_p = (pairs.double() / pairs.sum(1, keepdim=True)).log()
+    before, after = validation[:-1], validation[1:]
+    loss = -log_p[before, after].mean()
+    accuracy = (log_p.argmax(1)[before] == after).double().mean()
+    return float(loss), float(accuracy)
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m study.training.bigram", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("text", nargs="?", help="a text file; Default: Tiny Shakespeare")
+    try:
+        loss, accuracy = bigram_scores(load_corpus(parser.parse_args().text))
+    except StudyError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{loss:.4f} nats, {100 * accuracy:.2f} %")
+
+
+if __name__ == "__main__":
+    main()

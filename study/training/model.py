@@ -1,0 +1,159 @@
+"""The model of a trial, and the parameters and FLOPs that its shapes alone give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import mpo_core
+from study.errors import StudyError
+from study.spec.config import Model
+from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
+
+
+def build_model(
+    spec: TrialSpec,
+    vocab_size: int,
+    generator_for: Callable[[str], torch.Generator] | None,
+    teacher_weights: dict[str, torch.Tensor] | None = None,
+    calibration: Sequence[torch.Tensor] = (),
+) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport | None]:
+    """The model a run starts from.
+
+    Args:
+        generator_for: gives the generator of each parameter's initial values; None builds shapes without values (on
+            the meta device).
+        teacher_weights: state of the trained dense model that a spec with a teacher compresses, or trains further.
+        calibration: batches of tokens (B, T) over which a data-aware refinement fits it.
+    """
+    device = None if generator_for is not None else "meta"
+    config = mpo_core.GPTConfig(vocab_size=vocab_size, **spec.model.model_dump())
+    model = mpo_core.PicoGPT(config, device=device)
+    if teacher_weights is not None:
+        model.load_state_dict(teacher_weights)
+    elif generator_for is not None:
+        model.init_parameters(generator_for, (spec.family == "dense" and spec.init) or "paper")
+    if spec.family == "dense":
+        return model, None
+    if spec.family != "mpo":
+        return _control(spec, model, generator_for, teacher_weights, calibration)
+    assert spec.chi is not None
+    assert spec.factorisation is not None
+    init = "tt_svd" if teacher_weights is not None else spec.init or "variance"
+    return mpo_core.compress(
+        model,
+        chi=spec.chi,
+        allow_growth=True,  # a study's trials at large χ are what they are asked to be
+        factorisation=spec.factorisation,
+        n_sites=spec.n_sites,
+        # Without values there is nothing to decompose, and shapes do not depend on how they are filled.
+        init=init if generator_for is not None else "variance",
+        generator_for=generator_for,
+        forward=spec.forward or "reconstruct",
+        **({"calibration": calibration, "method": spec.refinement} if calibration else {}),
+    )
+
+
+_CONTROLS: dict[str, type[mpo_core.StructuredLinear]] = {
+    "low_rank": mpo_core.LowRankLinear,
+    "monarch": mpo_core.MonarchLinear,
+    "pruned": mpo_core.PrunedLinear,
+}
+
+
+def _control(
+    spec: TrialSpec,
+    model: mpo_core.PicoGPT,
+    generator_for: Callable[[str], torch.Generator] | None,
+    teacher_weights: dict[str, torch.Tensor] | None,
+    calibration: Sequence[torch.Tensor],
+) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport]:
+    """A model whose layers are as large, each, as those of an MPO, or less."""
+    as_mpo = spec.model_copy(update={"family": "mpo", "chi": spec.as_chi, "init": "variance"})
+    _, report = build_model(as_mpo, model.config.vocab_size, None)
+    assert report is not None
+    sizes = {row.name: row.n_params_after for row in report.rows}
+    if teacher_weights is not None:
+        return mpo_core.compress(model, layer=spec.family, budget=sizes, calibration=calibration or None)
+
+    def fresh(name: str, linear: torch.nn.Linear) -> mpo_core.StructuredLinear | None:
+        if sizes[name] >= linear.weight.numel():  # as a budget does, which the dense layer is within
+            return None
+        layer = _CONTROLS[spec.family].empty_like(linear, max_params=sizes[name])
+        if generator_for is not None:
+            own = generator_for  # for the type checker, which forgets outside a lambda what holds inside
+            layer.draw(spec.init or "variance", lambda parameter: own(f"{name}.{parameter}"))
+        return layer
+
+    return mpo_core.compress(model, layer=fresh)
+
+
+def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: Model) -> TrialShape:
+    """Count parameters and FLOPs of a spec, and say which configuration it really is (after clipping its bonds).
+
+    Args:
+        n_validation: tokens of the validation split.
+        reference: sizes of the study's dense model, whose parameters others are a fraction of.
+
+    Raises:
+        StudyError: a layer of it cannot be made.
+    """
+    try:
+        model, report = build_model(spec, vocab_size, None)
+    except ValueError as error:  # the smallest layer of a control's kind is larger than the MPO's
+        raise StudyError(f"arms[{spec.arm}]: {error}") from None
+    dense, _ = build_model(spec.model_copy(update={"family": "dense", "model": reference}), vocab_size, None)
+    rows = [] if report is None else report.rows
+    is_mpo = spec.family == "mpo"
+    layers = [(row.name, row.d_out, row.d_in, row.bonds) if is_mpo else (row.name, row.structure) for row in rows]
+    return TrialShape(
+        n_params=mpo_core.n_params(model),
+        n_params_compressed=mpo_core.n_params_compressed(model),
+        n_params_dense=mpo_core.n_params(dense),
+        bonds={row.name: row.bonds for row in rows if is_mpo},
+        identity=_identity(spec, layers),
+        step_flops=_step_flops(spec, model),
+        flops=_flops(spec, model, n_validation),
+        vocab_size=vocab_size,
+    )
+
+
+def _identity(spec: TrialSpec, layers: list[Any]) -> str:
+    """Equal for two specs exactly when they train the same model in the same way."""
+    essence = spec.model_dump(mode="json", exclude={"arm", "chi", "as_chi", "n_sites", "factorisation"})
+    essence["layers"] = layers
+    if spec.forward in (None, "reconstruct"):
+        del essence["forward"]
+    # As were all before it could be chosen.
+    if spec.protocol.precision == "float32":
+        del essence["protocol"]["precision"]
+    if spec.protocol.embedding_learning_rate in (None, spec.protocol.learning_rate):
+        del essence["protocol"]["embedding_learning_rate"]
+    if spec.family == "mpo" and spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
+        essence["chi"] = spec.chi  # this init mode depends on the cap as asked for, not on the bonds it gives
+    return json_hash(essence)
+
+
+def _step_flops(spec: TrialSpec, model: mpo_core.PicoGPT) -> float:
+    tokens = spec.protocol.batch_size * spec.model.context
+    return 3 * _forward_flops(spec, model, tokens)  # the backward pass costs twice the forward
+
+
+def _forward_flops(spec: TrialSpec, model: mpo_core.PicoGPT, n_tokens: int) -> float:
+    flops = mpo_core.flops_per_token(model, spec.model.context) * n_tokens + mpo_core.reconstruct_flops(model)
+    if spec.forward == "chain":
+        layers = [module for module in model.modules() if isinstance(module, mpo_core.MPOLinear)]
+        reconstructed = sum(2 * layer.out_features * layer.in_features for layer in layers) * n_tokens
+        flops += sum(layer.flops(n_tokens) for layer in layers) - reconstructed - mpo_core.reconstruct_flops(model)
+    return flops
+
+
+def _flops(spec: TrialSpec, model: mpo_core.PicoGPT, n_validation: int) -> float:
+    protocol = spec.protocol
+    sampled = protocol.sampled_eval_batches * protocol.sampled_eval_batch_size * spec.model.context
+    evaluation = _forward_flops(spec, model, n_validation + sampled)
+    if spec.forward != "chain":
+        evaluation -= mpo_core.reconstruct_flops(model)
+    return protocol.steps * _step_flops(spec, model) + len(evaluation_steps(protocol)) * evaluation

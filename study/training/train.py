@@ -1,0 +1,395 @@
+"""Train one trial × one seed: pure PyTorch, no Ray, no MLflow. Several seeds as one model: `study.training.stacked`.
+
+What a seed's result is depends on the trial's configuration, the corpus and the seed; to rounding, also on the kind of
+machine, the number of threads and the version of PyTorch, which every result names. With these equal, on a CPU, an
+interrupted and resumed run ends bit-identical to an undisturbed one: batches are drawn by step number, and a checkpoint
+holds all the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mpo_core
+from analysis import run_schema as schema
+from study.spec.config import Protocol
+from study.spec.trial import SeedResult, TrialSpec, evaluation_steps, now
+from study.training.captured import DeviceStep, adamw, set_learning_rate
+from study.training.corpus import Corpus, Windows, consecutive_windows
+from study.training.model import build_model
+from study.training.precision import logits_in, products_in
+from study.training.program import this_program
+from study.training.randomness import generator
+from study.training.storage import Checkpoints
+
+EVALUATION_TOKENS = 8192
+"""Tokens in one batch of the full validation: small enough for any memory, the same on every machine."""
+
+
+class Diverged(Exception):
+    """The loss or its gradient is no longer finite."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(f"{what} is not finite at step {step}")
+        self.what, self.step = what, step
+
+
+def learning_rate_at(step: int, protocol: Protocol) -> float:
+    """Linear warm-up to the peak, then a cosine that reaches 0 at the last step (paper, section 4.2)."""
+    if step < protocol.warmup_steps:
+        return protocol.learning_rate * (step + 1) / protocol.warmup_steps
+    progress = (step - protocol.warmup_steps) / (protocol.steps - protocol.warmup_steps)
+    return protocol.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
+) -> tuple[float, float]:
+    """Token-weighted mean cross-entropy in nats and token accuracy (paper, Eq. 11) over (inputs, targets)."""
+    loss, correct, n_tokens = 0.0, 0, 0
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(device), targets.to(device)
+        logits = logits_in(precision, device, model, inputs)
+        loss += nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        correct += int((logits.argmax(dim=-1) == targets).sum())
+        n_tokens += targets.numel()
+    return loss / n_tokens, correct / n_tokens
+
+
+class Training:
+    """One run's state: model, optimiser, step, learning curve, and the sums since the last evaluation."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        seed: int,
+        corpus: Corpus,
+        *,
+        device: torch.device | str = "cpu",
+        teacher_weights: dict[str, Tensor] | None = None,
+        capture: bool = True,
+    ) -> None:
+        protocol, context = spec.protocol, spec.model.context
+        self.spec, self.corpus, self.device = spec, corpus, device
+        calibration = []
+        if spec.refinement in ("whitened", "als", "outputs"):
+            windows = Windows(
+                corpus.train, protocol.calibration_batches, protocol.batch_size, context, seed, "calibration"
+            )
+            calibration = [windows.batch(index)[0] for index in range(protocol.calibration_batches)]
+        model, self.compression = build_model(
+            spec, len(corpus.vocabulary), partial(generator, seed, "init"), teacher_weights, calibration
+        )
+        self.model = model.to(device)
+        self.parameters = list(self.model.parameters())
+        groups = mpo_core.param_groups(
+            self.model,
+            protocol.learning_rate,
+            rule=spec.lr_rule or "uniform",
+            weight_decay=protocol.weight_decay,
+            decay=spec.decay or "parameter",
+            embedding_lr=protocol.embedding_learning_rate,
+        )
+        self.optimiser = adamw([group | {"betas": protocol.betas} for group in groups], device)
+        self._is_captured = capture and torch.device(device).type == "cuda"
+        self._device_step = DeviceStep(self._is_captured)
+        purpose = "data" if spec.teacher is None else "fine-tune data"
+        self.training_windows = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
+        self._evaluation_steps = evaluation_steps(protocol)
+        self.sampled_windows = Windows(
+            corpus.validation,
+            len(self._evaluation_steps) * protocol.sampled_eval_batches,
+            protocol.sampled_eval_batch_size,
+            context,
+            seed,
+            "sampled evaluation",
+        )
+        self.step = 0
+        self.curve: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.failure: Diverged | None = None
+        self._loss_sum, self._loss_count = 0.0, 0
+
+    def run(
+        self,
+        checkpoints: Checkpoints | None = None,
+        checkpoint_seconds: float = math.inf,
+        on_evaluation: Callable[[dict[str, float]], None] = lambda row: None,
+    ) -> None:
+        """Train from where the state stands to the last step.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite.
+        """
+        if self.failure is not None:
+            raise self.failure  # so a checkpoint says
+        with products_in(self.spec.protocol.precision):
+            self._run(checkpoints, checkpoint_seconds, on_evaluation)
+
+    def _run(
+        self,
+        checkpoints: Checkpoints | None,
+        checkpoint_seconds: float,
+        on_evaluation: Callable[[dict[str, float]], None],
+    ) -> None:
+        begun, saved = time.monotonic() - self.seconds, time.monotonic()
+        while True:
+            if self.evaluation_is_due:
+                self.curve.append(self._evaluation())
+                on_evaluation(self.curve[-1])
+            self.seconds = time.monotonic() - begun
+            if self.step == self.spec.protocol.steps:
+                return
+            if checkpoints is not None and time.monotonic() - saved >= checkpoint_seconds:
+                checkpoints.save(self.step, *self.state())
+                saved = time.monotonic()
+            self.optimiser_step()
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether this step is one to evaluate at, and that has not been done yet."""
+        return self.step in self._evaluation_steps and (not self.curve or self.curve[-1]["step"] < self.step)
+
+    def optimiser_step(self) -> None:
+        """Draw the step's batch, and update the parameters once."""
+        inputs, targets = self.training_windows.batch(self.step)
+        values = self._device_step.gradients(self._gradients, inputs.to(self.device), targets.to(self.device))
+        set_learning_rate(self.optimiser, learning_rate_at(self.step, self.spec.protocol))
+        self.note_step(*values.tolist())
+        self._device_step.update(self.optimiser.step)
+
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss and the gradient's norm, (2,); the clipped gradient is left in the parameters. Never waits for a GPU."""
+        protocol = self.spec.protocol
+        logits = logits_in(protocol.precision, self.device, self.model, inputs)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        self.optimiser.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, protocol.grad_clip)
+        return torch.stack([loss.detach(), norm])
+
+    def note_step(self, loss: float, norm: float) -> None:
+        """Count the optimiser step that this loss and this norm of the gradient lead to.
+
+        Raises:
+            Diverged: there is none, as one of them is not finite.
+        """
+        for what, value in (("the training loss", loss), ("the gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise Diverged(what, self.step)
+        self._loss_sum += loss
+        self._loss_count += 1
+        self.step += 1
+
+    def _evaluation(self) -> dict[str, float]:
+        self.model.eval()
+        how = self.device, self.spec.protocol.precision
+        full = evaluate(self.model, self.validation_batches(), *how)
+        sampled = evaluate(self.model, map(self.sampled_windows.batch, self.sampled_batches()), *how)
+        self.model.train()
+        return self.row(full, sampled)
+
+    def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The whole validation split."""
+        context = self.spec.model.context
+        return consecutive_windows(self.corpus.validation, context, max(1, EVALUATION_TOKENS // context))
+
+    def sampled_batches(self) -> range:
+        """Which of the `sampled_windows` are this step's."""
+        n_batches = self.spec.protocol.sampled_eval_batches
+        first = self._evaluation_steps.index(self.step) * n_batches
+        return range(first, first + n_batches)
+
+    def row(self, full: tuple[float, float], sampled: tuple[float, float]) -> dict[str, float]:
+        """A row of the learning curve from loss and accuracy; its keys: those of `run_schema.CURVES`, and "step".
+
+        Raises:
+            Diverged: a loss is not finite.
+        """
+        (val_loss, val_acc), (sampled_loss, sampled_acc) = full, sampled
+        protocol, context = self.spec.protocol, self.spec.model.context
+        if not (math.isfinite(val_loss) and math.isfinite(sampled_loss)):
+            raise Diverged("the validation loss", self.step)
+        row = {
+            "step": self.step,
+            "val_loss": val_loss,
+            "val_acc": val_acc,
+            "val_loss_sampled": sampled_loss,
+            "val_acc_sampled": sampled_acc,
+            "learning_rate": learning_rate_at(self.step, protocol),
+            "tokens": self.step * protocol.batch_size * context,
+        }
+        if self._loss_count:  # before the first step there is no training loss
+            row["train_loss"] = self._loss_sum / self._loss_count
+        self._loss_sum, self._loss_count = 0.0, 0
+        return row
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain content from which `restore` continues bit for bit."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
+        names = ("step", "curve", "seconds", "_loss_sum", "_loss_count")
+        content = {name: getattr(self, name) for name in names}
+        return tensors, content | {"failure": self.failure and [self.failure.what, self.failure.step]}
+
+    def restore(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        self.model.load_state_dict(model)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = tensor
+        optimiser = self.optimiser.state_dict()
+        self.optimiser.load_state_dict({"state": moments, "param_groups": optimiser["param_groups"]})
+        self._device_step = DeviceStep(self._is_captured)  # moments and rates are new tensors
+        for name, value in content.items():
+            setattr(self, name, Diverged(*value) if name == "failure" and value else value)
+
+
+@products_in("float32")
+def train_seed(
+    spec: TrialSpec,
+    seed: int,
+    corpus: Corpus,
+    *,
+    trial: int = 0,
+    device: torch.device | str = "cpu",
+    teacher_weights: dict[str, Tensor] | None = None,
+    teacher_tokens: int = 0,
+    rel_error_chis: Sequence[int] = (),
+    checkpoints: Checkpoints | None = None,
+    checkpoint_seconds: float = math.inf,
+    capture: bool = True,
+    on_evaluation: Callable[[dict[str, float]], None] = lambda row: None,
+) -> tuple[SeedResult, dict[str, Tensor]]:
+    """Train one seed of a trial from the start, or from its newest checkpoint.
+
+    Before and after the training, and where layers are decomposed, all products are float32.
+
+    Args:
+        teacher_weights, teacher_tokens: of the trained dense model that a spec with a teacher starts from.
+        rel_error_chis: caps at which a dense model's layers are decomposed, before and after training.
+        capture: replay the step on a GPU from CUDA graphs (`study.training.captured`).
+        on_evaluation: called with every row of the learning curve.
+    Returns:
+        The result and the trained weights; a run that diverges gives a failed result, with the curve up to there.
+    """
+    run = SeedRun(
+        spec,
+        seed,
+        corpus,
+        trial=trial,
+        device=device,
+        teacher_weights=teacher_weights,
+        teacher_tokens=teacher_tokens,
+        rel_error_chis=rel_error_chis,
+        capture=capture,
+    )
+    checkpoint = checkpoints.load() if checkpoints is not None else None
+    if checkpoint is not None:
+        run.training.restore(*checkpoint)
+    try:
+        run.training.run(checkpoints, checkpoint_seconds, on_evaluation)
+    except Diverged as error:
+        run.training.failure = error
+    return run.result(device, 1), run.training.model.state_dict()
+
+
+class SeedRun:
+    """A training, and what its result says beside it; for the arguments see `train_seed`."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        seed: int,
+        corpus: Corpus,
+        *,
+        trial: int,
+        device: torch.device | str,
+        teacher_weights: dict[str, Tensor] | None,
+        teacher_tokens: int,
+        rel_error_chis: Sequence[int],
+        capture: bool,
+    ) -> None:
+        self.trial, self.seed, self.started = trial, seed, now()
+        self._teacher_tokens, self._rel_error_chis = teacher_tokens, rel_error_chis
+        self.training = Training(spec, seed, corpus, device=device, teacher_weights=teacher_weights, capture=capture)
+        self._rel_errors = _rel_errors(self.training, rel_error_chis, "init")
+
+    def result(self, device: torch.device | str, n_stacked: int) -> SeedResult:
+        """What came of it, on that device and in a stack of that many seeds."""
+        training, failure = self.training, self.training.failure
+        result = SeedResult(
+            trial=self.trial,
+            seed=self.seed,
+            state="complete" if failure is None else "failed",
+            started=self.started,
+            ended=now(),
+            curve=training.curve,
+            rel_errors=self._rel_errors,
+            ran_on=_ran_on(device, n_stacked),
+        )
+        if failure is not None:
+            return replace(result, failure=f"diverged: {failure}", failure_step=failure.step)
+        trained = _rel_errors(training, self._rel_error_chis, "trained")
+        final = _final_metrics(training, self._teacher_tokens)
+        return replace(result, final=final, rel_errors=self._rel_errors | trained)
+
+
+def _ran_on(device: torch.device | str, n_stacked: int) -> dict[str, str]:
+    """What results depend on beside their spec and seed; the keys of `run_schema.RAN_ON`."""
+    kind = torch.device(device).type
+    return {
+        schema.DEVICE: torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine() or kind,
+        schema.THREADS: str(torch.get_num_threads()),
+        schema.TORCH: torch.__version__,
+        schema.STACKED: str(n_stacked),
+        schema.PROGRAM: this_program()["fingerprint"],
+    }
+
+
+def _final_metrics(training: Training, teacher_tokens: int) -> dict[str, float]:
+    curve, last = training.curve, training.curve[-1]
+    best = min(curve, key=lambda row: row["val_loss"])
+    names = ("val_loss", "val_acc", "val_loss_sampled", "val_acc_sampled", "train_loss")
+    return {f"final/{name}": last[name] for name in names} | {
+        "best/val_loss": best["val_loss"],
+        "best/val_acc": max(row["val_acc"] for row in curve),
+        "best/step": best["step"],
+        "train_seconds": training.seconds,
+        "train_tokens": training.spec.train_tokens,
+        "total_tokens": training.spec.train_tokens + teacher_tokens,
+    }
+
+
+def _rel_errors(training: Training, chis: Sequence[int], when: str) -> dict[str, float]:
+    if training.spec.family == "dense":
+        errors = mpo_core.rel_errors(training.model, chis) if chis else {}
+        return {schema.rel_error_key(when, chi, layer): error for (chi, layer), error in errors.items()}
+    if when == "init" and training.spec.teacher is not None and training.compression is not None:
+        chi = training.spec.chi or training.spec.as_chi
+        assert chi is not None
+        return {
+            schema.rel_error_key("compressed", chi, row.name): row.rel_error
+            for row in training.compression.rows
+            if row.rel_error is not None
+        }
+    return {}

@@ -1,0 +1,232 @@
+"""A unit of work: one trial × one block of the seeds it still lacks, and how a worker runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from study.spec.trial import SeedResult, TrialSpec, now
+from study.spec.values import Strict
+from study.training.corpus import Corpus, corpus_from_bytes
+from study.training.stacked import train_seeds
+from study.training.storage import Checkpoints, Damaged, Storage, pack_tensors, unpack_tensors
+from study.training.train import train_seed
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Of one unit on one machine: the study's other units may fit."""
+
+
+class Teachers(Strict):
+    """The trained dense models that a unit's seeds start from: storage key by seed, and what one was trained on."""
+
+    weights: dict[int, str]
+    tokens: int
+
+
+class Unit(Strict):
+    """All that a worker needs to know; plain data, so that it may travel."""
+
+    trial: int
+    seeds: tuple[int, ...]
+    spec: TrialSpec
+    storage: Annotated[str, Field(exclude=True)]  # its URL may hold a password: it travels by itself
+    study_uuid: str
+    corpus_sha256: str
+    validation_fraction: float
+    teachers: Teachers | None
+    rel_error_chis: tuple[int, ...]
+    keep_weights: bool
+    cpus: float
+    gpus: float
+    checkpoint_seconds: float
+    capture: bool
+
+
+def run_unit(
+    unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None], say: Callable[[str], None] = print
+) -> list[SeedResult]:
+    """Train the unit's seeds from their newest checkpoints: one by itself, several stacked.
+
+    Args:
+        on_evaluation: called with the seed and every row of its learning curve.
+        say: told in one line what the study's user should know of and need not mend.
+    Returns:
+        One result per seed; what goes wrong in one is a failed result, and the others go on. Where a stack as a whole
+        goes wrong, its seeds are trained one after another, which shows in which of them.
+
+    Raises:
+        OSError: storage, corpus or GPU is not to be had, for this unit or any other.
+        MemoryError, torch.OutOfMemoryError: another try, elsewhere or later, may well succeed.
+    """
+    torch.set_num_threads(max(1, int(unit.cpus)))
+    storage = Storage(unit.storage)
+    corpus = _corpus(unit.storage, unit.corpus_sha256, unit.validation_fraction)
+    if len(unit.seeds) > 1:
+        try:
+            return list(map(_without_non_finite, _run_stack(unit, storage, corpus, on_evaluation, say)))
+        except (OSError, *OUT_OF_MEMORY):
+            raise
+        except Exception:
+            traceback.print_exc()
+            say(f"trial {unit.trial}: its stack of seeds failed; they are trained one after another")
+    results = []
+    for seed in unit.seeds:
+        started = now()
+        try:
+            results.append(_without_non_finite(_run_seed(unit, seed, storage, corpus, on_evaluation, say)))
+        except (OSError, *OUT_OF_MEMORY):
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            results.append(SeedResult(unit.trial, seed, "failed", started=started, ended=now(), failure=reason))
+    return results
+
+
+def _without_non_finite(result: SeedResult) -> SeedResult:
+    """The result, or a failed one where any of its numbers is infinite or none: no later part can use those."""
+    curve = {f"{key} at step {row['step']:.0f}": value for row in result.curve for key, value in row.items()}
+    bad = [key for key, value in (result.final | result.rel_errors | curve).items() if not math.isfinite(value)]
+    if not bad:
+        return result
+    finite_rows = [row for row in result.curve if all(map(math.isfinite, row.values()))]
+    reason = result.failure or f"diverged: {bad[0]} is not finite"
+    step = result.failure_step if result.failure_step is not None else int(result.curve[-1]["step"])
+    partly = replace(result, final={}, rel_errors={}, curve=finite_rows, weights=None)
+    return replace(partly, state="failed", failure=reason, failure_step=step)
+
+
+def _run_stack(
+    unit: Unit,
+    storage: Storage,
+    corpus: Corpus,
+    on_evaluation: Callable[[int, dict[str, float]], None],
+    say: Callable[[str], None],
+) -> list[SeedResult]:
+    weights_of = unit.teachers.weights if unit.teachers is not None else {}
+    trained = train_seeds(
+        unit.spec,
+        unit.seeds,
+        corpus,
+        trial=unit.trial,
+        device=_device(unit),
+        teacher_weights={seed: _teacher_weights(storage, key) for seed, key in weights_of.items()} or None,
+        teacher_tokens=unit.teachers.tokens if unit.teachers is not None else 0,
+        rel_error_chis=unit.rel_error_chis,
+        checkpoints={
+            seed: checkpoints_of(storage, unit.study_uuid, unit.trial, seed, unit.spec, say) for seed in unit.seeds
+        },
+        checkpoint_seconds=unit.checkpoint_seconds,
+        capture=unit.capture,
+        on_evaluation=on_evaluation,
+    )
+    return [_with_weights(unit, storage, result, weights) for result, weights in trained]
+
+
+def _run_seed(
+    unit: Unit,
+    seed: int,
+    storage: Storage,
+    corpus: Corpus,
+    on_evaluation: Callable[[int, dict[str, float]], None],
+    say: Callable[[str], None],
+) -> SeedResult:
+    teacher_weights = _teacher_weights(storage, unit.teachers.weights[seed]) if unit.teachers is not None else None
+    result, weights = train_seed(
+        unit.spec,
+        seed,
+        corpus,
+        trial=unit.trial,
+        device=_device(unit),
+        teacher_weights=teacher_weights,
+        teacher_tokens=unit.teachers.tokens if unit.teachers is not None else 0,
+        rel_error_chis=unit.rel_error_chis,
+        checkpoints=checkpoints_of(storage, unit.study_uuid, unit.trial, seed, unit.spec, say),
+        checkpoint_seconds=unit.checkpoint_seconds,
+        capture=unit.capture,
+        on_evaluation=lambda row: on_evaluation(seed, row),
+    )
+    return _with_weights(unit, storage, result, weights)
+
+
+def _with_weights(unit: Unit, storage: Storage, result: SeedResult, weights: dict[str, torch.Tensor]) -> SeedResult:
+    """The result, and its weights in storage where they are kept."""
+    if not unit.keep_weights or result.state != "complete":
+        return result
+    key = f"{unit.study_uuid}/weights/trial{unit.trial}-seed{result.seed}.safetensors"
+    storage.write(key, pack_tensors(weights, {"spec": unit.spec.model_dump(mode="json"), "seed": result.seed}))
+    return replace(result, weights=key)
+
+
+def _teacher_weights(storage: Storage, key: str) -> dict[str, torch.Tensor]:
+    try:
+        return unpack_tensors(storage.read(key))[0]
+    except Damaged as damage:
+        storage.delete(key)  # the next run of the study sees that it is gone, and trains the teacher again
+        raise OSError(f"{storage.shown}/{key}: {damage}; it was removed, to be trained again") from None
+
+
+def _device(unit: Unit) -> str:
+    precision = unit.spec.protocol.precision
+    if unit.gpus == 0:
+        if precision == "tf32":
+            raise OSError(
+                "the study file asks for protocol.precision=tf32, which only GPUs have, but execution.gpus is 0"
+            )
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise OSError(f"the study file asks for execution.gpus={unit.gpus:g}, but PyTorch finds no CUDA device")
+    if precision == "tf32" and not torch.cuda.is_tf32_supported():
+        name = torch.cuda.get_device_name()
+        raise OSError(f"the study file asks for protocol.precision=tf32, which the GPU here ({name}) lacks")
+    return "cuda"
+
+
+def checkpoints_of(
+    storage: Storage,
+    study_uuid: str,
+    trial: int,
+    seed: int,
+    spec: TrialSpec | None = None,
+    say: Callable[[str], None] = print,
+) -> Checkpoints:
+    """Where one run's checkpoints lie, whichever worker has it; only those of this spec are read."""
+    of = "" if spec is None else hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    return Checkpoints(storage, f"{study_uuid}/checkpoints/trial{trial}-seed{seed}", of, say)
+
+
+def store_corpus(storage: Storage, corpus: Corpus) -> None:
+    """Put the text where every worker finds it, in place of one that is damaged."""
+    key = _corpus_key(corpus.sha256)
+    if not storage.exists(key) or hashlib.sha256(storage.read(key)).hexdigest() != corpus.sha256:
+        storage.write(key, corpus.text.encode("utf-8"))
+
+
+def stored_corpus(storage: Storage, sha256: str, validation_fraction: float) -> Corpus:
+    """The text that `store_corpus` put there.
+
+    Raises:
+        OSError: it is gone or damaged.
+    """
+    key = _corpus_key(sha256)
+    data = storage.read(key)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise OSError(f"{storage.shown}/{key} is damaged: its checksum is wrong")
+    return corpus_from_bytes(data, f"{storage.shown}/{key}", sha256, validation_fraction)
+
+
+def _corpus_key(sha256: str) -> str:
+    return f"corpus/{sha256}.txt"
+
+
+@lru_cache(maxsize=2)
+def _corpus(storage: str, sha256: str, validation_fraction: float) -> Corpus:
+    return stored_corpus(Storage(storage), sha256, validation_fraction)
