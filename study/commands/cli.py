@@ -44,7 +44,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Run studies of compressed transformers: many trials, many seeds, nothing lost.",
+    help="Run studies of compressed transformers over many trials and seeds.",
 )
 console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 140, markup=False)  # a log has room
 
@@ -56,9 +56,7 @@ Overrides = Annotated[
 ]
 StorageOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="PATH|URL", help="For checkpoints and weights; unless given, the last run's, at first DIR/storage."
-    ),
+    typer.Option(metavar="PATH|URL", help="Checkpoints and weights. Default: as in the last run, else DIR/storage."),
 ]
 
 
@@ -73,20 +71,20 @@ class Where(StrEnum):
 
 ExecutorOption = Annotated[Executor, typer.Option(help="Ray Tune, or this process.")]
 AddressOption = Annotated[
-    str | None, typer.Option(help="A Ray cluster; $RAY_ADDRESS unless given, else a Ray of its own.")
+    str | None, typer.Option(help="Address of a Ray cluster. Default: $RAY_ADDRESS, else a local Ray.")
 ]
 TrackingOption = Annotated[
     str | None,
-    typer.Option(metavar="URI|off", help="MLflow; unless given, the last run's URI, at first a database in DIR."),
+    typer.Option(metavar="URI|off", help="MLflow tracking URI. Default: as in the last run, else a database in DIR."),
 ]
 LedgerOption = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="A PostgreSQL database for the ledger; unless given, the last run's, at first DIR/ledger.db.",
+        help="PostgreSQL database of the ledger. Default: as in the last run, else DIR/ledger.db.",
     ),
 ]
-AsJSON = Annotated[bool, typer.Option("--json", help="For machines: JSON on standard output.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ParquetFile = Annotated[Path, typer.Argument(metavar="FILE", help="The Parquet file.")]
 
 
@@ -96,7 +94,7 @@ def plan(
     as_json: AsJSON = False,
     overrides: Overrides = [],  # noqa: B006 (typer reads the default, nobody writes it)
 ) -> None:
-    """Show every trial with its parameters, FLOPs and time on this machine; train nothing."""
+    """Show every trial with its parameters, FLOPs and time on this machine, without training."""
     config = load_config(file, overrides)
     planned = make_plan(config, study_corpus(config))
     slots = max(1, int((os.cpu_count() or 1) / config.execution.cpus))
@@ -110,7 +108,7 @@ def plan(
 def run(
     file: StudyFile,
     directory: Annotated[
-        Path | None, typer.Option("--dir", metavar="DIR", help="The study's folder; results/NAME unless given.")
+        Path | None, typer.Option("--dir", metavar="DIR", help="The study's folder. Default: results/NAME.")
     ] = None,
     storage: StorageOption = None,
     executor: ExecutorOption = Executor.ray,
@@ -118,21 +116,19 @@ def run(
     tracking: TrackingOption = None,
     ledger: LedgerOption = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Train again what failed, except for seeds that diverged.")
+        bool, typer.Option("--retry-failed", help="Train failed runs again, except those that diverged.")
     ] = False,
-    trials: Annotated[
-        str | None, typer.Option(metavar="+N", help="Let the study grow by so many searched trials, once.")
-    ] = None,
+    trials: Annotated[str | None, typer.Option(metavar="+N", help="Add N searched trials to the study, once.")] = None,
     seeds: Annotated[
         str | None,
-        typer.Option(metavar="+N", help="Let the study have so many more seeds, once."),
+        typer.Option(metavar="+N", help="Add N seeds to every trial, once."),
     ] = None,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Let the study grow by the trials and seeds that its file now has more.")
+        bool, typer.Option("--extend", help="Add the trials and seeds that the file has now and the study lacks.")
     ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Run a study; run it again to resume it. A complete study is left as it is."""
+    """Run a study. The same command resumes it; a complete study stays as it is."""
     config = load_config(file, overrides)
     folder = StudyDirectory(directory if directory is not None else Path("results") / config.name, ledger)
     growth = Growth(parse_more("--trials", trials), parse_more("--seeds", seeds), extend=extend)
@@ -153,7 +149,7 @@ def run(
 @app.command()
 def refine(
     directory: Folder,
-    seeds: Annotated[str, typer.Option(metavar="+N", help="How many seeds more each of these trials gets.")],
+    seeds: Annotated[str, typer.Option(metavar="+N", help="Add N seeds to each of these trials.")],
     on: Annotated[
         Where, typer.Option(help="Trials whose place on the frontier of n_params and val_loss is undecided.")
     ] = Where.frontier,
@@ -162,7 +158,7 @@ def refine(
     address: AddressOption = None,
     tracking: TrackingOption = None,
 ) -> None:
-    """Add seeds to a finished study where they count, and run them: where the frontier is undecided."""
+    """Add seeds to the trials whose place on the frontier is undecided, and run them."""
     folder = StudyDirectory(directory)
     _run(
         folder.load_config(),
@@ -187,9 +183,9 @@ def winners(
             "Default: the first that the old study did not use, as many as it has and at least 5.",
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Of the new study; the file's unless given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new study. Default: the name of FILE.")] = None,
 ) -> None:
-    """Write a study file of what a finished study selected, to be measured again on fresh seeds."""
+    """Write a study file that measures what a finished study selected again, on fresh seeds."""
     new = write_winners(StudyDirectory(directory), file, parse_seeds(seeds), name, partial(say, console))
     say_not_compared(console, new)
     n_runs = len(listed_specs(new)) * len(new.seed_list)
@@ -219,7 +215,7 @@ def _end(code: int) -> NoReturn:
 
 @app.command()
 def status(directory: Folder, as_json: AsJSON = False) -> None:
-    """Show what a study has done, what failed and why, its frontier so far, and what is left."""
+    """Show the trials of a study, its failures, its frontier so far, and the runs that are left."""
     folder = StudyDirectory(directory)
     now = study_status(folder)
     if as_json:
@@ -230,7 +226,7 @@ def status(directory: Folder, as_json: AsJSON = False) -> None:
 
 @app.command(name="export")
 def export_(directory: Folder, file: ParquetFile) -> None:
-    """Write the whole ledger of a study to one Parquet file, from which `import` makes the study again."""
+    """Write the ledger of a study to one Parquet file."""
     from study.commands.exchange import export_study  # Parquet's reader and writer take a while to come up
 
     folder = StudyDirectory(directory)
@@ -240,7 +236,7 @@ def export_(directory: Folder, file: ParquetFile) -> None:
 
 @app.command(name="import")
 def import_(file: ParquetFile, directory: Folder, storage: StorageOption = None) -> None:
-    """Make a study's folder of what `export` wrote; its checkpoints and weights are not in it."""
+    """Make a study's folder from a file that `export` wrote, without checkpoints and weights."""
     from study.commands.exchange import import_study
 
     folder = StudyDirectory(directory)
@@ -256,7 +252,7 @@ def import_(file: ParquetFile, directory: Folder, storage: StorageOption = None)
 @app.command()
 def ui(
     directory: Folder,
-    port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000,
 ) -> None:
     """Open the study's MLflow UI on 127.0.0.1."""
     folder = StudyDirectory(directory)
@@ -286,11 +282,11 @@ def ui(
 def sync(
     directory: Folder,
     tracking: Annotated[
-        str | None, typer.Option(metavar="URI", help="MLflow; what the last run used unless given.")
+        str | None, typer.Option(metavar="URI", help="MLflow tracking URI. Default: as in the last run.")
     ] = None,
     storage: StorageOption = None,
 ) -> None:
-    """Compare MLflow with the ledger and mend it: after a run without it, or to repair or move an experiment."""
+    """Write to MLflow what the ledger has and MLflow lacks or has otherwise."""
     folder = StudyDirectory(directory)
     config = folder.load_config()
     if tracking == TRACKING_OFF:
@@ -302,13 +298,17 @@ def sync(
 @app.command()
 def sample(
     directory: Folder,
-    trial: Annotated[int | None, typer.Option(help="Of the run; the one with the lowest loss unless given.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the run.")] = None,
-    prompt: Annotated[str, typer.Option(help="What the model continues.")] = "\n",
-    tokens: Annotated[int, typer.Option(help="Characters to draw.", min=1)] = 400,
-    temperature: Annotated[float, typer.Option(help="0: always the most likely character.", min=0)] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the so many most likely ones alone.", min=1)] = None,
-    draw: Annotated[int, typer.Option(help="Another number, another text.", min=0)] = 0,
+    trial: Annotated[
+        int | None, typer.Option(help="Number of the trial. Default: the trial with the lowest loss.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run. Default: the seed with the lowest loss.")] = None,
+    prompt: Annotated[str, typer.Option(help="Text that the model continues.")] = "\n",
+    tokens: Annotated[int, typer.Option(help="Number of characters to draw.", min=1)] = 400,
+    temperature: Annotated[float, typer.Option(help="Temperature. 0: always the most likely character.", min=0)] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from the K most likely characters only. Default: all.", min=1)
+    ] = None,
+    draw: Annotated[int, typer.Option(help="Random seed.", min=0)] = 0,
 ) -> None:
     """Draw text from a trained model whose weights were kept."""
     run_, text = draw_sample(

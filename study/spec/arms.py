@@ -1,6 +1,6 @@
-"""Arms of a study file: what is compared, each giving one trial or more.
+"""Arms of a study file: what is compared. Each arm gives at least one trial.
 
-An arm has listed or searched values beside its fixed ones, not both.
+An arm has fixed values, and either listed or searched ones.
 """
 
 from __future__ import annotations
@@ -29,26 +29,25 @@ from study.spec.values import (
     options,
 )
 
-_BY_SIZE = "`{8: 3e-3, 16: 1e-3}`: by the trial's χ, or a dense one's d_model."
+_BY_SIZE = "`{8: 3e-3, 16: 1e-3}` sets it by χ, or by d_model for a dense arm."
 
 
 class _Arm(Strict):
-    name: Name = Field(description="Unique in the study; what figures and tables call it.")
+    name: Name = Field(description="Name of the arm in figures and tables. It must be unique.")
     learning_rate: NumberBySize[PositiveFloat] | None = Field(
         default=None, description=f"Overrides the protocol's. {_BY_SIZE}"
     )
     embedding_learning_rate: NumberBySize[PositiveFloat] | None = Field(
         default=None,
-        description="Overrides the protocol's; the same value as `learning_rate` means no rate of their own. "
-        + _BY_SIZE,
+        description=f"Overrides the protocol's. The value of `learning_rate` means no separate rate. {_BY_SIZE}",
     )
     steps: Steps | None = Field(default=None, description="Overrides the protocol's.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Overrides the protocol's.")
     eval_every: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
     tuned_among: PositiveInt | None = Field(
         default=None,
-        description="This arm's values were chosen among so many trials, for each of its sizes, of another study; "
-        "`mpo-study winners` writes it. Arms are of one budget where they were tuned as much.",
+        description="Number of trials of another study, for each size, among which this arm's values were chosen. "
+        "`mpo-study winners` writes it. Arms with equal budgets were tuned over equally many trials.",
     )
 
     def values(self) -> dict[str, Any]:
@@ -91,24 +90,25 @@ class _Arm(Strict):
 
 
 class DenseArm(_Arm):
-    """Plain linear layers: the reference, a narrower model as a control, or one that is trained further."""
+    """Dense linear layers: the reference, a narrower model as a control, or one that is trained further."""
 
-    family: Literal["dense"] = Field(description="Which kind of arm this is.")
+    family: Literal["dense"] = Field(description="Kind of layer.")
     init: Value[Literal["paper", "variance"]] | None = Field(
-        default=None, description="Scale of the linear weights: `paper` (std 0.02) unless given, `variance` (1/√N_in)."
+        default=None,
+        description="Scale of the linear weights: `paper` (std 0.02) or `variance` (1/√N_in). Default: `paper`.",
     )
     d_model: Number[Width] | None = Field(
-        default=None, description="Overrides the model's; d_ff follows as 4 × d_model unless given."
+        default=None, description="Overrides the model's. Then d_ff is 4 × d_model by default."
     )
     d_ff: FixedOrBySize[WideInt] | None = Field(
         default=None,
-        description="Overrides the model's. `{40: 146, 60: 228}`: by d_model, to come as near to a number of "
-        "parameters as heads of equal width allow.",
+        description="Overrides the model's. `{40: 146, 60: 228}` sets it by d_model, to come close to a given number "
+        "of parameters.",
     )
     teacher: Name | None = Field(
         default=None,
-        description="A dense arm with one trial: train its trained model of the same seed further, with a schedule of "
-        "its own, as the control of what is compressed and fine-tuned.",
+        description="A dense arm with one trial. Its trained model of the same seed is trained further with a schedule "
+        "of its own: the control for models that are compressed and fine-tuned.",
     )
 
     @model_validator(mode="after")
@@ -120,26 +120,26 @@ class DenseArm(_Arm):
 
 
 class CompressedArm(_Arm):
-    """Every linear layer has fewer parameters."""
+    """Every linear layer is replaced by a smaller one."""
 
     n_sites: Number[Sites] | None = Field(
-        default=None, description="Number of sites L of an MPO, 1 to 6; not with factorisation `paper`."
+        default=None, description="Number of sites L of an MPO, 1 to 6. Not allowed with factorisation `paper`."
     )
     factorisation: Value[Literal["paper", "balanced", "min_params"]] = Field(
         default="paper",
-        description="How the sizes of an MPO split over sites; `paper` falls back to `balanced` where it has no entry, "
-        "`min_params` has the fewest parameters at its χ.",
+        description="How an MPO splits the layer's sizes over its sites. `paper` uses `balanced` for sizes that the "
+        "paper does not have. `min_params` has the fewest parameters at its χ.",
     )
     teacher: Name | None = Field(
         default=None,
-        description="A dense arm with one trial: compress its trained model of the same seed, then fine-tune.",
+        description="A dense arm with one trial. Its trained model of the same seed is compressed, then fine-tuned.",
     )
     lr_rule: Value[Literal["uniform", "mup"]] | None = Field(
-        default=None, description="Learning rates of the factors: `uniform` unless given; `mup` by each one's fan-in."
+        default=None, description="Learning rates of the factors: `uniform`, or `mup` by fan-in. Default: `uniform`."
     )
     decay: Value[Literal["parameter", "matrix"]] | None = Field(
         default=None,
-        description="What weight decay shrinks: each factor (`parameter`, unless given), or W as if it were dense.",
+        description="Weight decay acts on each factor (`parameter`) or on W (`matrix`). Default: `parameter`.",
     )
     refinement: Any = None
 
@@ -155,22 +155,22 @@ class CompressedArm(_Arm):
 class MPOArm(CompressedArm):
     """Every linear layer is an MPO."""
 
-    family: Literal["mpo"] = Field(description="Which kind of arm this is.")
-    chi: Number[PositiveInt] = Field(description="Cap on every bond dimension.")
+    family: Literal["mpo"] = Field(description="Kind of layer.")
+    chi: Number[PositiveInt] = Field(description="Largest bond dimension.")
     init: Value[Literal["paper", "variance", "orthogonal", "spectral", "tt_svd", "tt_svd_fresh"]] | None = Field(
         default=None,
-        description="Init mode of an arm trained from scratch; `variance` unless given. `tt_svd` decomposes a dense "
-        "draw of the paper's scale (std 0.02), `tt_svd_fresh` one of the scale of `variance`.",
+        description="Init of an arm trained from scratch. Default: `variance`. `tt_svd` decomposes a random dense "
+        "weight of the paper's scale (std 0.02), `tt_svd_fresh` one of the scale of `variance`.",
     )
     refinement: Value[Literal["tt_svd", "whitened", "als"]] | None = Field(
         default=None,
-        description="How the teacher's weights become cores: `tt_svd` unless given; the others fit the outputs over "
-        "protocol.calibration_batches.",
+        description="How the teacher's weights become cores. Default: `tt_svd`. The others fit the layer's outputs "
+        "over protocol.calibration_batches.",
     )
     forward: Value[Literal["reconstruct", "chain"]] | None = Field(
         default=None,
-        description="How a layer is applied: W formed in every forward (`reconstruct`, unless given), or never. "
-        "The same function, to rounding.",
+        description="`reconstruct` forms W in every forward pass; `chain` contracts the input with the cores. Both "
+        "give the same outputs up to rounding. Default: `reconstruct`.",
     )
 
     @model_validator(mode="after")
@@ -180,31 +180,31 @@ class MPOArm(CompressedArm):
 
 
 class ControlArm(CompressedArm):
-    """Every linear layer is of another kind, with at most the parameters that an MPO would have in its place."""
+    """Every linear layer is of another kind, with at most as many parameters as an MPO in its place."""
 
     family: Literal["low_rank", "monarch", "pruned"] = Field(
-        description="Which kind of arm this is: two factors of low rank; Monarch's two block-diagonal ones; or a dense "
-        "weight most of whose entries are 0 and stay so."
+        description="Kind of layer: `low_rank` has two factors, `monarch` two block-diagonal factors, `pruned` a "
+        "sparse weight with a fixed mask."
     )
     as_chi: FixedOrListed[PositiveInt] = Field(
-        description="χ of that MPO, layer by layer. A layer stays dense where the MPO's would not be smaller."
+        description="χ of that MPO. A layer stays dense if the MPO would not be smaller."
     )
     init: Value[Literal["variance", "svd_fresh"]] | None = Field(
         default=None,
-        description="Init mode of an arm trained from scratch; `variance` unless given. `svd_fresh`, of low_rank "
-        "alone: the truncated SVD of a dense draw of that scale.",
+        description="Init of an arm trained from scratch. Default: `variance`. `svd_fresh` (low_rank only) is the "
+        "truncated SVD of a random dense weight of that scale.",
     )
     refinement: Value[Literal["weights", "outputs"]] | None = Field(
         default=None,
-        description="What of the teacher's layers is kept best: their `weights`, unless given; or their `outputs` over "
-        "protocol.calibration_batches.",
+        description="Whether compression keeps the teacher's `weights` or the layers' `outputs` over "
+        "protocol.calibration_batches. Default: `weights`.",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> ControlArm:
         _refuse_beside_teacher(self)
         if "svd_fresh" in options(self.init) and self.family != "low_rank":
-            raise ValueError(f"`init: svd_fresh` is of family `low_rank` alone, not of `{self.family}`")
+            raise ValueError(f"`init: svd_fresh` is allowed for family `low_rank` only, not for `{self.family}`")
         return self
 
 

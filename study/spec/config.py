@@ -21,7 +21,7 @@ MAX_BATCH_TOKENS = 10_000_000
 
 
 class Corpus(Strict):
-    """The text. Tiny Shakespeare unless a path is given."""
+    """The text. Default: Tiny Shakespeare."""
 
     path: str | None = Field(
         default=None,
@@ -43,7 +43,7 @@ class Model(Strict):
     n_heads: PositiveInt = Field(default=4, description="Attention heads; must divide d_model.")
     n_layers: Annotated[int, Field(ge=1, le=1000)] = Field(default=4, description="Transformer blocks.")
     context: WideInt = Field(default=256, description="Context length in tokens.")
-    d_ff: WideInt | None = Field(default=None, description="Feed-forward dimension; 4 × d_model unless given.")
+    d_ff: WideInt | None = Field(default=None, description="Feed-forward dimension. Default: 4 × d_model.")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:
@@ -67,7 +67,7 @@ class Protocol(Strict):
     )
     embedding_learning_rate: PositiveFloat | None = Field(
         default=None,
-        description="Peak learning rate of the embeddings; that of all else unless given.",
+        description="Peak learning rate of the embeddings. Default: `learning_rate`.",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.95), description="AdamW's β₁, β₂."
@@ -76,14 +76,15 @@ class Protocol(Strict):
     grad_clip: PositiveFloat = Field(default=1.0, description="Largest norm of the gradient.")
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         default="float32",
-        description="Of matrix products. `tf32`: those of float32 on a GPU in TF32; refused without one. `bfloat16`: "
-        "forward passes under autocast, in training and evaluation; parameters, moments and loss stay float32.",
+        description="Number format of matrix products. `tf32` needs a GPU. `bfloat16` runs forward passes under "
+        "autocast, in training and evaluation; parameters, moments and loss stay float32.",
     )
     eval_every: PositiveInt = Field(
-        default=100, description="Steps between evaluations; the first and last step always are."
+        default=100, description="Steps between evaluations. The first and the last step are always evaluated."
     )
     sampled_eval_batches: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        default=20, description="Random batches of the paper's own validation estimate, recorded beside the full one."
+        default=20,
+        description="Random batches in the paper's validation estimate, which is recorded beside the full one.",
     )
     sampled_eval_batch_size: Annotated[int, Field(ge=1, le=10_000)] = Field(
         default=8, description="Sequences in each of those batches."
@@ -110,76 +111,80 @@ Objective = Literal["val_loss", "val_acc", "n_params"]
 
 
 class Sampler(Strict):
-    """Who chooses the searched values: one of Optuna's samplers, or `grid`, which has nothing to choose."""
+    """How searched values are chosen: by one of Optuna's samplers. `grid` means that no arm is searched."""
 
     name: Literal["grid", "random", "tpe", "nsga2", "nsga3", "gp"] = Field(
         default="grid",
-        description="`grid`: all is listed. `random` and `tpe` search any space; `nsga2`, `nsga3` and `gp` one arm, "
-        "since the values of several depend on which arm is chosen. `tpe` and `gp` draw their first ten at random.",
+        description="`grid`: all trials are listed. `random` and `tpe` search any number of arms; `nsga2`, `nsga3` and "
+        "`gp` search one arm. `tpe` and `gp` draw their first ten trials at random.",
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Sampler's own seed.")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Random seed of the sampler.")
     population_size: Annotated[int, Field(ge=2)] = Field(
         default=20, description="Trials in a generation of nsga2 and nsga3; the first generation is drawn at random."
     )
 
 
 class Budget(Strict):
-    """How much is searched. Listed trials come on top, and no limit is one for them."""
+    """How much is searched. Listed trials always run and do not count."""
 
     trials: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
-        default=0, description="Number of searched trials, those that need no training included."
+        default=0, description="Number of searched trials. Trials that repeat another count too."
     )
     max_params: PositiveFloat | None = Field(
         default=None,
-        description="Most trainable parameters of a searched trial; up to 1, a fraction of the dense model's. One that "
-        "has more is never trained, and the sampler learns that it is too large.",
+        description="Largest number of trainable parameters of a searched trial. A value of at most 1 is a fraction of "
+        "the dense model's. A larger trial is not trained; the sampler learns that it is too large.",
     )
-    min_params: PositiveFloat | None = Field(default=None, description="As max_params, the fewest.")
+    min_params: PositiveFloat | None = Field(
+        default=None, description="Smallest number of trainable parameters; otherwise as `max_params`."
+    )
     max_repeats: PositiveInt | None = Field(
         default=None,
-        description="The search ends when so many of its trials have repeated another, which answers them without "
-        "training. No limit but `trials` unless given. It may be changed under a study.",
+        description="End the search after this many trials that repeat another one, which need no training. "
+        "Default: no limit. It may change during a study.",
     )
 
 
 class EarlyStopping(Strict):
-    """When a searched MPO trial is given up. The study then depends on the order in which its trials ended."""
+    """When a searched MPO trial is stopped early. The result then depends on the order in which trials end."""
 
     margin: PositiveFloat = Field(
-        description="In the unit of `metric` (nats, or a fraction). A rival that has no more parameters, is as long "
-        "trained from the same start and is better by so much on every seed that both have ends a trial."
+        description="In the unit of `metric` (nats, or a fraction). A trial stops when a rival is better by this "
+        "margin on every seed that both have. The rival has at most as many parameters and the same training."
     )
     metric: Literal["val_loss", "val_acc"] = Field(
-        default="val_loss", description="At the last step; must be one of the objectives."
+        default="val_loss", description="Metric at the last step. It must be one of the objectives."
     )
-    min_seeds: Annotated[int, Field(ge=2)] = Field(default=2, description="Fewest seeds that both must have.")
+    min_seeds: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="Smallest number of seeds that both must have."
+    )
 
 
 class Margins(Strict):
-    """How much worse is still no loss, at the last step."""
+    """The largest difference that still counts as equal, at the last step."""
 
     val_loss: PositiveFloat = Field(default=0.02, description="In nats.")
     val_acc: PositiveFloat = Field(default=0.005, description="As a fraction: 0.005 is half a point.")
 
 
 class Contrast(Strict):
-    """Each trial of an arm against its counterpart in another one, on the seeds that both have."""
+    """Compare each trial of an arm with its counterpart in another arm, on the seeds that both have."""
 
     arm: Name = Field(description="An arm of the study.")
     against: Name = Field(
-        description="Another arm. Of several trials in it, that of the same χ (`as_chi` counts) is the counterpart."
+        description="Another arm. If it has several trials, the counterpart is the one with the same χ or `as_chi`."
     )
 
 
 class Claims(Strict):
-    """What the study is to decide, fixed before it runs; the analysis tests this, and calls all else exploration."""
+    """What the study decides, fixed before it runs. The analysis tests these claims; all else is exploration."""
 
     margins: Margins = Margins()
     contrasts: tuple[Contrast, ...] = Field(
         default=(),
         max_length=10_000,
-        description="Comparisons that are claimed, tested as one family. Arms of different budgets are compared only "
-        "where it is declared here.",
+        description="Comparisons that are claimed, tested as one family. Arms with different budgets are compared only "
+        "if they are declared here.",
     )
 
 
@@ -190,48 +195,46 @@ def _seeds_per_unit(value: Any) -> Any:
 
 
 class Execution(Strict):
-    """Where and how units run; may change between two runs of a study."""
+    """Where and how units run. It may change during a study."""
 
-    cpus: Annotated[float, Field(gt=0, le=10_000)] = Field(
-        default=1, description="CPU cores, and threads, of one unit."
-    )
+    cpus: Annotated[float, Field(gt=0, le=10_000)] = Field(default=1, description="CPU cores and threads of one unit.")
     gpus: Annotated[float, Field(ge=0, le=10_000)] = Field(
         default=0, description="GPUs of one unit; a fraction shares one."
     )
     seeds_per_unit: Annotated[Literal["auto"] | PositiveInt, BeforeValidator(_seeds_per_unit)] = Field(
         default="auto",
-        description="Seeds of a trial that are trained as one model: `auto` is one on a CPU, all it lacks on a GPU.",
+        description="Seeds of a trial that are trained together as one model. `auto`: one on a CPU, all on a GPU.",
     )
     capture: bool = Field(
         default=True,
-        description="Replay each optimiser step on a GPU from CUDA graphs, after a few steps without: the same kernels "
-        "with no time between them. On a CPU it means nothing.",
+        description="Replay optimiser steps from CUDA graphs on a GPU: the same kernels without time between them. It "
+        "has no effect on a CPU.",
     )
     max_units: PositiveInt | None = Field(
         default=None,
-        description="Most units at once on a cluster that grows with demand; unless given, as many as fit on its nodes "
-        "when the run starts.",
+        description="Largest number of units at once on a cluster that grows with demand. Default: as many as fit on "
+        "the nodes when the run starts.",
     )
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(
-        default=30, description="Least time between two checkpoints."
+        default=30, description="Smallest time between two checkpoints, in seconds."
     )
     backup_seconds: Annotated[float, Field(ge=0, le=1_000_000_000)] = Field(
-        default=60, description="Least time between two copies of the databases in a storage that is a URL."
+        default=60, description="Smallest time between two backups of the databases, in seconds, if storage is a URL."
     )
     unit_timeout: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="Seconds without an evaluation after which a worker is ended and its unit tried again, as one that "
-        "died. Default: no limit. Only Ray's workers can be ended; one that is starting has at least ten minutes.",
+        description="End a worker after this many seconds without an evaluation, and try its unit again. Default: no "
+        "limit. Only Ray's workers can be ended; one that is starting has at least ten minutes.",
     )
     keep_weights: bool = Field(
-        default=False, description="Keep every trained model, as safetensors, in storage and MLflow."
+        default=False, description="Keep every trained model as safetensors, in storage and in MLflow."
     )
 
 
 class StudyConfig(Strict):
     """A whole study file."""
 
-    name: Name = Field(description="Names the MLflow experiment and the default folder.")
+    name: Name = Field(description="Name of the MLflow experiment and of the default folder.")
     description: str = Field(default="", max_length=5000, description="One line for the report.")
     corpus: Corpus = Corpus()
     model: Model = Model()
@@ -243,18 +246,18 @@ class StudyConfig(Strict):
     sampler: Sampler = Sampler()
     budget: Budget = Budget()
     early_stopping: EarlyStopping | None = Field(
-        default=None, description="Off unless given; never of dense or listed trials."
+        default=None, description="Default: off. Dense and listed trials are never stopped early."
     )
     claims: Claims = Claims()
     rel_error_chi: tuple[PositiveInt, ...] = Field(
         default=(),
         max_length=1000,
-        description="χ, beside those of its arms, at which the layers of every dense model from scratch are "
-        "decomposed, untrained and trained, and their relative errors recorded.",
+        description="Further χ at which relative errors are recorded. The layers of each dense model from scratch are "
+        "decomposed before and after training, at these χ and at those of the arms.",
     )
     execution: Execution = Execution()
     arms: Annotated[tuple[Arm, ...], Field(min_length=1, max_length=1000)] = Field(
-        description="What is compared; each gives one trial or more."
+        description="What is compared. Each arm gives at least one trial."
     )
 
     @property

@@ -1,4 +1,4 @@
-"""The study file explained from its models: `python -m study.spec.schema` writes docs/study.md and its JSON schema."""
+"""The reference of study files: `python -m study.spec.schema` writes the keys in docs/study.md and the JSON schema."""
 
 from __future__ import annotations
 
@@ -11,114 +11,14 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from analysis.report.places import fill_place
 from study.spec.arms import ControlArm, DenseArm, MPOArm
 from study.spec.config import StudyConfig
 from study.spec.values import Choices, Range
 
 SCHEMA, DOCUMENT = "study.schema.json", "study.md"
 
-_HEAD = """\
-# The study file
-
-<!-- Written by `python -m study.spec.schema` from the descriptions in study/spec/config.py; a test compares. -->
-
-One YAML file says what a study is. Unknown keys, wrong types and values that do not go together are refused in one
-line each, with the key and what is allowed, before anything is trained; `mpo-study plan FILE` shows what a file will
-cost. A file is UTF-8 text of at most 4,000,000 bytes, 200,000 keys and values (those that aliases repeat included) and
-20 nested levels; a study has at most 100,000 listed trials, 10,000,000 runs and 1,000,000,000 parameters in a model.
-The smallest one:
-
-```yaml
-# yaml-language-server: $schema=study.schema.json
-name: first
-arms:
-  - {name: dense, family: dense}
-  - {name: mpo, family: mpo, chi: [4, 8, 16, 32]}
-```
-
-The first line is for editors: with it, and the path of [study.schema.json](study.schema.json) as seen from the file,
-those that know YAML schemas complete keys and show their descriptions. The schema knows shapes; what depends on more
-than one key (a teacher that exists, a sampler that can search these arms) `mpo-study` checks itself.
-
-`claims` says beforehand what the study is to decide:
-
-```yaml
-claims:
-  margins: {val_loss: 0.02, val_acc: 0.005}
-  contrasts:
-    - {arm: mpo, against: dense}
-    - {arm: mpo, against: low-rank}
-```
-
-`--set KEY=VALUE` overrides any key by its dotted path: `protocol.steps=100`, `arms.mpo.chi=[2, 4]`. A study that was
-begun keeps its file: later runs may change `description`, `execution`, `budget.max_repeats` and where the corpus lies.
-It can grow, by searched trials, seeds and listed values (`run --trials +N`, `--seeds +N`, `--extend`; `refine`), and
-nothing else of it may change.
-
-## Values of an arm
-
-A value marked *open* below can be given in several ways:
-
-| written | means |
-| --- | --- |
-| `chi: 8` | fixed |
-| `chi: [4, 8]` | listed: one trial for each element, whatever the sampler |
-| `chi: {choices: [4, 8]}` | searched: the sampler chooses |
-| `chi: {low: 2, high: 48, log: true}` | searched: a number from `low` to `high`; with `log`, uniform in the logarithm |
-| `learning_rate: {8: 3e-3, 16: 1e-3}` | fixed, by the trial's size: `chi`, `as_chi`, or `d_model` of a dense arm |
-
-An arm has listed or searched values beside its fixed ones, not both. Words (`init`, `factorisation`) have no range. A
-learning rate by size names every size of the arm and no other, and stands beside no searched value.
-
-## Searching
-
-A search has `budget.trials` trials. Some of them need no training: one whose configuration another already has, judged
-after its bonds are clipped, is answered by that one's results; one beyond `budget.max_params` or below
-`budget.min_params` is pruned. Of both, and of trials whose training diverged, the sampler learns: a pruned or diverged
-trial is told as infeasible, by how far it breaks the limit or by the share of its seeds that diverged, and samplers
-rank what is infeasible below all else. Neither is on the report's frontier.
-
-Before anything is trained, `mpo-study plan` draws 64 trials from the space of each searched arm, as the random sampler
-would, and shows the smallest, the median and the largest, the time that the whole budget takes, and which share of the
-space has more parameters than dense or is beyond the limits of the budget. `plan`, the first `run` and `winners` also
-say what the analysis will not compare: arms whose values were chosen among different numbers of trials, or whose steps
-differ, are compared only where `claims.contrasts` declares it. So a search of MPO beside a fixed dense arm needs a
-contrast.
-
-With `early_stopping` the study depends on the order in which its trials ended, which the report then says. Each
-decision is kept in the ledger with the seeds it rests on, and holds when the study is resumed.
-
-## Tuning
-
-What a study selects was selected for its luck, too, so that it counts on other seeds alone. (Other seeds are no other
-text: what suits this validation split by luck still does.) Tune in a study of its own,
-on seeds from 100 on, every arm over the same values; let `winners` write the study of what it selected; run that:
-
-```yaml
-name: tuning
-seeds: [100, 101, 102]
-arms:
-  - {name: dense, family: dense, learning_rate: [3e-4, 1e-3, 3e-3]}
-  - {name: mpo, family: mpo, chi: [8, 16], learning_rate: [3e-4, 1e-3, 3e-3]}
-```
-
-```
-mpo-study run tuning.yaml
-mpo-study winners results/tuning final.yaml     # arms of fixed values, on the seeds 0 to 4
-mpo-study run final.yaml
-```
-
-Tuned are `init`, both learning rates, `lr_rule` and `decay` where an arm lists them: for each size, and each
-combination of what else it lists, those with the best mean of the final validation loss win. Of a search, every trial
-on the frontier of parameters and that mean becomes an arm; so does the best one of each arm that has none on it, lest
-what MPO is compared with goes missing. A trial of which a seed failed is not selected. Where the best learning rate is
-the lowest or the highest that was listed, the command says so. Contrasts go on as declared: with the rivals that share
-a χ, or else the nearest in parameters; for what a search found always with the nearest. `tuned_among` says among how
-many trials an arm's values were chosen, so that arms tuned alike, wherever, are of one budget. The written file says
-from which study and seeds it comes, and is yours to read and change before it runs. A study that lacks runs is refused.
-The new study has the first seeds that the old one did not use, or those of `--seeds 100,101,102`; a seed that chose is
-refused.
-"""
+_PLACE = "keys"
 
 
 def json_schema() -> str:
@@ -127,9 +27,9 @@ def json_schema() -> str:
     return json.dumps(_without_generated_names(schema), indent=1, ensure_ascii=False) + "\n"
 
 
-def document() -> str:
-    """docs/study.md: every key of the study file, with its type, default and description."""
-    lines = [_HEAD, "## Keys", "", *_table(StudyConfig)]
+def keys() -> str:
+    """Markdown: every key of a study file, with its type, default and description."""
+    lines = ["## Keys", "", *_table(StudyConfig)]
     for name, field in StudyConfig.model_fields.items():
         section = _section(field)
         if section is not None:
@@ -142,17 +42,19 @@ def document() -> str:
 
 
 def write(folder: str | Path) -> None:
-    """Write both files to a folder."""
-    for name, text in ((SCHEMA, json_schema()), (DOCUMENT, document())):
-        (Path(folder) / name).write_text(text, encoding="utf-8")
+    """Write the JSON schema to a folder, and the keys to the place for them in its study.md."""
+    (Path(folder) / SCHEMA).write_text(json_schema(), encoding="utf-8")
+    fill_place(Path(folder) / DOCUMENT, _PLACE, keys())
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m study.spec.schema", description=f"Write {DOCUMENT} and {SCHEMA} anew.")
-    parser.add_argument("folder", nargs="?", default="docs", help="where they go; Default: docs")
+    parser = ArgumentParser(
+        prog="python -m study.spec.schema", description=f"Write {SCHEMA}, and the keys in {DOCUMENT}."
+    )
+    parser.add_argument("folder", nargs="?", default="docs", help="Folder of both. Default: docs.")
     try:
         write(parser.parse_args().folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
