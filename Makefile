@@ -32,7 +32,7 @@ results: $(INSTALLED) ## the reports in docs/results, and what documents say of 
 		$(BIN)/mpo-study import $$study/ledger.parquet results/.shipped/$$name && \
 		$(BIN)/mpo-study sync results/.shipped/$$name || exit 1; \
 	done
-	$(BIN)/python -m analysis.shipped results/.shipped docs/results README.md docs/results/README.md
+	$(BIN)/python -m analysis.commands.shipped results/.shipped docs/results README.md docs/results/README.md
 
 ui: $(INSTALLED) ## browse the quick study's runs in MLflow
 	$(BIN)/mpo-study ui results/quick

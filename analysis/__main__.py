@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis.cli import main
+from analysis.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -98,19 +99,38 @@ def test_run_schema_needs_the_standard_library_alone():
 
 
 def test_study_takes_of_the_analysis_its_schema_and_its_pure_functions_alone():
-    """Names of what a run records, URLs as shown, output streams, what `refine` goes by; no loading, no drawing."""
+    """Names of what a run records, URLs as shown, output streams, what `refine` goes by, places in documents."""
     taken = {name for path in FILES["study"] for name in imports(path) if name.partition(".")[0] == "analysis"}
     modules = (
         *(
             "analysis.run_schema",
             "analysis.runs.urls",
-            "analysis.streams",
+            "analysis.commands.streams",
             "analysis.results.pairs",
             "analysis.statistics.nondominated",
+            "analysis.report.places",
         ),
         *("analysis.statistics.intervals", "analysis.statistics.seed_blocks"),
     )
     assert {next((module for module in modules if name.startswith(module)), name) for name in taken} == {*modules}
+
+
+def parts_of(package):
+    """The folders and modules at the top of a package, each with those that it imports."""
+    top = {".".join((package, path.stem)) for path in (ROOT / package).iterdir() if path.stem.strip("_").isidentifier()}
+    parts = {name: set() for name in top if not name.endswith(("__init__", "__main__", "__pycache__"))}
+    for path in FILES[package]:
+        own = ".".join((package, path.relative_to(ROOT / package).with_suffix("").parts[0]))
+        if own in parts:
+            parts[own] |= {".".join(name.split(".")[:2]) for name in imports(path)} & parts.keys() - {own}
+    return parts
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_a_package_has_few_parts_that_import_in_one_direction(package):
+    parts = parts_of(package)
+    assert len(parts) <= 10
+    list(TopologicalSorter(parts).static_order())  # raises a CycleError
 
 
 @pytest.mark.parametrize(
@@ -134,10 +154,12 @@ def test_init_is_a_docstring(path):
 # In a running interpreter ---------------------------------------------------------------------------------------------
 
 
-def test_command_line_loads_neither_ray_nor_mlflow():
-    # It imports every module of the study but the two that need them.
-    everything = ["study.training.train", "study.commands.plan", "study.ledger.ledger", "study.scheduler.inline"]
-    assert loaded_by("import study.commands.cli", ["ray", "mlflow", *everything]) == everything
+def test_command_line_loads_neither_torch_nor_ray_nor_mlflow():
+    """Help and errors are there at once."""
+    assert loaded_by("import study.commands.cli", ["torch", "ray", "mlflow"]) == []
+    everything = ["study.training.train", "study.ledger.ledger", "study.scheduler.inline"]
+    statement = "import study.commands.run, study.commands.plan"
+    assert loaded_by(statement, ["ray", "mlflow", *everything]) == everything
 
 
 def test_pure_training_needs_no_sampler_and_no_database():
@@ -146,7 +168,7 @@ def test_pure_training_needs_no_sampler_and_no_database():
 
 
 def test_analysis_loads_no_torch():
-    statement = "import analysis.cli, analysis.runs.load, analysis.report.report"
+    statement = "import analysis.commands.cli, analysis.runs.load, analysis.report.report"
     assert loaded_by(statement, ["torch", "ray", "optuna", "mpo_core", "study"]) == []
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis.commands.shipped import place_text, ship_study
 from analysis.report.places import places
-from analysis.shipped import place_text, ship_study
 from study.commands.exchange import import_study
 from study.commands.run import sync
 from study.ledger.directory import StudyDirectory

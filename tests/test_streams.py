@@ -15,11 +15,14 @@ from study.spec import schema
 from study.training import bigram
 
 ROOT = Path(__file__).parents[1]
+IMPORTS = "import sys\nfrom analysis.commands.streams import lasting_streams\n"
 
 
 def ended(script, prefix="", encoding="utf-8", **options):
     """A command made of `script`, which a shell starts with `prefix`."""
-    code = f"import sys\nfrom analysis.streams import lasting_streams\nwith lasting_streams('it'):\n    {script}"
+    code = (
+        f"import sys\nfrom analysis.commands.streams import lasting_streams\nwith lasting_streams('it'):\n    {script}"
+    )
     command = ["bash", "-c", f'exec "$0" -c "$1" {prefix}', sys.executable, code]
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **options)
@@ -44,7 +47,7 @@ def test_reader_that_leaves_is_no_error():
     script = "[print(i, flush=True) for i in range(100_000)]; print('done', file=sys.stderr); sys.exit(3)"
     done = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" | head -n 1; echo ${PIPESTATUS[0]}', sys.executable,
-         f"import sys\nfrom analysis.streams import lasting_streams\nwith lasting_streams('it'):\n    {script}"],
+         f"{IMPORTS}with lasting_streams('it'):\n    {script}"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("0\n3\n", "done\n")

@@ -17,14 +17,9 @@ import typer
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
+from analysis.commands.streams import lasting_streams
 from analysis.runs.urls import hide_password
-from analysis.streams import lasting_streams
-from study.commands.plan import as_json as plan_as_json
-from study.commands.plan import plan as make_plan
 from study.commands.progress import say
-from study.commands.run import TRACKING_OFF, run_study, study_corpus
-from study.commands.run import sync as sync_study
-from study.commands.sample import sample as draw_sample
 from study.commands.show import say_not_compared, show_outcome, show_plan, show_status
 from study.commands.status import as_json as status_as_json
 from study.commands.status import study_status
@@ -95,6 +90,10 @@ def plan(
     overrides: Overrides = [],  # noqa: B006 (typer reads the default, nobody writes it)
 ) -> None:
     """Show every trial with its parameters, FLOPs and time on this machine, without training."""
+    from study.commands.plan import as_json as plan_as_json  # here and below: PyTorch takes seconds to import
+    from study.commands.plan import plan as make_plan
+    from study.commands.run import study_corpus
+
     config = load_config(file, overrides)
     planned = make_plan(config, study_corpus(config))
     slots = max(1, int((os.cpu_count() or 1) / config.execution.cpus))
@@ -193,6 +192,8 @@ def winners(
 
 
 def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
+    from study.commands.run import run_study
+
     try:
         outcome = run_study(config, folder, console, **options)
     except KeyboardInterrupt:  # or SIGTERM
@@ -287,6 +288,9 @@ def sync(
     storage: StorageOption = None,
 ) -> None:
     """Write to MLflow what the ledger has and MLflow lacks or has otherwise."""
+    from study.commands.run import TRACKING_OFF
+    from study.commands.run import sync as sync_study
+
     folder = StudyDirectory(directory)
     config = folder.load_config()
     if tracking == TRACKING_OFF:
@@ -311,6 +315,8 @@ def sample(
     draw: Annotated[int, typer.Option(help="Random seed.", min=0)] = 0,
 ) -> None:
     """Draw text from a trained model whose weights were kept."""
+    from study.commands.sample import sample as draw_sample
+
     run_, text = draw_sample(
         StudyDirectory(directory),
         prompt=prompt,

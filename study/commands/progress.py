@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,7 +14,9 @@ from rich.text import Text
 
 from study.ledger.ledger import Ledger
 from study.spec.trial import SeedResult, Trial
-from study.training.unit import Unit
+
+if TYPE_CHECKING:
+    from study.training.unit import Unit
 
 
 def say(console: Console, line: str, *, is_trouble: bool = False) -> None:

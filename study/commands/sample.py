@@ -7,9 +7,10 @@ from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import Snapshot, read_ledger
 from study.spec.trial import SeedResult
+from study.training.checkpoints import Damaged, unpack_tensors
 from study.training.model import build_model
 from study.training.randomness import generator
-from study.training.storage import Damaged, Storage, unpack_tensors
+from study.training.storage import Storage
 from study.training.unit import stored_corpus
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -10,14 +11,16 @@ from rich.table import Table
 
 from analysis.runs.urls import hide_password
 from analysis.statistics.seed_blocks import MIN_SEEDS
-from study.commands.plan import Plan
 from study.commands.progress import say
-from study.commands.run import Outcome
-from study.commands.status import StudyStatus
 from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.spec.comparable import not_compared
 from study.spec.config import StudyConfig
 from study.spec.trial import Trial, TrialSpec
+
+if TYPE_CHECKING:  # they need PyTorch, which takes seconds to import
+    from study.commands.plan import Plan
+    from study.commands.run import Outcome
+    from study.commands.status import StudyStatus
 
 
 def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> None:

@@ -18,10 +18,10 @@ from torch.func import functional_call, vmap
 
 from study.spec.trial import SeedResult, TrialSpec
 from study.training.captured import DeviceStep, adamw, set_learning_rate
+from study.training.checkpoints import Checkpoints
 from study.training.corpus import Corpus, StackedWindows
 from study.training.precision import logits_in, products_in
 from study.training.seeds_as_batch import SeedsAsBatch
-from study.training.storage import Checkpoints
 from study.training.train import Diverged, SeedRun, Training, learning_rate_at
 
 

@@ -1,32 +1,18 @@
-"""Where large things are kept: checkpoints, weights and the corpus, at a path or an object store's URL.
-
-An object is written whole and carries its checksum; what was cut short or damaged is recognised. Everything is
-safetensors or text: nothing is ever unpickled.
-"""
+"""Where large things are kept: checkpoints, weights and the corpus, at a path or an object store's URL."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import Any
 from uuid import uuid4
 
 import fsspec
-import safetensors
-import safetensors.torch
-import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from analysis.runs.urls import hide_password
 from study.errors import StudyError
-
-
-class Damaged(Exception):
-    """An object is not what was written: cut short, or with a wrong checksum."""
 
 
 class Storage:
@@ -152,98 +138,3 @@ class Storage:
 def _private(path: str, flags: int) -> int:
     """Opens a file for its user alone."""
     return os.open(path, flags, 0o600)
-
-
-# Tensors as objects ---------------------------------------------------------------------------------------------------
-
-_CHECKSUM = "sha256"
-
-
-def pack_tensors(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any] | None = None) -> bytes:
-    """A safetensors file of the tensors, with JSON content and a checksum over both in its metadata."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"content": json.dumps(content or {}, sort_keys=True)}
-    return safetensors.torch.save(plain, metadata=metadata | {_CHECKSUM: _checksum(plain, metadata["content"])})
-
-
-def unpack_tensors(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and content of what `pack_tensors` made.
-
-    Raises:
-        Damaged: the file is cut short or its checksum is wrong.
-    """
-    try:
-        tensors = safetensors.torch.load(data)
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-        content, checksum = metadata["content"], metadata[_CHECKSUM]
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise Damaged(f"not a whole safetensors file: {error}") from None
-    if _checksum(tensors, content) != checksum:
-        raise Damaged("wrong checksum")
-    return tensors, json.loads(content)
-
-
-def _checksum(tensors: Mapping[str, torch.Tensor], content: str) -> str:
-    digest = hashlib.sha256(content.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-class Checkpoints:
-    """The checkpoints of one run. The newest valid one wins, two are kept.
-
-    Args:
-        storage: where they lie.
-        folder: the run's own: made of study, trial and seed.
-        of: what is trained. A checkpoint of something else is not used: a study whose ledger was brought back from an
-            older backup gives a trial's number anew, perhaps to another configuration.
-        say: told in one line what was damaged.
-    """
-
-    def __init__(self, storage: Storage, folder: str, of: str = "", say: Callable[[str], None] = print) -> None:
-        self._storage, self._folder = storage, folder
-        self._of, self._say = of, say
-
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> None:
-        """Keep the state before optimiser step `step`."""
-        self._storage.write(self._key(step), pack_tensors(tensors, {**content, "of": self._of}))
-        for key in self._storage.keys(self._folder)[:-2]:
-            self._storage.delete(key)
-
-    def steps(self) -> list[int]:
-        """Steps of those that are kept, in ascending order."""
-        return [int(PurePosixPath(key).stem) for key in self._storage.keys(self._folder)]
-
-    def load(self, step: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The newest whole checkpoint, or the one of this step; None if there is none. Damaged ones are removed."""
-        keys = self._storage.keys(self._folder) if step is None else [self._key(step)]
-        damaged: list[str] = []
-        for key in reversed(keys):
-            try:
-                tensors, content = unpack_tensors(self._storage.read(key))
-            except Damaged as damage:
-                damaged.append(f"{key} ({damage})")
-                self._storage.delete(key)
-            except FileNotFoundError:
-                continue
-            else:
-                if content.pop("of", "") == self._of:
-                    self._tell(damaged, f"going on from an older one, {key}")
-                    return tensors, content
-                self._storage.delete(key)
-        self._tell(damaged, "starting again")
-        return None
-
-    def _tell(self, damaged: list[str], instead: str) -> None:
-        if damaged:
-            self._say(f"damaged checkpoint {', '.join(damaged)}: removed; {instead}")
-
-    def clear(self) -> None:
-        self._storage.delete_folder(self._folder)
-
-    def _key(self, step: int) -> str:
-        return f"{self._folder}/{step:09d}.safetensors"

@@ -24,12 +24,12 @@ from analysis import run_schema as schema
 from study.spec.config import Protocol
 from study.spec.trial import SeedResult, TrialSpec, evaluation_steps, now
 from study.training.captured import DeviceStep, adamw, set_learning_rate
+from study.training.checkpoints import Checkpoints
 from study.training.corpus import Corpus, Windows, consecutive_windows
 from study.training.model import build_model
 from study.training.precision import logits_in, products_in
 from study.training.program import this_program
 from study.training.randomness import generator
-from study.training.storage import Checkpoints
 
 EVALUATION_TOKENS = 8192
 """Tokens in one batch of the full validation: small enough for any memory, the same on every machine."""

@@ -15,9 +15,10 @@ from pydantic import Field
 
 from study.spec.trial import SeedResult, TrialSpec, now
 from study.spec.values import Strict
+from study.training.checkpoints import Checkpoints, Damaged, pack_tensors, unpack_tensors
 from study.training.corpus import Corpus, corpus_from_bytes
 from study.training.stacked import train_seeds
-from study.training.storage import Checkpoints, Damaged, Storage, pack_tensors, unpack_tensors
+from study.training.storage import Storage
 from study.training.train import train_seed
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)

@@ -7,7 +7,7 @@ import pytest
 import simulated_study
 from typer.testing import CliRunner
 
-from analysis.cli import app
+from analysis.commands.cli import app
 from analysis.runs.load import resolve_study
 
 
@@ -96,7 +96,7 @@ def test_help_names_every_option(invoke):
 
 def test_analysis_imports_neither_torch_nor_ray_and_mlflow_only_to_read():
     code = (
-        "import sys, analysis.cli, analysis.report.report, analysis.runs.load; "
+        "import sys, analysis.commands.cli, analysis.report.report, analysis.runs.load; "
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
         "{'torch', 'ray', 'optuna', 'mlflow', 'study', 'mpo_core'}))"
     )

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner
 
 from analysis import run_schema as schema
-from analysis.cli import app
+from analysis.commands.cli import app
 from analysis.runs.cache import MANIFEST, Cache
 from analysis.runs.load import StudyAddress, load_curves, load_study
 

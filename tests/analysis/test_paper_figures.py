@@ -14,7 +14,7 @@ from simulated_study import UUID, simulated_runs, write_study
 from test_paper import paper_study
 from typer.testing import CliRunner
 
-from analysis.cli import app
+from analysis.commands.cli import app
 from analysis.errors import AnalysisError
 from analysis.figures import style
 from analysis.paper import published

@@ -11,7 +11,7 @@ import simulated_study
 from typer.testing import CliRunner
 
 from analysis import run_schema as schema
-from analysis.cli import app
+from analysis.commands.cli import app
 from analysis.errors import AnalysisError
 from analysis.report.report import write_report
 from analysis.report.tables import pruned_table, stopped_table

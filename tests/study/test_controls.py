@@ -13,9 +13,10 @@ import mpo_core
 from study.errors import StudyError
 from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config
+from study.training.checkpoints import Checkpoints
 from study.training.model import build_model, trial_shape
 from study.training.randomness import generator
-from study.training.storage import Checkpoints, Storage
+from study.training.storage import Storage
 from study.training.train import Training, train_seed
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")

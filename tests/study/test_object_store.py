@@ -31,7 +31,8 @@ from study.commands.exchange import export_study, import_study
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth
-from study.training.storage import Checkpoints, Damaged, Storage, unpack_tensors
+from study.training.checkpoints import Checkpoints, Damaged, unpack_tensors
+from study.training.storage import Storage
 
 pytestmark = [
     pytest.mark.service,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from study.training.storage import Checkpoints, Storage
+from study.training.checkpoints import Checkpoints
+from study.training.storage import Storage
 from study.training.train import Training, train_seed
 
 

@@ -9,7 +9,7 @@ from study.commands.cli import app
 from study.commands.sample import sample
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
-from study.training.storage import unpack_tensors
+from study.training.checkpoints import unpack_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

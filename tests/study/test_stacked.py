@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from study.training.checkpoints import Checkpoints
 from study.training.corpus import StackedWindows, Windows
 from study.training.stacked import StackedTraining, clip_grads_, train_seeds
-from study.training.storage import Checkpoints, Storage
+from study.training.storage import Storage
 from study.training.train import Training, train_seed
 
 SEEDS = (0, 1, 5)

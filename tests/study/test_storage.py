@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from study.errors import StudyError
-from study.training.storage import Checkpoints, Damaged, Storage, pack_tensors, unpack_tensors
+from study.training.checkpoints import Checkpoints, Damaged, pack_tensors, unpack_tensors
+from study.training.storage import Storage
 
 
 @pytest.fixture(params=["path", "file URL", "memory URL"])

@@ -10,7 +10,7 @@ from study_fixtures import DENSE, contents, mlflow_client, run_at, runs_in, writ
 from typer.testing import CliRunner
 
 from analysis import run_schema as schema
-from analysis.cli import app
+from analysis.commands.cli import app
 from study.commands.run import sync
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import NO_GROWTH, Growth

@@ -16,8 +16,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from analysis.commands.streams import lasting_streams
 from analysis.errors import AnalysisError
-from analysis.streams import lasting_streams
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -30,7 +30,7 @@ MPO_LOSS = ("compared", "against", "difference", "verdict", "p adjusted", "decla
 
 def main() -> None:
     parser = ArgumentParser(
-        prog="python -m analysis.shipped", description=__doc__, formatter_class=RawTextHelpFormatter
+        prog="python -m analysis.commands.shipped", description=__doc__, formatter_class=RawTextHelpFormatter
     )
     parser.add_argument("studies", type=Path, metavar="STUDIES")
     parser.add_argument("out", type=Path, metavar="OUT")
