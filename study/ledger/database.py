@@ -66,10 +66,10 @@ def in_one_line(url: str) -> Iterator[None]:
     try:
         yield
     except Damaged as error:
-        raise StudyError(f"the ledger is damaged: {error}{_hint(url, '; ')}") from None
+        raise StudyError(f"the ledger is damaged: {error}{way_back(url, '; ')}") from None
     except LEDGER_ERRORS as error:
         said = hide_password(reason(error), url)
-        raise StudyError(f"the ledger cannot be used: {said}{_hint(url, '; if it is damaged: ')}") from None
+        raise StudyError(f"the ledger cannot be used: {said}{way_back(url, '; if it is damaged: ')}") from None
 
 
 def copy_of(file: Path) -> Path:
@@ -77,16 +77,17 @@ def copy_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.copy")
 
 
-def _hint(url: str, before: str) -> str:
+def way_back(url: str, before: str) -> str:
     """How to go back to the last whole copy of a SQLite ledger, with the command; nothing where there is none."""
     database = sa.make_url(url).database
     if sa.make_url(url).get_backend_name() != "sqlite" or not database or not copy_of(Path(database)).is_file():
         return ""
     file = Path(database)
     when = datetime.fromtimestamp(copy_of(file).stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    beside = shlex.join(f"{file}-{what}" for what in ("journal", "wal", "shm"))  # SQLite would apply them to the copy
     return (
         f"{before}to go back to the copy of {when}, and train again what came later: "
-        f"rm -f {shlex.quote(f'{file}-journal')} && cp {shlex.quote(str(copy_of(file)))} {shlex.quote(str(file))}"
+        f"rm -f {beside} && {shlex.join(['cp', str(copy_of(file)), str(file)])}"
     )
 
 
@@ -102,7 +103,7 @@ def open_database(url: str) -> sa.Engine:
         return engine
     except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
         said = hide_password(str(error).splitlines()[0], url)
-        hint = _hint(url, "; if it is damaged: ")
+        hint = way_back(url, "; if it is damaged: ")
         raise StudyError(f"cannot open the ledger {hide_password(url)}: {said}{hint}") from None
 
 
