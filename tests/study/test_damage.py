@@ -11,12 +11,13 @@ from contextlib import closing
 from functools import partial
 
 import pytest
-from study_fixtures import DENSE, MPO, ledger_at, made_up, run_at, substance, write_study
+from study_fixtures import DENSE, MPO, ledger_at, made_up, printed_by_run, run_at, substance, write_study
 
 from study.directory import StudyDirectory
 from study.errors import StudyError
 from study.growth import Growth
 from study.ledger.copies import Copies, check_whole
+from study.ledger.database import in_one_line, open_database
 from study.ledger.snapshot import read_ledger
 from study.status import study_status
 
@@ -136,6 +137,18 @@ def test_ledger_that_is_empty_or_gone_has_the_same_way_back(whole, study, harm):
         assert str(error.value).endswith(way_back(study))
 
 
+def test_nobody_is_sent_back_where_the_disk_is_full(study):
+    """The ledger is whole, and has more than its copy."""
+    url = StudyDirectory(study).ledger_url
+    engine = open_database(url)
+    [(n_pages,)] = execute(study, "PRAGMA page_count")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {n_pages}")
+        with pytest.raises(StudyError, match=r"^the ledger cannot be used: .* disk is full$"), in_one_line(url):
+            connection.exec_driver_sql("CREATE TABLE large AS SELECT zeroblob(1000000)")
+    engine.dispose()
+
+
 def test_flipped_digit_in_a_decision_to_stop_is_noticed(whole, study):
     ledger = ledger_at(whole / "tiny.yaml", study)
     from study.ledger.checksums import insert
@@ -217,10 +230,13 @@ def test_copy_is_made_at_the_start_and_then_only_now_and_then(tmp_path, monkeypa
         assert connection.execute("SELECT count(*) FROM mpo_result").fetchall() == [(6,)]
 
 
-def test_copy_that_cannot_be_made_is_said_and_the_study_goes_on(tmp_path):
+@pytest.mark.parametrize("name", ["ledger.db.copy", "ledger.db.copy.partial"])
+def test_copy_that_cannot_be_made_is_said_and_the_study_goes_on(tmp_path, name):
     file, folder = write_study(tmp_path, seeds=1, arms=[DENSE]), tmp_path / "study"
-    (folder / "ledger.db.copy").mkdir(parents=True)
-    assert run_at(file, folder).n_missing == 0
+    (folder / name).mkdir(parents=True)
+    outcome, printed = printed_by_run(file, folder, tracking="off")
+    assert outcome.n_missing == 0
+    assert f"the ledger cannot be copied to {folder}/ledger.db.copy, which is tried again later: " in printed
 
 
 def test_result_that_lacks_something_is_no_result(tmp_path):
