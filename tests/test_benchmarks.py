@@ -15,7 +15,7 @@ from benchmarks import measurement, report
 from benchmarks.measurement import MIN_PAIRS, PAIRS, fastest, paired, quantity, rate, within
 from benchmarks.plain_gpt import PlainTraining
 from study.config import Model, Protocol, StudyConfig
-from study.corpus import Corpus, load_corpus
+from study.corpus import Corpus
 from study.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.run import run_study, study_corpus
