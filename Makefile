@@ -38,10 +38,10 @@ ui: $(INSTALLED) ## browse the quick study's runs in MLflow
 	$(BIN)/mpo-study ui results/quick
 
 test: $(INSTALLED) ## the tests that need only Python, git and make
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not fault and not service and not browser and not shipped'
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not fault and not service and not browser and not slow'
 
-test-all: test /usr/bin/chromium ## those, and the fault, service and browser tests, and all shipped reports
-	$(BIN)/python -m pytest -m 'fault or service or browser or shipped'
+test-all: test /usr/bin/chromium ## those, and the fault, service, browser and slow tests
+	$(BIN)/python -m pytest -m 'fault or service or browser or slow'
 
 lint: $(INSTALLED) ## ruff, types, the import law
 	$(BIN)/ruff check .

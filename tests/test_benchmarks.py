@@ -181,6 +181,7 @@ def test_plain_loop_trains_the_same_model():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_bare_loop_trains_what_a_study_did(tmp_path):
     from benchmarks.engine import bare_loop
 

@@ -33,10 +33,7 @@ EXACT = (".md", ".tex", ".html", ".json")
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=() if name == "paper" else pytest.mark.shipped) for name in STUDIES],
-)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in STUDIES])
 def study(request, tmp_path_factory):
     """A shipped study made again from its ledger: its name, its folder, its shipped reports, its findings."""
     name, folder = request.param, StudyDirectory(tmp_path_factory.mktemp("study") / "made")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from study_fixtures import nothing_left_running, results_at, start_cli, write_study  # noqa: F401 (one is a fixture)
 
-from analysis.report import shipped
+from analysis.commands import shipped
 from study.spec import schema
 from study.training import bigram
 
@@ -20,9 +20,7 @@ IMPORTS = "import sys\nfrom analysis.commands.streams import lasting_streams\n"
 
 def ended(script, prefix="", encoding="utf-8", **options):
     """A command made of `script`, which a shell starts with `prefix`."""
-    code = (
-        f"import sys\nfrom analysis.commands.streams import lasting_streams\nwith lasting_streams('it'):\n    {script}"
-    )
+    code = f"{IMPORTS}with lasting_streams('it'):\n    {script}"
     command = ["bash", "-c", f'exec "$0" -c "$1" {prefix}', sys.executable, code]
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -173,9 +174,8 @@ def study_runs(
             of the wrong type, a key occurs twice, or a seed does not match its trial.
     """
     name, uuid = _identity([*trial_runs, *seed_runs], address)
-    _check_digests(
-        [*trial_runs, *seed_runs, *summary_runs], is_settled=any(schema.REVISION in run.tags for run in summary_runs)
-    )
+    is_settled = any(schema.REVISION in run.tags for run in summary_runs)
+    _check_digests([*trial_runs, *seed_runs, *summary_runs], is_settled)
     trial_runs, seed_runs = _fill_in(trial_runs, seed_runs)
     _check_keys(trial_runs, uuid)
     _check_keys(seed_runs, uuid)
@@ -190,6 +190,8 @@ def study_runs(
     unfinished = [run for run in seed_runs if run.status not in OVER]
     trials = trials_frame(trial_runs, {"n_seeds": complete, "n_failed": failed, "n_unfinished": unfinished})
     _check_against_trials(seed_runs, trials)
+    if is_settled:
+        _check_n_seeds(trial_runs, complete, failed)
     ends = [run.end_time for run in (*trial_runs, *seed_runs) if run.end_time]
     return StudyRuns(
         address=address,
@@ -342,6 +344,17 @@ def _check_keys(runs: list[RunRecord], uuid: str) -> None:
         expected = schema.run_key(uuid, param_of(run, "trial"), param_of(run, "seed"))
         if key != expected:
             raise AnalysisError(f"{run} must have the key {expected}, but has {key}; {MEND}")
+
+
+def _check_n_seeds(trial_runs: list[RunRecord], complete: list[RunRecord], failed: list[RunRecord]) -> None:
+    """Every trial has as many seeds as it says: a mean without those that somebody deleted would be another."""
+    for key, runs, state in ((schema.N_SEEDS, complete, "complete"), (schema.N_FAILED, failed, "failed")):
+        found = Counter(param_of(run, "trial") for run in runs)
+        for run in trial_runs:
+            n = found[param_of(run, "trial")]
+            said = run.metrics.get(key)
+            if said is not None and said != n:
+                raise AnalysisError(f"{run} has {said:g} {state} seeds, but there are {n} runs of them; {MEND}")
 
 
 def _check_against_trials(seed_runs: list[RunRecord], trials: pd.DataFrame) -> None:

@@ -93,7 +93,7 @@ class Backup:
 
         Raises:
             AnotherDriver: somebody else made a copy meanwhile.
-        Damaged: the ledger is not what was written, and no copy takes the place of a whole one.
+            Damaged: the ledger is not what was written, and no copy takes the place of a whole one.
             OSError, sqlite3.Error: the storage cannot be written, or a database cannot be read.
         """
         self.check_is_ours()

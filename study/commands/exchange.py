@@ -16,6 +16,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
             pq.write_table(table, sink, compression="zstd")
         partial.replace(file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk, which has none
+            partial.unlink(missing_ok=True)
         raise StudyError(f"{file}: cannot write there: {error.strerror or error}; give another file") from None
     return sum(name == "mpo_result" for name, _ in rows)
 

@@ -6,7 +6,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -62,7 +62,8 @@ class Copies:
         except (OSError, sqlite3.Error) as error:
             self._say(f"the ledger cannot be copied to {copy_of(self._file)}, which is tried again later: {error}")
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # whatever keeps it from being made
+                partial.unlink(missing_ok=True)
         now = time.monotonic()
         self._due = now + max(_LEAST_SECONDS, _SHARE * (now - begun))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -20,6 +21,17 @@ from study.ledger.checksums import Damaged
 
 LEDGER_ERRORS = (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)
 """What a ledger raises that cannot be read or written any more."""
+
+_NO_DAMAGE = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+}
+"""What SQLite says of a file that may be whole; the last byte of its error code."""
 
 _LOCKED_SECONDS = 60
 """How long a writer of a SQLite file waits for those who read it."""
@@ -66,10 +78,10 @@ def in_one_line(url: str) -> Iterator[None]:
     try:
         yield
     except Damaged as error:
-        raise StudyError(f"the ledger is damaged: {error}{_hint(url, '; ')}") from None
+        raise StudyError(f"the ledger is damaged: {error}{way_back(url, '; ')}") from None
     except LEDGER_ERRORS as error:
         said = hide_password(reason(error), url)
-        raise StudyError(f"the ledger cannot be used: {said}{_hint(url, '; if it is damaged: ')}") from None
+        raise StudyError(f"the ledger cannot be used: {said}{_if_damaged(error, url)}") from None
 
 
 def copy_of(file: Path) -> Path:
@@ -77,17 +89,25 @@ def copy_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.copy")
 
 
-def _hint(url: str, before: str) -> str:
+def way_back(url: str, before: str) -> str:
     """How to go back to the last whole copy of a SQLite ledger, with the command; nothing where there is none."""
     database = sa.make_url(url).database
     if sa.make_url(url).get_backend_name() != "sqlite" or not database or not copy_of(Path(database)).is_file():
         return ""
     file = Path(database)
     when = datetime.fromtimestamp(copy_of(file).stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    beside = shlex.join(f"{file}-{what}" for what in ("journal", "wal", "shm"))  # SQLite would apply them to the copy
     return (
         f"{before}to go back to the copy of {when}, and train again what came later: "
-        f"rm -f {shlex.quote(f'{file}-journal')} && cp {shlex.quote(str(copy_of(file)))} {shlex.quote(str(file))}"
+        f"rm -f {beside} && {shlex.join(['cp', str(copy_of(file)), str(file)])}"
     )
+
+
+def _if_damaged(error: Exception, url: str) -> str:
+    """The way back, unless a SQLite file was refused for another reason: then it would only lose results."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    code = getattr(getattr(cause, "orig", None), "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    return "" if code & 0xFF in _NO_DAMAGE else way_back(url, "; if it is damaged: ")
 
 
 def open_database(url: str) -> sa.Engine:
@@ -102,8 +122,7 @@ def open_database(url: str) -> sa.Engine:
         return engine
     except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
         said = hide_password(str(error).splitlines()[0], url)
-        hint = _hint(url, "; if it is damaged: ")
-        raise StudyError(f"cannot open the ledger {hide_password(url)}: {said}{hint}") from None
+        raise StudyError(f"cannot open the ledger {hide_password(url)}: {said}{_if_damaged(error, url)}") from None
 
 
 def check_file(engine: sa.Engine) -> None:

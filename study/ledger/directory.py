@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from analysis import run_schema
 from analysis.runs.urls import hide_password
 from study.errors import StudyError
+from study.ledger.database import way_back
 from study.ledger.lock import check_ledger_url
 from study.spec.config import StudyConfig
 from study.spec.study_file import dump_config, load_config
@@ -100,7 +101,7 @@ class StudyDirectory:
         if not self.has_ledger:
             raise StudyError(
                 f"{self.path}: the study's ledger is gone (no {self.ledger_file.name}); put it back, or begin a new "
-                "study with another --dir"
+                f"study with another --dir{way_back(self.ledger_url, '; ')}"
             )
 
     def check_is_for(self, config: StudyConfig) -> None:

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 
 from study.errors import StudyError
 from study.ledger.checksums import SUM, insert, sign
-from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna
+from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna, way_back
 from study.ledger.tables import (
     SCHEMA_VERSION,
     STOP,
@@ -155,7 +155,7 @@ class Ledger:
         if expected is not None and (row is None or row["uuid"] != expected):
             raise StudyError(
                 f"the ledger does not hold study {name} ({expected}), which was run here before; "
-                "put its ledger.db back, or begin a new study with another --dir"
+                f"put its ledger.db back, or begin a new study with another --dir{way_back(self._url, '; ')}"
             )
         if row is None and not may_begin:
             raise StudyError(f"no study {name} here that could grow; run it without that first")

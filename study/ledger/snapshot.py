@@ -10,7 +10,7 @@ import optuna
 import sqlalchemy as sa
 
 from study.errors import StudyError
-from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna
+from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna, way_back
 from study.ledger.tables import (
     Growths,
     check_results,
@@ -58,7 +58,7 @@ def _read(url: str, engine: sa.Engine, name: str) -> Snapshot:
     check_file(engine)
     row = read_study(engine, name) if sa.inspect(engine).has_table(study_table.name) else None
     if row is None:
-        raise StudyError(f"the ledger holds no study {name}")
+        raise StudyError(f"the ledger holds no study {name}{way_back(url, '; ')}")
     uuid, growths, stops = row["uuid"], read_growths(engine, row["uuid"], name), read_stops(engine, row["uuid"])
     results, trials = read_results(engine, uuid), _read_trials(url, name, uuid, stops)
     config, by_number = growths.history[-1], {trial.number: trial for trial in trials}

@@ -110,14 +110,15 @@ class Queue:
             # While one that was found waits for its teacher, another would be chosen with nothing learnt from it.
             if found_waits or self.aborted is not None:
                 return None
+            n_trials = len(self.ledger.trials)
             try:
                 asked = self._patience.act(lambda: self.ledger.ask(self._may_start))
             except LedgerGone as gone:
                 self.aborted = str(gone)
                 return None
-            if asked is None:
-                return None
-            if not self.ledger.missing_seeds(asked):
+            if asked is None and len(self.ledger.trials) == n_trials:
+                return None  # or else one was asked before, whose answer was lost
+            if asked is not None and not self.ledger.missing_seeds(asked):
                 self.on_answered(asked)
 
     def _block_size(self, trial: Trial) -> int:

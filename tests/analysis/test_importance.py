@@ -68,6 +68,14 @@ def searched():
     return shares_of(search(60, np.random.default_rng(2)), noise=0.03)
 
 
+@pytest.fixture(scope="module")
+def quick():
+    """As `searched`, with few draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importance, "_FOREST_DRAWS", 5)
+        return shares_of(search(60, np.random.default_rng(2)), noise=0.03)
+
+
 def test_shares_of_a_grid_are_those_it_was_made_of():
     found = grid((0.3, 0.2, 0.1, 0.15), np.random.default_rng(0))
     shares = shares_of(found, noise=1e-6).set_index("factor")
@@ -112,6 +120,7 @@ def test_seed_shifts_have_no_part_in_the_shares():
     assert after[columns].to_numpy() == pytest.approx(before[columns].to_numpy(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_forest_finds_what_a_search_was_made_of(searched):
     shares = searched.set_index("factor")
     assert set(shares["evaluator"]) == {FANOVA}
@@ -124,6 +133,7 @@ def test_forest_finds_what_a_search_was_made_of(searched):
     assert (shares["low"] >= 0).all()
 
 
+@pytest.mark.slow
 def test_forest_is_the_same_each_time_and_leaves_optunas_logging_alone():
     before = optuna.logging.get_verbosity()
     once, again = (shares_of(search(MIN_TRIALS, np.random.default_rng(2))) for _ in range(2))
@@ -141,7 +151,8 @@ def test_forest_of_a_large_search_is_one_of_some_of_its_trials(monkeypatch):
     assert shares.set_index("factor").loc["χ", "share"] == pytest.approx(90, abs=10)
 
 
-def test_a_grid_with_a_hole_goes_to_the_forest():
+def test_a_grid_with_a_hole_goes_to_the_forest(monkeypatch):
+    monkeypatch.setattr(importance, "_FOREST_DRAWS", 5)
     found = grid((0.3, 0.1, 0.0, 0.0), np.random.default_rng(0))
     shares = shares_of([*found[:5], replace(found[5], seeds=(0,)), *found[6:]])
     assert set(shares["evaluator"]) == {FANOVA}
@@ -199,6 +210,7 @@ def test_nothing_to_say_is_an_empty_frame(found):
     assert shares.columns.tolist() == list(COLUMNS)
 
 
+@pytest.mark.slow
 def test_importance_figure_keeps_all_its_text_apart_and_inside(searched):
     rng = np.random.default_rng(0)
     quiet, noisy = (shares_of(grid((0.3, 0.2, 0.1, 0.1), rng), VAL_ACC, noise) for noise in (1e-3, 0.3))
@@ -219,21 +231,21 @@ def test_importance_figure_keeps_all_its_text_apart_and_inside(searched):
         assert figure.axes[0].get_position().width * style.WIDTH > 2
 
 
-def test_importance_figure_draws_the_rows_it_is_given(searched):
-    figure = importance_figure(searched, VAL_LOSS)
+def test_importance_figure_draws_the_rows_it_is_given(quick):
+    figure = importance_figure(quick, VAL_LOSS)
     axes = figure.axes[0]
     bars = [line for line in axes.lines if line.get_marker() == "None"]
     dots = [line for line in axes.lines if line.get_marker() == "o"]
-    assert [tuple(bar.get_xdata()) for bar in bars] == list(zip(searched["low"], searched["high"], strict=True))
-    assert [dot.get_xdata()[0] for dot in dots] == searched["share"].tolist()
+    assert [tuple(bar.get_xdata()) for bar in bars] == list(zip(quick["low"], quick["high"], strict=True))
+    assert [dot.get_xdata()[0] for dot in dots] == quick["share"].tolist()
     assert [dot.get_markerfacecolor() == "white" for dot in dots] == [*[False] * (len(dots) - 1), True]
     assert "fANOVA" in axes.get_xlabel()
     text = figure.texts[-1].get_text().replace("\n", " ")
     assert "Means of 60 MPO trials over n = 3 shared seeds" in text
 
 
-def test_importance_figure_writes_the_same_bytes_twice(tmp_path, searched):
+def test_importance_figure_writes_the_same_bytes_twice(tmp_path, quick):
     for when in ("once", "again"):
-        style.save(importance_figure(searched, VAL_LOSS), tmp_path / when)
+        style.save(importance_figure(quick, VAL_LOSS), tmp_path / when)
     for form in style.FORMATS:
         assert (tmp_path / f"once.{form}").read_bytes() == (tmp_path / f"again.{form}").read_bytes()

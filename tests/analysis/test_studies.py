@@ -170,6 +170,7 @@ def test_load_curves_of_joined_studies_reads_each_where_it_is(directories):
     assert load_curves(join_studies(studies), [2])["val_loss"].tolist() == own[1]["val_loss"].tolist()
 
 
+@pytest.mark.slow
 def test_report_command_reports_on_several_studies(directories, tmp_path):
     out = tmp_path / "out"
     result = CliRunner().invoke(app, ["report", *map(str, directories), "--out", str(out)])

@@ -162,6 +162,7 @@ def test_trained_weights_are_kept_as_well_as_the_arm_says(spec_of, corpus, famil
     assert losses["outputs"][0] < drawn
 
 
+@pytest.mark.slow
 def test_study_with_controls_runs_to_its_end(tmp_path):
     arms = [DENSE]
     arms += [{"name": family, "family": family, "as_chi": [2, 4], "lr_rule": ["uniform", "mup"]} for family in FAMILIES]

@@ -8,12 +8,15 @@ import shlex
 import sqlite3
 import subprocess
 from contextlib import closing
+from functools import partial
 
 import pytest
-from study_fixtures import DENSE, MPO, ledger_at, made_up, run_at, substance, write_study
+from study_fixtures import DENSE, MPO, ledger_at, made_up, printed_by_run, run_at, substance, write_study
 
+from study.commands.status import study_status
 from study.errors import StudyError
 from study.ledger.copies import Copies, check_whole
+from study.ledger.database import in_one_line, open_database
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth
 from study.ledger.snapshot import read_ledger
@@ -63,6 +66,11 @@ def flip(folder, table, column):
     execute(folder, f"UPDATE {table} SET {column} = ? WHERE rowid = ?", type(value)(other), row)
 
 
+def way_back(folder):
+    file = folder / "ledger.db"
+    return f"rm -f {file}-journal {file}-wal {file}-shm && cp {file}.copy {file}"
+
+
 @pytest.mark.parametrize(
     ("table", "column"),
     [
@@ -81,7 +89,7 @@ def flip(folder, table, column):
 )
 def test_flipped_digit_is_noticed_by_readers_and_drivers(whole, study, table, column):
     flip(study, table, column)
-    command = f"rm -f {study}/ledger.db-journal && cp {study}/ledger.db.copy {study}/ledger.db"
+    command = way_back(study)
     with pytest.raises(StudyError, match="the ledger is damaged: ") as of_reader:
         read(study)
     with pytest.raises(StudyError, match="the ledger is damaged: ") as of_driver:
@@ -101,6 +109,44 @@ def test_way_back_is_the_command_that_is_named(whole, study):
     subprocess.run(command, shell=True, check=True)
     assert run_at(whole / "tiny.yaml", study).n_missing == 0
     assert substance(study) == substance(whole / "study")
+
+
+def test_way_back_leaves_nothing_of_what_sqlite_had_beside_the_file(whole, study):
+    """Or it would be applied to the copy."""
+    whole_one = read(study)
+    Copies(StudyDirectory(study).ledger_url, print).keep()
+    with closing(sqlite3.connect(study / "ledger.db", isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("UPDATE mpo_result SET state = 'failed'")
+        for name in ("ledger.db-wal", "ledger.db-shm"):
+            (study / f"{name}.kept").write_bytes((study / name).read_bytes())
+    with pytest.raises(StudyError, match="the ledger is damaged: ") as error:
+        read(study)
+    for name in ("ledger.db-wal", "ledger.db-shm"):  # as a process that is killed leaves them
+        (study / f"{name}.kept").rename(study / name)
+    subprocess.run(str(error.value).rpartition("train again what came later: ")[2], shell=True, check=True)
+    assert read(study) == whole_one
+
+
+@pytest.mark.parametrize("harm", [lambda file: file.write_bytes(b""), lambda file: file.unlink()])
+def test_ledger_that_is_empty_or_gone_has_the_same_way_back(whole, study, harm):
+    harm(study / "ledger.db")
+    for act in (partial(study_status, StudyDirectory(study)), partial(ledger_at, whole / "tiny.yaml", study)):
+        with pytest.raises(StudyError) as error:
+            act()
+        assert str(error.value).endswith(way_back(study))
+
+
+def test_nobody_is_sent_back_where_the_disk_is_full(study):
+    """The ledger is whole, and has more than its copy."""
+    url = StudyDirectory(study).ledger_url
+    engine = open_database(url)
+    [(n_pages,)] = execute(study, "PRAGMA page_count")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {n_pages}")
+        with pytest.raises(StudyError, match=r"^the ledger cannot be used: .* disk is full$"), in_one_line(url):
+            connection.exec_driver_sql("CREATE TABLE large AS SELECT zeroblob(1000000)")
+    engine.dispose()
 
 
 def test_flipped_digit_in_a_decision_to_stop_is_noticed(whole, study):
@@ -184,10 +230,13 @@ def test_copy_is_made_at_the_start_and_then_only_now_and_then(tmp_path, monkeypa
         assert connection.execute("SELECT count(*) FROM mpo_result").fetchall() == [(6,)]
 
 
-def test_copy_that_cannot_be_made_is_said_and_the_study_goes_on(tmp_path):
+@pytest.mark.parametrize("name", ["ledger.db.copy", "ledger.db.copy.partial"])
+def test_copy_that_cannot_be_made_is_said_and_the_study_goes_on(tmp_path, name):
     file, folder = write_study(tmp_path, seeds=1, arms=[DENSE]), tmp_path / "study"
-    (folder / "ledger.db.copy").mkdir(parents=True)
-    assert run_at(file, folder).n_missing == 0
+    (folder / name).mkdir(parents=True)
+    outcome, printed = printed_by_run(file, folder, tracking="off")
+    assert outcome.n_missing == 0
+    assert f"the ledger cannot be copied to {folder}/ledger.db.copy, which is tried again later: " in printed
 
 
 def test_result_that_lacks_something_is_no_result(tmp_path):

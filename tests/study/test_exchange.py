@@ -82,6 +82,7 @@ def test_import_makes_the_ledger_that_was_exported(exported, tmp_path):
     assert one.equals(other)
 
 
+@pytest.mark.slow
 def test_study_in_the_middle_goes_on_after_an_import_as_it_would_have(tmp_path, mlflow_template):  # noqa: F811
     """Sampler, numbers and growth included: TPE's first ten trials are random, those after the import are not."""
     arms = [DENSE, TUNED, SEARCHED]
@@ -249,3 +250,7 @@ def test_cli_exports_and_imports(exported, tmp_path, command, monkeypatch):
     code, out, err = command("export", exported / "a", "nowhere/out.parquet")
     assert (code, out) == (2, "")
     assert err == "mpo-study: nowhere/out.parquet: cannot write there: No such file or directory; give another file\n"
+    (tmp_path / "two.parquet.partial").mkdir()
+    code, out, err = command("export", exported / "a", "two.parquet")
+    assert (code, out) == (2, "")
+    assert err == "mpo-study: two.parquet: cannot write there: Is a directory; give another file\n"

@@ -37,6 +37,7 @@ def spec(small_study):
     return {"dense": dense, "further": further}
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_the_trained_weights_and_is_compared_with_what_is_compressed(tmp_path, database):  # noqa: F811
     once = TUNED | {"learning_rate": [0.01, 0.001]}
     file = write_study(tmp_path, arms=[FURTHER, DENSE, MPO | {"tuned_among": 5}, once])

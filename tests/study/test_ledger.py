@@ -333,7 +333,13 @@ def search(file, folder, stop_after=()):
 
 @pytest.mark.parametrize(
     ("sampler", "trials"),
-    [("random", 6), ("nsga2", 9), ("nsga3", 9), ("tpe", 12), ("gp", 12)],  # the first ten or four are random
+    [
+        ("random", 6),
+        ("nsga2", 9),
+        ("nsga3", 9),
+        ("tpe", 12),
+        pytest.param("gp", 12, marks=pytest.mark.slow),
+    ],  # the first ten or four are random
 )
 def test_search_resumed_is_the_search_undisturbed(tmp_path, sampler, trials):
     file = write_search(tmp_path, sampler=sampler, trials=trials, objectives=["n_params", "val_loss"])
@@ -345,7 +351,7 @@ def test_search_resumed_is_the_search_undisturbed(tmp_path, sampler, trials):
     assert optuna_states(urls[0]) == optuna_states(urls[1])
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", pytest.param("gp", marks=pytest.mark.slow)])
 def test_search_within_limits_resumed_is_the_search_undisturbed(tmp_path, sampler):
     budget = {"trials": 14, "max_params": 0.3, "max_repeats": 9}
     file = write_search(tmp_path, sampler=sampler, objectives=["n_params", "val_loss"], budget=budget)

@@ -4,9 +4,11 @@ import sqlite3
 
 import pytest
 import torch
+from sqlalchemy.exc import OperationalError
 from study_fixtures import DENSE, MPO, SEARCHED, TUNED, ledger_at, made_up, write_search, write_study
 
 from study.commands.run import study_corpus
+from study.ledger.lock import Hold
 from study.scheduler.queue import Queue, study_chis
 from study.spec.study_file import load_config
 from study.training.storage import Storage
@@ -225,6 +227,23 @@ def test_queue_stops_where_the_ledger_cannot_be_written_and_goes_on_later(tmp_pa
     queue.ledger.close()
     again = open_queue(file)
     assert take(again, 2) == [first, second]
+
+
+def test_queue_issues_what_was_asked_last_as_the_connection_was_lost(tmp_path, open_queue, monkeypatch):
+    """The trial is written, and its answer never comes: nothing else is left to be asked."""
+    monkeypatch.setattr("study.ledger.outage._PAUSE_SECONDS", 0)
+    monkeypatch.setattr(Hold, "may_be_lost", True)
+    queue = open_queue(write_study(tmp_path, seeds=1, arms=[DENSE]))
+    remember = queue.ledger._remember
+
+    def lose_the_answer(trial):
+        monkeypatch.setattr(queue.ledger, "_remember", remember)
+        raise OperationalError("", {}, Exception("the connection was lost"))
+
+    monkeypatch.setattr(queue.ledger, "_remember", lose_the_answer)
+    assert names(take(queue, 1)) == [("dense", None, (0,))]
+    assert queue.next_unit() is None
+    assert list(queue.ledger.trials) == [0]
 
 
 def test_queue_issues_no_more_once_aborted(tmp_path, open_queue):

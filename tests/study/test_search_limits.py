@@ -145,7 +145,7 @@ def searched(file, results_of):
     return trials
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", pytest.param("gp", marks=pytest.mark.slow)])
 def test_sampler_learns_to_keep_within_a_limit(tmp_path, sampler):
     def share_over(**budget):
         file = write_search(
@@ -180,7 +180,7 @@ def test_sampler_is_told_that_a_diverged_trial_is_bad(tmp_path):
     assert constraints == [{}, {DIVERGED: -1.0}, {DIVERGED: 0.5}, {DIVERGED: 0.5}]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", pytest.param("gp", marks=pytest.mark.slow)])
 def test_sampler_learns_where_training_diverges(tmp_path, sampler):
     def result(trial):
         rate = trial.spec.protocol.learning_rate

@@ -167,7 +167,7 @@ def test_choice_that_could_not_be_trained_is_refused_before_the_start(search, ar
     assert str(caught.value).startswith(f"arms[narrow]: {message}")
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "nsga3", "gp"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "nsga3", pytest.param("gp", marks=pytest.mark.slow)])
 def test_suggestions_lie_within_the_space(search, sampler):
     _, specs = run_study(search(sampler), 30, distance)
     for spec in specs:

@@ -152,12 +152,29 @@ def added_seed(it):
 CHANGES = [added_seed, nan, better_number, worse_mean, relative_error, param, tag, hidden_trial, reason, contrasts]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+def deleted_seed(it):
+    it.client.delete_run(it.id(1, 0))
+
+
+def deleted_failure(it):
+    it.client.delete_run(it.id(3, 1))
+
+
+DELETIONS = [deleted_seed, deleted_failure]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *DELETIONS])
 def test_analysis_says_in_one_line_that_somebody_changed_a_run(tampered, change):
     change(tampered)
     with pytest.raises(AnalysisError, match=r"^run .*mpo-study sync") as error:
         tampered.read()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("delete", DELETIONS)
+def test_sync_writes_a_deleted_run_again(tampered, delete):
+    delete(tampered)
+    tampered.check_mended()
 
 
 def test_sync_mends_whatever_somebody_changed(tampered):

@@ -65,6 +65,7 @@ def test_sync_changes_nothing_of_pruned_and_stopped_trials(searched):
     assert contents(folder / "mlflow.db", "search-random") == before
 
 
+@pytest.mark.slow
 def test_published_report_is_on_the_summary_run_and_changes_nothing_else(searched, tmp_path):
     _, _, folder = searched
     before = contents(folder / "mlflow.db", "search-random")
