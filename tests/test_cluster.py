@@ -229,7 +229,7 @@ def test_driver_on_a_cluster_lends_it_no_folder_and_one_of_another_ray_is_refuse
     cwd = cluster.folder / "cwd"
     for name in ("study", "mpo_core", "analysis"):
         shutil.copytree(ROOT / name, cwd / name, ignore=shutil.ignore_patterns("__pycache__"))
-    training = cwd / "study" / "training.py"
+    training = cwd / "study" / "training" / "train.py"
     training.write_text(training.read_text(encoding="utf-8").replace("loss += nn", "loss += 10 * nn"), encoding="utf-8")
 
     def run(directory: str, **environment: str) -> subprocess.CompletedProcess:

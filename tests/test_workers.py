@@ -62,7 +62,7 @@ def checkout(folder: Path, old: str = "", new: str = "") -> Path:
     """The three packages elsewhere, with a word of `study/training/train.py` replaced."""
     for name in PACKAGES:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    training = folder / "study" / "training.py"
+    training = folder / "study" / "training" / "train.py"
     text = training.read_text(encoding="utf-8")
     assert old in text
     training.write_text(text.replace(old, new), encoding="utf-8")

@@ -74,8 +74,8 @@ def recorded():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(captured, "record", record)
         patch.setattr(captured, "beside", lambda body: body())
-        for module in ("training", "stacked"):
-            patch.setattr(f"study.{module}.DeviceStep", lambda is_captured: DeviceStep(True))
+        for module in ("train", "stacked"):
+            patch.setattr(f"study.training.{module}.DeviceStep", lambda is_captured: DeviceStep(True))
         yield made
 
 

@@ -251,6 +251,6 @@ def test_cli_exports_and_imports(exported, tmp_path, command, monkeypatch):
     assert (code, out) == (2, "")
     assert err == "mpo-study: nowhere/out.parquet: cannot write there: No such file or directory; give another file\n"
     (tmp_path / "two.parquet.partial").mkdir()
-    code, out, err = command("export", exported / "a", "two.parquet")
+    code, out, err = command("export", exported / "a", tmp_path / "two.parquet")
     assert (code, out) == (2, "")
-    assert err == "mpo-study: two.parquet: cannot write there: Is a directory; give another file\n"
+    assert err == f"mpo-study: {tmp_path}/two.parquet: cannot write there: Is a directory; give another file\n"

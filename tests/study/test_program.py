@@ -44,33 +44,33 @@ def test_program_names_what_this_process_imports():
 def test_code_does_not_depend_on_how_it_was_copied(copy):
     code = code_in(folders_in(ROOT))
     assert code_in(folders_in(copy)) == code
-    training = copy / "study" / "training.py"
+    training = copy / "study" / "training" / "train.py"
     training.write_bytes(training.read_bytes().replace(b"\n", b"\r\n"))
     training.chmod(0o600)
     (copy / "study" / "notes").mkdir()
     (copy / "study" / "notes" / "no_package.py").write_text("1 / 0")
     (copy / "study" / "configs" / "mine.yaml").write_text("name: mine")
-    (copy / "study" / ".#training.py").symlink_to("somebody@somewhere")  # how Emacs says that it edits a file
+    (copy / "study" / "training" / ".#train.py").symlink_to("somebody@somewhere")  # how Emacs says that it edits a file
     (copy / "study" / "__pycache__").mkdir()
-    (copy / "study" / "__pycache__" / "training.cpython-311.pyc").write_bytes(b"anything")
+    (copy / "study" / "__pycache__" / "train.cpython-311.pyc").write_bytes(b"anything")
     assert code_in(folders_in(copy)) == code
 
 
 def change(copy):
-    path = copy / "study" / "training.py"
+    path = copy / "study" / "training" / "train.py"
     path.write_text(path.read_text(encoding="utf-8").replace("loss += nn", "loss += 10 * nn"), encoding="utf-8")
 
 
 def rename(copy):
-    (copy / "mpo_core" / "bonds.py").rename(copy / "mpo_core" / "bands.py")
+    (copy / "mpo_core" / "values.py").rename(copy / "mpo_core" / "valves.py")
 
 
 def add(copy):
-    (copy / "analysis" / "frontier" / "more.py").touch()
+    (copy / "analysis" / "figures" / "more.py").touch()
 
 
 def move(copy):
-    (copy / "study" / "plan.py").rename(copy / "study" / "ledger" / "plan.py")
+    (copy / "study" / "commands" / "plan.py").rename(copy / "study" / "ledger" / "plan.py")
 
 
 @pytest.mark.parametrize("alter", [change, rename, add, move])
