@@ -13,7 +13,7 @@ from study.arms import MPOArm
 from study.comparable import not_compared
 from study.corpus import load_corpus
 from study.errors import StudyError
-from study.plan import _draws, _extremes, plan
+from study.plan import _draws, _extremes, _quantile, plan
 from study.search_space import listed_specs, resolve
 from study.study_file import validate
 from study.trial import trial_shape
@@ -186,3 +186,8 @@ def test_what_will_not_be_compared_is_told_with_the_reason(small_study, changes,
     lines = not_compared(validate(small_study(**{"seeds": 3} | changes), "here"))
     assert len(lines) == len(said)
     assert all(words in line for line, words in zip(lines, said, strict=True))
+
+
+def test_search_may_range_over_all_numbers_there_are():
+    wide = Range(1e-300, 1e300, log=True)
+    assert [_quantile(wide, share) for share in (0.25, 0.5, 0.75)] == pytest.approx([1e-150, 1, 1e150])
