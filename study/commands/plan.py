@@ -221,7 +221,7 @@ def _quantile(value: Any, share: float) -> Any:
         return value
     is_whole = isinstance(value.low, int) and isinstance(value.high, int)
     low, high = (value.low - 0.5, value.high + 0.5) if is_whole else (value.low, value.high)
-    at = low * (high / low) ** share if value.log else low + share * (high - low)
+    at = low ** (1 - share) * high**share if value.log else low + share * (high - low)
     return min(max(round(at), value.low), value.high) if is_whole else at
 
 

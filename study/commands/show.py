@@ -63,7 +63,7 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         )
     console.print(
         f"{runs}, one after another; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
-        f"(at {min(plan.rates) / 1e9:.0f} to {max(plan.rates) / 1e9:.0f} GFLOP/s each, measured on the CPU just now)."
+        f"(at {min(plan.rates) / 1e9:.3g} to {max(plan.rates) / 1e9:.3g} GFLOP/s each, measured on the CPU just now)."
     )
     say_not_compared(console, config)
 

@@ -330,7 +330,7 @@ def _sections(
 ) -> Content:
     corpus = config.corpus.model_dump(mode="json", exclude_defaults=True)
     if config.corpus.path is not None:
-        there = os.path.relpath(config.corpus.path, file.resolve().parent)
+        there = os.path.relpath(config.corpus.path, os.path.dirname(os.path.realpath(file)))
         corpus |= {"path": Path(there).as_posix(), "sha256": snapshot.corpus_sha256}
     claims = {"margins": config.claims.margins.model_dump(), "contrasts": list(_contrasts(config, arms, sizes))}
     sections = {

@@ -38,7 +38,8 @@ class StudyDirectory:
     def __init__(self, path: str | Path, ledger: str | None = None) -> None:
         self.path = Path(path)
         self._given_ledger = check_ledger_url(ledger) if ledger is not None else None
-        odd = sorted({mark for mark in "?#%" if mark in str(self.path.resolve())})
+        real = os.path.realpath(self.path)  # `resolve` raises where links go in a circle
+        odd = sorted({mark for mark in "?#%" if mark in real})
         if odd:  # in a database's URL they mean something else
             raise StudyError(f"--dir {self.path}: a study's folder may not have {' '.join(odd)} in its path")
 
@@ -188,7 +189,7 @@ class StudyDirectory:
         """
         storage = Storage(url if url is not None else self.storage_url())
         if not storage.is_remote:
-            place = Path(storage.url).resolve()
+            place = Path(os.path.realpath(storage.url))
             above = [Path("/"), Path(os.path.expanduser("~")).resolve()]
             is_too_high = any(own.is_relative_to(place) for own in above)
             if url != "" and not is_too_high and place != self.path.resolve():

@@ -18,6 +18,8 @@ MAX_PARAMS = 1_000_000_000
 MAX_SEQUENCES = 500_000_000
 """Of all steps of a run: where each begins in the text is drawn beforehand, 8 bytes for each."""
 MAX_BATCH_TOKENS = 10_000_000
+LEAST_SHARE = 0.0001
+"""Of a core or a GPU; Ray takes no less."""
 
 
 class Corpus(Strict):
@@ -197,7 +199,9 @@ def _seeds_per_unit(value: Any) -> Any:
 class Execution(Strict):
     """Where and how units run. It may change during a study."""
 
-    cpus: Annotated[float, Field(gt=0, le=10_000)] = Field(default=1, description="CPU cores and threads of one unit.")
+    cpus: Annotated[float, Field(ge=LEAST_SHARE, le=10_000)] = Field(
+        default=1, description="CPU cores and threads of one unit."
+    )
     gpus: Annotated[float, Field(ge=0, le=10_000)] = Field(
         default=0, description="GPUs of one unit; a fraction shares one."
     )
@@ -288,6 +292,8 @@ class StudyConfig(Strict):
                     sizes = arm.sizes or (self.model.d_model,)
                     yield from _problems_of_sizes(f"arms[{arm.name}]: `{key}`", given, sizes)
         yield from self._problems_of_contrasts(names)
+        if 0 < self.execution.gpus < LEAST_SHARE:
+            yield f"`execution.gpus` must be 0 or at least {LEAST_SHARE}, but got {self.execution.gpus}"
         if self.protocol.precision == "tf32" and self.execution.gpus == 0:
             yield "`protocol.precision: tf32` needs `execution.gpus`: only a GPU has that format"
         for key in ("batch_size", "sampled_eval_batch_size"):

@@ -41,7 +41,12 @@ def _describe(defect: Any, data: Any) -> str:
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         key, allowed = defect["loc"][-1], list(_allowed_keys(defect["loc"]))
         of_section = [f"{name}.{key}" for name in allowed if key in _allowed_keys((name, key))]
-        meant = f" (did you mean {of_section[0]}?)" if path == key and of_section else did_you_mean(key, allowed)
+        if path == key and of_section:
+            meant = f" (did you mean {of_section[0]}?)"
+        elif path != key and key in StudyConfig.model_fields:
+            meant = f" (did you mean {key}, outside {defect['loc'][0]}?)"
+        else:
+            meant = did_you_mean(key, allowed)
         return f"{path}: unknown key{meant}; allowed: {', '.join(allowed)}"
     if kind == "missing":
         return f"{path}: missing, must be given"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     except StudyError as error:
         raise StudyError(f"{path}: {error}") from None
     if config.corpus.path is not None and not Path(config.corpus.path).is_absolute():
-        absolute = str((path.parent / config.corpus.path).resolve())
+        try:
+            absolute = os.path.realpath(path.parent / config.corpus.path)  # `resolve` raises where links go in a circle
+        except ValueError as error:  # a null character
+            raise StudyError(f"{path}: corpus.path: {error}") from None
         config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"path": absolute})})
     return config
 

@@ -19,7 +19,7 @@ class Storage:
     """A folder of objects, at a path or at a URL that fsspec understands.
 
     Raises:
-        StudyError: fsspec does not know the URL's scheme, or lacks its package.
+        StudyError: fsspec does not know the URL's scheme, lacks its package or cannot connect.
     """
 
     def __init__(self, url: str) -> None:
@@ -27,8 +27,9 @@ class Storage:
             if "::" in url:
                 raise ValueError("it may not hold ::, by which fsspec chains file systems")
             self._files, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise StudyError(f"--storage {hide_password(url)}: {hide_password(str(error), url)}") from None
+        except Exception as error:  # each library has errors of its own; some connect at once
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise StudyError(f"--storage {hide_password(url)}: {hide_password(said, url)}") from None
         self.is_remote = not isinstance(self._files, LocalFileSystem)
         # A worker may have another working folder, where a relative path would be another place.
         self.url = url if self.is_remote else self._root

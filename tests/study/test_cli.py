@@ -39,6 +39,7 @@ def test_cli_plans_runs_and_shows_a_study(tmp_path):
     assert re.search(r"dense +d_model=8 +0\.01 +6 +[\d,]+ +100\.0%", out)
     assert re.search(r"tuned +χ=2 paper, from dense \(tt_svd\) +0\.01 +4 ", out)
     assert "8 runs listed" in out
+    assert "at 0 to" not in " ".join(out.split())  # GFLOP/s
     assert not (tmp_path / "results").exists()
 
     code, out, err = cli("run", "tiny.yaml", "--executor", "inline", "--tracking", "off", cwd=tmp_path)
@@ -137,6 +138,14 @@ def test_cli_says_what_will_not_be_compared_before_the_first_run_alone(tmp_path,
         ),
         (["run", "tiny.yaml", "--dir", "50%", *INLINE], "--dir 50%: a study's folder may not have % in its path"),
         (["run", "tiny.yaml", "--storage", "a::b", *INLINE], "--storage a::b: it may not hold ::"),
+        (
+            ["run", "tiny.yaml", "--storage", "ftp://me:secret@127.0.0.1:1/x", *INLINE],
+            "--storage ftp://me:***@127.0.0.1:1/x: [Errno 111] Connection refused",
+        ),
+        (["run", "tiny.yaml", "--storage", "circle", *INLINE], "circle: cannot write there: Too many levels of"),
+        (["run", "tiny.yaml", "--dir", "circle", *INLINE], "--dir circle: cannot make the folder: File exists"),
+        (["plan", "tiny.yaml", "--set", "corpus.path=circle"], "circle: cannot read the corpus: Too many levels of"),
+        (["status", "circle"], "circle: no study here"),
         (["run", "tiny.yaml", "--tracking", "mlruns"], "--tracking mlruns: "),
         (["plan", "tiny.yaml", "--set", "model.context=5000"], "the corpus is too short"),
         (["status", "nowhere"], "nowhere: no study here"),
@@ -148,6 +157,7 @@ def test_cli_says_what_will_not_be_compared_before_the_first_run_alone(tmp_path,
 )
 def test_cli_says_a_users_error_in_one_line(tmp_path, monkeypatch, command, arguments, named):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
     file = write_study(tmp_path, seeds=3, arms=[DENSE, MPO])  # all of it is compared, so that there is no note
     if "done" in arguments:
         run_at(file, tmp_path / "done", "seeds=1")

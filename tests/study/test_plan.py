@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from study.commands.plan import _draws, _extremes, plan
+from study.commands.plan import _draws, _extremes, _quantile, plan
 from study.errors import StudyError
 from study.spec.arms import MPOArm
 from study.spec.comparable import not_compared
@@ -186,3 +186,8 @@ def test_what_will_not_be_compared_is_told_with_the_reason(small_study, changes,
     lines = not_compared(validate(small_study(**{"seeds": 3} | changes), "here"))
     assert len(lines) == len(said)
     assert all(words in line for line, words in zip(lines, said, strict=True))
+
+
+def test_search_may_range_over_all_numbers_there_are():
+    wide = Range(1e-300, 1e300, log=True)
+    assert [_quantile(wide, share) for share in (0.25, 0.5, 0.75)] == pytest.approx([1e-150, 1, 1e150])
