@@ -14,13 +14,10 @@ from analysis.figures.curves import learning_curves_figure
 from analysis.figures.families import families_figure, family_points
 from analysis.figures.forest import forest_figure, forest_pairs
 from analysis.figures.frontier import frontier_figure
-from analysis.figures.heat_map import heat_map_cells, heat_map_figure
 from analysis.figures.importance import importance_figure
 from analysis.figures.rank_intervals import rank_figure, rank_rows
 from analysis.figures.rel_errors import rel_error_figure
 from analysis.figures.retained import retained_figure
-from analysis.figures.starts import start_points, starts_figure
-from analysis.results.comparisons import declared_against_reference
 from analysis.results.findings import Findings
 from analysis.results.importance import factor_importance
 from analysis.results.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
@@ -49,10 +46,8 @@ def drawings(findings: Findings) -> list[Drawing]:
         *_forests(findings),
         *_families(findings),
         *_retained(findings),
-        *_starts(findings),
         _learning_curves(findings, note),
         *_rel_errors(findings),
-        *(drawing for measure in MEASURES for drawing in _heat_map(findings, measure)),
         *_importance(findings, VAL_LOSS),
         *_ranks(findings, VAL_LOSS),
     ]
@@ -126,20 +121,6 @@ def _retained(findings: Findings) -> Iterator[Drawing]:
         )
 
 
-def _starts(findings: Findings) -> Iterator[Drawing]:
-    points = start_points(findings.summary)
-    if len(points):
-        n_shapes = len(points.dropna(subset="chi").drop_duplicates(["family", "chi", "n_sites", "factorisation"]))
-        yield Drawing(
-            "starts",
-            starts_figure(points),
-            "From scratch against compressed and fine-tuned",
-            f"Validation loss and accuracy of {n_shapes} shapes, each from scratch and compressed from a trained dense "
-            "model, joined by a line, against parameters, with 95 % t intervals.",
-            {"starts": points},
-        )
-
-
 def _learning_curves(findings: Findings, note: str) -> Drawing:
     summary = findings.summary
     shown = data.curve_trials(summary)
@@ -167,23 +148,6 @@ def _rel_errors(findings: Findings) -> Iterator[Drawing]:
                 "of layers, before and after training, on logarithmic axes.",
                 {"rel_error": errors},
             )
-
-
-def _heat_map(findings: Findings, measure: Measure) -> Iterator[Drawing]:
-    summary = findings.summary
-    declared = declared_against_reference(findings.compared)
-    budgets = set(summary.loc[summary["trial"].isin(declared), "budget_hash"])
-    cells = heat_map_cells(summary, findings.runs.seeds, measure, budgets)
-    if len(cells):
-        name = f"heat_map_{measure.name}"
-        yield Drawing(
-            name,
-            heat_map_figure(cells, measure),
-            f"{measure.title}: difference to dense by χ and L",
-            f"Mean difference to dense in {measure.title.lower()} with its 95 % interval, in a grid of "
-            f"{cells['chi'].nunique()} caps χ by {cells['n_sites'].nunique()} numbers of sites L.",
-            {name: cells},
-        )
 
 
 def _importance(findings: Findings, measure: Measure) -> Iterator[Drawing]:
