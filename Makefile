@@ -25,7 +25,7 @@ study: $(INSTALLED) ## run the quick study and write its report (minutes)
 	$(BIN)/mpo-study run study/configs/quick.yaml --dir results/quick
 	$(BIN)/mpo-analysis report results/quick --publish
 
-results: $(INSTALLED) ## the reports in docs/results, and what documents say of them, anew from the ledgers there
+results: $(INSTALLED) ## reports of the studies in docs/results, and what is shipped of them, anew from their ledgers
 	rm -rf results/.shipped
 	for study in docs/results/*/; do \
 		name=$$(basename $$study) && \

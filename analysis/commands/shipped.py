@@ -1,12 +1,14 @@
 """The studies that the project ships: their reports, and what the documents say of them. `make results`.
 
-STUDIES has a folder for each study, OUT gets one for each, with a light report; and where a DOCUMENT has a place (see
-`report/places.py`) of the name of a study, or STUDY:PART, there goes what is said of it. Nothing of that is typed.
+STUDIES has a folder for each study, which gets its report. OUT has a folder for each study, which gets the parts of
+the report that are shipped. A DOCUMENT has places (see `report/places.py`) named STUDY or STUDY:PART, which are filled
+with text about the study.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from argparse import ArgumentParser, RawTextHelpFormatter
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +24,13 @@ from analysis.results.findings import Findings
 from analysis.results.summary import VAL_LOSS
 from analysis.runs.load import load_study, resolve_study
 
-FIGURE = "figures/frontier_val_loss.svg"
+SHIPPED = {
+    "report/figures/frontier_val_loss.svg": "frontier.svg",
+    "report/tables/trials.md": "trials.md",
+    "report/tables/comparisons.md": "comparisons.md",
+    "paper/comparison.md": "paper.md",
+}
+"""The files that are shipped, as they lie in the study's folder, and their names in OUT/NAME."""
 TRIALS = ("configuration", "family", "arm", "parameters", "seeds", "val loss (nats)", "val accuracy (%)")
 DECLARED = ("compared", "against", "measure", "difference", "verdict", "p adjusted", "seeds")
 MPO_LOSS = ("compared", "against", "difference", "verdict", "p adjusted", "declared", "seeds")
@@ -43,8 +51,7 @@ def main() -> None:
 
 
 def ship(studies: Path, out: Path, documents: list[Path]) -> None:
-    """Write the light report of every study in the folder `studies` to OUT/NAME/report, and fill the documents' places;
-    of one that has models of the paper, the comparison to OUT/NAME/paper as well.
+    """Write the report of every study in the folder `studies`, ship its parts, and fill the documents' places.
 
     Raises:
         AnalysisError: a study cannot be read or reported on.
@@ -53,7 +60,7 @@ def ship(studies: Path, out: Path, documents: list[Path]) -> None:
     findings = {}
     for folder in sorted(path for path in studies.iterdir() if path.is_dir()):
         findings[folder.name] = ship_study(folder, out / folder.name)
-        print(f"{folder.name}: {out / folder.name / 'report' / INDEX}")
+        print(f"{folder.name}: {folder / 'report' / INDEX}")
     texts = [
         (document, place, place_text(document, place, findings, out))
         for document in documents
@@ -64,11 +71,20 @@ def ship(studies: Path, out: Path, documents: list[Path]) -> None:
 
 
 def ship_study(folder: Path, out: Path) -> Findings:
-    """Write a study's light report to OUT/report and, if it has models of the paper, the comparison to OUT/paper."""
+    """Write a study's report to FOLDER/report and copy the shipped parts to the folder `out`.
+
+    A study with the paper's models also gets the comparison with the paper, in FOLDER/paper.
+    """
     runs = load_study(resolve_study(folder), cache=folder / "cache")
-    findings = write_report(runs, out / "report", light=True)
+    findings = write_report(runs, folder / "report", light=True)
     if len(paper_trials(runs).frame):
-        write_comparison(runs, out / "paper", light=True)
+        write_comparison(runs, folder / "paper", light=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for source, name in SHIPPED.items():
+        if (folder / source).exists():
+            shutil.copy(folder / source, out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
     return findings
 
 
@@ -76,26 +92,25 @@ def place_text(document: Path, place: str, findings: Mapping[str, Findings], out
     """The text for one place of a document.
 
     Args:
-        findings: of each study, by name; their reports lie at OUT/NAME/report.
+        findings: of each study, by name; its shipped parts lie in OUT/NAME.
     Raises:
         ValueError: the place names another study, or a part that a study does not have.
     """
     study, _, part = place.partition(":")
     if study not in findings:
         raise ValueError(f"{document}: has a place for {place}, but the studies are {', '.join(findings)}")
-    report = Path(os.path.relpath(out / study / "report", document.parent)).as_posix()
-    said = parts(findings[study], report)
+    said = parts(findings[study], Path(os.path.relpath(out / study, document.parent)).as_posix())
     if part not in said:
         known = ", ".join(filter(None, said))
         raise ValueError(f"{document}: has a place for {place}, but the parts of a study are {known}")
     return said[part]
 
 
-def parts(findings: Findings, report: str) -> dict[str, str]:
-    """What a document can say of a study, in Markdown: the figure, tables, the answers of the first screen; "" for all.
+def parts(findings: Findings, shipped: str) -> dict[str, str]:
+    """Texts about a study, in Markdown: the figure, tables, the answers of the first screen; "" has all of them.
 
     Args:
-        report: the report's folder, as seen from the document.
+        shipped: folder of the study's shipped parts, as seen from the document.
     """
     compared = comparisons_table(findings.compared).shown
     declared = compared.loc[compared["declared"] == "yes", list(DECLARED)] if len(compared) else compared
@@ -104,7 +119,7 @@ def parts(findings: Findings, report: str) -> dict[str, str]:
     mpo = comparisons_table(findings.compared[is_shown]).shown
     caption = f"Frontier of {findings.runs.name}: validation loss against trainable parameters"
     said = {
-        "figure": f"![{caption}]({report}/{FIGURE})",
+        "figure": f"![{caption}]({shipped}/frontier.svg)",
         "trials": to_markdown(trials_table(findings.summary).shown[list(TRIALS)]),
         "declared": to_markdown(declared) if len(declared) else "Nothing.\n",
         "mpo-loss": to_markdown(mpo[list(MPO_LOSS)]) if len(mpo) else "Nothing.\n",
@@ -113,8 +128,8 @@ def parts(findings: Findings, report: str) -> dict[str, str]:
     }
     questions = [f"- *{answer.question}* {said[answer.name]}" for answer in findings.answers]
     link = (
-        f"Everything else: [the report]({report}/{INDEX}), its [figures]({report}/figures) and "
-        f"[tables]({report}/tables) with their data."
+        f"All [trials]({shipped}/trials.md) and [comparisons]({shipped}/comparisons.md). `make results` writes the "
+        f"report with all figures and data to results/.shipped/{findings.runs.name}/report."
     )
     whole = [said["figure"], "", said["trials"], *questions, "", "What the study file declares:", ""]
     return said | {"": "\n".join([*whole, said["declared"], link])}

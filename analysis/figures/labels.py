@@ -11,7 +11,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from analysis.figures.style import ink
@@ -26,7 +25,8 @@ _PADDING = 1.5
 _LINE = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
 _DOTS = (0, (1, 1.6))
 """So that what leads from the end of a curve to its label is not taken for more of the curve."""
-_HALO = [withStroke(linewidth=1.6, foreground="white")]
+_BOX = {"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
+"""Behind a label, so that lines under it do not cross its text."""
 
 Boxes = NDArray[np.float64]
 """(n, 4): left, bottom, right, top in points from the lower left corner of the figure."""
@@ -112,7 +112,7 @@ def place_labels(axes: Axes, labels: Sequence[Label], hard: Boxes, soft: Boxes) 
         nearest = np.clip((size / 2 - centre) / size, 0, 1)
         axes.annotate(
             label.text, (label.x, label.y), xytext=(centre[0], centre[1]), textcoords="offset points", ha="center",
-            va="center", color=ink(label.color), path_effects=_HALO, zorder=6, annotation_clip=False,
+            va="center", color=ink(label.color), bbox=_BOX, zorder=6, annotation_clip=False,
             arrowprops=None if radius <= _NEAR else {**_LINE, "color": label.color, "relpos": tuple(nearest)},
         )  # fmt: skip
     return left_out

@@ -58,7 +58,7 @@ _RC: dict[Any, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 220,
     "pdf.fonttype": 42,
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",
     "svg.hashsalt": "mpo-study",
     "axes.axisbelow": True,
     "axes.grid.axis": "y",

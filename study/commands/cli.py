@@ -9,6 +9,7 @@ import sys
 import warnings
 from enum import StrEnum
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -42,6 +43,22 @@ app = typer.Typer(
     help="Run studies of compressed transformers over many trials and seeds.",
 )
 console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 140, markup=False)  # a log has room
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"mpo-study {version('mpo-study')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (YAML).")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The study's folder, which `run` made.")]

@@ -1,8 +1,8 @@
 """A study's whole ledger as one Parquet file, and a study's folder from such a file.
 
 The file has a row for each row of the ledger's tables, Optuna's among them: the table's name, and the row as JSON. So
-it is lossless whatever the tables hold, and pandas reads it. The study file and the corpus lie in it too, under names
-of their own; checkpoints, weights and addresses, which may hold passwords, do not.
+it is lossless whatever the tables hold, and pandas reads it. It also holds the study file and a corpus other than the
+default one, under names of their own, but no checkpoints, weights or addresses, which may hold passwords.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
         raise StudyError(f"the ledger cannot be read: {error}".splitlines()[0]) from None
     rows.append((_STUDY_FILE, json.dumps(dump_config(config), ensure_ascii=False)))
     try:
-        corpus = known_corpus(config, directory, Storage(directory.storage_url()))
-        rows.append((_CORPUS, json.dumps(corpus.text, ensure_ascii=False)))
+        if config.corpus.path is not None:  # the default corpus is there on every machine
+            corpus = known_corpus(config, directory, Storage(directory.storage_url()))
+            rows.append((_CORPUS, json.dumps(corpus.text, ensure_ascii=False)))
     except (OSError, StudyError) as error:
         say(f"the file lacks the corpus, without which `sync` and `run` need it where the study file says: {error}")
     header: dict[str, Any] = {

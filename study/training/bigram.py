@@ -1,6 +1,6 @@
-"""What is known from the last character alone: a table of pairs, the mark that a trained model has to beat.
+"""The bigram baseline: the loss and accuracy of a model that knows the last character alone.
 
-python -m study.training.bigram [TEXT]     of Tiny Shakespeare, or of another text
+python -m study.training.bigram [TEXT]     Default: Tiny Shakespeare
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def bigram_scores(corpus: Corpus) -> tuple[float, float]:
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m study.training.bigram", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("text", nargs="?", help="a text file; Default: Tiny Shakespeare")
+    parser.add_argument("text", nargs="?", help="Text file. Default: Tiny Shakespeare.")
     try:
         loss, accuracy = bigram_scores(load_corpus(parser.parse_args().text))
     except StudyError as error:

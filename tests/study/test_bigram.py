@@ -1,4 +1,4 @@
-"""The table of pairs: the counts by hand, and the documents say what the command prints."""
+"""The bigram baseline: the counts by hand, and the documents say what the command prints."""
 
 from __future__ import annotations
 
