@@ -134,6 +134,16 @@ def check_file(engine: sa.Engine) -> None:
             raise Damaged(f"SQLite says: {str(said).splitlines()[-1]}")
 
 
+def check_tables(engine: sa.Engine, first: sa.Table, other: sa.Table) -> None:
+    """Raise a Damaged if the first table has a row, and the other one, which is made before any row, is missing."""
+    found = sa.inspect(engine).get_table_names()
+    if first.name not in found or other.name in found:
+        return
+    with engine.connect() as connection:
+        if connection.execute(sa.select(first.c.name).limit(1)).first() is not None:
+            raise Damaged(f"it has no table {other.name}")
+
+
 def open_optuna(url: str) -> optuna.storages.RDBStorage:
     """Optuna's side of a ledger."""
     return optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(url))

@@ -21,7 +21,15 @@ from optuna.trial import TrialState
 
 from study.errors import StudyError
 from study.ledger.checksums import SUM, insert, sign
-from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna, way_back
+from study.ledger.database import (
+    check_file,
+    check_tables,
+    close_optuna,
+    in_one_line,
+    open_database,
+    open_optuna,
+    way_back,
+)
 from study.ledger.tables import (
     SCHEMA_VERSION,
     STOP,
@@ -105,6 +113,7 @@ class Ledger:
     def _open(self, url: str, uuid: str | None, may_begin: bool, extend: bool) -> None:
         self._engine = open_database(url)
         check_file(self._engine)
+        check_tables(self._engine, study_table, result_table)
         metadata.create_all(self._engine)
         sign(self._engine, metadata)
         self.uuid, self.created = self._open_study(uuid, may_begin)

@@ -137,6 +137,16 @@ def test_ledger_that_is_empty_or_gone_has_the_same_way_back(whole, study, harm):
         assert str(error.value).endswith(way_back(study))
 
 
+def test_results_whose_table_is_gone_are_not_trained_again(whole, study):
+    execute(study, "DROP TABLE mpo_result")
+    with pytest.raises(StudyError, match=r"the ledger is damaged: it has no table mpo_result; ") as error:
+        ledger_at(whole / "tiny.yaml", study)
+    assert str(error.value).endswith(way_back(study))
+    execute(study, "DELETE FROM mpo_study")  # a driver that was killed as it began left no row
+    (study / "study.json").unlink()
+    ledger_at(whole / "tiny.yaml", study).close()
+
+
 def test_nobody_is_sent_back_where_the_disk_is_full(study):
     """The ledger is whole, and has more than its copy."""
     url = StudyDirectory(study).ledger_url
