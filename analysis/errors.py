@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class AnalysisError(Exception):
-    """What is wrong, where, and what would be right, in one line; the command line prints it and exits with 2."""
+    """One line that says what is wrong, where, and what would be right. The command line prints it and exits with 2."""

@@ -1,9 +1,9 @@
 """Names, units, directions and kinds of everything a run records.
 
-The contract between the one writer of MLflow (`study.tracking`) and its one reader (`analysis.runs.load`). It uses the
-standard library alone, so that both sides can import it at no cost.
+This is the contract between the one writer of MLflow (`study.tracking`) and its one reader (`analysis.runs.load`). It
+uses only the standard library, so that both sides can import it at no cost.
 
-One MLflow experiment holds one study. Its runs are of three kinds, told apart by the tag `KIND`: a *trial* (one
+One MLflow experiment holds one study. Its runs are of three kinds, distinguished by the tag `KIND`: a *trial* (one
 configuration, the parent run), a *seed* (one trial × one seed, its child) and at most one *summary* of the experiment.
 """
 
@@ -22,8 +22,8 @@ Direction = Literal["minimize", "maximize"]
 
 STUDY_MANIFEST = "study.json"
 """File in a study directory: {"schema_version", "name", "uuid", "tracking_uri", "experiment", "storage"}. tracking_uri
-is null where the last run had tracking off; a relative SQLite path in it is one from the study directory. storage is
-null where it is the study directory's own."""
+is null if tracking was off in the last run; a relative SQLite path in it is relative to the study directory. storage is
+null if it is the study directory's own."""
 
 # Tags -----------------------------------------------------------------------------------------------------------------
 
@@ -36,59 +36,59 @@ STUDY_UUID = "mpo.study_uuid"
 SCHEMA = "mpo.schema_version"
 FAMILY = "mpo.family"
 ARM = "mpo.arm"
-"""On trials and seeds: the params of those names, as tags by which MLflow's UI groups and filters."""
+"""On trials and seeds: the params of the same names, as tags with which MLflow's UI groups and filters."""
 VALIDATION_FRACTION = "mpo.validation_fraction"
-"""On a trial: the part of the corpus, at its end, that it is validated on. Absent where an older version wrote it."""
+"""On a trial: the fraction of the corpus, at its end, used for validation. Absent if an older version wrote it."""
 DUPLICATE_OF = "mpo.duplicate_of"
-"""On a trial (and its runs) whose configuration another trial already has: that trial's number."""
+"""On a trial (and its runs) with the same configuration as an earlier trial: the number of that trial."""
 PRUNED = "mpo.pruned"
-"""On a trial that was never trained, since its parameters break a limit of the search: which, in one line."""
+"""On a trial that was never trained because its parameters break a limit of the search: the limit, in one line."""
 STOPPED = "mpo.stopped"
-"""On a trial that was given up before it had all its seeds: the rival that beat it, and by how much on which seeds."""
+"""On a trial that was given up before it had all its seeds: the rival that beat it, by how much, and on which seeds."""
 DEVICE, THREADS, TORCH, STACKED = "mpo.device", "mpo.threads", "mpo.torch", "mpo.stacked"
 PROGRAM = "mpo.program"
 RAN_ON = (DEVICE, THREADS, TORCH, STACKED, PROGRAM)
-"""On a seed: what its numbers depend on to rounding; `STACKED` is how many seeds were trained as one model. `PROGRAM`,
-which an older version did not write, is the fingerprint of the code that trained it and of its versions of torch and
-numpy: under another one the numbers may differ in any way."""
+"""On a seed: the conditions on which its numbers depend up to rounding. `STACKED` is the number of seeds that were
+trained as one model. `PROGRAM`, which an older version did not write, is the fingerprint of the training code and of
+its versions of torch and numpy: with another fingerprint, the numbers may differ in any way."""
 CLAIMS = "mpo.claims"
 """On the summary: JSON of what the study file declared before it ran, {"margins": {"val_loss": nats, "val_acc":
 fraction}, "contrasts": [{"arm", "against"}, ...]}."""
 MISSING = "mpo.missing"
-"""On the summary: how many runs (trial × seed) the study lacked when its driver began or ended last."""
+"""On the summary: number of runs (trial × seed) that the study lacked when its driver last began or ended."""
 GROWTHS = "mpo.growths"
-"""On the summary: JSON of how the study grew since it was begun, [{"by": command, "seeds": [of each trial before, and
-after], "over": how many of the runs on record were over then}, ...]."""
+"""On the summary: JSON of how the study grew after its start, [{"by": command, "seeds": [seeds of each trial before,
+and after], "over": how many of the recorded runs were over then}, ...]."""
 ENVIRONMENT = "mpo.environment"
-"""On the summary: JSON of what the study was begun on, {"python", "packages": {name: version}, "program":
+"""On the summary: JSON of the environment at the study's start, {"python", "packages": {name: version}, "program":
 fingerprint, "git_commit", "git_changed", "system", "cpus"}; an older version wrote no "program"."""
 FAILURE = "mpo.failure"
-"""On a failed seed: why, in one line."""
+"""On a failed seed: the reason, in one line."""
 WEIGHTS_LOST = "mpo.weights_lost"
-"""On a seed whose trained weights were gone from storage before MLflow got them: their key there."""
+"""On a seed whose trained weights vanished from storage before MLflow got them: their key in the storage."""
 FAILURE_STEP = "mpo.failure_step"
 REVISION = "mpo.revision"
 """On the summary run, while the experiment is as its writer left it, whole and with nothing running: a name that no
-other state of it ever had, and after a slash the number of its runs. The writer takes it away before it changes
-anything, so that what was read under one revision holds as long as that revision and that number are there."""
+other state of it ever had, then a slash and the number of its runs. The writer removes the tag before it changes
+anything. So data that was read under one revision is valid while that revision and that number of runs are there."""
 PARENT = "mlflow.parentRunId"
 DIGEST = "mpo.digest"
-"""On every run: what `digest` gives of it as it was written, so that a change by somebody else shows. Absent where an
-older version wrote it, and behind the run's content while that is being written."""
+"""On every run: its `digest` as written, so that a change by somebody else is detected. Absent if an older version
+wrote the run; out of date while the run is being written."""
 
 TAG_LIMIT = 5000
-"""Characters of a tag that every backend of MLflow takes; some cut off what is longer without a word."""
+"""Length of a tag, in characters, that every backend of MLflow accepts; some silently cut off a longer one."""
 _PARTS = re.compile(r"(\d+) parts, SHA-256 ([0-9a-f]{64})")
 
 
 def tag_text(text: str) -> str:
-    """The text as every backend takes it in one tag: cut off if it is too long, without what is no text."""
+    """The text in a form that every backend accepts in one tag: cut off if too long, invalid characters replaced."""
     text = text.encode(errors="replace").decode().replace("\0", "?")
     return text if len(text) <= TAG_LIMIT else text[: TAG_LIMIT - 1] + "…"
 
 
 def long_tag(tag: str, text: str) -> dict[str, str]:
-    """Tags that hold a text of any length: one of that name, and the parts beside it if it is too long for one."""
+    """Tags that hold a text of any length: one of that name, and tags for its parts if it is too long for one."""
     if len(text) <= TAG_LIMIT:
         return {tag: text}
     parts = [text[start : start + TAG_LIMIT] for start in range(0, len(text), TAG_LIMIT)]
@@ -97,10 +97,10 @@ def long_tag(tag: str, text: str) -> dict[str, str]:
 
 
 def read_long_tag(tags: Mapping[str, str], tag: str) -> str | None:
-    """The text that `long_tag` put there; None where there is none.
+    """The text that `long_tag` stored; None if there is none.
 
     Raises:
-        ValueError: some of its parts are missing or are others.
+        ValueError: some of its parts are missing or changed.
     """
     head = tags.get(tag)
     split = _PARTS.fullmatch(head or "")
@@ -124,8 +124,8 @@ def run_key(study_uuid: str, trial: int, seed: int | None = None) -> str:
 class Field:
     """One recorded quantity.
 
-    `kind` "param": a string in MLflow, `dtype` says what it is read back as; absent where it has no meaning for the
-    family. "curve": a metric logged at every evaluation, step = optimiser step. "final": a metric logged once per seed.
+    `kind` "param": a string in MLflow, read back as `dtype`; absent if it has no meaning for the family. "curve": a
+    metric logged at every evaluation, step = optimiser step. "final": a metric logged once per seed.
     "count": a metric logged once, on the trial and on each of its seeds.
     """
 
@@ -230,13 +230,13 @@ def std_key(key: str) -> str:
 
 N_SEEDS = "n_seeds"
 N_FAILED = "n_failed"
-"""Metrics of a trial run: how many seeds its aggregates are over, and how many failed."""
+"""Metrics of a trial run: number of seeds in its aggregates, and number of failed seeds."""
 
 # Relative error of each layer -----------------------------------------------------------------------------------------
 
 WHEN = ("init", "trained", "compressed")
-"""rel_error of a dense seed's layers before and after training, always with the factorisation `paper`; and of a
-teacher's layers as they were compressed."""
+"""rel_error of a dense seed's layers before and after training, always with the factorisation `paper`; rel_error of a
+teacher's layers at compression."""
 
 _REL_ERROR = re.compile(r"rel_error/(init|trained|compressed)/chi_(\d+)/(.+)")
 
@@ -261,23 +261,23 @@ _OWN_METRICS = frozenset(
     + [N_SEEDS, N_FAILED]
 )
 _NOT_CONTENT = (DIGEST, REVISION, MISSING, WEIGHTS_LOST)
-"""Tags that change while the content of a run stays."""
+"""Tags that may change while the content of a run stays the same."""
 
 
 def is_own_metric(key: str) -> bool:
-    """Whether a metric of this name is the study's; anybody may log others to its runs."""
+    """Return whether a metric of this name belongs to the study; anybody may log other metrics to its runs."""
     return key in _OWN_METRICS or parse_rel_error_key(key) is not None
 
 
 def is_own_tag(tag: str) -> bool:
-    """Whether a tag belongs to a run's content; anybody may set those without `mpo.`."""
+    """Return whether a tag belongs to a run's content; anybody may set tags without `mpo.`."""
     return tag.startswith("mpo.") and tag not in _NOT_CONTENT
 
 
 def digest(params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]) -> str:
-    """SHA-256 of what a run holds that is the study's: params, the last value of each metric, and tags.
+    """SHA-256 of the study's own data in a run: params, the last value of each metric, and tags.
 
-    A field that leaves the schema changes the digests of the runs that have it: then `DIGEST` needs another name.
+    If a field is removed from the schema, the digests of runs with it change: then `DIGEST` needs another name.
     """
     own = (
         sorted((key, text) for key, text in params.items() if key in PARAM_KEYS),

@@ -1,7 +1,7 @@
 """Matrix product operators (tensor-train matrices) as weights of neural networks, and the models studied with them.
 
-Needs torch alone, and safetensors to save a model. Names used throughout: `chi` is the cap on the bonds that was asked
-for, `bonds` the actual (1, χ_1, ..., χ_{L-1}, 1), and core l has the shape (bonds[l], d_out[l], d_in[l], bonds[l+1]).
+Needs only torch, and safetensors to save a model. Names used throughout: `chi` is the requested cap on the bonds, and
+`bonds` are the actual bonds (1, χ_1, ..., χ_{L-1}, 1). Core l has the shape (bonds[l], d_out[l], d_in[l], bonds[l+1]).
 """
 
 from mpo_core.compression.budget import spread_budget

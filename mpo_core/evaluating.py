@@ -1,4 +1,4 @@
-"""A model put in evaluation mode for a while."""
+"""Put a model in evaluation mode for a while."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; after it, an error included, every module is in the mode it was in."""
+    """Evaluation mode inside. Afterwards, also after an error, every module is back in its former mode."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
         yield
     finally:
-        # Parents come first, and what they do to their children is set right by these. By train(), which frees what a
-        # layer kept for evaluation.
+        # Children come after their parents and correct what these did to them. train() also frees what a layer kept
+        # for evaluation.
         for module, mode in training.items():
             module.train(mode)

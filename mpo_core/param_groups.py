@@ -26,20 +26,21 @@ def param_groups(
     """Groups of all trainable parameters, for torch.optim.AdamW and others whose decay is decoupled.
 
     Args:
-        lr: of everything that is no factor of a structured weight, and of the factors under "uniform".
-        rule: "mup": a factor's rate is lr · (in_features / fan_in) / n_factors, with the inputs that one of its outputs
-            sums over as fan_in: bonds[l] · d_in[l] for core l. A dense layer's rate is unchanged.
+        lr: learning rate of all parameters that are not factors of a structured weight, and under "uniform" also of the
+            factors.
+        rule: "mup": a factor's rate is lr · (in_features / fan_in) / n_factors. Here fan_in is the number of inputs
+            that one of its outputs sums over: bonds[l] · d_in[l] for core l. A dense layer's rate is unchanged.
         weight_decay: λ; one step of AdamW multiplies a parameter by 1 − lr · λ.
-        decay: what λ is of. "parameter": of each parameter; a product of L factors then shrinks by (1 − lr · λ)^L a
-            step, L times as fast as a dense weight. "matrix": of W; each factor decays by λ / (L · its multiplier), so
-            that W shrinks as a dense weight would, to first order in lr · λ.
-        embedding_lr: of the weights of every nn.Embedding, learned positions and what is tied to them (a head)
-            included; `lr` unless given.
+        decay: what λ applies to. "parameter": each parameter. A product of L factors then shrinks by (1 − lr · λ)^L per
+            step, L times as fast as a dense weight. "matrix": W. Each factor then decays by λ / (L · its multiplier),
+            so that W shrinks as a dense weight would, to first order in lr · λ.
+        embedding_lr: learning rate of the weights of every nn.Embedding, including learned positions and weights tied
+            to them (a head). Default: `lr`.
     Returns:
         One dict per combination, in the order of the model: "params", "lr", "weight_decay", and "lr_mult", the factor
         by which a schedule's rate has to be multiplied.
     Raises:
-        ValueError: an unknown rule or decay, a rate or weight decay that is negative, embeddings beside an `lr` of 0.
+        ValueError: an unknown rule or decay, a negative rate or weight decay, or an embedding_lr with an `lr` of 0.
     Source: Qiu et al. 2024, section 4 (the rates of structured layers under Adam).
     """
     if rule not in RULES:
@@ -78,7 +79,7 @@ def param_groups(
 
 
 def _fan_ins(layer: StructuredLinear) -> dict[str, int]:
-    """Over how many inputs an output of each factor sums, by the factor's name in the layer."""
+    """Number of inputs that an output of each factor sums over, by the factor's name in the layer."""
     match layer:
         case MPOLinear():
             return {f"cores.{site}": layer.bonds[site] * layer.d_in[site] for site in range(layer.n_sites)}

@@ -1,4 +1,4 @@
-"""Which values a weight may have, and powers of two taken out of numbers whose squares would over- or underflow."""
+"""Checks of the values of a weight, and scaling by powers of two if squares would over- or underflow."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Those in which matrices can be multiplied and decomposed."""
+"""Dtypes in which matrices can be multiplied and decomposed."""
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """Raise ValueError unless it is one of `DTYPES`."""
+    """Raise ValueError unless `dtype` is one of `DTYPES`."""
     if dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"{name} must be one of {allowed}, but got {dtype}")
@@ -38,7 +38,10 @@ def check_cores_finite(cores: Sequence[Tensor]) -> None:
 
 
 def in_range(W: Tensor) -> tuple[Tensor, float]:
-    """W / scale and the scale, a power of two: 1 if squares of W's entries are well within the range of its dtype."""
+    """Return W / scale and the scale, a power of two.
+
+    The scale is 1 if the squares of W's entries are well within the range of its dtype.
+    """
     largest = float(W.abs().max())
     limit, highest = (1e100, 1000) if W.dtype is torch.float64 else (1e10, 120)
     if largest == 0 or not math.isfinite(largest) or 1 / limit < largest < limit:
@@ -48,32 +51,34 @@ def in_range(W: Tensor) -> tuple[Tensor, float]:
 
 
 def to_unit(T: Tensor) -> tuple[Tensor, Tensor]:
-    """T / 2^k with a largest entry from 1/2 to 1, and k; differentiable, for k constant. Where that is not finite, or
-    zero, k is 0."""
+    """Return T / 2^k, whose largest entry is from 1/2 to 1, and k.
+
+    If that entry is zero or not finite, k is 0. Differentiable, with k as a constant.
+    """
     exponent = torch.frexp(T.detach().abs().amax()).exponent
     return times_power(T, -exponent), exponent
 
 
 def to_units(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Every one by `to_unit`, and the sum of their exponents."""
+    """Return every tensor scaled by `to_unit`, and the sum of their exponents."""
     scaled = [to_unit(tensor) for tensor in tensors]
     return [unit for unit, _ in scaled], torch.stack([exponent for _, exponent in scaled]).sum()
 
 
 def times_power(T: Tensor, exponent: Tensor) -> Tensor:
-    """T · 2^exponent, right even if that power alone is out of range."""
+    """T · 2^exponent, correct even if the power alone is out of range."""
     half = exponent.div(2, rounding_mode="floor")
     return T * torch.exp2(half.to(T.dtype)) * torch.exp2((exponent - half).to(T.dtype))
 
 
 def norm(T: Tensor) -> Tensor:
-    """The root of the sum of squares, a float64 scalar; differentiable where it is not zero."""
+    """Root of the sum of squares, as a float64 scalar; differentiable if it is not zero."""
     unit, exponent = to_unit(T.double())
     return times_power(torch.linalg.vector_norm(unit), exponent)
 
 
 def error_ratio(error: float, norm: float) -> float:
-    """error / norm, where a norm of zero leaves 0 for no error and infinity for any."""
+    """Return error / norm. If the norm is zero: 0 for a zero error, infinity otherwise."""
     if norm == 0:
         return 0.0 if error == 0 else math.inf
     return error / norm

@@ -1,1 +1,1 @@
-"""What is run, where, and what is remembered: study files, the ledger, scheduling, training and tracking."""
+"""Studies: study files, the ledger, scheduling, training and tracking."""

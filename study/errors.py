@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend: the command line prints each of their lines and exits with 2."""
+"""Errors that the user can correct: the command line prints each of their lines and exits with 2."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from difflib import get_close_matches
 
 
 class StudyError(Exception):
-    """Something a user can put right; the message says what, where, and what is allowed."""
+    """An error that a user can correct; the message says what is wrong, where, and what is allowed."""
 
 
 def did_you_mean(word: object, allowed: Iterable[str]) -> str:
-    """ " (did you mean X?)", where X is the allowed word that is nearest to this one; "" where none is near."""
+    """ " (did you mean X?)", where X is the allowed word nearest to this one; "" if none is near."""
     of_lower = {each.lower(): each for each in allowed}
     near = get_close_matches(str(word)[:64].lower(), of_lower, n=1)
     return f" (did you mean {of_lower[near[0]]}?)" if near else ""

@@ -30,7 +30,7 @@ SHIPPED = {
     "report/tables/comparisons.md": "comparisons.md",
     "paper/comparison.md": "paper.md",
 }
-"""The files that are shipped, as they lie in the study's folder, and their names in OUT/NAME."""
+"""Shipped files: the path in the study's folder, and the name in OUT/NAME."""
 TRIALS = ("configuration", "family", "arm", "parameters", "seeds", "val loss (nats)", "val accuracy (%)")
 DECLARED = ("compared", "against", "measure", "difference", "verdict", "p adjusted", "seeds")
 MPO_LOSS = ("compared", "against", "difference", "verdict", "p adjusted", "declared", "seeds")
@@ -55,7 +55,7 @@ def ship(studies: Path, out: Path, documents: list[Path]) -> None:
 
     Raises:
         AnalysisError: a study cannot be read or reported on.
-        ValueError: a document has a place for something else.
+        ValueError: a document has a place with another name.
     """
     findings = {}
     for folder in sorted(path for path in studies.iterdir() if path.is_dir()):
@@ -66,7 +66,7 @@ def ship(studies: Path, out: Path, documents: list[Path]) -> None:
         for document in documents
         for place in places(document)
     ]
-    for document, place, text in texts:  # not before all of it is known
+    for document, place, text in texts:  # only after all texts are known
         fill_place(document, place, text)
 
 
@@ -89,10 +89,10 @@ def ship_study(folder: Path, out: Path) -> Findings:
 
 
 def place_text(document: Path, place: str, findings: Mapping[str, Findings], out: Path) -> str:
-    """The text for one place of a document.
+    """Return the text for one place of a document.
 
     Args:
-        findings: of each study, by name; its shipped parts lie in OUT/NAME.
+        findings: the findings of each study, by its name; the shipped parts are in OUT/NAME.
     Raises:
         ValueError: the place names another study, or a part that a study does not have.
     """
@@ -107,10 +107,10 @@ def place_text(document: Path, place: str, findings: Mapping[str, Findings], out
 
 
 def parts(findings: Findings, shipped: str) -> dict[str, str]:
-    """Texts about a study, in Markdown: the figure, tables, the answers of the first screen; "" has all of them.
+    """Texts about a study, in Markdown: the figure, the tables and the first screen's answers. The key "" holds all.
 
     Args:
-        shipped: folder of the study's shipped parts, as seen from the document.
+        shipped: folder of the study's shipped parts, relative to the document.
     """
     compared = comparisons_table(findings.compared).shown
     declared = compared.loc[compared["declared"] == "yes", list(DECLARED)] if len(compared) else compared

@@ -1,4 +1,4 @@
-"""Standard output and error of our commands: no character, closed pipe or full disk ends what a command does."""
+"""Standard output and error of our commands: no character, closed pipe or full disk stops a command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TextIO
 
 
 class _Lasting(io.FileIO):
-    """A stream that drops what it is given once it cannot be written to."""
+    """A stream that drops its output after a write has failed."""
 
     trouble: OSError | None = None
 
@@ -27,13 +27,13 @@ class _Lasting(io.FileIO):
 
 @contextmanager
 def lasting_streams(command: str) -> Iterator[None]:
-    """Let a command go on whatever becomes of its output.
+    """Let a command continue, whatever happens to its output.
 
     A character that the streams' encoding lacks is written as its escape (χ as \\u03c7). Once a stream cannot be
-    written to, output to it is dropped. A reader that closed the pipe has what it wanted; of anything else, such as a
-    full disk, standard error tells in one line at the end, and the exit code is 1 if it would be 0.
+    written to, output to it is dropped. A reader that closed the pipe has what it wanted. Any other trouble, such as a
+    full disk, is reported in one line on standard error at the end, and an exit code of 0 becomes 1.
     """
-    # A test's stream is no stream of the process: it stays as it is.
+    # A stream that a test has put in place is not the process's own: it stays as it is.
     raw = [_replace(name) for name in ("stdout", "stderr") if getattr(sys, name) is getattr(sys, f"__{name}__")]
     try:
         yield

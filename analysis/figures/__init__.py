@@ -1,1 +1,1 @@
-"""frame → Figure: static, for print and screen; and the frame behind each."""
+"""frame → Figure: static figures for print and screen, and the frame behind each."""

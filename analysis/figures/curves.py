@@ -11,12 +11,12 @@ from analysis.figures import labels, style
 from analysis.results.summary import group_order, interval_statement, n_statement
 
 _SHOWN_FROM = 0.2
-"""The loss axis holds every mean from this share of a run's tokens on; the fall before it would flatten the rest."""
+"""The loss axis covers every mean after this share of a run's tokens; the earlier fall would flatten the rest."""
 _LEFT, _PANEL_HEIGHT = 0.6, 1.75
 
 
 def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str = "") -> Figure:
-    """Validation loss against the tokens of the run, one panel per family, the final mean of dense as a dashed line.
+    """Validation loss against the tokens of the run, one panel per family; a dashed line is the final mean of dense.
 
     Args:
         means: `data.curve_means`; at least one row.

@@ -1,4 +1,4 @@
-"""The frame behind each figure: what it draws, and what is saved beside it as CSV."""
+"""The frame behind each figure: it is drawn, and saved beside the figure as CSV."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from analysis.statistics.intervals import mean_interval
 from analysis.statistics.nondominated import frontier_mask
 
 EXACT = 1e-5
-"""A relative error below this is rounding of an exact factorisation, and has no place on a logarithmic axis."""
+"""A relative error below this is rounding of an exact factorisation, and is not drawn on a logarithmic axis."""
 MAX_CURVES = 6
-"""Learning curves that one panel shows at most."""
+"""Maximum number of learning curves in one panel."""
 
 
 def frontier_points(summary: pd.DataFrame, measure: Measure, support: pd.DataFrame) -> pd.DataFrame:
     """One row per trial with a complete seed: identity, n_params, n_seeds, mean and half_width in the measure's unit,
-    on_frontier, is_reference (if it is the sole one); support and near_support, NaN where the trial is not in `support`
-    (as `uncertainty.FrontierUncertainty` has it)."""
+    on_frontier, is_reference (if it is the sole one), support and near_support. The last two are NaN if the trial is
+    not in `support` (see `uncertainty.FrontierUncertainty`)."""
     points = summary.loc[
         summary["n_seeds"] > 0,
         ["trial", "arm", "group", "label", "n_params", "percent_of_dense", "n_seeds"],
@@ -52,15 +52,15 @@ def seed_points(summary: pd.DataFrame, seeds: pd.DataFrame, measure: Measure) ->
 
 
 def panel_of(group: str) -> str:
-    """The panel of the learning curves that a group is drawn in: all dense models share one."""
+    """The panel in which a group's learning curves are drawn: all dense models share one."""
     return DENSE if group in (SMALLER_DENSE, LARGER_DENSE) else group
 
 
 def curve_trials(summary: pd.DataFrame) -> pd.DataFrame:
-    """The trials whose learning curves are shown, with their panel; none that was stopped early.
+    """The trials whose learning curves are shown, with their panel. Trials that were stopped early are left out.
 
-    All of a panel that has MAX_CURVES or fewer, else those on the frontier of the panel's own loss, evenly thinned to
-    MAX_CURVES, and always the sole reference.
+    A panel with at most MAX_CURVES trials shows all. Any other shows those on the frontier of the panel's own loss,
+    evenly thinned to MAX_CURVES. The sole reference is always shown.
     """
     complete = _with_curves(summary)
     chosen: list[int] = []
@@ -76,7 +76,7 @@ def curve_trials(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def curves_left_out(summary: pd.DataFrame) -> str:
-    """Which of the configurations `curve_trials` shows, in a sentence; empty where it shows all."""
+    """A sentence on which configurations `curve_trials` shows; empty if it shows all."""
     complete, shown = _with_curves(summary), curve_trials(summary)
     if len(shown) == len(complete):
         return ""
@@ -95,7 +95,7 @@ def _with_curves(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def curve_means(shown: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Means of validation loss over the complete seeds of each trial, at each evaluation that all of them have.
+    """Means of validation loss over the complete seeds of each trial, at each evaluation that all its seeds have.
 
     Columns: trial, panel, group, label, n_params, is_reference, step, tokens (of this run), n_seeds, mean, half_width.
     """
@@ -135,7 +135,7 @@ def rel_error_means(rel_errors: pd.DataFrame, trial: int) -> pd.DataFrame:
 
 
 def layer_kinds(layers: list[str]) -> dict[str, str]:
-    """The kind of each layer: its module name without the block's number, as short as keeps kinds apart."""
+    """The kind of each layer: its module name without the block's number, shortened if kinds stay distinct."""
     patterns = {layer: re.sub(r"\.\d+\.", ".*.", layer, count=1) for layer in layers}
     last = {pattern: pattern.rsplit(".", 1)[-1] for pattern in patterns.values()}
     names = list(last.values())

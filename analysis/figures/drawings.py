@@ -1,4 +1,4 @@
-"""The figures of a report, each with the frames it shows and its words for those who cannot see it."""
+"""The figures of a report, each with its frames and its text for readers who cannot see it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from analysis.runs.load import load_curves
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, what it says to those who cannot see it, and the frames it shows by the names of their CSVs."""
+    """A figure, its text for readers who cannot see it, and its frames by the names of their CSVs."""
 
     name: str
     figure: Figure
@@ -38,7 +38,7 @@ class Drawing:
 
 
 def drawings(findings: Findings) -> list[Drawing]:
-    """The figures that this study has something to show in, in the order of the report."""
+    """The figures for which this study has data, in the order of the report."""
     n = len(findings.runs.budgets)
     note = f"Runs of {n} budgets are shown together." if n > 1 else ""
     return [

@@ -1,4 +1,4 @@
-"""Families beside each other at equal parameters: MPO and its controls, size by size."""
+"""Families compared at equal parameters: MPO and its controls, size by size."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ COLUMNS = (
     *("mean", "half_width"),
 )
 MAX_ROWS = 40
-"""Configurations that are shown at most, but all of the largest size."""
+"""Maximum number of configurations shown; those of the largest size are shown in any case."""
 
 
 def family_points(comparisons: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     """Every MPO that has a control of equal parameters, and these controls, sorted by size and group.
 
     Args:
-        comparisons: of `comparisons.compare`, whose rows of the relation "equal parameters" say which pairs there are.
-        summary: of the same study.
+        comparisons: `comparisons.compare`; its rows of the relation "equal parameters" are the pairs.
+        summary: summary of the same study.
     Returns:
-        Columns: measure, size (parameters of the MPO; a control stands at each size at which it is one), trial, label,
-        group, n_params, n_seeds, n_failed, total_tokens, mean, half_width (in the measure's unit; NaN below MIN_SEEDS).
+        Columns: measure, size (parameters of the MPO; a control is listed at each size for which it is a control),
+        trial, label, group, n_params, n_seeds, n_failed, total_tokens, mean, half_width (in the measure's unit; NaN
+        below MIN_SEEDS).
     """
     rows = {row["trial"]: row for row in summary.to_dict("records")}
     members: set[tuple[int, int]] = set()
@@ -54,7 +55,7 @@ def family_points(comparisons: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFr
 
 
 def _order(groups: pd.Series) -> list[str]:
-    """MPO first, then what it is to be compared with."""
+    """MPO groups first, then those they are compared with."""
     return sorted(group_order(groups), key=lambda group: not group.startswith("MPO"))
 
 
@@ -95,7 +96,7 @@ def families_figure(points: pd.DataFrame, note: str = "") -> Figure:
             own = shown[shown["measure"] == measure.name].sort_values("size", kind="stable")
             half = own["half_width"].fillna(0)
             low, high = (own["mean"] - half).min(), (own["mean"] + half).max()
-            if np.isnan(low):  # no seed of any is complete
+            if np.isnan(low):  # no configuration has a complete seed
                 low, high = 0.0, 1.0
             space = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
             set_limits(axes, low - space, high + space)
@@ -107,7 +108,7 @@ def families_figure(points: pd.DataFrame, note: str = "") -> Figure:
 
 
 def _largest(points: pd.DataFrame) -> pd.DataFrame:
-    """The largest sizes whose configurations are no more than MAX_ROWS."""
+    """The points of the largest sizes that have together at most MAX_ROWS configurations."""
     counts = points[points["measure"] == MEASURES[0].name].groupby("size").size().sort_index(ascending=False)
     fits = counts.index[np.maximum(counts.cumsum() <= MAX_ROWS, np.arange(len(counts)) == 0)]
     return points[points["size"].isin(fits)]

@@ -1,4 +1,4 @@
-"""Differences between pairs of configurations, with the margin within which one is no worse."""
+"""Differences between pairs of configurations, with the margin of non-inferiority."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from analysis.results.pairs import REFERENCE
 from analysis.results.summary import MEASURES, MIN_SEEDS, Measure, group_order, n_statement
 
 MAX_ROWS = 30
-"""Pairs that one forest shows at most."""
+"""Maximum number of pairs in one forest."""
 
 _BLOCK = "#6b6b6b"
 _MARGIN = "#b03a00"
 _NO_BREAK = "\u00a0"
 _MARGIN_LINE: dict[str, Any] = {"linewidth": 1.1, "linestyle": (0, (2, 1)), "zorder": 2, "gid": "margin"}
 _BLOCK_BELOW = 0.048
-"""Inches of the block model's interval below the pair's own."""
+"""Inches by which the block model's interval is below the pair's own."""
 _BUDGETS = {"total_tokens": "total tokens", "tuning_trials": "tuning trials"}
-"""What of two budgets is written beside a pair where it differs, and the heads of the columns."""
+"""Parts of a budget that are written beside a pair if they differ, with the headings of their columns."""
 _BEYOND = 3.0
-"""An axis ends at so many times what four of five intervals reach to; what goes on beyond gets an arrow."""
+"""An axis ends at this multiple of the reach of four of five intervals; an interval that goes beyond gets an arrow."""
 
 
 def forest_pairs(comparisons: pd.DataFrame, relation: str) -> pd.DataFrame:
     """The rows of `comparisons.compare` of one relation that its forest shows, sorted by group, size and rival.
 
-    Of more than MAX_ROWS pairs, those that the study file declares come first, then the largest in parameters. Columns:
-    those of `compare`.
+    It shows at most MAX_ROWS pairs: those that the study file declares come first, then the largest in parameters.
+    Columns: those of `compare`.
     """
     own = comparisons[comparisons["relation"] == relation]
     pairs = own.drop_duplicates(["trial", "against"]).sort_values(
@@ -56,7 +56,7 @@ def forest_figure(pairs: pd.DataFrame, n_pairs: int | None = None, note: str = "
 
     Args:
         pairs: `forest_pairs`; at least one row.
-        n_pairs: pairs there are of this relation, those left out included.
+        n_pairs: number of pairs of this relation, including those left out.
         note: sentence added under the figure.
     """
     first = pairs.drop_duplicates(["trial", "against"])
@@ -114,7 +114,7 @@ def _rows(pairs: pd.DataFrame, first: pd.DataFrame, measures: list[Measure]) -> 
 
 
 def _both(count: float, against: float) -> str:
-    """Two counts, where they differ; else nothing."""
+    """Two counts if they differ; else an empty text."""
     if pd.Series((count, against)).nunique(dropna=False) == 1:
         return ""
     shown = ("?" if pd.isna(each) else style.format_count(float(f"{float(each):.3g}")) for each in (count, against))
@@ -161,7 +161,7 @@ def _draw(axes: Axes, own: pd.DataFrame, measure: Measure, y: list[float]) -> No
 
 
 def _limits(own: pd.DataFrame) -> tuple[float, float]:
-    """Limits of the axis of one measure, which hold zero, the margin and most intervals."""
+    """Limits of the axis of one measure; zero, the margin and most intervals are inside."""
     margin = own["margin"].fillna(0).max()
     drawn = own.dropna(subset=["difference"])
     difference, half = drawn["difference"], drawn["half_width"].fillna(0)

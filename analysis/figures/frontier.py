@@ -20,14 +20,14 @@ from analysis.statistics.nondominated import frontier_mask, step_line
 
 _MARKER_SIZE = 5.2
 _AXES_HEIGHT, _ABOVE = 2.6, 0.45
-"""Inches of the axes, and of what stands above them."""
+"""Height in inches of the axes, and of the space above them."""
 _LABELLED = 20
-"""Configurations up to which each gets a label; of more, only those on the frontier do."""
+"""Up to this number of configurations, each gets a label; beyond it, only those on the frontier and the reference."""
 _BAND = "#dbe9f6"
 _WORTH_SAYING = 0.05
-"""Support from which a configuration off the frontier is labelled with it."""
+"""Least support that is written in the label of a configuration off the frontier."""
 _SEEDS_BESIDE = 3.7
-"""Points between a mean and the dots of its seeds, which it would hide; another configuration may be right beside."""
+"""Points between a mean and the dots of its seeds, which it would hide; other configurations may be close by."""
 
 
 def frontier_figure(
@@ -38,7 +38,7 @@ def frontier_figure(
     Args:
         points: `data.frontier_points` of the measure; at least one row.
         seeds: `data.seed_points` of the measure.
-        uncertainty: of the same frontier; its frames may be empty.
+        uncertainty: uncertainty of the same frontier; its frames may be empty.
         note: sentence added under the figure.
     """
     band = uncertainty.band
@@ -90,7 +90,7 @@ def frontier_figure(
 
 
 def _lay_out(figure: Figure, axes: Axes, below: float) -> None:
-    """Leave `below` inches under axes whose own size stays the same, so that labels keep their places."""
+    """Leave `below` inches under the axes. Their own size stays the same, so that labels keep their places."""
     height = _ABOVE + _AXES_HEIGHT + below
     figure.set_size_inches(style.WIDTH, height)
     axes.set_position((0.62 / style.WIDTH, below / height, (style.WIDTH - 0.8) / style.WIDTH, _AXES_HEIGHT / height))
@@ -126,7 +126,7 @@ def _scale_axes(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, band: pd.
 
 
 def _draw_band(axes: Axes, band: pd.DataFrame) -> None:
-    """As steps: between two sizes the smaller one's limits hold."""
+    """Draw the band in steps: between two sizes the limits of the smaller one hold."""
     if len(band):
         edges = np.append(band["n_params"].to_numpy(dtype=float), axes.get_xlim()[1])
         low, high = (np.append(band[limit], band[limit].iloc[-1]).astype(float) for limit in ("low", "high"))
@@ -142,7 +142,7 @@ def _draw_reference(axes: Axes, points: pd.DataFrame) -> None:
 
 
 def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple[labels.Boxes, labels.Boxes]:
-    """Draw seeds, intervals, means and the step line; what labels must not and should not touch."""
+    """Draw seeds, intervals, means and the step line; return the boxes that labels must not and should not touch."""
     seeds = seeds[seeds["trial"].isin(points.loc[points["n_seeds"] > 1, "trial"])]
     seeds_x = seeds["trial"].map(dict(zip(points["trial"], points["x"], strict=True))).to_numpy(dtype=float)
     x_end = axes.get_xlim()[1]
@@ -208,7 +208,7 @@ def _point_colors(points: pd.DataFrame) -> list[str]:
 
 
 def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
-    """Those of the frontier first: they are placed best."""
+    """Labels of the points, those of the frontier first, because the first ones get the best places."""
     labelled = points.assign(color=_point_colors(points), important=points["on_frontier"] | points["is_reference"])
     if len(points) > _LABELLED:
         labelled = labelled[labelled["important"]]
@@ -222,7 +222,7 @@ def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
 
 
 def _labelled(row: dict[Any, Any]) -> str:
-    """With its support, where it is on the frontier of the means or nearly so."""
+    """The label, with the support if the configuration is on the frontier of the means or nearly so."""
     share = row["support"]
     is_worth_it = pd.notna(share) and (row["on_frontier"] or share >= _WORTH_SAYING)
     return f"{row['label']} ({percent(share)})" if is_worth_it else row["label"]
@@ -251,7 +251,7 @@ def _legend(points: pd.DataFrame, measure: Measure, has_band: bool) -> list[Line
     if has_band:
         handles.append(Patch(color=_BAND, linewidth=0, label="95 % band of the frontier"))
     if (enough & ~points["on_frontier"]).any():
-        # One that nothing on the frontier dominates is not sound.
+        # A hollow one that nothing on the frontier dominates is not sound.
         shown = points[enough]
         best = frontier_mask(shown["n_params"], shown["mean"], ("minimize", measure.direction))
         not_sound = ", with a failed seed or given up" if (best & ~shown["on_frontier"]).any() else ""

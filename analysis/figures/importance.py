@@ -1,4 +1,4 @@
-"""How much of what separates the MPO trials is due to each factor."""
+"""Share of the differences between MPO trials that is due to each factor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOR = "#0072b2"
 
 
 def importance_figure(shares: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
-    """A dot with the range of the redraws for each factor; what is left to interactions, hollow, below them.
+    """A dot for each factor, with the range of the redraws; below them a hollow dot for the interactions.
 
     Args:
         shares: `importance.factor_importance` of the measure; at least one row.

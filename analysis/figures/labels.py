@@ -1,4 +1,4 @@
-"""Text beside points and at the ends of lines, placed so that nothing overlaps; the same input gives the same place."""
+"""Text beside points and at the ends of lines, without overlaps. The same input gives the same places."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from analysis.figures.style import ink
 
 _LED_TO = 16
-"""Labels up to which a line may lead to any, not only to an important one."""
+"""Up to this number of labels, a line may lead to any of them; beyond it, only to an important one."""
 _RADII = (4.5, 6.0, 8.0, 10.5, 14.0, 19.0, 25.0, 32.0, 40.0)
 _NEAR = 8.0
-"""Points from a point to its label beyond which a line has to lead to it."""
+"""Largest distance in points between a point and its label without a line between them."""
 _ANGLES = np.deg2rad(np.arange(0, 360, 15) + 45)
 _PADDING = 1.5
 _LINE = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
 _DOTS = (0, (1, 1.6))
-"""So that what leads from the end of a curve to its label is not taken for more of the curve."""
+"""The line from the end of a curve to its label is dotted, so that it is not mistaken for part of the curve."""
 _BOX = {"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
-"""Behind a label, so that lines under it do not cross its text."""
+"""Background of a label, so that lines under it do not cross its text."""
 
 Boxes = NDArray[np.float64]
 """(n, 4): left, bottom, right, top in points from the lower left corner of the figure."""
@@ -34,7 +34,7 @@ Boxes = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Label:
-    """Text that belongs to the point (x, y) in data coordinates; of many, a line may lead to important ones."""
+    """Text that belongs to the point (x, y) in data coordinates. Of many, only important ones get lines."""
 
     x: float
     y: float
@@ -51,7 +51,7 @@ def figure_of(axes: Axes) -> Figure:
 
 
 def points_of(axes: Axes, x: Sequence[float] | NDArray, y: Sequence[float] | NDArray) -> NDArray[np.float64]:
-    """(n, 2) points (1/72 in) of data coordinates."""
+    """Positions (n, 2) in points (1/72 in) of data coordinates."""
     return axes.transData.transform(np.column_stack((x, y))) * 72 / figure_of(axes).dpi
 
 
@@ -68,7 +68,7 @@ def boxes_along(axes: Axes, start: NDArray, end: NDArray, half: float) -> Boxes:
 
 
 def text_size(figure: Figure, text: str) -> NDArray[np.float64]:
-    """(width, height) in points of text in the default size."""
+    """(width, height), in points, of text in the default size."""
     probe = figure.text(0, 0, text)
     extent = probe.get_window_extent(cast(FigureCanvasAgg, figure.canvas).get_renderer())
     probe.remove()
@@ -76,9 +76,9 @@ def text_size(figure: Figure, text: str) -> NDArray[np.float64]:
 
 
 def told_apart(names: pd.Series, groups: pd.Series) -> list[str]:
-    """Labels with the name of their group before them where another group has the same label: `low rank, as χ=16`.
+    """Labels, preceded by the name of their group if another group has the same label: `low rank, as χ=16`.
 
-    If one control's has it, those of all have: `as χ=16` says nothing of what it is.
+    If the label of one control has the name, those of all controls have it: `as χ=16` does not say what it is.
     """
     unclear = groups.groupby(names, sort=False).transform("nunique") > 1
     control = names.str.startswith("as ")
@@ -91,10 +91,10 @@ def told_apart(names: pd.Series, groups: pd.Series) -> list[str]:
 
 
 def place_labels(axes: Axes, labels: Sequence[Label], hard: Boxes, soft: Boxes) -> int:
-    """Write each label near its point, the first ones first; the number of labels for which there was no room.
+    """Write each label near its point, in the given order; return the number of labels without room.
 
-    A label never touches a box of `hard`, another label or the edge of the axes, and touches as few of `soft` as it
-    can. The limits of the axes and the figure's layout must be final.
+    A label never touches a box of `hard`, another label or the edge of the axes. It touches as few boxes of `soft` as
+    possible. The limits of the axes and the figure's layout must be final.
     """
     frame = _frame(axes)
     taken, left_out, few = hard, 0, len(labels) <= _LED_TO
@@ -135,7 +135,7 @@ def label_line_ends(axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def spread(positions: NDArray, gap: float, low: float, high: float) -> NDArray[np.float64]:
-    """Move positions on a line apart to `gap` or more, in their order, as little as that allows, inside low to high.
+    """Move positions on a line apart to at least `gap`, in their order, between low and high, as little as possible.
 
     Neighbours that are too close are joined into one stack centred on their mean, until no stacks touch.
     """
@@ -171,14 +171,14 @@ def _best_place(
     best, lowest = None, np.inf
     for radius in radii:
         for angle in _ANGLES:
-            # Around a square rather than a circle, so that a wide label keeps its distance at every angle.
+            # A square, not a circle: a wide label then keeps its distance at every angle.
             direction = np.clip(np.sqrt(2) * np.array((np.cos(angle), np.sin(angle))), -1, 1)
             centre = (radius + size / 2) * direction
             box = _box(anchor + centre, size)
             inside = (box[:2] >= frame[:2]).all() and (box[2:] <= frame[2:]).all()
             if not inside or _touched(box, hard):
                 continue
-            # Right beside, above or below is read more easily than a corner, and a line that crosses nothing.
+            # Places beside, above or below are easier to read than corners, and so are lines that cross nothing.
             cost = _touched(box, soft) + radius / 10 + 0.5 * abs(np.sin(2 * angle))
             if radius > _NEAR:
                 cost += _crossed(anchor, np.clip(anchor, box[:2], box[2:]), hard)
@@ -192,7 +192,7 @@ def _box(centre: NDArray, size: NDArray) -> NDArray[np.float64]:
 
 
 def _crossed(start: NDArray, end: NDArray, boxes: Boxes) -> int:
-    """How many boxes a line from a point crosses, but for those that the point is in."""
+    """Number of boxes that a line from a point crosses, except those that contain the point."""
     others = boxes[~((boxes[:, :2] <= start) & (start <= boxes[:, 2:])).all(axis=1)]
     along = start + np.linspace(0, 1, 20)[:, None] * (end - start)
     inside = (others[:, None, :2] <= along).all(axis=2) & (along <= others[:, None, 2:]).all(axis=2)

@@ -1,4 +1,4 @@
-"""Points with their intervals, drawn alike in every figure, and the same in a legend."""
+"""Points with their intervals, drawn alike in every figure, and their legend entries."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def point(
     axes: Axes, xy: tuple[float, float], ends: tuple[float, float], look: style.GroupStyle, n: int, *,
     along: Literal["x", "y"] = "y", filled: bool = True,
 ) -> None:  # fmt: skip
-    """A mean with the ends of its interval in the direction `along`; grey, hollow and without it below MIN_SEEDS.
+    """A mean with the ends of its interval in the direction `along`.
 
-    An end that is NaN leaves the interval out.
+    Below MIN_SEEDS it is grey, hollow and without interval. If an end is NaN, the interval is left out.
     """
     enough = n >= MIN_SEEDS
     color = look.color if enough else style.FEW
@@ -50,12 +50,12 @@ def few_point() -> Line2D:
 
 
 def failed_point() -> Line2D:
-    """Legend of a point that `point` drew hollow, since some of its seeds failed."""
+    """Legend of a point that `point` drew hollow because some of its seeds failed."""
     return legend_point(style.GroupStyle(style.GREY, "o"), "hollow: some seeds failed", filled=False)
 
 
 def group_points(points: pd.DataFrame, n_key: str) -> list[Line2D]:
-    """Legend of the groups of points; grey and hollow where no point of a group has MIN_SEEDS in column `n_key`."""
+    """Legend of the groups of points; grey and hollow if no point of a group has MIN_SEEDS in column `n_key`."""
     enough = points.groupby("group")[n_key].max() >= MIN_SEEDS
     return [
         legend_point(look if enough[group] else style.GroupStyle(style.FEW, look.marker), group, bool(enough[group]))
@@ -64,7 +64,7 @@ def group_points(points: pd.DataFrame, n_key: str) -> list[Line2D]:
 
 
 def obstacles(axes: Axes, x: NDArray, y: NDArray, low: NDArray, high: NDArray) -> labels.Boxes:
-    """What labels must not touch: points at (x, y) and their intervals from low to high, NaN where there is none."""
+    """Boxes that labels must not touch: points at (x, y) and their intervals from low to high (NaN: no interval)."""
     low, high = np.where(np.isnan(low), y, low), np.where(np.isnan(high), y, high)
     bars = labels.boxes_along(axes, np.column_stack((x, low)), np.column_stack((x, high)), 2.0)
     return np.vstack((labels.boxes_around(axes, x, y, 0.6 * SIZE), bars))

@@ -17,7 +17,7 @@ from analysis.results.numbers import percent
 _HEIGHT, _ABOVE = 2.6, 0.1
 _LEFT, _RIGHT, _LINE = 0.62, 0.15, 0.165
 _APART, _EACH_BESIDE, _MOST_BESIDE = 7.0, 16, 20
-"""Points from one configuration to the next beside it; up to how many each stands by itself; how many can stand so."""
+"""Points between neighbouring configurations; maximum number of them placed one by one; maximum number of places."""
 
 
 def new_panels(count: int) -> tuple[Figure, list[Axes]]:
@@ -29,7 +29,7 @@ def new_panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def settle(figure: Figure, axes: list[Axes], legend: Sequence[Artist], foot: str, columns: int = 3) -> None:
-    """Write legend and footer under the panels; their size stays the same, so that labels keep their places."""
+    """Write legend and footer under the panels. The panels keep their size, so that labels keep their places."""
     below = 0.46 + _LINE * -(-len(legend) // columns) + style.footer_height(foot)
     _place(figure, axes, below)
     figure.legend(
@@ -78,7 +78,7 @@ def scale_values(axes: Axes, values: pd.Series) -> None:
 
 
 def moved_statement(drawn: pd.DataFrame, but: str = "") -> str:
-    """How far `side_by_side` moved the points whose sizes are `n_params` and which are drawn at `x`."""
+    """A sentence on how far `side_by_side` moved the points; `n_params` is their size, and `x` where they are drawn."""
     away = float(np.abs(np.log(drawn["x"].astype("float64") / drawn["n_params"].astype("float64"))).max())
     if away == 0:
         return ""
@@ -88,9 +88,9 @@ def moved_statement(drawn: pd.DataFrame, but: str = "") -> str:
 
 
 def side_by_side(axes: Axes, sizes: pd.Series, groups: pd.Series) -> NDArray[np.float64]:
-    """Where to draw configurations of these sizes: beside each other, in their order, moved as little as it takes.
+    """x positions of configurations of these sizes: beside each other, in their order, moved as little as possible.
 
-    Of many configurations those of one group and size stay together, and of very many each stays at its size.
+    If there are many configurations, those of one group and size stay together; if very many, each stays at its size.
     """
     x = sizes.to_numpy(dtype=np.float64)
     at = labels.points_of(axes, x, np.zeros(len(x)))[:, 0]

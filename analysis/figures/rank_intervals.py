@@ -1,4 +1,4 @@
-"""The rank of each configuration, and how far the seeds settle it."""
+"""The rank of each configuration, and how well the seeds determine it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from analysis.results.summary import Measure
 from analysis.statistics.ranking import rank_agreement, rank_intervals, reliability
 
 MAX_ROWS = 40
-"""Configurations that are shown at most: the best."""
+"""Maximum number of configurations shown: the best."""
 COLUMNS = (
     *("trial", "label", "group", "n_params", "rank", "low", "high"),
     *("n_seeds", "n_ranked", "kendall_tau", "reliability", "left_out"),
@@ -41,10 +41,11 @@ def rank_rows(
         rng: draws the means (`ranking.rank_intervals`).
         budgets: as in `selection.select`.
     Returns:
-        trial, label, group, n_params; rank from 1, the best, low, high. The same in each row: n_seeds (`3`, or
-        `3 to 5`), n_ranked (how many were ranked), kendall_tau (mean of Kendall's τ_b over pairs of seeds), reliability
-        (share of the variance of the means that is not noise), both on the seeds of `selection.common_seeds`; left_out
-        (a sentence on trials that were not ranked). Sorted by rank. Empty for fewer than two configurations.
+        trial, label, group, n_params; rank (1 is the best), low, high. The same in each row: n_seeds (`3`, or
+        `3 to 5`), n_ranked (how many were ranked), left_out (a sentence on trials that were not ranked). Also the same
+        in each row, on the seeds of `selection.common_seeds`: kendall_tau (mean of Kendall's τ_b over pairs of seeds),
+        reliability (share of the variance of the means that is not noise). Sorted by rank. Empty for fewer than two
+        configurations.
     """
     selected = select(summary, seeds, measure.key, budgets)
     ranked, values, shared = selected.trials, selected.values, common_seeds(selected.values)
@@ -138,7 +139,7 @@ def rank_figure(rows: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
 
 
 def _shortened(figure: Figure, label: str) -> str:
-    """The label, or as much of it as there is room for."""
+    """The label, cut off if it does not fit."""
     if labels.text_size(figure, label)[0] <= 72 * _LONGEST_LABEL:
         return label
     while labels.text_size(figure, f"{label}…")[0] > 72 * _LONGEST_LABEL:

@@ -23,7 +23,7 @@ def rel_error_figure(means: pd.DataFrame, note: str = "") -> Figure:
     panels = [when for when in _TITLES if when in set(means["when"])]
     drawn = means[means["mean"] > EXACT]
     low, high = drawn["mean"].min() / 1.15, drawn["mean"].max() * 1.15
-    kinds = sorted(drawn["kind"].unique())  # each has its colour whatever its errors
+    kinds = sorted(drawn["kind"].unique())  # each kind has its colour, whatever its errors
     colors = {kind: style.LINE_COLORS[index % len(style.LINE_COLORS)] for index, kind in enumerate(kinds)}
     text = style.footer(
         f"TT-SVD of the dense model's layers, means over its blocks and seeds; {n_statement(means['n_seeds'])}; "

@@ -1,4 +1,4 @@
-"""The share of the dense model's accuracy that a configuration retains, against its parameters."""
+"""Share of the dense model's accuracy that a configuration retains, against its parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from analysis.results.summary import MIN_SEEDS, n_statement
 from analysis.statistics.nondominated import frontier_mask
 
 _LABELLED = 20
-"""Configurations up to which each gets a label; of more, only the best of their size or smaller do."""
+"""Up to this number of configurations, each gets a label; beyond it, only the best of their size or smaller."""
 _DENSE_LINE = {"color": "#444444", "linewidth": 0.9, "linestyle": (0, (5, 3))}
 
 

@@ -1,4 +1,4 @@
-"""Rows of text with panels of marks beside them: what a forest and a dot plot are drawn on."""
+"""Rows of text with panels of marks beside them: the layout of a forest and of a dot plot."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 from analysis.figures import labels, style
 
 _LINE, _GAP = 0.122, 0.068
-"""Inches of a line of text, and between rows."""
+"""Height in inches of a line of text, and of the gap between rows."""
 _BASELINE = 0.037
 """Inches from the middle of a line of text down to its baseline."""
 _PANEL = 1.3
-"""Inches that a panel has at least, the longer the texts of rows the more of them are wrapped."""
+"""Minimum width of a panel in inches; row texts that leave less are wrapped."""
 _EDGE, _BETWEEN, _INDENT = 0.08, 0.13, 0.14
 _HEAD, _AXIS, _LEGEND_LINE = 0.46, 0.46, 0.165
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its text, the cells of the columns next to it, and what is written to the right of each panel.
+    """One row: its text, the cells of the columns next to it, and the text to the right of each panel.
 
     A heading has no marks of its own; `look` is drawn before its text.
     """
@@ -40,7 +40,7 @@ class Row:
 
 
 class Sheet(NamedTuple):
-    """A figure of rows. y: the height of each row in the data coordinates of every panel, growing downwards."""
+    """A figure of rows. y: position of each row in the data coordinates of every panel, growing downwards."""
 
     figure: Figure
     panels: list[Axes]
@@ -54,11 +54,11 @@ def lay_out(
     """Rows of text with one empty panel per title; only the x limits are left for `set_limits`.
 
     Args:
-        rows: from the top; cells as many as `heads`, or none.
-        titles, subtitles, axis_labels: of the panels; a subtitle is what its left and its right end are called.
-        heads: of the columns of cells.
-        beside_head: of the texts to the right of the panels; "" for none.
-        legend: handles.
+        rows: rows from the top; each has as many cells as `heads`, or none.
+        titles, subtitles, axis_labels: one per panel; a subtitle names the left and the right end of the axis.
+        heads: headings of the columns of cells.
+        beside_head: heading of the texts to the right of the panels; "" for none.
+        legend: legend handles.
         foot: text of `style.footer`.
     """
     figure = style.new_figure(1)
@@ -79,7 +79,7 @@ def lay_out(
     ]
     fixed = 2 * _EDGE + _BETWEEN + sum(cells) + sum(besides)
     room = style.WIDTH - fixed - len(titles) * _PANEL - _INDENT
-    # A text may run on over the columns where it has nothing in them.
+    # The text of a row whose cells are all empty may extend over the columns.
     spare = [0.0 if any(row.cells) else sum(cells) for row in rows]
     texts = [_wrapped(row.text, room + more, width) for row, more in zip(rows, spare, strict=True)]
     text_width = _INDENT + max(width(text) - more for text, more in zip(texts, spare, strict=True))
@@ -150,7 +150,7 @@ def lay_out(
 
 
 def set_limits(axes: Axes, low: float, high: float) -> None:
-    """Set the x limits of a panel, with as many round ticks, up to six, as their labels leave room for."""
+    """Set the x limits of a panel, with at most six round ticks: as many as their labels leave room for."""
     axes.set_xlim(low, high)
     inches = axes.get_window_extent().width / labels.figure_of(axes).dpi
     for bins in (5, 4, 3, 2, 1):
@@ -165,7 +165,7 @@ def set_limits(axes: Axes, low: float, high: float) -> None:
 
 
 def _wrapped(text: str, room: float, width) -> str:
-    """The text in as many lines as it needs to be no wider than `room` inches, where its words allow it."""
+    """The text, wrapped between words to a width of at most `room` inches; a long word may be wider."""
     for characters in range(len(text), 11, -1):
         lines = "\n".join(textwrap.wrap(text, characters, break_long_words=False)) or text
         if width(lines) <= room:

@@ -1,4 +1,4 @@
-"""How every figure looks and is saved: one width, one set of colours, the same bytes each time."""
+"""The look of every figure, and how it is saved: one width, one set of colours, the same bytes each time."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from analysis.results.summary import (
 )
 
 WIDTH = 6.75
-"""Inches: the text width of a paper with two columns."""
+"""Width of a figure in inches: the text width of a paper with two columns."""
 GREY = "#6b6b6b"
 BAND = "#d9d9d9"
 FEW = "#8c8c8c"
-"""Of what rests on too few seeds."""
+"""Colour of values with too few seeds."""
 FORMATS = ("svg", "pdf", "png")
 LIGHT_FORMATS = ("svg",)
 
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
-    # Hinted, text is 8 % narrower where it is measured, at 100 dpi, than in the files that are saved.
+    # With hinting, text is 8 % narrower when it is measured, at 100 dpi, than in the saved files.
     "text.hinting": "no_hinting",
     "text.parse_math": False,  # names are free text
     "axes.labelsize": 8,
@@ -70,7 +70,7 @@ _RC: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class GroupStyle:
-    """Colour and marker shape of a group: either tells it apart without the other."""
+    """Colour and marker shape of a group; each of the two is enough to distinguish it."""
 
     color: str
     marker: str
@@ -122,7 +122,7 @@ def ink(color: str) -> str:
 
 @contextmanager
 def context() -> Iterator[None]:
-    """The settings every figure is made and saved under; the caller's own come back afterwards."""
+    """Apply the settings under which every figure is made and saved; the caller's own are restored afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_RC)
@@ -137,7 +137,7 @@ def new_figure(height: float) -> Figure:
 
 
 def save(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Write `stem`.svg, .pdf and .png, without dates, so that equal figures are equal bytes."""
+    """Write `stem`.svg, .pdf and .png without dates, so that equal figures give equal bytes."""
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     paths = [stem.with_name(f"{stem.name}.{form}") for form in formats]
     with context():
@@ -147,7 +147,7 @@ def save(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS) -> list[P
 
 
 def log_ticks(low: float, high: float) -> tuple[list[float], list[float]]:
-    """Major and minor ticks of a logarithmic axis: 1-2-5 steps, or every digit where these are fewer than three."""
+    """Major and minor ticks of a logarithmic axis: 1-2-5 steps, or every digit if these are fewer than three."""
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     digits = [float(f"{decade * digit:.6g}") for decade in decades for digit in range(1, 10)]
     inside = [tick for tick in digits if low <= tick <= high]
@@ -156,7 +156,7 @@ def log_ticks(low: float, high: float) -> tuple[list[float], list[float]]:
 
 
 def set_log_ticks(axis: Axis, low: float, high: float, text: Callable[[float], str]) -> None:
-    """Give a logarithmic axis the ticks of `log_ticks`, the major ones written by `text`."""
+    """Give a logarithmic axis the ticks of `log_ticks`; `text` formats the major ones."""
     major, minor = log_ticks(low, high)
     axis.set_major_locator(FixedLocator(major))
     axis.set_major_formatter(FixedFormatter([text(tick) for tick in major]))
@@ -165,7 +165,7 @@ def set_log_ticks(axis: Axis, low: float, high: float, text: Callable[[float], s
 
 
 def set_chi_axis(axes: Axes, chis: Iterable[int], room: float) -> None:
-    """Make the x axis a logarithmic one of caps χ, with a tick at each; `room`: factor left free at either end."""
+    """Make the x axis logarithmic, with a tick at each cap χ; `room`: factor left free at either end."""
     ticks = sorted(chis)
     axes.set_xscale("log", base=2)
     axes.set_xlim(ticks[0] / room, ticks[-1] * room)
@@ -176,12 +176,12 @@ def set_chi_axis(axes: Axes, chis: Iterable[int], room: float) -> None:
 
 
 def footer(*sentences: str) -> str:
-    """Small print for the foot of a figure, what it states of itself when it travels alone: one paragraph, wrapped."""
+    """Small print for the foot of a figure, so that it explains itself without the report: one wrapped paragraph."""
     return textwrap.fill(" ".join(sentence for sentence in sentences if sentence), 132)
 
 
 def footer_height(text: str) -> float:
-    """Inches that `add_footer` takes."""
+    """Height in inches that `add_footer` needs."""
     return 0.1 + 0.135 * (text.count("\n") + 1)
 
 

@@ -1,1 +1,1 @@
-"""The paper's published numbers, and what its own definitions and this study's runs make of each."""
+"""The paper's published numbers, and their values by its own definitions and by this study's runs."""

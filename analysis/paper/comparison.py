@@ -1,4 +1,4 @@
-"""The whole comparison: every published number, the one computed or measured here, and whether it can be right."""
+"""The whole comparison: every published number, our computed or measured one, and whether it can be right."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def paper_comparison(runs: StudyRuns, trials: PaperTrials, curves: pd.DataFrame)
         trials: `paper_trials` of these runs.
         curves: `load_curves` of `trials.from_scratch`, with the keys of CURVES.
     Returns:
-        One row per number with `COLUMNS`: place in the paper; published in `unit`, with how it is `said`: printed,
-        computed from printed numbers, read off a plot, or a bound in words; ours with the limits of its 95 % interval
-        over n seeds (Student's, Fieller's for a ratio; NaN where this study has no such run) and the difference ours −
-        published; kind: computed from definitions, or measured; follows: whether the published number can follow from
-        the paper's own definition, with the reason in `why`.
+        One row per number with `COLUMNS`. place: in the paper. published: in `unit`. said: printed, computed from
+        printed numbers, read off a plot, or a bound in words. ours: with the limits of its 95 % interval over n seeds
+        (Student's, Fieller's for a ratio; NaN if this study has no such run). difference: ours − published. kind:
+        computed from definitions, or measured. follows: whether the published number can follow from the paper's own
+        definition, with the reason in `why`.
     """
     random, trained = (errors_of(runs, trials.dense, when) for when in ("init", "trained"))
     rows = layer_rows()
@@ -47,7 +47,7 @@ def paper_comparison(runs: StudyRuns, trials: PaperTrials, curves: pd.DataFrame)
 
 
 def comparison_table(comparison: pd.DataFrame) -> Table:
-    """The comparison, and as text: published and ours side by side, with the interval, the seeds, the difference."""
+    """The comparison, as data and as text: published and ours, with the interval, the seeds and the difference."""
     shown = []
     for row in comparison.to_dict("records"):
         decimals = _decimals(row)
@@ -73,7 +73,7 @@ _BY_WORDS = (
 
 
 def _decimals(row: dict) -> int:
-    """As many as the paper prints of such a number."""
+    """Number of decimals that the paper prints for such a number."""
     return next(decimals for part, decimals in _BY_WORDS if part in f"{row['quantity']} ({row['unit']})")
 
 
@@ -91,7 +91,7 @@ def _number(value: float, decimals: int, sign: bool = False) -> str:
 
 
 def _with_interval(row: dict, decimals: int) -> str:
-    """`52.3 ± 0.4`, or with both limits where the interval is not symmetric; more digits where it is narrow."""
+    """`52.3 ± 0.4`, or with both limits if the interval is not symmetric; more digits if it is narrow."""
     value, low, high = row["ours"], row["low"], row["high"]
     if math.isnan(low):
         return _number(value, decimals + (row["kind"] == "measured" and decimals == 0))

@@ -1,4 +1,4 @@
-"""Counts of parameters, their ratios and the scale of initial weights: published beside what the definitions give."""
+"""Parameter counts, their ratios and the scale of initial weights: published, and by the paper's definitions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = "a block"
 
 
 def layer_rows() -> list[Row]:
-    """Table 2: parameters of each layer and of a block, at the χ that it is printed for."""
+    """Table 2: parameters of each layer and of a block, at the χ for which they are printed."""
     chi = published.TABLE_2_CHI
     rows = []
     for layer in published.LAYERS:
@@ -37,7 +37,7 @@ def layer_rows() -> list[Row]:
 
 
 def size_rows(model: PublishedModel) -> list[Row]:
-    """Table 3, of one model: its parameters and its compression ratio."""
+    """Table 3, for one model: its parameters and its compression ratio."""
     ours = model_params(model.chi)
     rows = [_count("Table 3", model.name, "parameters", model.n_params, ours, "the layers give")]
     if model.chi is not None:
@@ -50,7 +50,7 @@ def size_rows(model: PublishedModel) -> list[Row]:
 def one_rule_row() -> Row:
     """Table 3: whether any rule with one χ for all layers can give the four printed counts.
 
-    For L ≤ 3 and bonds that are not clipped, Eq. 4 is a quadratic in χ; three counts fix it, the last one tests it.
+    For L ≤ 3 and bonds that are not clipped, Eq. 4 is a quadratic in χ. Three counts determine it; the last tests it.
     """
     *others, last = (model for model in MODELS if model.chi is not None)
     assert last.chi is not None
@@ -122,7 +122,7 @@ def _ratio(
     origin: str = "it follows from the printed ones",
     unit: str = "",
 ) -> Row:
-    """Right if the definitions give it to its one printed decimal; `printed` is what printed numbers give."""
+    """A ratio, right if the definitions give it to its one printed decimal; `printed`: the ratio of printed numbers."""
     rounding = 0.05 + 1e-9
     if math.isclose(number, ours, abs_tol=rounding):
         return row(place, name, quantity, number, Value(ours), (YES, "the parameters give it"), unit)

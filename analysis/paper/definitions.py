@@ -1,4 +1,4 @@
-"""What follows from the paper's own definitions alone: counts, and the scale of its initial weights."""
+"""Results of the paper's own definitions alone: parameter counts, and the scale of its initial weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from analysis.paper.published import PublishedLayer
 def mpo_params(d_out: Sequence[int], d_in: Sequence[int], chi: int) -> int:
     """Parameters of an MPO with these sizes per site: Σ χ_{l−1} · d_out · d_in · χ_l (paper, Eq. 4).
 
-    Bonds are at most χ and at most what the sites on either side can hold.
+    A bond is at most χ, and at most the dimension that the sites on either side allow.
     """
     pairs = [out * into for out, into in zip(d_out, d_in, strict=True)]
     bonds = [min(chi, math.prod(pairs[:site]), math.prod(pairs[site:])) for site in range(len(pairs) + 1)]
@@ -35,7 +35,7 @@ def model_params(chi: int | None) -> int:
     """Parameters of the paper's model: embedding, norms, biases, and its linear layers, dense or as MPO (Table 1)."""
     sizes = published.SIZES
     d, d_ff, vocabulary = sizes["d_model"], sizes["d_ff"], sizes["vocab_size"]
-    norms_and_biases = 2 * 2 * d + d + d_ff + d  # of a block: the output and feed-forward layers have biases
+    norms_and_biases = 2 * 2 * d + d + d_ff + d  # per block: the output and feed-forward layers have biases
     rest = vocabulary * d + 2 * d + sizes["n_layers"] * norms_and_biases
     outside = sum(layer_params(layer, chi) for layer in published.LAYERS if not layer.n_in_block)
     return rest + sizes["n_layers"] * block_params(chi) + outside
@@ -44,7 +44,7 @@ def model_params(chi: int | None) -> int:
 def initial_std(layer: PublishedLayer, chi: int) -> float:
     """Standard deviation of an entry of W at the paper's MPO init.
 
-    W is a sum over χ^(L−1) products of L independent core entries, each of the standard deviation
+    W is a sum of χ^(L−1) products of L independent core entries. Each entry has the standard deviation
     N_in^(−1/4) χ^(−(L−1)/(2L)) (section 3.3 and appendix A).
     """
     n_sites = layer.n_sites
@@ -53,7 +53,7 @@ def initial_std(layer: PublishedLayer, chi: int) -> float:
 
 
 def quadratic_at(chi: int, points: dict[int, int]) -> float:
-    """Value at χ of the quadratic through three points; Eq. 4 is one in χ for L ≤ 3 as long as no bond is clipped.
+    """Value at χ of the quadratic through three points; Eq. 4 is quadratic in χ for L ≤ 3 if no bond is clipped.
 
     Raises:
         ValueError: there are not three points.

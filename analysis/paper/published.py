@@ -1,7 +1,7 @@
-"""The numbers as published: the only ones here that are typed in.
+"""The published numbers: the only numbers in this package that are typed in.
 
 Source: Javanmard, Pandit, Mardani 2026, Tables 2, 3 and 4 and the text. The figures print no numbers: of their curves
-only the ends are known (Table 4), and what is read off them says so.
+only the ends are known (Table 4). A number that is read off a figure is marked as such.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ RETAINED_ACCURACY = 97.7
 PARAMS_SHARE = 18.8
 """Per cent of the dense parameters at that χ (conclusion)."""
 BLOCK_CHI, BLOCK_RATIO_THERE = 4, 13.0
-"""χ, and compression of a transformer block at it (abstract)."""
+"""χ, and compression ratio of a transformer block at that χ (abstract)."""
 EVAL_EVERY = 100
 """Steps between evaluations (section 4.2)."""
 EVALUATED = (20, 8, 256)
@@ -93,7 +93,7 @@ PROTOCOL = {"steps": 2000, "warmup_steps": 100, "batch_size": 32, "learning_rate
 """Params of a run under the paper's protocol (section 4)."""
 
 CORPUS_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-"""Of Tiny Shakespeare, the paper's corpus."""
+"""SHA-256 of Tiny Shakespeare, the paper's corpus."""
 
 FINE_TUNED = {"steps": 500, "batch_size": 32, "weight_decay": 0.1}
 """Params of a run that fine-tunes a compressed dense model (section 4.3); its learning rate is not published."""

@@ -1,4 +1,4 @@
-"""The paper's Figures 3 and 4 (left) beside this study: learning curves, with the published ends of theirs."""
+"""The paper's Figures 3 and 4 (left) beside this study: our learning curves, and the published ends of the paper's."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _MARKERS = ("D", "v", "o", "s", "^")
 _COLORS = ("#000000", "#e69f00", "#0072b2", "#d55e00", "#007a5a")
 _BETWEEN, _RIGHT, _PANEL_HEIGHT = 0.52, 0.06, 1.95
 _SHOWN_FROM = 0.1
-"""Of the steps: what is before would set the scale of the axis, and hide where the curves end."""
+"""Share of the steps that is ignored for the axis: it would set the scale, and hide where the curves end."""
 _LAST = published.PROTOCOL["steps"]
 
 
 def published_curves(curves: pd.DataFrame, trials: PaperTrials) -> pd.DataFrame:
-    """What the figure shows: means over the seeds at each evaluation that all of them have, and the published ends.
+    """Points of the figure: means over the seeds at each evaluation that all seeds have, and the published ends.
 
     Args:
         curves: `load_curves` of `trials.from_scratch` with the keys train_loss, val_loss and val_acc.
     Returns:
         Columns: model; quantity: train_loss, val_loss (nats) or val_acc (per cent); step; n_seeds; mean, with
-        half_width of its 95 % t interval; published: Table 4's, at the last step alone. Step 0 is left out.
+        half_width of its 95 % t interval; published: from Table 4, at the last step only. Step 0 is left out.
     """
     rows = []
     for model in published.MODELS:
@@ -58,10 +58,10 @@ def published_curves(curves: pd.DataFrame, trials: PaperTrials) -> pd.DataFrame:
 
 
 def published_curves_figure(points: pd.DataFrame, note: str = "") -> Figure:
-    """Training loss, validation loss and accuracy against the step; the published ends hollow, to the right of it.
+    """Training loss, validation loss and accuracy against the step; hollow points at the right are the published ends.
 
     Args:
-        points: `published_curves`; models without runs are drawn as published alone.
+        points: `published_curves`; a model without runs has only its published points.
         note: sentence added under the figure.
     """
     counts = points.loc[points["n_seeds"] > 0, "n_seeds"]

@@ -17,7 +17,7 @@ _PUBLISHED, _MEASURED = "#d55e00", "#0072b2"
 
 
 def published_points(comparison: pd.DataFrame) -> pd.DataFrame:
-    """Of `paper_comparison`, what the figure shows: one row per model and quantity.
+    """Points of the figure, from `paper_comparison`: one row per model and quantity.
 
     Columns: model, quantity, n_params_published, n_params, published, measured, low, high (95 % t interval), n_seeds.
     """
@@ -47,7 +47,7 @@ def published_figure(points: pd.DataFrame, note: str = "") -> Figure:
     """Published points hollow, measured ones filled with their 95 % t intervals; each at its own parameter count.
 
     Args:
-        points: `published_points`; models without a measured value are drawn as published alone.
+        points: `published_points`; a model without a measured value has only its published point.
         note: sentence added under the figure.
     """
     counts = points.loc[points["n_seeds"] > 0, "n_seeds"]
@@ -120,7 +120,7 @@ def _draw(axes: Axes, points: pd.DataFrame) -> None:
 
 
 def _boxes_along(axes: Axes, x: np.ndarray, y: np.ndarray) -> labels.Boxes:
-    """Small boxes along the lines between points, straight on the page, that labels keep away from."""
+    """Small boxes along the lines between points, straight on the page; labels avoid them."""
     share = np.linspace(0, 1, 12)
     steps = [np.column_stack((a * (b / a) ** share, c + (d - c) * share))
              for a, b, c, d in zip(x[:-1], x[1:], y[:-1], y[1:], strict=True)]  # fmt: skip

@@ -30,11 +30,11 @@ _LEFT, _GAP, _PANEL_HEIGHT = 0.55, 0.1, 2.05
 
 
 def published_rel_errors(runs: StudyRuns, trials: PaperTrials) -> pd.DataFrame:
-    """What the figure shows, one row per line and χ.
+    """Points of the figure, one row per line and χ.
 
-    Columns: when ("init", "trained"); layers: a row of Table 2, averaged over its layers, or the mean or the largest of
-    all; chi; n_layers; published: Table 3's, of all layers with random weights alone; measured: mean over seeds, with
-    the limits of its 95 % t interval; n_seeds.
+    Columns: when ("init", "trained"); layers: a row of Table 2, averaged over its layers, or the mean or the largest
+    over all layers; chi; n_layers; published: from Table 3, only for all layers with random weights; measured: mean
+    over seeds, with the limits of its 95 % t interval; n_seeds.
     """
     printed = {
         (name, model.chi): number
@@ -57,10 +57,10 @@ def published_rel_errors(runs: StudyRuns, trials: PaperTrials) -> pd.DataFrame:
 
 
 def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
-    """Errors over all layers, published hollow and measured filled; then each kind of layer, before and after training.
+    """Errors over all layers (hollow: published, filled: measured), then by kind of layer, before and after training.
 
     Args:
-        points: `published_rel_errors`; what is not measured is drawn as published alone.
+        points: `published_rel_errors`; a point that is not measured is drawn only as published.
         note: sentence added under the figure.
     """
     counts = points.loc[points["n_seeds"] > 0, "n_seeds"]
@@ -81,7 +81,7 @@ def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
         foot = style.footer_height(text)
         figure = style.new_figure(foot + _PANEL_HEIGHT + 0.67)
         height = figure.get_figheight()
-        # The layers' symbols are ours, unlike other names.
+        # The layers' symbols come from us, unlike other names, so that they may be parsed as math.
         with mpl.rc_context({"text.parse_math": True}):
             names = [max((_short(name) for name in _of_panel(points, when, overall)["layers"]), key=len)
                      for when, overall, _ in panels]  # fmt: skip

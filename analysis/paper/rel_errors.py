@@ -1,4 +1,4 @@
-"""Reconstruction errors: Table 3's and Figure 2's beside those that the paper's dense model has in this study."""
+"""Reconstruction errors: those of Table 3 and Figure 2, and those of the paper's dense model in this study."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from analysis.runs.study_runs import StudyRuns
 
 MEAN, LARGEST = "mean over layers", "largest of any layer"
 _UP = "W_1"
-"""The layer that the text says has the lowest error at every χ."""
+"""The layer with the lowest error at every χ, according to the paper's text."""
 
 
 def errors_of(runs: StudyRuns, dense: int | None, when: str) -> pd.DataFrame:
     """Errors of the dense trial's layers: chi, seed, layer, kind, n_sites, rel_error.
 
-    kind: the layer's row of Table 2, and n_sites its L; missing for a layer of no such name.
+    kind: the layer's row of Table 2; n_sites: its L. Both are missing if no row has the layer's name.
     """
     errors = runs.rel_errors
     errors = errors[(errors["trial"] == dense) & (errors["when"] == when)] if dense is not None else errors.iloc[:0]
@@ -43,7 +43,7 @@ def errors_of(runs: StudyRuns, dense: int | None, when: str) -> pd.DataFrame:
 
 
 def summary_rows(model: PublishedModel, random: pd.DataFrame, trained: pd.DataFrame) -> list[dict[str, object]]:
-    """Table 3, of one MPO model: largest and mean error over layers, of random weights and of trained ones."""
+    """Table 3, for one MPO model: largest and mean error over layers, with random weights and with trained ones."""
     rows = []
     for name, number in ((LARGEST, model.max_rel_error), (MEAN, model.mean_rel_error)):
         assert number is not None
@@ -59,9 +59,9 @@ def summary_rows(model: PublishedModel, random: pd.DataFrame, trained: pd.DataFr
 
 
 def order_rows(random: pd.DataFrame) -> list[dict[str, object]]:
-    """Figure 2: what the text says of the order of the layers, at each χ.
+    """Figure 2: the text's claims on the order of the layers, at each χ.
 
-    W_1 is said to have the lowest error, and L = 3 lower ones than L = 2 at the same χ.
+    The text says that W_1 has the lowest error, and that L = 3 has lower errors than L = 2 at the same χ.
     """
     rows = []
     for model in MODELS:
@@ -89,7 +89,7 @@ def order_rows(random: pd.DataFrame) -> list[dict[str, object]]:
 
 
 def of_seeds(errors: pd.DataFrame, chi: int, name: str) -> np.ndarray:
-    """(n,) one value per seed: the mean or the largest over the layers at χ."""
+    """One value per seed, (n,): the mean or the largest error over the layers at χ."""
     by_seed = errors[errors["chi"] == chi].groupby("seed")["rel_error"]
     return (by_seed.max() if name == LARGEST else by_seed.mean()).to_numpy(dtype=np.float64)
 

@@ -1,4 +1,4 @@
-"""Losses, accuracies and what is made of them: Table 4 and the curves beside this study's runs."""
+"""Losses, accuracies and quantities derived from them: Table 4 and the curves beside this study's runs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from analysis.runs.study_runs import StudyRuns
 Row = dict[str, object]
 LOSS, ACC = "final/val_loss", "final/val_acc"
 SCORE_UNIT = "1e-3"
-_ROUNDING = 0.051  # of a difference of two numbers with one decimal, printed with one
+_ROUNDING = 0.051  # rounding error of a difference of two numbers with one decimal, printed with one
 
 
 def model_rows(model: PublishedModel, runs: StudyRuns, trials: PaperTrials) -> list[Row]:
-    """Table 4, of one model: loss, accuracy, their distance from dense, accuracy over the root of its parameters."""
+    """Table 4, for one model: loss, accuracy, their distance from dense, accuracy over the root of its parameters."""
     trial, base = trials.of(model.chi), MODELS[0]
     acc = _of(runs, trial, ACC, 100)
     rows = [
@@ -71,7 +71,7 @@ def retained_row(runs: StudyRuns, trials: PaperTrials) -> Row:
 
 
 def tuned_rows(runs: StudyRuns, trials: PaperTrials) -> list[Row]:
-    """Text: compressed, then fine-tuned models, of which no number is published; those that the study has."""
+    """Text: the study's models that were compressed, then fine-tuned. No number is published for them."""
     conclusion = UNPUBLISHED, "the workflow is described without a result"
     rows = []
     for chi, trial in sorted(trials.tuned.items()):
@@ -86,11 +86,11 @@ def tuned_rows(runs: StudyRuns, trials: PaperTrials) -> list[Row]:
 def curve_rows(curves: pd.DataFrame, trials: PaperTrials) -> list[Row]:
     """Figures 3 and 4: whether curves like the published ones can come from evaluations like the published ones.
 
-    How often a curve falls and how low it begins depend on when it is evaluated, so that only models evaluated at the
-    published steps, on the published sample, are counted.
+    The steps of the evaluations determine how often a curve falls and how low it begins. So only models that were
+    evaluated at the published steps, on the published sample, are counted.
 
     Args:
-        curves: trial, seed, step, val_loss, val_acc, val_acc_sampled of the paper's models from scratch.
+        curves: columns trial, seed, step, val_loss, val_acc, val_acc_sampled, for the paper's models from scratch.
     """
     dense, n_tokens = MODELS[0], math.prod(published.EVALUATED)
     p = dense.val_acc / 100
@@ -114,7 +114,7 @@ def curve_rows(curves: pd.DataFrame, trials: PaperTrials) -> list[Row]:
         low = own[(own["step"] > 0) & (own["val_loss"] <= published.LOW_LOSS)].groupby("seed")["val_acc"].min()
         by_trial.append(pd.DataFrame({"drops": drops, "low": 100 * low}))
     complete = pd.concat(by_trial, keys=range(len(by_trial))) if by_trial else pd.DataFrame({"drops": [], "low": []})
-    # Of a seed that each of the models has, so that seeds are alike.
+    # Only seeds that every model has, so that seeds are comparable.
     complete = complete.dropna().groupby(level=-1).filter(lambda of_seed: len(of_seed) == len(by_trial))
     seeds = complete.groupby(level=-1)
     name = "all models" if len(by_trial) == len(MODELS) else f"{len(by_trial)} of {len(MODELS)} models"
@@ -143,7 +143,7 @@ def curve_rows(curves: pd.DataFrame, trials: PaperTrials) -> list[Row]:
 
 
 def _is_evaluated_as_published(curves: pd.DataFrame) -> bool:
-    """Whether each seed of one trial is, at each of the published steps and at no other."""
+    """Return whether each seed of one trial is evaluated at exactly the published steps."""
     steps = list(range(0, published.PROTOCOL["steps"] + 1, published.EVAL_EVERY))
     sampled = curves.dropna(subset=["val_loss", "val_acc", "val_acc_sampled"])
     return all(sampled.loc[sampled["seed"] == seed, "step"].tolist() == steps for seed in curves["seed"].unique())
@@ -160,14 +160,14 @@ def _over(values: pd.Series) -> Value:
 
 
 def _differences(values: pd.Series, reference: pd.Series) -> np.ndarray:
-    """Over the seeds that both have."""
+    """Differences over the seeds that both have."""
     return (values - reference).dropna().to_numpy(dtype=np.float64)
 
 
 def _beside(
     runs: StudyRuns, trial: int | None, key: str, number: float, scale: float, decimals: int
 ) -> tuple[str, str]:
-    """How far a published number is from what one more run here would give, evaluated as the paper does if it was."""
+    """Compare a published number with one more run here, on the paper's kind of sample if this study evaluated one."""
     sampled = _of(runs, trial, f"{key}_sampled", scale)
     is_sampled = len(sampled) > 0 and sampled.notna().all()
     ours = _over(sampled if is_sampled else _of(runs, trial, key, scale))

@@ -1,4 +1,4 @@
-"""Which trials of a study are the paper's models under its protocol."""
+"""The trials of a study that are the paper's models under its protocol."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ COLUMNS = ("model", "trial", "arm", "n_seeds", "n_failed", "n_unfinished", "stop
 
 @dataclass(frozen=True)
 class PaperTrials:
-    """dense: trial of the paper's dense model; scratch, tuned: its MPO models by χ, trained from scratch or fine-tuned.
+    """dense: trial of the paper's dense model. scratch, tuned: its MPO models by χ, trained from scratch or fine-tuned.
 
-    frame: one row per trial taken, with `COLUMNS`; others: the trials of the same definition that were not taken.
+    frame: one row per trial taken, with `COLUMNS`. others: the trials of the same definition that were not taken.
     """
 
     dense: int | None
@@ -26,7 +26,7 @@ class PaperTrials:
     frame: pd.DataFrame
 
     def of(self, chi: int | None) -> int | None:
-        """The trial of a model from scratch; None where the study has none."""
+        """The trial of a model from scratch; None if the study has none."""
         return self.dense if chi is None else self.scratch.get(chi)
 
     @property
@@ -61,7 +61,7 @@ def paper_trials(runs: StudyRuns) -> PaperTrials:
 
 
 def remarks(trials: PaperTrials) -> list[str]:
-    """What a reader has to know of the trials taken: others like them, seeds that failed; a sentence each."""
+    """Remarks on the trials taken, one sentence each: other trials like them, and failed seeds."""
     said = []
     for row in trials.frame.to_dict("records"):
         name = f"{row['model']} is trial {row['trial']} ({row['arm']})"
@@ -78,7 +78,7 @@ def remarks(trials: PaperTrials) -> list[str]:
 
 
 def missing(trials: PaperTrials) -> str | None:
-    """What of the comparison this study cannot fill, in one line; None where it has all."""
+    """One line on the parts of the comparison that this study cannot fill; None if it can fill all."""
     lacking = [model.name for model in published.MODELS if trials.of(model.chi) is None]
     if not lacking:
         return None

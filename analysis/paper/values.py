@@ -1,4 +1,4 @@
-"""One number of ours beside one that is published: a row of the comparison, and what may be concluded from it."""
+"""One number of ours beside a published one: a row of the comparison, and the conclusion it allows."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ NOT_SAID = ""
 
 @dataclass(frozen=True)
 class Value:
-    """One number of ours. low, high: limits of its 95 % interval over n seeds; NaN where it has none, as for a number
-    that is computed (n = 0)."""
+    """One number of ours. low, high: limits of its 95 % interval over n seeds; NaN if it has none, as for a computed
+    number (n = 0)."""
 
     value: float = math.nan
     low: float = math.nan
@@ -37,12 +37,12 @@ class Value:
 
     @property
     def spread(self) -> float:
-        """Half the width of the 95 % prediction interval of one more seed, where the interval is a t interval."""
+        """Half the width of the 95 % prediction interval of one more seed, if the interval is a t interval."""
         return (self.high - self.low) / 2 * math.sqrt(self.n + 1)
 
 
 def over_seeds(values: ArrayLike) -> Value:
-    """Mean of one value per seed and its own t interval; nothing for no seeds, no interval below MIN_SEEDS."""
+    """Mean of one value per seed and its own t interval; empty without seeds, no interval below MIN_SEEDS."""
     interval = mean_interval(values)
     if not interval.n:
         return Value()
@@ -52,7 +52,7 @@ def over_seeds(values: ArrayLike) -> Value:
 
 
 def ratio_over_seeds(values: ArrayLike, reference: ArrayLike, scale: float = 1.0) -> Value:
-    """Ratio of means, paired by seed, with Fieller's interval; nothing for no seeds."""
+    """Ratio of means, paired by seed, with Fieller's interval; empty without seeds."""
     if not np.size(values):
         return Value()
     interval = ratio_interval(values, reference)
@@ -74,9 +74,9 @@ def row(
     Args:
         place: table, figure or part of the paper.
         name: model or layer.
-        number: as published, in `unit`; NaN where nothing is.
-        conclusion: whether the number can follow from its own definition, and why.
-        said: how it is published; a bound given in words has no difference from ours.
+        number: the published number, in `unit`; NaN if none is published.
+        conclusion: whether the number can follow from its own definition, and the reason.
+        said: how it is published; for a bound in words no difference is computed.
     """
     if math.isnan(number):
         said = NOT_SAID
@@ -99,16 +99,16 @@ def row(
 
 
 def too_few(ours: Value) -> str | None:
-    """Why nothing can be concluded from a measured value; None where something can."""
+    """The reason why a measured value allows no conclusion; None if it allows one."""
     if math.isnan(ours.value):
         return "this study has no such run"
     return "this study has fewer than three seeds of it" if ours.n < MIN_SEEDS else None
 
 
 def one_more_seed(number: float, ours: Value, rounding: float, says: str, digits: int = 3) -> tuple[str, str]:
-    """Whether a number whose definition leaves only the seed open can be the published one.
+    """Decide whether a number whose definition leaves only the seed open can be the published one.
 
-    It can if it is within the 95 % prediction interval of one more seed; a mean of many says more than one draw.
+    It can if it is within the 95 % prediction interval of one more seed. A mean of many seeds says more than one draw.
     """
     lacking = too_few(ours)
     if lacking:

@@ -33,7 +33,7 @@ FOLDER = OutputFolder(
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the comparison, the trials that it was measured on, and the names of the files."""
+    """Result of writing: the comparison, the trials on which it was measured, and the names of the files."""
 
     comparison: tables.Table
     trials: PaperTrials
@@ -46,7 +46,7 @@ def write_comparison(runs: StudyRuns, out: Path, *, light: bool = False) -> Writ
     Files of an earlier comparison are replaced; files of others are not touched.
 
     Args:
-        light: figures as SVG alone.
+        light: figures as SVG only.
 
     Raises:
         AnalysisError: a curve cannot be read, `out` cannot be written, or a file there was not written by a comparison.

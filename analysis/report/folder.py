@@ -1,4 +1,4 @@
-"""A folder of files that are made together, and replaced together by the next of their kind."""
+"""A folder of files that are made together, and replaced together by the next output of their kind."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from analysis.errors import AnalysisError
 
 _NEW = ".new-"
 _LEFT_BEHIND = re.compile(re.escape(_NEW) + r"[a-z0-9_]{8}")
-"""Names as `tempfile` makes them."""
+"""Names of unfinished folders, as `tempfile` makes them."""
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """What may stand in the folder of one kind of output.
+    """The allowed contents of the folder of one kind of output.
 
-    what: the output, in a word for messages. main: the file that is opened first, and moved in last. listed: name of
-    the list of the files written, which the next output of this kind may replace or remove; no other file is touched.
-    names: files in the folder itself. parts: folders in it, with files of any name.
+    what: a word for the output, for messages. main: the file that a reader opens first; it is moved in last. listed:
+    name of the list of the files written. The next output of this kind may replace or remove these files, and touches
+    no other. names: files in the folder itself. parts: folders in it, with files of any name.
     """
 
     what: str
@@ -37,8 +37,8 @@ class OutputFolder:
         """The files that an earlier output lists there, as paths relative to `out`; none if there is no list.
 
         Raises:
-            AnalysisError: the list is not one of this kind, or the main file is there and not in it; or the folder, the
-                list, a part or what the list names is a symbolic link, behind which are files of others.
+            AnalysisError: the list is not one of this kind; the main file exists but is not listed; or the folder, the
+                list, a part or a listed file is a symbolic link, which may lead to files of others.
         """
         self._refuse_links(out, ["", self.listed, *self.parts])
         before = self._written_before(out)
@@ -48,13 +48,13 @@ class OutputFolder:
         return before
 
     def write(self, out: Path, make: Callable[[Path], object]) -> list[str]:
-        """Fill `out` with what `make` writes to the empty folder that it is given; the names of the files, sorted.
+        """Fill `out` with the files that `make` writes to an empty folder; return their names, sorted.
 
-        All is made in a folder inside `out` first, and then moved in file by file. Files of an earlier output that this
-        one has no more are removed, and so are the unfinished folders of one that was killed.
+        The files are first made in a folder inside `out`, and then moved in one by one. Files that only an earlier
+        output has are removed, and so are unfinished folders of an output that was killed.
 
         Raises:
-            AnalysisError: `out` cannot be written, or something of others is where a file should be.
+            AnalysisError: `out` cannot be written, or a file or folder of others is where a file should be.
         """
         before = self.check(out)
         try:
@@ -79,7 +79,7 @@ class OutputFolder:
             for parent in PurePosixPath(name).parents:
                 if os.path.lexists(out / parent) and not (out / parent).is_dir():
                     raise AnalysisError(f"{out / parent} exists and is no folder; choose another folder")
-        # Until all is in place the list names both outputs' files, so that a broken-off one can be replaced too.
+        # Until all files are in place, the list names those of both outputs: an interrupted output can be replaced too.
         self._list_written(new, out, both)
         for name in [*(name for name in made if name != self.main), self.main]:
             (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The report's second page: the frontier to point at, and all configurations as lines through their parameters."""
+"""The report's second page: an interactive frontier, and all configurations as lines through their parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from analysis.runs.urls import without_credentials
 from analysis.statistics.nondominated import step_line
 
 SCRIPT = "scripts/plotly.min.js"
-"""Plotly's code, beside the page that uses it, so that nothing is fetched from elsewhere."""
+"""Plotly's code, beside the page that uses it, so that the page fetches nothing from elsewhere."""
 LOCAL_SERVER = "http://127.0.0.1:5000"
 """Where `mpo-study ui DIR` serves MLflow."""
 
@@ -40,12 +40,12 @@ _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, sans-serif"
 
 
 def plotly_script() -> str:
-    """What stands in `SCRIPT`."""
+    """Contents of `SCRIPT`."""
     return plotly.offline.get_plotlyjs()
 
 
 def frontier_chart(runs: StudyRuns, points: pd.DataFrame, measure: Measure) -> str:
-    """HTML of the frontier: pointing at a configuration shows what it is, a click opens its run in MLflow.
+    """HTML of the frontier: pointing at a configuration shows its description, a click opens its run in MLflow.
 
     Args:
         points: `figures.data.frontier_points` of the measure.
@@ -84,7 +84,7 @@ def frontier_chart(runs: StudyRuns, points: pd.DataFrame, measure: Measure) -> s
 
 
 def parallel_chart(runs: StudyRuns, summary: pd.DataFrame) -> str:
-    """HTML of parallel coordinates: a line per configuration through each factor that varies, its size and its loss."""
+    """HTML of parallel coordinates: a line per configuration through each varying factor, its size and its loss."""
     shown = summary[summary["n_seeds"] > 0]
     columns = [factor for factor in _FACTORS if shown[factor].nunique(dropna=False) > 1]
     loss = shown[schema.mean_key(VAL_LOSS.key)]
@@ -98,10 +98,10 @@ def parallel_chart(runs: StudyRuns, summary: pd.DataFrame) -> str:
 
 
 def run_link(runs: StudyRuns, run_id: str, study: str) -> str:
-    """Address of a run in MLflow's pages: its server's, or that of `mpo-study ui` where there is a database alone.
+    """Address of a run in MLflow's pages: on its server, or on that of `mpo-study ui` if there is only a database.
 
     Args:
-        study: as in `runs.trials`; of studies that were joined, each has a server of its own.
+        study: as in `runs.trials`; each of several joined studies has its own server.
     """
     addresses = dict(zip(part_names(runs.parts), (part.address for part in runs.parts), strict=True))
     uri = addresses.get(study, runs.address).tracking_uri
@@ -124,7 +124,7 @@ def _hover(row: dict[Any, Any], measure: Measure) -> str:
 
 
 def _dimension(values: pd.Series, name: str) -> dict[str, Any]:
-    """An axis; words, and numbers with gaps (a dense model has no χ), are evenly spaced ticks."""
+    """An axis. Words, and numbers with missing values (a dense model has no χ), become evenly spaced ticks."""
     if pd.api.types.is_numeric_dtype(values) and values.notna().all():
         numbers = values.astype("float64")
         if name not in _LOGARITHMIC or numbers.min() <= 0:

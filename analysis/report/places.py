@@ -10,16 +10,16 @@ _PLACE = re.compile(r"^<!-- begin (\S+) -->\n(.*?)^<!-- end \1 -->$", re.MULTILI
 
 
 def places(document: Path) -> list[str]:
-    """The names of a document's places, in their order.
+    """Return the names of a document's places, in their order.
 
     Raises:
-        ValueError: a place has no end or no beginning, lies in another, or has the name of another.
+        ValueError: a place has no end or no beginning, is inside another, or has the same name as another.
     """
     return [found[1] for found in _found(document, document.read_text(encoding="utf-8"))]
 
 
 def fill_place(document: Path, name: str, text: str) -> None:
-    """Put `text` where the document has a place of that name.
+    """Put `text` in the document's place with that name.
 
     Raises:
         ValueError: the document has no such place, or as `places` does.

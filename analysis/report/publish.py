@@ -1,4 +1,4 @@
-"""Puts a report where the runs are: the only thing that the analysis writes to MLflow."""
+"""Publishes a report beside the runs: the only thing that the analysis writes to MLflow."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ PARTS = ("figures", "tables")
 
 
 def publish(runs: StudyRuns, report: Path) -> int:
-    """Log a report's figures and tables as artifacts of the experiment's summary run, in place of those of the same
-    names; returns how many. Nothing else in MLflow changes.
+    """Log a report's figures and tables as artifacts of the experiment's summary run, and return their number.
+
+    They replace artifacts of the same names. Nothing else in MLflow changes.
 
     Args:
         report: the folder that `write_report` wrote.
 
     Raises:
-        AnalysisError: MLflow does not take them, or has no summary run of this study; or a file is a symbolic link.
+        AnalysisError: MLflow does not accept them or has no summary run of this study, or a file is a symbolic link.
     """
     if runs.parts:
         raise AnalysisError("a report on several studies has no experiment of its own to be published to")
@@ -36,7 +37,7 @@ def publish(runs: StudyRuns, report: Path) -> int:
         if len(summaries) != 1:
             raise AnalysisError(f"study {runs.name!r} has no summary run; `mpo-study sync DIR` writes it")
         _check_place(client.get_run(summaries[0].run_id).info.artifact_uri or "")
-        for name in chosen:  # a folder of somebody else's files beside them is not ours to publish
+        for name in chosen:  # other people's files in the report folder are not published
             target = Path(scratch) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(report / name, target)
@@ -48,7 +49,7 @@ def publish(runs: StudyRuns, report: Path) -> int:
 
 
 def _check_place(artifacts: str) -> None:
-    """Refuse to begin a folder where a study was before it was moved: its summary run has had files from the start."""
+    """Refuse to create a folder at the old place of a moved study: its summary run has had files from the start."""
     parts = urlsplit(artifacts)
     if parts.scheme == "file" and not Path(unquote(parts.path)).is_dir():
         raise AnalysisError(

@@ -1,4 +1,4 @@
-"""One folder that says what a study found: index.html, figures with the data they show, tables."""
+"""One folder with the results of a study: index.html, figures with their data, and tables."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FOLDER = OutputFolder("report", INDEX, "report.json", (INDEX, EXPLORE), PARTS)
 
 
 def write_report(runs: StudyRuns, out: Path, *, light: bool = False) -> Findings:
-    """Write the report of a study to the folder `out`, and return what it shows.
+    """Write the report of a study to the folder `out`, and return the findings that it shows.
 
-    Files of an earlier report that this one has no more are removed; files of others are not touched.
+    Files that only an earlier report has are removed; files of others are not touched.
 
     Args:
-        light: figures as SVG alone, no page to explore with its script, and nothing of the MLflow that was read, so
-            that it is the same wherever the ledger's runs were written to.
+        light: figures as SVG only, no interactive page with its script, and no trace of the MLflow that was read. Such
+            a report is the same wherever the ledger's runs were written to.
 
     Raises:
         AnalysisError: no seed is complete, `out` cannot be written, or a file there was not written by a report.
@@ -40,7 +40,7 @@ def write_report(runs: StudyRuns, out: Path, *, light: bool = False) -> Findings
             f"study {runs.name!r} has no complete seed yet: {len(runs.unfinished)} unfinished, {len(runs.failures)} "
             "failed; nothing to report on"
         )
-    FOLDER.check(out)  # before the statistics, which take their time
+    FOLDER.check(out)  # before the statistics, which are slow
     findings = Findings.of(runs)
     FOLDER.write(out, lambda folder: _write_all(findings, folder, light))
     return findings
@@ -56,7 +56,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
         style.save(drawing.figure, folder / "figures" / drawing.name, formats)
         for name, frame in drawing.shows.items():
             frame.to_csv(folder / "figures" / f"{name}.csv", index=False, lineterminator="\n")
-    listed = summary.drop(columns="run_id") if light else summary  # a repository has no MLflow that knows them
+    listed = summary.drop(columns="run_id") if light else summary  # in a repository, no MLflow knows these ids
     written = {
         table.name: table
         for table in (
@@ -74,7 +74,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
         )
     }
     for table in written.values():
-        if table.name not in ("stopped", "pruned") or len(table.data):  # in most studies nothing can be
+        if table.name not in ("stopped", "pruned") or len(table.data):  # most studies stop and prune nothing
             tables.write(table, folder / "tables")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis.report"), autoescape=True, undefined=jinja2.StrictUndefined,

@@ -1,4 +1,4 @@
-"""frame → CSV and Markdown. A CSV has every digit; a table for people has those the interval leaves meaningful."""
+"""frame → CSV and Markdown. A CSV has every digit; a table for people has those that are meaningful by the interval."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from analysis.runs.study_runs import StudyRuns
 
 @dataclass(frozen=True)
 class Table:
-    """A table twice: `data` as it is computed on, `shown` as text for people; the same rows in the same order."""
+    """A table in two forms: `data` for computation, `shown` as text for people; the same rows in the same order."""
 
     name: str
     data: pd.DataFrame
@@ -117,8 +117,8 @@ def comparisons_table(compared: pd.DataFrame) -> Table:
 
 
 def size_needed_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
-    """How large a configuration has to be in order to lose at most the margin against dense, by measure; shown are the
-    sizes that are it in at least one of 200 redraws, or by the means."""
+    """By measure, how large a configuration has to be in order to lose at most the margin against dense. Shown are the
+    sizes that are the smallest such one in at least one of 200 redraws, or by the means."""
     frames = [
         uncertainty.size_needed.assign(measure=name, margin=uncertainty.epsilon)
         for name, uncertainty in uncertainties.items()
@@ -139,7 +139,7 @@ def size_needed_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table
 
 
 def hypervolume_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
-    """The area under each frontier, with its interval and what it is measured against."""
+    """The area under each frontier, with its interval and its reference."""
     frames = [uncertainty.hypervolume.assign(measure=name) for name, uncertainty in uncertainties.items()]
     data = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
     shown = pd.DataFrame(
@@ -193,14 +193,14 @@ def stopped_table(runs: StudyRuns) -> Table:
 
 
 def pruned_table(runs: StudyRuns) -> Table:
-    """Every trial that was never trained, since it breaks a limit of the search."""
+    """Every trial that was never trained because it breaks a limit of the search."""
     data = runs.pruned
     shown = data.assign(n_params=[count_shown(value) for value in data["n_params"]])
     return Table("pruned", data, _as_text(shown.rename(columns={"n_params": "parameters", "chi": "χ"})))
 
 
 def budgets_table(summary: pd.DataFrame) -> Table:
-    """Which trials share a budget, and the tokens each of their runs was trained on, the teacher's included or not."""
+    """The trials that share a budget, and the training tokens of each run, with and without the teacher's."""
     rows = []
     for budget, group in summary.groupby("budget_hash"):
         rows.append(
@@ -217,7 +217,7 @@ def budgets_table(summary: pd.DataFrame) -> Table:
 
 
 def arms_table(summary: pd.DataFrame) -> Table:
-    """What each arm of the study file was trained with; several values where its trials differ."""
+    """The settings with which each arm of the study file was trained; several values if its trials differ."""
     rows = []
     for arm, group in summary.groupby("arm", sort=False):
         row: dict[str, object] = {"arm": arm, "trials": len(group)}
@@ -253,7 +253,8 @@ _TRAINED_WITH = (
 def write(table: Table, folder: Path) -> list[Path]:
     """Write `folder`/NAME.csv, NAME.md and NAME.tex.
 
-    The CSV has every text as it is, for programs: a spreadsheet may take one that begins with = for a formula.
+    The CSV is for programs and leaves every text as it is: a spreadsheet may read a text that begins with = as a
+    formula.
     """
     csv, markdown, latex = (folder / f"{table.name}.{kind}" for kind in ("csv", "md", "tex"))
     table.data.to_csv(csv, index=False, lineterminator="\n")
@@ -263,8 +264,8 @@ def write(table: Table, folder: Path) -> list[Path]:
 
 
 def to_markdown(shown: pd.DataFrame) -> str:
-    """A GitHub table; a vertical bar or a line break in a cell stays inside it, and what looks like HTML, a link or a
-    picture is the text that it is."""
+    """A GitHub table. A vertical bar or a line break in a cell stays inside it; HTML, links and pictures in a cell are
+    shown as plain text."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(_MARKDOWN.sub(r"\\\g<0>", _on_one_line(cell)) for cell in cells) + " |"
@@ -274,7 +275,7 @@ def to_markdown(shown: pd.DataFrame) -> str:
 
 
 def to_latex(shown: pd.DataFrame) -> str:
-    """A tabular for any LaTeX engine, with the rules of booktabs; columns of numbers are set right."""
+    """A tabular for any LaTeX engine, with the rules of booktabs; columns of numbers are right-aligned."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join("".join(_LATEX.get(mark, mark) for mark in _on_one_line(cell)) for cell in cells) + r" \\"
@@ -294,13 +295,13 @@ def _on_one_line(cell: str) -> str:
 
 _BREAK = re.compile(r"\r\n|[\x00-\x1f\x7f\x85\u2028\u2029]")
 _MARKDOWN = re.compile(r"[|\[\]]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\\(?=[!-/:-@\[-`{-~])")
-"""What would end a cell, or begin HTML, an entity, a link, a picture or an escape; a backslash takes that away."""
+"""Characters that would end a cell, or begin HTML, an entity, a link, a picture or an escape; they get a backslash."""
 _NUMBER = re.compile(r"[−+]?[\d,.]+( ± [\d,.]+)?( \(.*\))?|–|")
 _LATEX = {mark: f"\\{mark}" for mark in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    "[": "{[}",  # the end of a row would take these two for arguments
+    "[": "{[}",  # the end of a row would read these two as arguments
     "*": "{*}",
     "±": r"$\pm$",
     "−": "$-$",
@@ -310,7 +311,7 @@ _LATEX = {mark: f"\\{mark}" for mark in "&%$#_{}"} | {
     "χ": r"$\chi$",
     "≥": r"$\geq$",
     "≤": r"$\leq$",
-    "<": "$<$",  # in LaTeX's default font encoding these three are other marks
+    "<": "$<$",  # in LaTeX's default font encoding these three are other characters
     ">": "$>$",
     "|": "$|$",
 }

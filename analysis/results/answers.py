@@ -1,4 +1,4 @@
-"""The report's first screen in sentences: what was run, what is on the frontier, what beats what, and how surely."""
+"""The report's first screen in sentences: what was run, what is on the frontier, what beats what, and how certain."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from analysis.statistics.seed_blocks import MIN_SEEDS, is_complete, two_way, une
 
 
 class Answer(NamedTuple):
-    """A question a reader brings, and what this study says to it. name: a word for it."""
+    """A reader's question, and this study's answer. name: a word for it."""
 
     name: str
     question: str
@@ -57,11 +57,11 @@ def answers(
     compared: pd.DataFrame,
     uncertainties: dict[str, FrontierUncertainty],
 ) -> list[Answer]:
-    """What the first screen says.
+    """Answers on the first screen.
 
     Args:
         compared: `comparisons.compare`.
-        uncertainties: by the name of the measure.
+        uncertainties: uncertainty of each frontier, by the name of the measure.
     """
     return [
         Answer("run", "What was run?", _what_was_run(runs, summary)),
@@ -198,7 +198,7 @@ def _against_dense(summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
 
 
 def retained_shares(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
-    """A sentence for each group of a few MPO configurations: the share of the dense model's accuracy."""
+    """A sentence on each small group of MPO configurations: the share of the dense model's accuracy."""
     trials = summary[(summary["family"] == "mpo") & (summary["n_seeds"] >= MIN_SEEDS)]
     few = trials.groupby("group")["trial"].transform("size") <= _MOST_NAMED
     chosen = pd.concat([sole_reference(summary), trials[few]])
@@ -217,12 +217,12 @@ def _share(row: dict[Any, Any]) -> str:
 
 
 def _smallest(compared: pd.DataFrame, measure: Measure) -> str:
-    """Of any family; by the paired tests, since redraws take all noise as one."""
+    """The smallest configuration of any family, by the paired tests, because redraws assume one noise for all."""
     own = compared[(compared["relation"] == REFERENCE) & (compared["measure"] == measure.name)]
     if own["margin"].isna().all():
         return ""
     margin = f"the margin of {own['margin'].max():g} {measure.difference_unit}"
-    against_all = own.groupby("trial")["non_inferior"].transform("all")  # from scratch and, of its budget, trained on
+    against_all = own.groupby("trial")["non_inferior"].transform("all")  # dense from scratch, dense trained on
     holds = own[against_all].sort_values(["n_params", "trial"])
     if holds.empty:
         return f"No configuration of any family is shown to lose less {measure.short} than {margin}."
@@ -275,7 +275,7 @@ def _how_sure(runs: StudyRuns, summary: pd.DataFrame, compared: pd.DataFrame) ->
 
 
 def _grew(growth: Growth, is_one: bool) -> str:
-    """One sentence: what was seen before more was asked for."""
+    """One sentence on the results that were there before more runs were added."""
     seeds = ""
     if growth.seeds_after != growth.seeds_before:
         seeds = f", from {growth.seeds_before} to {counted(growth.seeds_after, 'seed')} a trial"
@@ -286,8 +286,8 @@ def _grew(growth: Growth, is_one: bool) -> str:
 
 
 class SeedNoise(NamedTuple):
-    """Standard deviation of one result over seeds, in the measure's unit, and the correlation of two results of one
-    seed, both pooled over configurations, each of which has n seeds or more."""
+    """Standard deviation of one result over seeds, in the measure's unit, and correlation of two results of one seed.
+    Both are pooled over configurations, each of which has at least n seeds."""
 
     sd: float
     correlation: float
@@ -295,8 +295,8 @@ class SeedNoise(NamedTuple):
 
 
 def seed_noise(runs: StudyRuns, summary: pd.DataFrame, measure: Measure) -> SeedNoise | None:
-    """Of the trials of the reference's budget, in the two-way model (see `statistics.seed_blocks`); None where fewer
-    than two have seeds enough, or nothing varies."""
+    """Noise of the trials of the reference's budget, in the two-way model (see `statistics.seed_blocks`). None if fewer
+    than two have enough seeds, or nothing varies."""
     reference = reference_trial(summary)
     if reference is None:
         return None
@@ -312,7 +312,7 @@ def seed_noise(runs: StudyRuns, summary: pd.DataFrame, measure: Measure) -> Seed
         residual, variance = model.residual_variance, model.variance
     if not variance > 0:
         return None
-    # The mean variance within rows has the expectation σ_b² + σ², of which σ_b² is shared.
+    # The mean variance within rows has the expectation σ_b² + σ²; the part σ_b² is shared.
     correlation = 1 - residual / variance
     n = int(table.notna().sum(axis=1).min())
     return SeedNoise(math.sqrt(variance), min(max(correlation, 0.0), 0.99), n)

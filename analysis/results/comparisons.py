@@ -1,4 +1,4 @@
-"""Which trial is compared with which, and what the seeds that both have say of the difference."""
+"""Comparisons of trials: which pairs are compared, and the difference on the seeds that both have."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from analysis.statistics.multiplicity import benjamini_hochberg, holm
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
 LEVEL = 0.05
-"""Of a family of tests, two-sided."""
+"""Level of a family of tests, two-sided."""
 
 BETTER, WORSE, NOT_INFERIOR, UNDECIDED = "better", "worse", "not inferior", "undecided"
 TOO_FEW, FAILED, STOPPED, UNFINISHED = "too few seeds", "failed seeds", "stopped early", "study unfinished"
@@ -40,29 +40,28 @@ COLUMNS = (
 
 
 def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
-    """The differences that a study is about, tested on the seeds that both trials have.
+    """Test the differences that a study is about, on the seeds that both trials have.
 
-    Compared are the pairs that the study file declares, of any budgets; and, of one budget, each trial with the
-    dense models of the reference's kind (of each of their arms the one trained most alike) and each MPO trial with the
-    controls of equal parameters: of each arm, one within `pairs.EQUAL_SIZE` of its parameters, from the same start.
-    What starts from a teacher has, as a reference of its own, the first dense trial of its budget that was trained
-    on from the same teacher. Trials that were stopped early are in no pair that is not declared.
+    Compared are the pairs that the study file declares, of any budgets. Within one budget, each trial is also compared
+    with the dense models of the reference's kind: from each of their arms, the one trained most alike. Each MPO trial
+    is compared with the controls of equal parameters: from each arm, one within `pairs.EQUAL_SIZE` of its parameters,
+    from the same start. A trial that starts from a teacher has a reference of its own: the first dense trial of its
+    budget that was trained on from the same teacher. Trials that were stopped early are only in declared pairs.
 
-    Claims rest on each pair's own t test (see `statistics.contrasts.headline`). Declared pairs are one family for
-    each measure, adjusted by Holm; those of them that could not be tested, even for want of any complete seed, count in
-    it all the same, as p = 1. The
-    others are exploration, adjusted by Benjamini and Hochberg. While the study lacks runs nothing declared is
-    decided: neither is the family complete, nor has the order of tests begun where it must. Non-inferiority to the
-    reference, by the study file's margin, is tested at .025 one-sided within each group and against each reference,
-    from its largest χ (or, without χ, its largest model) downwards, up to the first that fails; where two are
-    equally large, by Holm.
+    Claims rest on each pair's own t test (see `statistics.contrasts.headline`). For each measure, the declared pairs
+    are one family, adjusted by Holm. A declared pair that could not be tested, even because it has no complete seed,
+    counts in the family as p = 1. The other pairs are exploration, adjusted by Benjamini and Hochberg. While the study
+    lacks runs, nothing declared is decided: the family is incomplete, and the order of tests has not begun where it
+    must. Non-inferiority to the reference, by the study file's margin, is tested at .025 one-sided, within each group
+    and against each reference. The tests go from the largest χ (or, without χ, the largest model) downwards, up to the
+    first that fails. If two are equally large, Holm is used.
 
     Returns:
         One row per measure and pair, with `COLUMNS`. difference (trial − against), half_width (95 %), margin and bound
-        are in the measure's unit. bound: worst difference that is not excluded. block_half_width, block_p: of the block
-        model over all trials of the trial's budget that have the seeds of most; NaN where either trial has not.
-        verdict: on this difference alone; of a pair with fewer than 3 shared seeds, a failed seed or a trial that was
-        stopped early, nothing is said.
+        are in the measure's unit. bound: worst difference that is not excluded. block_half_width, block_p: from the
+        block model over all trials of the trial's budget that have the seeds of most; NaN if either trial lacks them.
+        verdict: on this difference alone; it claims nothing for a pair with fewer than 3 shared seeds, a failed seed or
+        a trial that was stopped early.
     """
     rows = summary.set_index("trial")
     known: list[Known] = _known(summary).to_dict("records")  # type: ignore[assignment]
@@ -72,13 +71,13 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def reference_trial(summary: pd.DataFrame) -> int | None:
-    """The dense trial that others are compared with; None if the study has none."""
+    """The dense trial with which others are compared; None if the study has none."""
     trials = summary.loc[summary["is_reference"], "trial"]
     return int(trials.iloc[0]) if len(trials) else None
 
 
 def declared_against_reference(compared: pd.DataFrame) -> set[int]:
-    """Trials that the study file compares with the dense reference, which is from scratch, of whatever budget."""
+    """Trials of any budget that the study file compares with the dense reference, which is from scratch."""
     from_scratch = (compared["relation"] == REFERENCE) & (compared["against_group"] == DENSE)
     return set(compared.loc[from_scratch & compared["declared"].astype(bool), "trial"])
 
@@ -126,7 +125,7 @@ def _add_pair_tests(
     has = values.notna()
     shared = (has.loc[frame["trial"]].to_numpy() & has.loc[frame["against"]].to_numpy()).astype(bool)
     frame["n"] = shared.sum(axis=1)
-    # Pairs with the same seeds are one call, each a table of one row: what is found has the shape (pairs, 1).
+    # Pairs with the same seeds are tested in one call, each as a table of one row: the result has the shape (pairs, 1).
     alike = pd.Series(list(map(bytes, np.packbits(shared, axis=1))), frame.index)
     for _, group in frame[frame["n"] > 0].groupby(alike):
         own = values.loc[:, shared[group.index[0]]]
@@ -141,7 +140,7 @@ def _add_pair_tests(
             frame.loc[group.index, "bound"] = result.bound[:, 0]
             frame.loc[group.index, "inferiority_p"] = result.p[:, 0]
     frame.loc[failed, ["half_width", "p", "bound", "inferiority_p"]] = math.nan
-    # A margin is one against the reference: that a control is not much better is another question.
+    # The margin applies to the reference only: it is another question if a control is not much better.
     frame["margin"] = np.where(frame["relation"] == REFERENCE, margin, math.nan)
     frame.loc[frame["relation"] != REFERENCE, ["bound", "inferiority_p"]] = math.nan
 
@@ -168,7 +167,7 @@ def _adjust(frame: pd.DataFrame, is_unfinished: bool) -> None:
     p = frame["p"].to_numpy(dtype=np.float64)
     adjusted = np.full(p.shape, math.nan)
     if not is_unfinished:
-        planned = p[declared]  # those without a result count as planned
+        planned = p[declared]  # pairs without a result count as planned tests
         adjusted[declared] = np.where(np.isnan(planned), math.nan, holm(np.nan_to_num(planned, nan=1.0)))
     adjusted[~declared] = benjamini_hochberg(p[~declared])
     frame["p_adjusted"] = adjusted

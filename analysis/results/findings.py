@@ -1,4 +1,4 @@
-"""All that a study's runs say, computed once: the report writes it, the command prints it."""
+"""All results of a study's runs, computed once: the report writes them, the command prints them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of what separates the MPO trials of a study is due to each factor."""
+"""Share of the differences between the MPO trials of a study that is due to each factor."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from analysis.statistics.draws import SeedMeans
 ANOVA, FANOVA = "factorial analysis of variance", "fANOVA"
 INTERACTIONS = "interactions"
 MIN_TRIALS = 20
-"""Fewest trials a forest is grown on; of 12, the main share of a known truth came out anywhere from .5 to .9."""
+"""Minimum number of trials for a forest; with 12, the main share of a known truth came out anywhere from .5 to .9."""
 
 MAX_TRIALS = 200
-"""Most trials a forest is grown on, drawn at random; its cost grows with their square."""
+"""Maximum number of trials for a forest, drawn at random; its cost grows with their square."""
 
 _NO_FACTORS = (
     *("trial", "seed", "arm", "family", "as_chi", "sites", "largest_bond", "tuning_trials", "tuned_among"),
     *("budget_hash", "corpus_sha256"),
 )
 FACTORS = tuple(field.key for field in schema.PARAMS if field.key not in _NO_FACTORS)
-"""Params that are set, rather than names or what follows from others."""
+"""Params that are set, not names and not values that follow from other params."""
 
 _NAMES = {"chi": "χ", "n_sites": "number of sites L"}
 _FEW_LEVELS = 6
@@ -44,31 +44,34 @@ def factor_importance(
 ) -> pd.DataFrame:
     """Share of the variance of a measure's seed means by the main effect of each factor, over the MPO trials.
 
-    On a complete factorial grid: analysis of variance, with the variance that the seeds' noise gives to the means taken
-    out of every sum of squares, so that shares add up to 100 % with `interactions` as the rest. Elsewhere (continuous
-    learning rates, unequal cells): fANOVA of a random forest over the range each factor has here, χ and the like on a
-    logarithmic scale, the levels of all others weighted equally. Noise shifts its shares as it shifts those of redrawn
-    means against the measured ones, by which they are corrected; its rest is interactions and what the forest smooths
-    away, and it gives small effects less than their share. Factors whose levels go together one to one cannot be told
-    apart and are one row.
+    On a complete factorial grid: analysis of variance. The variance that the seeds' noise gives to the means is
+    subtracted from every sum of squares. So the shares add up to 100 %, with `interactions` as the rest.
 
-    low and high are the 2.5 and 97.5 % quantiles of the shares over redrawn seed means: around the measured ones, with
-    the noise pooled over trials (`SeedMeans.contrast_draws`), from which the noise of the seeds and that of redrawing
-    are taken out; a forest's range holds that without this too, which makes up for the forest's own randomness. They
-    are ranges, one by one, of what the seeds leave open; that the trials are a sample of all settings is not in them.
+    Elsewhere (continuous learning rates, unequal cells): fANOVA of a random forest over the range of each factor here.
+    Quantities such as χ are on a logarithmic scale; the levels of all other factors have equal weights. Noise shifts
+    the forest's shares. Redrawn means show the same shift against the measured ones, and the shares are corrected by
+    it. The rest is interactions and what the forest smooths away; small effects get less than their share.
+
+    Factors whose levels correspond one to one cannot be distinguished, and share one row.
+
+    low and high are the 2.5 and 97.5 % quantiles of the shares over redrawn seed means. The means are redrawn around
+    the measured ones, with the noise pooled over trials (`SeedMeans.contrast_draws`); the noise of the seeds and that
+    of redrawing are then subtracted. A forest's range also covers the quantiles without this correction, which makes up
+    for the forest's own randomness. Each range on its own shows what the seeds leave open. It does not include that the
+    trials are a sample of all settings.
 
     Args:
         summary: `summary.summarise`.
         seeds: `StudyRuns.seeds`.
-        rng: redraws, and seeds the forests.
+        rng: source of the redraws and of the forests' seeds.
         budgets: as in `selection.select`.
-    Cost: a grid well under a second; a forest about 10 s for 60 trials of 4 factors and a minute for MAX_TRIALS or
-        more, nearly all for the redraws.
+    Cost: a grid takes well under a second. A forest takes about 10 s for 60 trials of 4 factors, and a minute for
+        MAX_TRIALS or more; nearly all of it is for the redraws.
     Returns:
-        One row per factor, the largest share first, `interactions` last. factor: its name. levels, n_levels: what it
-        was set to; missing for the rest. share, low, high: per cent. evaluator, n_trials, n_seeds, left_out: of the
-        whole, the same in each row. Empty where fewer than two factors vary, where a forest would have fewer than
-        MIN_TRIALS trials, or where nothing is left when the noise is taken out.
+        One row per factor, the largest share first, `interactions` last. factor: its name. levels, n_levels: its
+        settings; missing for `interactions`. share, low, high: per cent. evaluator, n_trials, n_seeds, left_out: the
+        same in each row. Empty if fewer than two factors vary, if a forest would have fewer than MIN_TRIALS trials, or
+        if nothing is left after the noise is subtracted.
     Source: Scheffé 1959, The Analysis of Variance, sections 4.5 and 7.2 (variance components); Hutter, Hoos and
         Leyton-Brown 2014, An efficient approach for assessing hyperparameter importance (fANOVA).
     """
@@ -122,21 +125,21 @@ def _together(keys: list[str]) -> str:
 
 
 def varying(trials: pd.DataFrame, without: Collection[str] = ()) -> list[str]:
-    """The factors that differ among trials; being without one is a level of it."""
+    """The factors that differ among trials; a missing value counts as a level."""
     return [key for key in FACTORS if key not in without and trials[key].nunique(dropna=False) > 1]
 
 
 def _factors(trials: pd.DataFrame) -> list[list[str]]:
-    """The factors that vary, those together whose levels go together one to one."""
+    """The factors that vary, grouped if their levels correspond one to one."""
     found: dict[bytes, list[str]] = {}
     for key in varying(trials):
-        # In the order in which levels occur, so that the same division of the trials has the same numbers.
+        # Levels are numbered in the order in which they occur: the same division of the trials has the same numbers.
         found.setdefault(pd.factorize(trials[key], use_na_sentinel=False)[0].tobytes(), []).append(key)
     return list(found.values())
 
 
 def _codes(values: pd.Series) -> NDArray[np.intp]:
-    """(C,) ranks of each trial's level among the levels; a missing one comes last."""
+    """Rank of each trial's level among the levels, (C,); a missing level comes last."""
     return pd.factorize(values, sort=True, use_na_sentinel=False)[0]
 
 
@@ -153,12 +156,12 @@ def _is_number(values: pd.Series) -> bool:
 
 
 def _is_grid(codes: NDArray[np.intp]) -> bool:
-    """Whether every combination of the factors' levels is there, once."""
+    """Return whether every combination of the factors' levels occurs exactly once."""
     return len(np.unique(codes, axis=0)) == len(codes) == np.prod(codes.max(axis=0) + 1)
 
 
 def _anova_shares(codes: NDArray[np.intp], means: SeedMeans, rng: np.random.Generator) -> NDArray[np.float64]:
-    """(3, factors + 1): share, low, high of each factor and of the interactions, in [0, 1]; NaN if all is noise."""
+    """Share, low, high of each factor and of the interactions, (3, factors + 1), in [0, 1]; NaN if all is noise."""
     order, shape = np.lexsort(codes.T[::-1]), tuple(codes.max(axis=0) + 1)
     noise = means.residual_se**2
     share = _variance_shares(means.means[order].reshape(shape), len(shape), noise)
@@ -170,13 +173,13 @@ def _anova_shares(codes: NDArray[np.intp], means: SeedMeans, rng: np.random.Gene
     )
     if np.isnan(share).any():
         return np.full((3, len(shape) + 1), np.nan)
-    # A draw in which nothing is left above the noise says nothing of shares.
+    # A draw in which nothing is left above the noise has no shares.
     return np.vstack((share, np.nanquantile(draws, _RANGE, axis=0)))
 
 
 def _variance_shares(grid: NDArray[np.float64], n_factors: int, noise: float) -> NDArray[np.float64]:
-    """(..., factors + 1) shares of the sums of squares of a (..., *levels) grid less what noise of that variance in
-    each cell adds to them on average: its degrees of freedom times the variance."""
+    """Shares (..., factors + 1) of the sums of squares of a (..., *levels) grid. From each sum, the average addition by
+    noise of that variance in each cell is subtracted: its degrees of freedom times the variance."""
     axes = tuple(range(grid.ndim - n_factors, grid.ndim))
     levels, cells = grid.shape[grid.ndim - n_factors :], np.prod(grid.shape[grid.ndim - n_factors :])
     centred = grid - grid.mean(axis=axes, keepdims=True)
@@ -192,8 +195,8 @@ def _variance_shares(grid: NDArray[np.float64], n_factors: int, noise: float) ->
 
 
 def _coordinates(trials: pd.DataFrame, factors: list[list[str]], codes: NDArray[np.intp]) -> NDArray[np.float64]:
-    """(C, factors): what a forest splits. A quantity of many levels on its own scale, logarithmic where it is positive;
-    any other by the rank of its level, between half steps, so that each level has the same weight."""
+    """Coordinates that a forest splits, (C, factors). A quantity with many levels is on its own scale, logarithmic if
+    it is positive. Any other has the rank of its level, between half steps, so that each level has the same weight."""
     columns = []
     for keys, ranks in zip(factors, codes.T, strict=True):
         values = trials[keys[0]]
@@ -208,7 +211,7 @@ def _coordinates(trials: pd.DataFrame, factors: list[list[str]], codes: NDArray[
 
 
 def _fanova_shares(coordinates: NDArray[np.float64], means: SeedMeans, rng: np.random.Generator) -> NDArray[np.float64]:
-    """As `_anova_shares`, by forests; coordinates in [0, 1]."""
+    """Shares as in `_anova_shares`, but by forests; coordinates in [0, 1]."""
     if np.ptp(means.means) == 0:
         return np.full((3, coordinates.shape[1] + 1), np.nan)
     forest_seeds = rng.integers(2**31, size=_FOREST_DRAWS + 1)
@@ -218,9 +221,9 @@ def _fanova_shares(coordinates: NDArray[np.float64], means: SeedMeans, rng: np.r
         _forest_shares(coordinates, values, int(seed), _TREES_PER_DRAW)
         for values, seed in zip(redrawn, forest_seeds[1:], strict=True)
     ]
-    # Redrawing shifts a share as much as the noise that was there already has: it is taken out of the measured one once
-    # and of the redrawn ones twice. Shifted ranges alone held what a forest finds without noise in .65 to .9 of 20
-    # simulated searches (40 trials, 3 seeds), by factor and noise, and with the unshifted ones in .85 to 1.
+    # Redrawing shifts a share as much as the original noise did. So the shift is subtracted once from the measured
+    # share, and twice from the redrawn ones. Of 20 simulated searches (40 trials, 3 seeds), the shifted ranges alone
+    # held a forest's noise-free shares in .65 to .9, by factor and noise, and with the unshifted ones in .85 to 1.
     shift = np.mean(draws, axis=0) - share
     low, high = np.quantile(draws, _RANGE, axis=0)
     found = np.vstack((share - shift, low - np.maximum(2 * shift, 0), high - np.minimum(2 * shift, 0)))
@@ -230,7 +233,7 @@ def _fanova_shares(coordinates: NDArray[np.float64], means: SeedMeans, rng: np.r
 def _forest_shares(
     coordinates: NDArray[np.float64], values: NDArray[np.float64], seed: int, n_trees: int
 ) -> NDArray[np.float64]:
-    # Here and not above: a report of a study that has no search does without Optuna.
+    # Imported here, so that the report of a study without a search does not need Optuna.
     from optuna import logging
     from optuna.distributions import BaseDistribution, FloatDistribution
     from optuna.importance import FanovaImportanceEvaluator
@@ -245,7 +248,7 @@ def _forest_shares(
         study = create_study()
         for row, value in zip(coordinates.tolist(), values.tolist(), strict=True):
             study.add_trial(create_trial(params=dict(zip(names, row, strict=True)), distributions=space, value=value))
-        # Evaluator, target and seed said outright: Optuna's default asks which factor matters among the best trials.
+        # Evaluator, target and seed are explicit: Optuna's default asks which factor matters among the best trials.
         evaluator = FanovaImportanceEvaluator(n_trees=n_trees, seed=seed)
         found = evaluator.evaluate(study, names, target=lambda trial: trial.values[0])
     finally:

@@ -10,7 +10,7 @@ import pandas as pd
 
 
 def with_interval(mean: float, half_width: float, decimals: int) -> str:
-    """`1.6543 ± 0.0083`; without the interval where there is none, a dash where there is no mean."""
+    """`1.6543 ± 0.0083`; without the interval if there is none, a dash if there is no mean."""
     if math.isnan(mean):
         return "–"
     shown = digits(mean, decimals)
@@ -24,7 +24,7 @@ def signed(difference: float, half_width: float, decimals: int) -> str:
 
 
 def difference_shown(row: Mapping[Any, Any]) -> str:
-    """Of a row of `comparisons.compare`: its difference, with the digits that its own interval leaves meaningful."""
+    """Difference of a row of `comparisons.compare`, with the digits that are meaningful by its own interval."""
     return signed(row["difference"], row["half_width"], decimals_for(pd.Series([row["half_width"]])))
 
 
@@ -34,7 +34,7 @@ def counted(n: int, noun: str) -> str:
 
 
 def percent(share: float) -> str:
-    """Whole per cent; 100 or 0 only where the share is."""
+    """Whole per cent; 100 or 0 only if the share is exactly that."""
     whole = round(100 * share)
     return "<1 %" if whole == 0 and share > 0 else ">99 %" if whole == 100 and share < 1 else f"{whole} %"
 
@@ -46,7 +46,7 @@ def decimals_for(half_widths: pd.Series) -> int:
 
 
 def range_shown(values: pd.Series) -> str:
-    """`1,000 to 2,000`; one number where all are equal, a dash where there is none."""
+    """`1,000 to 2,000`; one number if all are equal, a dash if there is none."""
     known = values.dropna()
     if known.empty:
         return "–"
@@ -60,5 +60,5 @@ def digits(value: float, decimals: int) -> str:
 
 
 def count_shown(value: float) -> str:
-    """`1,000`; a dash where there is none."""
+    """`1,000`; a dash if there is none."""
     return "–" if pd.isna(value) else f"{int(value):,}"

@@ -1,4 +1,4 @@
-"""Which trials are compared with which. Knows no frames: a trial is what `KNOWN` names, a missing value is None."""
+"""The pairs of trials that are compared. Uses no frames: a trial is a dict with the keys `KNOWN`; None is missing."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ DENSE_TUNED = "dense fine-tuned"
 MPO_SCRATCH = "MPO from scratch"
 MPO_TUNED = "MPO fine-tuned"
 _SHOWN = {"low_rank": "low rank", "monarch": "Monarch"}
-"""A family in words, where its key is not one."""
+"""Names of families whose key is not a word."""
 
 EQUAL_SIZE = 0.05
 """A control whose parameters differ from a trial's by at most this share has equal parameters."""
 REFERENCE, EQUAL_PARAMETERS, DECLARED = "reference", "equal parameters", "declared"
 
 Known = dict[str, Any]
-"""Of a trial, `KNOWN`."""
+"""A trial: a dict with the keys `KNOWN`."""
 _TRAINED = (*("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "factorisation", "n_sites"),)
 KNOWN = (
     *("trial", "study", "arm", "family", "start", "teacher", "chi", "as_chi", "n_params", "n_params_dense", "n_seeds"),
     *("n_failed", "stopped", "budget_hash", "learning_rate", "embedding_learning_rate", "lr_rule", "decay"),
     *("factorisation", "n_sites"),
 )
-"""What of a trial tells which pairs it is in, by the names that runs have for it."""
+"""Properties of a trial that determine its pairs, by their names in runs."""
 
 
 class Pair(NamedTuple):
-    """Two trials that are compared, and why."""
+    """Two trials that are compared, and the reason."""
 
     trial: int
     against: int
@@ -48,18 +48,18 @@ def pairs(trials: Iterable[Known], contrasts: Iterable[tuple[str, str, str]], is
     """The pairs that `comparisons.compare` names, the declared ones first.
 
     Args:
-        contrasts: of each, a study and the names of two arms of it, the second of which the first is compared with.
+        contrasts: for each, a study and the names of two of its arms; the first arm is compared with the second.
         is_unfinished: whether the study lacks runs.
     """
     everything = list(map(_described, trials))
     over = [trial for trial in everything if trial["stopped"] is None and trial["n_seeds"] + trial["n_failed"] > 0]
-    trials = [trial for trial in over if trial["n_seeds"] > 0]  # what others can be compared with
+    trials = [trial for trial in over if trial["n_seeds"] > 0]  # others can be compared with these
     first = _first([trial for trial in everything if trial["group"] == DENSE and trial["n_seeds"] > 0])
     reference = first if first is not None and first["stopped"] is None else None
     declared = list(_declared_pairs(everything, contrasts, is_unfinished))
     yield from declared
     known = {(pair.trial, pair.against) for pair in declared}
-    # What its own study sets a trial against, of whatever budget, spares it those of other studies that are joined.
+    # A trial that its own study compares with a reference, of any budget, is not compared with other joined studies'.
     group_of = {trial["trial"]: trial["group"] for trial in everything}
     settled = {(pair.trial, group_of[pair.against]) for pair in declared if pair.relation == REFERENCE}
     trained_on = _trained_on(trials)
@@ -73,7 +73,7 @@ def pairs(trials: Iterable[Known], contrasts: Iterable[tuple[str, str, str]], is
     for trial in over:
         own = []
         if trial["budget_hash"] == budget and trial is not reference:
-            # Of several, tuned in the study itself, the one trained most alike: the first may be the worst of them.
+            # Of several dense models that the study tuned, take the one trained most alike: the first may be the worst.
             is_dense = trial["group"] == DENSE
             near = dense if is_dense else _at_home(trial, dense, (trial["trial"], DENSE) not in settled)
             own += [(rival, REFERENCE) for rival in _of_each_arm(trial, near) if rival is not trial]
@@ -91,7 +91,7 @@ def pairs(trials: Iterable[Known], contrasts: Iterable[tuple[str, str, str]], is
 
 
 def group_of(family: str, start: str, percent_of_dense: float) -> str:
-    """The family as a reader tells them apart."""
+    """The group of a trial: its family, as readers distinguish families."""
     if family == "dense" and start == "scratch":
         return DENSE if percent_of_dense == 100 else LARGER_DENSE if percent_of_dense > 100 else SMALLER_DENSE
     if family == "mpo":
@@ -100,7 +100,7 @@ def group_of(family: str, start: str, percent_of_dense: float) -> str:
 
 
 def _described(trial: Known) -> Known:
-    """With what follows from it."""
+    """The trial with derived values added."""
     layers, embeddings = trial["learning_rate"], trial["embedding_learning_rate"]
     embeddings = layers if embeddings is None else embeddings
     percent = 100 * trial["n_params"] / trial["n_params_dense"] if trial["n_params_dense"] else math.nan
@@ -108,7 +108,7 @@ def _described(trial: Known) -> Known:
         "group": group_of(trial["family"], trial["start"], percent),
         "cap": trial["as_chi"] if trial["chi"] is None else trial["chi"],
         "embedding_learning_rate": embeddings,
-        # One that moves with the layers' is no second one.
+        # A rate that equals the layers' is not a rate of its own.
         "own_embedding_rate": embeddings if embeddings != layers else None,
     }
     return described | {"trained": tuple(str(described[key]) for key in _TRAINED)}
@@ -127,7 +127,7 @@ def _declared_pairs(
                 of_cap.setdefault(trial["cap"], []).append(trial)
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
             same = of_cap.get(trial["cap"], [])
-            # The χ of a control is that of an MPO with the control's sites: beside one with others it says nothing.
+            # A control's χ is that of an MPO with the control's sites: beside an MPO with other sites it means nothing.
             meant = [other for other in same if other["family"] == "mpo" or _sites(other) == _sites(trial)]
             against = _counterpart(trial, meant, rivals)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
@@ -136,18 +136,18 @@ def _declared_pairs(
             )
             is_reference = against is reference or is_other_dense or against is trained_on.get(_start_of(trial))
             if is_unfinished and not (same or is_equal or is_reference):
-                continue  # its counterpart may be one that has not begun
+                continue  # its counterpart may be a trial that has not begun
             relation = REFERENCE if is_reference else EQUAL_PARAMETERS if is_equal else DECLARED
             yield Pair(trial["trial"], against["trial"], relation, declared=True)
 
 
 def _reference_of(own: list[Known]) -> Known | None:
-    """The dense trial that those of one study are compared with, as `summary.summarise` chooses it."""
+    """The dense trial with which the trials of one study are compared, as `summary.summarise` chooses it."""
     return _first([trial for trial in own if trial["group"] == DENSE])
 
 
 def _trained_on(trials: list[Known]) -> dict[tuple[Any, Any], Known]:
-    """By where they start and their budget, the dense trials that were trained on from a teacher: of several the first,
+    """The dense trials that were trained on from a teacher, by their start and budget. Of several, the first is taken,
     as a reference is chosen."""
     found: dict[tuple[Any, Any], list[Known]] = {}
     for trial in trials:
@@ -166,21 +166,22 @@ def _teacher_of(trial: Known) -> tuple[Any, Any] | None:
 
 
 def _first(dense: list[Known]) -> Known | None:
-    """The first with seeds enough, or else with any."""
+    """The first trial with enough seeds, or else the first with any seed, or else the first."""
     enough = [trial for trial in dense if trial["n_seeds"] >= MIN_SEEDS]
     some = [trial for trial in dense if trial["n_seeds"] > 0]
     return min(enough or some or dense, key=lambda trial: trial["trial"], default=None)
 
 
 def _counterpart(trial: Known, same: list[Known], rivals: list[Known]) -> Known:
-    """That of the same χ, or else the nearest in parameters; of several the one trained most alike, then the first."""
+    """The rival of the same χ, or else the nearest in parameters; of several, the one trained most alike, then the
+    first."""
     if same:
         return min(same, key=lambda rival: (_unlike(trial, rival), _distance(trial, rival), rival["trial"]))
     return min(rivals, key=lambda rival: (_distance(trial, rival), _unlike(trial, rival), rival["trial"]))
 
 
 def _controls(trial: Known, others: list[Known]) -> list[Known]:
-    """Of each arm among trials that are no MPO, one of equal parameters from an MPO trial's start."""
+    """From each arm of non-MPO trials, one trial of equal parameters with the start of an MPO trial."""
     if trial["family"] != "mpo":
         return []
     families: dict[str, list[Known]] = {}
@@ -191,14 +192,14 @@ def _controls(trial: Known, others: list[Known]) -> list[Known]:
 
 
 def _at_home(trial: Known, rivals: list[Known], or_abroad: bool = True) -> list[Known]:
-    """Where studies are joined, those of the trial's own; all, if it has none and others' may stand for them."""
+    """The rivals of the trial's own study, if studies are joined; all rivals, if it has none and `or_abroad`."""
     own = [rival for rival in rivals if rival["study"] == trial["study"]]
     return own if own or not or_abroad else rivals
 
 
 def _of_each_arm(trial: Known, rivals: list[Known]) -> list[Known]:
-    """Of each arm the one trained most like a trial, and of several the nearest to it. (Of arms and not families: what
-    a study sets apart, say another init, may be the harder rival.)"""
+    """From each arm, the rival trained most like a trial; of several, the nearest in parameters. (Arms, not families: a
+    variant that a study lists separately, such as another init, may be the harder rival.)"""
     arms: dict[tuple[Any, Any], list[Known]] = {}
     for rival in rivals:
         arms.setdefault((rival["study"], rival["arm"]), []).append(rival)
@@ -206,7 +207,7 @@ def _of_each_arm(trial: Known, rivals: list[Known]) -> list[Known]:
 
 
 class _BySize:
-    """Trials in their own order, of which those near a size are found without a look at all of them."""
+    """Trials in their own order; those near a size are found without a search through all."""
 
     def __init__(self, trials: list[Known]) -> None:
         self._trials = trials
@@ -214,7 +215,7 @@ class _BySize:
         self._sizes = [trials[at]["n_params"] for at in self._ascending]
 
     def near(self, size: float) -> list[Known]:
-        """Those within `EQUAL_SIZE` of it, and maybe some a little further away."""
+        """Trials within `EQUAL_SIZE` of a size, and possibly some a little further away."""
         reach = 1 + 1.01 * EQUAL_SIZE
         within = slice(bisect_left(self._sizes, size / reach), bisect_right(self._sizes, size * reach))
         return [self._trials[at] for at in sorted(self._ascending[within])]
@@ -225,7 +226,7 @@ def _nearness(trial: Known, other: Known) -> tuple[tuple[int, float], float]:
 
 
 def _unlike(trial: Known, other: Known) -> tuple[int, float]:
-    """In how much of how they were trained, and of what an arm may list, two differ; and by how much in rates."""
+    """Number of training settings and arm options in which two trials differ, and the distance of their rates."""
     layers = trial["learning_rate"] / other["learning_rate"]
     embeddings = trial["embedding_learning_rate"] / other["embedding_learning_rate"]
     return sum(map(ne, trial["trained"], other["trained"])), abs(math.log(layers)) + abs(math.log(embeddings))

@@ -1,4 +1,4 @@
-"""The share of the dense model's accuracy that a configuration retains."""
+"""Share of the dense model's accuracy that a configuration retains."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ COLUMNS = ("trial", "label", "group", "n_params", "n_failed", "n", "ratio", "low
 def retained_points(runs: StudyRuns, summary: pd.DataFrame, declared: Collection[int] = ()) -> pd.DataFrame:
     """Mean final accuracy relative to that of the dense reference, over the seeds that both have completed.
 
-    Trials of the reference's budget, and those of `declared`, which the study file compares with it across budgets;
-    none that was stopped early, and none that shares no seed. Without a sole reference there are no rows.
+    The rows are trials of the reference's budget, and those of `declared`, which the study file compares with it across
+    budgets. Trials that were stopped early or share no seed are left out. Without a sole reference there are no rows.
 
     Columns: trial, label, group, n_params, n_failed (of either), n (shared seeds), ratio, low, high (Fieller's 95 %
-    interval) in per cent. Limits are NaN below MIN_SEEDS, where a seed failed, whose loss would flatter those that are
-    left, and where the seeds do not bound the ratio.
+    interval) in per cent. Limits are NaN below MIN_SEEDS, if the seeds do not bound the ratio, and if a seed failed,
+    because its loss would flatter the seeds that are left.
     """
     accuracy = runs.seeds.set_index(["trial", "seed"])[VAL_ACC.key]
     rows = []

@@ -1,4 +1,4 @@
-"""Which trials may stand in one table of values: of budgets that compare, sound, each with all of its seeds."""
+"""Selection of trials for one table of values: comparable budgets, sound trials, each with all of its seeds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ OTHER_BUDGET = "of another budget"
 
 @dataclass(frozen=True)
 class Selection:
-    """trials: rows of a summary. values: one row per trial (index) and one column per seed, NaN where a trial has not
-    the seed, in the unit that is recorded. left_out: a sentence on the trials that are not in it, empty if all are."""
+    """trials: rows of a summary. values: one row per trial (index) and one column per seed, in the recorded unit; NaN
+    if a trial lacks the seed. left_out: a sentence on the trials that are left out; empty if none is."""
 
     trials: pd.DataFrame
     values: pd.DataFrame
@@ -25,12 +25,12 @@ class Selection:
 
 
 def select(trials: pd.DataFrame, seeds: pd.DataFrame, key: str, budgets: Collection[str] | None = None) -> Selection:
-    """The trials whose values of the seed metric `key` may stand side by side; at most all of `trials`, in their order.
+    """The subset of `trials`, in their order, whose values of the seed metric `key` may be compared side by side.
 
     Args:
         trials: rows of `summary.summarise`.
         seeds: `StudyRuns.seeds`.
-        budgets: budget hashes that may stand side by side; by default the one of most trials, the first of several.
+        budgets: budget hashes that may be compared. Default: the one with the most trials; of several, the first.
     """
     counts = trials["budget_hash"].value_counts(sort=False)
     most = counts.index[counts == counts.max()][:1]
@@ -47,20 +47,20 @@ def select(trials: pd.DataFrame, seeds: pd.DataFrame, key: str, budgets: Collect
 
 
 def seeds_stated(values: pd.DataFrame) -> str:
-    """How many seeds each trial (row) of a table has: `3`, or `3 to 5`."""
+    """Number of seeds of each trial (row) of a table, as text: `3`, or `3 to 5`."""
     counts = values.notna().sum(axis=1)
     return f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
 
 
 def is_sound(trials: pd.DataFrame) -> pd.Series:
-    """Whether the mean over a trial's seeds is one over all it was to have: none failed, and it was not given up."""
+    """Return whether the mean of a trial is over all planned seeds: no seed failed, and the trial was not given up."""
     return (trials["n_failed"] == 0) & trials["stopped"].isna()
 
 
 def seed_table(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFrame:
-    """A seed metric of trials (rows) by seeds (columns), NaN where a trial has not the seed.
+    """A seed metric of trials (rows) by seeds (columns); NaN if a trial lacks the seed.
 
-    In it are sound trials of MIN_SEEDS or more, each with all of its seeds.
+    The table has the sound trials with at least MIN_SEEDS seeds, each with all of its seeds.
 
     Args:
         trials: rows of `summary.summarise`.
@@ -72,12 +72,12 @@ def seed_table(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> pd.DataFr
 
 
 def common_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """The seeds of most trials, and the trials that have these, of a table, trials × seeds with NaN where one lacks a
-    seed; empty where these are fewer than MIN_SEEDS.
+    """The part of a table with the seeds of most trials, and the trials that have all of these seeds.
 
-    Looked at are the trials that have no fewer seeds than half of all do, so that one trial with few costs no other its
-    own: the seeds that they all share, or else the seeds of one of them that the most trials have, of equally many
-    trials the larger set, then the first.
+    The table is trials × seeds, with NaN if a trial lacks a seed. The result is empty if fewer than MIN_SEEDS remain.
+    Only trials that have no fewer seeds than half of all trials are searched, so that one trial with few seeds costs no
+    other its own. The candidates are the seeds that all these trials share, and the seeds of each of them. The set that
+    most trials have is taken; of equally many trials the larger set, then the first.
     """
     if table.empty:
         return table
@@ -94,7 +94,7 @@ def common_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def left_out_statement(counts: dict[str, int]) -> str:
-    """`Left out: 2 trials with a failed seed, 1 of another budget.`, by the reason; empty where every count is 0."""
+    """`Left out: 2 trials with a failed seed, 1 of another budget.`, by the reason; empty if every count is 0."""
     parts = [(n, reason) for reason, n in counts.items() if n]
     if not parts:
         return ""

@@ -1,4 +1,4 @@
-"""One row per trial, over its complete seeds: what the tables, the figures and the report show."""
+"""One row per trial, over its complete seeds: the data of the tables, the figures and the report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SECONDS = "train_seconds"
 
 @dataclass(frozen=True)
 class Measure:
-    """A final metric that a frontier is drawn of; `scale` turns the recorded unit into `unit`.
+    """A final metric for which a frontier is drawn; `scale` converts the recorded unit to `unit`.
 
-    margin: how much worse is near, in the recorded unit, where the study file is not there to say.
+    margin: how much worse still counts as near, in the recorded unit, if no margin of a study file is known.
     """
 
     name: str
@@ -56,7 +56,7 @@ VAL_LOSS = Measure("val_loss", "final/val_loss", "Validation loss", "loss", "nat
 VAL_ACC = Measure("val_acc", "final/val_acc", "Validation token accuracy", "accuracy", "%", margin=0.005, scale=100)
 MEASURES = (VAL_LOSS, VAL_ACC)
 NO_FRONTIER = f"no configuration has {MIN_SEEDS} complete seeds without a failed one"
-"""Why nothing is on a frontier."""
+"""The reason why no configuration is on a frontier."""
 
 
 def half_width_key(key: str) -> str:
@@ -70,13 +70,13 @@ def frontier_key(measure: Measure) -> str:
 
 
 def summarise(runs: StudyRuns) -> pd.DataFrame:
-    """The trials frame, sorted by group and size, with these columns more:
+    """The trials frame, sorted by group and size, with these additional columns:
 
-    group: the family as a reader tells them apart. label: short and unique in its group. is_reference: the dense model
-    from scratch that others are compared with, the first trial of that size with seeds enough. percent_of_dense:
-    parameters relative to the study's dense model. For each metric of AGGREGATED, its mean, std and half-width over
-    seeds; the mean of the seconds of training; the most tokens of any seed. For each measure, whether the trial is on
-    its frontier.
+    group: the family, as readers distinguish families. label: short and unique in its group. is_reference: the dense
+    model from scratch with which others are compared, the first trial of that size with enough seeds. percent_of_dense:
+    parameters relative to the study's dense model. For each metric of AGGREGATED: its mean, std and half-width over
+    seeds. The mean of the seconds of training. The largest number of tokens of any seed. For each measure: whether the
+    trial is on its frontier.
     """
     summary = runs.trials.copy()
     summary["percent_of_dense"] = (100 * summary["n_params"] / summary["n_params_dense"]).astype("float64")
@@ -87,16 +87,16 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     summary["label"] = _labels(summary)
     for key in AGGREGATED:
         _add_interval(summary, runs.seeds, key)
-    # As it went: it depends on the machine, and on what else ran there.
+    # Time as measured: it depends on the machine, and on other programs that ran there.
     seconds = summary["trial"].map(runs.seeds.groupby("trial")[SECONDS].mean())
     summary[schema.mean_key(SECONDS)] = seconds.astype("float64")
     for key in TOKENS:
         tokens = summary["trial"].map(runs.seeds.groupby("trial")[key].max()).astype("Int64")
-        # Of one budget all have as many: so, too, a trial that has no complete seed.
+        # All trials of one budget have the same number of tokens, even one without a complete seed.
         summary[key] = tokens.fillna(tokens.groupby(summary["budget_hash"]).transform("max"))
     for measure in MEASURES:
         _add_frontier(summary, measure)
-    # The first, not the best: choosing by the loss that is then compared would flatter it.
+    # The first trial, not the best: a choice by the loss that is then compared would flatter it.
     candidates = summary[(summary["group"] == DENSE) & (summary["n_seeds"] > 0)]
     enough = candidates[candidates["n_seeds"] >= MIN_SEEDS]
     first = (enough if len(enough) else candidates)["trial"].min()
@@ -109,7 +109,8 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
 def sole_reference(summary: pd.DataFrame) -> pd.DataFrame:
     """The row of the dense reference, if it is the only dense model of its budget; else none.
 
-    Of several, such as at two learning rates, the first may be the worst: what can show one dense model shows none.
+    If there are several, such as at two learning rates, the first may be the worst. A figure or table with room for one
+    dense model then shows none.
     """
     reference = summary[summary["is_reference"]]
     alike = (summary["group"] == DENSE) & summary["budget_hash"].isin(reference["budget_hash"])
@@ -124,13 +125,13 @@ def group_order(groups: Iterable[str]) -> list[str]:
 
 
 def n_statement(counts: pd.Series) -> str:
-    """`n = 3`, or `n = 3 to 5` where trials differ."""
+    """`n = 3`, or `n = 3 to 5` if trials differ."""
     low, high = int(counts.min()), int(counts.max())
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
 def interval_statement(drawn_as: str, counts: pd.Series) -> str:
-    """What intervals a figure shows, for trials of so many seeds."""
+    """A statement of the intervals that a figure shows; counts: number of seeds of each trial."""
     if counts.max() < MIN_SEEDS:
         return f"no intervals below n = {MIN_SEEDS}"
     where = f" where n ≥ {MIN_SEEDS}" if counts.min() < MIN_SEEDS else ""
@@ -142,7 +143,7 @@ def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:
     summary[columns] = float("nan")
     ordered = seeds.sort_values(["trial", "seed"])
     counts = ordered["trial"].map(ordered["trial"].value_counts())
-    for n, own in ordered.groupby(counts):  # trials of as many seeds are one table
+    for n, own in ordered.groupby(counts):  # trials with the same number of seeds form one table
         interval = mean_interval(own[key].to_numpy().reshape(-1, int(n)))
         half_width = interval.half_width if interval.n >= MIN_SEEDS else np.full(interval.mean.shape, np.nan)
         found = pd.DataFrame(
@@ -163,7 +164,7 @@ def _add_frontier(summary: pd.DataFrame, measure: Measure) -> None:
 
 
 def _scientific(value: float) -> str:
-    """`3e-4`: as people write learning rates."""
+    """`3e-4`: the usual form of a learning rate."""
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
@@ -177,12 +178,12 @@ _NAMED = {
     "steps": "{} steps".format, "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format,
     "arm": str, "study": str, "trial": "#{}".format,
 }  # fmt: skip
-"""Params that tell trials apart, in the order in which a label takes them up."""
+"""Params that distinguish trials, in the order in which a label uses them."""
 
 
 def _labels(summary: pd.DataFrame) -> pd.Series:
-    """χ, or the χ it stands for, or what it is; then whatever tells apart the trials of a group that would otherwise be
-    called the same."""
+    """Labels: χ, or the χ to which a control corresponds, or a description; then the params that distinguish trials of
+    a group with equal labels."""
     dense = summary.loc[summary["group"] == DENSE, ["d_model", "n_layers", "d_ff"]]
     reference_shape = {key: dense[key].iloc[0] for key in dense.columns if len(dense)}
 

@@ -1,4 +1,4 @@
-"""How sure a frontier is: support of its points, a band around it, its hypervolume, the size that a margin needs."""
+"""Uncertainty of a frontier: support of its points, a band around it, its hypervolume, the size that a margin needs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from analysis.statistics.seed_blocks import is_complete
 from analysis.statistics.support import frontier_support, size_needed
 
 N_DRAWS = 10_000
-"""Redraws of the means behind each share; its standard error is at most half a percent."""
+"""Number of redraws of the means for each share; the standard error of a share is at most half a percent."""
 HYPERVOLUME_BASE = 10.0
 
 
 class FrontierUncertainty(NamedTuple):
-    """What the seeds say of one frontier; in the measure's unit. Frames are empty where there is nothing to say.
+    """The uncertainty of one frontier by the seeds, in the measure's unit. A frame without results is empty.
 
     support: trial, support (share of redraws in which it is on the frontier), near_support (within epsilon of it).
     band: n_params, observed (best mean up to that size), low, high: 95 % pointwise for the frontier of the true means.
     hypervolume: one row; observed, low, high (95 %), worst_value, largest_size, base.
-    size_needed: n_params, support, cumulative: how often each size is the smallest that loses at most epsilon against
-        the dense reference; observed: whether it is that of the means.
-    rests_on: its seeds and trials in words. n_trials, n_left_out: trials in it; others with complete seeds, which are
-        fewer than MIN_SEEDS, or not all that the trial was to have.
+    size_needed: n_params; support, cumulative: how often each size is the smallest that loses at most epsilon against
+        the dense reference; observed: whether it is the smallest by the means.
+    rests_on: the seeds and trials used, in words. n_trials: number of trials used. n_left_out: number of other trials
+        with complete seeds; these have fewer than MIN_SEEDS, or not all planned seeds.
     """
 
     support: pd.DataFrame
@@ -50,13 +50,13 @@ def frontier_uncertainty(
     """Redraw the means of all trials, each over its own seeds, with the noise of all (`analysis.statistics.draws`).
 
     The draws come from a fixed seed: the same runs give the same numbers. The area of the hypervolume is bounded by the
-    loss (accuracy) of guessing all tokens with equal probability (at random: 0) and by the dense model's size, so that
-    studies of one text and one model compare.
+    dense model's size and by the result of random guessing: the loss at equal probability of all tokens, or an accuracy
+    of 0. So studies of one text and one model are comparable.
 
     Args:
-        measure: of which frontier.
-        declared: trials of other budgets than the reference's that the study file compares with it; of all others
-            none is a size that dense could be replaced by.
+        measure: measure of the frontier.
+        declared: trials of other budgets than the reference's that the study file compares with it. No other trial of
+            another budget counts as a possible replacement of dense.
     """
     table = measure.scale * seed_table(summary, runs.seeds, measure.key)
     epsilon = measure.scale * runs.claims.margins.get(measure.name, measure.margin)

@@ -1,6 +1,6 @@
-"""Frames kept as Parquet files in a folder, which are either what was written, whole, or not there. Knows no MLflow.
+"""Frames kept as Parquet files in a folder. A frame is read whole, as it was written, or not at all. Uses no MLflow.
 
-The files are for this program alone: what is in them is in MLflow, and the folder may be removed at any time.
+The files are for this program only: their contents are in MLflow, and the folder may be removed at any time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 VERSION = 3
-"""Raised when what is kept, or how it was computed from the runs, changes: then older caches are ignored."""
+"""Increased if the contents, or their computation from the runs, change: then older caches are ignored."""
 MANIFEST = "cache.json"
 
 
@@ -26,14 +26,14 @@ MANIFEST = "cache.json"
 class Cache:
     """Frames of one state of one study.
 
-    `stamp`: what names the state; frames under another stamp are not there for this one, and give way to its own.
+    `stamp`: identifies the state. Frames with another stamp are ignored, and replaced by those of this state.
     """
 
     folder: Path
     stamp: dict[str, Any]
 
     def read(self, names: Iterable[str]) -> dict[str, pd.DataFrame] | None:
-        """These frames; None where any is missing, damaged or of another stamp."""
+        """Return these frames; None if any is missing, damaged or of another stamp."""
         sums = self._sums()
         try:
             return {name: self._frame(name, sums[name]) for name in names}
@@ -41,10 +41,10 @@ class Cache:
             return None
 
     def write(self, frames: dict[str, pd.DataFrame]) -> None:
-        """Keep these frames beside others of the same stamp; the manifest, by which they count, is written last.
+        """Keep these frames beside others of the same stamp. The manifest, which makes them valid, is written last.
 
         Raises:
-            OSError: the folder cannot be written, or is a symbolic link, behind which are files of others.
+            OSError: the folder cannot be written, or is a symbolic link, which may lead to files of others.
         """
         if self.folder.is_symlink():
             raise OSError(f"{self.folder} is a symbolic link")
@@ -62,7 +62,7 @@ class Cache:
         return {"version": VERSION, "pandas": pd.__version__, **self.stamp}
 
     def _sums(self) -> dict[str, str]:
-        """SHA-256 of each frame's file that there is under this stamp."""
+        """SHA-256 of the file of each frame with this stamp."""
         try:
             manifest = json.loads((self.folder / MANIFEST).read_bytes())
             return dict(manifest["sha256"]) if manifest["stamp"] == self._full_stamp else {}
@@ -76,7 +76,7 @@ class Cache:
         return pd.read_parquet(io.BytesIO(data), engine="pyarrow")
 
     def _replace(self, name: str, data: bytes) -> None:
-        """Whole or not at all, also when two reports are made at once."""
+        """Write the file whole or not at all, even if two reports are made at once."""
         handle, partial = tempfile.mkstemp(prefix=f".{name}-", dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as file:

@@ -41,10 +41,10 @@ _PAGE = 1000
 
 
 def resolve_study(path: Path) -> StudyAddress:
-    """Where the runs of the study in directory `path` are, from its manifest.
+    """Return the address of the runs of the study in directory `path`, from its manifest.
 
     A study directory may have been moved or copied: if the SQLite database is no longer where the manifest says, the
-    one of that name in the directory is taken.
+    database of the same name in the directory is used.
 
     Raises:
         AnalysisError: no such directory, no manifest, a manifest of another version, or the study was not tracked.
@@ -69,7 +69,7 @@ def resolve_study(path: Path) -> StudyAddress:
         )
     database = _sqlite_path(tracking_uri)
     if database is not None and not database.is_absolute():
-        # Never from the working folder: MLflow's own default database has the same name.
+        # Never relative to the working folder: MLflow's own default database has the same name.
         tracking_uri = f"sqlite:///{(path / database).resolve()}"
     elif database is not None and not database.exists() and (path / database.name).is_file():
         tracking_uri = f"sqlite:///{(path / database.name).resolve()}"
@@ -81,9 +81,9 @@ def load_study(address: StudyAddress, page_size: int = _PAGE, cache: Path | None
 
     Args:
         address: the experiment, and the study in it if it holds several.
-        page_size: runs asked of MLflow at a time; all pages are read.
-        cache: folder to keep what was read of a study that is not running, and to take it from as long as the study is
-            in the same state, see `_stamp`; None: it is always read.
+        page_size: number of runs per request to MLflow; all pages are read.
+        cache: folder in which the runs of a study that is not running are kept. They are read from there while the
+            study is in the same state (see `_stamp`). None: always read from MLflow.
     Raises:
         AnalysisError: MLflow cannot be read, the experiment is unknown or holds no such study, or a run is not as the
             schema says: a param missing or of the wrong type, a key twice, a seed without its trial.
@@ -100,7 +100,7 @@ def load_study(address: StudyAddress, page_size: int = _PAGE, cache: Path | None
         seed_runs = search(client, where, schema.KIND_SEED, address.uuid, page_size)
         runs = study_runs(address, trial_runs, seed_runs, summary_runs)
         is_over = all(run.end_time is not None for run in (*trial_runs, *seed_runs))
-        # What was read may be of several states, unless the state is the same after it as before.
+        # The runs may come from several states, unless the state is the same after reading as before.
         if cache is not None and stamp is not None and is_over:
             summary_runs = search(client, where, schema.KIND_SUMMARY, address.uuid, page_size)
             if stamp == _stamp(client, where, address.uuid, summary_runs):
@@ -112,11 +112,11 @@ def load_study(address: StudyAddress, page_size: int = _PAGE, cache: Path | None
 def _stamp(
     client: MlflowClient, experiment_id: str, uuid: str | None, summaries: Sequence[RunRecord]
 ) -> dict[str, Any] | None:
-    """What names the state that a study's runs are in, in two more small requests; None while it may be changing.
+    """Identify the state of a study's runs, with two more small requests; None while the state may be changing.
 
-    The revision is the writer's, who takes it away before it changes anything. What people do by hand it cannot know:
-    a run deleted or restored shows in the number of runs and in the list of the deleted. (Params, metrics and tags that
-    somebody else writes to its runs do not show; MLflow's own pages change none of these that is read here.)
+    The study's writer sets the revision, and removes it before any change. The revision does not cover manual changes:
+    a deleted or restored run shows in the number of runs and in the list of deleted runs. (Params, metrics and tags
+    that somebody else writes to the runs do not show. MLflow's own pages change none that is read here.)
     """
     if len(summaries) != 1:
         return None
@@ -136,7 +136,7 @@ def _stamp(
 def _from_cache(address: StudyAddress, cache: Cache, summary_runs: Sequence[RunRecord]) -> StudyRuns | None:
     frames = cache.read((*_FRAMES, "study"))
     if frames is None or any(not frames[key].dtypes.equals(frame.dtypes) for key, frame in no_frames().items()):
-        return None  # or what another version of this program made of the same runs
+        return None  # nothing, or frames that another version of this program made of the same runs
     name, uuid, n_duplicates, latest = frames.pop("study")[["name", "uuid", "n_duplicates", "latest"]].iloc[0]
     return StudyRuns(
         address=address,
@@ -161,7 +161,7 @@ def _from_cache(address: StudyAddress, cache: Cache, summary_runs: Sequence[RunR
 def _keep(runs: StudyRuns) -> None:
     study = {"name": runs.name, "uuid": runs.uuid, "n_duplicates": runs.n_duplicates, "latest": runs.latest}
     assert runs.cache is not None
-    with suppress(OSError):  # a study in a folder that cannot be written is read all the same
+    with suppress(OSError):  # a study in a read-only folder is still read
         runs.cache.write({key: getattr(runs, key) for key in _FRAMES} | {"study": pd.DataFrame([study])})
 
 
@@ -170,11 +170,11 @@ def load_curves(
 ) -> pd.DataFrame:
     """Learning curves of the complete seeds, one row per evaluation: trial, seed, step and one column per key.
 
-    One request per seed and key that is not in the cache, so ask for the trials that will be shown. Several joined
-    studies are each read at their own address.
+    It takes one request per seed and key that is not in the cache, so ask only for the trials that will be shown.
+    Joined studies are each read at their own address.
 
     Args:
-        trials: trial numbers; None for all.
+        trials: trial numbers. Default: None, for all.
         keys: curves of the schema.
     Raises:
         AnalysisError: MLflow cannot be read, or a seed has no such curve.
@@ -193,7 +193,7 @@ def load_curves(
 
 
 def _histories(runs: StudyRuns, wanted: list[tuple[str, str]]) -> pd.DataFrame:
-    """run_id, key, step, value, of these runs and keys, from the cache or else from MLflow."""
+    """Columns run_id, key, step, value for these runs and keys, from the cache or else from MLflow."""
     empty = pd.DataFrame({"run_id": [], "key": [], "step": [], "value": []})
     empty = empty.astype({"run_id": "str", "key": "str", "step": "int64", "value": "float64"})
     kept = None if runs.cache is None else runs.cache.read([_CURVES])
@@ -225,7 +225,7 @@ def _history(client: MlflowClient, runs: StudyRuns, run_id: str, key: str) -> pd
 
 @contextmanager
 def connect(tracking_uri: str) -> Iterator[MlflowClient]:
-    """A client whose errors are ours; the user gets no logs of migrations and retries, and no deprecations."""
+    """A client that raises our errors and hides logs of migrations and retries, and deprecation warnings."""
     _check_database(tracking_uri)
     quiet = {"alembic": logging.WARNING, "mlflow.store.db.utils": logging.WARNING, "urllib3": logging.ERROR}
     before = {name: logging.getLogger(name).level for name in quiet}
@@ -251,7 +251,7 @@ def _sqlite_path(tracking_uri: str) -> Path | None:
 
 
 def _check_database(tracking_uri: str) -> None:
-    """Refuse what MLflow would create or fill with tables of its own: a reader leaves nothing behind."""
+    """Refuse a database that MLflow would create or fill with its own tables: a reader leaves nothing behind."""
     path = _sqlite_path(tracking_uri)
     if path is None:
         return
@@ -268,7 +268,7 @@ def experiment_id(client: MlflowClient, address: StudyAddress) -> str:
     """MLflow's id of the study's experiment.
 
     Raises:
-        AnalysisError: there is none, or it is deleted.
+        AnalysisError: the experiment does not exist or is deleted.
     """
     experiment = client.get_experiment_by_name(address.experiment)
     if experiment is not None and experiment.lifecycle_stage == "active":
@@ -282,12 +282,12 @@ def experiment_id(client: MlflowClient, address: StudyAddress) -> str:
 
 
 def search(client: MlflowClient, experiment_id: str, kind: str, uuid: str | None, page_size: int) -> list[RunRecord]:
-    """Every active run of that kind, the oldest first; a run that a shifting page shows twice counts once."""
+    """Every active run of that kind, the oldest first. Pages may shift; a run that appears on two counts once."""
     return _runs(client, experiment_id, f"{_study_filter(uuid)} AND tags.`{schema.KIND}` = '{kind}'", page_size)
 
 
 def _study_filter(uuid: str | None) -> str:
-    """The runs of this study; uuid None: of any."""
+    """Filter for the runs of this study. uuid None: runs of any study."""
     return f"tags.`{schema.STUDY_UUID}` = '{uuid}'" if uuid else f"tags.`{schema.KIND}` LIKE '%'"
 
 
@@ -314,7 +314,7 @@ def _runs(
 
 
 def _is_number_of_runs(client: MlflowClient, experiment_id: str, uuid: str | None, n: int) -> bool:
-    """Whether the study has so many active runs, by looking at the page on which the last one would be alone."""
+    """Return whether the study has exactly n active runs, by the page on which the last one would be alone."""
     from mlflow.entities import ViewType
     from mlflow.utils.search_utils import SearchUtils
 
@@ -325,8 +325,10 @@ def _is_number_of_runs(client: MlflowClient, experiment_id: str, uuid: str | Non
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """MLflow makes hundreds of thousands of objects for a page of runs, and none of them is garbage until the page is
-    done: the collector's going through them takes most of the time of reading a large study."""
+    """Switch garbage collection off while a page is read.
+
+    MLflow makes hundreds of thousands of objects for a page of runs, and none is garbage until the page is done. The
+    collector's passes over them would take most of the time of reading a large study."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

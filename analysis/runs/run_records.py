@@ -1,4 +1,4 @@
-"""Runs as the tracking server holds them, and the frames that are made of them: each value typed by the schema."""
+"""Runs as the tracking server holds them, and the frames made from them: each value typed by the schema."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ OPTIONAL_PARAMS = (
 )
 """Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
 _BEFORE_IT_WAS_RECORDED = {"precision": "float32"}
-"""What every run had of a param that older runs lack."""
+"""Values of params that older runs did not record; all of them had these values."""
 CLAIMED = ("final/val_loss", "final/val_acc")
-"""Metrics that claims rest on: a complete seed has them, finite. Other final metrics may be absent (NaN)."""
+"""Metrics on which claims rest: a complete seed has finite values of them. Other final metrics may be absent (NaN)."""
 
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"
-"""The way back from every run that is not as a study writes it."""
+"""Advice for messages: how to repair a run that is not as a study writes it."""
 OVER = ("FINISHED", "FAILED")
 _DTYPES = {int: "Int64", float: "float64", str: "str"}
 
@@ -53,7 +53,7 @@ def tag_of(run: RunRecord, key: str) -> str:
 
 
 def param_of(run: RunRecord, key: str) -> Any:
-    """The param as the schema types it, None where it has no meaning."""
+    """The param with the schema's type; None if it has no meaning."""
     dtype = schema.FIELDS["param", key].dtype
     text = run.params.get(key, _BEFORE_IT_WAS_RECORDED.get(key))
     if text is None:
@@ -95,7 +95,7 @@ def _names(run: RunRecord) -> dict[str, Any]:
 
 
 def trials_frame(trial_runs: list[RunRecord], seed_runs: dict[str, list[RunRecord]]) -> pd.DataFrame:
-    """`seed_runs`: by the column that counts them."""
+    """The frame of trials. `seed_runs`: seed runs by the name of the column that counts them."""
     fields = [field for field in schema.PARAMS if field.key != "seed"]
     counts = {column: Counter(param_of(run, "trial") for run in runs) for column, runs in seed_runs.items()}
     rows = []
@@ -152,7 +152,7 @@ def _failure_step(run: RunRecord) -> int | None:
 
 
 def unfinished_frame(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) -> pd.DataFrame:
-    """Seeds that are not finished, and trials of which more seeds are to come that have no run yet."""
+    """Seeds that are not finished, and trials that wait for seeds but have no seed run yet."""
     begun = {param_of(run, "trial") for run in seed_runs}
     waiting = [run for run in trial_runs if run.status not in OVER and param_of(run, "trial") not in begun]
     rows = [{**_names(run), "status": run.status} for run in (*seed_runs, *waiting)]
@@ -160,7 +160,7 @@ def unfinished_frame(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) ->
 
 
 def pruned_frame(runs: list[RunRecord]) -> pd.DataFrame:
-    """Trials that were never trained, since they break a limit of the search."""
+    """Trials that were never trained because they break a limit of the search."""
     rows = [
         {key: param_of(run, key) for key in ("trial", "arm", "family", "chi")}
         | {"n_params": metric_of(run, "count", "n_params", required=False), "reason": run.tags[schema.PRUNED]}
@@ -194,7 +194,7 @@ def rel_errors_frame(runs: list[RunRecord]) -> pd.DataFrame:
 
 
 def no_frames() -> dict[str, pd.DataFrame]:
-    """The frames of no runs, by their name in `runs.StudyRuns`: the columns and types that they have of any."""
+    """Empty frames, by their name in `runs.StudyRuns`, with the same columns and types as the frames of any runs."""
     return {
         "trials": trials_frame([], {"n_seeds": [], "n_failed": [], "n_unfinished": []}),
         "seeds": seeds_frame([]),

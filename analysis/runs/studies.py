@@ -1,4 +1,4 @@
-"""Several studies read as one, where their runs may be compared."""
+"""Several studies read as one, if their runs may be compared."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from analysis.errors import AnalysisError
 from analysis.runs.study_runs import Claims, StudyRuns
 
 EVALUATION = ("corpus_sha256", "validation_fraction", "vocab_size", "context")
-"""What a loss depends on however good the model is. What else may differ, the budget hash says."""
+"""Params on which a loss depends, however good the model is. The budget hash covers all other differences."""
 
 
 def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
     """The runs of several studies as those of one.
 
-    Trials are numbered on from one study to the next, those of the first keep their numbers. Frames that name trials
-    get two columns more: study, the name of the study a trial is of, and study_trial, its number there. Sizes are
-    relative to the dense model of the first study: n_params_dense is that one's in all of them. Trials may be paired
-    where their budget hashes are equal, as in one study.
+    Trial numbers continue from one study to the next; those of the first study stay. Frames that name trials get two
+    more columns: study, the name of the trial's study, and study_trial, its number in that study. Sizes are relative to
+    the dense model of the first study: its n_params_dense is used for all studies. Trials may be paired if their budget
+    hashes are equal, as in one study.
 
     Raises:
         AnalysisError: there are none, one is given twice, or two differ in corpus, split, vocabulary or context.
@@ -66,9 +66,10 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
 
 
 def environments(runs: StudyRuns) -> list[tuple[str, dict[str, Any]]]:
-    """What runs were begun on, with the name of the study: one entry without a name where it is the same for all.
+    """The environments at the start of the runs, by the name of the study; one entry without a name if all are equal.
 
-    Of joined studies that differ each has an entry, empty where nothing is known of it; none has where of none is.
+    If joined studies differ, each has an entry, which is empty if its environment is unknown. If none is known, there
+    are no entries.
     """
     if runs.environment:
         return [("", runs.environment)]
@@ -78,7 +79,7 @@ def environments(runs: StudyRuns) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _claims(studies: Sequence[StudyRuns], names: Sequence[str]) -> Claims:
-    """Every study's contrasts, and the margins if they are the same in all: else none was fixed for these runs."""
+    """Every study's contrasts, and the margins if all studies have the same; otherwise none was fixed for the runs."""
     contrasts = [
         contrast._replace(study=name)
         for study, name in zip(studies, names, strict=True)
@@ -106,7 +107,7 @@ def _check_comparable(one: StudyRuns, other: StudyRuns) -> None:
 
 
 def part_names(studies: Sequence[StudyRuns]) -> list[str]:
-    """What studies are called where they are joined: by name, and where two have one name with part of the UUID."""
+    """Names of joined studies; studies with the same name also get a part of their UUID."""
     names = [study.name for study in studies]
     return [f"{study.name} ({study.uuid[:8]})" if names.count(study.name) > 1 else study.name for study in studies]
 

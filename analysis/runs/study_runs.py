@@ -1,4 +1,4 @@
-"""The runs of one study as typed, tidy frames, checked against the schema. Knows nothing of MLflow."""
+"""The runs of one study as typed, tidy frames, checked against the schema. Does not use MLflow."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class StudyAddress:
-    """Where the runs of a study are; uuid None: whichever study the experiment holds."""
+    """The place of a study's runs. uuid None: the study that the experiment holds."""
 
     tracking_uri: str
     experiment: str
@@ -42,7 +42,7 @@ class StudyAddress:
 
 
 class Contrast(NamedTuple):
-    """Arms of one study, by its name, that its file declares a comparison of."""
+    """Two arms of one study, given by its name; the study file declares their comparison."""
 
     study: str
     arm: str
@@ -51,15 +51,15 @@ class Contrast(NamedTuple):
 
 @dataclass(frozen=True)
 class Claims:
-    """What the study file declared before it ran. margins: how much worse is still no loss, by metric of the curves
-    (nats, or a fraction)."""
+    """Declarations of the study file before the study ran. margins: how much worse does not yet count as a loss, by
+    metric of the curves (nats, or a fraction)."""
 
     margins: dict[str, float] = field(default_factory=dict)
     contrasts: tuple[Contrast, ...] = ()
 
 
 class Growth(NamedTuple):
-    """How a study grew after it was begun. by: the command. n_over: runs whose results were there by then."""
+    """Growth of a study after its start. by: the command. n_over: number of runs whose results were there by then."""
 
     study: str
     by: str
@@ -70,27 +70,27 @@ class Growth(NamedTuple):
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """All that is known of one study, without duplicated trials (n_duplicates counts them).
+    """All data of one study, without duplicated trials (n_duplicates counts them).
 
-    trials: one row per configuration that was trained: trial, the params of the schema but the seed, its counts, and
+    trials: one row per configuration that was trained: trial, the params of the schema except the seed, its counts, and
         how many of its seeds are complete (n_seeds), failed (n_failed) and not finished yet (n_unfinished). stopped:
-        why a trial was given up before it had all its seeds; missing for all others. study: the study's name.
-        validation_fraction: the part of the corpus, at its end, that validates; missing where an older version wrote
-        the runs.
+        the reason why a trial was given up before it had all its seeds; missing for all others. study: the study's
+        name. validation_fraction: the fraction of the corpus, at its end, used for validation; missing if an older
+        version wrote the runs.
     seeds: one row per complete seed: trial, seed, run_id, the final metrics of the schema and its tags `RAN_ON`, under
         their own keys.
     failures: trial, arm, seed, step, reason; a failure of a whole trial has no seed.
-    unfinished: trial, arm, seed, status, of seeds neither complete nor failed; a trial that waits for seeds of which
-        there is no run yet has no seed.
+    unfinished: trial, arm, seed, status, of seeds that are neither complete nor failed; seed is missing for a trial
+        that waits for seeds without a run.
     rel_errors: trial, seed, when, chi, layer, rel_error, of complete seeds.
-    pruned: trial, arm, family, chi, n_params, reason, of trials that were never trained since they break a limit of the
-        search.
-    latest: when the last of these runs ended, in UTC; None if none has.
-    n_missing: runs that the study lacked when its driver began or ended last; 0 where its summary run does not say.
-    claims: empty where the study's summary run is missing; so are growths, and environment, as `run_schema.ENVIRONMENT`
-        says.
-    cache: where what is read of this state of the study may be kept; None where nowhere.
-    parts: the studies that were joined, see `analysis.runs.studies`; empty for a study of its own. A joined one has the
+    pruned: trial, arm, family, chi, n_params, reason, of trials that were never trained because they break a limit of
+        the search.
+    latest: the time, in UTC, when the last of these runs ended; None if none has.
+    n_missing: number of runs that the study lacked when its driver last began or ended; 0 if its summary run does not
+        say.
+    claims, growths, environment (see `run_schema.ENVIRONMENT`): empty if the study's summary run is missing.
+    cache: the place for data read from this state of the study; None if there is none.
+    parts: the studies that were joined (see `analysis.runs.studies`); empty for a single study. Joined studies have the
         address of the first.
     """
 
@@ -114,7 +114,7 @@ class StudyRuns:
 
     @property
     def n_lacking(self) -> int:
-        """Runs that the study lacks, by its driver's word or by what is seen of them; 0 of a finished study."""
+        """Number of runs that the study lacks, by its driver's record or by the runs themselves; 0 if finished."""
         return sum(part.n_lacking for part in self.parts) or max(self.n_missing, len(self.unfinished))
 
     @property
@@ -123,14 +123,14 @@ class StudyRuns:
 
     @property
     def budgets(self) -> list[str]:
-        """The budget hashes of the trials, sorted; trials are comparable without a word of warning if there is one."""
+        """The budget hashes of the trials, sorted; with only one, all trials are comparable without a warning."""
         return sorted(self.trials["budget_hash"].unique())
 
     @property
     def ran_on(self) -> dict[str, int]:
-        """Machines in words, each with how many complete seeds ran on it, most first; those that say nothing left out.
+        """Number of complete seeds on each machine, given in words, most first; seeds without a record are left out.
 
-        Between two of them the same seed differs by rounding, which training makes larger.
+        On two machines, the results of the same seed differ by rounding, and training amplifies the difference.
         """
         known = self.seeds.dropna(subset=[schema.DEVICE, schema.THREADS, schema.TORCH])
         words = known[schema.DEVICE] + ", threads: " + known[schema.THREADS] + ", torch " + known[schema.TORCH]
@@ -138,9 +138,9 @@ class StudyRuns:
 
     @property
     def programs(self) -> dict[str, int]:
-        """Fingerprints of the programs that trained the complete seeds, each with how many; empty where none is known.
+        """Number of complete seeds by the fingerprint of the program that trained them; empty if none is known.
 
-        Seeds that say nothing, as older versions wrote them, count as one more, "not on record".
+        Seeds without a fingerprint, from older versions, count as one more program, "not on record".
         """
         known = self.seeds[schema.PROGRAM]
         if known.isna().all():
@@ -149,13 +149,13 @@ class StudyRuns:
 
     @property
     def n_of_several_programs(self) -> int:
-        """Configurations whose means are over seeds that different programs trained."""
+        """Number of configurations whose means are over seeds that different programs trained."""
         programs = self.seeds[schema.PROGRAM].fillna("not on record")
         return int((programs.groupby(self.seeds["trial"]).nunique() > 1).sum())
 
     @property
     def data_source(self) -> str:
-        """The tracking URI without its password, and the experiment; of all studies, if several are joined."""
+        """The tracking URI without its password, and the experiment; for all studies, if several are joined."""
         if self.parts:
             return "; ".join(part.data_source for part in self.parts)
         return f"{hide_password(self.address.tracking_uri)}, experiment {self.address.experiment!r}"
@@ -170,8 +170,8 @@ def study_runs(
     """Convert and check the runs of one study.
 
     Raises:
-        AnalysisError: there are none, they are of several studies or of another schema version, a param is missing or
-            of the wrong type, a key occurs twice, or a seed does not match its trial.
+        AnalysisError: there are no runs, they are of several studies or of another schema version, a param is missing
+            or of the wrong type, a key occurs twice, or a seed does not match its trial.
     """
     name, uuid = _identity([*trial_runs, *seed_runs], address)
     is_settled = any(schema.REVISION in run.tags for run in summary_runs)
@@ -213,7 +213,7 @@ def study_runs(
 
 
 def claims_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> Claims:
-    """What the study's summary run has of its claims; none where there is no such run.
+    """The study's claims, from its summary run; empty if there is no such run.
 
     Raises:
         AnalysisError: its tag is not what a study writes.
@@ -228,13 +228,13 @@ def claims_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> Claim
 
 
 def n_missing_of(summary_runs: Sequence[RunRecord], uuid: str) -> int:
-    """How many runs the study lacked, as its summary run says; 0 where it does not."""
+    """Number of runs that the study lacked, from its summary run; 0 if that does not say."""
     tags = (run.tags.get(schema.MISSING, "") for run in summary_runs if run.tags.get(schema.STUDY_UUID) == uuid)
     return next((int(text) for text in tags if text.isdecimal()), 0)
 
 
 def environment_of(summary_runs: Sequence[RunRecord], uuid: str) -> dict[str, Any]:
-    """What the study was begun on, as `run_schema.ENVIRONMENT` says; empty where it has no summary run.
+    """The environment at the study's start (see `run_schema.ENVIRONMENT`); empty if it has no summary run.
 
     Raises:
         AnalysisError: its tag is not what a study writes.
@@ -243,7 +243,7 @@ def environment_of(summary_runs: Sequence[RunRecord], uuid: str) -> dict[str, An
 
 
 def growths_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> tuple[Growth, ...]:
-    """How the study grew, as its summary run says; nothing where it does not.
+    """The growths of the study, from its summary run; empty if that does not say.
 
     Raises:
         AnalysisError: its tag is not what a study writes.
@@ -258,8 +258,8 @@ def growths_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> tupl
 
 
 def _json_tag(summary_runs: Sequence[RunRecord], uuid: str, tag: str, default: _T) -> _T:
-    """What a tag of the study's summary run holds, which must be of the default's type; the default where there is
-    none."""
+    """The value of a tag of the study's summary run, which must have the default's type; the default if there is no
+    such tag."""
     for run in summary_runs:
         if run.tags.get(schema.STUDY_UUID) == uuid and tag in run.tags:
             try:
@@ -274,7 +274,7 @@ def _json_tag(summary_runs: Sequence[RunRecord], uuid: str, tag: str, default: _
 
 
 def _identity(runs: list[RunRecord], address: StudyAddress) -> tuple[str, str]:
-    """Name and UUID of the one study the runs are of."""
+    """Name and UUID of the one study to which the runs belong."""
     studies = sorted({(tag_of(run, schema.STUDY_NAME), tag_of(run, schema.STUDY_UUID)) for run in runs})
     where = f"experiment {address.experiment!r} at {hide_password(address.tracking_uri)}"
     if not studies:
@@ -289,10 +289,10 @@ def _identity(runs: list[RunRecord], address: StudyAddress) -> tuple[str, str]:
 
 
 def _fill_in(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) -> tuple[list[RunRecord], list[RunRecord]]:
-    """Give a run that is just being written, and has no params yet, those of another run of its trial.
+    """Give a run that is just being written, and has no params yet, the params of another run of its trial.
 
-    A trial's run is created before its seeds' and gets its params after them. One of which no other run says anything
-    is left out: it comes with the next report.
+    A trial's run is created before its seeds' runs, and gets its params after them. A run without another run that
+    describes its trial is left out: the next report will have it.
     """
     described = {_trial_and_seed(run)[0]: run for run in (*seed_runs, *trial_runs) if run.params}
 
@@ -311,11 +311,11 @@ def _fill_in(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) -> tuple[l
 
 
 def _check_digests(runs: list[RunRecord], is_settled: bool) -> None:
-    """Every run that is over is as the study wrote it, and the study wrote it, as far as its runs say.
+    """Check that the study wrote every run that is over, and that none has changed, as far as the digests show.
 
     Args:
-        is_settled: whether the study's writer has left them whole: then either all of them say it, or an older version
-            wrote them and none does.
+        is_settled: whether the study's writer has left the runs whole. Then either all of them have a digest, or an
+            older version wrote them and none has.
     """
     over = [run for run in runs if run.status != "RUNNING"]
     must_say = is_settled and any(schema.DIGEST in run.tags for run in over)
@@ -328,13 +328,13 @@ def _check_digests(runs: list[RunRecord], is_settled: bool) -> None:
 
 
 def _trial_and_seed(run: RunRecord) -> tuple[str, str | None]:
-    """Trial and seed as the key has them."""
+    """Trial and seed from the run's key."""
     trial, *seed = tag_of(run, schema.KEY).split("/")[1:]
     return trial, seed[0] if seed else None
 
 
 def _check_keys(runs: list[RunRecord], uuid: str) -> None:
-    """Every run is the only one of its trial and seed, and its key says so."""
+    """Check that every run is the only one of its trial and seed, and has the matching key."""
     seen: dict[str, RunRecord] = {}
     for run in runs:
         key = tag_of(run, schema.KEY)
@@ -347,7 +347,7 @@ def _check_keys(runs: list[RunRecord], uuid: str) -> None:
 
 
 def _check_n_seeds(trial_runs: list[RunRecord], complete: list[RunRecord], failed: list[RunRecord]) -> None:
-    """Every trial has as many seeds as it says: a mean without those that somebody deleted would be another."""
+    """Check that every trial has as many seeds as it states: if somebody deleted some, the mean would differ."""
     for key, runs, state in ((schema.N_SEEDS, complete, "complete"), (schema.N_FAILED, failed, "failed")):
         found = Counter(param_of(run, "trial") for run in runs)
         for run in trial_runs:
@@ -358,7 +358,7 @@ def _check_n_seeds(trial_runs: list[RunRecord], complete: list[RunRecord], faile
 
 
 def _check_against_trials(seed_runs: list[RunRecord], trials: pd.DataFrame) -> None:
-    """Every seed belongs to a trial and has its params, and its counts where both have them."""
+    """Check that every seed belongs to a trial and has its params, and its counts if both have them."""
     known = trials.astype("object").where(trials.notna(), None).set_index("trial").to_dict("index")
     for run in seed_runs:
         trial = known.get(param_of(run, "trial"))

@@ -1,4 +1,4 @@
-"""What of a URL may be shown."""
+"""Hides the secret parts of a URL."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import re
 from urllib.parse import unquote, unquote_plus
 
 _SECRET_KEYS = ("pass", "pwd", "secret", "token", "key", "sig", "auth", "cred", "odbc_connect")
-"""A parameter of a URL whose name holds one of these is not shown."""
+"""A parameter of a URL is hidden if its name contains one of these."""
 
 _SCHEME = r"[a-z][a-z0-9+.-]*://"
 _URL = re.compile(_SCHEME + r"[^\s'\"<>]*[^\s'\"<>:;,.)]", re.IGNORECASE)
 _USER_INFO = re.compile(rf"^({_SCHEME}|(?!{_SCHEME}))(?:([^:/@?#]*):(.*)|([^:/@?#]+))@", re.IGNORECASE | re.DOTALL)
-"""Scheme; user and password, also one that is not encoded as it should be; or a user or token alone."""
+"""Scheme; user and password, even one with wrong encoding; or a user or token alone."""
 _PARAMETER = re.compile(r"([?&;#])([^=?&;#/]+)=([^?&;#]*)")
 _TOKEN_SCHEMES = ("http", "s3", "databricks")
-"""Where what stands alone before the @ may be a secret; elsewhere it names a user."""
+"""Schemes in which a single name before the @ may be a secret; in others it is a user."""
 _HIDDEN = "***"
 _SHORT = 3
-"""A secret of at most so many characters is a part of other words, too: it is looked for in its place alone."""
+"""A secret of at most this many characters may be part of other words: it is hidden only in its place in a URL."""
 
 
 def hide_password(text: str, uri: str | None = None) -> str:
     """The text with all passwords, tokens and keys of a URI made unreadable.
 
     Args:
-        text: a URI, if `uri` is None. Otherwise a message about `uri`, which may quote the URI or its secrets, as they
-            are written or decoded, and other URIs.
+        text: a URI, if `uri` is None. Otherwise a message about `uri`, which may quote the URI, its secrets (as written
+            or decoded), and other URIs.
     """
     if uri is None:
         return _hidden(text)
@@ -36,7 +36,7 @@ def hide_password(text: str, uri: str | None = None) -> str:
 
 
 def without_credentials(url: str) -> str:
-    """The address of a server alone: without user, password and parameters, which a browser asks for itself."""
+    """The address of a server without user, password and parameters; a browser asks for these itself."""
     return re.split(r"[?;#]", _USER_INFO.sub(r"\1", url))[0]
 
 
@@ -54,7 +54,7 @@ def _hidden(uri: str) -> str:
 
 
 def _secrets(uri: str) -> set[str]:
-    """Every secret of a URI, as it is written and as a library's message may show it."""
+    """Every secret of a URI, as written and as a library's message may show it."""
     info = _USER_INFO.match(uri)
     found = set[str]()
     if info is not None:
@@ -66,7 +66,7 @@ def _secrets(uri: str) -> set[str]:
             found |= {value, unquote(value), decoded}
             found |= {
                 part for _, name, part in _PARAMETER.findall(f";{decoded}") if _is_secret(name)
-            }  # of odbc_connect
+            }  # from odbc_connect
     return found - {""}
 
 

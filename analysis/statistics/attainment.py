@@ -1,8 +1,8 @@
-"""What seeds attain: surfaces over single seeds, and a band around the frontier of the means.
+"""Attainment of seeds: surfaces over single seeds, and a band around the frontier of the means.
 
-The two answer different questions. A surface says what one further single-seed study would attain; its median is
-better than the frontier of the true means, however many seeds there are, since every seed has its own lucky
-configurations. The band is about the frontier of the true means.
+The two answer different questions. A surface shows what one further study with a single seed would attain. Its median
+is better than the frontier of the true means, however many seeds there are: every seed has its own lucky
+configurations. The band is for the frontier of the true means.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from analysis.statistics.running_best import SortedSizes
 
 
 class Surfaces(NamedTuple):
-    """What shares of the seeds attain."""
+    """Values that given shares of the seeds attain."""
 
     sizes: NDArray[np.float64]
     """(G,): distinct sizes, ascending."""
     values: NDArray[np.float64]
-    """(Q, G): value that at least each share of the seeds attain with a configuration at most that large."""
+    """(Q, G): value that at least the share q of the seeds attains with a configuration at most that large."""
 
 
 class Band(NamedTuple):
@@ -43,7 +43,7 @@ class Band(NamedTuple):
 def attainment_surfaces(
     sizes: ArrayLike, values: ArrayLike, percentiles: Sequence[float], direction: Direction = "minimize"
 ) -> Surfaces:
-    """Surfaces that at least q % of the seeds attain: at each size the k-th best running best, k = ⌈q n / 100⌉.
+    """Surfaces that at least q % of the seeds attain: at each size the k-th best of the running bests, k = ⌈q n / 100⌉.
 
     Args:
         sizes: (C,), minimised.
@@ -80,26 +80,26 @@ def mean_frontier_band(
 ) -> Band:
     """Band for the frontier of the true means: 2 · observed − mean of redrawn frontiers, ± the t limits of one mean.
 
-    The best of noisy means is too good, and the best of means redrawn around them is too good once more, by about as
-    much: reflecting it about the observed frontier takes that off. The width is that of the interval of the one mean
-    that attains it, which the best of several is never less sure than by itself; what it has to spare pays for the
-    error of the correction.
+    The best of noisy means is too good. The best of means redrawn around them is too good again, by about the same
+    amount, so a reflection about the observed frontier removes this bias. The width is that of the interval of the one
+    mean that attains the best. The best of several means is never less certain than that mean alone; the surplus makes
+    up for the error of the correction.
 
     The limits are pointwise: all sizes at once are covered less often. They are not centred on the observed frontier,
-    leave it out where many near-equals compete, and need not be monotone.
+    may exclude it if many near-equals compete, and need not be monotone.
 
-    Of 95 % nominal, 94 to 95 % of the sizes were covered, on average, in simulated studies of 6 to 200 configurations
-    and 3 or 5 seeds, with and without a shift that seeds share. Limits made of the redrawn frontiers' own quantiles,
-    reflected one by one, covered 91 % of 40 configurations without a shift. Where all true means are equal, which no
-    reflection can see, the band covers 87 %.
+    At a nominal 95 %, on average 94 to 95 % of the sizes were covered in simulated studies of 6 to 200 configurations
+    with 3 or 5 seeds, with and without a shift that seeds share. Limits from the redrawn frontiers' own quantiles,
+    reflected one by one, covered 91 % with 40 configurations and no shift. If all true means are equal, which no
+    reflection can detect, the band covers 87 %.
 
     Args:
         sizes: (C,), minimised.
-        values: (n, C), one row per seed, 2 or more for each configuration; NaN where it has not the seed.
+        values: (n, C), one row per seed, at least 2 for each configuration; NaN if it lacks the seed.
         rng: source of all draws; the result does not depend on `chunk`.
         direction: what is better in the values.
         level: nominal pointwise coverage, in (0, 1).
-        chunk: draws held at once, which bounds the memory.
+        chunk: number of draws held at once, which bounds the memory.
     Raises:
         ValueError: shapes differ, a value is infinite, fewer than 2 seeds, or a level or count out of range.
     Source: Efron and Tibshirani 1993, An introduction to the bootstrap, section 10.6 (the corrected centre);
@@ -111,7 +111,7 @@ def mean_frontier_band(
     better_by = np.zeros(observed.shape)
     for drawn in seed_means.noise_draws(n_draws, rng, chunk):
         for running in sorted_sizes.running_best(drawn, direction) - observed:
-            better_by += running  # one after another, so that no sum depends on the chunk
+            better_by += running  # one by one, so that no sum depends on the chunk
     centre = observed - better_by / n_draws
     attained_by = sorted_sizes.attained_by(seed_means.means, direction)
     half_width = stats.t.ppf(tails[1], seed_means.marginal_df) * seed_means.marginal_se[attained_by]

@@ -1,4 +1,4 @@
-"""Differences from a reference that ran on the same seeds: the block model, and each pair's own t test beside it."""
+"""Differences from a reference that ran on the same seeds: the block model, and each pair's own t test."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TTest(NamedTuple):
 
 
 class Contrasts(NamedTuple):
-    """Mean differences from the reference, of shape (..., C) in the unit of the values, tested in two ways."""
+    """Mean differences from the reference, of shape (..., C), in the unit of the values, tested in two ways."""
 
     difference: NDArray[np.float64]
     block: TTest
@@ -44,14 +44,15 @@ class Contrasts(NamedTuple):
 def contrasts(values: ArrayLike, reference: ArrayLike | int, level: float = LEVEL) -> Contrasts:
     """Δ_c = mean over seeds of y_cs − y_0s, with the block interval and each pair's own.
 
-    What the runs of a seed share cancels in y_cs − y_0s. In the block model (see `seed_blocks`) the variance of Δ_c is
-    2σ²/n, and σ² is estimated by the residual mean square of the table with the reference in it, as one row: of C + 1
-    rows when the reference is given beside `values`, df = C(n − 1); of C rows when it is one of them,
-    df = (C − 1)(n − 1). So Δ_c ± t_df √(2 s²_res / n). (The residual without the reference's row would be valid too,
-    with n − 1 fewer degrees of freedom; with its row twice, the copies' zero differences would pass for precision.)
+    The shared part of the runs of a seed cancels in y_cs − y_0s. In the block model (see `seed_blocks`) the variance of
+    Δ_c is 2σ²/n. σ² is estimated by the residual mean square of the table, which includes the reference as one row. The
+    table has C + 1 rows if the reference is given beside `values`, df = C(n − 1); it has C rows if the reference is one
+    of them, df = (C − 1)(n − 1). So Δ_c ± t_df √(2 s²_res / n). (The residual without the reference's row would be
+    valid too, with n − 1 fewer degrees of freedom. With its row twice, the copies' zero differences would look like
+    precision.)
 
     The pair's interval is Student's, of the differences alone: Δ_c ± t_{n−1} s_c/√n. It assumes no common variance.
-    With one pair both are the same. `headline` says which of the two to claim from.
+    With one pair, both intervals are the same. `headline` says which of the two claims rest on.
 
     Args:
         values: (..., C, n), configurations × the same seeds.
@@ -59,8 +60,8 @@ def contrasts(values: ArrayLike, reference: ArrayLike | int, level: float = LEVE
             result are then NaN.
         level: coverage, in (0, 1).
     Returns:
-        As its class says. For n < 3 everything but the difference is NaN. Seeds that agree exactly give the limit of
-        little noise: half width 0, and p = 0, or 1 where the difference is 0.
+        As described in its class. For n < 3 everything except the difference is NaN. Seeds that agree exactly give the
+        limit of vanishing noise: half width 0, and p = 0, or 1 if the difference is 0.
     Raises:
         ValueError: `level` is not inside (0, 1), the seeds differ in number, a value is missing, or there is no such
             row.
@@ -95,12 +96,12 @@ def block_tests(values: ArrayLike, rows: ArrayLike, references: ArrayLike, level
     """The block model's tests of `contrasts` for many pairs of rows of one table at once.
 
     Args:
-        values: (C, n), configurations × seeds, NaN where one has not a seed; all are in the estimate of the noise.
-        rows, references: (P,), the two rows of each pair, which is compared on the seeds that both have.
+        values: (C, n), configurations × seeds, NaN if one lacks a seed; all values enter the estimate of the noise.
+        rows, references: (P,), the two rows of each pair; they are compared on the seeds that both have.
         level: coverage, in (0, 1).
     Returns:
-        (P,) arrays: for a pair (c, r) of a complete table what `contrasts(values, r).block` has for c. NaN for a pair
-        that shares fewer than 3 seeds.
+        (P,) arrays. For a pair (c, r) of a complete table they are equal to `contrasts(values, r).block` at c. NaN for
+        a pair that shares fewer than 3 seeds.
     Raises:
         ValueError: `level` is not inside (0, 1), there are fewer than 3 seeds, or a value is infinite.
     """
@@ -133,18 +134,20 @@ def _uneven_block_tests(
 
 
 def headline(result: Contrasts) -> TTest:
-    """The tests that claims rest on: each pair's own, always; the block's stand beside them, labelled.
+    """The tests on which claims rest: always each pair's own; the block's are shown beside them, labelled.
 
-    Measured at a nominal .95, 20 configurations, a correlation of .5 between runs of one seed (`test_coverage`):
+    Measured at a nominal .95, with 20 configurations and a correlation of .5 between runs of a seed (`test_coverage`):
 
-    - One variance: block and pair cover .95; under Holm at .05, with a gap of three sd, the block model finds .98 of
-      the gaps at 3 seeds and 1.00 at 5, the pairs .07 and .66, and .91 at 6 (power needs seeds, not a model).
-    - Residual sd that vary by a log-sd of .5: the block interval covers .82 of the noisiest tenth, whatever n, and Holm
-      on its p values errs in .12 of the studies (nominal .05). The pair covers .95 and errs in .05.
-    - A test of equal variances first does not mend this: at n = 3 Bartlett's (of the residuals) finds the log-sd of .5
-      in half the studies, in one of seven with 6 configurations; in those that pass, Holm on the block errs in .14.
-    - Skewed noise (exponential) of all rows alike cancels in pairs: .97. With a noiseless reference the skew stays, and
-      the pair too covers only .88 at n = 3 to .90 at n = 10, nearly all of the misses on the side of the long tail.
+    - Equal variances: block and pair cover .95. Under Holm at .05, with a gap of three sd, the block model finds .98 of
+      the gaps at 3 seeds and 1.00 at 5. The pairs find .07 and .66, and .91 at 6 (power needs seeds, not a model).
+    - Residual sd that vary by a log-sd of .5: the block interval covers .82 of the noisiest tenth, for any n. Holm on
+      its p values errs in .12 of the studies (nominal .05). The pair covers .95 and errs in .05.
+    - A preceding test of equal variances does not repair this. At n = 3 Bartlett's test (of the residuals) detects the
+      log-sd of .5 in half the studies, and in one of seven with 6 configurations. In the studies that pass, Holm on the
+      block errs in .14.
+    - Skewed noise (exponential) that is alike in all rows cancels in pairs: .97. With a noiseless reference the skew
+      stays, and the pair too covers only .88 at n = 3 to .90 at n = 10. Nearly all misses are on the side of the long
+      tail.
     """
     return result.pair
 
@@ -152,8 +155,9 @@ def headline(result: Contrasts) -> TTest:
 class NonInferiority(NamedTuple):
     """One-sided tests of "worse by the margin or more"; arrays of shape (..., C).
 
-    bound: the worst difference that is not excluded, in the unit of the values: a lower limit of what is maximised, an
-    upper one of what is minimised. p: of the test. holds: whether the bound is within the margin, as p < level says.
+    bound: the worst difference that is not excluded, in the unit of the values: a lower limit if the metric is
+    maximised, an upper one if it is minimised. p: p value of the test. holds: whether the bound is within the margin,
+    which is equivalent to p < level.
     """
 
     bound: NDArray[np.float64]
@@ -164,7 +168,7 @@ class NonInferiority(NamedTuple):
 def non_inferiority(
     difference: ArrayLike, test: TTest, margin: float, direction: Direction, level: float = ONE_SIDED
 ) -> NonInferiority:
-    """Whether differences are worse than the reference by less than a margin that was fixed beforehand.
+    """Test whether configurations are worse than the reference by less than a margin that was fixed beforehand.
 
     Args:
         difference: (..., C), configuration − reference.
@@ -191,13 +195,13 @@ def non_inferiority(
 
 
 def fixed_sequence(p: ArrayLike, chi: ArrayLike, level: float = ONE_SIDED) -> NDArray[np.bool_]:
-    """Which claims hold when they are tested from the largest χ downwards, up to the first that fails.
+    """The claims that hold if they are tested from the largest χ downwards, up to the first that fails.
 
-    Each test has the full level, and yet the chance of any false claim is at most `level`, whatever their dependence:
-    the order was fixed before the data, and the first true hypothesis that is reached must be rejected to err at all.
+    Each test has the full level, and yet the chance of any false claim is at most `level`, for any dependence. The
+    order was fixed before the data, and an error needs a rejection of the first true hypothesis that is reached.
 
     Args:
-        p: (C,), one-sided p values; a NaN fails.
+        p: (C,), one-sided p values; a NaN counts as a failure.
         chi: (C,), bond dimensions, all different.
         level: in (0, 1).
     Returns:
@@ -225,7 +229,7 @@ def _t_test(difference: NDArray, standard_error: NDArray, df: int, level: float)
 
 
 def _t(difference: NDArray, standard_error: NDArray) -> NDArray[np.float64]:
-    """Their ratio; without noise ±∞, and 0 where the difference is 0 as well."""
+    """Ratio of difference and standard error; without noise ±∞, or 0 if the difference is 0 as well."""
     limit = np.where(difference > 0, np.inf, np.where(difference < 0, -np.inf, 0))
     limit = np.where(np.isnan(difference) | np.isnan(standard_error), np.nan, limit)
     return np.divide(difference, standard_error, out=limit, where=standard_error > 0)

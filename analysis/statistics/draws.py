@@ -1,4 +1,4 @@
-"""Draws of what the means of all configurations may truly be, with the noise pooled over configurations."""
+"""Draws of the possible true means of all configurations, with the noise pooled over configurations."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from analysis.statistics.seed_blocks import UnevenTwoWay, is_complete, marginal_variance, two_way, uneven_two_way
 
 _CHUNK_VALUES = 1 << 17
-"""Values in a chunk unless its size is given: 1 MB, which stays in a processor's cache."""
+"""Default number of values in a chunk: 1 MB, which stays in a processor's cache."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SeedMeans:
-    """Means over n seeds of C configurations that share their seeds, and how uncertain they are.
+    """Means over n seeds of C configurations that share their seeds, and their uncertainty.
 
     The model is value = configuration + seed + residual: a seed (its data order and initial weights) shifts all
     configurations alike, and the residuals of all configurations have one standard deviation.
@@ -25,25 +25,25 @@ class SeedMeans:
     means: NDArray[np.float64]
     """(C,), in the unit of the values."""
     residual_se: float
-    """Standard error of one mean apart from its seeds' shift: pooled residual sd / √n; of unequal n that of the mean
-    variance."""
+    """Standard error of one mean without its seeds' shift: pooled residual sd / √n. For unequal n, it is that of the
+    mean variance."""
     residual_df: int
     """Degrees of freedom of the pooled sd: (C − 1)(n − 1)."""
     grand_se: float
-    """Standard error of the mean of all means: sd over seeds of the mean over configurations, / √n. Of unequal seeds:
-    NaN, each draw shifts them one by one."""
+    """Standard error of the mean of all means: sd over seeds of the mean over configurations, / √n. For unequal seeds
+    it is NaN: each draw shifts the seeds one by one."""
     grand_df: float
-    """Degrees of freedom of that: n − 1; of unequal seeds those of the seeds' variance."""
+    """Degrees of freedom of `grand_se`: n − 1; for unequal seeds, those of the seeds' variance."""
     marginal_se: NDArray[np.float64]
-    """(C,): standard error of each mean, its seeds' shift included."""
+    """(C,): standard error of each mean, including its seeds' shift."""
     marginal_df: float
-    """Degrees of freedom of that, at least n − 1."""
+    """Degrees of freedom of `marginal_se`, at least n − 1."""
     uneven: UnevenTwoWay | None = None
-    """What it rests on where configurations have not all the same seeds."""
+    """The underlying model if configurations do not all have the same seeds."""
 
     @classmethod
     def of(cls, values: ArrayLike) -> SeedMeans:
-        """Estimate from values (n, C), one row per seed; NaN where a configuration has not the seed.
+        """Estimate from values (n, C), one row per seed; NaN if a configuration lacks the seed.
 
         Raises:
             ValueError: not two axes, fewer than 2 seeds of a configuration, no configuration, or an infinite value.
@@ -65,7 +65,7 @@ class SeedMeans:
 
     @classmethod
     def _of_uneven(cls, model: UnevenTwoWay) -> SeedMeans:
-        shares = (model.weights**2).sum(axis=1)  # 1/n of each
+        shares = (model.weights**2).sum(axis=1)  # 1/n of each configuration
         residual_se = float(np.sqrt(model.residual_variance * shares.mean()))
         marginal_se = np.sqrt(model.marginal_variance * shares)
         return cls(
@@ -73,21 +73,21 @@ class SeedMeans:
         )
 
     def take(self, rows: NDArray[np.intp]) -> SeedMeans:
-        """Those configurations, in that order, with the noise of all."""
+        """The configurations `rows`, in that order, with the noise of all configurations."""
         uneven = self.uneven and self.uneven._replace(means=self.means[rows], weights=self.uneven.weights[rows])
         return replace(self, means=self.means[rows], marginal_se=self.marginal_se[rows], uneven=uneven)
 
     def contrast_draws(
         self, n_draws: int, rng: np.random.Generator, chunk: int | None = None
     ) -> Iterator[NDArray[np.float64]]:
-        """Draws for what depends on differences between configurations alone: the seeds' shift is left out.
+        """Draws for quantities that depend only on differences between configurations: without the seeds' shift.
 
-        Around the configurations' own means, with the pooled standard error: normal with many degrees of freedom, t
-        with few (each draw draws its standard deviation too).
+        The draws are around the configurations' own means, with the pooled standard error: normal with many degrees of
+        freedom, t with few (each draw also draws its standard deviation).
 
         Args:
-            n_draws: how many draws, >= 1.
-            chunk: draws in one array; it bounds the memory and changes no draw.
+            n_draws: number of draws, >= 1.
+            chunk: number of draws in one array; it bounds the memory and changes no draw.
         Yields:
             (at most `chunk`, C) arrays, `n_draws` rows in all.
         Raises:
@@ -99,7 +99,7 @@ class SeedMeans:
     def noise_draws(
         self, n_draws: int, rng: np.random.Generator, chunk: int | None = None
     ) -> Iterator[NDArray[np.float64]]:
-        """As `contrast_draws`, but normal always: for what noise as large as the estimated one does on average."""
+        """As `contrast_draws`, but always normal: for the average effect of noise as large as the estimated one."""
         return self._draws(n_draws, rng, chunk, known_scale=True)
 
     def draws(self, n_draws: int, rng: np.random.Generator, chunk: int | None = None) -> Iterator[NDArray[np.float64]]:
@@ -125,7 +125,7 @@ class SeedMeans:
             chunk = max(1, _CHUNK_VALUES // self.means.size)
         if n_draws < 1 or chunk < 1:
             raise ValueError(f"`n_draws >= 1` and `chunk >= 1` must hold, but got {n_draws=}, {chunk=}")
-        # One number per draw comes first, for all draws: the rest is then the same stream, however it is cut.
+        # First, one number per draw is drawn for all draws: the rest is then the same stream for any chunk size.
         scales = np.full(n_draws, self.residual_se)
         if self.residual_df and not known_scale:
             scales *= np.sqrt(self.residual_df / rng.chisquare(self.residual_df, n_draws))
@@ -159,7 +159,7 @@ class SeedMeans:
             drawn = rng.standard_normal((scales[part].size, self.means.size))
             drawn *= scales[part, None]
             drawn *= apart
-            # Not `@`: BLAS adds up in an order that depends on the chunk.
+            # Not `@`: the order in which BLAS adds depends on the chunk.
             drawn += np.einsum("ds,cs->dc", shifts[part], model.weights)
             drawn += self.means
             yield drawn

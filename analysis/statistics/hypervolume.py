@@ -17,7 +17,7 @@ from analysis.statistics.running_best import SortedSizes, best_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HypervolumeReference:
-    """What a hypervolume is measured against; two of them compare only if all of this is the same.
+    """The reference of a hypervolume; two hypervolumes are comparable only if their references are equal.
 
     The unit of a hypervolume is (unit of the values) × (one factor `base` of size).
 
@@ -26,11 +26,11 @@ class HypervolumeReference:
     """
 
     worst_value: float
-    """A value no better than this counts nothing."""
+    """A value that is not better than this counts as nothing."""
     largest_size: float
-    """Where the area ends; configurations at least as large count nothing."""
+    """Size at which the area ends; configurations at least as large count as nothing."""
     base: float
-    """Of the logarithm of the sizes."""
+    """Base of the logarithm of the sizes."""
     direction: Direction = "minimize"
     """What is better in the values."""
 
@@ -49,11 +49,11 @@ class HypervolumeInterval(NamedTuple):
 
 
 def hypervolume(sizes: ArrayLike, values: ArrayLike, reference: HypervolumeReference) -> NDArray[np.float64]:
-    """Σ (running best better than the worst value, by how much)₊ · Δ log size.
+    """Σ (amount by which the running best is better than the worst value)₊ · Δ log size.
 
     Args:
         sizes: (C,), positive, minimised.
-        values: (..., C), finite: a row for each seed, or each draw.
+        values: (..., C), finite: one row per seed or per draw.
     Returns:
         (...), never negative.
     Raises:
@@ -79,18 +79,19 @@ def hypervolume_interval(
 ) -> HypervolumeInterval:
     """Interval for the hypervolume of the frontier of the true means: 2 · observed − quantiles of redrawn ones.
 
-    That of the observed means is too large, since the best of noisy means is too good; the reflection takes that off
-    (see `attainment.mean_frontier_band`). With many configurations the interval may leave the observed number out.
+    The hypervolume of the observed means is too large, since the best of noisy means is too good. The reflection
+    removes this bias (see `attainment.mean_frontier_band`). With many configurations, the interval may exclude the
+    observed number.
 
-    Of 95 % nominal, 94 to 98 % were covered in the simulated studies that `attainment.mean_frontier_band` names, and
-    65 % where all true means are equal.
+    At a nominal 95 %, 94 to 98 % were covered in the simulated studies that `attainment.mean_frontier_band` names, and
+    65 % if all true means are equal.
 
     Args:
         sizes: (C,), positive, minimised.
-        values: (n, C), one row per seed, 2 or more for each configuration; NaN where it has not the seed.
+        values: (n, C), one row per seed, at least 2 for each configuration; NaN if it lacks the seed.
         rng: source of all draws; the result does not depend on `chunk`.
         level: nominal coverage, in (0, 1).
-        chunk: draws held at once, which bounds the memory.
+        chunk: number of draws held at once, which bounds the memory.
     Returns:
         Limits of at least 0.
     Raises:
@@ -108,7 +109,7 @@ def hypervolume_interval(
 
 
 def _widths(sorted_sizes: SortedSizes, reference: HypervolumeReference) -> NDArray[np.float64]:
-    """(G,): how far each distinct size's step reaches, in powers of the base."""
+    """(G,): width of the step of each distinct size, in powers of the base."""
     if not (sorted_sizes.distinct > 0).all():
         raise ValueError(f"`sizes > 0` must hold, but got {sorted_sizes.distinct[0]:g}")
     ends = np.minimum(np.append(sorted_sizes.distinct, reference.largest_size), reference.largest_size)
@@ -124,5 +125,5 @@ def _areas(
     gain = sorted_sizes.running_best(values, reference.direction) - reference.worst_value
     if reference.direction == "minimize":
         np.negative(gain, out=gain)
-    # Not `@`: BLAS adds up in an order that depends on how many rows there are, and so on the chunk.
+    # Not `@`: the order in which BLAS adds depends on the number of rows, and so on the chunk.
     return (np.maximum(gain, 0, out=gain) * widths).sum(axis=-1)

@@ -25,8 +25,8 @@ class MeanInterval(NamedTuple):
 def mean_interval(values: ArrayLike, level: float = LEVEL) -> MeanInterval:
     """Mean over seeds and its own t interval, mean ± t_{n−1} s / √n.
 
-    Each configuration's interval rests on its own seeds alone. Over 3 to 10 normal seeds it covers at its nominal
-    level, where percentile and BCa bootstraps do not (.75 instead of .95 at n = 3).
+    Each configuration's interval rests only on its own seeds. With 3 to 10 normal seeds it covers at its nominal level;
+    percentile and BCa bootstraps do not (.75 instead of .95 at n = 3).
 
     Args:
         values: (..., n), one value per seed along the last axis; a NaN makes its mean and interval NaN.
@@ -52,7 +52,7 @@ def mean_interval(values: ArrayLike, level: float = LEVEL) -> MeanInterval:
 
 
 class MarginalInterval(NamedTuple):
-    """Means with intervals that share one pooled variance; arrays of shape (..., C), (...) for variance and df."""
+    """Means with intervals that share one pooled variance. Arrays have the shape (..., C); variance and df, (...)."""
 
     mean: NDArray[np.float64]
     half_width: NDArray[np.float64]
@@ -62,11 +62,11 @@ class MarginalInterval(NamedTuple):
 
 
 def marginal_interval(values: ArrayLike, level: float = LEVEL) -> MarginalInterval:
-    """Means with a variance pooled over configurations that share seeds. Opt-in: a figure that shows it says so.
+    """Means with a variance pooled over configurations that share seeds. Opt-in: a figure with it states it.
 
     In the model y_cs = μ_c + b_s + ε_cs (see `seed_blocks`) a mean over n seeds has the variance (σ_b² + σ²) / n. Two
     independent mean squares estimate the sum. V, the sample variance of the n seed means, has the expectation
-    σ_b² + σ²/C and n − 1 degrees of freedom; s²_res has the expectation σ² and (C − 1)(n − 1). So
+    σ_b² + σ²/C and n − 1 degrees of freedom. s²_res has the expectation σ² and (C − 1)(n − 1) degrees of freedom. So
 
         s²_marg = V + s²_res (C − 1)/C
 
@@ -76,15 +76,15 @@ def marginal_interval(values: ArrayLike, level: float = LEVEL) -> MarginalInterv
 
     between n − 1 (all variance shared; also C = 1, which is `mean_interval`) and C(n − 1) (none shared).
 
-    It assumes one variance for all configurations, so it is too short for the noisiest, as block contrasts are
-    (`contrasts.headline`). At n = 3 it also falls short of a nominal .95 when much is shared: with 40 configurations it
-    covers .94 at a correlation of .5, .92 at .8.
+    The interval assumes one variance for all configurations, so it is too short for the noisiest, as block contrasts
+    are (`contrasts.headline`). At n = 3 it also covers less than a nominal .95 if much of the variance is shared: with
+    40 configurations it covers .94 at a correlation of .5, and .92 at .8.
 
     Args:
         values: (..., C, n), configurations × the same seeds.
         level: coverage, in (0, 1).
     Returns:
-        As its class says. For n < 3 half_width is NaN.
+        As described in its class. For n < 3 half_width is NaN.
     Raises:
         ValueError: `level` is not inside (0, 1), rows have unequal seeds, or a value is missing.
     Source: Satterthwaite 1946, An approximate distribution of estimates of variance components.
@@ -114,17 +114,18 @@ def ratio_interval(values: ArrayLike, reference: ArrayLike, level: float = LEVEL
     """Mean of `values` over mean of `reference`, paired by seed, with Fieller's interval: retained accuracy.
 
     For the true ratio R the differences y_s − R d_s have mean zero, so the interval is every R that their t test does
-    not reject. Over normal pairs it covers exactly, whatever their variances and correlation. The set is an interval
-    only where the denominator itself differs from zero at this level, |d̄| > t s_d/√n; elsewhere it is unbounded (all
-    numbers, or all but an interval), and both limits are NaN: the seeds do not bound the ratio, and none is claimed.
+    not reject. For normal pairs the coverage is exact, whatever their variances and correlation. The set is an interval
+    only if the denominator itself differs from zero at this level, |d̄| > t s_d/√n. Otherwise it is unbounded (all
+    numbers, or all except an interval), and both limits are NaN: the seeds do not bound the ratio, and no limit is
+    claimed.
 
     Args:
         values: (..., n), one value per seed.
-        reference: (n,) or (..., n), the same seeds of what it is divided by.
+        reference: (n,) or (..., n), values of the denominator on the same seeds.
         level: coverage, in (0, 1).
     Returns:
-        Arrays of shape (...), without unit (1 is "all retained"). For n < 3, or a mean reference of 0, limits are NaN;
-        a ratio over 0 is NaN.
+        Arrays of shape (...), without unit (1 is "all retained"). For n < 3, or a mean reference of 0, limits are NaN.
+        A ratio with denominator 0 is NaN.
     Raises:
         ValueError: `level` is not inside (0, 1), the seeds differ in number, or a value is missing.
     Source: Fieller 1954, Some problems in interval estimation.
@@ -146,7 +147,7 @@ def ratio_interval(values: ArrayLike, reference: ArrayLike, level: float = LEVEL
     b = y_mean * d_mean - scale * (y_off * d_off).sum(axis=-1)
     c = y_mean**2 - scale * (y_off**2).sum(axis=-1)
     a = np.where(a > 0, a, np.nan)
-    root = np.sqrt(np.maximum(b**2 - a * c, 0))  # the ratio itself is in the set: below 0 is rounding
+    root = np.sqrt(np.maximum(b**2 - a * c, 0))  # the ratio itself is in the set, so a negative value is rounding
     return RatioInterval(ratio, (b - root) / a, (b + root) / a, n)
 
 

@@ -1,4 +1,4 @@
-"""p values adjusted for the number of tests: compare them with the level of the whole family."""
+"""p values adjusted for the number of tests; they are compared with the level of the whole family."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 def holm(p: ArrayLike) -> NDArray[np.float64]:
     """Holm's adjusted p values: for planned contrasts.
 
-    Rejecting where the adjusted value is at most α keeps the chance of any false rejection at α or below, whatever the
-    dependence of the tests.
+    If every test with an adjusted value of at most α is rejected, the chance of any false rejection is at most α, for
+    any dependence of the tests.
 
     Args:
         p: (..., m), each family along the last axis. A NaN is no test: it stays NaN and does not count in m.
@@ -26,11 +26,11 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
 
 
 def benjamini_hochberg(p: ArrayLike) -> NDArray[np.float64]:
-    """Benjamini and Hochberg's adjusted p values: for screening; what survives is run again on fresh seeds.
+    """Benjamini and Hochberg's adjusted p values: for screening; survivors are run again on fresh seeds.
 
-    Rejecting where the adjusted value is at most α keeps the expected share of false rejections among all at α or
-    below, for independent tests and for positively dependent ones (as contrasts with one reference are when they are
-    one-sided).
+    If every test with an adjusted value of at most α is rejected, the expected share of false rejections among all
+    rejections is at most α. This holds for independent tests and for positively dependent ones (such as one-sided
+    contrasts with one reference).
 
     Args:
         p: (..., m), each family along the last axis. A NaN is no test: it stays NaN and does not count in m.
@@ -43,7 +43,7 @@ def benjamini_hochberg(p: ArrayLike) -> NDArray[np.float64]:
     """
     p, order, count = _sorted(p)
     stepped = p * count / np.arange(1, p.shape[-1] + 1)
-    lowest = np.fmin.accumulate(stepped[..., ::-1], axis=-1)[..., ::-1]  # from the NaNs at the end, which it passes
+    lowest = np.fmin.accumulate(stepped[..., ::-1], axis=-1)[..., ::-1]  # from the end; fmin skips the NaNs there
     return _unsorted(np.minimum(lowest, 1), order)
 
 

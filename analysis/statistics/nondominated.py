@@ -1,4 +1,4 @@
-"""The non-dominated set of two objectives, what of a study is on it, and the line that it draws."""
+"""The non-dominated set of two objectives, the configurations of a study on it, and its step line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from analysis.statistics.seed_blocks import MIN_SEEDS
 def frontier_mask(
     x: ArrayLike, y: ArrayLike, directions: tuple[Direction, Direction] = ("minimize", "minimize")
 ) -> NDArray[np.bool_]:
-    """Which points no other point dominates.
+    """The points that no other point dominates.
 
-    A point dominates another that it is nowhere worse than and somewhere better. Equal points do not dominate each
-    other, so all copies of a frontier point are on the frontier.
+    A point dominates another if it is worse in no objective and better in at least one. Equal points do not dominate
+    each other, so all copies of a frontier point are on the frontier.
 
     Args:
         x, y: (n,), finite, in their own units.
@@ -43,21 +43,22 @@ def on_frontier(
     direction: Direction = "minimize",
     fewest: int = MIN_SEEDS,
 ) -> NDArray[np.bool_]:
-    """Which configurations of a study are on its frontier, wherever it is shown.
+    """The configurations of a study that are on its frontier, wherever it is shown.
 
-    On it are those that no other dominates, among the sound ones of enough seeds: one of which a seed failed, or that
-    was given up, may owe its mean to the seeds that are missing; of fewer than `MIN_SEEDS` nothing is claimed.
+    Among the sound configurations with enough seeds, those are on the frontier that no other dominates. A configuration
+    with a failed seed, or one that was given up, may owe its mean to the seeds that are missing. With fewer than
+    `MIN_SEEDS` nothing is claimed.
 
     Args:
-        sizes, means: (C,), over complete seeds; what is not looked at may be NaN.
-        n_seeds: (C,), complete seeds of each.
+        sizes, means: (C,), over complete seeds; may be NaN for a configuration that is not considered.
+        n_seeds: (C,), number of complete seeds of each.
         is_sound: (C,), whether no seed failed and the configuration was not given up.
         direction: what is better in the means.
-        fewest: seeds that are enough.
+        fewest: number of seeds that is enough.
     Returns:
         (C,) mask.
     Raises:
-        ValueError: shapes differ, a mean that is looked at is not finite, or the direction is unknown.
+        ValueError: shapes differ, a mean that is considered is not finite, or the direction is unknown.
     """
     enough = np.asarray(is_sound, dtype=np.bool_) & (np.asarray(n_seeds) >= fewest)
     on = np.zeros(enough.shape, dtype=np.bool_)

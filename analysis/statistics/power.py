@@ -1,4 +1,4 @@
-"""How many seeds a gap between two configurations needs, and which gap a number of seeds resolves."""
+"""Number of seeds that a gap between two configurations needs, and the gap that a number of seeds resolves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def gap_power(gap: float, n: int, sd: float, correlation: float | None = None, level: float = TWO_SIDED) -> float:
-    """Probability that a two-sided t test of n seeds finds a true gap, of either sign.
+    """Probability that a two-sided t test of n seeds detects a true gap of either sign.
 
     Args:
         gap: between the two true means, in the unit of `sd`.
@@ -34,8 +34,8 @@ def gap_power(gap: float, n: int, sd: float, correlation: float | None = None, l
         ValueError: `sd` is not above 0, the correlation is outside [−1, 1), or `level` is not inside (0, 1).
     Error: below 1e-6 for n up to 1,000. The noncentral t is integrated here, over the normal of its numerator and the
         χ² of its denominator, because `scipy.stats.nct` is NaN or wrong at large noncentrality. Welch's degrees of
-        freedom are a function of the ratio of the two sample variances alone, which is independent of their sum: the
-        power is an average over that ratio's beta distribution.
+        freedom depend only on the ratio of the two sample variances, which is independent of their sum. So the power is
+        an average over that ratio's beta distribution.
     Source: Student 1908; Welch 1938, The significance of the difference between two means when the population
         variances are unequal.
     """
@@ -53,7 +53,9 @@ def gap_power(gap: float, n: int, sd: float, correlation: float | None = None, l
 def seeds_needed(
     gap: float, sd: float, correlation: float | None = None, power: float = TARGET, level: float = TWO_SIDED
 ) -> int:
-    """The fewest seeds, at least 3, whose test finds a true gap with this power. Arguments as of `gap_power`.
+    """The smallest number of seeds, at least 3, whose test detects a true gap with this power.
+
+    Arguments as in `gap_power`.
 
     Raises:
         ValueError: as `gap_power`; `power` is not inside (level, 1); or 100,000 seeds are not enough.
@@ -76,10 +78,10 @@ def seeds_needed(
 def resolved_gap(
     n: int, sd: float, correlation: float | None = None, power: float = TARGET, level: float = TWO_SIDED
 ) -> float:
-    """The smallest true gap, in the unit of `sd`, that n seeds find with this power. Arguments as of `gap_power`.
+    """The smallest true gap, in the unit of `sd`, that n seeds detect with this power. Arguments as in `gap_power`.
 
     Returns:
-        NaN for n < 3, of which nothing is claimed.
+        NaN for n < 3, because nothing is claimed there.
     Raises:
         ValueError: as `gap_power`, or `power` is not inside (level, 1).
     Error: below 1e-6 of sd.
@@ -97,7 +99,7 @@ def resolved_gap(
 
 
 def _rejection(noncentrality: float, df: int, critical: NDArray[np.float64]) -> NDArray[np.float64]:
-    """P(|T| > critical), of the shape of critical: T² > c² where χ²_df < df (Z + δ)²/c², averaged over Z."""
+    """P(|T| > critical), with the shape of critical: T² > c² if χ²_df < df (Z + δ)²/c², averaged over Z."""
     limit = df * (_Z + noncentrality) ** 2 / np.square(critical)[..., None]
     return np.minimum(stats.chi2.cdf(limit, df) @ _Z_WEIGHTS, 1)
 

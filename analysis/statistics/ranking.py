@@ -1,4 +1,4 @@
-"""How far the ranking of configurations can be trusted: across seeds, under noise, against their true spread."""
+"""Reliability of the ranking of configurations: across seeds, under noise, and against their true spread."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from analysis.statistics.seed_blocks import MIN_SEEDS, complete_table, two_way
 
 
 class RankAgreement(NamedTuple):
-    """Kendall's τ_b of the rankings of each pair of seeds: (n, n) with 1 on its diagonal, and the mean over pairs."""
+    """Kendall's τ_b of the rankings by each pair of seeds, (n, n) with 1 on its diagonal, and its mean over pairs."""
 
     tau: NDArray[np.float64]
     mean: float
 
 
 def rank_agreement(values: ArrayLike) -> RankAgreement:
-    """How alike two seeds rank the configurations: 1 the same order, 0 unrelated, −1 reversed.
+    """Agreement of two seeds' rankings of the configurations: 1 is the same order, 0 unrelated, −1 reversed.
 
     Args:
         values: (C, n), configurations × the same seeds, in any unit.
     Returns:
-        As its class says; NaN for a seed in which all configurations are equal. With a single seed, or with a NaN in
-        any pair, the mean is NaN.
+        As described in its class; NaN for a seed in which all configurations are equal. With a single seed, or with a
+        NaN in any pair, the mean is NaN.
     Raises:
         ValueError: not a table, rows have unequal seeds, or a value is missing.
-    Cost: O(C² n) memory, the signs of all differences.
+    Cost: O(C² n) memory, for the signs of all differences.
     Source: Kendall 1945, The treatment of ties in ranking problems.
     """
     table = _one_table(values)
@@ -59,13 +59,13 @@ def rank_intervals(
 ) -> RankInterval:
     """Ranks of the means over seeds, and quantiles of their ranks over draws of the means.
 
-    A draw is mean_c + √(s²_res/n) z_c with z standard normal, s²_res being the residual mean square of the block model
-    (see `seed_blocks`): what seeds share moves all means alike and no rank. Where configurations lack seeds it does,
-    and draws are those of `frontier.draws.SeedMeans.noise_draws`. The limits are ranks that were drawn, the
-    outermost that leave no more than (1 − level)/2 of the draws beyond.
+    A draw is mean_c + √(s²_res/n) z_c with z standard normal; s²_res is the residual mean square of the block model
+    (see `seed_blocks`). The shared part of a seed moves all means alike, and changes no rank. If configurations lack
+    seeds it does change ranks, and the draws are those of `frontier.draws.SeedMeans.noise_draws`. The limits are drawn
+    ranks: the outermost that leave at most (1 − level)/2 of the draws beyond.
 
     Args:
-        values: (C, n), configurations × seeds, in any unit; NaN where a configuration has not the seed.
+        values: (C, n), configurations × seeds, in any unit; NaN if a configuration lacks the seed.
         direction: what is better.
         rng: draws the means.
         level: of the interval, in (0, 1).
@@ -74,10 +74,10 @@ def rank_intervals(
         As its class says; ties share their mean rank. For n < 3, or one configuration, limits are NaN.
     Raises:
         ValueError: as `rank_agreement`; the direction is unknown, or `level` is not inside (0, 1).
-    Error: draws spread the means once more, so ranks of nearly equal configurations are drawn towards the middle. Each
-        interval covers its true rank at .95 or above where the configurations' sd is at least that of one seed's noise,
-        but about .8 of them where 20 configurations are all but equal: `reliability` near 0 warns of it. The intervals
-        hold one by one, not all together.
+    Error: draws spread the means a second time, so ranks of nearly equal configurations are pulled towards the middle.
+        Each interval covers its true rank at .95 or above if the configurations' sd is at least that of one seed's
+        noise. About .8 are covered if 20 configurations are almost equal: `reliability` near 0 warns of this. The
+        intervals hold one by one, not all together.
     Source: Goldstein and Spiegelhalter 1996, League tables and their limitations, section 3.
     """
     check_level(level)
@@ -111,16 +111,16 @@ class Reliability(NamedTuple):
 
 
 def reliability(values: ArrayLike) -> Reliability:
-    """σ²_cfg / (σ²_cfg + σ²_res/n): how much of the spread of the means over seeds is not noise.
+    """σ²_cfg / (σ²_cfg + σ²_res/n): the share of the spread of the means over seeds that is not noise.
 
-    σ²_cfg is estimated by the variance of the means less s²_res/n, and by 0 where that is negative; so reliability is
+    σ²_cfg is estimated by the variance of the means minus s²_res/n, or by 0 if that is negative. So reliability is
     1 − 1/F of the two-way analysis of variance, or 0. It is also Cronbach's α, and the expected correlation of these
     means with those of n fresh seeds.
 
     Args:
         values: (..., C, n), configurations × the same seeds.
     Returns:
-        Arrays of shape (...); reliability in [0, 1]. NaN for one seed or one configuration, and where all values are
+        Arrays of shape (...); reliability in [0, 1]. NaN for one seed or one configuration, and if all values are
         equal.
     Raises:
         ValueError: rows have unequal seeds, or a value is missing.

@@ -1,4 +1,4 @@
-"""The kernel of everything here: the best value among all configurations that are at most as large, size by size."""
+"""The kernel of this package: at each size, the best value among all configurations that are at most as large."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ _T = TypeVar("_T", bound=np.generic)
 
 
 class Standing(NamedTuple):
-    """How each configuration stands against all that are at most as large; arrays (..., C), in the order given."""
+    """Comparison of each configuration with all that are at most as large; arrays (..., C), in the order given."""
 
     on_frontier: NDArray[np.bool_]
-    """No other dominates it; all copies of a frontier point are on the frontier."""
+    """Whether no other dominates it; all copies of a frontier point are on the frontier."""
     behind: NDArray[np.float64]
-    """By how much it is worse than the best of them, >= 0, in the unit of the values."""
+    """Amount by which it is worse than the best of them, >= 0, in the unit of the values."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SortedSizes:
     """Sizes of C configurations, sorted once; values of any number of seeds or draws are then compared along them.
 
-    C configurations have G ≤ C distinct sizes. Values are not checked here: a NaN in them makes everything from its
-    size on NaN.
+    C configurations have G ≤ C distinct sizes. Values are not checked here: a NaN makes all results from its size
+    upwards NaN.
     """
 
     order: NDArray[np.intp]
     """(C,): indices of the configurations from the smallest to the largest."""
     starts: NDArray[np.intp]
     ends: NDArray[np.intp]
-    """(G,): where in that order the first and the last configuration of each distinct size are."""
+    """(G,): position in that order of the last configuration of each distinct size."""
     group: NDArray[np.intp]
-    """(C,): number of the distinct size, in that order."""
+    """(C,): index of the distinct size of each configuration, in that order."""
     distinct: NDArray[np.float64]
     """(G,): distinct sizes, ascending."""
 
@@ -70,11 +70,11 @@ class SortedSizes:
         Raises:
             ValueError: the last axis is not C, or the direction is unknown.
         """
-        # The last of those that share one size has been compared with all of them.
+        # At the last configuration of a size, the running best includes all of that size.
         return best_of(direction).accumulate(self.ascending(values), axis=-1).take(self.ends, axis=-1)
 
     def attained_by(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.intp]:
-        """The configuration that attains the running best at each distinct size; of equal ones the last.
+        """The configuration that attains the running best at each distinct size; the last if several are equal.
 
         Args:
             values: (C,), in the order in which the sizes were given.
@@ -89,7 +89,7 @@ class SortedSizes:
         return self.order[latest[self.ends]]
 
     def standing(self, values: NDArray[np.float64], direction: Direction) -> Standing:
-        """How configurations stand in each row: on the frontier are those that attain a running best where it improves.
+        """The standing of configurations in each row; those that attain an improved running best are on the frontier.
 
         Args:
             values: (..., C), in the order in which the sizes were given.
@@ -100,7 +100,7 @@ class SortedSizes:
         values = self.ascending(values)
         running = best_of(direction).accumulate(values, axis=-1)
         first, last = self.starts[self.group], self.ends[self.group]
-        shared = np.flatnonzero(first != last)  # mostly few: sizes are counts of parameters
+        shared = np.flatnonzero(first != last)  # usually few: sizes are counts of parameters
         running[..., shared] = running[..., last[shared]]
         on_frontier = np.ones(running.shape, dtype=np.bool_)
         np.not_equal(running[..., 1:], running[..., :-1], out=on_frontier[..., 1:])
@@ -109,7 +109,7 @@ class SortedSizes:
         return Standing(self.as_given(on_frontier), self.as_given(behind))
 
     def ascending(self, values: NDArray[_T]) -> NDArray[_T]:
-        """Values (..., C) in the order of the sizes from the smallest up.
+        """Values (..., C) in the order of the sizes, from the smallest upwards.
 
         Raises:
             ValueError: the last axis is not C.
@@ -119,7 +119,7 @@ class SortedSizes:
         return values if self._is_ascending() else values.take(self.order, axis=-1)
 
     def as_given(self, ascending: NDArray[_T]) -> NDArray[_T]:
-        """Values (..., C) in the order of the sizes, put into the order in which those were given."""
+        """Values (..., C) in ascending order of the sizes, put back into the order in which the sizes were given."""
         if self._is_ascending():
             return ascending
         given = np.empty_like(ascending)

@@ -1,7 +1,8 @@
 """The two-way model behind every quantity that pools configurations: y_cs = μ_c + b_s + ε_cs.
 
-Configuration c ran on seed s; b_s is what the runs of one seed share (data order, initialisation), ε_cs is the rest, of
-one variance for all. Nothing is filled in: a table is complete, or `uneven_two_way` fits the model to what is there.
+Configuration c ran on seed s; b_s is the shared part of the runs of one seed (data order, initialisation). ε_cs is the
+rest, with one variance for all. No value is filled in: a table is complete, or `uneven_two_way` fits the model to the
+values that exist.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 MIN_SEEDS = 3
-"""Below this nothing is claimed: intervals, tests and bounds are NaN."""
+"""With fewer seeds nothing is claimed: intervals, tests and bounds are NaN."""
 
 
 class TwoWay(NamedTuple):
@@ -49,13 +50,13 @@ def two_way(values: ArrayLike) -> TwoWay:
 
 
 class UnevenTwoWay(NamedTuple):
-    """Means and variances of one table of configurations × seeds in which configurations lack seeds.
+    """Means and variances of one table of configurations × seeds, in which configurations may lack seeds.
 
-    means: (C,), each over its own seeds. weights: (C, S), 1/n where a configuration has a seed, else 0.
-    residual_variance: as of `TwoWay`, 0 where df is 0. df: its degrees of freedom. seed_variance: Var(b), at least 0.
-    seed_df: of that, fewer than seeds where few configurations have some of them. variance: of one value within
-    configurations, on average.
-    marginal_variance, marginal_df: as `marginal_variance` has them.
+    means: (C,), each over its own seeds. weights: (C, S), 1/n if a configuration has a seed, else 0.
+    residual_variance: as in `TwoWay`, 0 if df is 0. df: its degrees of freedom. seed_variance: Var(b), at least 0.
+    seed_df: its degrees of freedom, fewer than seeds if few configurations have some of the seeds. variance: average
+    variance of one value within configurations.
+    marginal_variance, marginal_df: as in `marginal_variance`.
     """
 
     means: NDArray[np.float64]
@@ -70,12 +71,12 @@ class UnevenTwoWay(NamedTuple):
 
 
 def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
-    """The two-way model fitted by least squares; of a complete table it is what `two_way` and `marginal_variance` are.
+    """The two-way model, fitted by least squares; for a complete table it equals `two_way` and `marginal_variance`.
 
-    Within configurations, the seeds' shifts explain R of the sum of squares, with r degrees of freedom. Of N values of
-    C configurations it has the expectation (N − C) Var(b) + r Var(ε), by which Var(b) is estimated. It is a sum of r
-    independent squares of the variances λ Var(b) + Var(ε), with the eigenvalues λ > 0 of the seeds' normal equations,
-    which add up to N − C: from them come Satterthwaite's degrees of freedom.
+    Within configurations, the seeds' shifts explain R of the sum of squares, with r degrees of freedom. For N values of
+    C configurations, R has the expectation (N − C) Var(b) + r Var(ε), from which Var(b) is estimated. R is a sum of r
+    independent squares with the variances λ Var(b) + Var(ε). The λ > 0 are the eigenvalues of the seeds' normal
+    equations, and add up to N − C. Satterthwaite's degrees of freedom follow from them.
 
     Args:
         values: (C, S), configurations × all seeds, in any unit; NaN where a configuration has not that seed.
@@ -91,10 +92,10 @@ def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
     weights = has / counts[:, None]
     means = np.where(has, table, 0).sum(axis=1) / counts
     within = np.where(has, table - means[:, None], 0)
-    # The normal equations of the seeds' shifts, after those of the configurations.
+    # The normal equations of the seeds' shifts, after the configurations' effects are eliminated.
     system = np.diag(has.sum(axis=0)) - has.T @ weights
     sizes, axes = np.linalg.eigh(system)
-    is_known = sizes > 1e-10 * sizes[-1]  # of each set of seeds that configurations connect, one shift is free
+    is_known = sizes > 1e-10 * sizes[-1]  # one shift is free in each set of seeds that configurations connect
     sizes, axes, sums = sizes[is_known], axes[:, is_known], within.sum(axis=0)
     shifts = axes @ (axes.T @ sums / sizes)
     left = np.where(has, within - shifts + (weights @ shifts)[:, None], 0)
@@ -120,24 +121,26 @@ def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
 
 
 def is_complete(values: ArrayLike) -> bool:
-    """Whether no value is missing."""
+    """Return whether no value is missing."""
     return not np.isnan(np.asarray(values, dtype=np.float64)).any()
 
 
 def marginal_variance(model: TwoWay) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Variance of one value, what its seed shares included: s²_marg = V + s²_res (C − 1)/C, V that of the seed means,
-    and Satterthwaite's degrees of freedom; both (...). For the derivation see `intervals.marginal_interval`."""
+    """Variance of one value, including the shared part of its seed, and Satterthwaite's degrees of freedom; both (...).
+
+    s²_marg = V + s²_res (C − 1)/C, with V the variance of the seed means. For the derivation see
+    `intervals.marginal_interval`."""
     rows, n = model.means.shape[-1], model.n
     shared = model.seed_means.var(axis=-1, ddof=1)
     residual = model.residual_variance * (rows - 1) / rows if rows > 1 else np.zeros_like(shared)
     variance = shared + residual
-    # Of the sum; of 0, which no df would widen, as if all of it were shared.
+    # Share of the sum. For a sum of 0, which no df would widen, all of it counts as shared.
     share = np.divide(shared, variance, out=np.ones_like(shared), where=variance > 0)
     return variance, (n - 1) / (share**2 + (1 - share) ** 2 / max(rows - 1, 1))
 
 
 def complete_table(values: ArrayLike, name: str = "values") -> NDArray[np.float64]:
-    """(..., C, n) as floats, with every seed of every configuration.
+    """The table (..., C, n) as floats, with every seed of every configuration.
 
     Raises:
         ValueError: rows have unequal numbers of seeds, there is no row or no seed, or a value is missing (NaN or
@@ -147,7 +150,7 @@ def complete_table(values: ArrayLike, name: str = "values") -> NDArray[np.float6
 
 
 def complete_seeds(values: ArrayLike, name: str = "values") -> NDArray[np.float64]:
-    """(..., n) as floats, with every seed. Raises ValueError as `complete_table`."""
+    """The values (..., n) as floats, with every seed. Raises ValueError as `complete_table`."""
     return _complete(values, name, "(..., seeds)", 1)
 
 

@@ -1,4 +1,4 @@
-"""How often a configuration is on the frontier when the means are redrawn with the noise of the seeds."""
+"""Share of redraws of the means, with the noise of the seeds, in which a configuration is on the frontier."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class FrontierSupport(NamedTuple):
     """Shares of draws, each (C,), in the order of the input."""
 
     on_frontier: NDArray[np.float64]
-    """The configuration is on the frontier of the draw."""
+    """Share in which the configuration is on the frontier of the draw."""
     near_frontier: NDArray[np.float64]
-    """No configuration at most as large is better by more than ε in the draw."""
+    """Share in which no configuration at most as large is better by more than ε in the draw."""
 
 
 class SizeNeeded(NamedTuple):
-    """How large a configuration has to be in order to lose at most δ against a reference."""
+    """Size that a configuration needs in order to lose at most δ against a reference."""
 
     observed: float
-    """Smallest size that has a mean so good."""
+    """Smallest size with a mean that is good enough."""
     sizes: NDArray[np.float64]
     """(G,): distinct sizes, ascending."""
     support: NDArray[np.float64]
-    """(G,): share of draws in which each is the smallest; they add up to 1."""
+    """(G,): share of draws in which each size is the smallest; the shares add up to 1."""
 
 
 def frontier_support(
@@ -44,10 +44,11 @@ def frontier_support(
 ) -> FrontierSupport:
     """Share of draws of the means in which each configuration is on the frontier, or within ε of it.
 
-    Support is no probability that the configuration is on the true frontier. It is near one where configurations
-    differ by more than their noise; where many near-equals compete it is too modest in its middle, since redrawing adds
-    the noise a second time. In simulated studies of 40 configurations with 5 seeds (standard error of a mean 0.18),
-    scattered about a steep trend by 0.6 or by 0.2, this share of those with a support near s was on the true frontier:
+    Support is not the probability that the configuration is on the true frontier. It is close to that probability if
+    configurations differ by more than their noise. If many near-equals compete, middle values are too low, since
+    redrawing adds the noise a second time. Simulated studies had 40 configurations with 5 seeds (standard error of a
+    mean 0.18), scattered about a steep trend by 0.6 or by 0.2. Of the configurations with a support near s, this share
+    was on the true frontier:
 
         s              .05   .19   .40   .60   .81   .95   1.00
         scatter 0.6    .07   .26   .46   .67   .84   .96   1.00
@@ -57,11 +58,11 @@ def frontier_support(
 
     Args:
         sizes: (C,), minimised.
-        values: (n, C), one row per seed, 2 or more for each configuration; NaN where it has not the seed.
+        values: (n, C), one row per seed, at least 2 for each configuration; NaN if it lacks the seed.
         rng: source of all draws; the result does not depend on `chunk`.
         epsilon: ε >= 0, in the unit of the values.
         direction: what is better in the values.
-        chunk: draws held at once, which bounds the memory.
+        chunk: number of draws held at once, which bounds the memory.
     Raises:
         ValueError: shapes differ, a value is infinite, fewer than 2 seeds, or a negative ε or count.
     Error: each share has a standard error of sqrt(share (1 − share) / n_draws).
@@ -69,7 +70,7 @@ def frontier_support(
         its bias.
     """
     sorted_sizes, seed_means = _prepared(sizes, values, epsilon, "epsilon")
-    # Sorted here, the configurations need no sorting in each draw.
+    # The configurations are sorted here once, and not again in each draw.
     ascending = SortedSizes.of(np.asarray(sizes)[sorted_sizes.order])
     seed_means = seed_means.take(sorted_sizes.ascending(np.arange(seed_means.means.size)))
     counts = np.zeros((2, seed_means.means.size), dtype=np.intp)
@@ -93,27 +94,28 @@ def size_needed(
     n_draws: int = 10_000,
     chunk: int | None = None,
 ) -> SizeNeeded:
-    """Smallest size that loses at most δ against a reference configuration, and how often each size is it.
+    """Smallest size that loses at most δ against a reference configuration, and how often each size is the smallest.
 
-    The reference itself loses nothing, so that some size always is.
+    The reference itself loses nothing, so such a size always exists.
 
-    The distribution leans to small sizes: among many small configurations some are lucky, and redrawing adds luck. The
-    smallest size up to which the support adds up to 95 % was at least the true one in 97 to 99 % of simulated studies
-    of 40 configurations, but in 86 % of those of 200 near-equals with 3 seeds. Claim a size on fresh seeds only.
+    The distribution is biased towards small sizes: among many small configurations some are lucky, and redrawing adds
+    luck. Take the smallest size up to which the support adds up to 95 %. It was at least the true one in 97 to 99 % of
+    simulated studies of 40 configurations, but in 86 % of those of 200 near-equals with 3 seeds. Claim a size only on
+    fresh seeds.
 
     Args:
         sizes: (C,), minimised, such as trainable parameters.
-        values: (n, C), one row per seed, 2 or more for each configuration; NaN where it has not the seed.
+        values: (n, C), one row per seed, at least 2 for each configuration; NaN if it lacks the seed.
         reference: index of the reference, such as the dense model, among the configurations.
         rng: source of all draws; the result does not depend on `chunk`.
         delta: δ >= 0, in the unit of the values.
         direction: what is better in the values.
-        chunk: draws held at once, which bounds the memory.
+        chunk: number of draws held at once, which bounds the memory.
     Raises:
         ValueError: shapes differ, a value is infinite, fewer than 2 seeds, or a negative δ or count.
         IndexError: no such reference.
     """
-    best_of(direction)  # refuses an unknown one
+    best_of(direction)  # raises an error if the direction is unknown
     sorted_sizes, seed_means = _prepared(sizes, values, delta, "delta")
     if not 0 <= reference < seed_means.means.size:
         raise IndexError(f"`0 <= reference < {seed_means.means.size}` must hold, but got {reference}")
@@ -121,7 +123,7 @@ def size_needed(
     def smallest(means: NDArray[np.float64]) -> NDArray[np.intp]:
         difference = means - means[..., reference, None]
         is_enough = difference <= delta if direction == "minimize" else difference >= -delta
-        # The first that is good enough, from the smallest up: no running best is needed.
+        # The first that is good enough, from the smallest upwards: no running best is needed.
         return sorted_sizes.group[sorted_sizes.ascending(is_enough).argmax(axis=-1)]
 
     n_sizes = sorted_sizes.distinct.size

@@ -1,1 +1,1 @@
-"""The linear layers of any model turned into structured ones, by name, and back; and a report of what that did."""
+"""Turn the linear layers of any model into structured ones, by name, and back; and report what that did."""

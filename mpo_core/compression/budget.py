@@ -1,4 +1,4 @@
-"""How well each layer does at each number of parameters, and how a budget is spread over layers."""
+"""The error of each layer at each number of parameters, and how a budget is spread over layers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Rung:
 
     n_params: int
     error: float
-    """Squared relative error, of the weights or, under a Gram matrix, of the outputs; what holds of it, the function
-    that made the ladder says."""
+    """Squared relative error of the weights or, under a Gram matrix, of the outputs. The function that made the ladder
+    says how exact it is."""
 
 
 def spread_budget(ladders: Mapping[str, Sequence[Rung]], budget: int) -> dict[str, Rung]:
     """One rung per layer, together at most `budget` parameters, with a small sum of errors.
 
-    Greedy: every layer starts at its cheapest rung, and the step with the largest fall of error per parameter is taken,
-    along the convex hull of each ladder, until nothing more fits. What is left when a step no longer fits goes to the
-    best rung below it. Without that last part this is the optimum for its own number of parameters.
+    Greedy: every layer starts at its cheapest rung. Then the step along the convex hull of a ladder with the largest
+    fall of error per parameter is taken, until nothing more fits. If a step does not fit, the layer takes the best rung
+    below it that does. Without this last part the result is the optimum for its own number of parameters.
 
     Raises:
         ValueError: no layers, a layer without rungs, or the cheapest rungs together exceed the budget.
@@ -75,12 +75,13 @@ def spread_budget(ladders: Mapping[str, Sequence[Rung]], budget: int) -> dict[st
 def chain_ladder(W: Tensor, gram: Tensor | None, split: Callable[[int], Split]) -> list[Rung]:
     """Rungs χ = 1, 2, … of a chain of cores, up to the last with fewer parameters than W or the last useful χ.
 
-    The error is the sum over the bonds of the singular values cut off, squared (Oseledets 2011, Theorem 2.2), of W or,
-    under a Gram matrix, of W whitened by its nearest Kronecker product. Without a Gram it is an upper bound on that of
-    `tt_svd`, with two sites exact. Under one that is no such product it is no bound, only falls as the errors do.
+    The error is the sum over the bonds of the squared singular values that are cut off (Oseledets 2011, Theorem 2.2).
+    They are those of W or, under a Gram matrix, of W whitened by its nearest Kronecker product. Without a Gram matrix
+    the error is an upper bound on that of `tt_svd`, exact for two sites. Under a Gram matrix that is not such a product
+    it is no bound, but falls as the errors do.
 
     Args:
-        split: from χ to (d_out, d_in).
+        split: function from χ to (d_out, d_in).
     """
     G = None if gram is None else check_gram(gram, W.shape[1]).to(W.device)
     tails: dict[Split, list[list[float]]] = {}

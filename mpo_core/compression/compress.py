@@ -1,4 +1,4 @@
-"""Turn the linear layers of any model into structured ones, and back, and count what that does."""
+"""Turn the linear layers of any model into structured ones, and back, and count the effect."""
 
 from __future__ import annotations
 
@@ -60,44 +60,47 @@ def compress(
     generator_for: Callable[[str], torch.Generator] | None = None,
     n_tokens: int = 256,
 ) -> tuple[Model, CompressionReport]:
-    """A copy of the model with its linear layers replaced by structured ones; all else is carried over, the model kept.
+    """Return a copy of the model with structured layers in place of linear ones; all else is carried over.
 
-    Replaced are nn.Linear and the Conv1D of Hugging Face, by name. Layers that hold one weight together get one
-    structured weight together. Left as they are, with the reason in the report, are layers whose weight is also an
-    embedding's or belongs to a layer that is not replaced; whose weight or bias is computed from other parameters
-    (weight_norm, spectral_norm, prune, parametrize); that have hooks, a forward of their own, or tensors or modules
-    beside weight and bias; subclasses of nn.Linear; and with them the projections of nn.MultiheadAttention, which uses
-    their weights itself. To name such a layer in `include` outright is an error.
+    The model itself is not changed. nn.Linear and the Conv1D of Hugging Face are replaced, by name. Layers that share
+    one weight get one shared structured weight. The following stay as they are, with the reason in the report; naming
+    one of them in `include` exactly is an error.
+
+    - Layers whose weight is also an embedding's, or belongs to a layer that is not replaced.
+    - Layers whose weight or bias is computed from other parameters (weight_norm, spectral_norm, prune, parametrize).
+    - Layers that have hooks, a forward of their own, or tensors or modules beside weight and bias.
+    - Subclasses of nn.Linear, and so the projections of nn.MultiheadAttention, which uses their weights itself.
 
     Args:
-        layer: "mpo" (MPOLinear), "low_rank", "monarch" or "pruned"; or a function from a layer's name and its weight
-            as an nn.Linear to a StructuredLinear, or to None to leave it dense, beside which no size is given.
+        layer: "mpo" (MPOLinear), "low_rank", "monarch" or "pruned". Or a function from a layer's name and its weight as
+            an nn.Linear to a StructuredLinear, or to None to leave it dense; no size is given then.
         chi, rel_error, budget: how large the layers become; exactly one of them.
             chi: the cap on the bonds of every layer; the rank of "low_rank" and "monarch". A layer that would save
             nothing stays dense, unless `allow_growth`.
-            rel_error: the smallest layers found whose ‖W − Ŵ‖_F / ‖W‖_F, or with calibration relative output error,
-            is no larger; of calibrated chains, within 5 % of the smallest. A layer that would save nothing stays dense.
-            budget: parameters of all these matrices together; as a float below 1, a fraction of those they have. It is
-            spread over the layers by their squared relative errors (`spread_budget`), and a layer may stay dense. Or a
-            mapping from layer name to the most parameters of each.
+            rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F, or with calibration the largest relative output error. The
+            smallest layers found within it are taken; calibrated chains are within 5 % of the smallest. A layer that
+            would save nothing stays dense.
+            budget: parameters of all these matrices together; a float below 1 is a fraction of those they have. The
+            budget is spread over the layers by their squared relative errors (`spread_budget`), and a layer may stay
+            dense. Or a mapping from layer name to the most parameters of each.
         allow_growth: whether `chi` also replaces layers that become no smaller; the report then says so.
         include, exclude: patterns (fnmatch, case-sensitive) of module names such as "blocks.0.attention.query"; a
             layer is replaced if it matches one of `include` and none of `exclude`. A string is one pattern.
         factorisation, n_sites, padding: how the weights of "mpo" are split over sites, see `factorise`.
-        init: "tt_svd" (in its place "data_aware", where there is calibration) takes the present weights, for every
-            kind of layer; the others draw fresh parameters, see `initialisation.FRESH_INITS`, and go with chi alone.
-        calibration: batches to run the model on, or Gram matrices by layer name, see `collect_grams`. Chains are then
-            fitted by `method`, low ranks found, and errors of a budget measured, for the outputs over these inputs.
-        method: of `fit_cores`, for "mpo"; "als" with calibration, "tt_svd" without.
+        init: "tt_svd" (or "data_aware", with calibration) takes the present weights, for every kind of layer. The
+            others draw fresh parameters, see `initialisation.FRESH_INITS`, and go only with chi.
+        calibration: batches to run the model on, or Gram matrices by layer name, see `collect_grams`. For the outputs
+            over these inputs, chains are then fitted by `method`, low ranks found, and errors of a budget measured.
+        method: method of `fit_cores`, for "mpo". Default: "als" with calibration, "tt_svd" without.
         forward: how the layers of "mpo" apply their weight, see MPOLinear.
-        generator_for: from a parameter's name, such as "blocks.0.attention.query.cores.1", to the generator of its
-            values; needed to draw fresh parameters, except on the meta device, where there is nothing to draw.
+        generator_for: function from a parameter's name, such as "blocks.0.attention.query.cores.1", to the generator of
+            its values. Needed to draw fresh parameters, except on the meta device, where there is nothing to draw.
         n_tokens: tokens per forward for which the report gives FLOPs and bytes.
     Raises:
-        ValueError: no layer matches; one named outright, or all beside a budget, cannot be replaced; not exactly one
-            size; a budget that even the smallest layers exceed; an unknown layer, init or method; calibration that is
-            empty or not finite; fresh parameters without generator_for; or as `factorise` and `tt_svd`, with the
-            name of the layer.
+        ValueError: no layer matches; a layer that is named exactly cannot be replaced; with a budget, no layer can be
+            replaced; not exactly one size; a budget that even the smallest layers exceed; an unknown layer, init or
+            method; calibration that is empty or not finite; fresh parameters without generator_for; or as `factorise`
+            and `tt_svd`, with the name of the layer.
     """
     check_whole(n_tokens=n_tokens)
     n_tokens = int(n_tokens)
@@ -165,13 +168,13 @@ def decompress(model: StructuredLinear) -> nn.Linear: ...
 @overload
 def decompress(model: Model) -> Model: ...
 def decompress(model: nn.Module) -> nn.Module:
-    """A copy of the model with an nn.Linear of the same matrix in the place of every structured layer, itself included.
+    """Return a copy of the model with every structured layer, itself included, as an nn.Linear of the same matrix.
 
     Layers that share their parameters share the weight; dtype, device, bias, requires_grad and training mode stay.
-    What was a Conv1D before it was compressed becomes an nn.Linear too.
+    A Conv1D that was compressed becomes an nn.Linear too.
 
     Raises:
-        ValueError: a structured layer has hooks, some of which compute its parameters, or a forward of its own.
+        ValueError: a structured layer has a forward of its own, or hooks, some of which compute its parameters.
     """
     dense = copied(model)
     made: dict[int, nn.Linear] = {}
@@ -222,7 +225,7 @@ def rel_errors(
 
 
 def n_params(model: nn.Module) -> int:
-    """All trainable parameters of the model that have a shape, shared ones once; of a pruned matrix, those kept."""
+    """Number of trainable parameters that have a shape, shared ones once; of a pruned matrix, those kept."""
     pruned = {
         id(parameter): module.n_params_matrix
         for module in model.modules()
@@ -238,7 +241,7 @@ def n_params(model: nn.Module) -> int:
 
 
 def n_params_compressed(model: nn.Module) -> int:
-    """Parameters of the linear layers' matrices alone, dense and structured, biases excluded, shared ones once."""
+    """Number of parameters of all linear layers' matrices, dense and structured, without biases, shared ones once."""
     counted: dict[tuple[int, ...], int] = {}
     for module in model.modules():
         if isinstance(module, StructuredLinear):
@@ -301,7 +304,8 @@ def _grams(
     calibration: Mapping[str, Tensor] | Iterable[Any] | None,
     forward: Callable[[nn.Module, Any], object] | None,
 ) -> dict[str, Tensor]:
-    """E[x xᵀ] of each target by its name; of layers that share a weight the sum, as are the errors of their outputs."""
+    """Return E[x xᵀ] of each target by its name; the sum for layers that share a weight, as their output errors add
+    up."""
     if calibration is None:
         return {}
     if isinstance(calibration, Tensor):
@@ -324,7 +328,7 @@ def _grams(
 
 
 def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: StructuredLinear) -> None:
-    """Put the new layer wherever `compressed`, a copy of `model`, has the dense one or another with its weight."""
+    """Put the new layer wherever `compressed`, a copy of `model`, has the dense one or another one with its weight."""
     first = model.get_submodule(dense.name)
     placed, biases = {id(first): new}, {id(first.bias): new.bias, id(None): None}
     matrix = [tensor for name, tensor in new.named_parameters() if name != "bias"] + list(new.buffers())

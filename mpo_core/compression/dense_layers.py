@@ -1,4 +1,4 @@
-"""Which layers of a model can be replaced by structured ones, whatever kind of model it is."""
+"""Find the layers of any kind of model that structured layers can replace."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class DenseLayer:
     """A weight matrix and the modules that hold it."""
 
     name: str
-    """The module's name; the first in the model's order where several modules hold the weight."""
+    """The module's name; the first in the model's order if several modules hold the weight."""
     sharers: tuple[str, ...]
     """Names of the other modules that hold the same weight, and other names of the same module."""
     linear: nn.Linear
-    """The layer as nn.Linear: itself, or one that has the transposed weight of a Conv1D; one without values, of the
-    same shape, if the layer has to stay."""
+    """The layer as nn.Linear: itself, or one with the transposed weight of a Conv1D. If the layer has to stay: one of
+    the same shape without values."""
     reason: str | None
     """Why it has to stay as it is; None if it can be replaced."""
 
@@ -36,13 +36,13 @@ class DenseLayer:
 def find_dense_layers(model: nn.Module, include: str | Sequence[str], exclude: str | Sequence[str]) -> list[DenseLayer]:
     """The nn.Linear layers, and Conv1D layers of Hugging Face, that match one of `include` and none of `exclude`.
 
-    A layer has to stay as it is if its owner would miss its weight, if the weight is also used elsewhere, or if it is
-    not sure that the layer is x Wᵀ + b of a weight W that is there, and no more: see `_stays`.
+    A layer has to stay as it is if its owner would miss its weight or the weight is also used elsewhere. It also stays
+    if it is uncertain that it is x Wᵀ + b of a stored weight W, and no more: see `_stays`.
 
     Args:
-        include, exclude: patterns; a string is one.
+        include, exclude: patterns; a string is one pattern.
     Raises:
-        ValueError: nothing matches; or a layer that has to stay is named in `include` outright, not by a pattern.
+        ValueError: nothing matches; or a layer that has to stay is named in `include` exactly, not by a pattern.
     """
     include, exclude = ([given] if isinstance(given, str) else list(given) for given in (include, exclude))
     layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if name and is_dense(module)}
@@ -96,7 +96,7 @@ def is_dense(module: nn.Module) -> bool:
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a dense layer; in_features is 0 as long as a lazy one has no shape."""
+    """(out_features, in_features) of a dense layer; in_features is 0 while a lazy one has no shape."""
     if isinstance(module, nn.Linear):
         weight = weight_of(module)
         if weight is None or isinstance(weight, UninitializedParameter):
@@ -107,7 +107,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def as_linear(module: nn.Module) -> nn.Linear:
-    """The module itself if it is an nn.Linear; for a Conv1D one that shares its bias and has its weight transposed."""
+    """Return the module if it is an nn.Linear; for a Conv1D, an nn.Linear with its bias and its transposed weight."""
     if isinstance(module, nn.Linear):
         return module
     weight, bias = module.weight, module.bias
@@ -124,7 +124,7 @@ def copied(model: Model) -> Model:
 
 
 def does_more(module: nn.Module) -> str | None:
-    """Why a layer in its place would not do all that it does; None if it would."""
+    """Why a layer in its place would not do all that the module does; None if it would."""
     if "forward" in vars(module):
         return "its forward has been replaced: put its own back before"
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -141,7 +141,7 @@ def _stand_in(module: nn.Module) -> nn.Linear:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    # Hugging Face's y = x W + b, W (in_features, out_features), told by its name as transformers is not imported here.
+    # Hugging Face's y = x W + b, W (in_features, out_features), known by name: transformers is not imported here.
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(weight, "ndim", 0) == 2
 
@@ -157,12 +157,12 @@ def _holds_more(module: nn.Module) -> str | None:
 
 
 def _no_weight(module: nn.Module) -> str | None:
-    """Why it may compute something else than x Wᵀ + b, or with another W than is there; None if it does not."""
+    """Why it may compute something other than x Wᵀ + b, or use a W other than the stored one; None if it does not."""
     if isinstance(weight_of(module), UninitializedParameter):
         return "its weight has no shape yet: run the model once before"
     computed = why_computed(module)
     if computed is None and isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-        # The out_proj of nn.MultiheadAttention, for one, is never called.
+        # The out_proj of nn.MultiheadAttention, for example, is never called.
         return f"it is a {type(module).__name__}, whose owner may read its weight, or which may compute something else"
     return computed
 

@@ -1,4 +1,4 @@
-"""All about a model but the values of its tensors, as JSON, and the model again from that."""
+"""Describe a model as JSON, except for the values of its tensors, and rebuild the model from that."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LINEAR = "linear"
 
 @dataclass
 class _Layer:
-    """A structured layer, or an nn.Linear, which may stand where a Conv1D was before."""
+    """A structured layer, or an nn.Linear, which may have replaced a Conv1D."""
 
     names: list[str]
     """All names of the one module."""
@@ -62,10 +62,10 @@ class _Layer:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """All that is needed to build the model, beside the code of its class and the values of its tensors.
+    """Return all that is needed to rebuild the model, except the code of its class and the values of its tensors.
 
     Raises:
-        ValueError: a part of the model that would be lost, with its name.
+        ValueError: a part of the model, which is named, would be lost.
     """
     modules = list(_places(model))
     parameters, buffers = named_tensors(model)
@@ -103,7 +103,7 @@ def rebuild(description: Mapping[str, Any], like: nn.Module | None) -> nn.Module
     """The model that was described, its parameters and buffers still on the meta device; `like` is not changed.
 
     Raises:
-        ValueError: `like` is another model than the one described; or is None where it is needed.
+        ValueError: `like` is another model than the one described; or is None although it is needed.
     """
     origin, classes = description["origin"], description["modules"]
     layers = [_Layer(**layer) for layer in description["layers"]]
@@ -121,7 +121,7 @@ def rebuild(description: Mapping[str, Any], like: nn.Module | None) -> nn.Module
     present = {name: type(module).__name__ for name, module in _places(model)}
     for name in [*classes, *present]:
         saved, ours = classes.get(name, "missing"), present.get(name, "missing")
-        # `save` has compared all classes with those that the library builds; it may have renamed some since.
+        # `save` has compared all classes with those that the library builds; the library may have renamed some since.
         strict = like is not None or {saved, ours} & {"Linear", "Conv1D"}
         if saved != ours and strict:
             raise ValueError(f"{name} is {saved} in the saved model, but {ours} in {LOADED_INTO}")
@@ -130,7 +130,7 @@ def rebuild(description: Mapping[str, Any], like: nn.Module | None) -> nn.Module
 
 
 def check_plain_tensors(model: nn.Module) -> None:
-    """Raise ValueError if a module has a tensor on the meta device that is no parameter or buffer of the model."""
+    """Raise ValueError if a module has a tensor on the meta device that is not a parameter or buffer of the model."""
     known = {id(tensor) for tensors in named_tensors(model) for tensor in tensors.values()}
     for name, module in model.named_modules():
         for key, held in vars(module).items():
@@ -148,16 +148,16 @@ def set_modes(model: nn.Module, description: Mapping[str, Any]) -> None:
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """Parameters and buffers, those that a state_dict leaves out too, under all their names."""
+    """Parameters and buffers under all their names, including those that a state_dict leaves out."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return parameters, dict(model.named_buffers(remove_duplicate=False))
 
 
 def as_json(content: dict[str, Any]) -> dict[str, Any]:
-    """What JSON keeps of it: tuples become lists, keys strings, whole numbers of numpy Python's own.
+    """Return the content as JSON keeps it: tuples become lists, keys strings, and numpy integers Python integers.
 
     Raises:
-        ValueError: there is something in it that JSON does not have.
+        ValueError: it contains something that JSON does not support.
     """
     try:
         return json.loads(json.dumps(content, default=operator.index))
@@ -166,7 +166,7 @@ def as_json(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _places(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under all its names, those inside a structured layer left out."""
+    """Every module under all its names, except those inside a structured layer."""
     yield name, module
     if not isinstance(module, StructuredLinear):
         for key, child in module._modules.items():
@@ -179,7 +179,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_built_alike(model: nn.Module, description: Mapping[str, Any]) -> bool:
-    """Whether the model's library builds it from its configuration as it is, not changed by hand since."""
+    """Whether the library builds the same model from its configuration, so that it was not changed by hand since."""
     try:
         again = rebuild(description, None)
     except ValueError:
@@ -214,7 +214,7 @@ def _put(model: nn.Module, layer: _Layer) -> nn.Module:
 
 
 def _sizes(module: nn.Module) -> tuple[int, ...]:
-    """(in_features, out_features) of a linear layer; of others nothing."""
+    """(in_features, out_features) of a linear layer; empty for other modules."""
     if isinstance(module, StructuredLinear | nn.Linear):
         return module.in_features, module.out_features
     return tuple(module.get_parameter("weight").shape) if is_dense(module) else ()
@@ -252,7 +252,7 @@ def _check_tensors(model: nn.Module, parameters: Mapping[str, nn.Parameter], ten
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """The dimensions as they lie in memory: a product of a transposed matrix may round in another way."""
+    """The order of the dimensions in memory; a product of a transposed matrix may round differently."""
     order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
     return order if not tensor.is_contiguous() and tensor.permute(order).is_contiguous() else sorted(order)
 

@@ -1,4 +1,4 @@
-"""Models that can be built from their class and configuration alone: those of Hugging Face, and PicoGPT."""
+"""Models that can be built from only their class and configuration: those of Hugging Face, and PicoGPT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOADED_INTO = "the model that it is loaded into"
 
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 _BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
-"""Entries of a configuration of Hugging Face that do not change what a model computes."""
+"""Entries of a Hugging Face configuration that do not change what a model computes."""
 
 
 def origin_of(model: nn.Module) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def origin_of(model: nn.Module) -> dict[str, Any]:
 
 
 def config_json(model: nn.Module) -> str | None:
-    """What Hugging Face keeps in config.json; None for other models."""
+    """Content of Hugging Face's config.json; None for other models."""
     hugging = _as_hugging_face(model)
     return None if hugging is None else hugging.config.to_json_string()
 
@@ -48,10 +48,11 @@ def config_json(model: nn.Module) -> str | None:
 def build(origin: Mapping[str, Any]) -> nn.Module:
     """The model that `origin_of` described, dense, with all parameters and buffers on the meta device.
 
-    Nothing is downloaded and no code is run but that of the installed library.
+    Nothing is downloaded, and only code of the installed library is run.
 
     Raises:
-        ValueError: that is not enough to build it; or the library is not installed, or does not know it.
+        ValueError: the description is not enough to build it; or the library is not installed, or does not know the
+            model.
     """
     library, name = origin["library"], origin["class"]
     try:
@@ -68,7 +69,7 @@ def build(origin: Mapping[str, Any]) -> nn.Module:
 
 
 def check_same_settings(origin: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Raise ValueError if both have a configuration and a setting is not the same in both."""
+    """Raise ValueError if both have a configuration and a setting differs."""
     ours, theirs = dict(_settings(origin["config"])), dict(_settings(other["config"]))
     for key in ours:
         if key in theirs and ours[key] != theirs[key]:
@@ -102,7 +103,7 @@ def _build_hugging_face(origin: Mapping[str, Any]) -> nn.Module:
 
 
 def _implementations(config: Any, key: str) -> dict[str, Any]:
-    """What a configuration and those inside it have chosen, as its setter takes it."""
+    """Choices of a configuration and of those inside it, in the form that its setter takes."""
     inside = {name: getattr(config, name, None) for name in config.sub_configs}
     return {name: getattr(one, key, None) for name, one in {"": config, **inside}.items() if one is not None}
 

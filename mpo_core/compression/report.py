@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What became of one linear layer. Parameters are those of its weight matrix, without the bias."""
+    """The result for one linear layer. Parameters are those of its weight matrix, without the bias."""
 
     name: str
     kind: str
-    """"mpo", "low_rank", "monarch", "pruned", the class of another layer, or "dense" where the layer was kept."""
+    """"mpo", "low_rank", "monarch", "pruned", the class of another layer, or "dense" if the layer was kept."""
     out_features: int
     in_features: int
     d_out: tuple[int, ...]
-    """Local sizes, as d_in and bonds empty for layers that are not chains of cores."""
+    """Local sizes. Like d_in and bonds, empty for layers that are not chains of cores."""
     d_in: tuple[int, ...]
     bonds: tuple[int, ...]
     structure: str
@@ -28,20 +28,20 @@ class CompressedLayer:
     n_params_before: int
     n_params_after: int
     rel_error: float | None
-    """‖W − Ŵ‖_F / ‖W‖_F; None for a layer drawn afresh."""
+    """‖W − Ŵ‖_F / ‖W‖_F; None for a newly drawn layer."""
     output_error: float | None
-    """√(E‖(W − Ŵ) x‖² / E‖W x‖²) over the calibration inputs; None without them, or for a layer drawn afresh."""
+    """√(E‖(W − Ŵ) x‖² / E‖W x‖²) over the calibration inputs; None without them, or for a newly drawn layer."""
     flops_per_token: float
-    """Of a forward of `n_tokens` tokens, per token, without the bias; a multiply-add is two."""
+    """FLOPs per token of a forward pass over `n_tokens` tokens, without the bias; a multiply-add counts as two."""
     bytes_per_token: float
-    """Read and written by such a forward, per token."""
+    """Bytes that such a forward pass reads and writes, per token."""
     reason: str | None = None
     """Why the layer was kept dense, shares its parameters with another, or is no smaller than before."""
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """One row per layer asked for, in the order of the model; n_params are the whole model's trainable parameters."""
+    """One row per requested layer, in the order of the model; n_params count the whole model's trainable parameters."""
 
     rows: tuple[CompressedLayer, ...]
     n_params_before: int

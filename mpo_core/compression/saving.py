@@ -47,25 +47,26 @@ def save(
 ) -> None:
     """Write the model to a folder, from which `load` makes it again.
 
-    Kept are: values and dtypes of all parameters and buffers, those that a state_dict leaves out too, each tied tensor
-    once; kind, sizes and options of every structured layer; requires_grad and training modes; and the configuration of
-    a Hugging Face model. Not kept are hooks, gradients, devices, and what modules hold beside their tensors.
+    `save` keeps the values and dtypes of all parameters and buffers, including those that a state_dict leaves out; each
+    tied tensor once. It keeps the kind, sizes and options of every structured layer, requires_grad, training modes, and
+    the configuration of a Hugging Face model. It does not keep hooks, gradients, devices, or what modules hold beside
+    their tensors.
 
-    `mpo_core.json` is written last: a save that is cut short leaves the model that was in the folder before, if there
-    was one, and no model otherwise. Two processes may not save to one folder at the same time.
+    `mpo_core.json` is written last. An interrupted save therefore leaves the folder's previous model, or no model if
+    there was none. Two processes must not save to one folder at the same time.
 
     Args:
-        folder: made if it is not there. A model that was saved to it before is replaced; other files stay.
-        tokenizer: whatever has `save_pretrained(folder)`, to be written beside the model.
-        shard_bytes: the most bytes of one file, except where one tensor is larger.
+        folder: created if missing. A model that was saved to it before is replaced; other files stay.
+        tokenizer: any object with `save_pretrained(folder)`, to be written beside the model.
+        shard_bytes: the most bytes of one file, unless one tensor is larger.
     Raises:
-        ValueError: something would be lost, such as a layer whose class has no `options`, a tensor without values, of a
-            special class or of a dtype that safetensors lacks; or the folder holds the weights of another library,
-            which `from_pretrained` would take for this model's.
+        ValueError: something would be lost: for example a layer whose class has no `options`, or a tensor without
+            values, of a special class, or of a dtype that safetensors lacks. Or the folder holds weights of another
+            library, which `from_pretrained` would take for this model's.
         OSError: the folder cannot be written.
     """
     check_whole(shard_bytes=shard_bytes)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = getattr(model, "_orig_mod", model)  # the model inside torch.compile's wrapper
     content = describe(model)
     tensors = {name: tensor for group in named_tensors(model) for name, tensor in group.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in content["tied"]}
@@ -80,7 +81,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         config = config_json(model)
-        if config is not None:  # for tokenizers and other tools: `load` reads the index alone
+        if config is not None:  # for tokenizers and other tools: `load` reads only the index
             (partial / "config.json").write_text(config, encoding="utf-8")
         content["files"] = dict(_write_shard(partial, shard, content) for shard in _shards(tensors, shard_bytes))
         index = {"format": "mpo_core", "version": VERSION, "sha256": _digest(content), "content": content}
@@ -91,7 +92,7 @@ def save(
     for path in folder.iterdir():
         if _SHARD.fullmatch(path.name) and path.name not in content["files"]:
             path.unlink()
-        elif path.name.startswith(_PARTIAL):  # of a save that was killed
+        elif path.name.startswith(_PARTIAL):  # left by a save that was killed
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -107,16 +108,16 @@ def load(
     *,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The model that `save` wrote, with equal outputs, bit for bit on the same machine.
+    """Return the model that `save` wrote, with equal outputs, bit for bit on the same machine.
 
     Args:
-        like: the dense model before it was compressed, with any values, or a compressed one; or a function that makes
-            one. It is copied without its values, never changed. What is no tensor and no linear layer comes from it.
-            Not needed for a model of Hugging Face whose class transformers has, a PicoGPT, or a layer alone.
+        like: the dense model before compression, with any values; or a compressed model; or a function that makes one.
+            It is copied without its values and never changed. Everything except tensors and linear layers comes from
+            it. Not needed for a Hugging Face model whose class transformers has, a PicoGPT, or a single layer.
         device: where all parameters and buffers are put.
     Raises:
         FileNotFoundError: the folder holds no saved model.
-        ValueError: a file is missing or damaged, of an unknown version, or does not fit to `like`; `like` is needed; or
+        ValueError: a file is missing or damaged, of an unknown version, or does not fit `like`; `like` is needed; or
             the class of a structured layer is not defined in this program.
     """
     folder = Path(folder)
@@ -134,7 +135,7 @@ def load(
 
 
 def _fill(model: nn.Module, content: Mapping[str, Any], saved: dict[str, Tensor], device: torch.device | str) -> None:
-    """Put the saved tensors in the places of the model's own; they are taken out of `saved`."""
+    """Replace the model's tensors by the saved ones, which are removed from `saved`."""
     tied, orders, frozen = content["tied"], content["orders"], set(content["frozen"])
     parameters, buffers = named_tensors(model)
     ours = {**parameters, **buffers}
@@ -143,7 +144,7 @@ def _fill(model: nn.Module, content: Mapping[str, Any], saved: dict[str, Tensor]
     for name, old in ours.items():
         source = tied.get(name, name)
         if source not in placed:
-            # A copy lies as PyTorch would lay it, on which the last bit of a product may depend.
+            # A copy has PyTorch's own memory layout, on which the last bit of a product may depend.
             new = saved.pop(source).to(device, copy=True)
             if source in orders:
                 new = new.permute([orders[source].index(dim) for dim in range(new.ndim)])
@@ -190,7 +191,7 @@ def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _shards(tensors: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in their order, in groups of at most that many bytes."""
+    """The tensors in their order, in groups of at most `most` bytes."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
@@ -204,7 +205,7 @@ def _shards(tensors: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tens
 
 
 def _write_shard(folder: Path, shard: Mapping[str, Tensor], content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Write tensors to a file that is named after its content; returns the name, the checksum and what is in it."""
+    """Write tensors to a file named after its content; return the name, the checksum and the names of the tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -215,7 +216,7 @@ def _write_shard(folder: Path, shard: Mapping[str, Tensor], content: Mapping[str
         plain[name] = plain[name].resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
     try:
         save_file(plain, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what the disk says, too
+    except SafetensorError as error:  # disk errors too
         raise OSError(f"{path.parent.parent}: {error}") from None
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -225,7 +226,7 @@ def _write_shard(folder: Path, shard: Mapping[str, Tensor], content: Mapping[str
 
 
 def _move(partial: Path, folder: Path) -> None:
-    """Move all files into the folder, the index last, by which they become the model."""
+    """Move all files into the folder. The index comes last, because it makes them the model."""
     paths = [path for path in partial.rglob("*") if path.is_file()]
     for path in sorted(paths, key=lambda path: path.name == INDEX):
         with path.open("rb") as file:

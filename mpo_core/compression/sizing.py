@@ -1,4 +1,4 @@
-"""Structured layers in the place of dense ones, of a given size, error or number of parameters."""
+"""Replace dense layers by structured ones of a given size, error or number of parameters."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ KINDS: dict[str, type[StructuredLinear]] = {
 }
 
 N_RUNGS = {"monarch": 16, "pruned": 64}
-"""Sizes tried of the kinds whose errors are measured one by one."""
+"""Number of sizes tried for the kinds whose errors are measured one by one."""
 
 N_MEASURED = 6
-"""Sizes of a calibrated chain whose errors are measured; those between are told from them."""
+"""Number of sizes of a calibrated chain whose errors are measured; those between are interpolated."""
 
 QUICK_ABOVE, QUICK_SWEEPS = 2**16, 2
-"""Chains for matrices with more entries are fitted by that many sweeps where a budget is spread: most is gained by
-then, and the whole fit, which follows, is no worse."""
+"""If a budget is spread, chains for matrices with more than QUICK_ABOVE entries are fitted by QUICK_SWEEPS sweeps.
+These give most of the gain, and the full fit that follows is no worse."""
 
 STEP = 1.05
-"""Ratio of sizes, at least, at which a chain is fitted to find one for an output error: each fit takes its time."""
+"""Smallest ratio between the sizes at which a chain is fitted to meet an output error, because each fit takes time."""
 
 Outcome = tuple[StructuredLinear | None, str | None]
-"""The new layer, or None where the dense one stays; and what is to be said about it."""
+"""The new layer, or None if the dense one stays; and a note about it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Sizer:
     allow_growth: bool = False
 
     def with_chi(self, name: str, linear: nn.Linear, chi: int, gram: Tensor | None) -> Outcome:
-        """A layer of that cap or rank; the dense one, if that is no larger and no growth is allowed."""
+        """Return a layer of that cap or rank; keep the dense one if it is no larger and growth is not allowed."""
         if self.kind == "pruned":
             raise ValueError("a pruned layer has no `chi`; give a budget or a rel_error")
         size = {"chi" if self.kind == "mpo" else "rank": chi}
@@ -69,13 +69,15 @@ class Sizer:
         return self._drawn(name, linear, shape) if fresh else self._decomposed(linear, gram, **size), reason
 
     def with_params(self, linear: nn.Linear, max_params: int, gram: Tensor | None) -> Outcome:
-        """The largest layer of at most max_params; the dense one, if that is within them."""
+        """Return the largest layer with at most max_params parameters; keep the dense one if it has at most that
+        many."""
         if max_params >= linear.weight.numel():
             return None, f"its share of the budget, {max_params:,} parameters, holds the dense matrix"
         return self._decomposed(linear, gram, max_params=max_params), None
 
     def with_error(self, linear: nn.Linear, target: float, gram: Tensor | None) -> Outcome:
-        """The smallest layer found within a relative error, of its outputs where there is a gram, or the dense one."""
+        """Return the smallest layer found within a relative error (with a gram: of its outputs), or keep the dense
+        one."""
         check_matrix(linear.weight)
         if gram is None:
             layer = self._within_weight_error(linear, target)
@@ -104,19 +106,19 @@ class Sizer:
     def _measured(self, linear: nn.Linear, gram: Tensor | None, max_params: int) -> Rung | None:
         try:
             layer = self._decomposed(linear, gram, max_params=max_params, **self._quick(linear))
-        except ValueError:  # even the smallest has more
+        except ValueError:  # even the smallest layer has more
             return None
         return Rung(layer.n_params_matrix, _error(linear, layer, gram) ** 2)
 
     def _corrected(self, linear: nn.Linear, gram: Tensor, ladder: list[Rung]) -> list[Rung]:
-        """The ladder with errors as the fit has them: measured at some rungs, and between them by the factor there.
+        """Return the ladder with the errors of the fit: measured at some rungs, scaled by the factors there in between.
 
-        The error of a whitened TT-SVD, which the ladder holds, follows the shape of the fit's but not its size.
+        The ladder holds the error of a whitened TT-SVD, which follows the shape of the fit's error but not its size.
         """
         if not ladder:
             return ladder
         places: Sequence[int] = range(len(ladder))
-        if len(ladder) > N_MEASURED:  # dense where a bond more changes most
+        if len(ladder) > N_MEASURED:  # dense where a larger bond changes most
             places = sorted({round(len(ladder) ** (step / (N_MEASURED - 1))) - 1 for step in range(N_MEASURED)})
         tiny = 1e-16
         logs = []
@@ -139,16 +141,16 @@ class Sizer:
 
         def meets(index: int) -> bool:
             layer = self._decomposed(linear, gram, max_params=ladder[index].n_params)
-            if not _error(linear, layer, gram) <= target:  # which may be NaN
+            if not _error(linear, layer, gram) <= target:  # the error may be NaN
                 return False
             layers[index] = layer
             return True
 
-        # The error of a fit need not fall with the size without exception; what bisection finds does meet the target.
+        # The error of a fit may sometimes rise with the size. The layer that bisection finds does meet the target.
         return layers.get(bisect_left(range(len(ladder)), True, key=meets))
 
     def _within_weight_error(self, linear: nn.Linear, target: float) -> StructuredLinear | None:
-        """The factors are rounded to the weight's dtype, which in bfloat16 may take more than is left of the target."""
+        """Try tighter targets too: rounding the factors to the weight's dtype (bfloat16) may exceed what is left."""
         for share in (1.0, 0.9, 0.5, 0.0):
             layer = self._of_weight_error(linear, share * target)
             if layer is None or _error(linear, layer, None) <= max(target * (1 + 1e-6), rounding(linear.weight)):
@@ -158,7 +160,7 @@ class Sizer:
     def _of_weight_error(self, linear: nn.Linear, target: float) -> StructuredLinear | None:
         sizes = {}
         if self.kind == "mpo" and self.factorisation == "min_params":
-            # The split follows the cap, and so the cap comes first.
+            # The split depends on the cap, so the cap comes first.
             rung = next((rung for rung in self.ladder(linear, None) if rung.error <= target**2), None)
             if rung is None:
                 return None
@@ -206,7 +208,8 @@ def spread(
     """The most parameters that each layer may have, so that all together have at most `budget`.
 
     Raises:
-        ValueError: a budget that is no fraction below 1 and no whole number, or too small for the smallest layers.
+        ValueError: a budget that is neither a fraction below 1 nor a whole number, or is too small for the smallest
+            layers.
     """
     if isinstance(budget, float) and not 0 < budget < 1:
         raise ValueError(f"`budget` must be a number of parameters or a fraction between 0 and 1, but got {budget}")
@@ -235,7 +238,7 @@ def _thinned(ladder: Sequence[Rung]) -> list[Rung]:
 
 
 def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """y at x, on the straight lines between points in ascending order, the first and the last of them included."""
+    """Return y at x by linear interpolation between points in ascending order, the first and the last included."""
     right = max(1, min(bisect_left(xs, x), len(xs) - 1))
     if len(xs) == 1:
         return ys[0]

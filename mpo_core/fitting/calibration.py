@@ -1,4 +1,4 @@
-"""What a layer's inputs look like: Gram matrices, streamed over calibration batches, and the error they define."""
+"""Gram matrices of a layer's inputs, accumulated over calibration batches, and the error that they define."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpo_core.evaluating import evaluating
 from mpo_core.values import error_ratio, in_range
 
 SQUARABLE = (1e-140, 1e140)
-"""Between these the largest input has to be, as sums of squares are formed."""
+"""The largest input has to be between these, because sums of squares are formed."""
 
 
 class Gram:
@@ -50,7 +50,7 @@ class Gram:
         self.n_samples += samples.shape[0]
 
     def matrix(self, ridge: float = 1e-6) -> Tensor:
-        """G + ridge · (mean of G's diagonal) · 1, float64; the ridge makes it definite when inputs span a subspace.
+        """G + ridge · (mean of G's diagonal) · 1, float64; the ridge makes it definite if inputs span a subspace.
 
         Raises:
             ValueError: no samples, only zeros or inputs too small to be squared, or a negative ridge.
@@ -79,20 +79,20 @@ def collect_grams(
     forward: Callable[[nn.Module, Any], object] | None = None,
     ridge: float = 1e-6,
 ) -> dict[str, Tensor]:
-    """Run the model over the batches and return, for each named layer, the Gram matrix of what it was given.
+    """Run the model over the batches and return, for each named layer, the Gram matrix of its inputs.
 
-    The model runs in evaluation mode without gradients, and is put back as it was. Padding tokens count like any other;
-    a `forward` that leaves them out keeps them from counting.
+    The model runs in evaluation mode without gradients, and is put back as it was. Padding tokens count like any other,
+    unless a `forward` leaves them out.
 
     Args:
         layer_names: names of modules that are called with one tensor (..., in_features) as their first argument.
-        batches: a tensor or sequence of arguments, or a mapping of keyword arguments, per call of the model.
-        forward: called as forward(model, batch) in place of that.
+        batches: per call of the model, a tensor or sequence of arguments, or a mapping of keyword arguments.
+        forward: called as forward(model, batch) instead of the model itself.
         ridge: see `Gram.matrix`.
     Returns:
         {name: (in_features, in_features) float64}, on the device of the inputs.
     Raises:
-        ValueError: no batches; a layer that is never called or gets inputs that are not finite, by name.
+        ValueError: no batches; or a layer, given by name, is never called or gets inputs that are not finite.
         AttributeError: a name that the model does not have.
     """
     grams: dict[str, Gram] = {}
@@ -148,14 +148,17 @@ def output_error(W: Tensor, W_hat: Tensor, gram: Tensor) -> float:
 
 
 def weighted_norm(W: Tensor, G: Tensor) -> float:
-    """√tr(W G Wᵀ) = ‖W G^{1/2}‖_F; rounding below zero counts as zero."""
+    """√tr(W G Wᵀ) = ‖W G^{1/2}‖_F; a square below zero by rounding counts as zero."""
     W, scale = in_range(W)
     return scale * math.sqrt(max(float(torch.sum((W @ G) * W)), 0.0))  # in this order NaN stays NaN
 
 
 def check_gram(gram: Tensor, in_features: int) -> Tensor:
-    """`gram` in float64, or ValueError unless it is (in_features, in_features), finite, symmetric, not zero and
-    positive semi-definite; divided by its largest entry where that is beyond the range in which products hold."""
+    """Return `gram` in float64, divided by its largest entry if that is beyond the range in which products hold.
+
+    Raises:
+        ValueError: it is not (in_features, in_features), finite, symmetric, non-zero and positive semi-definite.
+    """
     if tuple(gram.shape) != (in_features, in_features):
         raise ValueError(f"`gram` must have shape ({in_features}, {in_features}), but got {tuple(gram.shape)}")
     G = gram.detach().double()
@@ -164,12 +167,12 @@ def check_gram(gram: Tensor, in_features: int) -> Tensor:
     largest = float(G.abs().max())
     if largest == 0:
         raise ValueError("`gram` must not be zero, but all of its entries are")
-    if not 1e-60 < largest < 1e60:  # whose products would over- or underflow; only ratios of errors are ever used
+    if not 1e-60 < largest < 1e60:  # its products would over- or underflow; only ratios of errors are ever used
         G, largest = G / largest, 1.0
     if float((G - G.T).abs().max()) > 1e-5 * largest or float(G.diagonal().min()) < 0:
         raise ValueError("`gram` must be symmetric with no negative entry on its diagonal, as Σ x xᵀ is")
     G = (G + G.T) / 2
-    # What rounding in float32 can leave below zero is let pass.
+    # Eigenvalues below zero that float32 rounding can cause are accepted.
     shift = 1e-6 * float(G.diagonal().sum()) + 1e-6 * largest
     if torch.linalg.cholesky_ex(G + shift * torch.eye(in_features, dtype=G.dtype, device=G.device))[1]:
         raise ValueError("`gram` must be positive semi-definite, as Σ x xᵀ is, but has a negative eigenvalue")

@@ -35,19 +35,19 @@ def fit_cores(
     max_sweeps: int = 20,
     tolerance: float = 1e-2,
 ) -> list[Tensor]:
-    """Cores with the bonds asked for that stand for W as nearly as `method` can.
+    """Return cores with the requested bonds that approximate W as well as `method` can.
 
     Args:
-        W: (out_features, in_features), out_features <= prod(d_out), in_features <= prod(d_in). What is missing is
-            padded with zeros; columns of the padding do not count where `gram` is given.
+        W: (out_features, in_features), out_features <= prod(d_out), in_features <= prod(d_in). W is padded with zeros
+            to these sizes; padding columns do not count if `gram` is given.
         chi, bonds: exactly one of them, see `tt_svd`; both are clipped to the useful bonds.
         gram: (in_features, in_features), E[x xᵀ] of the layer's inputs.
         method: "tt_svd": nearest in ‖W − Ŵ‖_F, whatever the inputs. "whitened": `whitened_tt_svd`. "als": the better
-            of those two under `gram`, then `als`. None: "als" where there is a gram, "tt_svd" where there is none.
+            of those two under `gram`, then `als`. Default: "als" if there is a gram, else "tt_svd".
         max_sweeps, tolerance: of `als`.
     Returns:
-        Cores in W's dtype, on its device. Those of "tt_svd" are left-orthogonal but the last, which has W's norm;
-        those of the other two have equal norms (`balance_cores`), as an optimiser would want them.
+        Cores in W's dtype, on its device. With "tt_svd", all but the last are left-orthogonal, and the last has W's
+        norm. With the other two, all have equal norms (`balance_cores`), which suits an optimiser.
     Raises:
         ValueError: neither or both of chi and bonds; an unknown method; "whitened" or "als" without a gram; a gram of
             the wrong shape, not finite, not symmetric or zero; or as `tt_svd`.
@@ -71,7 +71,7 @@ def fit_cores(
 
     starts = [whitened, tt_svd(W.double(), d_out, d_in, chi, bonds=bonds)]
     fitted, _ = als(W.double(), min(starts, key=error_of), G, max_sweeps=max_sweeps, tolerance=tolerance)
-    # Rounded first: what little a fit gains can be less than what its rounding costs.
+    # Rounded before they are compared: the gain of a fit can be smaller than the cost of rounding.
     balanced = [balance_cores(cores) for cores in (fitted, *starts)]
     return min(([core.to(W.dtype) for core in cores] for cores in balanced), key=error_of)
 
@@ -88,8 +88,8 @@ def whitened_tt_svd(
 ) -> list[Tensor]:
     """TT-SVD of W K^{1/2}, undone site by site, with K = K_0 ⊗ … ⊗ K_{L-1} the Kronecker product nearest to `gram`.
 
-    A dense whitener would mix the sites and leave no chain; a Kronecker one acts on each core's own input index. Where
-    `gram` is such a product, this is a TT-SVD in the norm of the output error; elsewhere it need not beat `tt_svd`.
+    A dense whitener would mix the sites and leave no chain; a Kronecker one acts on each core's own input index. If
+    `gram` is such a product, this is a TT-SVD in the norm of the output error; otherwise it may not beat `tt_svd`.
 
     Args and Raises: as `fit_cores`, with prod(d_out), prod(d_in) the shape of W. Cores in W's dtype.
     Source of the nearest Kronecker product: Van Loan & Pitsianis 1993.
@@ -106,8 +106,8 @@ def whitened_tt_svd(
 def low_rank_svd(W: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The product A B of that rank nearest to W in ‖(W − A B) G^{1/2}‖_F; without `gram`, in ‖W − A B‖_F.
 
-    With U the leading left singular vectors of W G^{1/2}, U Uᵀ W is optimal for any G, singular ones too, and nothing
-    is inverted. Each component's norm is shared equally between A and B.
+    Let U be the leading left singular vectors of W G^{1/2}. Then U Uᵀ W is optimal for any G, also a singular one, and
+    nothing is inverted. Each component's norm is shared equally between A and B.
 
     Args:
         W: (out_features, in_features). rank: from 1 to min(W.shape). gram: (in_features, in_features), E[x xᵀ].

@@ -14,34 +14,34 @@ from mpo_core.tensor_train.bonds import check_sizes, check_whole
 from mpo_core.values import check_cores_finite, check_matrix, error_ratio, in_range
 
 CG_STEPS = 20
-"""Conjugate-gradient steps per core: how far the largest cores, whose normal equations are too large, are solved."""
+"""Conjugate-gradient steps per core, for the largest cores, whose normal equations are too large to solve."""
 
 MAX_ENTRIES = 2**26
-"""Entries of the largest array that normal equations may need, 512 MiB."""
+"""Most entries of the largest array that normal equations may need, 512 MiB."""
 
 
 @torch.no_grad()
 def als(
     W: Tensor, cores: Sequence[Tensor], gram: Tensor, *, max_sweeps: int = 20, tolerance: float = 1e-2
 ) -> tuple[list[Tensor], list[float]]:
-    """Alternating least squares: each core in turn is the best one beside the others, in ‖(W − Ŵ) G^{1/2}‖_F.
+    """Alternating least squares: each core in turn becomes the best one given the others, in ‖(W − Ŵ) G^{1/2}‖_F.
 
-    Sites are visited from left to right and back, the others orthogonalised after whitening (`whitened_tt_svd`). Each
-    core is found by its normal equations, or by conjugate gradients from its present value where that is cheaper. A
-    sweep after which the error, measured under `gram` itself, is no smaller is undone and ends it: the result is never
-    worse than the start.
+    Sites are visited from left to right and back, with the other cores orthogonalised after whitening
+    (`whitened_tt_svd`). Each core is found by its normal equations or, if that is cheaper, by conjugate gradients from
+    its present value. A sweep that does not lower the error, measured under `gram` itself, is undone and is the last
+    one. The result is therefore never worse than the start.
 
     Args:
-        cores: where to start from; their bonds stay.
-        max_sweeps: sweeps there and back, at most. tolerance: stop when a sweep lowers the error by less than this
-            fraction of it.
+        cores: the start; their bonds stay.
+        max_sweeps: at most that many sweeps there and back. tolerance: stop if a sweep lowers the error by less than
+            this fraction of it.
     Returns:
-        Cores in the dtype of the ones given, and the relative output error (`output_error`) at the start and after
-        every sweep kept, before the cores are rounded to that dtype. Where rounding leaves them worse than the start,
-        the start is returned.
+        Cores in the dtype of the given ones, and the relative output errors (`output_error`) at the start and after
+        every sweep kept. The errors are those before the cores are rounded to that dtype. If rounding makes the cores
+        worse than the start, the start is returned.
     Raises:
-        ValueError: max_sweeps < 0 or tolerance < 0, cores that are not finite or do not fit W, a W that is refused by
-            `check_matrix`, a gram that does not fit or is not one.
+        ValueError: max_sweeps < 0 or tolerance < 0, cores that are not finite or do not fit W, a W that `check_matrix`
+            refuses, a gram that does not fit or is not a Gram matrix.
     Source: Holtz, Rohwedder & Schneider 2012.
     """
     check_whole(max_sweeps=max_sweeps)
@@ -57,14 +57,15 @@ def als(
     W, scale = in_range(W.double())
     start = [core.to(W) for core in cores]
     is_extreme = scale != 1 or any(in_range(core)[1] != 1 for core in start)
-    if is_extreme:  # parts of a chain may then be out of range though W is not
+    if is_extreme:  # parts of a chain may then be out of range even if W is not
         start = balance_cores(start)
     norm = weighted_norm(W, G)
 
     def error_of(cores: Sequence[Tensor]) -> float:
         return error_ratio(weighted_norm(W - contract([core.to(W) for core in cores]) / scale, G), norm)
 
-    # Rounding in what is undone goes with the condition number, and here it only has to speed convergence up.
+    # Undoing the whitening causes rounding errors that grow with its condition number. Here it only has to speed up
+    # convergence.
     whitener = make_whitener(G, d_in, floor=1e-8)
     whitened = times_sites(W, whitener.roots)
     chain = on_inputs([*start[:-1], start[-1] / scale], whitener.roots)
@@ -88,7 +89,7 @@ def als(
 
 
 def _sweep(W: Tensor, G: Tensor, cores: Sequence[Tensor]) -> list[Tensor]:
-    """Every core solved for in turn, from site 0 to the last and back, the others orthogonal around it."""
+    """Solve for every core in turn, from site 0 to the last and back, with the others orthogonal around it."""
     cores, n_sites = list(cores), len(cores)
     WG = W @ G
     end = torch.ones(1, 1, 1, 1, dtype=W.dtype, device=W.device)
@@ -127,8 +128,8 @@ def _orthogonalize_leftwards(cores: list[Tensor], site: int) -> None:
 def _best_core(WG: Tensor, G: Tensor, left: Tensor, core: Tensor, right: Tensor) -> Tensor:
     """The core (a, o, i, b) between left (1, x, p, a) and right (b, y, q, 1) with the least output error.
 
-    It solves H C = F, F the gradient's part from W and H the one from Ŵ. H acts on (a, i, b) alone: an output index is
-    a column of its own.
+    It solves H C = F, with F the gradient's part from W and H C the part from Ŵ. H acts only on (a, i, b): each output
+    index is a column of its own.
     """
     left, right = left[0], right[..., 0]  # (x, p, a), (b, y, q)
     (x, p, a), (_, o, i, _), (b, y, q) = left.shape, core.shape, right.shape
@@ -165,7 +166,7 @@ def _normal_matrix(G: Tensor, left: Tensor, core: Tensor, right: Tensor) -> Tens
 
 
 def _solve_proximal(H: Tensor, F: Tensor, core: Tensor) -> Tensor:
-    """C with H C = F; directions that H does not see keep what `core` has, so that the error cannot rise."""
+    """C with H C = F; in directions where H is zero it keeps the values of `core`, so that the error cannot rise."""
     a, o, i, b = core.shape
     scale = float(H.diagonal().mean())
     if scale <= 0:
@@ -182,7 +183,7 @@ def _solve_proximal(H: Tensor, F: Tensor, core: Tensor) -> Tensor:
 
 
 def _conjugate_gradients(apply: Callable[[Tensor], Tensor], F: Tensor, start: Tensor) -> Tensor:
-    """C nearer to apply(C) = F than `start`, in the norm of `apply`, which every step lowers."""
+    """Return C nearer to the solution of apply(C) = F than `start`; every step gets nearer in the norm of `apply`."""
     C, residual = start, F - apply(start)
     direction, size = residual, float(torch.sum(residual * residual))
     target = 1e-16 * float(torch.sum(F * F))

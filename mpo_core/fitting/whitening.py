@@ -1,4 +1,4 @@
-"""Kronecker whitening: coordinates of a layer's inputs that keep the sites apart and make G nearly the identity."""
+"""Kronecker whitening: coordinates of a layer's inputs that keep the sites separate and make G nearly the identity."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Whitener(NamedTuple):
 
 
 def make_whitener(G: Tensor, d_in: Sequence[int], floor: float = 1e-12) -> Whitener:
-    """Whitener whose Kronecker product has its eigenvalues within `floor` of the largest, and each factor within 1e-8.
+    """Whitener with eigenvalues within `floor` of the largest in the Kronecker product, and within 1e-8 in each factor.
 
-    A floor per factor alone would let the condition number of the product grow with the power of the sites, and what
-    is undone at the end would then be mostly rounding.
+    With only a floor per factor, the condition number of the product would grow exponentially with the number of sites.
+    Undoing the whitening at the end would then give mostly rounding.
     """
     lowest = max(1e-8, floor ** (1 / len(d_in)))
     roots, inverse_roots = [], []
     for K in kronecker_factors(G, d_in):
         values, vectors = torch.linalg.eigh(K)
-        # Any definite K is a change of coordinates and no more; the floor keeps it one that can be undone.
+        # Any definite K is only a change of coordinates; the floor makes sure that it can be undone.
         values = values.clamp(min=lowest * float(values[-1]))
         roots.append(vectors * values.sqrt() @ vectors.T)
         inverse_roots.append(vectors * values.rsqrt() @ vectors.T)
-    # By way of a square root, as rounding in G itself would come out as negative directions where G is singular.
+    # By a square root, because rounding in G itself would cause negative directions if G is singular.
     half = times_sites(square_root(G).T.contiguous(), inverse_roots)
     return Whitener(roots, inverse_roots, half.T @ half)
 
@@ -67,7 +67,7 @@ def times_sites(M: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """M (rows, prod(sizes)) times the Kronecker product of symmetric factors."""
     rows = M.shape[0]
     for factor in factors:
-        # Each step takes the leading column index to the end, so that after the last all are back in order.
+        # Each step moves the leading column index to the end, so that after the last step all are back in order.
         M = M.reshape(rows, factor.shape[0], -1).transpose(1, 2) @ factor
     return M.reshape(rows, -1)
 
@@ -77,7 +77,7 @@ def on_inputs(cores: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor
 
 
 def square_root(G: Tensor) -> Tensor:
-    """S with S Sᵀ = G, for G symmetric and positive semi-definite; what is zero but for rounding is zero."""
+    """S with S Sᵀ = G, for G symmetric and positive semi-definite; eigenvalues at rounding level become 0."""
     values, vectors = torch.linalg.eigh(G)
     negligible = 1e-14 * len(values) * float(values[-1])
     return vectors * torch.where(values > negligible, values, 0).sqrt()

@@ -1,4 +1,4 @@
-"""A dense matrix kept beside the cores that it was formed of."""
+"""A dense matrix kept beside the cores that it was formed from."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class CachedMatrix:
-    """W, and what tells whether the cores are still those it was formed of.
+    """W, and a record that shows whether the cores are still those that W was formed from.
 
-    On a CPU their values are compared: they are few beside W's, and writes through `.data` change nothing else. On an
-    accelerator that would wait for the device, so there it is the tensors, their memory and version counters, and a
-    write through `.data` has to be followed by `drop_cached_matrix`.
+    On a CPU the values of the cores are compared: they are few compared to W's, and a write through `.data` changes
+    nothing else. On an accelerator this would wait for the device. There the tensors, their memory and version counters
+    are compared, and a write through `.data` must be followed by `drop_cached_matrix`.
     """
 
     def __init__(self, cores: Sequence[Tensor], W: Tensor) -> None:
@@ -32,5 +32,5 @@ class CachedMatrix:
 
     @staticmethod
     def marks(cores: Sequence[Tensor]) -> list[tuple[int, int | None]]:
-        """Memory and version counter of each, which inference tensors do not have."""
+        """Memory address and version counter of each core; inference tensors have no counter."""
         return [(core.data_ptr(), None if core.is_inference() else core._version) for core in cores]

@@ -1,4 +1,4 @@
-"""Weights that are no parameters but the result of a computation, so that what is there may be out of date."""
+"""Weights that are not parameters but results of a computation, so that the stored ones may be out of date."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:
-    """Its weight if that is a parameter of its own; reading `module.weight` may compute it, and change the module."""
+    """Return the module's weight if that is a parameter of its own, else None.
+
+    Reading `module.weight` may compute it, and change the module.
+    """
     return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def why_computed(module: nn.Module) -> str | None:
-    """That the weight or bias of a linear layer is not a parameter of its own, and what to do; None if both are."""
+    """Say which of weight and bias is not a linear layer's own parameter, and what to do; None if both are."""
     own = dict(module.named_parameters(recurse=False))
     for name in ("weight", "bias"):
         if parametrize.is_parametrized(module, name):
@@ -28,14 +31,16 @@ def why_computed(module: nn.Module) -> str | None:
 
 
 def copied_results(model: nn.Module) -> dict[int, Tensor]:
-    """Copies, by the id of the original, of tensors in the model that came out of a computation: torch's deepcopy
-    refuses those. A memo for it."""
+    """Return a memo for deepcopy: copies, by the id of the original, of tensors that came out of a computation.
+
+    torch's deepcopy refuses such tensors.
+    """
     found = (tensor for module in model.modules() for tensor in tensors_in(vars(module)))
     return {id(tensor): tensor.detach().clone() for tensor in found if not tensor.is_leaf}
 
 
 def tensors_in(held: object) -> Iterator[Tensor]:
-    """Tensors, also those in lists, tuples and dicts inside each other."""
+    """Iterate over tensors, also those in nested lists, tuples and dicts."""
     to_see, seen = [held], set()
     while to_see:
         one = to_see.pop()

@@ -1,9 +1,8 @@
-"""Which way to apply a chain of cores is fastest: seconds from FLOPs and bytes, with rates measured on the device.
+"""Predict the fastest way to apply a chain of cores: seconds from FLOPs and bytes, with rates measured on the device.
 
-A product takes an overhead, which is that of the way it belongs to, plus its FLOPs over a rate that falls with the size
-of its sides, plus what it reads and what it writes over the rates of memory. Adding these up rather than taking the
-largest is what fits thin products. Writing has a rate of its own since a large result goes to memory that must first be
-mapped.
+The time of a product is a sum: an overhead, which depends on the mode; its FLOPs over a rate that is lower for small
+sides; and its reads and writes over the rates of memory. The sum of these fits thin products, while their maximum does
+not. Writing has its own rate, because a large result goes to memory that must first be mapped.
 """
 
 from __future__ import annotations
@@ -24,39 +23,39 @@ from mpo_core.tensor_train.algebra import contract
 from mpo_core.tensor_train.contraction import Product, chain, cheapest_direction, products, rows_at_once, with_gradients
 
 _IN_PARTS = (1.1, 1.5)
-"""What a chain in parts takes over the sum of its products, in a forward and with gradients: measured 1.0 to 1.2 and
-1.2 to 2 on a CPU, the more, the busier the cache in which the state stays, which other programs share."""
+"""Ratio of the time of a chain in parts to the sum of its products: in a forward pass, and with gradients. Measured 1.0
+to 1.2 and 1.2 to 2 on a CPU. It is higher if the cache that holds the state, which other programs share, is busier."""
 
 Curve = tuple[tuple[float, float], ...]
-"""(size, seconds per unit of size) in ascending order of size: linear in log(size) between them, constant beyond."""
+"""(size, seconds per unit of size) in ascending order of size: linear in log(size) between points, constant beyond."""
 
 
 @dataclass(frozen=True, eq=False)  # looked up at every call of a layer: by identity, which costs nothing to hash
 class Calibration:
-    """What a device does how fast, in one dtype with one number of threads."""
+    """Speed of a device in one dtype with one number of threads."""
 
     overhead: Mapping[str, tuple[float, float]]
-    """Mode -> seconds for each of its products when there is nothing to compute: in a forward, and with gradients."""
+    """Mode -> seconds for each of its products without anything to compute: in a forward pass, and with gradients."""
     flop: Curve
-    """Power mean of m, k and n with exponent -3 -> seconds per FLOP; it is near the smallest of them."""
+    """Power mean of m, k and n with exponent -3 -> seconds per FLOP; the mean is near the smallest of the three."""
     read: Curve
     """Bytes -> seconds per byte read."""
     write: Curve
     """Bytes -> seconds per byte written to new memory."""
     itemsize: int = 4
     copy: Curve | None = None
-    """Bytes -> seconds per byte copied into another order; None: as `read` and `write` have it."""
+    """Bytes -> seconds per byte copied into another order; None: from `read` and `write`."""
     vector: float | None = None
-    """Seconds per FLOP of a matrix and a vector, or of two vectors; None: as `flop` has it."""
+    """Seconds per FLOP of a product of a matrix and a vector, or of two vectors; None: from `flop`."""
     in_parts: bool = True
-    """Whether a chain takes some rows at a time (see `contraction.rows_at_once`)."""
+    """Whether a chain is computed for a few rows at a time (see `contraction.rows_at_once`)."""
 
     def seconds(self, steps: Sequence[Product], *, keeps: bool = False) -> float:
         """Predicted time of these products, one after the other, without overheads.
 
         Args:
-            keeps: whether nothing that they write is freed before the last: each then writes at the rate of so large a
-                result as all of it, since memory that is in use cannot be used again.
+            keeps: whether all results stay in memory until the last product. Each product then writes at the rate of a
+                result as large as all of them together, because memory in use cannot be used again.
         """
         written = sum(step.written - step.summed for step in steps) * self.itemsize if keeps else 0
         return sum(self._seconds(step, written) for step in steps)
@@ -88,7 +87,7 @@ def choose(
     calibration: Calibration,
     modes: Sequence[str] = ("reconstruct", "chain"),
 ) -> str:
-    """The mode of `modes` (see `contraction.products`) predicted to be fastest for n_tokens rows of x.
+    """Return the mode of `modes` (see `contraction.products`) that is predicted to be fastest for n_tokens rows of x.
 
     Args:
         training: whether the gradients of x and of all cores are computed too.
@@ -148,7 +147,7 @@ def calibration_of(device: torch.device | str, dtype: torch.dtype) -> Calibratio
 
 
 def set_calibration(device: torch.device | str, dtype: torch.dtype, calibration: Calibration | None) -> None:
-    """Use this calibration from now on, for choices that repeat from run to run; None: measure afresh when needed."""
+    """Use this calibration from now on, so that choices repeat from run to run; None: measure again when needed."""
     if calibration is None:
         _calibrations.pop(_key(device, dtype), None)
     else:
@@ -158,7 +157,7 @@ def set_calibration(device: torch.device | str, dtype: torch.dtype, calibration:
 def calibrate(device: torch.device | str, dtype: torch.dtype) -> Calibration:
     """Time a few products and copies on the device; draws no random numbers."""
     where = torch.device(device)
-    # Of what the caller may be in the middle of, nothing is to reach what is timed here, nor the other way round.
+    # The caller's contexts must not affect what is timed here, nor the other way round.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -183,13 +182,13 @@ def _measured(where: torch.device, dtype: torch.dtype) -> Calibration:
             call()
             _wait(where)
             times.append(time.perf_counter() - start)
-        return min(times)  # what else runs on the machine only ever adds
+        return min(times)  # other programs on the machine only add time
 
     least = seconds(ones(4, 4).clone)
     overhead = _overheads(ones, seconds)
 
     def beyond_overhead(call: Callable[[], object]) -> float:
-        # What is left of a call that takes little more than its overhead is noise: at least a tenth of it is kept.
+        # If a call takes little more than its overhead, the rest is noise: at least a tenth of the time is kept.
         measured = seconds(call)
         return max(measured - least, measured / 10)
 
@@ -200,7 +199,7 @@ def _measured(where: torch.device, dtype: torch.dtype) -> Calibration:
         read.append((size, reading / size))
         write.append((size, max(both - reading, both / 2) / size))
         third = 2 ** ((exponent - 4 - int(math.log2(itemsize))) // 3)
-        permuted = x.reshape(third, third, -1, 16).transpose(1, 2)  # as W's rows and columns are put together
+        permuted = x.reshape(third, third, -1, 16).transpose(1, 2)  # reordered as W's rows and columns are
         copy.append((size, beyond_overhead(permuted.contiguous) / size))
     read, write, copy = map(_no_slower_than_larger, (read, write, copy))
     moving = Calibration({}, ((1.0, 0.0),), read, write, itemsize)
@@ -221,9 +220,9 @@ def _measured(where: torch.device, dtype: torch.dtype) -> Calibration:
 
 
 def _no_slower_than_larger(curve: Sequence[tuple[float, float]]) -> Curve:
-    """The curve with the seconds per byte of no size above those of a larger one, whose excess is noise.
+    """Lower each size's seconds per byte to at most those of every larger size; the excess is noise.
 
-    On a busy machine two threads wait for each other for milliseconds, which small sizes do not make up for.
+    On a busy machine two threads wait for each other for milliseconds, which is not negligible for small sizes.
     """
     sizes, seconds = zip(*curve, strict=True)
     return tuple(zip(sizes, reversed(list(accumulate(reversed(seconds), min))), strict=True))
@@ -232,7 +231,7 @@ def _no_slower_than_larger(curve: Sequence[tuple[float, float]]) -> Curve:
 def _overheads(
     ones: Callable[..., torch.Tensor], seconds: Callable[[Callable[[], object]], float]
 ) -> dict[str, tuple[float, float]]:
-    """Of two tiny sites: each way once, with and without gradients, over its number of products."""
+    """Overheads from two tiny sites: the time of each mode, with and without gradients, over its number of products."""
     cores, x = [ones(1, 2, 2, 2), ones(2, 2, 2, 1)], ones(1, 4)
     kept = CachedMatrix(cores, contract(cores))
 
@@ -240,7 +239,7 @@ def _overheads(
         kept.holds_for(cores, x.dtype)
         return linear(x, kept.W)
 
-    # Working out the direction, which a layer has done before, stands for what the layer itself adds to a chain.
+    # A layer knows the direction. Working it out here stands for the time that the layer itself adds to a chain.
     ways = {"reconstruct": lambda: linear(x, contract(cores)), "chain": lambda: chain(cores, x), "cached": cached}
 
     def least(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -250,7 +249,7 @@ def _overheads(
     forward = least(ways)
     inputs = [tensor.requires_grad_() for tensor in (x, *cores)]
     with torch.enable_grad():
-        # A W that is kept has no gradient to pass on to the cores.
+        # A kept W passes no gradient on to the cores.
         wanted = {mode: [x] if mode == "cached" else inputs for mode in ways}
         both = least({mode: partial(_gradients, way, wanted[mode], x.detach()) for mode, way in ways.items()})
     n_products = {"reconstruct": 2, "chain": 2, "cached": 1}

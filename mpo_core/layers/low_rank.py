@@ -1,9 +1,9 @@
 """The structured layers an MPO must be compared with, at equal parameters and with the same interface.
 
-Every size below is given by exactly one of the layer's own measure (rank, sparsity), `max_params`, which leads to the
-largest layer with no more parameters in its matrix, or, where a W is given, `rel_error`, which leads to the smallest
-layer with ‖W − Ŵ‖_F / ‖W‖_F no larger than that. Fresh parameters are drawn with Var(W) = 1 / in_features (init
-"variance") unless low rank has another.
+Exactly one of three arguments gives the size of a layer. The layer's own measure (rank, sparsity) gives it directly.
+`max_params` leads to the largest layer with at most that many parameters in its matrix. `rel_error`, if a W is given,
+leads to the smallest layer with ‖W − Ŵ‖_F / ‖W‖_F at most that. Fresh parameters are drawn with
+Var(W) = 1 / in_features (init "variance"); only low rank has another init.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
     """y = x (A B)ᵀ + b with A (out_features, rank) and B (rank, in_features).
 
     Args:
-        rank, max_params: exactly one; `rank` then holds the actual one, at most min(in_features, out_features).
-        init: "variance", Var(B) = 1 / in_features and Var(A) = 1 / rank, so that Var(W) = 1 / in_features; all of W's
-            norm then lies in a few directions. "svd_fresh", the truncated SVD of a dense W with entries
-            N(0, 1 / in_features): W has the spectral norm of a dense draw, and less variance (Khodak et al. 2021).
-        generator: what the factors are drawn from. Default: torch's own, as nn.Linear.
+        rank, max_params: exactly one of them. The attribute `rank` holds the actual rank, at most min(in_features,
+            out_features).
+        init: "variance": Var(B) = 1 / in_features and Var(A) = 1 / rank, so that Var(W) = 1 / in_features. All of W's
+            norm then lies in a few directions. "svd_fresh": the truncated SVD of a dense W with entries
+            N(0, 1 / in_features). W has the spectral norm of a dense draw, and less variance (Khodak et al. 2021).
+        generator: source of the random factors. Default: torch's own, as for nn.Linear.
     Raises:
-        ValueError: not exactly one size, a rank below 1, or max_params below those of rank 1.
+        ValueError: not exactly one size, a rank below 1, or max_params below the parameters of rank 1.
     """
 
     def __init__(
@@ -81,10 +82,10 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         gram: Tensor | None = None,
         **options: Any,
     ) -> Self:
-        """The nearest product of that rank, in the norm of the outputs where `gram` is given (`low_rank_svd`).
+        """Return the nearest product of that rank; in the norm of the outputs if `gram` is given (`low_rank_svd`).
 
         Raises:
-            ValueError: as the constructor and `low_rank_svd`; `rel_error`, which is one of W, beside a gram.
+            ValueError: as the constructor and `low_rank_svd`; `rel_error`, an error of W, together with a gram.
         """
         check_matrix(W)
         check_error(rel_error, gram)
@@ -99,7 +100,9 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         return layer
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
-        """Draw the parameters of W afresh, each from the generator of its name; with init "svd_fresh" all from A's.
+        """Draw new values for the parameters of W, each from the generator of its name.
+
+        With init "svd_fresh" all are drawn from A's generator.
 
         Raises:
             ValueError: an init that is neither "variance" nor "svd_fresh".
@@ -122,7 +125,7 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
 
     @property
     def weight(self) -> Tensor:
-        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        """`to_matrix()`, computed again at each access, for owners that read the weight of an nn.Linear."""
         return self.to_matrix()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,14 +133,14 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         return nn.functional.linear(nn.functional.linear(x, self.B), self.A, self.bias)
 
     def products(self, n_tokens: int) -> list[Product]:
-        """The matrix products of a forward over that many tokens."""
+        """The matrix products of a forward pass over n_tokens tokens."""
         return [
             dense_product(self.rank, self.in_features, n_tokens),
             dense_product(self.out_features, self.rank, n_tokens),
         ]
 
     def structure(self) -> str:
-        """What fixes the shape of the parameters, in a few words."""
+        """Short description of what fixes the shape of the parameters."""
         return f"rank={self.rank}"
 
     def options(self) -> dict[str, Any]:
@@ -146,16 +149,17 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
 
 
 class PrunedLinear(StructuredLinear, kind="pruned"):
-    """A dense weight of which only the entries under `mask` count; the mask never changes by itself.
+    """A dense weight with a mask: only entries under `mask` count, and the mask never changes by itself.
 
-    W is `weight` where the mask is true and 0 elsewhere, so the gradient elsewhere is exactly 0, and W stays 0 there
-    under any optimiser; `weight` itself does under those that act on each entry, weight decay included. Its FLOPs are
-    those of a dense layer: nothing is gained from zeros at places without order.
+    W is `weight` where the mask is true and 0 elsewhere. The gradient elsewhere is therefore exactly 0, and W stays 0
+    there under any optimiser. `weight` itself stays 0 there under optimisers that act on each entry, weight decay
+    included. The FLOPs are those of a dense layer: zeros without a pattern save nothing.
 
     Args:
-        sparsity, max_params: exactly one. The fraction of zeros in [0, 1), or the most entries that are kept.
-        init: "variance", entries kept at random places, with a variance that makes Var(W) = 1 / in_features over all
-            entries. generator: what they are drawn from. Default: torch's own, as nn.Linear.
+        sparsity, max_params: exactly one of them: the fraction of zeros in [0, 1), or the most entries that are kept.
+        init: "variance": entries are kept at random places, with a variance that makes Var(W) = 1 / in_features over
+            all entries.
+        generator: source of the random places and entries. Default: torch's own, as for nn.Linear.
     Shapes:
         weight (out_features, in_features); mask, a buffer of the same shape.
     Raises:
@@ -204,11 +208,13 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         gram: Tensor | None = None,
         **options: Any,
     ) -> Self:
-        """W with its largest entries kept; with `gram`, those of |W_ij| G_jj^{1/2} (Wanda, Sun et al. 2024, but over
-        the whole matrix). Of equal entries the first in row-major order is kept.
+        """Return W with its largest entries kept; with `gram`, those with the largest |W_ij| G_jj^{1/2}.
+
+        The latter is Wanda (Sun et al. 2024), but over the whole matrix. Of equal entries the first in row-major order
+        is kept.
 
         Raises:
-            ValueError: as the constructor; a gram that is refused by `check_gram`; `rel_error` beside a gram.
+            ValueError: as the constructor; a gram that `check_gram` refuses; `rel_error` together with a gram.
         """
         check_matrix(W)
         check_error(rel_error, gram)
@@ -227,11 +233,11 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
 
     @property
     def n_params_matrix(self) -> int:
-        """Entries of W that are kept; on the meta device, those asked for."""
+        """Number of entries of W that are kept; on the meta device, the requested number."""
         return self._n_kept if self.mask.is_meta else int(self.mask.sum())
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
-        """Draw the parameters of W afresh, each from the generator of its name; `init` is "variance".
+        """Draw new values for the parameters of W, each from the generator of its name; `init` is "variance".
 
         Raises:
             ValueError: any other init.
@@ -252,15 +258,15 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         return nn.functional.linear(x, self.to_matrix(), self.bias)
 
     def products(self, n_tokens: int) -> list[Product]:
-        """The matrix products of a forward over that many tokens."""
+        """The matrix products of a forward pass over n_tokens tokens."""
         return [dense_product(self.out_features, self.in_features, n_tokens)]
 
     def structure(self) -> str:
-        """What fixes the shape of the parameters, in a few words."""
+        """Short description of what fixes the shape of the parameters."""
         return f"kept={self.n_params_matrix}"
 
     def options(self) -> dict[str, Any]:
-        """The number of entries that were asked for; which ones are kept is in `mask`."""
+        """The requested number of entries; `mask` shows which ones are kept."""
         return {"max_params": self._n_kept}
 
     def _set_mask(self, order: Tensor) -> None:

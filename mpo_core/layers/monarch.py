@@ -30,20 +30,22 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
     """W as n_blocks[0] × n_blocks[1] equal blocks, each of rank r: a Monarch matrix, or block tensor-train of rank r.
 
     Block (l, k) is L[l, :, k, :] R[k, l, :, :], so that y = x Wᵀ is two batches of products. One block is a low-rank
-    matrix; more blocks have a higher rank altogether for their r (n_blocks[0] + n_blocks[1]) in place of (1 + 1) sizes.
+    matrix. More blocks have a higher total rank, for r (n_blocks[0] + n_blocks[1]) sizes instead of r (1 + 1).
 
     Args:
-        n_blocks: down and across, divisors of out_features and in_features; an int is both. None: the divisors next to
-            the square roots, from below; where max_params is too small for those, the most blocks that it allows.
-        rank, max_params: exactly one; `rank` then holds the actual one, at most the smaller side of a block.
-        init: "variance", each factor with 1 / its own inputs.
-        generator: what the factors are drawn from. Default: torch's own, as nn.Linear.
+        n_blocks: number of blocks down and across, divisors of out_features and in_features; an int stands for both.
+            Default: the largest divisors up to the square roots. If max_params is too small for those, the most blocks
+            that it allows.
+        rank, max_params: exactly one of them. The attribute `rank` holds the actual rank, at most the smaller side of a
+            block.
+        init: "variance": the variance of each factor is 1 / (number of its own inputs).
+        generator: source of the random factors. Default: torch's own, as for nn.Linear.
     Shapes:
         L (n_blocks[0], out_features / n_blocks[0], n_blocks[1], rank),
         R (n_blocks[1], n_blocks[0], rank, in_features / n_blocks[1]).
     Raises:
-        ValueError: not exactly one size, a rank below 1, n_blocks that do not divide the features, or max_params
-            below those of rank 1.
+        ValueError: not exactly one size, a rank below 1, n_blocks that do not divide the features, or max_params below
+            the parameters of rank 1.
     Source: Dao et al. 2022 (Monarch); Qiu et al. 2024 (block tensor-train).
     """
 
@@ -91,13 +93,14 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
         n_blocks: int | tuple[int, int] | None = None,
         **options: Any,
     ) -> Self:
-        """The nearest such matrix: each block's truncated SVD.
+        """Return the layer of the nearest such matrix: each block is a truncated SVD.
 
-        With `gram` each block is first fitted under its own inputs' block of it, then all of L exactly under the whole,
-        given R: no worse than the first step, not optimal over both factors.
+        With `gram`, each block is first fitted under the block of `gram` for its own inputs. Then all of L is fitted
+        exactly under the whole `gram`, given R. The result is no worse than after the first step, but not optimal over
+        both factors.
 
         Raises:
-            ValueError: as the constructor; a gram that is refused by `check_gram`; `rel_error` beside a gram.
+            ValueError: as the constructor; a gram that `check_gram` refuses; `rel_error` together with a gram.
         """
         check_matrix(W)
         check_error(rel_error, gram)
@@ -119,7 +122,7 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
         R = L.mT @ blocks  # (down, across, r, p)
         if G is not None:
             L = _fit_left(scaled, R, G)
-        # Each component's norm is shared equally, as an optimiser would want it.
+        # The factors share each component's norm equally, which suits an optimiser.
         norms = (torch.linalg.norm(R, dim=3, keepdim=True) / torch.linalg.norm(L, dim=2)[..., None]).sqrt()
         norms = torch.where(torch.isfinite(norms) & (norms > 0), norms, 1)
         share = math.sqrt(scale)
@@ -128,7 +131,7 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
         return layer
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
-        """Draw the parameters of W afresh, each from the generator of its name; `init` is "variance".
+        """Draw new values for the parameters of W, each from the generator of its name; `init` is "variance".
 
         Raises:
             ValueError: any other init.
@@ -146,7 +149,7 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
 
     @property
     def weight(self) -> Tensor:
-        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        """`to_matrix()`, computed again at each access, for owners that read the weight of an nn.Linear."""
         return self.to_matrix()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,13 +164,13 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def products(self, n_tokens: int) -> list[Product]:
-        """The matrix products of a forward over that many tokens."""
+        """The matrix products of a forward pass over n_tokens tokens."""
         down, m, across, rank = self.L.shape
         right = Product(1, down * rank, self.R.shape[3], n_tokens, copied=n_tokens * down * rank)
         return [right] * across + [Product(1, m, across * rank, n_tokens, copied=n_tokens * m)] * down
 
     def structure(self) -> str:
-        """What fixes the shape of the parameters, in a few words."""
+        """Short description of what fixes the shape of the parameters."""
         return f"n_blocks={self.n_blocks}, rank={self.rank}"
 
     def options(self) -> dict[str, Any]:
@@ -204,7 +207,7 @@ def _fit_left(W: Tensor, R: Tensor, G: Tensor) -> Tensor:
     fitted = []
     for index in range(down):
         Z = torch.block_diag(*R[index])  # (across·r, in_features)
-        # A pseudo-inverse, since rows of Z may depend on each other under G.
+        # A pseudo-inverse, because rows of Z may be linearly dependent under G.
         left = rows[index] @ G @ Z.T @ torch.linalg.pinv(Z @ G @ Z.T, hermitian=True)
         fitted.append(left.reshape(-1, across, rank).transpose(0, 1))
     return torch.stack(fitted)

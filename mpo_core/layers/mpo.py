@@ -34,25 +34,28 @@ class MPOLinear(StructuredLinear, kind="mpo"):
     """y = x Wᵀ + b with W the contraction of `cores` (paper, Eq. 6 and 7).
 
     Args:
-        chi, bonds, max_params: exactly one of them. A cap on every bond; a cap on each, (1, χ_1, …, 1); or the most
-            parameters the cores may have, for which the largest χ is taken. `bonds` then holds the actual ones, clipped
-            to the largest useful, and `chi` the cap, which is the largest of the bonds asked for.
-        d_out, d_in: local sizes, one per site. None: chosen by `factorise` with the method `factorisation` and n_sites.
+        chi, bonds, max_params: exactly one of them: one cap for all bonds; one cap for each, (1, χ_1, …, 1); or the
+            most parameters the cores may have, which gives the largest χ. The attribute `bonds` holds the actual bonds,
+            clipped to the largest useful ones. The attribute `chi` holds the cap, which is the largest of the requested
+            bonds.
+        d_out, d_in: local sizes, one per site. Default: chosen by `factorise` with the method `factorisation` and
+            n_sites.
         padding: whether prod(d_out) and prod(d_in) may exceed the features: W is then the upper left part of what the
             cores contract to.
         init: one of `mpo_core.tensor_train.initialisation.FRESH_INITS`; the bias starts at zero.
-        generator: what the cores are drawn from, one after the other. Default: torch's own, as nn.Linear.
-        forward: how W is applied. "reconstruct": W is formed in every forward. "chain": never (`contraction.chain`).
-            "cached": in evaluation mode W is formed once and kept, as long as no gradient of it is asked for and no
-            core changes; else as "reconstruct". "auto": whichever of these is fastest for the number of tokens, by a
-            cost model calibrated on the device (`cost_model.choose`); it keeps a dense W only where that is fastest.
-            Under torch.compile and torch.func transforms "cached" and "auto" are "reconstruct". On an accelerator a
-            core written through `.data` does not drop the W that is kept: call `drop_cached_matrix` after it.
+        generator: source of the random cores, one after the other. Default: torch's own, as for nn.Linear.
+        forward: how W is applied. "reconstruct": W is formed in every forward. "chain": W is never formed
+            (`contraction.chain`). "cached": in evaluation mode W is formed once and kept, while no gradient of it is
+            needed and no core changes; otherwise as "reconstruct". "auto": the fastest of these for the number of
+            tokens, by a cost model calibrated on the device (`cost_model.choose`). It keeps a dense W only if that is
+            fastest. Under torch.compile and torch.func transforms "cached" and "auto" are "reconstruct". On an
+            accelerator, writing to a core through `.data` does not drop the kept W: call `drop_cached_matrix`
+            afterwards.
     Shapes:
         x: (..., in_features); y: (..., out_features).
         cores[l]: (bonds[l], d_out[l], d_in[l], bonds[l+1]); bias: (out_features,) or None.
     Raises:
-        ValueError: not exactly one cap, one below 1, sizes that do not multiply to the features, an unknown init,
+        ValueError: not exactly one cap, a cap below 1, sizes that do not multiply to the features, an unknown init,
             factorisation or forward mode, or max_params that χ = 1 exceeds.
     """
 
@@ -128,16 +131,16 @@ class MPOLinear(StructuredLinear, kind="mpo"):
         max_sweeps: int = 20,
         **options: Any,
     ) -> Self:
-        """The layer whose cores stand for W (out_features, in_features) as nearly as `method` can.
+        """Return the layer whose cores approximate W (out_features, in_features) as well as `method` can.
 
         Args:
             chi, bonds, max_params: as the constructor; chi may also cap the bonds that `rel_error` leads to.
-            rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F allowed; the bonds are those that the data need.
-            gram, method, max_sweeps: see `refinement.fit.fit_cores`; "als" under `gram` where one is given, else
+            rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F allowed; the bonds follow from W.
+            gram, method, max_sweeps: see `fitting.fit.fit_cores`. Default method: "als" if a gram is given, else
                 "tt_svd".
             options: n_sites, d_out, d_in, factorisation, padding and forward, as the constructor.
         Raises:
-            ValueError: as the constructor and `fit_cores`; `rel_error` beside a gram, whose errors are others.
+            ValueError: as the constructor and `fit_cores`; `rel_error` together with a gram, whose error is another.
         """
         check_matrix(W)
         if rel_error is None:
@@ -164,7 +167,7 @@ class MPOLinear(StructuredLinear, kind="mpo"):
         self.init_cores(init, [generator_for(f"cores.{site}") for site in range(self.n_sites)])
 
     def init_cores(self, init: str, generators: Sequence[torch.Generator]) -> None:
-        """Draw the cores afresh, core l from generators[l]; `init` is one of `initialisation.FRESH_INITS`."""
+        """Draw new cores, core l from generators[l]; `init` is one of `initialisation.FRESH_INITS`."""
         init_cores_(
             list(self.cores),
             init,
@@ -175,7 +178,7 @@ class MPOLinear(StructuredLinear, kind="mpo"):
         )
 
     def pad_matrix(self, W: Tensor) -> Tensor:
-        """W (out_features, in_features) with zeros below and to the right, to (prod(d_out), prod(d_in))."""
+        """Pad W (out_features, in_features) with zeros below and to the right, to (prod(d_out), prod(d_in))."""
         rows = math.prod(self.d_out) - self.out_features
         return pad_features(nn.functional.pad(W, (0, 0, 0, rows)), math.prod(self.d_in))
 
@@ -192,13 +195,13 @@ class MPOLinear(StructuredLinear, kind="mpo"):
 
     @property
     def weight(self) -> Tensor:
-        """`to_matrix()`, formed anew at each reading, for owners that look at the weight of an nn.Linear."""
+        """`to_matrix()`, computed again at each access, for owners that read the weight of an nn.Linear."""
         return self.to_matrix()
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         if self._held is not None:
             return nn.functional.linear(x, self._held, self.bias)
-        cores = list(self.cores)  # a reading of a ParameterList takes microseconds
+        cores = list(self.cores)  # reading a ParameterList takes microseconds
         mode = self._mode(cores, x.numel() // self.in_features, x.requires_grad)
         if mode != "chain":
             W = self._kept_matrix(cores) if mode == "cached" else self._matrix(cores)
@@ -234,7 +237,7 @@ class MPOLinear(StructuredLinear, kind="mpo"):
 
     def options(self) -> dict[str, Any]:
         """The cap, the local sizes, padding and the forward mode."""
-        # Bonds that were asked for one by one may have been clipped: the cap then stands in the place of one of them.
+        # Bonds given one by one may have been clipped. The cap then takes the place of one of them.
         caps = [(*self.bonds[:site], self.chi, *self.bonds[site + 1 :]) for site in range(1, self.n_sites)]
         fitting = (cap for cap in (self.chi, *caps) if clip_bonds(cap, self.d_out, self.d_in) == self.bonds)
         cap = next(fitting, self.bonds)
@@ -269,22 +272,22 @@ class MPOLinear(StructuredLinear, kind="mpo"):
     def hold_matrix(self) -> None:
         """Form W, and apply it in every forward until `drop_cached_matrix`, or a change of mode, device or dtype.
 
-        In all forward modes, without a gradient to the cores, and without the look at whether they changed that the
-        mode "cached" takes at every call.
+        This holds in all forward modes. The cores get no gradient, and no call checks whether they changed, unlike in
+        the mode "cached".
         """
         self._cache = None
         with torch.inference_mode(False), torch.no_grad():  # see `_kept_matrix`
             self._held = self.to_matrix().to(_compute_dtype(self.cores[0]))
 
     def drop_cached_matrix(self) -> None:
-        """Free the W that `hold_matrix` and the modes "cached" and "auto" keep; it is formed anew when needed."""
+        """Free the W that `hold_matrix` and the modes "cached" and "auto" keep; it is formed again when needed."""
         self._cache = self._held = None
 
     def _kept_matrix(self, cores: Sequence[Tensor]) -> Tensor:
         dtype = _compute_dtype(cores[0])
         if self._cache is None or not self._cache.holds_for(cores, dtype):
             self._cache = None
-            # Outside inference mode, so that W may also meet an input that needs a gradient.
+            # Outside inference mode, so that W can be used with an input that needs a gradient.
             with torch.inference_mode(False), torch.no_grad():
                 self._cache = CachedMatrix(cores, self._matrix(cores).to(dtype))
         return self._cache.W
@@ -302,7 +305,7 @@ class MPOLinear(StructuredLinear, kind="mpo"):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None, "_held": None}  # a copy forms its own
+        return {**self.__dict__, "_cache": None, "_held": None}  # a copy forms its own W
 
 
 def _compute_dtype(core: Tensor) -> torch.dtype:
@@ -316,7 +319,7 @@ def _compute_dtype(core: Tensor) -> torch.dtype:
 
 
 def _largest_chi(max_params: int, split: Callable[[int], tuple[Sizes, Sizes]], limit: int) -> int:
-    """The largest useful χ up to `limit` with at most that many parameters; the split may depend on χ."""
+    """The largest useful χ up to `limit` with at most max_params parameters; the split may depend on χ."""
 
     def count(chi: int) -> int:
         sizes = split(chi)

@@ -1,4 +1,4 @@
-"""What every linear layer with a structured weight has in common."""
+"""The common base of all linear layers with a structured weight."""
 
 from __future__ import annotations
 
@@ -56,25 +56,25 @@ class StructuredLinear(nn.Module):
 
     @abstractmethod
     def products(self, n_tokens: int) -> list[Product]:
-        """The matrix products of a forward over that many tokens, as done in evaluation without gradients."""
+        """The matrix products of a forward pass over n_tokens tokens, in evaluation mode without gradients."""
         raise NotImplementedError
 
     @abstractmethod
     def structure(self) -> str:
-        """What fixes the shape of the parameters, in a few words."""
+        """Short description of what fixes the shape of the parameters."""
         raise NotImplementedError
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
         """Arguments of the constructor that make a layer with parameters of the same shapes, applied in the same way.
 
-        Only values that JSON has. in_features, out_features, bias and device are passed beside them.
+        Only values that JSON supports. in_features, out_features, bias and device are passed separately.
         """
         raise NotImplementedError
 
     @abstractmethod
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
-        """Draw the parameters of W afresh, each from the generator of its name within this layer."""
+        """Draw new values for the parameters of W, each from the generator of its name within this layer."""
         raise NotImplementedError
 
     @classmethod
@@ -88,8 +88,8 @@ class StructuredLinear(nn.Module):
         """`from_matrix` of linear.weight; bias, dtype, device, requires_grad and training mode are carried over.
 
         Raises:
-            ValueError: as `from_matrix`; or `linear` is no nn.Linear, or its weight is on the meta device, so without
-                values, or is computed from other parameters.
+            ValueError: as `from_matrix`; `linear` is not an nn.Linear; its weight has no values (meta device); or its
+                weight is computed from other parameters.
         """
         _check_linear(linear)
         weight, bias = linear.weight, linear.bias
@@ -98,12 +98,12 @@ class StructuredLinear(nn.Module):
 
     @classmethod
     def empty_like(cls, linear: nn.Linear, **options: Any) -> Self:
-        """A layer in the place of `linear`, the parameters of W still to be filled; all else is carried over.
+        """Return a layer to replace `linear`; the parameters of W are not filled yet, all else is carried over.
 
-        Options are those of the constructor but bias, init, generator, device and dtype.
+        Options are those of the constructor except bias, init, generator, device and dtype.
 
         Raises:
-            ValueError: as the constructor; or `linear` is no nn.Linear.
+            ValueError: as the constructor; or `linear` is not an nn.Linear.
         """
         _check_linear(linear)
         weight, bias = linear.weight, linear.bias
@@ -111,7 +111,7 @@ class StructuredLinear(nn.Module):
 
     @property
     def n_params_matrix(self) -> int:
-        """Parameters of W: all but the bias."""
+        """Number of parameters of W: all but the bias."""
         return sum(parameter.numel() for name, parameter in self.named_parameters() if name != "bias")
 
     def flops(self, n_tokens: int) -> int:
@@ -128,7 +128,7 @@ class StructuredLinear(nn.Module):
 
     @classmethod
     def _empty(cls, W: Tensor, bias: Tensor | None, **options: Any) -> Self:
-        """A layer of W's shape, dtype and device with this bias, the parameters of W still to be filled."""
+        """Return a layer of W's shape, dtype and device with this bias; the parameters of W are not filled yet."""
         options = {"bias": bias is not None, "device": "meta", "dtype": W.dtype, **options}
         layer = cls(W.shape[1], W.shape[0], **options).to_empty(device=W.device)
         if layer.bias is not None and bias is not None:
@@ -159,12 +159,12 @@ class StructuredLinear(nn.Module):
 
 
 def kind_called(name: str) -> type[StructuredLinear]:
-    """The kind of layer of that name, among those that are defined by now.
+    """Return the kind of layer of that name, among those that are defined so far.
 
     Raises:
         ValueError: there is none, or more than one.
     """
-    # A class that is defined again, as in a notebook, takes the place of the first one.
+    # A class that is defined again, as in a notebook, replaces the first one.
     found = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(StructuredLinear)}
     found = {where: kind for where, kind in found.items() if kind.kind == name}
     if not found:
@@ -181,7 +181,7 @@ def _subclasses(kind: type[StructuredLinear]) -> Iterator[type[StructuredLinear]
 
 
 def _check_linear(linear: object) -> None:
-    # The weight of a Conv1D is the transpose, and a square one would pass for the other.
+    # The weight of a Conv1D is the transpose; a square one could not be distinguished.
     if not isinstance(linear, nn.Linear):
         raise ValueError(
             f"`linear` must be an nn.Linear, but got {type(linear).__name__}; `compress` takes a Conv1D too"
@@ -214,14 +214,16 @@ def rank_within(rank: int | None, max_params: int | None, per_rank: int, largest
 
 
 def n_needed(squares: Tensor, rel_error: float, negligible: float = 0.0) -> int:
-    """How many of these squared parts, in descending order, leave at most that relative error; a part that is smaller
-    than `negligible` relative to all counts as rounding, and is not needed."""
-    beyond = squares.flip(0).cumsum(0).flip(0)  # entry n: what keeping n leaves
+    """Return how many of these squared parts, in descending order, to keep for at most that relative error.
+
+    A part that is smaller than `negligible`, relative to all parts, counts as rounding and is not needed.
+    """
+    beyond = squares.flip(0).cumsum(0).flip(0)  # entry n: squared error of keeping n
     return int(((beyond > rel_error**2 * beyond[0]) & (squares > negligible**2 * beyond[0])).sum())
 
 
 def rounding(W: Tensor) -> float:
-    """Singular values of W that are smaller than this, relative to its norm, are zero but for rounding, as `tt_svd`."""
+    """Bound, relative to W's norm, below which singular values of W are zero up to rounding, as in `tt_svd`."""
     return 16 * max(W.shape) ** 0.5 * torch.finfo(torch.promote_types(W.dtype, torch.float32)).eps
 
 

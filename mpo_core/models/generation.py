@@ -24,18 +24,18 @@ def generate(
 ) -> Tensor:
     """Continue each row of tokens by `n_new` tokens; the model sees at most its last `context` of them.
 
-    No core changes meanwhile: of MPO layers in the modes "reconstruct" and "cached" W is formed once and held.
+    No core changes meanwhile, so MPO layers in the modes "reconstruct" and "cached" form W once and hold it.
 
     Args:
         tokens: (B, T) int64, T >= 1.
-        generator: what the tokens are drawn from, on its own device, so that a GPU draws what a CPU does; needed unless
+        generator: source of the random tokens, on its own device, so that a GPU draws what a CPU does. Needed unless
             temperature is 0.
-        temperature: the logits are divided by it; 0 takes the most likely token, of equals the first.
-        top_k: draw from the so many most likely tokens alone, of equals the first; None: from all.
-        use_cache: keep keys and values of the tokens so far. Once the context is full every position moves with each
-            token, and the whole window is computed again, with a cache or without.
+        temperature: the logits are divided by it; 0 takes the most likely token, the first in a tie.
+        top_k: draw only from the top_k most likely tokens, the first in a tie. Default: from all.
+        use_cache: keep keys and values of the tokens so far. Once the context is full, every position moves with each
+            token. The whole window is then computed again, with or without a cache.
     Returns:
-        (B, T + n_new). Every module is left in the mode (training or evaluation) it was in, also by an error.
+        (B, T + n_new). Every module is left in the mode (training or evaluation) it was in, also after an error.
     Raises:
         ValueError: no tokens to continue, n_new < 0, temperature < 0, top_k < 1, or no generator to draw from.
     """
@@ -75,7 +75,7 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: to
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.to(generator.device, torch.promote_types(logits.dtype, torch.float32)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        # Of equals the first, on every device: a threshold would keep them all.
+        # In a tie keep the first, on every device: a threshold would keep them all.
         beyond = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, top_k:]
         logits = logits.scatter(-1, beyond, float("-inf"))
     return torch.multinomial(nn.functional.softmax(logits, dim=-1), 1, generator=generator)

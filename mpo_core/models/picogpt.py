@@ -35,7 +35,7 @@ class GPTConfig:
     context: int = 256
     """Longest sequence, in tokens."""
     d_ff: int | None = None
-    """Width of the feed-forward layer; None becomes 4 * d_model."""
+    """Width of the feed-forward layer. Default: 4 * d_model."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
 
 def _seen(T: int, length: int, device: torch.device) -> Tensor | None:
-    """(T, length) bool: which of so many tokens each of the last T attends to; None for the last alone: all."""
+    """(T, length) bool: which of `length` tokens each of the last T attends to; None for T = 1, which sees all."""
     return None if T == 1 else torch.ones(T, length, dtype=torch.bool, device=device).tril(length - T)
 
 
@@ -135,9 +135,9 @@ class PicoGPT(nn.Module):
         """Logits (B, T, V) of the token that follows each of the tokens (B, T), which are int64.
 
         Args:
-            cache: keys and values of the tokens before these; those of these are added to it.
+            cache: keys and values of the tokens before these; those of the given tokens are added to it.
         Raises:
-            ValueError: T, and what the cache has, exceed the context.
+            ValueError: T plus the length of the cache exceeds the context.
         """
         first = 0 if cache is None else cache.length
         length = first + tokens.shape[1]
@@ -154,10 +154,11 @@ class PicoGPT(nn.Module):
         Args:
             init: std of the linear weights. "paper": 0.02. "variance": 1 / √in_features, which is also what the MPO
                 init of that name gives, so that a dense and an MPO model start at the same scale.
-            generator_for: from a parameter's name, such as "blocks.0.attention.query.weight", to its generator. A
-                fresh generator per name makes a parameter's values independent of the sizes of all the others.
+            generator_for: function from a parameter's name, such as "blocks.0.attention.query.weight", to its
+                generator. A fresh generator per name makes a parameter's values independent of the sizes of all the
+                others.
         Raises:
-            ValueError: an unknown init; or a layer has been replaced; `compress` draws the cores of those itself.
+            ValueError: an unknown init; or a layer has been replaced (`compress` draws its cores itself).
         """
         if init not in DENSE_INITS:
             raise ValueError(f"`init` of a dense model must be one of {', '.join(DENSE_INITS)}, but got {init!r}")
@@ -183,7 +184,7 @@ class LayerCache:
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of T more tokens (B, H, T, C / H); returns all so far."""
+        """Add the keys and values of T more tokens (B, H, T, C / H); return all so far."""
         first, self.length = self.length, self.length + k.shape[2]
         self._keys[:, :, first : self.length] = k
         self._values[:, :, first : self.length] = v
@@ -191,7 +192,7 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """What a PicoGPT's attention layers keep of the tokens so far, for decoding without gradients."""
+    """Keys and values of the tokens so far in a PicoGPT's attention layers, for decoding without gradients."""
 
     def __init__(self, model: PicoGPT, batch: int) -> None:
         config, like = model.config, model.embedding.weight
@@ -200,7 +201,7 @@ class KeyValueCache:
 
     @property
     def length(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return self.layers[0].length
 
 
@@ -221,10 +222,10 @@ def sinusoidal_positions(context: int, d_model: int) -> Tensor:
 def flops_per_token(model: PicoGPT, context: int) -> int:
     """Forward FLOPs per token at sequence length `context`, one multiply-add counted as two.
 
-    The sum of 2 · out_features · in_features over all linear maps, MPO layers included since they apply their
-    reconstructed W, and other structured layers as they are applied; and of 4 · context · d_model per layer for the two
-    attention products (scores, and weights times values), without halving for causality. Embedding, LayerNorm, softmax,
-    ReLU and biases are left out, and so is reconstruction, which does not depend on the number of tokens: see
+    Every linear map counts 2 · out_features · in_features. This includes MPO layers, because they apply their
+    reconstructed W. Other structured layers count as they are applied. Each block adds 4 · context · d_model for the
+    two attention products (scores, and weights times values), without halving for causality. Embedding, LayerNorm,
+    softmax, ReLU and biases are left out. So is reconstruction, which does not depend on the number of tokens: see
     `reconstruct_flops`.
     """
     linear = 0
@@ -237,7 +238,7 @@ def flops_per_token(model: PicoGPT, context: int) -> int:
 
 
 def reconstruct_flops(model: nn.Module) -> int:
-    """FLOPs, once per forward whatever the batch, to reconstruct W of every MPOLinear, in the order `contract` uses."""
+    """FLOPs per forward, for any batch, to reconstruct W of every MPOLinear in the order that `contract` uses."""
     layers = [module for module in model.modules() if isinstance(module, MPOLinear)]
     return sum(2 * contraction_order(layer.bonds, layer.d_out, layer.d_in)[1] for layer in layers)
 

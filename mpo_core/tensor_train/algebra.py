@@ -39,24 +39,24 @@ def tt_svd(
     """Decompose W into cores by a left-to-right sweep of truncated SVDs.
 
     All cores but the last are left-orthogonal; the last carries the norm. The squared error is the sum of what the cuts
-    discard, and at most the sum over the bonds of the squared singular values of W's own unfoldings beyond that bond
-    (paper, Eq. 5). For L <= 3 it never rises with chi, as the subspaces kept are nested; for L >= 4 it can. Without
-    rel_error, a large unfolding is cut by `leading_left`, to the tolerance stated there, and not by a full SVD.
+    discard. It is at most the sum, over the bonds, of the squared singular values of W's own unfoldings beyond that
+    bond (paper, Eq. 5). For L <= 3 it never rises with chi, because the kept subspaces are nested; for L >= 4 it can.
+    Without rel_error, a large unfolding is cut by `leading_left` to the tolerance stated there, not by a full SVD.
 
     Args:
-        W: (out_features, in_features), out_features = prod(d_out), in_features = prod(d_in). Computed in W's dtype, or
-            in float32 where W has less.
-        chi: cap on every bond, >= 1; or bonds: a cap of its own for each. Without rel_error the bonds are then
-            `clip_bonds` of it whatever W holds, so that the layers of several seeds can be stacked.
-        rel_error: target for ‖W − Ŵ‖_F / ‖W‖_F in [0, 1), met to rounding unless a cap binds; the bonds follow W. Each
-            cut may spend an equal share of the squared error that the cuts before it left.
-        None of the three: rel_error = 0, exact to rounding, with bonds no larger than the numerical rank of each
-            unfolding (and at least 1).
+        W: (out_features, in_features), out_features = prod(d_out), in_features = prod(d_in). Computed in W's dtype, but
+            at least in float32.
+        chi: cap on every bond, >= 1. Or bonds: one cap for each bond. Without rel_error the bonds are then `clip_bonds`
+            of the cap for any W, so that the layers of several seeds can be stacked.
+        rel_error: target for ‖W − Ŵ‖_F / ‖W‖_F in [0, 1), met to rounding unless a cap binds; the bonds depend on W.
+            Each cut may spend an equal share of the squared error that earlier cuts left.
+        If none of the three is given: rel_error = 0, exact to rounding. Each bond is then at most the numerical rank of
+            its unfolding (and at least 1).
     Returns:
         Cores in W's dtype, on its device. If float16 cannot hold the last one, all have equal norms (`balance_cores`).
     Raises:
-        ValueError: chi and bonds together, caps refused by `clip_bonds`, rel_error outside [0, 1); the sizes do not
-            multiply to W's shape, or as `check_matrix`.
+        ValueError: chi and bonds together; caps that `clip_bonds` refuses; rel_error outside [0, 1); sizes that do not
+            multiply to W's shape; or as `check_matrix`.
     Source: paper, Algorithm 1; Oseledets 2011, Algorithm 1 and Theorem 2.2.
     """
     if W.ndim != 2:
@@ -91,15 +91,15 @@ def round_cores(
     bonds: Sequence[int] | None = None,
     rel_error: float | None = None,
 ) -> list[Tensor]:
-    """The same matrix W, or one near it, with smaller bonds; W is never formed.
+    """Return cores of the same matrix W, or of one near it, with smaller bonds; W is never formed.
 
     Args:
-        chi, bonds, rel_error: as for `tt_svd`, the error measured against the W of these cores. Without rel_error each
-            bond becomes the smaller of what it is and its cap, clipped; with none of the three, only what is zero to
-            rounding goes.
+        chi, bonds, rel_error: as for `tt_svd`; the error is measured against the W of these cores. Without rel_error
+            each bond becomes the minimum of itself and its cap, clipped. With none of the three, only parts that are
+            zero to rounding are dropped.
     Returns:
-        Cores in the dtype of the given ones, all but the last left-orthogonal, or as `tt_svd` has them in float16. The
-        error has `tt_svd`'s bounds.
+        Cores in the dtype of the given ones. All but the last are left-orthogonal, with `tt_svd`'s exception for
+        float16. The error has `tt_svd`'s bounds.
     Raises:
         ValueError: as `tt_svd` and `orthogonalize`.
     Source: Oseledets 2011, Algorithm 2.
@@ -127,11 +127,11 @@ def round_cores(
 
 
 def orthogonalize(cores: Sequence[Tensor], site: int) -> list[Tensor]:
-    """The same matrix W by cores that are left-orthogonal before `site` and right-orthogonal after it; differentiable.
+    """Return cores of the same matrix W, left-orthogonal before `site` and right-orthogonal after it; differentiable.
 
-    The core at `site` then carries the norm: its Frobenius norm is W's. A bond out of its neighbours' reach shrinks to
-    within it. Left-orthogonal: the (a · o · i, b) matrix of the core (a, o, i, b) has orthonormal columns;
-    right-orthogonal: its (a, o · i · b) matrix has orthonormal rows.
+    The core at `site` then carries the norm: its Frobenius norm is W's. A bond out of its neighbours' reach shrinks
+    until it is within reach. Left-orthogonal: the (a · o · i, b) matrix of the core (a, o, i, b) has orthonormal
+    columns. Right-orthogonal: its (a, o · i · b) matrix has orthonormal rows.
 
     Raises:
         ValueError: `site` is not one of 0 to L - 1; as `bonds_and_sizes`; a core has an infinite or NaN entry; or the
@@ -143,7 +143,7 @@ def orthogonalize(cores: Sequence[Tensor], site: int) -> list[Tensor]:
     if not 0 <= site < len(cores):
         raise ValueError(f"`0 <= site < {len(cores)}` must hold, but got site={site}")
     check_cores_finite(cores)
-    # Scaled, as a part of the chain may be out of range though W is not.
+    # Scaled, because a part of the chain may be out of range even if W is not.
     swept, total = to_units([core.to(_at_least_float32(core.dtype)) for core in cores])
     for place in range(site):
         a, o, i, b = swept[place].shape
@@ -165,10 +165,11 @@ def orthogonalize(cores: Sequence[Tensor], site: int) -> list[Tensor]:
 
 
 def inner_product(cores_a: Sequence[Tensor], cores_b: Sequence[Tensor]) -> Tensor:
-    """⟨A, B⟩ = Σ_ij A_ij B_ij of two matrices given by their cores, neither of them formed; differentiable.
+    """⟨A, B⟩ = Σ_ij A_ij B_ij of two matrices given by their cores; neither is formed. Differentiable.
 
     Returns:
-        A float64 scalar: sums of squares of float32 cores would overflow, and differences of norms cancel, in float32.
+        A float64 scalar. In float32, sums of squares of the cores would overflow, and differences of norms would
+        cancel.
     Raises:
         ValueError: the two have different sizes on some site, or as `bonds_and_sizes`.
     """
@@ -176,7 +177,7 @@ def inner_product(cores_a: Sequence[Tensor], cores_b: Sequence[Tensor]) -> Tenso
 
 
 def frobenius_norm(cores: Sequence[Tensor]) -> Tensor:
-    """‖W‖_F from the cores, W never formed: a float64 scalar; differentiable, with gradient 0 where W = 0.
+    """Return ‖W‖_F from the cores as a float64 scalar; W is never formed. Differentiable, with gradient 0 for W = 0.
 
     Raises:
         ValueError: as `bonds_and_sizes`.
@@ -189,7 +190,7 @@ def frobenius_norm(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _inner_product(cores_a: Sequence[Tensor], cores_b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """⟨A, B⟩ / 2^k and k, as the square of a norm may be out of range though the norm is not."""
+    """Return ⟨A, B⟩ / 2^k and k, because the square of a norm may be out of range even if the norm is not."""
     _, *sizes_a = bonds_and_sizes(cores_a)
     _, *sizes_b = bonds_and_sizes(cores_b)
     if sizes_a != sizes_b:
@@ -206,10 +207,10 @@ def _inner_product(cores_a: Sequence[Tensor], cores_b: Sequence[Tensor]) -> tupl
 
 
 def balance_cores(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same matrix W with the same Frobenius norm on every core, the geometric mean of the present ones.
+    """Return cores of the same matrix W with equal Frobenius norms, the geometric mean of the present ones.
 
-    Of all ways to spread factors over the cores it has the least sum of squares, so it is where weight decay leads.
-    Cores one of which is zero stand for W = 0 and are returned as they are. Differentiable where all are non-zero.
+    Of all ways to spread factors over the cores, this one has the smallest sum of squares, so weight decay leads to it.
+    If a core is zero, W = 0 and the cores are returned unchanged. Differentiable if all cores are non-zero.
 
     Raises:
         ValueError: as `bonds_and_sizes`.
@@ -223,7 +224,7 @@ def balance_cores(cores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def contract(cores: Sequence[Tensor]) -> Tensor:
-    """The matrix W (out_features, in_features) that the cores stand for (paper, Eq. 7); differentiable.
+    """The matrix W (out_features, in_features) that the cores represent (paper, Eq. 7); differentiable.
 
     Neighbours are merged in the cheapest order (`contraction_order`).
 
@@ -231,7 +232,7 @@ def contract(cores: Sequence[Tensor]) -> Tensor:
         ValueError: as `bonds_and_sizes`.
     """
     n_sites, sizes = len(cores), bonds_and_sizes(cores)
-    split = contraction_order(*sizes)[0] if n_sites > 2 else {(0, 2): 1}  # of two there is one order
+    split = contraction_order(*sizes)[0] if n_sites > 2 else {(0, 2): 1}  # two cores have one order
 
     def merge(first: int, last: int) -> Tensor:
         if last - first == 1:
@@ -244,7 +245,7 @@ def contract(cores: Sequence[Tensor]) -> Tensor:
 
 
 def merge_cores(left: Tensor, right: Tensor) -> Tensor:
-    """Two neighbouring cores as one: (a, o, i, b) and (b, p, j, c) become (a, o·p, i·j, c)."""
+    """Merge two neighbouring cores: (a, o, i, b) and (b, p, j, c) become (a, o·p, i·j, c)."""
     a, o, i, b = left.shape
     _, p, j, c = right.shape
     product = left.reshape(a * o * i, b) @ right.reshape(b, p * j * c)
@@ -281,7 +282,7 @@ def bonds_and_sizes(cores: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int
 
 
 def rounded_to(dtype: torch.dtype, cores: Sequence[Tensor]) -> list[Tensor]:
-    """The cores in that dtype; with equal norms if one of them is beyond its range."""
+    """Return the cores in that dtype, with equal norms if one core is beyond its range."""
     rounded = [core.to(dtype).contiguous() for core in cores]
     if all(torch.isfinite(core).all() for core in rounded):
         return rounded
@@ -289,7 +290,7 @@ def rounded_to(dtype: torch.dtype, cores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _check_target(chi: int | None, bonds: Sequence[int] | None, rel_error: float | None) -> float | None:
-    """The error target; 0 where nothing at all is asked for."""
+    """Return the error target; 0 if none of the three is given."""
     if chi is not None and bonds is not None:
         raise ValueError(f"one of `chi` and `bonds` caps the bonds, but got chi={chi}, bonds={list(bonds)}")
     if rel_error is None:
@@ -301,10 +302,10 @@ def _check_target(chi: int | None, bonds: Sequence[int] | None, rel_error: float
 def _cut(
     M: Tensor, cap: int, budget: float | None, n_cuts: int, negligible: float
 ) -> tuple[Tensor, Tensor, float | None]:
-    """M (m, n) as U (m, k) times rest (k, n), U with orthonormal columns, by the k leading singular values.
+    """Split M (m, n) into U (m, k), with orthonormal columns, times rest (k, n), by the k leading singular values.
 
-    k is `cap`, or fewer if the budget of squared error allows: this cut, the first of n_cuts to come, takes at most its
-    equal share of it, and returns what is left.
+    k is `cap`, or less if the budget of squared error allows it. This cut is the first of n_cuts to come and takes at
+    most its equal share of the budget. The remaining budget is returned too.
     """
     if budget is None:
         U = leading_left(M, cap)

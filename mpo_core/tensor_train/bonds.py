@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 
 def largest_bonds(d_out: Sequence[int], d_in: Sequence[int]) -> tuple[int, ...]:
-    """The bonds (1, ..., 1) beyond which nothing is gained: each is the largest possible rank of its unfolding.
+    """The largest useful bonds (1, ..., 1): each is the largest possible rank of its unfolding.
 
     Raises:
         ValueError: d_out and d_in differ in length, are empty, or contain a size below 1.
@@ -19,11 +19,11 @@ def largest_bonds(d_out: Sequence[int], d_in: Sequence[int]) -> tuple[int, ...]:
 
 
 def clip_bonds(chi_or_bonds: int | Sequence[int] | None, d_out: Sequence[int], d_in: Sequence[int]) -> tuple[int, ...]:
-    """The bonds (1, χ_1, ..., χ_{L-1}, 1) that a cap leads to: each within reach of its two neighbours.
+    """Return the bonds (1, χ_1, ..., χ_{L-1}, 1) under a cap, each within reach of its two neighbours.
 
     Args:
-        chi_or_bonds: one cap for every bond, a cap of its own for each (1, χ_1, ..., χ_{L-1}, 1), or None for none.
-            Within reach means bonds[l+1] <= bonds[l] · d_out[l] · d_in[l], and likewise from the right.
+        chi_or_bonds: one cap for all bonds; a sequence (1, χ_1, ..., χ_{L-1}, 1) of one cap for each; or None for no
+            cap. Within reach means bonds[l+1] <= bonds[l] · d_out[l] · d_in[l], and likewise from the right.
     Raises:
         ValueError: a cap below 1, a number of caps other than L + 1, caps other than 1 at the two ends, or the sizes
             are refused by `largest_bonds`.
@@ -57,7 +57,7 @@ def n_params(bonds: Sequence[int], d_out: Sequence[int], d_in: Sequence[int]) ->
     """Number of entries of all cores (paper, Eq. 3).
 
     Raises:
-        ValueError: other than L + 1 bonds, or the sizes are refused by `largest_bonds`.
+        ValueError: the number of bonds is not L + 1, or the sizes are refused by `largest_bonds`.
     """
     sizes = site_sizes(d_out, d_in)
     if len(bonds) != len(sizes) + 1:
@@ -126,9 +126,10 @@ def given_sizes(
     n_sites: int | None,
     padding: bool,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """d_out and d_in as they are given; ValueError unless both are, and split the features over n_sites (None: any).
+    """Return the given d_out and d_in; with `padding` they may exceed the features.
 
-    With `padding` they may exceed the features.
+    Raises:
+        ValueError: one of the two is missing, or they do not split the features over n_sites (None: any number).
     """
     if d_out is None or d_in is None:
         raise ValueError(f"`d_out` and `d_in` must be given together, but got d_out={d_out}, d_in={d_in}")
@@ -141,14 +142,14 @@ def given_sizes(
 
 
 def check_whole(**numbers: object) -> None:
-    """Raise ValueError unless these are whole numbers, of numpy or Python's own; True and False are none."""
+    """Raise ValueError unless these are whole numbers of Python or numpy; True and False do not count."""
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, Integral):
             raise ValueError(f"`{name}` must be a whole number, but got {number!r}")
 
 
 def check_fraction(**numbers: object) -> None:
-    """Raise ValueError unless these are numbers from 0 to below 1."""
+    """Raise ValueError unless these are numbers in [0, 1)."""
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, Real):
             raise ValueError(f"`{name}` must be a number, but got {number!r}")
@@ -157,7 +158,7 @@ def check_fraction(**numbers: object) -> None:
 
 
 def site_sizes(d_out: Sequence[int], d_in: Sequence[int]) -> list[int]:
-    """d_out[l] · d_in[l] of every site; ValueError unless there is one size of at least 1 of each per site."""
+    """Return d_out[l] · d_in[l] of every site; ValueError unless both have one size of at least 1 per site."""
     for name, sizes in (("d_out", d_out), ("d_in", d_in)):
         if not all(type(size) is int for size in sizes):
             check_whole(**{f"{name}[{site}]": size for site, size in enumerate(sizes)})

@@ -1,4 +1,4 @@
-"""The products of a chain: one core after the other with the state between two sites, whole or a few rows at a time."""
+"""The products of a chain: each core in turn times the state between two sites, for all rows or a few at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 
 class Step(NamedTuple):
-    """A core, as a matrix (m, k), times the state, which is so many matrices (k, n) for each row of x."""
+    """A core, as a matrix (m, k), times the state, which is `items` matrices (k, n) for each row of x."""
 
     items: int
     m: int
@@ -20,21 +20,21 @@ class Step(NamedTuple):
     n: int
 
     def operand(self, state: Tensor, n_rows: int) -> Tensor:
-        """The state of so many rows before this step: (n_rows · items, k, n)."""
+        """The state of n_rows rows before this step: (n_rows · items, k, n)."""
         return state.reshape(n_rows * self.items, self.k, self.n)
 
     def product(self, A: Tensor, state: Tensor, n_rows: int, out: Tensor | None = None) -> Tensor:
-        """The state after it: (n_rows · items, m, n), in the memory `out` where that is given."""
+        """The state after this step: (n_rows · items, m, n), in the memory `out` if it is given."""
         return _product(A, self.operand(state, n_rows), out)
 
     @property
     def n_partial_sums(self) -> int:
-        """Entries of the gradient of A, for each row, before they are summed."""
+        """Number of entries per row of the gradient of A, before they are summed."""
         return 0 if self.n == 1 or copies(self.m, self.k, self.n) else self.items * self.m * self.k
 
     @property
     def n_written(self) -> int:
-        """Entries of the state after it, for each row."""
+        """Number of entries per row of the state after this step."""
         return self.items * self.m * self.n
 
 
@@ -57,7 +57,7 @@ def matrices_of(cores: Sequence[Tensor], steps: Sequence[Step], direction: str) 
 
 
 def contracted(steps: Sequence[Step], As: Sequence[Tensor], x: Tensor) -> Tensor:
-    """(rows, prod(d_in)) to (rows, prod(d_out)), with one matrix A for each step."""
+    """Map (rows, prod(d_in)) to (rows, prod(d_out)), with one matrix A for each step."""
     state = x
     for step, A in zip(steps, As, strict=True):
         state = step.product(A, state, x.shape[0])
@@ -65,9 +65,9 @@ def contracted(steps: Sequence[Step], As: Sequence[Tensor], x: Tensor) -> Tensor
 
 
 def contracted_in_parts(steps: Sequence[Step], As: Sequence[Tensor], x: Tensor, n_at_once: int) -> Tensor:
-    """`contracted`, with the state of so many rows at once, in the backward pass as well, which forms it again.
+    """`contracted`, with the state of n_at_once rows at a time, also in the backward pass, which computes it again.
 
-    Real numbers, without autocast or forward-mode derivatives. Gradients of gradients are those of `contracted`.
+    For real numbers, without autocast or forward-mode derivatives. Gradients of gradients are those of `contracted`.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *As)):
         return _InParts.apply(x, steps, n_at_once, *As)
@@ -77,20 +77,20 @@ def contracted_in_parts(steps: Sequence[Step], As: Sequence[Tensor], x: Tensor, 
 def copies(m: int, k: int, n: int) -> bool:
     """Whether copying the state for one large product is better than a batch of small ones.
 
-    In a batch the gradient of A is one (m, k) partial sum per item. Measured on a CPU: up to twice the size of the
-    item's own operands that is cheaper than a copy, forward and backward; beyond that it is slower and needs the memory
-    of all partial sums.
+    In a batch the gradient of A is one (m, k) partial sum per item. Measured on a CPU, forward and backward: the batch
+    is cheaper than a copy if this sum is at most twice the size of the item's own operands. Beyond that it is slower,
+    and needs the memory of all partial sums.
     """
     return m * k > 2 * (m + k) * n
 
 
 def is_traced() -> bool:
-    """Whether this code is being compiled, or transformed by `torch.func`: then nothing is to depend on values."""
+    """Whether this code is being compiled, or transformed by `torch.func`; then nothing may depend on values."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
 
 
 def _product(A: Tensor, state: Tensor, out: Tensor | None = None) -> Tensor:
-    """(m, k) times each of (batch, k, n): (batch, m, n), in the memory `out` (1-d, large enough) where it is given."""
+    """(m, k) times each of (batch, k, n): (batch, m, n), in the memory `out` (1-d, large enough) if it is given."""
     batch, k, n = state.shape
     m = A.shape[0]
     if out is not None:
@@ -102,7 +102,7 @@ def _product(A: Tensor, state: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _add_summed_product(dA: Tensor, dy: Tensor, state: Tensor, out: Tensor) -> None:
-    """Add the sum over the batch of (m, n) times (k, n) transposed, the gradient of A in `_product`; `out`: memory."""
+    """Add the gradient of A in `_product`: the sum over the batch of (m, n) times (k, n) transposed; `out`: memory."""
     batch, m, n = dy.shape
     k = state.shape[1]
     if n == 1 or copies(m, k, n):
@@ -129,9 +129,10 @@ def _y_in_parts(steps: Sequence[Step], As: Sequence[Tensor], x: Tensor, n_at_onc
 
 
 def _memory(steps: Sequence[Step], x: Tensor, n_at_once: int) -> list[Tensor]:
-    """For the state after each step, used again by every part; the last has room for the gradient of a part of x, too.
+    """Memory for the state after each step, reused by all parts; the last also has room for the gradient of a part of
+    x.
 
-    Mapping memory anew takes longer than what is computed in it.
+    Mapping new memory takes longer than the computation in it.
     """
     sizes = [step.n_written for step in steps]
     return [x.new_empty(n_at_once * size) for size in (*sizes[:-1], max(sizes[-1], x.shape[1]))]
@@ -151,7 +152,7 @@ class _InParts(torch.autograd.Function):
         wants_x, _, _, *wants = ctx.needs_input_grad
         x = As[0].new_zeros(ctx.shape).requires_grad_() if x is None else x
         if torch.is_grad_enabled() or is_traced() or is_legacy_batchedtensor(dy):
-            # For gradients of these gradients, or many dy at once. Views, as an A may itself be a function of x.
+            # For gradients of these gradients, or many dy at once. Views, because an A may itself be a function of x.
             with torch.enable_grad():
                 x, *As = (tensor.view_as(tensor) for tensor in (x, *As))
                 y = contracted(steps, As, x)
@@ -159,7 +160,7 @@ class _InParts(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, inputs, dy, create_graph=torch.is_grad_enabled()))
             dx, *dAs = [next(found) if is_wanted else None for is_wanted in (wants_x, *wants)]
             return dx, None, None, *dAs
-        # As many as give the states that the gradients of cores need.
+        # The number of steps whose states the gradients of the cores need.
         n_recomputed = max((index for index, is_wanted in enumerate(wants) if is_wanted), default=0)
         dx = torch.empty_like(x)
         # In 16 bits the sums would lose what the later parts add.
@@ -177,7 +178,7 @@ class _InParts(torch.autograd.Function):
                     _add_summed_product(dAs[index], dstate, step.operand(states[index], n_rows), partial_sums)
                 if not (wants_x or any(wants[:index])):
                     break
-                # In the place of the state itself, which is not needed again; that of x, at index 0, in the last.
+                # In the memory of the state, which is not needed again; the gradient of x, at index 0, in the last.
                 dstate = _product(As[index].T, dstate, memory[index - 1])
             if wants_x:
                 of_x.copy_(dstate.reshape(of_x.shape))

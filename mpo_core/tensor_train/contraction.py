@@ -1,7 +1,7 @@
 """The ways to apply a chain of cores to activations, y = x Wᵀ, and what each costs in FLOPs and bytes.
 
-"reconstruct" forms W and multiplies by it; "cached" has W already; "chain" contracts x with one core after the other
-and never forms W, from the first site to the last ("left") or from the last to the first ("right").
+"reconstruct" forms W and multiplies by it. "cached" has W already. "chain" contracts x with one core after the other
+and never forms W. It goes from the first site to the last ("left") or from the last to the first ("right").
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mpo_core.tensor_train.chain_steps import (
 DIRECTIONS = ("auto", "left", "right")
 MODES = ("reconstruct", "chain", "cached")
 CHAIN_STATE = 2**19
-"""Entries, few enough to stay in a cache: of the state between two sites, on a CPU (see `rows_at_once`)."""
+"""Number of entries of the state between two sites on a CPU, few enough to stay in a cache (see `rows_at_once`)."""
 
 Sizes = Sequence[int]
 
@@ -60,7 +60,7 @@ class Product(NamedTuple):
     partial: int = 0
     """Elements of the weight's gradient before they are summed over the batch."""
     summed: int = 0
-    """Such elements written and read by this product."""
+    """Number of such elements that this product writes and reads."""
 
     @property
     def flops(self) -> int:
@@ -88,9 +88,10 @@ class Product(NamedTuple):
 def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor:
     """y = x Wᵀ by contracting x with one core after the other; W is never formed.
 
-    The state between two sites has the rows' sizes that are done and the columns' sizes still to come, and is never
-    permuted: each step is one product, or a batch of products with the same core. Differentiable. On a CPU many rows of
-    x are contracted in parts (`rows_at_once`); their backward pass forms the state of each part again.
+    The state between two sites has the row sizes of the sites that are done and the column sizes of those to come. It
+    is never permuted: each step is one product, or a batch of products with the same core. Differentiable. On a CPU
+    many rows of x are contracted in parts (`rows_at_once`). The backward pass then computes the state of each part
+    again.
 
     Args:
         cores: site l is (bonds[l], d_out[l], d_in[l], bonds[l+1]).
@@ -98,7 +99,7 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
         direction: "left" from the first site to the last, "right" from the last to the first, "auto" the one with
             fewer FLOPs (`cheapest_direction`).
     Returns:
-        (..., prod(d_out)), in the dtype of autocast where that is enabled.
+        (..., prod(d_out)), in the autocast dtype if autocast is enabled.
     Raises:
         ValueError: an unknown direction; cores that do not fit together, or x that does not fit them.
     """
@@ -115,7 +116,7 @@ def chain(cores: Sequence[Tensor], x: Tensor, direction: str = "auto") -> Tensor
     if x.device.type == "cpu" and not is_traced():  # on a GPU each part would be launched by itself
         tensors = (x, *cores)
         if torch.is_autocast_enabled("cpu") and all(tensor.dtype is not torch.float64 for tensor in tensors):
-            # As autocast casts them; once, so that the parts need no autocast.
+            # Cast as autocast would, but once, so that the parts need no autocast.
             x, *cores = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors)
             with torch.autocast("cpu", enabled=False):
                 return chain(cores, x, direction)
@@ -135,12 +136,12 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 
 def rows_at_once(bonds: Sizes, d_out: Sizes, d_in: Sizes, direction: str, n_rows: int, *, training: bool) -> int:
-    """Of so many rows of x, those that `chain` contracts at once on a CPU, in the direction "left" or "right".
+    """Return how many of the n_rows rows of x `chain` contracts at once on a CPU, in the direction "left" or "right".
 
-    Without gradients as many as have a state of CHAIN_STATE entries. With gradients all, unless these are more than
-    eight times as many, and then twice as many: forming the state again in the backward pass costs a sixth of the
-    FLOPs (of two equal steps; at most a third), and memory costs more than that only where it is so much that it is
-    mapped anew in every call.
+    Without gradients: as many rows as have a state of CHAIN_STATE entries. With gradients: all rows if they are at most
+    eight times as many, otherwise twice as many. Computing the state again in the backward pass costs a sixth of the
+    FLOPs (for two equal steps; at most a third). Memory costs more than that only if it is so large that it is mapped
+    again in every call.
     """
     few = _few_rows(tuple(bonds), tuple(d_out), tuple(d_in), direction)
     if not training:
@@ -164,7 +165,7 @@ def pad_features(x: Tensor, features: int) -> Tensor:
 
 
 def cheapest_direction(bonds: Sizes, d_out: Sizes, d_in: Sizes) -> str:
-    """ "left" or "right", whichever needs fewer FLOPs; of equals the one that moves fewer elements, then "right"."""
+    """Return the direction with fewer FLOPs, "left" or "right"; in a tie, fewer elements moved, then "right"."""
 
     def cost(direction: str) -> tuple[int, int]:
         steps = chain_products(bonds, d_out, d_in, 1, direction)
@@ -208,7 +209,7 @@ def contract_products(bonds: Sizes, d_out: Sizes, d_in: Sizes) -> list[Product]:
 
 
 def dense_product(out_features: int, in_features: int, n_tokens: int) -> Product:
-    """x Wᵀ with W at hand."""
+    """The product x Wᵀ with a given W."""
     return Product(1, out_features, in_features, n_tokens)
 
 
@@ -223,10 +224,11 @@ def products(
     in_features: int | None = None,
     direction: str = "auto",
 ) -> list[Product]:
-    """The matrix products of a forward in a mode, "reconstruct", "chain" or "cached".
+    """The matrix products of a forward pass in the mode "reconstruct", "chain" or "cached".
 
     Args:
-        out_features, in_features: of the dense product where the sizes are padded; None: prod(d_out), prod(d_in).
+        out_features, in_features: sizes of the dense product if the local sizes are padded. Default: prod(d_out),
+            prod(d_in).
     Raises:
         ValueError: an unknown mode or direction.
     """

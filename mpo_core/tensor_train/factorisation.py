@@ -36,19 +36,19 @@ def factorise(
     """Split the two sizes of a matrix over sites.
 
     Args:
-        method: "balanced": d_out and d_in each as equal as possible (smallest sum), d_out ascending, d_in in the order
-            that needs the fewest parameters beside it as long as no bond is clipped and χ is large; a site has size 1
-            where primes leave no choice. Another order of d_out, or clipping, can need fewer.
-            "min_params": the fewest parameters at the cap `chi`, clipping included, over all ordered splits of both;
-            of several the most balanced (smallest sum of all sizes), then the first in order. A 1×1 site at an end
-            means that fewer sites do better; at a chi that compresses nothing one site is the whole matrix.
-            "paper": the paper's Table 2 for its four shapes, "balanced" for any other.
-        n_sites: L, from 1 to 6. None: the table's for the paper's four shapes, 2 otherwise.
-        chi: the cap on every bond that "min_params" needs; with padding "balanced" compares parameters at it, or for
-            large χ without one.
-        padding: allow prod(d_out) and prod(d_in) above the sizes where that needs fewer parameters, comparing what the
-            method makes of each size and of the four smoothest (without large prime factors) above it, up to
-            `max_padding`; of several the smallest matrix. The paper's table stays as it is.
+        method: "balanced": d_out and d_in are each as equal as possible (smallest sum). d_out is ascending; d_in has
+            the order that needs the fewest parameters beside it for large χ without clipped bonds. A site has size 1 if
+            primes leave no choice. Another order of d_out, or clipping, can need fewer parameters.
+            "min_params": the fewest parameters at the cap `chi`, clipping included, over all ordered splits of both
+            sizes. Ties: the most balanced split (smallest sum of all sizes), then the first in order. A 1×1 site at an
+            end means that fewer sites do better. If chi compresses nothing, one site is the whole matrix.
+            "paper": the paper's Table 2 for its four shapes, "balanced" for any other shape.
+        n_sites: L, from 1 to 6. Default: the table's for the paper's four shapes, 2 otherwise.
+        chi: the cap on every bond; "min_params" needs it. With padding, "balanced" compares parameters at this cap, or
+            for large χ if there is no cap.
+        padding: allow prod(d_out) and prod(d_in) above the sizes if that needs fewer parameters. The method is tried on
+            each size and on the four smoothest (without large prime factors) above it, up to `max_padding`. Ties: the
+            smallest matrix. The paper's table stays as it is.
     Returns:
         (d_out, d_in), each of length L.
     Raises:
@@ -82,16 +82,16 @@ def factorise(
 
 
 def max_padding(n: int) -> int:
-    """By how much a size may be padded: 1 % of it, or 7 where that is more."""
+    """The most by which a size may be padded: 1 % of it, or 7 if that is more."""
     return max(7, n // 100)
 
 
 def factorisations(out_features: int, in_features: int, n_sites: int) -> Iterator[tuple[Sizes, Sizes]]:
-    """Every (d_out, d_in) of exactly n_sites sites, in the order of d_out[0], d_in[0], d_out[1], ..., one by one.
+    """Iterate over every (d_out, d_in) of exactly n_sites sites, in the order of d_out[0], d_in[0], d_out[1], ....
 
-    Ordered: the mirror image of a split groups other rows and columns of a given W together, so it counts as another
-    one. A site of 1×1 is left out, since without it the chain is the same; sizes with fewer than n_sites prime factors
-    between them therefore have none.
+    Splits are ordered: the mirror image of a split groups other rows and columns of a given W, so it is a different
+    split. Splits with a 1×1 site are left out, because the chain is the same without that site. Two sizes with fewer
+    than n_sites prime factors together therefore have no split.
 
     Raises:
         ValueError: a size below 1, or n_sites outside 1 to 6.
@@ -117,9 +117,9 @@ def factorisations(out_features: int, in_features: int, n_sites: int) -> Iterato
 def why_not(
     out_features: int, in_features: int, d_out: Sequence[int], d_in: Sequence[int], bonds: Sequence[int]
 ) -> str | None:
-    """Why the chain is no compression of the matrix, in a line; None if it has fewer parameters.
+    """Return in a line why the chain does not compress the matrix; None if it has fewer parameters.
 
-    Padding counts against the chain: its parameters are counted in full, the matrix's without.
+    Padding counts against the chain: its parameters are counted with padding, those of the matrix without.
 
     Raises:
         ValueError: the sizes or bonds do not fit together, or multiply to less than the matrix.
@@ -180,7 +180,7 @@ def _padded(out_features: int, in_features: int, method: str, n_sites: int, chi:
 
 
 def _paddings(n: int) -> list[int]:
-    """The size itself, and the four smoothest that it may be padded to: those without large prime factors."""
+    """The size itself, and the four smoothest sizes (without large prime factors) that it may be padded to."""
 
     def largest_prime(size: int) -> int:
         return _prime_powers(size)[-1][0]
@@ -237,8 +237,8 @@ def _min_params(out_features: int, in_features: int, n_sites: int, chi: int) -> 
 class _Cheapest:
     """The fewest parameters of chains over divisors of `total`.
 
-    Bonds and so parameters depend on the products d_out[l] · d_in[l] alone, and any factors of the total can be split
-    into the two: what is sought is a shortest path from 1 to the total over its divisors.
+    Bonds, and so parameters, depend only on the products d_out[l] · d_in[l], and any factors of the total can be split
+    into the two. The problem is therefore to find a shortest path from 1 to the total over its divisors.
     """
 
     def __init__(self, total: int, chi: int) -> None:
@@ -249,7 +249,7 @@ class _Cheapest:
         self.known: dict[tuple[int, int], int] = {}
 
     def cost(self, done: int, n_sites: int) -> int:
-        """Fewest parameters of the last n_sites cores, those before having sizes of product `done`."""
+        """Fewest parameters of the last n_sites cores, if the sizes of the cores before them multiply to `done`."""
         if n_sites == 1:
             return self.bonds[done] * (self.total // done)
         if (done, n_sites) not in self.known:
@@ -257,7 +257,7 @@ class _Cheapest:
         return self.known[done, n_sites]
 
     def best_sizes(self, done: int, n_sites: int) -> list[int]:
-        """Sizes of the first of these cores with which the fewest parameters are reached."""
+        """Sizes of the first of these cores that reach the fewest parameters."""
         best = self.cost(done, n_sites)
         return [after // done for after in self.after[done] if self._through(done, after, n_sites) == best]
 

@@ -14,10 +14,10 @@ from mpo_core.tensor_train.contraction import chain
 from mpo_core.values import check_cores_finite, times_power, to_units
 
 FRESH_INITS = ("paper", "variance", "orthogonal", "spectral", "tt_svd_fresh")
-"""Those that draw cores; see `init_cores_`."""
+"""Inits that draw cores; see `init_cores_`."""
 
 INITS = (*FRESH_INITS, "tt_svd", "data_aware")
-"""All: the last two take a weight that is there, and "data_aware" its inputs as well (`mpo_core.refinement`)."""
+"""All inits. The last two take an existing weight, and "data_aware" also its inputs (`mpo_core.fitting`)."""
 
 SPECTRAL_TOLERANCE = 1e-4
 """Relative error of the spectral norm that "spectral" sets."""
@@ -35,24 +35,24 @@ def init_cores_(
 ) -> None:
     """Draw cores in place, core l from generators[l].
 
-    With padding, in_features and out_features are the true sizes; W below is the padded matrix unless said otherwise.
+    With padding, in_features and out_features are the true sizes; W below is the padded matrix unless stated otherwise.
 
     Args:
-        init: "paper": entries N(0, `paper_std`²), with χ as asked for; Var(W) = 1 / in_features for L = 2 alone.
-            "variance": entries N(0, σ²) with Var(W) = 1 / in_features for any L and bonds (`variance_std`); but cores
-            of a single entry are 1, since a random one would scale all of W.
-            "orthogonal": Haar-random left-orthogonal cores, the last one right-orthogonal, all times the factors that
-            give them equal norms and W the norm that entries of variance 1 / in_features have in the mean: exactly
-            ‖W‖_F² = out_features without padding.
-            "spectral": normal entries of one variance, such that the matrix (without padding rows and columns) has the
-            spectral norm √(out_features / in_features), to `SPECTRAL_TOLERANCE`. Yang, Simon and Bernstein 2023,
-            Condition 1, here met by the product of the cores, not by each (as Qiu et al. 2024).
-            "tt_svd_fresh": the TT-SVD of a dense W with entries N(0, 1 / in_features), all drawn from generators[0]; Ŵ
-            has less variance than W, by what the bonds cut.
-        chi: the cap asked for; "paper" needs it.
+        init: "paper": entries N(0, `paper_std`²) with the requested χ; Var(W) = 1 / in_features only for L = 2.
+            "variance": entries N(0, σ²) with Var(W) = 1 / in_features for any L and bonds (`variance_std`). Cores of a
+            single entry are 1, because a random one would scale all of W.
+            "orthogonal": Haar-random left-orthogonal cores, the last one right-orthogonal. They are scaled to equal
+            norms, and W to the norm that entries of variance 1 / in_features have in the mean. Without padding that is
+            exactly ‖W‖_F² = out_features.
+            "spectral": normal entries of one variance. The matrix without padding rows and columns has the spectral
+            norm √(out_features / in_features), to `SPECTRAL_TOLERANCE`. This is Condition 1 of Yang, Simon and
+            Bernstein 2023, met by the product of the cores, not by each (as Qiu et al. 2024).
+            "tt_svd_fresh": the TT-SVD of a dense W with entries N(0, 1 / in_features), all drawn from generators[0]. Ŵ
+            has less variance than W, by the part that the bonds cut off.
+        chi: the requested cap; "paper" needs it.
     Raises:
-        ValueError: an unknown init, other than one generator per core, "paper" without chi, bonds out of their
-            neighbours' reach, cores that do not hold the matrix, or as `bonds_and_sizes`.
+        ValueError: an unknown init, not exactly one generator per core, "paper" without chi, bonds out of their
+            neighbours' reach, cores too small for the matrix, or as `bonds_and_sizes`.
     """
     bonds, d_out, d_in = bonds_and_sizes(cores)
     n_sites, padded_out, padded_in = len(d_out), math.prod(d_out), math.prod(d_in)
@@ -78,7 +78,7 @@ def init_cores_(
             normal_(core, std, generator)
     elif init == "orthogonal":
         drawn = _orthogonal_cores(cores, generators)
-        # Orthogonal cores but the last, whose norm is therefore W's: the root of its number of rows.
+        # All cores but the last are left-orthogonal, so W has the norm of the last: the root of its number of rows.
         drawn[-1] *= math.sqrt(padded_out * padded_in / in_features / bonds[-2])
         _fill(cores, balance_cores(drawn))
     elif init == "spectral":
@@ -99,9 +99,9 @@ def init_cores_(
 
 
 def paper_std(in_features: int, chi: int, n_sites: int) -> float:
-    """Standard deviation of every core entry in the paper's init (section 3.3), with χ as asked for, not clipped.
+    """Standard deviation of every core entry in the paper's init (section 3.3), with the requested χ, not clipped.
 
-    Var(W) is then χ^(L-1) σ^(2L) = in_features^(-L/2) for unclipped bonds: 1 / in_features for L = 2 alone.
+    Var(W) is then χ^(L-1) σ^(2L) = in_features^(-L/2) for unclipped bonds: 1 / in_features only for L = 2.
     """
     return in_features ** (-1 / 4) * chi ** (-(n_sites - 1) / (2 * n_sites))
 
@@ -109,8 +109,8 @@ def paper_std(in_features: int, chi: int, n_sites: int) -> float:
 def variance_std(in_features: int, bonds: Sequence[int], *, n_drawn: int | None = None) -> float:
     """Standard deviation of every core entry with which Var(W) = 1 / in_features, for any L and any bonds.
 
-    An entry of W is a sum of prod(bonds) uncorrelated terms, each a product of n_drawn independent entries (None: of
-    one from each of the L cores).
+    An entry of W is a sum of prod(bonds) uncorrelated terms, each a product of n_drawn independent entries (None: L,
+    one from each core).
     """
     n_drawn = len(bonds) - 1 if n_drawn is None else n_drawn
     return (in_features * math.prod(bonds)) ** (-1 / (2 * max(1, n_drawn)))
@@ -139,12 +139,12 @@ def spectral_norm(
 ) -> float:
     """‖W‖_2, the largest singular value of the cores' matrix, which is never formed.
 
-    Power iteration on WᵀW that keeps its history, and takes the largest Ritz value over the whole Krylov space: the
-    Lanczos method, with full reorthogonalisation. It starts from a fixed vector, so it draws nothing.
+    Power iteration on WᵀW that keeps its history and takes the largest Ritz value over the whole Krylov space. This is
+    the Lanczos method with full reorthogonalisation. It starts from a fixed vector, so it draws no random numbers.
 
     Args:
-        out_features, in_features: the rows and columns that count, the first ones; None: all.
-        tolerance: stops when the residual of the Ritz pair bounds the relative error of ‖W‖_2² by it.
+        out_features, in_features: the number of rows and columns that count, from the first. Default: all.
+        tolerance: the iteration stops when the residual of the Ritz pair bounds the relative error of ‖W‖_2² by this.
     Raises:
         RuntimeError: the tolerance is not met after `max_iterations`.
         ValueError: as `bonds_and_sizes`; or a core has an infinite or NaN entry.
@@ -162,7 +162,7 @@ def spectral_norm(
         y[rows:] = 0
         return chain(transposed, y)[:columns]
 
-    # The generator is of this function alone; any start with a part along the sought vector would do.
+    # The generator is used only here. Any start with a component along the leading singular vector would do.
     start = torch.randn(columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(cores[0].device)
     basis = [start / start.norm()]
     diagonal: list[float] = []
@@ -202,7 +202,7 @@ def _orthogonal_cores(cores: Sequence[Tensor], generators: Sequence[torch.Genera
 
 
 def _normal(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of the tensor's shape, on the generator's device, in float32 or the tensor's float64."""
+    """Standard normal numbers of the tensor's shape on the generator's device, in float32, or float64 as the tensor."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return torch.randn(tensor.shape, generator=generator, dtype=dtype, device=generator.device)
 

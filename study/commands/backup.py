@@ -1,8 +1,8 @@
-"""A study's databases, kept in its remote storage as well, so that the study outlives the machine of its driver.
+"""Backup of a study's databases in its remote storage, so that the study survives the loss of its driver's machine.
 
-Each copy is a whole SQLite file under a new name that holds its number and its checksum; the newest whole one wins, two
-are kept. What MLflow keeps in files lies beside them. A driver that finds a copy made by another driver stops: two at
-once would each bring back its own past.
+Each copy is a whole SQLite file under a new name, with its number and its checksum. The newest undamaged copy is used;
+two are kept. MLflow's files lie next to them. A driver that finds a copy by another driver stops: if two drivers ran at
+once, each would restore its own past.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from study.training.storage import Storage
 
 
 class AnotherDriver(StudyError):
-    """The backup was written to by somebody else."""
+    """Another driver wrote to the backup."""
 
 
 class Backup:
     """Copies of one study's databases in its storage.
 
     Args:
-        name: of the study. A storage holds the backup of one study of a name.
-        say: told in one line what was damaged.
+        name: name of the study. A storage holds at most one backup per name.
+        say: receives one line that says what was damaged.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Backup:
         self._copied: dict[str, str] = {}
         """Checksum of the last copy of each database that this object made or found."""
         self._files: dict[str, int] = {}
-        """Size of each of MLflow's files that is up there."""
+        """Size of each of MLflow's files in the storage."""
 
     # Bringing back ------------------------------------------------------------------------------------------------
 
     def bring_back(self) -> bool:
-        """Put the databases into a folder that has no study yet; False where there is no backup.
+        """Restore the databases into a folder that has no study yet; False if there is no backup.
 
         Raises:
             StudyError: all copies of the ledger are damaged, or the folder cannot be written.
@@ -71,13 +71,13 @@ class Backup:
         if mlflow is not None:
             replace_file(self._directory.mlflow_database, mlflow[1])
         if ledger is not None:
-            # Last, for it makes the folder a study's: what was cut short before is done again.
+            # The ledger comes last, since it makes the folder a study's: an interrupted restore is done again.
             self._write_note([ledger[0]])
             replace_file(self._directory.ledger_file, ledger[1])
         return ledger is not None or mlflow is not None
 
     def check_is_ours(self) -> None:
-        """Raise a StudyError where the newest copy of the ledger was made from another folder than this one."""
+        """Raise a StudyError if the newest copy of the ledger was made from another folder."""
         copies = self._copies("ledger")
         if copies and copies[-1] not in self._read_note():
             raise AnotherDriver(
@@ -89,15 +89,15 @@ class Backup:
     # Backing up ---------------------------------------------------------------------------------------------------
 
     def update(self) -> None:
-        """Copy what has changed since the last time.
+        """Copy everything that has changed since the last time.
 
         Raises:
-            AnotherDriver: somebody else made a copy meanwhile.
-            Damaged: the ledger is not what was written, and no copy takes the place of a whole one.
+            AnotherDriver: another driver made a copy meanwhile.
+            Damaged: the ledger is damaged, so that no new copy is made.
             OSError, sqlite3.Error: the storage cannot be written, or a database cannot be read.
         """
         self.check_is_ours()
-        # Files first, the ledger last: nothing that a copy speaks of is missing.
+        # Files first, the ledger last, so that everything that a copy refers to exists.
         for path in sorted((self._directory.path / "mlartifacts").rglob("*")):
             if path.is_file() and self._files.get(str(path)) != path.stat().st_size:
                 data = path.read_bytes()
@@ -115,7 +115,7 @@ class Backup:
             return
         number = 1 + (int(Path(copies[-1]).name.partition("-")[0]) if copies else 0)
         key = f"{self._folder}/{kind}/{number:09d}-{checksum}.db"
-        if kind == "ledger":  # noted before it is there, in case this process ends in between
+        if kind == "ledger":  # noted before it is written, in case this process ends in between
             self._write_note([*copies[-1:], key])
         self._storage.write(key, data)
         self._copied[kind] = checksum
@@ -140,7 +140,7 @@ class Backup:
             damaged.append(key)
         return None
 
-    # What this folder knows of it ---------------------------------------------------------------------------------
+    # Notes in the study's folder ----------------------------------------------------------------------------------
 
     def _read_note(self) -> list[str]:
         return self._read_notes().get(self._storage.shown, [])
@@ -156,22 +156,22 @@ class Backup:
 
 
 def has_backup(storage: Storage, name: str) -> bool:
-    """Whether a storage has the backup of a study of that name.
+    """Whether a storage has the backup of a study with this name.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the storage cannot be read.
     """
     return storage.is_remote and bool(storage.keys(f"backup/{name}/ledger"))
 
 
 def open_backup(storage: Storage, directory: StudyDirectory, name: str, say: Callable[[str], None]) -> Backup | None:
-    """The backup of a study, brought back where its folder has none; None where the storage is a path.
+    """The backup of a study, restored if its folder has no study; None if the storage is a path.
 
     Args:
-        say: told in one line what was brought back.
+        say: receives one line that says what was restored.
 
     Raises:
-        StudyError: it is damaged, or another driver's.
+        StudyError: the backup is damaged, or belongs to another driver.
         OSError: the storage, or the folder, cannot be used.
     """
     if not storage.is_remote:
@@ -185,12 +185,12 @@ def open_backup(storage: Storage, directory: StudyDirectory, name: str, say: Cal
 
 
 class BackgroundBackup:
-    """Backs up from a thread of its own, beside a running study, which goes on where that fails.
+    """Backs up a running study from a separate thread; the study continues if a backup fails.
 
     Args:
-        seconds: least time between two copies.
-        say: told in one line when it fails, and when it works again.
-        stop: called with the reason where another driver works on the same study, or the ledger is damaged.
+        seconds: shortest time between two copies.
+        say: receives one line when a backup fails, and when it works again.
+        stop: called with the reason if another driver works on the same study, or the ledger is damaged.
     """
 
     def __init__(self, backup: Backup, seconds: float, say: Callable[[str], None], stop: Callable[[str], None]) -> None:
@@ -198,16 +198,16 @@ class BackgroundBackup:
         self._is_over = threading.Event()
         self._changed = threading.Event()
         self.trouble: str | None = None
-        """Why the last attempt failed; None where it did not."""
+        """Why the last attempt failed; None if it did not."""
         self._thread = threading.Thread(target=self._run, name="backup", daemon=True)
         self._thread.start()
 
     def note_change(self) -> None:
-        """The ledger has changed."""
+        """Note that the ledger has changed."""
         self._changed.set()
 
     def close(self) -> str | None:
-        """Copy a last time; returns why that was not possible, or None."""
+        """Make a last copy; returns why that was not possible, or None."""
         self._is_over.set()
         self._changed.set()
         self._thread.join()
@@ -238,7 +238,7 @@ class BackgroundBackup:
             self.trouble = None
 
     def _tell(self, line: str) -> None:
-        with suppress(OSError):  # a terminal that is gone is no reason to back up no more
+        with suppress(OSError):  # continue to back up if the terminal is gone
             self._say(line)
 
 
@@ -247,7 +247,7 @@ def _checksum_of(key: str) -> str:
 
 
 def _snapshot(path: Path, check: Callable[[Path], None] | None) -> bytes:
-    """A SQLite database's file as it is between two transactions, after a check of it."""
+    """A SQLite database's file as of a moment between two transactions, after a check of it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
         copy_database(path, copy)

@@ -1,8 +1,8 @@
 """A study's whole ledger as one Parquet file, and a study's folder from such a file.
 
-The file has a row for each row of the ledger's tables, Optuna's among them: the table's name, and the row as JSON. So
-it is lossless whatever the tables hold, and pandas reads it. It also holds the study file and a corpus other than the
-default one, under names of their own, but no checkpoints, weights or addresses, which may hold passwords.
+The file has a row for each row of the ledger's tables, including Optuna's: the table's name, and the row as JSON. So it
+is lossless whatever the tables contain, and pandas can read it. It also holds the study file and a corpus other than
+the default one, under separate names. It has no checkpoints, weights or addresses, which may hold passwords.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from study.training.storage import Storage
 from study.training.unit import store_corpus
 
 FORMAT = 1
-"""Version of the file; a reader refuses newer ones."""
+"""Version of the file format; a reader refuses newer ones."""
 
 _HEADER = b"mpo-study"
 _STUDY_FILE, _CORPUS = "study.yaml", "corpus.txt"
 _OPTUNA_VERSION = "alembic_version"
-"""Optuna's table that says which version its other tables have."""
+"""Optuna's table with the version of its other tables."""
 
 
 class _Refused(StudyError):
-    """A file is whole, and this program cannot take it."""
+    """A file is undamaged, but this program cannot import it."""
 
 
 Rows = list[tuple[str, str]]
@@ -64,12 +64,12 @@ Rows = list[tuple[str, str]]
 
 
 def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], None]) -> int:
-    """Write the study's ledger, as it is now, to a file; a driver may be at work meanwhile.
+    """Write the study's current ledger to a file, also while a driver works.
 
     Args:
-        say: told in one line what the file lacks.
+        say: receives one line that says what the file lacks.
     Returns:
-        How many results are in it.
+        Number of results in the file.
 
     Raises:
         StudyError: there is no study, or the file cannot be written.
@@ -82,7 +82,7 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
         raise StudyError(f"the ledger cannot be read: {error}".splitlines()[0]) from None
     rows.append((_STUDY_FILE, json.dumps(dump_config(config), ensure_ascii=False)))
     try:
-        if config.corpus.path is not None:  # the default corpus is there on every machine
+        if config.corpus.path is not None:  # every machine has the default corpus
             corpus = known_corpus(config, directory, Storage(directory.storage_url()))
             rows.append((_CORPUS, json.dumps(corpus.text, ensure_ascii=False)))
     except (OSError, StudyError) as error:
@@ -106,20 +106,20 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
             pq.write_table(table, sink, compression="zstd")
         partial.replace(file)
     except OSError as error:
-        with suppress(OSError):  # a read-only disk, which has none
+        with suppress(OSError):  # a read-only disk has no partial file
             partial.unlink(missing_ok=True)
         raise StudyError(f"{file}: cannot write there: {error.strerror or error}; give another file") from None
     return sum(name == "mpo_result" for name, _ in rows)
 
 
 def import_study(file: Path, directory: StudyDirectory, storage_url: str | None = None) -> str:
-    """Make a study's folder of an exported ledger, whole or not at all; returns the study's name.
+    """Make a study's folder from an exported ledger, completely or not at all; returns the study's name.
 
     Args:
-        storage_url: where the study's checkpoints and weights lie; a new, empty place in its folder where None.
+        storage_url: where the study's checkpoints and weights lie. Default: a new, empty place in its folder.
 
     Raises:
-        StudyError: the file is damaged, newer than this program or no export; or the folder is not empty.
+        StudyError: the file is damaged, newer than this program or not an export; or the folder is not empty.
     """
     with private_files():
         return _import(file, directory, storage_url)
@@ -176,7 +176,7 @@ def _import(file: Path, directory: StudyDirectory, storage_url: str | None) -> s
 
 
 def _make_ledger(url: str, file: Path, header: dict[str, Any], rows: Rows) -> tuple[Snapshot, StudyConfig]:
-    """A ledger of the rows, read again: a file with a checksum that fits may hold anything."""
+    """Make a ledger of the rows, and read it to check it: a file with a correct checksum may contain anything."""
     _fill_ledger(url, file, header, rows)
     snapshot = read_ledger(url, header["study"])
     history = snapshot.growths.history
@@ -193,16 +193,16 @@ def _make_ledger(url: str, file: Path, header: dict[str, Any], rows: Rows) -> tu
 
 
 _DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What values of a wrong type or size raise in SQLite, Optuna and pydantic."""
+"""Errors that values of a wrong type or size raise in SQLite, Optuna and pydantic."""
 
 
 def _unfinished(path: Path) -> str:
-    """How the names of folders begin in which this machine makes the study of that folder."""
+    """Prefix of the names of folders in which this machine prepares an import to the path."""
     return f".{path.name}-import-{socket.gethostname()}-"
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the folders of imports that were killed."""
+    """Remove the folders of killed imports."""
     for folder in path.parent.glob(f"{glob.escape(_unfinished(path))}*"):
         pid = folder.name.removeprefix(_unfinished(path)).partition("-")[0]
         if pid.isdecimal() and not is_alive(int(pid)):
@@ -210,19 +210,19 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _move(folder: Path, path: Path) -> None:
-    """Put a folder where there is none, or its content into one that is empty and may be somebody's working folder."""
+    """Move a folder to a path, or its content into an empty folder there, which may be somebody's working folder."""
     if not path.exists():
         os.replace(folder, path)
         return
     for part in sorted(folder.iterdir(), key=lambda part: part.name == run_schema.STUDY_MANIFEST):
-        os.replace(part, path / part.name)  # what makes it a study's folder comes last
+        os.replace(part, path / part.name)  # the manifest, which makes it a study's folder, comes last
 
 
 # From a ledger --------------------------------------------------------------------------------------------------------
 
 
 def _rows_of(url: str, name: str, uuid: str) -> Rows:
-    """Every row of one study, and of the tables that are about all of them, as of one moment."""
+    """Every row of one study and of the tables common to all studies, from one consistent snapshot."""
     engine = open_database(url)
     with tempfile.TemporaryDirectory() as scratch:
         own = empty_ledger(f"sqlite:///{scratch}/ledger.db")
@@ -238,10 +238,10 @@ def _rows_of(url: str, name: str, uuid: str) -> Rows:
     one_moment = {} if is_sqlite else {"isolation_level": "REPEATABLE READ"}
     with engine.connect().execution_options(**one_moment) as connection:
         if is_sqlite:
-            connection.exec_driver_sql("BEGIN")  # or each table would be as of another moment
+            connection.exec_driver_sql("BEGIN")  # otherwise each table would be read at another moment
         found: Rows = []
         for table in (metadata.tables[name] for name in wanted if name in metadata.tables):
-            # Without its types a row is what the database holds, not what they make of it.
+            # Without column types a row has the raw values of the database.
             query = sa.select(sa.text("*")).select_from(table)
             if table.name == "mpo_study":
                 query = query.where(table.c.name == name)
@@ -256,7 +256,7 @@ def _rows_of(url: str, name: str, uuid: str) -> Rows:
 
 
 def _as_text(value: Any) -> str:
-    if isinstance(value, datetime):  # SQLite keeps them as this text, PostgreSQL as themselves
+    if isinstance(value, datetime):  # SQLite stores them as this text, PostgreSQL as timestamps
         return str(value)
     raise TypeError(f"a ledger holds no {type(value).__name__}")
 
@@ -304,15 +304,15 @@ def _read(file: Path) -> tuple[dict[str, Any], Rows]:
 
 
 _LARGEST_RATIO, _ALWAYS = 50, 1 << 26
-"""Of a file's rows to the file, which is about 3, and bytes of rows that every file may have: what has more was made to
-fill a machine's memory."""
+"""Largest ratio of a file's unpacked rows to the file (usually about 3), and bytes of rows that every file may have. A
+file with more was made to fill a machine's memory."""
 
 
 def _unpack(source: pq.ParquetFile, file: Path) -> Rows:
-    """The rows of a file, a few at a time, as far as they are of a size that it can have.
+    """The rows of a file, unpacked a few at a time while their size stays within the limits above.
 
     Raises:
-        StudyError: they are larger.
+        StudyError: the rows are larger.
     """
     limit = max(_ALWAYS, _LARGEST_RATIO * file.stat().st_size)
     groups = [source.metadata.row_group(index).total_byte_size for index in range(source.metadata.num_row_groups)]

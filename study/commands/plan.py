@@ -28,7 +28,7 @@ from study.training.train import Training
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """One trial of the plan; `flops` and `seconds` are one seed's."""
+    """One trial of the plan; `flops` and `seconds` are for one seed."""
 
     spec: TrialSpec
     shape: TrialShape
@@ -39,9 +39,9 @@ class PlannedTrial:
 class PlannedSearch:
     """What the sampler may choose for one arm, from trials drawn over its whole space.
 
-    rows: "least", "median" and "largest" by parameters, of those within the limits of the budget if any is.
+    rows: "least", "median" and "largest" by parameters, among draws within the limits of the budget if there are any.
     larger_than_dense, beyond_limits: shares of the draws; one beyond the budget's limits is never trained.
-    seconds: one seed's, the mean over the draws, 0 for those beyond the limits.
+    seconds: time of one seed, the mean over the draws, with 0 for those beyond the limits.
     """
 
     arm: str
@@ -53,7 +53,7 @@ class PlannedSearch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Listed trials one by one, and what a sampler may choose of each searched arm."""
+    """Listed trials one by one, and what a sampler may choose for each searched arm."""
 
     trials: list[PlannedTrial]
     searches: list[PlannedSearch]
@@ -62,7 +62,7 @@ class Plan:
     rates: list[float]
     """FLOP/s that one unit reaches on this machine, for each kind of model in the study."""
     n_different: float = math.inf
-    """Configurations that differ among those which may be searched; a repeated one is not trained."""
+    """Number of different configurations that may be searched; a repeated one is not trained."""
 
     @property
     def listed_seconds(self) -> float:
@@ -86,7 +86,7 @@ def plan(config: StudyConfig, corpus: Corpus) -> Plan:
     """Every listed trial with its parameters, FLOPs and time on this machine, and what a search may cost.
 
     Times come from the rate at which this machine trains a model of the same family and sizes, timed over a few
-    optimiser steps. A searched space is known from `N_DRAWS` draws, however large it is.
+    optimiser steps. A searched space is estimated from `N_DRAWS` draws, however large it is.
     """
     corpus.check_context(config.model.context)
     rates: dict[tuple[str, Model], float] = {}
@@ -108,10 +108,11 @@ def plan(config: StudyConfig, corpus: Corpus) -> Plan:
 
 
 def as_json(config: StudyConfig, planned: Plan, slots: int) -> str:
-    """The plan for machines; `flops` and `seconds` of a trial are one seed's.
+    """The plan as JSON; `flops` and `seconds` of a trial are for one seed.
 
     Args:
-        slots: runs at a time, by which `seconds` of the whole is what `run_seconds` is one after another.
+        slots: number of runs at a time. `run_seconds` is the time of all runs one after another; `seconds` of the whole
+            plan is the time with this many at once.
     """
     plain = {
         "name": config.name,
@@ -153,9 +154,9 @@ def _plain(trial: PlannedTrial) -> dict[str, Any]:
 # Searches -------------------------------------------------------------------------------------------------------------
 
 N_DRAWS = 64
-"""Trials of a searched arm that are looked at."""
+"""Number of trials that are drawn of a searched arm."""
 _SIZING = ("d_model", "chi", "n_sites", "factorisation", "forward")
-"""Of the values of an arm, those that its parameters and FLOPs depend on."""
+"""Fields of an arm on which its parameters and FLOPs depend."""
 
 
 def _search(
@@ -185,7 +186,7 @@ def _search(
     timed = {name: planned(*draw) for name, draw in rows.items()}
 
     def seconds(shape: TrialShape) -> float:
-        # At the rate of the row that is nearest in FLOPs: to time every size would take minutes.
+        # Use the rate of the row nearest in FLOPs: timing every size would take minutes.
         near = min(timed.values(), key=lambda trial: abs(math.log(trial.shape.step_flops / shape.step_flops)))
         return near.seconds * shape.flops / near.shape.flops
 
@@ -203,8 +204,10 @@ def _n_params(draw: tuple[TrialSpec, TrialShape]) -> int:
 
 
 def _draws(arm: Arm) -> Iterator[dict[str, Any]]:
-    """Values of an arm as the random sampler may draw them; of each one's range every part equally often (a Latin
-    hypercube), always the same."""
+    """Values of an arm as the random sampler may draw them, always the same.
+
+    Every part of a value's range is drawn equally often (a Latin hypercube).
+    """
     columns = {}
     for key, value in arm.values().items():
         places = torch.randperm(N_DRAWS, generator=generator(0, "plan", key)).tolist()
@@ -226,7 +229,7 @@ def _quantile(value: Any, share: float) -> Any:
 
 
 def _extremes(arm: Arm) -> Iterator[dict[str, Any]]:
-    """The corners of what an arm's size depends on, where they are few."""
+    """The corners of the space of values that an arm's size depends on, if there are few."""
     values = {key: _ends(value) if key in _SIZING else _ends(value)[:1] for key, value in arm.values().items()}
     if math.prod(map(len, values.values())) <= N_DRAWS:
         for corner in product(*values.values()):
@@ -247,11 +250,11 @@ def _n_values(value: Any) -> float:
 
 
 def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: float) -> float:
-    """FLOP/s of optimiser steps of this trial's model on this machine's CPU: the median of a few, after one."""
+    """FLOP/s of optimiser steps of this trial's model on this machine's CPU: the median of a few, after a warm-up."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(cpus)))
     try:
-        # Enough steps to time, however few the trial has, and none that diverges: the values are of no matter here.
+        # Enough steps to time, however few the trial has, and none that diverges: the values do not matter here.
         steps = spec.protocol.steps + 6
         harmless = {"steps": steps, "learning_rate": 1e-9, "embedding_learning_rate": None}
         protocol = spec.protocol.model_copy(update=harmless)

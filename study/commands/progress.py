@@ -1,4 +1,4 @@
-"""What a running study shows: a live display in a terminal, a line per event elsewhere."""
+"""Output of a running study: a live display in a terminal, a line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def say(console: Console, line: str, *, is_trouble: bool = False) -> None:
-    """Print a line as it is: in one piece, whatever brackets and addresses it holds."""
+    """Print a line unchanged and unbroken, whatever brackets and addresses it contains."""
     console.print(line, style="red" if is_trouble else None, markup=False, highlight=False, soft_wrap=True)
 
 
 class StudyProgress:
-    """Counts runs (trial × seed) and weighs what is left by its FLOPs."""
+    """Counts runs (trial × seed), and weights the remaining ones by their FLOPs."""
 
     def __init__(self, console: Console, ledger: Ledger) -> None:
         self._console, self._ledger = console, ledger
@@ -60,12 +60,12 @@ class StudyProgress:
     # Events -------------------------------------------------------------------------------------------------------
 
     def on_evaluation(self, unit: Unit, seed: int, row: dict[str, float]) -> None:
-        """A run passed an evaluation."""
+        """Note an evaluation of a run."""
         step = f"step {row['step']:.0f}/{unit.spec.protocol.steps}"
         self._latest.plain = f"{self._name(unit.trial, seed)}: {step}, val loss {row['val_loss']:.3f}"
 
     def on_result(self, result: SeedResult) -> None:
-        """A run is over."""
+        """Note the end of a run."""
         name = self._name(result.trial, result.seed)
         if result.state == "failed":
             self.say(f"failed: {name}: {result.failure}")
@@ -76,20 +76,20 @@ class StudyProgress:
         self.refresh()
 
     def on_silence(self, lines: list[str], anew: list[str]) -> None:
-        """Runs that have not reported for long, and which of them a log has to say again."""
+        """Show lines for runs that have not reported for long, and those of them that a log must print again."""
         self._silent = lines
         if not self._console.is_terminal:
             for line in anew:
                 self.say(line)
 
     def on_answered(self, trial: Trial) -> None:
-        """A new trial needs no training."""
+        """Note a new trial that needs no training."""
         if trial.pruned is not None and trial.duplicate_of is None:
             self.say(f"pruned: trial {trial.number} ({trial.spec.arm}): {trial.pruned.reason}")
         self.refresh()
 
     def on_stop(self, trial: Trial) -> None:
-        """A trial was given up."""
+        """Note a stopped trial."""
         if trial.stop is not None and trial.duplicate_of is None:
             self.say(f"stopped: trial {trial.number} ({trial.spec.arm}): {trial.stop.reason}")
 
@@ -98,14 +98,14 @@ class StudyProgress:
         say(self._console, line)
 
     def refresh(self) -> None:
-        """Bring the display up to date with the ledger."""
+        """Update the display from the ledger."""
         ledger = self._ledger
         best = f"best loss {ledger.best_loss:.3f}, " if ledger.best_loss is not None else ""
         words = f"trials {ledger.n_trials_over}/{ledger.n_trials}, {best}{self._time_left()}"
         self._bar.update(self._task, completed=len(self._ledger.results), total=self._n_runs(), words=words)
 
     def _n_runs(self) -> int:
-        """Runs that the study will have; a trial that repeats another has none of its own."""
+        """Number of runs that the study will have; a trial that repeats another has no runs of its own."""
         return len(self._ledger.results) + self._ledger.n_missing
 
     def _name(self, number: int, seed: int) -> str:

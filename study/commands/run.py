@@ -1,4 +1,4 @@
-"""Run a study: open all its parts, run what is missing, leave everything written."""
+"""Run a study: open all its parts, run the missing work, and write everything."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from study.training.unit import store_corpus, stored_corpus
 TRACKING_OFF = "off"
 
 _OPENING_SECONDS = 60.0
-"""How long MLflow may hold up a study's start; a server that drips answers for hours."""
+"""How long MLflow may delay a study's start; a very slow server may take hours to answer."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run of a study ended."""
+    """Outcome of a run of a study."""
 
     n_trials: int
     n_complete: int
@@ -75,11 +75,11 @@ def open_ledger(
     growth: Growth = NO_GROWTH,
     say: Callable[[str], None] = lambda line: None,
 ) -> Ledger:
-    """The ledger of a study folder, begun where there is none.
+    """The ledger of a study folder; begun if there is none.
 
     Args:
-        growth: what the study is to grow by first.
-        say: told in one line what it has grown by.
+        growth: growth to apply first.
+        say: receives one line about that growth.
     """
 
     def examine(spec: TrialSpec, config: StudyConfig) -> Asked:
@@ -118,17 +118,17 @@ def run_study(
     retry_failed: bool = False,
     growth: Growth = NO_GROWTH,
 ) -> Outcome:
-    """Run what a study lacks, from its beginning or from where it stopped.
+    """Run the missing work of a study, from its beginning or from where it stopped.
 
     Args:
-        storage_url: path or URL of checkpoints and weights; what the last run had, at first in the study's folder.
-        address: of a Ray cluster.
-        tracking: an MLflow tracking URI, "off", or None for what the last run had, at first the folder's own database.
-        retry_failed: train again what failed, except for seeds that diverged, which would do so again.
-        growth: what the study is to grow by.
+        storage_url: path or URL of checkpoints and weights. Default: that of the last run, at first the study's folder.
+        address: address of a Ray cluster.
+        tracking: an MLflow tracking URI or "off". Default: that of the last run, at first the folder's own database.
+        retry_failed: train failed runs again, except for seeds that diverged, which would diverge again.
+        growth: growth of the study.
 
     Raises:
-        StudyError: the study cannot be opened, cannot grow so, or another driver has it.
+        StudyError: the study cannot be opened, cannot grow in this way, or another driver has it.
     """
     corpus = study_corpus(config)
     with directory.locked(), hold_ledger(directory.ledger_url, config.name) as hold:
@@ -162,7 +162,7 @@ def run_study(
                 track(trial)
 
             beside = Copies(directory.ledger_url, progress.say)
-            beside.keep()  # all of the ledger has just been read, and is whole
+            beside.keep()  # the whole ledger has just been read, and is undamaged
 
             def keep_copy(keep: Callable[[], None]) -> None:
                 try:
@@ -197,12 +197,12 @@ def run_study(
                         progress.say(f"note: {line}")
                 _execute(queue, progress, executor, directory, address)
                 for trial in ledger.trials.values():
-                    if trial.duplicate_of is not None or trial.pruned is not None:  # its original's results came before
+                    if trial.duplicate_of is not None or trial.pruned is not None:  # its original had results before
                         track(trial)
                 keep_copy(beside.keep)
             except KeyboardInterrupt:
                 if tracker is not None:
-                    # No exception for the second Ctrl-C, which could be raised before anything waits, and be lost.
+                    # The second Ctrl-C sets a flag: an exception could come before the wait begins, and be lost.
                     with suppress(KeyboardInterrupt), interrupts(tracker.leave):
                         if tracker.n_pending:
                             progress.say(
@@ -222,7 +222,7 @@ def run_study(
 
 
 def _note_start(ledger: Ledger, say: Callable[[str], None]) -> None:
-    """Record what the study runs on from now on, and say in one line how that differs from its last run."""
+    """Record the environment of this run, and say in one line how it differs from that of the last run."""
     now = environment()
     changed = what_changed(ledger.last_environment(), now)
     ledger.record_driver(now)
@@ -236,12 +236,12 @@ def _note_start(ledger: Ledger, say: Callable[[str], None]) -> None:
 def _reopen(
     config: StudyConfig, ledger: Ledger, storage: Storage, retry_failed: bool, say: Callable[[str], None]
 ) -> None:
-    """Make missing again what has to be trained again: failures where asked, and teachers whose weights are gone."""
+    """Mark runs that must be trained again as missing: failures if requested, and teachers whose weights are gone."""
     if retry_failed:
         failed = _to_retry(ledger)
         ledger.reopen(failed)
         say(f"{len(failed)} failed runs are trained again")
-    # A trial that is not asked yet lacks all its seeds.
+    # A trial that has not been asked yet lacks all its seeds.
     teachers = {spec.teacher for spec in ledger.unasked()}
     if ledger.is_searching:
         teachers |= {arm.teacher for arm in config.arms if arm.is_searched}
@@ -252,14 +252,14 @@ def _reopen(
         arm = ledger.trials[result.trial].spec.arm
         if (arm, result.seed) not in needed or result.state != "complete":
             continue
-        if result.weights is None or not storage.exists(result.weights):  # None: it became a teacher later
+        if result.weights is None or not storage.exists(result.weights):  # None if it became a teacher later
             say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.shown}; it is trained again")
             gone.append(result)
     ledger.reopen(gone)
 
 
 def _to_retry(ledger: Ledger) -> list[SeedResult]:
-    """Failures that may end otherwise: no seed that diverged, none whose teacher did, and none of a stopped trial."""
+    """Failures that may succeed now: neither the seed nor its teacher diverged, and the trial is not stopped."""
     failed = {
         key: result
         for key, result in ledger.results.items()
@@ -289,10 +289,10 @@ def _execute(
             return
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         if address == "local":
-            # Read as Ray is imported. It is meant for systems with bothersome firewalls; what it does is that Ray's
-            # processes listen on 127.0.0.1 alone.
+            # Ray reads this variable on import. It is meant for systems with restrictive firewalls; its effect is that
+            # Ray's processes listen only on 127.0.0.1.
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        from study.scheduler.ray import run_on_ray  # the inline executor must work where Ray is not installed
+        from study.scheduler.ray import run_on_ray  # the inline executor must work without Ray
 
         run_on_ray(queue, progress.on_evaluation, directory.path, address)
 
@@ -304,10 +304,10 @@ def sync(
     tracking: str | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Compare MLflow with the ledger, and write there what it lacks or holds otherwise; returns the number of trials.
+    """Compare MLflow with the ledger, and write what is missing or different in MLflow; returns the number of trials.
 
     Raises:
-        StudyError: MLflow cannot be reached, or does not take a trial; all others are written nevertheless.
+        StudyError: MLflow cannot be reached, or does not take a trial; all other trials are still written.
     """
     with directory.locked(), hold_ledger(directory.ledger_url, config.name):
         storage = directory.storage(storage_url)
@@ -339,7 +339,7 @@ def sync(
 
 
 def known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
-    """The corpus of a study that was run before: as its runs had it, or from where its file says."""
+    """The corpus of a study that was run before: the one stored with its runs, or else the one its file names."""
     sha256 = read_ledger(directory.ledger_url, config.name).corpus_sha256
     try:
         return stored_corpus(storage, sha256, config.corpus.validation_fraction)

@@ -30,13 +30,13 @@ def sample(
     Args:
         prompt: at least one character of the corpus.
         n_new: characters to add.
-        trial, seed: which run; where not given, of those whose weights are kept the one with the lowest final loss.
+        trial, seed: the run. Default: the run with the lowest final loss among those whose weights are kept.
         temperature, top_k: see `mpo_core.generate`.
-        draw: names the random stream; equal ones give equal text.
+        draw: names the random stream; equal values give equal text.
     Returns:
         The run, and the prompt with its continuation.
     Raises:
-        StudyError: no study there, no such run with its weights kept, or a prompt that the corpus's alphabet lacks.
+        StudyError: there is no study, no such run with kept weights, or the prompt has characters not in the corpus.
     """
     config = directory.load_config()
     snapshot = read_ledger(directory.ledger_url, config.name)

@@ -1,4 +1,4 @@
-"""What `mpo-study` prints of plans, studies and their runs."""
+"""What `mpo-study` prints about plans, studies and their runs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from study.spec.comparable import not_compared
 from study.spec.config import StudyConfig
 from study.spec.trial import Trial, TrialSpec
 
-if TYPE_CHECKING:  # they need PyTorch, which takes seconds to import
+if TYPE_CHECKING:  # these need PyTorch, which takes seconds to import
     from study.commands.plan import Plan
     from study.commands.run import Outcome
     from study.commands.status import StudyStatus
 
 
 def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> None:
-    """Every listed trial, what a search may choose, what all of it costs on this machine, and what is not compared.
+    """Print every listed trial, what a search may choose, the cost on this machine, and what will not be compared.
 
     Args:
-        slots: runs at a time.
+        slots: number of runs at a time.
     """
     table = _table(
         f"{config.name}: {plan.n_seeds} seeds for each trial; FLOPs and time are one seed's",
@@ -69,13 +69,13 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
 
 
 def say_not_compared(console: Console, config: StudyConfig) -> None:
-    """What the analysis will not compare of a study as it is written, and why."""
+    """Print the comparisons that the analysis will not make for this study file, with the reasons."""
     for line in not_compared(config):
         say(console, f"note: {line}")
 
 
 def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder: StudyDirectory) -> None:
-    """How a run ended, what is wrong, and what to do next."""
+    """Print how a run ended, what is wrong, and what to do next."""
     failed = f", {outcome.n_failed} failed" if outcome.n_failed else ""
     pruned = f", {outcome.n_pruned} pruned" if outcome.n_pruned else ""
     stopped = f", {outcome.n_stopped} stopped early" if outcome.n_stopped else ""
@@ -114,7 +114,7 @@ def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder
 
 
 def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> None:
-    """Every trial, what failed and why, the frontier so far, and what is left."""
+    """Print every trial, what failed and why, the frontier so far, and what is left."""
     table = _table(
         f"{now.name}: {len(now.seeds)} seeds for each trial",
         left=("trial", "arm", "what"),
@@ -170,7 +170,7 @@ def _what_is_left(now: StudyStatus, again: str, then: str) -> str:
 
 
 def _nothing_succeeded(now: StudyStatus) -> str:
-    """What to do with a study that is over without a result."""
+    """What to do with a study that ended without a successful run."""
     if not now.n_failed:
         why, what_next = "every trial was pruned", "widen the limits of the budget in the study file"
     elif any(result.failure_step is None for result in now.failures):
@@ -204,7 +204,7 @@ def _shape(spec: TrialSpec) -> str:
 
 
 def _note(trial: Trial) -> str:
-    """What became of a trial that has not all its seeds trained."""
+    """Why not all seeds of a trial are trained."""
     if trial.duplicate_of is not None:
         return f" (repeats trial {trial.duplicate_of})"
     if trial.pruned is not None:

@@ -1,4 +1,4 @@
-"""What a study has done and what is left, read from its ledger while a driver may be writing it."""
+"""Finished and remaining work of a study, read from its ledger, also while a driver writes to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from study.spec.trial import SeedResult, Trial
 
 @dataclass(frozen=True)
 class TrialStatus:
-    """One trial of a study: its seeds by what became of them, and its mean validation loss in nats."""
+    """One trial of a study: its seeds by their outcome, and its mean validation loss in nats."""
 
     trial: Trial
     complete: list[int]
@@ -33,13 +33,13 @@ class TrialStatus:
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """A study as its ledger has it now.
+    """The current state of a study in its ledger.
 
-    n_unasked: trials that are still to come, which the ledger knows in number alone. driver: host and process of the
-    driver that has the study now. run_seconds_left: what is left, one run after another, at the speed of the runs that
-    are over. seconds_left: until the driver is done, at the rate of the runs that ended since it began. Either is None
-    where it is not known. search_ended: why the sampler is asked no more before the budget is met. running: how long
-    ago each run that a worker has now reported.
+    n_unasked: number of trials that are still to come; the ledger knows only their number. driver: host and process of
+    the driver that has the study now. run_seconds_left: time of the remaining runs one after another, at the speed of
+    finished runs. seconds_left: time until the driver is done, at the rate of the runs that ended since its start.
+    Either is None if it is not known. search_ended: why the sampler is no longer asked although the budget is not met.
+    running: time since the last report of each run that a worker has now.
     """
 
     name: str
@@ -60,7 +60,7 @@ class StudyStatus:
 
 
 def study_status(directory: StudyDirectory) -> StudyStatus:
-    """Read it.
+    """Read the status of the study in a folder.
 
     Raises:
         StudyError: there is no study, or its ledger cannot be read.
@@ -100,7 +100,7 @@ def study_status(directory: StudyDirectory) -> StudyStatus:
 
 
 def as_json(status: StudyStatus) -> str:
-    """The status for machines; times in seconds, losses in nats."""
+    """The status as JSON; times in seconds, losses in nats."""
     plain = {key: value for key, value in vars(status).items() if key not in ("trials", "failures", "frontier")}
     plain["running"] = [
         {"trial": one.trial, "seeds": one.seeds, "seconds_since_report": round(one.seconds)} for one in status.running
@@ -151,7 +151,7 @@ def _trial_status(
 
 
 def _time_left(snapshot: Snapshot, flops_left: float, is_running: bool) -> tuple[float | None, float | None]:
-    """Seconds of runs that are left, one after another, and until a driver that is at work is done."""
+    """Seconds of the remaining runs one after another, and seconds until a working driver is done."""
     flops = {trial.number: trial.shape.flops for trial in snapshot.trials}
     done = [result for result in snapshot.results if result.state == "complete"]
     seconds = sum(result.final["train_seconds"] for result in done)

@@ -1,4 +1,4 @@
-"""The study of what a finished one selected: its winners as fixed values, to be measured again on fresh seeds."""
+"""A new study of a finished study's winners: they become fixed values, to be measured again on fresh seeds."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from study.spec.study_file import dump_sections, parse_yaml, validate
 from study.spec.trial import TUNED_FIELDS, SeedResult, Trial, TrialSpec, tuning_trials
 
 Content = dict[str, Any]
-"""An arm as a study file has it."""
+"""An arm in the form of a study file."""
 
 FEWEST = 5
-"""Seeds of a study that is to decide, unless another number is asked for."""
+"""Smallest default number of seeds in a study that is to decide."""
 _WORDS = {"chi": "chi{}", "as_chi": "as-chi{}", "d_model": "d{}", "n_sites": "L{}"}
-"""How a name says a value; others are words themselves."""
+"""Forms of a value in an arm's name; other fields use the value itself."""
 _FIRST, _LAST = ("name", "family", "teacher", *SIZE_FIELDS), ("tuned_among",)
 
 
@@ -43,24 +43,23 @@ def write_winners(
     name: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> StudyConfig:
-    """Write a study file of what a finished study selected by the mean of the final validation loss over its seeds.
+    """Write a study file of a finished study's winners, by the mean of the final validation loss over seeds.
 
-    Of a listed arm: for each combination of its values that are not tuned, the tuned ones (`TUNED_FIELDS`) with the
-    best mean; of equal means the first. Of a search: the trials on the frontier, and of each arm that has none on it
-    the one of lowest mean. Trials of which a seed failed are not selected. Arms of which nothing is tuned stay as they
-    are.
+    For a listed arm, each combination of its untuned values gets the tuned values (`TUNED_FIELDS`) with the best mean;
+    of equal means the first. For a search, the trials on the frontier are selected; an arm without a trial on it gets
+    its trial of lowest mean. Trials with a failed seed are not selected. Arms without tuned values stay as they are.
 
     Args:
-        seeds: of the new study: a list, or a number n for 0 to n - 1. Default: the first that the old study did not
-            use, as many as it has and at least FEWEST.
-        name: of the new study. Default: the file's.
-        say: told in one line what could not be selected, and where the best learning rate may lie beyond those tried.
+        seeds: seeds of the new study: a list, or a number n for 0 to n - 1. Default: the first that the old study did
+            not use, as many as it has and at least FEWEST.
+        name: name of the new study. Default: the file's.
+        say: receives one line about what could not be selected, or a best learning rate at an end of those tried.
     Returns:
         The new study.
 
     Raises:
-        StudyError: the study is not finished, tunes nothing, or used one of these seeds; nothing of an arm can win; the
-            file is there already or cannot be written.
+        StudyError: the study is not finished, tunes nothing, or used one of these seeds; no trial of an arm can win; or
+            the file exists already or cannot be written.
     """
     if file.exists():
         raise StudyError(f"{file}: is there already; give another file, or remove it")
@@ -109,10 +108,10 @@ def _missing(row: TrialStatus) -> str:
 
 
 def parse_seeds(text: str | None) -> int | tuple[int, ...] | None:
-    """Seeds as the command line has them: a number of them, or a list with commas.
+    """Parse seeds from the command line: a number of seeds, or a list with commas.
 
     Raises:
-        StudyError: it is neither.
+        StudyError: the text is neither.
     """
     if text is None:
         return None
@@ -122,7 +121,7 @@ def parse_seeds(text: str | None) -> int | tuple[int, ...] | None:
 
 
 def _plain_seeds(seeds: Sequence[int]) -> int | list[int]:
-    """As a study file has them: a number n for 0 to n - 1, or a list."""
+    """Seeds in the form of a study file: a number n for 0 to n - 1, or a list."""
     return len(seeds) if list(seeds) == list(range(len(seeds))) else list(seeds)
 
 
@@ -146,10 +145,10 @@ def _check_fresh(name: str, seeds: Sequence[int], used: Collection[int]) -> None
 def _selected(
     config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None]
 ) -> tuple[dict[str, list[Content]], dict[str, list[int]]]:
-    """The arms of the new study, by the arm that they come from; by its name, the parameters of each one's trials."""
+    """The new study's arms, by their source arm; and the parameter counts of each new arm's trials, by its name."""
     results = snapshot.results
     losses = _mean_losses(snapshot.trials, results)
-    found = frontier(points(snapshot.trials, results), fewest=1)  # a choice for fresh seeds, and no claim
+    found = frontier(points(snapshot.trials, results), fewest=1)  # a selection for fresh seeds, not a claim
     on_frontier = {point.trial for point in found}
     taken = {arm.name for arm in config.arms}
     arms: dict[str, list[Content]] = {}
@@ -166,7 +165,7 @@ def _selected(
                 say(f"arm {arm.name}: none of its trials has all its seeds; it is left out, with its contrasts")
             chosen.sort(key=lambda trial: (trial.shape.n_params, trial.number))
             new = _of_search(arm, len(own), chosen)
-        taken.discard(arm.name)  # the first that comes from it may keep it
+        taken.discard(arm.name)  # the first new arm may keep the name
         arms[arm.name] = [_ordered(_with_own_name(content, taken)) for content, _ in new]
         for content, (_, winners) in zip(arms[arm.name], new, strict=True):
             sizes[content["name"]] = [trial.shape.n_params for trial in winners]
@@ -174,8 +173,7 @@ def _selected(
 
 
 def _mean_losses(trials: Iterable[Trial], results: Iterable[SeedResult]) -> dict[int, float]:
-    """Mean final validation loss by trial, in nats; of those that were trained with no seed failed, and their
-    repeats."""
+    """Mean final validation loss by trial, in nats, for trained trials without a failed seed and their repeats."""
     of_trial: dict[int, list[SeedResult]] = defaultdict(list)
     for result in results:
         of_trial[result.trial].append(result)
@@ -189,8 +187,10 @@ def _mean_losses(trials: Iterable[Trial], results: Iterable[SeedResult]) -> dict
 def _best_of_listed(
     arm: Arm, config: StudyConfig, trials: Sequence[Trial], losses: Mapping[int, float], say: Callable[[str], None]
 ) -> list[tuple[Content, Sequence[Trial]]]:
-    """An arm with the tuned values that won, and the trials that did; several where more than learning rates depends on
-    the size."""
+    """The arm with its winning tuned values, and the trials that won.
+
+    These are several arms if other tuned values than learning rates depend on the size.
+    """
     listed = [key for key, value in arm.values().items() if isinstance(value, tuple)]
     tuned = [key for key in listed if key in TUNED_FIELDS]
     if not tuned:
@@ -220,7 +220,7 @@ def _best_of_listed(
 
 
 def _at_an_end(rate: str, winner: Trial, tried: Iterable[Trial]) -> str | None:
-    """ "lowest" or "highest" where its rate of this name is that of several that were tried; else None."""
+    """ "lowest" or "highest" if the winner's rate is at that end of several rates tried; otherwise None."""
     values = {_value(trial.spec, rate) for trial in tried}
     if len(values) == 1:
         return None
@@ -230,12 +230,13 @@ def _at_an_end(rate: str, winner: Trial, tried: Iterable[Trial]) -> str | None:
 def _as_arms(
     arm: Arm, tuned_among: int, kept: Sequence[str], tuned: Sequence[str], winners: Sequence[Trial]
 ) -> Iterator[tuple[Content, Sequence[Trial]]]:
-    """As few arms as say the winners, each with its own: learning rates may depend on the size within one, and nothing
-    else.
+    """The smallest number of arms that express the winners, each with its winners.
+
+    Within one arm only learning rates may depend on the size.
 
     Args:
         kept, tuned: fields that the arm lists.
-        winners: one for each combination of those kept.
+        winners: one for each combination of values of the kept fields.
     """
     size = next((key for key in kept if key in SIZE_FIELDS), None)
     others = [key for key in kept if key != size]
@@ -243,7 +244,7 @@ def _as_arms(
     for trial in winners:
         by_size[_value(trial.spec, size)].add(tuple(_value(trial.spec, key) for key in tuned))
     if all(len(values) == 1 for values in by_size.values()):
-        others = []  # the same won whatever they are, so they stay as they are listed
+        others = []  # the winner does not depend on these, so they stay listed
     fixed = [*others, *(key for key in tuned if key not in RATES)]
     groups: dict[tuple[Any, ...], list[Trial]] = defaultdict(list)
     for trial in winners:
@@ -264,10 +265,10 @@ def _as_arms(
 
 
 def _of_search(arm: Arm, tuned_among: int, chosen: Sequence[Trial]) -> list[tuple[Content, Sequence[Trial]]]:
-    """An arm of fixed values for each of a searched arm's trials, with that trial.
+    """An arm of fixed values for each chosen trial of a searched arm, with that trial.
 
     Args:
-        tuned_among: trials of the arm that were trained: of several arms, a sampler does not try each equally often.
+        tuned_among: number of the arm's trained trials, since a sampler does not try all arms equally often.
     """
     values = [{key: _value(trial.spec, key) for key in arm.values()} for trial in chosen]
     return [
@@ -283,7 +284,7 @@ def _plain(arm: Arm) -> Content:
     content = arm.model_dump(mode="json", exclude_defaults=True)
     for key in BY_SIZE_FIELDS:
         if isinstance(given := getattr(arm, key, None), dict):
-            content[key] = dict(given)  # JSON has no numbers as keys
+            content[key] = dict(given)  # JSON cannot have numbers as keys
     return _ordered(content)
 
 
@@ -293,21 +294,21 @@ def _ordered(content: Content) -> Content:
 
 
 def _value(spec: TrialSpec, key: str | None) -> Any:
-    """What a trial has for a field of its arm."""
+    """A trial's value for a field of its arm."""
     if key is None:
         return None
     return getattr(spec.protocol if key in RATES else spec.model if key == "d_model" else spec, key)
 
 
 def _names(arm: str, chosen: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The arm's name, and the values in which those that come from it differ, learning rates aside."""
+    """Names of new arms: the old arm's name, and the values in which they differ, except for learning rates."""
     differing = [key for key in chosen[0] if len({own[key] for own in chosen}) > 1] if chosen else []
     differing = [key for key in differing if key not in RATES]
     return ["-".join([arm, *(_WORDS.get(key, "{}").format(own[key]) for key in differing)]) for own in chosen]
 
 
 def _with_own_name(content: Content, taken: set[str]) -> Content:
-    """The arm under a name that no other has: its own, or that with a number."""
+    """The arm with a unique name: its own, or its own with a number."""
     name, number = content["name"], 1
     while content["name"] in taken:
         number += 1
@@ -352,8 +353,11 @@ def _sections(
 def _contrasts(
     config: StudyConfig, arms: Mapping[str, list[Content]], sizes: Mapping[str, Sequence[int]]
 ) -> Iterator[Content]:
-    """Each declared contrast, for each arm that comes from one it names: with the rivals that share a χ, or else those
-    nearest in parameters. (What a search found may have other sites than a control of its χ is meant for.)"""
+    """Each declared contrast, for each new arm that comes from an arm it names.
+
+    The rivals are those that share a χ, or else those nearest in parameters. For a searched arm always the nearest are
+    taken: a trial found by a search may have another number of sites than the control of its χ is meant for.
+    """
 
     def distance(size: int, rival: Content) -> float:
         return min(abs(math.log(other / size)) for other in sizes[rival["name"]])
@@ -388,7 +392,7 @@ def _head(
     """The comment that says where the file comes from.
 
     Args:
-        own_seeds: those that were asked for.
+        own_seeds: the seeds that the user asked for.
     """
     command = ["mpo-study", "winners", str(directory.path), str(file)]
     if own_seeds is not None:

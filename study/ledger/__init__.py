@@ -1,1 +1,1 @@
-"""What is asked, running and done: the one source of truth of a study."""
+"""The ledger: the only source of truth about a study's trials and results."""

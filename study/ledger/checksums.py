@@ -1,4 +1,4 @@
-"""A checksum in each row of a ledger, over all the rest of it, so that damage to its file is noticed."""
+"""A checksum in each row of a ledger, over the rest of the row, so that damage to the file is noticed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SUM = "sha256"
 
 
 class Damaged(StudyError):
-    """A ledger does not hold what was written."""
+    """A ledger's content differs from what was written."""
 
 
 def checksum(what: str, content: Mapping[str, Any]) -> str:
-    """Of a row's columns, or a mapping of plain values, whatever their order; an empty column counts as none."""
+    """Checksum of a row's columns or a mapping of plain values, in any order; an empty column is left out."""
     plain = {key: value for key, value in content.items() if key != SUM and value is not None}
     return hashlib.sha256(json.dumps([what, plain], sort_keys=True).encode()).hexdigest()
 
 
 def insert(connection: sa.Connection, table: sa.Table, **values: Any) -> int | None:
-    """Write a row with its checksum; returns the number that the database gave it, where it gives one."""
+    """Write a row with its checksum; returns the number that the database gave it, or None."""
     if "id" not in table.c:
         connection.execute(table.insert().values(**values, **{SUM: checksum(table.name, values)}))
         return None
@@ -37,17 +37,17 @@ def insert(connection: sa.Connection, table: sa.Table, **values: Any) -> int | N
 
 
 def read_rows(connection: sa.Connection, table: sa.Table, where: sa.ColumnElement[bool]) -> list[dict[str, Any]]:
-    """Rows of a table in the order of its key, as the database holds them, whichever columns it has.
+    """Rows of a table in the order of its key, with all columns that the table has in the database.
 
     Raises:
-        Damaged: one has another checksum than its content.
+        Damaged: a row's checksum does not match its content.
     """
     query = sa.select(sa.text("*")).select_from(table).where(where).order_by(*table.primary_key.columns)
     rows = [dict(row) for row in connection.execute(query).mappings()]
     for row in rows:
         try:
             is_whole = row.get(SUM) in (None, checksum(table.name, row))
-        except TypeError:  # bytes, where there was a text
+        except TypeError:  # bytes instead of text
             is_whole = False
         if not is_whole:
             key = ", ".join(f"{column.name} {row[column.name]}" for column in table.primary_key.columns)
@@ -57,7 +57,7 @@ def read_rows(connection: sa.Connection, table: sa.Table, where: sa.ColumnElemen
 
 
 def sign(engine: sa.Engine, metadata: sa.MetaData) -> None:
-    """Give every row that has none a checksum, and the tables of an earlier version the column for it."""
+    """Add a checksum to every row without one, and the column for it to tables of an earlier version."""
     inspector = sa.inspect(engine)
     with engine.begin() as connection:
         for table in metadata.sorted_tables:

@@ -1,4 +1,4 @@
-"""The last whole copy of a ledger's file, beside it: the way back where the file is found damaged."""
+"""The last undamaged copy of a ledger's file, next to it: used to go back if the file is damaged."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from study.ledger.tables import metadata
 from study.ledger.trials import TRIAL, signed
 
 _LEAST_SECONDS = 600.0
-"""Between two copies of a ledger that changes."""
+"""Shortest time between two copies of a ledger that changes."""
 
 _SHARE = 50
-"""At most one in so many seconds goes into copies, however large the ledger is."""
+"""At most one in this many seconds is spent on copies, however large the ledger is."""
 
 _BUSY_SECONDS = 60
 """How long a copy waits for the writer of a database."""
@@ -30,7 +30,7 @@ class Copies:
     """Keeps the copy of one ledger; a ledger in PostgreSQL has none.
 
     Args:
-        say: told in one line where a copy cannot be made.
+        say: receives one line if a copy cannot be made.
     """
 
     def __init__(self, url: str, say: Callable[[str], None]) -> None:
@@ -46,10 +46,10 @@ class Copies:
             self.keep()
 
     def keep(self) -> None:
-        """Put a copy in place of the last one, if it is whole.
+        """Replace the last copy by a new one, if that is undamaged.
 
         Raises:
-            StudyError: it is not, for the ledger has been damaged.
+            StudyError: the new copy is damaged, and so is the ledger.
         """
         if self._file is None:
             return
@@ -62,14 +62,14 @@ class Copies:
         except (OSError, sqlite3.Error) as error:
             self._say(f"the ledger cannot be copied to {copy_of(self._file)}, which is tried again later: {error}")
         finally:
-            with suppress(OSError):  # whatever keeps it from being made
+            with suppress(OSError):  # the disk that failed above may fail again
                 partial.unlink(missing_ok=True)
         now = time.monotonic()
         self._due = now + max(_LEAST_SECONDS, _SHARE * (now - begun))
 
 
 def copy_database(path: Path, to: Path) -> None:
-    """Copy a SQLite database as it is between two transactions, while others write to it."""
+    """Copy a SQLite database as of a moment between two transactions, while others write to it."""
     to.unlink(missing_ok=True)
     with (
         closing(sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True, timeout=_BUSY_SECONDS)) as source,
@@ -79,7 +79,7 @@ def copy_database(path: Path, to: Path) -> None:
 
 
 def check_whole(file: Path) -> None:
-    """Raise a Damaged where a ledger's file, or any row of it that has a checksum, is not what was written."""
+    """Raise a Damaged if a ledger's file, or any of its rows that has a checksum, differs from what was written."""
     engine = open_database(f"sqlite:///{file.resolve()}")
     try:
         check_file(engine)

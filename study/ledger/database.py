@@ -1,4 +1,4 @@
-"""The database of a ledger: how it is opened, what it may refuse, and the way back where it is damaged."""
+"""The database of a ledger: opening it, its errors, and how to go back if it is damaged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from study.errors import StudyError
 from study.ledger.checksums import Damaged
 
 LEDGER_ERRORS = (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)
-"""What a ledger raises that cannot be read or written any more."""
+"""Errors of a ledger that can no longer be read or written."""
 
 _NO_DAMAGE = {
     sqlite3.SQLITE_BUSY,
@@ -31,10 +31,10 @@ _NO_DAMAGE = {
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_READONLY,
 }
-"""What SQLite says of a file that may be whole; the last byte of its error code."""
+"""SQLite errors that do not mean damage: the last byte of the error code."""
 
 _LOCKED_SECONDS = 60
-"""How long a writer of a SQLite file waits for those who read it."""
+"""How long a writer of a SQLite file waits for its readers."""
 
 ALIVE = {
     "connect_timeout": 10,
@@ -44,8 +44,8 @@ ALIVE = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
-"""libpq's: a connection that has nothing to say for days is not dropped on its way, and one whose other end is gone is
-given up after a minute."""
+"""Options of libpq: a connection that is idle for days stays open, and one whose other end is gone is given up after a
+minute."""
 
 
 def _engine_options(url: str) -> dict[str, Any]:
@@ -55,13 +55,13 @@ def _engine_options(url: str) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """What a database refused, in one line; Optuna's own errors do not say it."""
+    """The database's reason for an error, in one line; Optuna's own errors do not name it."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
     return str(cause).splitlines()[0]
 
 
 def is_away(error: Exception) -> bool:
-    """Whether a database may take the same again later: it is the connection that failed, or the server."""
+    """Whether the same call may succeed later, since the connection or the server failed."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     return isinstance(cause, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)) or bool(
         isinstance(cause, sqlalchemy.exc.DBAPIError) and cause.connection_invalidated
@@ -70,10 +70,10 @@ def is_away(error: Exception) -> bool:
 
 @contextmanager
 def in_one_line(url: str) -> Iterator[None]:
-    """Say in one line what a database refuses, or how it is damaged, and the way back.
+    """Convert a database's errors to one line, which also says how to go back if it is damaged.
 
     Raises:
-        StudyError: it does, or is.
+        StudyError: the database raised an error, or is damaged.
     """
     try:
         yield
@@ -85,12 +85,12 @@ def in_one_line(url: str) -> Iterator[None]:
 
 
 def copy_of(file: Path) -> Path:
-    """Where the last whole copy of a ledger's file lies, see `study.ledger.copies`."""
+    """Path of the last undamaged copy of a ledger's file, see `study.ledger.copies`."""
     return file.with_name(f"{file.name}.copy")
 
 
 def way_back(url: str, before: str) -> str:
-    """How to go back to the last whole copy of a SQLite ledger, with the command; nothing where there is none."""
+    """How to go back to the last undamaged copy of a SQLite ledger, with the command; empty if there is no copy."""
     database = sa.make_url(url).database
     if sa.make_url(url).get_backend_name() != "sqlite" or not database or not copy_of(Path(database)).is_file():
         return ""
@@ -104,7 +104,7 @@ def way_back(url: str, before: str) -> str:
 
 
 def _if_damaged(error: Exception, url: str) -> str:
-    """The way back, unless a SQLite file was refused for another reason: then it would only lose results."""
+    """How to go back if a SQLite file may be damaged; empty for other errors, since going back loses results."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     code = getattr(getattr(cause, "orig", None), "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     return "" if code & 0xFF in _NO_DAMAGE else way_back(url, "; if it is damaged: ")
@@ -114,11 +114,11 @@ def open_database(url: str) -> sa.Engine:
     """An engine for a ledger's URL.
 
     Raises:
-        StudyError: it cannot be opened; the password, if the URL has one, is not shown.
+        StudyError: the database cannot be opened; the message does not show a password in the URL.
     """
     try:
         engine = sa.create_engine(url, **_engine_options(url))
-        sa.inspect(engine).get_table_names()  # to connect alone does not read a SQLite file
+        sa.inspect(engine).get_table_names()  # connecting alone does not read a SQLite file
         return engine
     except (sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
         said = hide_password(str(error).splitlines()[0], url)
@@ -126,7 +126,7 @@ def open_database(url: str) -> sa.Engine:
 
 
 def check_file(engine: sa.Engine) -> None:
-    """Raise a Damaged where a SQLite file is damaged in what no row's checksum covers: its pages and indexes."""
+    """Raise a Damaged if a SQLite file's pages or indexes are damaged, which the rows' checksums do not cover."""
     if engine.dialect.name == "sqlite":
         with engine.connect() as connection:
             said = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
@@ -145,11 +145,11 @@ def check_tables(engine: sa.Engine, first: sa.Table, other: sa.Table) -> None:
 
 
 def open_optuna(url: str) -> optuna.storages.RDBStorage:
-    """Optuna's side of a ledger."""
+    """Optuna's storage in a ledger."""
     return optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(url))
 
 
 def close_optuna(storage: optuna.storages.RDBStorage) -> None:
-    """Let go of every connection that Optuna has to a ledger."""
+    """Close every connection that Optuna has to a ledger."""
     storage.remove_session()
     storage.engine.dispose()

@@ -1,4 +1,4 @@
-"""A study's own folder: where its files lie, its lock, and the manifest by which the analysis finds its runs."""
+"""A study's own folder: its paths, its lock, and the manifest by which the analysis finds its runs."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from study.spec.study_file import dump_config, load_config
 from study.training.storage import Storage
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
-"""In the manifest: the database beside it. The folder may be moved, so the path is relative to it."""
+"""Value in the manifest for the database next to it. The path is relative because the folder may be moved."""
 
 
 class StudyDirectory:
-    """Paths below one folder. It is local to the driver; large things may lie elsewhere.
+    """Paths below one folder. The folder is local to the driver; large objects may lie elsewhere.
 
     Args:
-        ledger: URL of a PostgreSQL database that holds the ledger; None: what the last run had, at first a file here.
+        ledger: URL of a PostgreSQL database that holds the ledger. Default: that of the last run, at first a file here.
 
     Raises:
-        StudyError: the path, or the URL, is none that a study can have.
+        StudyError: a study cannot have this path or URL.
     """
 
     def __init__(self, path: str | Path, ledger: str | None = None) -> None:
         self.path = Path(path)
         self._given_ledger = check_ledger_url(ledger) if ledger is not None else None
-        real = os.path.realpath(self.path)  # `resolve` raises where links go in a circle
+        real = os.path.realpath(self.path)  # `resolve` raises on circular links
         odd = sorted({mark for mark in "?#%" if mark in real})
-        if odd:  # in a database's URL they mean something else
+        if odd:  # these have another meaning in a database's URL
             raise StudyError(f"--dir {self.path}: a study's folder may not have {' '.join(odd)} in its path")
 
     @property
@@ -58,7 +58,7 @@ class StudyDirectory:
 
     @property
     def ledger_file(self) -> Path:
-        """The ledger, unless it is in a database elsewhere."""
+        """File of the ledger, unless it is in a database elsewhere."""
         return self.path / "ledger.db"
 
     @property
@@ -68,7 +68,7 @@ class StudyDirectory:
 
     @property
     def has_no_study(self) -> bool:
-        """Whether no study was run here, or nothing of it is left."""
+        """Whether no study was run here, or none of its files is left."""
         return not _is_file(self._manifest_path) and not _is_file(self.ledger_file)
 
     @property
@@ -78,19 +78,19 @@ class StudyDirectory:
 
     @property
     def reports_file(self) -> Path:
-        """When each run that is out now reported last, as the driver has it."""
+        """File in which the driver writes the time of the last report of each run in flight."""
         return self.path / "reports.json"
 
     @property
     def artifacts(self) -> str:
-        """Where MLflow's artifacts go when its database is the one in this folder."""
+        """Place of MLflow's artifacts if its database is the one in this folder."""
         return (self.path / "mlartifacts").resolve().as_uri()
 
     def load_config(self) -> StudyConfig:
         """The study that was last run here.
 
         Raises:
-            StudyError: there is none.
+            StudyError: there is no study.
         """
         if not _is_file(self.study_file):
             raise StudyError(f"{self.path}: no study here (no {self.study_file.name}); give a folder that a run made")
@@ -98,7 +98,7 @@ class StudyDirectory:
         return load_config(self.study_file)
 
     def check_ledger(self) -> None:
-        """Raise a StudyError where the ledger of a study that was run here is gone."""
+        """Raise a StudyError if the ledger of a study that was run here is gone."""
         if not self.has_ledger:
             raise StudyError(
                 f"{self.path}: the study's ledger is gone (no {self.ledger_file.name}); put it back, or begin a new "
@@ -106,17 +106,17 @@ class StudyDirectory:
             )
 
     def check_is_for(self, config: StudyConfig) -> None:
-        """Raise a StudyError where the folder has a study of another name."""
+        """Raise a StudyError if the folder has a study with another name."""
         name = self._manifest().get("name", config.name)
         if name != config.name:
             raise StudyError(f"{self.path} is the folder of study {name}; give {config.name} another --dir")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the study: one driver at a time.
+        """Hold the study's lock: one driver at a time.
 
         Raises:
-            StudyError: another driver has it, and is named.
+            StudyError: another driver holds it; the message names that driver.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ class StudyDirectory:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Say in one line that the disk is full or read-only; filelock's `Timeout` is an OSError, but none of these."""
+        """Report a full or read-only disk in one line; filelock's `Timeout` is an OSError too, but not one of these."""
         try:
             yield
         except Timeout:
@@ -151,16 +151,16 @@ class StudyDirectory:
             raise StudyError(f"--dir {self.path}: cannot write there: {error.strerror or error}") from None
 
     def driver(self) -> dict[str, Any] | None:
-        """Host and process of the driver that has the study now; None where nobody has."""
+        """Host and process of the driver that holds the study now; None if there is none."""
         try:
             holder = dict(json.loads((self.path / "driver.json").read_text(encoding="utf-8")))
-            # A driver that was killed leaves its name behind.
+            # A killed driver leaves its name behind.
             return holder if holder["host"] != socket.gethostname() or is_alive(holder["pid"]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write(self, config: StudyConfig, uuid: str, tracking_uri: str | None, storage: str) -> None:
-        """Keep the resolved study file, and the manifest, from which later commands take what they are not told."""
+        """Write the resolved study file and the manifest, which has the defaults of later commands."""
         self._replace(self.study_file, dump_config(config))
         manifest = {
             "schema_version": run_schema.SCHEMA_VERSION,
@@ -174,7 +174,7 @@ class StudyDirectory:
         self._replace(self._manifest_path, json.dumps(manifest, indent=2) + "\n")
 
     def tracking_uri(self) -> str | None:
-        """The tracking URI of the last run, as the manifest has it; None with tracking off or before any run."""
+        """The tracking URI of the last run, from the manifest; None with tracking off or before any run."""
         return self._manifest().get("tracking_uri")
 
     def uuid(self) -> str | None:
@@ -185,7 +185,7 @@ class StudyDirectory:
         """The storage at a path or URL that the user gave, or that of the last run.
 
         Raises:
-            StudyError: it would mix with what is no storage's: the root, the user's home or this folder itself.
+            StudyError: the storage would be the root, the user's home or this folder, and mix with other files.
         """
         storage = Storage(url if url is not None else self.storage_url())
         if not storage.is_remote:
@@ -228,10 +228,10 @@ class StudyDirectory:
         return manifest
 
     def resolve_tracking_uri(self, uri: str) -> str:
-        """The URI for MLflow: a relative SQLite path is one from this folder.
+        """The URI for MLflow: a relative SQLite path is relative to this folder.
 
         Raises:
-            StudyError: it is a plain path, which MLflow no longer writes to.
+            StudyError: the URI is a plain path, to which MLflow no longer writes.
         """
         prefix = "sqlite:///"
         if uri.startswith(prefix) and not uri.startswith(f"{prefix}/"):
@@ -250,7 +250,10 @@ class StudyDirectory:
 
 @contextmanager
 def private_files() -> Iterator[None]:
-    """Whatever this process, and those it starts, write in here is for their user alone: texts, URLs with passwords."""
+    """Context in which this process and its children create files that only their user can read.
+
+    Such files may hold texts, or URLs with passwords.
+    """
     before = os.umask(0o077)
     try:
         yield
@@ -261,8 +264,8 @@ def private_files() -> Iterator[None]:
 def is_alive(pid: int) -> bool:
     """Whether there is such a process on this machine."""
     try:
-        os.kill(pid, 0)  # asks
-    except PermissionError:  # it is there, and is another user's
+        os.kill(pid, 0)  # signal 0 only checks
+    except PermissionError:  # it exists and belongs to another user
         return True
     except (OSError, OverflowError):
         return False
@@ -270,7 +273,11 @@ def is_alive(pid: int) -> bool:
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file whole or not at all, whatever was there before; OSError where that is not possible."""
+    """Write a file atomically, replacing any previous one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
     partial.touch(mode)
@@ -279,7 +286,7 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is; not to be told from a folder that may not be read is a StudyError."""
+    """Whether the path is a file; a StudyError if its folder may not be read."""
     try:
         return path.is_file()
     except OSError as error:

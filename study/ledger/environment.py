@@ -1,4 +1,4 @@
-"""What a study ran on: versions, code and machine."""
+"""The environment of a study: versions, code and machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("mpo-study", "torch", "ray", "optuna", "mlflow", "numpy", "pandas")
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the packages that matter, git commit and fingerprint of this code, and the machine's kind.
+    """Versions of the relevant packages, git commit and fingerprint of this code, and the kind of machine.
 
     Raises:
         StudyError: the files of this code cannot be read.
@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
     except (ImportError, OSError) as error:
         raise StudyError(f"this program cannot read its own code: {error}") from None
     top = _git("rev-parse", "--show-toplevel")
-    is_checkout = top is not None and Path(top) == Path(__file__).resolve().parents[2]  # not a .venv in another's
+    is_checkout = top is not None and Path(top) == Path(__file__).resolve().parents[2]  # not a .venv in another
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -40,7 +40,10 @@ def environment() -> dict[str, Any]:
 
 
 def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of two environments can change a result: Python, torch, and this program, as `torch was 2.1, is 2.2`."""
+    """Differences between environments that can change a result, as `torch was 2.1, is 2.2`.
+
+    Compares Python, torch and this program.
+    """
 
     def named(one: Mapping[str, Any]) -> dict[str, str | None]:
         packages = one.get("packages", {})

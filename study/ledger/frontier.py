@@ -1,7 +1,7 @@
 """The frontier of a study that still grows: parameters against validation loss, means over seeds.
 
-What is on it, and how many seeds that takes, the analysis says; this serves `status`, and `refine`, which decides where
-seeds are worth their time.
+The analysis defines which points are on it, and how many seeds that takes. This module serves `status`, and `refine`,
+which decides which trials need more seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from study.spec.trial import SeedResult, Trial
 
 @dataclass(frozen=True)
 class Point:
-    """A trial none of whose seeds failed: its trainable parameters, and its losses in nats, one per complete seed."""
+    """A trial without a failed seed: its trainable parameters, and its losses in nats, one per complete seed."""
 
     trial: int
     n_params: int
@@ -32,9 +32,9 @@ class Point:
 
 
 def points(trials: Iterable[Trial], results: Iterable[SeedResult]) -> list[Point]:
-    """Every trial that may be on the frontier: complete in a seed or more, failed in none, not stopped, no repeat."""
+    """Every trial that may be on the frontier: at least one complete seed, no failed seed, not stopped, no repeat."""
     of_trial: dict[int, list[SeedResult]] = defaultdict(list)
-    for result in sorted(results, key=lambda result: result.seed):  # so that a mean does not depend on who came first
+    for result in sorted(results, key=lambda result: result.seed):  # so that a mean does not depend on their order
         of_trial[result.trial].append(result)
     return [
         Point(trial.number, trial.shape.n_params, tuple(r.final["final/val_loss"] for r in of_trial[trial.number]))
@@ -49,13 +49,13 @@ def frontier(among: Sequence[Point], fewest: int = MIN_SEEDS) -> list[Point]:
     """The points on the frontier as `on_frontier` has it, from the smallest to the one of lowest mean.
 
     Args:
-        fewest: seeds that are enough.
+        fewest: smallest number of seeds that a point needs.
     """
     on = on_frontier(
         [point.n_params for point in among],
         [point.mean for point in among],
         [len(point.losses) for point in among],
-        [True] * len(among),  # others are no points
+        [True] * len(among),  # all points are eligible
         fewest=fewest,
     )
     found = [point for point, is_on in zip(among, on, strict=True) if is_on]
@@ -65,10 +65,9 @@ def frontier(among: Sequence[Point], fewest: int = MIN_SEEDS) -> list[Point]:
 def undecided(among: Sequence[Point]) -> list[Point]:
     """The points whose 95 % t interval of the mean reaches the frontier of the others' means, or that lack seeds.
 
-    That frontier is, at a point's number of parameters, the lowest mean that another one has with no more of them.
-    Whether the point is on the frontier depends on which side of it its mean is. A single seed has no interval: its
-    point is undecided wherever it lies. So is a point that is better than that frontier with fewer than MIN_SEEDS,
-    which do not count as on it yet.
+    The frontier at a point is the lowest mean among other points with at most as many parameters. The point is on the
+    frontier if its mean lies below. A single seed has no interval, so its point is always undecided. A point that is
+    better than the frontier with fewer than MIN_SEEDS seeds is undecided too, since it does not count as on it yet.
     """
     would_be_on = {point.trial for point in frontier(among, fewest=1)}
     means = [(point.n_params, point.mean, point) for point in among]
@@ -83,6 +82,6 @@ def undecided(among: Sequence[Point]) -> list[Point]:
 
 def half_width(losses: Sequence[float]) -> float:
     """Half the 95 % t interval of the mean; infinite for one seed."""
-    from analysis.statistics.intervals import mean_interval  # and SciPy, without which a plain run does
+    from analysis.statistics.intervals import mean_interval  # imports SciPy, which a plain run does not need
 
     return float(mean_interval(losses).half_width) if len(losses) > 1 else math.inf

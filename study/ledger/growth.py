@@ -1,4 +1,4 @@
-"""Growing a study that was begun: by searched trials, by seeds, by what its file adds, by seeds where they count."""
+"""Growing a begun study: by searched trials, by seeds, by additions to its file, by seeds for undecided trials."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from study.spec.trial import Trial
 
 @dataclass(frozen=True)
 class Growth:
-    """What a user asks for.
+    """The growth that a user asks for.
 
-    trials: searched trials more. seeds: seeds more for every trial. refine: seeds more for every trial whose place on
-    the frontier is undecided, and for those that it is compared with. extend: whatever the study file has more than
-    the study on record.
+    trials: number of further searched trials. seeds: further seeds for every trial. refine: further seeds for every
+    trial whose place on the frontier is undecided, and for the trials that it is compared with. extend: whether to add
+    everything that the study file has beyond the study on record.
     """
 
     trials: int = 0
@@ -33,7 +33,7 @@ class Growth:
 
     @property
     def command(self) -> str:
-        """What is on record of it."""
+        """The options as they are put on record."""
         asked = [("--trials", self.trials), ("--seeds", self.seeds), ("refine --seeds", self.refine)]
         return " ".join(f"{option} +{number}" for option, number in asked if number)
 
@@ -42,10 +42,10 @@ NO_GROWTH = Growth()
 
 
 def parse_more(option: str, text: str | None) -> int:
-    """The number of a `+N`; 0 where the option is not given.
+    """The number N in `+N`. Default: 0.
 
     Raises:
-        StudyError: it is no such thing.
+        StudyError: the text does not have this form.
     """
     if text is None:
         return 0
@@ -55,13 +55,13 @@ def parse_more(option: str, text: str | None) -> int:
 
 
 def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
-    """Record a growth in the ledger, which has to be opened again to have it; returns whether it was recorded.
+    """Record a growth in the ledger, which must be opened again to apply it; returns whether it was recorded.
 
-    The same growth asked for again while the study still lacks runs of it is the same growth: so one goes on with it
-    after an interruption by the same command, too.
+    If the last growth is asked for again while the study still lacks its runs, it is not recorded twice. So the same
+    command also continues after an interruption.
 
     Raises:
-        StudyError: the study cannot grow so.
+        StudyError: the study cannot grow in this way.
     """
     config, command = ledger.config, growth.command
     if not command:
@@ -103,9 +103,9 @@ def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
         say("every trial's place on the frontier is decided by the seeds it has: there is nothing to refine")
         return False
     wanted = {n: list(_more(tuple(ledger.seeds_of(ledger.trials[n])), growth.refine)) for n in sorted(chosen)}
-    for trial, rival in _compared_with(ledger, chosen):  # on the seeds that both have
+    for trial, rival in _compared_with(ledger, chosen):  # they are compared on shared seeds
         wanted[rival] = [*wanted.get(rival, []), *wanted[trial]]
-    for number in sorted(wanted):  # which start from a teacher of the same seed
+    for number in sorted(wanted):  # each seed starts from the teacher's run with that seed
         arm = ledger.trials[number].spec.teacher
         teacher = next((trial for trial in ledger.trials.values() if trial.spec.arm == arm), None)
         if teacher is not None:
@@ -125,8 +125,11 @@ def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
 
 
 def _compared_with(ledger: Ledger, chosen: Collection[int]) -> list[tuple[int, int]]:
-    """Of each chosen trial, its references and what the study file sets it against, as the analysis pairs them; none of
-    which a seed failed, since nothing is claimed of those."""
+    """Pairs of a chosen trial and a trial it is compared with, as the analysis pairs them.
+
+    Those are its references, and the trials that the study file contrasts it with. Trials with a failed seed are left
+    out, since nothing is claimed about them.
+    """
     states: dict[int, list[str]] = defaultdict(list)
     for result in ledger.results.values():
         states[result.trial].append(result.state)
@@ -160,7 +163,7 @@ def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
 
 
 def _more(seeds: tuple[int, ...], n: int) -> tuple[int, ...]:
-    """The seeds, and as many more after the largest."""
+    """The seeds, and `n` more after the largest."""
     return (*seeds, *range(max(seeds) + 1, max(seeds) + 1 + n))
 
 

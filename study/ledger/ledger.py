@@ -1,6 +1,6 @@
 """The ledger that a driver writes.
 
-Only the driver writes. Our tables are the truth: Optuna's are reconciled with them at every opening.
+Only the driver writes. Our tables are authoritative: Optuna's are reconciled with them at every opening.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ class Ledger:
 
     Args:
         url: SQLAlchemy URL of the database, SQLite or PostgreSQL.
-        config: the study; must define the one on record, as it was begun or as it was before or after any growth.
-        corpus_sha256: must be the one on record.
-        examine: shape and budget of a spec in the study as it is now; called once for each new trial.
-        uuid: of the study that must be there; None where it may be any.
-        may_begin: whether it may be a new one.
-        extend: take what the config has more than the study on record for a growth of it.
+        config: the study; must match the one on record as it was begun, or as it was before or after any growth.
+        corpus_sha256: checksum of the corpus; must equal the one on record.
+        examine: gives shape and budget of a spec in the current study; called once for each new trial.
+        uuid: UUID of the study that must be there; None allows any.
+        may_begin: whether it may be a new study.
+        extend: let the study grow by everything that the config has beyond the study on record.
 
     Raises:
         StudyError: the database holds another study under this name, lacks the one that must be there, or cannot be
@@ -99,13 +99,13 @@ class Ledger:
         extend: bool = False,
     ) -> None:
         self.config = config
-        """The study as it is now: what the file says, with all that it has grown by since."""
+        """The current study: the content of the file, with all growths since."""
         self._corpus_sha256 = corpus_sha256
         self._examine = examine
         self._driver: int | None = None
         """Number of this start in the table of drivers."""
         self.flops_recorded = 0.0
-        """FLOPs of the runs that were recorded since this was opened."""
+        """FLOPs of the runs recorded since the ledger was opened."""
         self._url = url
         with in_one_line(url):
             self._open(url, uuid, may_begin, extend)
@@ -119,7 +119,7 @@ class Ledger:
         self.uuid, self.created = self._open_study(uuid, may_begin)
         is_extended = self._open_growths(extend)
         self._optuna_database = open_optuna(url)
-        # The one cache for all calls: the database alone looks for a trial's number among all trials.
+        # One cache for all calls: without it, the database searches all trials for a trial's number.
         self._optuna_storage = optuna.storages.get_storage(self._optuna_database)
         self._optuna = optuna.create_study(
             storage=self._optuna_storage,
@@ -139,16 +139,16 @@ class Ledger:
         self._by_identity: dict[str, int] = {}
         self._first_of_arm: dict[str, int] = {}
         self._duplicates: dict[int, list[int]] = defaultdict(list)
-        """Numbers of the trials that repeat one, by its number."""
+        """Numbers of the trials that repeat a trial, by the number of that trial."""
         self._untold: set[int] = set()
         """Numbers of the trials that Optuna has not been told of."""
         self._to_tell: list[int] = []
-        """Those of them that may be over since it was told last."""
+        """Untold trials that may have ended since Optuna was last told."""
         self._stopped: list[Trial] = []
         """Trials that results have stopped, which `record` has not returned yet."""
         self._tally = Tally(self.config, self._more_seeds, self.results)
         self._unasked: dict[str | None, OrderedDict[TrialSpec, int]] = defaultdict(OrderedDict)
-        """Listed specs that are no trial yet, with their places in the file, by the teacher that they wait for."""
+        """Listed specs that are not trials yet, with their positions in the file, by the teacher that they wait for."""
         for place, spec in enumerate(listed_specs(self.config)):
             self._unasked[spec.teacher][spec] = place
         self._reconcile()
@@ -190,7 +190,7 @@ class Ledger:
         return row["uuid"], row["created"]
 
     def _open_growths(self, extend: bool) -> bool:
-        """Find out what the study has become, and whether the config means that; returns whether it means more."""
+        """Read the study's growths and check the config against them; returns whether the config adds more."""
         growths = read_growths(self._engine, self.uuid, self.config.name)
         self._first_seeds = growths.history[0].seed_list
         self.changed = growths.changed
@@ -215,11 +215,11 @@ class Ledger:
     def record_growth(
         self, command: str, config: StudyConfig | None = None, more_seeds: Mapping[int, Sequence[int]] | None = None
     ) -> None:
-        """Let the study grow; all of that but the words on record waits for the next opening.
+        """Put a growth on record; it takes effect when the ledger is next opened.
 
         Args:
             command: what the user asked for.
-            config: the study from now on; None where it stays as it is.
+            config: the study from now on; None if it stays as it is.
             more_seeds: further seeds of single trials, by their numbers.
         """
         self.changed = now()
@@ -258,7 +258,7 @@ class Ledger:
     def _take_in(self, frozen: optuna.trial.FrozenTrial) -> None:
         if TRIAL in frozen.user_attrs:
             trial = from_attribute(frozen, self._stops)
-            if self._has_grown:  # then more trials are among those that tuning chooses from
+            if self._has_grown:  # then tuning chooses among more trials
                 trial = self._with_new_budget(trial)
             self._remember(trial)
             if frozen.state == TrialState.RUNNING:
@@ -268,10 +268,10 @@ class Ledger:
             self._optuna.tell(frozen.number, state=TrialState.FAIL)
 
     def catch_up(self) -> None:
-        """Take in what was asked just as the connection was lost, so that its answer never came.
+        """Take in trials that were asked for when the connection was lost, so that the answer never came.
 
         Raises:
-            StudyError: another driver has begun meanwhile.
+            StudyError: another driver has started meanwhile.
         """
         self._optuna_database.remove_session()
         drivers = sa.select(sa.func.max(driver_table.c.id)).where(driver_table.c.study_uuid == self.uuid)
@@ -286,7 +286,7 @@ class Ledger:
         self._tell_what_is_over()
 
     def _sign_trials(self, known: Iterable[optuna.trial.FrozenTrial]) -> None:
-        """Give a checksum to what an earlier version wrote; Optuna itself changes no trial that is over."""
+        """Add checksums to trials of an earlier version, in SQL, since Optuna does not change finished trials."""
         attributes = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"), sa.column("value_json"))
         with self._engine.begin() as connection:
             for frozen in known:
@@ -307,10 +307,10 @@ class Ledger:
     # Asking -------------------------------------------------------------------------------------------------------
 
     def ask(self, may_start: Callable[[str], bool] = lambda teacher: True) -> Trial | None:
-        """The next trial of the study, or None where its budget is met, or every listed one left may not start yet.
+        """The next trial of the study; None if its budget is met, or if no remaining listed trial may start yet.
 
         Args:
-            may_start: whether what has this arm for its teacher may.
+            may_start: whether trials with this arm as their teacher may start.
         """
         self._tell_what_is_over()
         heads = [
@@ -320,12 +320,12 @@ class Ledger:
         ]
         if heads:
             _, spec = min(heads, key=lambda head: head[0])
-            # Not by Optuna's `ask`, which first looks through all trials for one that waits; its sampler has nothing to
-            # choose here.
+            # Avoid Optuna's `ask`, which first searches all trials for a waiting one; its sampler has nothing to choose
+            # here.
             trial_id = self._optuna_storage.create_new_trial(self._optuna_study_id)
             number = self._optuna_storage.get_trial_number_from_id(trial_id)
         elif any(self._unasked.values()):
-            return None  # so that what is searched neither comes before it nor makes a duplicate of it
+            return None  # a searched trial must neither precede a listed one nor make it a duplicate
         elif self.is_searching:
             self._optuna.sampler = make_sampler(self.config, self._next_number)
             asked = self._optuna.ask()
@@ -360,10 +360,10 @@ class Ledger:
         )
 
     def _original_for(self, arm: str, shape: TrialShape) -> Trial | None:
-        """The trial that a new one of this arm repeats.
+        """The trial that a new trial of this arm repeats; None if it repeats none.
 
-        What others start from has weights of its own. A listed trial, which comes after a searched one only in a study
-        that grew, does not share what the search may do to that: prune it, or give it up.
+        A teacher must have its own weights, so it repeats none. In a study that grew, a listed trial may come after an
+        equal searched one. It does not repeat that one if the search pruned or stopped it, or may still do so.
         """
         original = self.trials.get(self._by_identity.get(shape.identity, -1))
         if original is None or arm in self._teacher_arms:
@@ -374,12 +374,12 @@ class Ledger:
 
     @property
     def is_searching(self) -> bool:
-        """Whether a sampler has trials to choose yet."""
+        """Whether a sampler still has trials to choose."""
         return self._tally.is_searching
 
     @property
     def search_ended(self) -> str | None:
-        """Why the sampler is asked no more before the budget is met."""
+        """Why the sampler is no longer asked although the budget is not met."""
         return self._tally.search_ended
 
     def _remember(self, trial: Trial) -> None:
@@ -396,12 +396,12 @@ class Ledger:
     # Recording ----------------------------------------------------------------------------------------------------
 
     def record(self, *results: SeedResult) -> list[Trial]:
-        """Write results of one trial, all or none; one that is there stays as it is.
+        """Write results of one trial, all or none; a result already on record stays as it is.
 
-        Where the database fails in between, the same call later does what is left.
+        If the database fails in between, the same call completes the rest later.
 
         Returns:
-            The trials that they stop, with those that repeat them.
+            The trials that these results stop, with the trials that repeat them.
         """
         new = [result for result in results if (result.trial, result.seed) not in self.results]
         if new:
@@ -426,7 +426,7 @@ class Ledger:
                     state=result.state,
                     content=json.dumps(result.__dict__, allow_nan=False),
                 )
-            for stop in stops:  # with the result, so that what is decided once is never decided again
+            for stop in stops:  # in the same transaction, so that a decision is made only once
                 content = STOP.dump_json(stop).decode()
                 of_trial = (stop_table.c.study_uuid == self.uuid) & (stop_table.c.trial == stop.trial)
                 connection.execute(stop_table.delete().where(of_trial))  # from an attempt whose answer was lost
@@ -457,7 +457,7 @@ class Ledger:
         return stops_after(self.config, self.trials, ChainMap(own, self.results), new[-1], may_stop)
 
     def reopen(self, results: Iterable[SeedResult]) -> None:
-        """Take results for missing, until new ones replace them on record; Optuna keeps what it was told."""
+        """Treat results as missing until new ones replace them on record; Optuna keeps what it was told."""
         for result in list(results):
             if self.trials[result.trial].stop is not None:
                 continue  # it would not be trained again
@@ -466,7 +466,7 @@ class Ledger:
         self._losses = self._extreme_losses()
 
     def record_driver(self, environment: Mapping[str, Any]) -> None:
-        """Note a start of the driver, with the versions it runs on."""
+        """Record a start of the driver, with its environment."""
         with in_one_line(self._url), self._engine.begin() as connection:
             content = json.dumps(environment)
             self._driver = insert(connection, driver_table, study_uuid=self.uuid, started=now(), environment=content)
@@ -480,16 +480,16 @@ class Ledger:
             del self._to_tell[0]
 
     def _tell_if_over(self, number: int) -> None:
-        """Tell Optuna of a trial (or of the trial it repeats) once all its first seeds are in, or it has no more.
+        """Tell Optuna about a trial (or the one it repeats) when no result of its first seeds is missing any more.
 
-        They are those that the study was begun with, for each of its trials: so the sampler compares like with like,
-        and a study that grows while it runs is searched as one that grew when it was over.
+        First seeds are those that the study was begun with, the same for every trial. So the sampler compares equal
+        seeds, and it makes no difference to the search whether a study grows while it runs or when it is over.
         """
         if number not in self._untold:
             return
         trial = self.trials[number]
         source = self.trials[trial.source]
-        if self._tally.first_missing(source) in self._first_seeds:  # these come first
+        if self._tally.first_missing(source) in self._first_seeds:  # first seeds come first
             return
         keys = [(source.number, seed) for seed in self._first_seeds]
         results = [self.results[key] for key in keys if key in self.results]
@@ -503,96 +503,96 @@ class Ledger:
         self._untold.remove(number)
 
     def _tell_constraints(self, number: int, constraints: Mapping[str, float]) -> None:
-        """As Optuna's `Trial.set_constraint` does, which needs a trial that was asked in this process."""
+        """Like Optuna's `Trial.set_constraint`, which needs a trial that was asked in this process."""
         trial_id = self._optuna_id(number)
-        with suppress(UpdateFinishedTrialError):  # it has been told, see below
+        with suppress(UpdateFinishedTrialError):  # it has been told already, see `_tell_if_over`
             for name, value in constraints.items():
                 self._optuna_storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
 
     def _optuna_id(self, number: int) -> int:
         return self._optuna_storage.get_trial_id_from_study_id_trial_number(self._optuna_study_id, number)
 
-    # What is there, and what is left ------------------------------------------------------------------------------
+    # State --------------------------------------------------------------------------------------------------------
 
     def on_record(self, trial: Trial) -> list[SeedResult]:
-        """A trial's results, or those of the trial it repeats, be they to be replaced."""
+        """Results of a trial or of the one it repeats, including those to be replaced."""
         keys = [(trial.source, seed) for seed in self.seeds_of(trial)]
         found = [self.results.get(key) or self._reopened.get(key) for key in keys]
         return [result for result in found if result is not None]
 
     def unasked(self) -> list[TrialSpec]:
-        """Listed specs that are no trial yet."""
+        """Listed specs that are not trials yet."""
         places = {spec: place for specs in self._unasked.values() for spec, place in specs.items()}
         return sorted(places, key=places.__getitem__)
 
     def lacking(self) -> Iterator[Trial]:
-        """Trials that have no result yet for some seed; not to be gone on with after a change of the ledger."""
+        """Trials that lack a result for a seed; the iterator is invalid after a change of the ledger."""
         return (self.trials[number] for number in self._tally.lacking)
 
     def sharing(self, number: int) -> list[Trial]:
-        """The trial of this number, and those that repeat it."""
+        """The trial with this number, and those that repeat it."""
         return [self.trials[each] for each in (number, *self._duplicates.get(number, ()))]
 
     def first_of(self, arm: str) -> Trial | None:
-        """The first trial of an arm; None where it has none yet."""
+        """The first trial of an arm; None if it has none yet."""
         number = self._first_of_arm.get(arm)
         return self.trials[number] if number is not None else None
 
     def seeds_of(self, trial: Trial) -> list[int]:
-        """Seeds that a trial (or the one it repeats) is to have: the study's, and those that were added to it alone."""
+        """All seeds planned for a trial (or the one it repeats): the study's, and those added to this trial alone."""
         return self._tally.seeds_of(trial)
 
     def missing_seeds(self, trial: Trial) -> list[int]:
-        """Seeds that this trial has no result for and is to have."""
+        """Planned seeds for which this trial has no result."""
         return self._tally.missing_seeds(trial)
 
     @property
     def n_trials(self) -> int:
-        """Trials that the study will have."""
+        """Number of trials that the study will have."""
         return self._tally.n_trials
 
     @property
     def n_trials_over(self) -> int:
-        """Trials that lack no seed."""
+        """Number of trials that lack no seed."""
         return self._tally.n_over
 
     @property
     def n_missing(self) -> int:
-        """Runs that the study lacks, those of trials that are not asked yet included."""
+        """Number of runs that the study lacks, including those of trials not asked yet."""
         return self._tally.n_missing
 
     @property
     def flops_left(self) -> float:
-        """FLOPs of those runs, see `Tally.flops_left`."""
+        """FLOPs of the missing runs, see `Tally.flops_left`."""
         return self._tally.flops_left
 
     @property
     def best_loss(self) -> float | None:
-        """The lowest final validation loss on record, in nats; None where no run is complete."""
+        """The lowest final validation loss on record, in nats; None if no run is complete."""
         return self._losses[0] if math.isfinite(self._losses[0]) else None
 
     def _extreme_losses(self) -> tuple[float, float]:
         return _extremes((math.inf, -math.inf), self.results.values())
 
     def n_over_at(self, time: str) -> int:
-        """How many of the results on record there were at a time, as `trial.now` writes it."""
+        """Number of results on record that had ended at a time, given in the format of `trial.now`."""
         return sum(result.ended <= time for result in self.results.values())
 
     def first_environment(self) -> dict[str, Any]:
-        """What the study was begun on."""
+        """The environment in which the study was begun."""
         return next(iter(self._environments), {})
 
     def last_environment(self) -> dict[str, Any]:
-        """What the study ran on last; empty before its first run."""
+        """The environment of the study's last run; empty before its first run."""
         return next(reversed(self._environments), {})
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the database."""
         self._engine.dispose()
         close_optuna(self._optuna_database)
 
 
 def _extremes(before: tuple[float, float], results: Iterable[SeedResult]) -> tuple[float, float]:
-    """The lowest and the highest final validation loss of complete results, and of what there was before."""
+    """The lowest and the highest final validation loss of complete results, updated from the previous values."""
     losses = [result.final["final/val_loss"] for result in results if result.state == "complete"]
     return min(before[0], *losses, math.inf), max(before[1], *losses, -math.inf)

@@ -17,14 +17,14 @@ from study.ledger.database import ALIVE
 
 _MARK = "mpo-study"
 _LONGEST_NAME = 63
-"""Bytes that PostgreSQL keeps of an application's name."""
+"""Longest name of an application in PostgreSQL, in bytes."""
 
 
 def check_ledger_url(url: str) -> str:
-    """The URL, which must be a PostgreSQL database's.
+    """Returns the URL of a PostgreSQL database.
 
     Raises:
-        StudyError: it is not.
+        StudyError: the URL is not that of a PostgreSQL database.
     """
     try:
         is_postgresql = sa.make_url(url).get_backend_name() == "postgresql"
@@ -39,29 +39,29 @@ def check_ledger_url(url: str) -> str:
 
 
 class Hold:
-    """A driver's hold on a study; one whose ledger is a file, which the lock of its folder holds as well."""
+    """A driver's hold on a study whose ledger is a file; there the lock of the study's folder suffices."""
 
     may_be_lost = False
-    """Whether its connection, and with it the hold, may be lost and taken anew."""
+    """Whether its connection, and with it the hold, may be lost and taken again."""
 
     def is_held(self) -> bool:
-        """Whether it is held still."""
+        """Whether the driver still has the hold."""
         return True
 
     def take(self) -> None:
-        """Take it, anew where it was lost.
+        """Take the hold, again if it was lost.
 
         Raises:
-            StudyError: another driver has it, and is named.
+            StudyError: another driver has it; the message names that driver.
             sqlalchemy.exc.SQLAlchemyError: the database cannot be reached.
         """
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the hold."""
 
 
 class _PostgreSQLHold(Hold):
-    """By an advisory lock, which ends with this process, or with its connection."""
+    """A hold by an advisory lock, which ends with this process or its connection."""
 
     may_be_lost = True
 
@@ -69,7 +69,7 @@ class _PostgreSQLHold(Hold):
         self._name = name
         self._key = int.from_bytes(hashlib.sha256(f"{_MARK} {name}".encode()).digest()[:8], "big", signed=True)
         me = f"{_MARK} {os.getpid()}@{socket.gethostname()}"[:_LONGEST_NAME]
-        # A connection of its own, in no transaction: the lock lasts as long as the session does.
+        # A separate connection without a transaction: the lock lasts as long as the session.
         self._engine = sa.create_engine(
             url,
             poolclass=sa.NullPool,
@@ -108,10 +108,10 @@ class _PostgreSQLHold(Hold):
 
 @contextmanager
 def hold_ledger(url: str, name: str) -> Iterator[Hold]:
-    """Hold a study in a PostgreSQL database; SQLite needs no more than the lock of the study's folder.
+    """Hold a study in a PostgreSQL database; for SQLite the lock of the study's folder suffices.
 
     Raises:
-        StudyError: another driver has it, and is named; or the database cannot be reached.
+        StudyError: another driver has it, and is named in the message; or the database cannot be reached.
     """
     if sa.make_url(url).get_backend_name() != "postgresql":
         yield Hold()

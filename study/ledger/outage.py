@@ -1,4 +1,4 @@
-"""Writing to a ledger that may be away for a while: a database server is restarted, or a network is down."""
+"""Writing to a ledger that may be unreachable for a while: a database server restarts, or a network is down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from study.ledger.ledger import Ledger
 from study.ledger.lock import Hold
 
 PATIENCE_SECONDS = 900.0
-"""How long a ledger may be away. Its study waits so long; what workers report meanwhile waits with it."""
+"""How long the study waits for an unreachable ledger; workers' reports wait, too."""
 
 _PAUSE_SECONDS = 1.0
 
@@ -20,27 +20,27 @@ T = TypeVar("T")
 
 
 class LedgerGone(StudyError):
-    """The ledger is not back, or is another driver's now."""
+    """The ledger did not come back, or belongs to another driver now."""
 
 
 class Patience:
-    """Acts on a ledger while its hold is held, and waits where it is away; one in a file never is.
+    """Acts on a ledger while its hold is held, and waits while it is unreachable; a ledger in a file never is.
 
     Args:
-        say: told in one line when the ledger goes away, and when it is back.
+        say: receives one line when the ledger becomes unreachable, and when it is back.
     """
 
     def __init__(self, ledger: Ledger, hold: Hold, say: Callable[[str], None]) -> None:
         self._ledger, self._hold, self._say = ledger, hold, say
         self._given_up: LedgerGone | None = None
         self.is_over = False
-        """True: wait no more; may be set by a signal while it waits."""
+        """True: stop waiting; may be set by a signal during the wait."""
 
     def act(self, act: Callable[[], T]) -> T:
-        """What an act on the ledger gives. It may be done twice, for it may be its answer that was lost.
+        """Result of an act on the ledger. The act may be done twice, since only its answer may have been lost.
 
         Raises:
-            LedgerGone: with the reason.
+            LedgerGone: the ledger cannot be written; the message gives the reason.
         """
         if self._given_up is not None:
             raise self._given_up
@@ -67,7 +67,7 @@ class Patience:
             why = self._regain()
 
     def _regain(self) -> str | None:
-        """Hold the ledger anew and take in what it has; why that is not possible yet, or None."""
+        """Take the hold again and catch up with the ledger; returns why that is not possible yet, or None."""
         try:
             if not self._hold.is_held():
                 self._hold.take()

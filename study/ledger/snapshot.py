@@ -29,7 +29,7 @@ from study.spec.trial import SeedResult, Stop, Trial
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A ledger as it was when it was read."""
+    """The content of a ledger at the time of reading."""
 
     uuid: str
     corpus_sha256: str
@@ -37,14 +37,14 @@ class Snapshot:
     results: list[SeedResult]
     growths: Growths
     driver_started: str | None
-    """When a driver began last."""
+    """Time of the last start of a driver."""
 
 
 def read_ledger(url: str, name: str) -> Snapshot:
     """Read a ledger, also while a driver writes.
 
     Raises:
-        StudyError: there is no such study, or it is damaged.
+        StudyError: there is no such study, or the ledger is damaged.
     """
     with in_one_line(url):
         engine = open_database(url)
@@ -73,7 +73,7 @@ def _read_trials(url: str, name: str, uuid: str, stops: Mapping[int, Stop]) -> l
     try:
         study = optuna.load_study(storage=storage, study_name=optuna_name(name, uuid))
         return [from_attribute(frozen, stops) for frozen in read_frozen(study) if TRIAL in frozen.user_attrs]
-    except KeyError:  # a driver that was killed as it began the study; results without their trials are found later
+    except KeyError:  # a driver was killed when it began the study; results without trials are found later
         return []
     finally:
         close_optuna(storage)

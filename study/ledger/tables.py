@@ -1,4 +1,4 @@
-"""The tables of a ledger, and what is read from them.
+"""The tables of a ledger, and how they are read.
 
 One SQL database holds Optuna's own tables (the sampler's memory) and those below; results are keyed by (trial, seed).
 """
@@ -33,7 +33,7 @@ study_table = sa.Table(
     sa.Column("name", sa.String, primary_key=True),
     sa.Column("uuid", sa.String, nullable=False),
     sa.Column("schema_version", sa.Integer, nullable=False),
-    sa.Column("config", sa.Text, nullable=False),  # JSON of the study file that it was begun with
+    sa.Column("config", sa.Text, nullable=False),  # JSON of the first study file
     sa.Column("corpus_sha256", sa.String, nullable=False),
     sa.Column("created", sa.String, nullable=False),
     sa.Column(SUM, sa.String, nullable=True),
@@ -72,19 +72,19 @@ growth_table = sa.Table(
     sa.Column("study_uuid", sa.String, nullable=False),
     sa.Column("made", sa.String, nullable=False),
     sa.Column("command", sa.String, nullable=False),  # what the user asked for
-    sa.Column("config", sa.Text, nullable=True),  # JSON of the study from then on, where all of it has grown
+    sa.Column("config", sa.Text, nullable=True),  # JSON of the study from then on, if the whole study grew
     sa.Column("seeds", sa.Text, nullable=True),  # JSON: the seeds that single trials got, [[trial, [seed, ...]], ...]
     sa.Column(SUM, sa.String, nullable=True),
 )
 
 
 def optuna_name(name: str, uuid: str) -> str:
-    """What Optuna calls a study: names may come again, UUIDs not."""
+    """Optuna's name of a study; it has the UUID because names may be used again."""
     return f"{name}-{uuid}"
 
 
 def empty_ledger(url: str) -> sa.Engine:
-    """A ledger with all its tables, Optuna's included, and no study."""
+    """A ledger with all its tables, including Optuna's, and no study."""
     engine = open_database(url)
     metadata.create_all(engine)
     close_optuna(open_optuna(url))
@@ -97,15 +97,15 @@ _RESULT = TypeAdapter(SeedResult)
 
 
 def read_study(engine: sa.Engine, name: str) -> dict[str, Any] | None:
-    """The row of a study; None where there is none.
+    """The row of a study; None if there is none.
 
     Raises:
-        StudyError: another version wrote it.
+        StudyError: another version wrote the row.
     """
     with engine.connect() as connection:
         versions = sa.select(study_table.c.schema_version).where(study_table.c.name == name)
         version = connection.execute(versions).scalar_one_or_none()
-        if version not in (None, SCHEMA_VERSION):  # before all else, for which it may have other rules
+        if version not in (None, SCHEMA_VERSION):  # check first: all else may differ in that version
             raise StudyError(
                 f"the ledger of study {name} has schema version {version}, this program knows {SCHEMA_VERSION}"
             )
@@ -145,7 +145,7 @@ _NEEDED = {*METRIC_OF_OBJECTIVE.values(), "train_seconds"} - {"n_params"}
 def check_results(
     results: Iterable[SeedResult], trials: Mapping[int, Trial], seeds_of: Callable[[Trial], Collection[int]]
 ) -> None:
-    """Raise a Damaged where a result's trial is not on record, or has no such seed."""
+    """Raise a Damaged if a result's trial is not on record, or has no such seed."""
     of_study = None
     for result in results:
         trial = trials.get(result.trial)
@@ -158,7 +158,7 @@ def check_results(
 
 
 def read_drivers(engine: sa.Engine, study_uuid: str) -> list[tuple[str, dict[str, Any]]]:
-    """When each driver of a study began, and what it ran on, in the order of their starts."""
+    """Start and environment of each driver of a study, in the order of their starts."""
     with engine.connect() as connection:
         rows = read_rows(connection, driver_table, driver_table.c.study_uuid == study_uuid)
     try:
@@ -172,7 +172,7 @@ def read_drivers(engine: sa.Engine, study_uuid: str) -> list[tuple[str, dict[str
 def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
     """Every decision to stop a trial, by its number."""
     if not sa.inspect(engine).has_table(stop_table.name):
-        return {}  # a ledger that an earlier version made, and that is only read
+        return {}  # the ledger of an earlier version, opened only to read
     with engine.connect() as connection:
         rows = read_rows(connection, stop_table, stop_table.c.study_uuid == study_uuid)
     try:
@@ -184,7 +184,7 @@ def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """One growth: when it was made, what was asked for, and how many seeds every trial was to have before and after."""
+    """One growth: its time, the user's command, and the number of seeds planned for every trial before and after."""
 
     made: str
     command: str
@@ -194,10 +194,10 @@ class GrowthRecord:
 
 @dataclass(frozen=True)
 class Growths:
-    """What became of a study.
+    """The growths of a study.
 
-    records: each growth, in order. history: the study as it was begun, and after each growth of all of it. more_seeds:
-    the seeds that single trials got, by their numbers. changed: when it grew last, or was begun.
+    records: each growth, in order. history: the study as it was begun, and after each growth of the whole study.
+    more_seeds: the seeds that single trials got, by their numbers. changed: time of the last growth or the beginning.
     """
 
     records: Sequence[GrowthRecord]
@@ -210,10 +210,10 @@ _MORE_SEEDS = TypeAdapter(list[tuple[int, list[int]]])
 
 
 def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
-    """How a study was begun and has grown.
+    """The beginning of a study and its growths.
 
     Raises:
-        StudyError: another version wrote what this one does not understand.
+        StudyError: another version wrote content that this version cannot read.
     """
     with engine.connect() as connection:
         [study] = read_rows(connection, study_table, study_table.c.uuid == study_uuid)

@@ -1,4 +1,4 @@
-"""What of a study is still to be done, counted from its trials and results."""
+"""The remaining work of a study, counted from its trials and results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from study.spec.trial import Trial
 
 
 class Tally:
-    """Counts of one study, brought up to date with each trial and result: no call looks through all of them.
+    """Counts of one study, updated with each trial and result, so that no call iterates over all of them.
 
     Args:
-        more_seeds: seeds that single trials have besides the study's, by their numbers.
-        results: trial and seed of those on record, as they are at each call.
-        trials: to begin with.
+        more_seeds: seeds that single trials have besides the study's, by the trials' numbers.
+        results: live container of (trial, seed) of the results on record.
+        trials: initial trials.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class Tally:
         self._config, self._more_seeds, self._results = config, more_seeds, results
         self._n_listed = len(listed_specs(config))
         self._searched_arms = {arm.name for arm in config.arms if arm.is_searched}
-        # Ordered ones, for a plain dictionary from whose front much was removed is slow to begin with.
+        # OrderedDict: in a plain dictionary the first key is slow to find after many removals from the front.
         self._missing: OrderedDict[int, OrderedDict[int, None]] = OrderedDict()
-        """Seeds that a trial lacks, by its number, for those that lack any."""
+        """Seeds that each trial lacks, by its number; only trials that lack any."""
         self._n_trials = self._n_searched = self._n_repeats = self._n_missing = 0
         self._n_known = self._flops_known = self._flops_missing = 0
-        """FLOPs in whole numbers, whose sums have no rounding."""
+        """FLOPs as integers, so that sums are not rounded."""
         for trial in trials:
             self.add(trial)
 
@@ -52,7 +52,7 @@ class Tally:
         self.look_at(trial)
 
     def look_at(self, trial: Trial) -> None:
-        """Find anew which seeds a trial lacks: it is new, was stopped, or its results have changed."""
+        """Determine again which seeds a trial lacks: it is new, was stopped, or its results have changed."""
         n_before = len(self._missing.get(trial.number, ()))
         is_over = trial.duplicate_of is not None or trial.pruned is not None or trial.stop is not None
         seeds = [] if is_over else [s for s in self.seeds_of(trial) if (trial.number, s) not in self._results]
@@ -63,7 +63,7 @@ class Tally:
         self._count_missing(trial, len(seeds) - n_before)
 
     def note(self, trial: Trial, seed: int) -> None:
-        """A result is new on record."""
+        """Count a new result on record."""
         seeds = self._missing.get(trial.number, {})
         if seed in seeds:
             del seeds[seed]
@@ -78,59 +78,62 @@ class Tally:
     # Counts -------------------------------------------------------------------------------------------------------
 
     def seeds_of(self, trial: Trial) -> list[int]:
-        """Seeds that a trial (or the one it repeats) is to have: the study's, and those that were added to it alone."""
+        """All seeds planned for a trial (or the one it repeats): the study's, and those added to this trial alone."""
         return seeds_of(self._config, self._more_seeds, trial)
 
     def missing_seeds(self, trial: Trial) -> list[int]:
-        """Seeds that a trial has no result for and is to have.
+        """Planned seeds for which a trial has no result.
 
-        A duplicate lacks none, nor does a trial that was pruned or stopped.
+        A duplicate lacks none, and neither does a pruned or stopped trial.
         """
         return list(self._missing.get(trial.number, ()))
 
     def first_missing(self, trial: Trial) -> int | None:
-        """The first of them; None where none is missing."""
+        """The first missing seed; None if none is missing."""
         return next(iter(self._missing.get(trial.number, ())), None)
 
     @property
     def lacking(self) -> Iterable[int]:
-        """Numbers of the trials that lack a seed; of use until the next change."""
+        """Numbers of the trials that lack a seed; invalid after the next change."""
         return self._missing.keys()
 
     @property
     def n_over(self) -> int:
-        """Trials that lack no seed."""
+        """Number of trials that lack no seed."""
         return self._n_trials - len(self._missing)
 
     @property
     def n_trials(self) -> int:
-        """Trials that the study will have: the listed ones, and its budget, or those searched when the search ended."""
+        """Number of trials that the study will have.
+
+        It is the sum of the listed trials and the budget, or the trials searched so far if the search ended early.
+        """
         return self._n_listed + (self._n_searched if self.search_ended is not None else self._config.budget.trials)
 
     @property
     def n_runs_unasked(self) -> int:
-        """Runs (trial × seed) of trials that are not asked yet; each is taken to need all its seeds."""
+        """Number of runs (trial × seed) of trials not asked yet; each trial counts with all its seeds."""
         return max(0, self.n_trials - self._n_trials) * len(self._config.seed_list)
 
     @property
     def n_missing(self) -> int:
-        """Runs that the study lacks, those of trials that are not asked yet included."""
+        """Number of runs that the study lacks, including those of trials not asked yet."""
         return self._n_missing + self.n_runs_unasked
 
     @property
     def flops_left(self) -> float:
-        """FLOPs of those runs; trials that are not asked yet are taken to cost what the known ones do on average."""
+        """FLOPs of the missing runs; trials not asked yet count with the average FLOPs of the known ones."""
         mean = self._flops_known / self._n_known if self._n_known else 0.0
         return self._flops_missing + mean * self.n_runs_unasked
 
     @property
     def is_searching(self) -> bool:
-        """Whether a sampler has trials to choose yet."""
+        """Whether a sampler still has trials to choose."""
         return self._n_searched < self._config.budget.trials and self.search_ended is None
 
     @property
     def search_ended(self) -> str | None:
-        """Why the sampler is asked no more before the budget is met; None while it is, or where the budget is met."""
+        """Why the sampler is no longer asked before the budget is met; None if it is asked or the budget is met."""
         cap = self._config.budget.max_repeats
         if cap is None or self._n_repeats < cap or self._n_searched >= self._config.budget.trials:
             return None

@@ -1,4 +1,4 @@
-"""Trials in Optuna's tables: how one is written there and read back."""
+"""Trials in Optuna's tables: writing and reading them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from study.ledger.checksums import SUM, Damaged, checksum
 from study.spec.trial import Stop, Trial
 
 TRIAL = "trial"
-"""Optuna's user attribute that holds a trial of ours: one, so that it is written whole or not at all."""
+"""Optuna's user attribute that holds one of our trials: a single one, so that a trial is written atomically."""
 
 
 def to_attribute(trial: Trial) -> dict[str, Any]:
-    """What Optuna keeps of a trial; its stop has a table of its own."""
+    """The part of a trial that Optuna stores; its stop is in a separate table."""
     content = {
         "spec": trial.spec.model_dump(mode="json"),
         "shape": trial.shape.__dict__,
@@ -39,7 +39,7 @@ def read_frozen(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """Optuna's trials, in the order of their numbers.
 
     Raises:
-        Damaged: there is something that Optuna did not write.
+        Damaged: the tables contain something that Optuna did not write.
     """
     try:
         found = study.get_trials(deepcopy=False)
@@ -56,10 +56,10 @@ _TRIAL = TypeAdapter(Trial)
 
 
 def from_attribute(frozen: optuna.trial.FrozenTrial, stops: Mapping[int, Stop]) -> Trial:
-    """The trial that Optuna kept.
+    """The trial stored by Optuna.
 
     Raises:
-        Damaged: it is not what was written.
+        Damaged: the trial differs from what was written.
     """
     content = frozen.user_attrs[TRIAL]
     try:
@@ -72,7 +72,7 @@ def from_attribute(frozen: optuna.trial.FrozenTrial, stops: Mapping[int, Stop]) 
 
 
 def check_trials(trials: Mapping[int, Trial], arms: Container[str], stops: Iterable[int]) -> None:
-    """Raise a Damaged where a trial is of no arm of the study or repeats none, or where what was stopped is none."""
+    """Raise a Damaged if a trial has an unknown arm or repeats an unknown trial, or if a stopped trial is unknown."""
     for trial in trials.values():
         original = trials.get(trial.source)
         if trial.spec.arm not in arms or original is None or original.source != original.number:
@@ -83,7 +83,7 @@ def check_trials(trials: Mapping[int, Trial], arms: Container[str], stops: Itera
 
 
 def first_defect(error: Exception) -> str:
-    """What is wrong, in one line without the content itself."""
+    """Description of the first defect in one line, without the content itself."""
     if isinstance(error, ValidationError):
         defect = error.errors(include_input=False, include_url=False)[0]
         return f"{'.'.join(map(str, defect['loc']))}: {defect['msg']}"

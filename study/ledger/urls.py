@@ -1,4 +1,4 @@
-"""What kind of place a URL names."""
+"""The kind of place that a URL names."""
 
 from __future__ import annotations
 

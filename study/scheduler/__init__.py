@@ -1,1 +1,1 @@
-"""From the ledger to workers and back: units, the queue that issues them, and the executors that run them."""
+"""Scheduling: the queue that issues units from the ledger, and the executors that run them."""

@@ -13,7 +13,7 @@ def run_inline(queue: Queue, on_evaluation: Callable[[Unit, int, dict[str, float
     """Run every unit that the queue issues.
 
     Raises:
-        KeyboardInterrupt: at once, or where the interpreter dropped that (in a destructor), at the next evaluation.
+        KeyboardInterrupt: at once; at the next evaluation if the interpreter dropped it (in a destructor).
     """
     is_interrupted = False
 

@@ -1,4 +1,4 @@
-"""Being stopped by a user, or by a system that ends its jobs."""
+"""Interrupts by a user, or by a system that ends its jobs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 @contextmanager
 def interrupts(act: Callable[[], None]) -> Iterator[None]:
-    """Let the first Ctrl-C, or the first SIGTERM, call a function; a second one acts as ever.
+    """Let the first Ctrl-C or SIGTERM call a function; a second one has its usual effect.
 
-    Does nothing outside the main thread, which alone hears of signals.
+    Does nothing outside the main thread, the only one that receives signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

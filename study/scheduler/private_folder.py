@@ -1,4 +1,4 @@
-"""A folder for what Ray and Tune write while one study runs: only this user reads it, and it goes when the run ends."""
+"""A folder for the files of Ray and Tune: only this user can read it, and it is removed when the study's run ends."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from study.errors import StudyError
 _LONGEST = (107 if sys.platform == "linux" else 103) - len(
     "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 )
-"""Most bytes that the folder's path may have, so that Ray's sockets can lie below it."""
+"""Largest length of the folder's path in bytes, so that Ray's sockets can lie below it."""
 
 
 def remove_leftovers(study: Path) -> None:
-    """Remove what earlier runs of a study left in any of the places, since they were killed.
+    """Remove the folders that killed runs of a study left in any of the places.
 
     Args:
         study: the study's folder, whose lock the caller holds.
@@ -29,8 +29,8 @@ def remove_leftovers(study: Path) -> None:
         for left in place.glob(f"{_prefix(study)}*"):
             with suppress(OSError):
                 if left.lstat().st_uid == os.getuid():
-                    shutil.rmtree(left)  # not through a link
-    shutil.rmtree(study / "scratch", ignore_errors=True)  # where earlier versions had it
+                    shutil.rmtree(left)  # does not follow a link
+    shutil.rmtree(study / "scratch", ignore_errors=True)  # earlier versions used this place
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def private_folder(study: Path) -> Iterator[Path]:
         study: the study's folder.
 
     Raises:
-        StudyError: no place suits, and each one's reason.
+        StudyError: no place suits; the message gives the reason for each.
     """
     reasons, made = [], None
     for place in _places():
@@ -66,5 +66,5 @@ def _places() -> list[Path]:
 
 
 def _prefix(study: Path) -> str:
-    """Of the names that a study's folders have: the same at each run."""
+    """Prefix of the names of a study's folders, the same at each run."""
     return f"mpo{hashlib.sha256(str(study.resolve()).encode()).hexdigest()[:6]}-"

@@ -1,4 +1,4 @@
-"""Which unit comes next: the ledger's missing work, in order, with teachers before what depends on them."""
+"""The queue of units: the ledger's missing work in order, with teachers before the trials that depend on them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from study.training.storage import Storage
 from study.training.unit import Teachers, Unit, checkpoints_of
 
 MAX_DEATHS = 3
-"""A unit whose worker died this often, with no evaluation passed in between, is recorded as failed; or, where no
-worker came as far as to begin with it, is left for the next run of the study."""
+"""A unit whose worker died this often, without an evaluation in between, is recorded as failed. If no worker began
+with the unit, it is left for the next run of the study instead."""
 
 MAX_STILLBORN = 10
-"""So many workers in a row that die before they begin are no accident: the study stops."""
+"""If this many workers in a row die before they begin, it is no accident: the study stops."""
 
 Finished = Literal["finished"]
 
@@ -33,10 +33,10 @@ class Queue:
 
     Args:
         on_result: called after each recorded result.
-        on_stop: called with a trial that results have stopped, after them.
-        hold: of this driver on the ledger.
+        on_stop: called with a trial that results have stopped, after those results.
+        hold: this driver's hold on the ledger.
         on_answered: called with a new trial that needs no training: it repeats another, or is pruned.
-        say: told in one line what the user should know of.
+        say: receives one line about things that the user should know.
     """
 
     config: StudyConfig
@@ -49,13 +49,13 @@ class Queue:
     on_stop: Callable[[Trial], None] = lambda trial: None
     hold: Hold = field(default_factory=Hold)
     aborted: str | None = None
-    """Why no more units are issued although work is left; None while all is well."""
+    """Why no more units are issued although work is left; None if units can be issued."""
     in_flight: Flights = field(default_factory=Flights)
     _n_deaths: Counter[Key] = field(default_factory=Counter)
     _n_stillborn: Counter[Key] = field(default_factory=Counter)
     _n_stillborn_in_a_row: int = 0
     _given_up: dict[Key, str] = field(default_factory=dict)
-    """Runs that no worker came as far as to begin, and the last one's end."""
+    """Runs that were given up because no worker began them; how the last worker ended."""
     _block_that_fits: dict[int, int] = field(default_factory=dict)
     """For a trial that ran out of memory: the number of seeds to try."""
     _furthest_step: dict[Key, float] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Queue:
         self._patience = Patience(self.ledger, self.hold, self.say)
 
     def next_unit(self) -> Unit | Finished | None:
-        """The next unit; None where all that is left waits for units in flight; "finished" where nothing is left."""
+        """The next unit; None if all remaining work waits for units in flight; "finished" if nothing is left."""
         if self.aborted is not None:
             return "finished"
         unit = self._issue()
@@ -103,11 +103,11 @@ class Queue:
                 if block:
                     self.in_flight.issue((trial.number, seed) for seed in block)
                     return self._unit(trial, tuple(block))
-                if has_changed:  # then what the ledger lacks has to be looked at anew
+                if has_changed:  # the iterator over `lacking` is no longer valid
                     break
             if has_changed and self.aborted is None:
                 continue
-            # While one that was found waits for its teacher, another would be chosen with nothing learnt from it.
+            # Do not ask while a searched trial waits for its teacher: the sampler would choose without its result.
             if found_waits or self.aborted is not None:
                 return None
             n_trials = len(self.ledger.trials)
@@ -117,20 +117,20 @@ class Queue:
                 self.aborted = str(gone)
                 return None
             if asked is None and len(self.ledger.trials) == n_trials:
-                return None  # or else one was asked before, whose answer was lost
+                return None  # otherwise a trial was added by an earlier call whose answer was lost
             if asked is not None and not self.ledger.missing_seeds(asked):
                 self.on_answered(asked)
 
     def _block_size(self, trial: Trial) -> int:
-        """The most seeds that a unit of this trial may have."""
+        """Largest number of seeds in a unit of this trial."""
         execution = self.config.execution
         n_seeds = execution.seeds_per_unit
-        if n_seeds == "auto":  # the cores of a CPU are full with one
+        if n_seeds == "auto":  # one seed keeps the cores of a CPU busy
             n_seeds = len(self.config.seed_list) if execution.gpus else 1
         return min(n_seeds, self._block_that_fits.get(trial.number, n_seeds))
 
     def complete(self, results: Sequence[SeedResult]) -> None:
-        """Record a unit's results; where the ledger does not take them, they are missing again, and the study stops."""
+        """Record a unit's results; if the ledger does not take them, they are missing again, and the study stops."""
         if not results:
             return
         self.in_flight.end((result.trial, result.seed) for result in results)
@@ -141,7 +141,7 @@ class Queue:
             return
         for result in results:
             self._forget_checkpoints(result.trial, [result.seed])
-        for trial in stopped:  # what it leaves half trained
+        for trial in stopped:  # it may leave half-trained seeds
             if trial.duplicate_of is None:
                 self._forget_checkpoints(trial.number, self.ledger.seeds_of(trial))
         for result in results:
@@ -150,16 +150,16 @@ class Queue:
             self.on_stop(trial)
 
     def note_worker(self, unit: Unit) -> None:
-        """A worker was found for a unit; it has to come up yet."""
+        """Note that a worker was found for a unit; it has yet to start up."""
         self.in_flight.note(_keys(unit))
 
     def note_begin(self, unit: Unit) -> None:
-        """A worker has come up and begins with a unit."""
+        """Note that a worker has started up and begins with a unit."""
         self.in_flight.note(_keys(unit), begins=True)
         self._n_stillborn_in_a_row = 0
 
     def note_progress(self, unit: Unit, seed: int, step: float) -> None:
-        """A run passed an evaluation; if it came as far never before, its unit's earlier deaths no longer count."""
+        """Note an evaluation of a run; if the run is further than ever, its unit's earlier deaths no longer count."""
         self.in_flight.note(_keys(unit))
         if step > self._furthest_step.get((unit.trial, seed), -1):
             self._furthest_step[unit.trial, seed] = step
@@ -167,7 +167,7 @@ class Queue:
                 self._n_deaths[key] = 0
 
     def note_death(self, unit: Unit, why: str) -> None:
-        """Take back a unit whose worker died; where that has happened too often, see `MAX_DEATHS`."""
+        """Take back a unit whose worker died; see `MAX_DEATHS` if that has happened too often."""
         if not self.in_flight.have_begun(_keys(unit)):
             self._note_stillborn(unit, why)
             return
@@ -177,17 +177,17 @@ class Queue:
         self.complete([_failed(*key, reason) for key in _keys(unit) if self._n_deaths[key] >= MAX_DEATHS])
 
     def why_overdue(self, unit: Unit) -> str | None:
-        """What to say of a unit that has not reported for longer than `execution.unit_timeout`; None of any other."""
+        """A reason if a unit has not reported for longer than `execution.unit_timeout`, otherwise None."""
         limit = self.config.execution.unit_timeout
         if limit is None:
             return None
-        if not self.in_flight.have_begun(_keys(unit)):  # to come up takes its time, too
+        if not self.in_flight.have_begun(_keys(unit)):  # starting up takes time, too
             limit = max(limit, SILENT_SECONDS)
         late = [silence for silence in self.in_flight.silences(_keys(unit)) if silence.seconds > limit]
         return f"no report for {late[0].seconds:.0f} s (execution.unit_timeout)" if late else None
 
     def note_out_of_memory(self, unit: Unit, why: str) -> None:
-        """Take back a unit that was too large for its worker: half of its seeds at a time may fit."""
+        """Take back a unit that was too large for its worker; half of its seeds at a time may fit."""
         if len(unit.seeds) == 1:
             self.note_death(unit, why)
             return
@@ -195,13 +195,13 @@ class Queue:
         self.put_back(unit)
 
     def forgive_death(self, unit: Unit) -> None:
-        """Its node was lost, as spot machines are: that says nothing of the unit, however often it happens."""
+        """Do not count a death caused by the loss of a node, such as a spot machine: it says nothing about the unit."""
         for key in _keys(unit):
             self._n_deaths[key] = max(0, self._n_deaths[key] - 1)
         self.say(f"a node of Ray is gone; what it had of trial {unit.trial} goes on elsewhere, from its checkpoint")
 
     def _note_stillborn(self, unit: Unit, why: str) -> None:
-        """A worker that did not come up says nothing of the unit it was to have."""
+        """Take back a unit whose worker did not start up: that says nothing about the unit."""
         self._n_stillborn.update(_keys(unit))
         self._n_stillborn_in_a_row += 1
         self.put_back(unit)
@@ -210,15 +210,15 @@ class Queue:
             self.aborted = f"{MAX_STILLBORN} workers in a row died before they began with a run: {why}"
 
     def stop_waiting(self) -> None:
-        """Wait no more for a ledger that is away: the study is interrupted."""
+        """Stop waiting for an unreachable ledger: the study is interrupted."""
         self._patience.is_over = True
 
     def is_cancelled(self, unit: Unit) -> bool:
-        """Whether a unit in flight has been stopped meanwhile: nothing waits for what it still trains."""
+        """Whether the trial of a unit in flight has been stopped: its results are no longer needed."""
         return self.ledger.trials[unit.trial].stop is not None
 
     def put_back(self, unit: Unit) -> None:
-        """Take back a unit that ended without results through no fault of its own."""
+        """Take back a unit that ended without results, for reasons outside the unit."""
         self.in_flight.end(_keys(unit))
         if self.is_cancelled(unit):
             self._forget_checkpoints(unit.trial, unit.seeds)
@@ -231,15 +231,17 @@ class Queue:
             self.aborted = str(error)
 
     def _may_start(self, arm: str) -> bool:
-        """Whether trials with this teacher can be asked for: those that have to wait are not, so that others come
-        before them."""
+        """Whether trials with this teacher can be asked for.
+
+        Trials that would have to wait for their teacher are not asked for yet, so that others come before them.
+        """
         teacher = self.ledger.first_of(arm)
         return teacher is not None and any(
             (teacher.number, seed) in self.ledger.results for seed in self.config.seed_list
         )
 
     def _result_of_teacher(self, trial: Trial, seed: int) -> SeedResult | Literal["waits"] | None:
-        """What a run starts from, or that it waits for that; None where it needs none."""
+        """The teacher's result that a run starts from; "waits" if it is not there yet; None if no teacher is needed."""
         if trial.spec.teacher is None:
             return None
         teacher = self.ledger.first_of(trial.spec.teacher)
@@ -276,7 +278,7 @@ class Queue:
 
 
 def study_chis(config: StudyConfig) -> tuple[int, ...]:
-    """Every χ at which dense layers are decomposed; a searched range stands for the powers of 2 in it."""
+    """Every χ at which dense layers are decomposed; a searched range counts as the powers of 2 in it."""
     chis = set(config.rel_error_chi)
     for arm in config.arms:
         match arm.values().get("chi"):

@@ -1,7 +1,7 @@
 """Ray Tune as a stateless executor: a Searcher over the queue, a worker, and the Tuner.
 
-Nothing that Tune remembers is needed again: every start makes a fresh Tuner over what the ledger still lacks. Tune's
-own restore loses finished trials when its driver is killed, and its repeaters and grids do not know the ledger.
+Tune's own state is never needed again: every start makes a fresh Tuner over the work that the ledger still lacks.
+Tune's restore loses finished trials when its driver is killed, and its repeaters and grids do not know the ledger.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",  # its box of settings says nothing about a study
+    "RAY_AIR_NEW_OUTPUT": "0",  # its box of settings says nothing useful about a study
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # no snapshots: nothing is restored from them
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
-"""Environment variables for Ray; one that the user has set stays as it is."""
+"""Default environment variables for Ray; the user's own values take precedence."""
 
 NODE_WATCH_SECONDS = 10
-"""Time between two looks at whether any node is left."""
+"""Time between two checks that a node is left."""
 
 OnEvaluation = Callable[[Unit, int, dict[str, float]], None]
 
@@ -61,10 +61,10 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, study: Path, address: 
 
     Args:
         study: the study's folder.
-        address: of a Ray cluster, or "local": a Ray of its own, which ends with this call.
+        address: address of a Ray cluster, or "local" for a new Ray instance, which ends with this call.
 
     Raises:
-        StudyError: no Ray at that address, none can be started, or none of its nodes can hold a unit.
+        StudyError: there is no Ray at that address, Ray cannot be started, or none of its nodes can hold a unit.
     """
     with private_folder(study) as folder:
         try:
@@ -114,7 +114,7 @@ def _fit(queue: Queue, on_evaluation: OnEvaluation, folder: Path, slots: int) ->
             ),
             run_config=tune.RunConfig(
                 name=f"{queue.config.name}-{uuid4().hex[:8]}",
-                storage_path=str(folder / "tune"),  # a folder for every unit; workers send no files
+                storage_path=str(folder / "tune"),  # one folder per unit; workers send no files
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),  # the queue counts, and issues a unit again
                 callbacks=[watch, _HungWorkers(searcher)],
@@ -135,15 +135,15 @@ def _fit(queue: Queue, on_evaluation: OnEvaluation, folder: Path, slots: int) ->
         else:
             raise
     finally:
-        with suppress(Exception):  # where Ray is gone, so is what it stored
+        with suppress(Exception):  # if Ray is gone, so is its store
             _internal_kv_del(storage_key)
 
 
 def _shut_down() -> None:
     """End Ray's part of this process.
 
-    What Tune leaves behind refers to actors. Where another thread collects that as garbage just while Ray shuts down,
-    Ray ends the whole process at once and without a word (its `QuickExit`); so it is collected before, or after.
+    Objects that Tune leaves behind refer to actors. If another thread collects them as garbage while Ray shuts down,
+    Ray ends the whole process at once and without a message (its `QuickExit`). So they are collected before or after.
     """
     gc.collect()
     gc.disable()
@@ -154,9 +154,9 @@ def _shut_down() -> None:
 
 
 class _WithoutDriversPath(JobConfig):
-    """A job whose workers do not look for modules in the driver's working folder, or in its script's, before others.
+    """A job whose workers do not search for modules first in the working folder or script folder of the driver.
 
-    Ray adds those where the job has no working folder of its own to import from, and asks it that for nothing else.
+    Ray adds these folders if the job has no working folder of its own, and calls this method for nothing else.
     """
 
     def _runtime_env_has_working_dir(self) -> bool:
@@ -173,7 +173,7 @@ def _connect(address: str, folder: Path) -> None:
             "--address auto or HOST:6379"
         )
     host, _, port = address.rpartition(":")
-    if port.isdecimal():  # where nobody listens, Ray itself would go on trying for five minutes
+    if port.isdecimal():  # if nobody listens, Ray itself would try for five minutes
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except (OSError, OverflowError) as error:
@@ -186,22 +186,22 @@ def _connect(address: str, folder: Path) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             job_config=_WithoutDriversPath(),
-            _temp_dir=str(folder / "ray") if is_local else None,  # Ray makes it one that all may read
+            _temp_dir=str(folder / "ray") if is_local else None,  # Ray's default is readable by all users
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         n_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         few = f" (ulimit -n allows {n_files} open files)" if 0 <= n_files < 1024 else ""
         what = f"cannot start Ray{few}" if is_local else f"--address {shown}: cannot connect to Ray"
         lines = str(error).splitlines() or [type(error).__name__]
-        said = " ".join(" ".join(lines).split()) if lines[0].endswith(":") else lines[0]  # versions that differ
+        said = " ".join(" ".join(lines).split()) if lines[0].endswith(":") else lines[0]  # a version mismatch
         raise StudyError(f"{what}: {hide_password(said, address)}") from None
-    # A worker's death is no reason for a page of traceback: its unit is issued again.
+    # No long traceback for a worker's death: its unit is issued again.
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _slots(cpus: float, gpus: float) -> int:
-    """How many units the nodes that are up now can hold at once."""
+    """Number of units that the nodes that are up now can hold at once."""
     slots = 0
     for node in ray.nodes():
         if node["Alive"]:
@@ -215,23 +215,23 @@ _NO_NODES = "no node of Ray is left that can hold a unit"
 
 
 class _NodeWatch(tune.Callback):
-    """Ends a run whose last node is gone, for which Tune would wait for ever without a word; or that is interrupted.
+    """Ends a run that is interrupted, or whose last node is gone: Tune would wait for ever without a message.
 
     Args:
         has_nodes: whether any node is left that can hold a unit.
-        forgive: told of a unit that died with its node, and was no cause of it.
+        forgive: called with a unit that died with its node, and did not cause its end.
     """
 
     def __init__(self, has_nodes: Callable[[], bool], forgive: Callable[[Unit], None]) -> None:
         self.has_nodes, self._forgive = has_nodes, forgive
         self.died: list[tuple[str | None, Unit]] = []
-        """Units whose workers died, with the node they were on: Ray knows of its end only some time later."""
+        """Units whose workers died, with their node: Ray notices the end of a node only some time later."""
         self._looked = time.monotonic()
         self._trials: list[Any] = []
         self._is_interrupted = False
 
     def interrupt(self) -> None:
-        """End the run between two steps of Tune, where nobody holds a lock of Ray's."""
+        """End the run between two steps of Tune, when no Ray lock is held."""
         self._is_interrupted = True
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -249,16 +249,16 @@ class _NodeWatch(tune.Callback):
                 raise ConnectionError(_NO_NODES)
 
     def error_of(self, trial_id: str) -> str:
-        """What Tune knows of the end of a worker, in one line."""
+        """Tune's error message for a dead worker, in one line."""
         trial = next((trial for trial in reversed(self._trials) if trial.trial_id == trial_id), None)
-        path = trial.error_file if trial is not None else None  # `get_error` looks where it will be copied to later
+        path = trial.error_file if trial is not None else None  # `get_error` reads the later copy
         lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).exists() else []
         lines = [line.strip() for line in lines if line.strip()]
         named = [line for line in lines if "Error: " in line]
         return (named or lines or ["Ray does not say why"])[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its parts for a restore that we never ask for: the ledger holds all."""
+        """Empty: Tune pickles its parts for a restore that we never use, since the ledger holds everything."""
         return {}
 
 
@@ -290,7 +290,7 @@ class _Cancelling(FIFOScheduler):
     """Ends units whose trial was stopped while they ran.
 
     Args:
-        is_cancelled: from the id that Tune gave a unit.
+        is_cancelled: whether a unit must end, by the id that Tune gave it.
     """
 
     def __init__(self, is_cancelled: Callable[[str], bool]) -> None:
@@ -302,7 +302,7 @@ class _Cancelling(FIFOScheduler):
         return TrialScheduler.STOP if not is_last and self._is_cancelled(trial.trial_id) else TrialScheduler.CONTINUE
 
     def __getstate__(self) -> dict[str, Any]:
-        """As of the searcher: nothing is restored."""
+        """See `_NodeWatch.__getstate__`: nothing is restored."""
         return {}
 
 
@@ -315,9 +315,9 @@ class _LedgerSearcher(Searcher):
         self._on_evaluation = on_evaluation
         self._units: dict[str, Unit] = {}
         self._nodes: dict[str, str] = {}
-        """Id of the node on which a unit began."""
+        """Id of the node on which each unit began, by the unit's id."""
         self._overdue: dict[str, str] = {}
-        """Units whose workers were ended, and why."""
+        """Ids of the units whose workers were ended, with the reason."""
 
     def suggest(self, trial_id: str) -> Any:
         unit = self._queue.next_unit()
@@ -329,12 +329,12 @@ class _LedgerSearcher(Searcher):
         return {"unit": unit.model_dump_json()}
 
     def note_worker(self, trial_id: str) -> None:
-        """Tune has a worker for a unit."""
+        """Note that Tune has a worker for a unit."""
         if trial_id in self._units:
             self._queue.note_worker(self._units[trial_id])
 
     def overdue(self) -> list[str]:
-        """Ids of the units whose workers are to be ended now."""
+        """Ids of the units whose workers must be ended now."""
         found = {
             trial_id: why
             for trial_id, unit in self._units.items()

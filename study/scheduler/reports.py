@@ -1,6 +1,6 @@
-"""When each run that is out reported last: said while a study runs, and kept where `status` finds it.
+"""Time of the last report of each run in flight: shown while a study runs, and written to a file that `status` reads.
 
-A worker that hangs sends nothing, so that nothing here waits for a result: a thread of its own looks at the clock.
+A worker that hangs sends nothing. So nothing here waits for a result: a separate thread looks at the clock.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 from study.ledger.directory import replace_file
 
 SILENT_SECONDS = 600
-"""A run that has not reported for this long is named, and again each time that this long has passed."""
+"""A run that has not reported for this long is named, and again after each further period of this length."""
 
 LOOK_SECONDS = 5
-"""Time between two looks, and so the least between two writes of the file."""
+"""Time between two checks, and so the shortest time between two writes of the file."""
 
 Key = tuple[int, int]
 
 
 @dataclass
 class Flight:
-    """A run (trial, seed) that was issued; `heard`: when a worker had it or reported last, None before any worker."""
+    """A run (trial, seed) that was issued; `heard`: when a worker got it or last reported, None before any worker."""
 
     heard: float | None = None
     has_begun: bool = False
@@ -36,7 +36,7 @@ class Flight:
 
 @dataclass(frozen=True)
 class Silence:
-    """Runs of one trial that were heard of last at the same time, in seconds before now."""
+    """Runs of one trial whose last report was at the same time, in seconds before now."""
 
     trial: int
     seeds: tuple[int, ...]
@@ -53,10 +53,10 @@ class Silence:
 
 
 class Flights(dict[Key, Flight]):
-    """The runs that are out.
+    """The runs in flight.
 
     Args:
-        clock: seconds that only grow.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -67,7 +67,7 @@ class Flights(dict[Key, Flight]):
         self.update((key, Flight()) for key in keys)
 
     def note(self, keys: Iterable[Key], *, begins: bool = False) -> None:
-        """A worker has these, or reports of them; one that is back already is passed over."""
+        """Note that a worker has these runs or reports on them; a run that has ended is ignored."""
         for key in keys:
             if key in self:
                 self[key].heard = self._clock()
@@ -81,7 +81,7 @@ class Flights(dict[Key, Flight]):
             self.pop(key, None)
 
     def silences(self, keys: Iterable[Key] | None = None) -> list[Silence]:
-        """How long ago each run that has a worker was heard of, all or these."""
+        """Time since the last report of each run that has a worker. Default: all runs."""
         now, found = self._clock(), defaultdict(list)
         for key, flight in list(self.items()) if keys is None else [(key, self[key]) for key in keys if key in self]:
             if flight.heard is not None:
@@ -90,11 +90,11 @@ class Flights(dict[Key, Flight]):
 
 
 class SilenceWatch:
-    """Looks at the runs that are out, every few seconds, as long as it is entered.
+    """Context manager that checks the runs in flight every few seconds.
 
     Args:
-        file: where it writes when each was heard of, for `read_reports`.
-        show: told at each look of every long silence, and of those among them to be said again.
+        file: gets the time of each run's last report, for `read_reports`.
+        show: called at each check with the lines of all long silences, and with those of them to be printed again.
     """
 
     def __init__(self, flights: Flights, file: Path, show: Callable[[list[str], list[str]], None]) -> None:
@@ -120,7 +120,7 @@ class SilenceWatch:
             self.look()
 
     def look(self) -> None:
-        """Write and say what there is now."""
+        """Write and show the current silences."""
         silences = self._flights.silences()
         self._write(silences)
         long = [silence for silence in silences if silence.is_long]
@@ -134,17 +134,17 @@ class SilenceWatch:
         runs = [[one.trial, one.seeds, round(now - one.seconds)] for one in silences]
         text = json.dumps({"pid": os.getpid(), "runs": sorted(runs)})
         if text != self._written:
-            with suppress(OSError):  # a full disk is said by what matters more
+            with suppress(OSError):  # a full disk is reported by more important writes
                 replace_file(self._file, text.encode(), 0o600)
                 self._written = text
 
 
 def read_reports(file: Path, driver: int | None) -> list[Silence]:
-    """What the driver with this process id wrote last; empty where it wrote nothing."""
+    """The last content written by the driver with this process id; empty if it wrote nothing."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["pid"] != driver:
-            return []  # one that was killed left it
+            return []  # left by a killed driver
         return [Silence(trial, tuple(seeds), max(0.0, time.time() - heard)) for trial, seeds, heard in content["runs"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []

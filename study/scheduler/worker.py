@@ -1,6 +1,6 @@
-"""What a Ray worker does. Ray sends it by value, from the driver: it decides there which program is imported.
+"""The code of a Ray worker. Ray sends it by value from the driver; on the worker it decides which program is imported.
 
-Nothing of ours may be imported at the top of this file.
+Do not import this project's packages at the top of this file.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ray.experimental.internal_kv import _internal_kv_get
 from study.training.program import PACKAGES, code_in, program
 
 _checked: list[bool] = []
-"""Not empty once this process has found that its program is the driver's."""
+"""Not empty after this process has verified that its program is the driver's."""
 
 
 class _AsOnTheDriver:
-    """Finds our packages in the driver's folders, before any other place."""
+    """Import finder that finds this project's packages in the driver's folders before any other place."""
 
     def __init__(self, folders: Mapping[str, str]) -> None:
         self._folders = folders
@@ -40,10 +40,10 @@ class _AsOnTheDriver:
 
 
 def why_refused(driver: Mapping[str, str]) -> str | None:
-    """Why this process may train nothing for a driver, in one line naming both places; None where it may.
+    """Why this process may not train for a driver, in one line that names both places; None if it may.
 
-    Where the driver's folders hold the driver's program on this machine, too, they are what is imported; else it is
-    what this machine has installed.
+    If the driver's folders hold the driver's program on this machine, too, packages are imported from them. Otherwise
+    the packages installed on this machine are imported.
     """
     if _checked:
         return None
@@ -52,7 +52,7 @@ def why_refused(driver: Mapping[str, str]) -> str | None:
     try:
         if code_in(folders) == driver["code"]:
             sys.meta_path.insert(0, _AsOnTheDriver(folders))  # type: ignore[arg-type]
-    except OSError:  # another machine, which has its own
+    except OSError:  # another machine, with its own program
         pass
     try:
         own = program()
@@ -66,7 +66,7 @@ def why_refused(driver: Mapping[str, str]) -> str | None:
             for one in (own, driver)
         ]
         return f"{here} has another program, {places[0]}, than this driver, {places[1]}"
-    from study.training.program import this_program  # of this process: what its results name
+    from study.training.program import this_program  # this process's program, which its results name
 
     this_program()
     _checked.append(True)
@@ -74,13 +74,13 @@ def why_refused(driver: Mapping[str, str]) -> str | None:
 
 
 def work(config: dict[str, str], driver: Mapping[str, str], storage_key: str) -> None:
-    """A worker's whole life: one unit. Every result travels in the last report, which must be complete by itself.
+    """Run one unit, a worker's only task. All results are sent in the last report, which must be complete by itself.
 
     Args:
-        driver: its program.
-        storage_key: where Ray's own store of keys has the URL of the storage. The URL may hold a password, which Tune
-            would write down. Ray's store of objects is no place for it: a driver that has an object there ends without
-            a word when its node dies.
+        driver: the driver's program.
+        storage_key: key of the storage's URL in Ray's key-value store. The URL may hold a password, which Tune would
+            write to disk. It is not in Ray's object store, because a driver that has an object there ends without a
+            message when its node dies.
     """
     refused = why_refused(driver)
     if refused is not None:
@@ -100,7 +100,7 @@ def work(config: dict[str, str], driver: Mapping[str, str], storage_key: str) ->
 
     try:
         results = run_unit(unit, report_evaluation, lambda line: tune.report({"said": line}))
-    except (OSError, StudyError) as error:  # the latter: what its storage needs is not installed here
+    except (OSError, StudyError) as error:  # StudyError: a package for the storage is missing here
         tune.report({"abort": str(error)})
     except OUT_OF_MEMORY as error:
         tune.report({"out_of_memory": f"out of memory: {error}".splitlines()[0]})

@@ -1,1 +1,1 @@
-"""Search with Optuna: samplers, the values they are told, and stopping trials early."""
+"""Search with Optuna: samplers, the values reported to them, and early stopping of trials."""

@@ -1,7 +1,7 @@
-"""Giving up searched trials that a rival beats on every seed that both have.
+"""Early stopping: gives up searched trials that a rival beats on every seed that both have.
 
-A trial may be stopped by one that ended before it and not by one that ended after, so that such a study depends on the
-order in which its trials ended. Every decision is therefore kept with its evidence, and never made again.
+A trial may be stopped by a rival that ended before it, but not by one that ended after it. The study therefore depends
+on the order in which its trials ended. So every decision is recorded with its evidence, and never made again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ def stops_after(
     latest: SeedResult,
     lacking: Iterable[Trial],
 ) -> list[Stop]:
-    """The trials that a result ends, its own or those that its own beats, with that result among `results`.
+    """Stops of the trials that the latest result ends: its own trial, or trials that its own trial beats.
 
     Args:
-        lacking: the trials that still lack seeds that they have never had.
+        results: results on record, including the latest.
+        lacking: the trials that lack results for seeds that never had one.
     """
     rule = config.early_stopping
     if rule is None:
@@ -42,7 +43,7 @@ def stops_after(
 
 
 def _is_stoppable(config: StudyConfig, trial: Trial) -> bool:
-    """A searched MPO trial of its own: references, controls and teachers are dense or listed."""
+    """Whether it is a searched MPO trial and no repeat; references, controls and teachers are dense or listed."""
     is_own = trial.duplicate_of is None and trial.pruned is None and trial.stop is None
     return is_own and trial.spec.family == "mpo" and config.arm(trial.spec.arm).is_searched
 
@@ -61,7 +62,7 @@ def _stop(
         return None
     of_rival = [results[rival.number, seed] for seed in seeds if (rival.number, seed) in results]
     if any(result.state == "failed" for result in of_rival):
-        return None  # it is on no frontier itself
+        return None  # a rival with a failed seed is on no frontier
     key = METRIC_OF_OBJECTIVE[rule.metric]
     shared = [
         (result.seed, results[trial.number, result.seed].final[key], result.final[key])
@@ -77,6 +78,6 @@ def _stop(
 
 
 def _schedule(spec: TrialSpec) -> tuple[object, ...]:
-    """Equal where the same seed means the same data, and neither run has had more training."""
+    """Key that is equal if the same seed means the same data, and neither run has had more training."""
     protocol = spec.protocol
     return spec.teacher, protocol.steps, protocol.batch_size, spec.model.context

@@ -1,4 +1,4 @@
-"""Optuna's samplers over a study's space, as every trial finds them: fresh, and with seeds of their own."""
+"""Optuna's samplers over a study's space: each trial gets a fresh one with its own seed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def make_sampler(config: StudyConfig, trial_number: int) -> optuna.samplers.Base
 class _OverKnownSpace:
     """A sampler over the study file's space.
 
-    The stock ones intersect the parameters of all completed trials; a listed trial has none, and would leave them with
-    an empty space.
+    Optuna's own samplers intersect the parameters of all completed trials. A listed trial has no parameters, so it
+    would make that space empty.
     """
 
     def __init__(self, space: dict[str, BaseDistribution], **options: Any) -> None:
@@ -55,7 +55,7 @@ class _NSGAIII(_OverKnownSpace, optuna.samplers.NSGAIIISampler):
 
 
 class _GP(_OverKnownSpace, optuna.samplers.GPSampler):
-    """Takes listed trials, which have no point in the space, out of what the processes are fitted to."""
+    """Fits the Gaussian processes without listed trials, which have no point in the space."""
 
     def _sample_relative_impl(
         self,

@@ -1,8 +1,8 @@
-"""What a sampler is told of a trial that is over: its objectives, and by how much it breaks a constraint.
+"""What a sampler is told about a finished trial: its objectives, and by how much it breaks a constraint.
 
-Optuna's samplers learn nothing from a failed trial, and NSGA-II, NSGA-III and the Gaussian process nothing from a
-pruned one. So what diverged, or was too large to be trained, is told as complete and infeasible: all of them rank it
-below whatever is feasible, by how far it is from that.
+Optuna's samplers learn nothing from a failed trial, and NSGA-II, NSGA-III and the Gaussian process learn nothing from a
+pruned one. So a trial that diverged, or was too large to be trained, is told as complete and infeasible. All samplers
+rank it below every feasible trial, by how far it is from feasible.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from study.spec.search_space import METRIC_OF_OBJECTIVE
 from study.spec.trial import SeedResult, Trial, TrialShape
 
 DIVERGED = "diverged"
-"""Constraint: share of a trial's seeds that diverged; −1 for none, which is well within."""
+"""Constraint: share of a trial's seeds that diverged; −1 if none did, which is well within the constraint."""
 
 
 @dataclass(frozen=True)
 class Told:
-    """values: one for each objective; None where nothing can be learnt. constraints: broken where above 0."""
+    """values: one for each objective; None if nothing can be learnt. constraints: broken if above 0."""
 
     values: list[float] | None
     constraints: dict[str, float]
@@ -31,31 +31,31 @@ class Told:
 def what_to_tell(
     config: StudyConfig, trial: Trial, source: Trial, results: Sequence[SeedResult], worst_loss: float
 ) -> Told:
-    """What a sampler is told of a trial.
+    """What a sampler is told about a trial.
 
     Args:
         source: the trial itself, or the one that it repeats.
-        results: of the source; fewer than there are seeds where it was stopped, none where it was not trained.
-        worst_loss: stands for the loss of a seed that has none.
+        results: results of the source; some seeds are missing if it was stopped, all if it was not trained.
+        worst_loss: replaces the loss of a seed that has none.
     """
     failed = [result for result in results if result.state == "failed"]
-    if not config.arm(trial.spec.arm).is_searched:  # it has no parameters to learn about
+    if not config.arm(trial.spec.arm).is_searched:  # a listed trial has no parameters to learn about
         return Told(None if failed else _values(config, source, results, worst_loss), {})
     n_diverged = sum(result.failure_step is not None for result in failed)
     constraints = _excess(config.budget, trial.shape)
     constraints[DIVERGED] = n_diverged / len(results) if n_diverged else -1.0
-    if n_diverged < len(failed):  # a worker's or a machine's trouble says nothing of the configuration
+    if n_diverged < len(failed):  # a failed worker or machine says nothing about it
         return Told(None, constraints)
     return Told(_values(config, source, results, worst_loss), constraints)
 
 
 def worst_loss(shape: TrialShape, worst_on_record: float) -> float:
-    """As bad as a uniform guess, and as the worst result on record."""
+    """The larger of the loss of a uniform guess and the worst loss on record."""
     return max(math.log(shape.vocab_size), worst_on_record, 0.0)
 
 
 def why_pruned(budget: Budget, shape: TrialShape) -> str | None:
-    """Which limit of the budget these parameter counts break, in one line; None where they keep within both."""
+    """The limit of the budget that these parameter counts break, in one line; None if they are within both."""
     for key, value in _excess(budget, shape).items():
         if value > 0:
             limit = getattr(budget, key)
@@ -66,7 +66,7 @@ def why_pruned(budget: Budget, shape: TrialShape) -> str | None:
 
 
 def _excess(budget: Budget, shape: TrialShape) -> dict[str, float]:
-    """By which share of a limit the parameters are beyond it (above 0), or within it."""
+    """Relative excess of the parameters over each limit: above 0 beyond the limit, at most 0 within it."""
     excess = {}
     for key, sign in (("max_params", 1), ("min_params", -1)):
         limit = getattr(budget, key)

@@ -1,1 +1,1 @@
-"""A study file: what it says, and what follows from it."""
+"""The study file: its content, and what follows from it."""

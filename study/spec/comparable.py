@@ -1,4 +1,4 @@
-"""What of a study the analysis will not compare, known before anything is trained."""
+"""Comparisons that the analysis will not make for a study, known before anything is trained."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from study.spec.values import Range, options
 def not_compared(config: StudyConfig) -> list[str]:
     """One line for each comparison that a reader expects and will not find, with the reason.
 
-    Expected are each arm beside the dense model of the study's own size (from a teacher: beside a dense model that is
-    trained further from it), and each MPO arm beside the controls with the same start. The analysis compares arms
-    of one budget (see `budget_hash`), and pairs that `claims.contrasts` declares.
+    A reader expects each arm to be compared with the dense model of the study's own size; an arm with a teacher, with
+    a dense model trained further from that teacher. A reader expects each MPO arm to be compared with the controls
+    that have the same start. The analysis compares arms of the same budget (see `budget_hash`), and pairs that
+    `claims.contrasts` declares.
     """
-    from analysis.statistics.seed_blocks import MIN_SEEDS  # and NumPy, which is slow to import
+    from analysis.statistics.seed_blocks import MIN_SEEDS  # imports NumPy, which is slow
 
     if len(config.arms) == 1:
         return []
@@ -72,7 +73,7 @@ def _uncompared_controls(config: StudyConfig, arm: Arm, dense: Sequence[Arm]) ->
 
 
 def _is_reference(config: StudyConfig, arm: Arm) -> bool:
-    """Whether a trial of the arm may be the dense model, from scratch, of the study's own size."""
+    """Whether a trial of the arm may be the dense model of the study's own size, trained from scratch."""
     if not isinstance(arm, DenseArm) or arm.teacher is not None:
         return False
     own = config.model.d_model

@@ -1,4 +1,4 @@
-"""What is wrong with the content of a study file: one line for each defect, with its key and what is allowed."""
+"""Defects in the content of a study file: one line for each, with its key and what is allowed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def defects(error: ValidationError, data: Any) -> Iterator[str]:
 
 
 def _roots(defects: Sequence[Any]) -> list[Any]:
-    """Without the lists that are too short merely because an item of theirs has a defect of its own."""
+    """Drop "list too short" defects whose only cause is a defect in one of the list's items."""
     locations = [defect["loc"] for defect in defects]
 
     def has_inner(location: tuple[int | str, ...]) -> bool:
@@ -89,7 +89,7 @@ def _describe(defect: Any, data: Any) -> str:
 
 
 def _path(location: tuple[int | str, ...], data: Any) -> str:
-    """The defect's dotted key; list positions are shown by the arm's name where it has one."""
+    """The defect's dotted key; list positions are shown as the arm's name if it has one."""
     parts, node = "", data
     for before, key in zip((None, *location), location, strict=False):
         if key in VALUE_KINDS and before in (*VALUE_FIELDS, "seeds"):
@@ -113,7 +113,7 @@ def _get(node: Any, key: int | str) -> Any:
 
 
 def _allowed_keys(location: tuple[int | str, ...]) -> Iterator[str]:
-    """The keys of the model in which an unknown key stood."""
+    """Allowed keys of the model that contains the unknown key."""
     model: Any = StudyConfig
     for key in location[:-1]:
         if key in _ARMS:
@@ -122,7 +122,7 @@ def _allowed_keys(location: tuple[int | str, ...]) -> Iterator[str]:
             model = Choices if key == "choices" else Range
         elif isinstance(key, str) and key in model.__pydantic_fields__:
             annotation = model.__pydantic_fields__[key].annotation
-            options = (annotation, *get_args(annotation))  # of an optional section, the section
+            options = (annotation, *get_args(annotation))  # unwrap an optional section
             sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
             model = next(iter(sections), model)
     yield from model.__pydantic_fields__
@@ -130,6 +130,6 @@ def _allowed_keys(location: tuple[int | str, ...]) -> Iterator[str]:
 
 def _shorten(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
-    if not text.isprintable():  # an escape code would reach the terminal
+    if not text.isprintable():  # otherwise an escape code would reach the terminal
         text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

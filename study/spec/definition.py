@@ -1,4 +1,4 @@
-"""Which study files go on with a study on record, and which ones extend it."""
+"""Decides which study files continue a study on record, and which ones extend it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from study.spec.search_space import listed_specs
 
 
 def definition(config: StudyConfig) -> dict[str, Any]:
-    """What may not change under a study: all but its words, where it runs, where its corpus lies, and what ends a
-    search early."""
+    """The part of a study that may not change.
+
+    It leaves out the description, where the study runs, where its corpus lies, and what ends a search early.
+    """
     plain = config.model_dump(
         mode="json",
         exclude={"description": True, "execution": True, "corpus": {"path", "sha256"}, "budget": {"max_repeats"}},
@@ -35,8 +37,9 @@ _MAY_GROW = ("seeds", "budget", "arms")
 
 
 def settled(config: StudyConfig, history: Sequence[StudyConfig]) -> StudyConfig:
-    """The study that a file means: where its seeds, budget or arms are ones that the study had before it grew, the
-    grown ones are meant.
+    """The study that a file means.
+
+    If the file's seeds, budget or arms equal those that the study had before it grew, the grown ones are meant.
 
     Args:
         history: the study as it was begun, and after each growth.
@@ -52,7 +55,7 @@ def settled(config: StudyConfig, history: Sequence[StudyConfig]) -> StudyConfig:
 
 
 def only_adds(old: StudyConfig, new: StudyConfig) -> bool:
-    """Whether a study file has all of another, and what it has more are seeds, searched trials or listed trials."""
+    """Whether `new` contains all of `old` and adds only seeds, searched trials or listed trials."""
     rest = [{key: value for key, value in definition(one).items() if key not in _MAY_GROW} for one in (old, new)]
     tuned_among = [{arm.name: arm.tuned_among for arm in one.arms} for one in (old, new)]
     searched = [{arm.name: arm for arm in one.arms if arm.is_searched} for one in (old, new)]
@@ -62,7 +65,7 @@ def only_adds(old: StudyConfig, new: StudyConfig) -> bool:
         and new.budget.trials >= old.budget.trials
         and _limits(new) == _limits(old)
         and tuned_among[0].items() <= tuned_among[1].items()
-        and searched[0] == searched[1]  # Optuna knows no parameter whose range changes
+        and searched[0] == searched[1]  # Optuna does not allow a parameter's range to change
         and set(listed_specs(old)) <= set(listed_specs(new))
     )
 

@@ -1,4 +1,4 @@
-"""From the study file to trials: listed ones enumerated, searched ones suggested by an Optuna sampler."""
+"""From the study file to trials: listed ones are enumerated, searched ones are suggested by an Optuna sampler."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ARM = "arm"
 """Name of the Optuna parameter that chooses between several searched arms."""
 
 MAX_LISTED, MAX_RUNS = 100_000, 10_000_000
-"""Listed trials of a study; its runs (trial × seed), searched ones included."""
+"""Limits of a study: listed trials; runs (trial × seed), including those of searched trials."""
 
 METRIC_OF_OBJECTIVE = {"val_loss": "final/val_loss", "val_acc": "final/val_acc", "n_params": "n_params"}
 
@@ -45,10 +45,10 @@ def directions(config: StudyConfig) -> list[Literal["minimize", "maximize"]]:
 
 
 def listed_specs(config: StudyConfig) -> list[TrialSpec]:
-    """Every trial of the arms that leave nothing to the sampler, in the order of the file.
+    """Every trial of the arms that leave no value to the sampler, in the order of the file.
 
     Raises:
-        StudyError: two of them are the same configuration, or there are too many.
+        StudyError: two trials have the same configuration, or there are too many.
     """
     _check_number(config)
     specs: list[TrialSpec] = []
@@ -65,7 +65,7 @@ def listed_specs(config: StudyConfig) -> list[TrialSpec]:
 
 
 def _check_number(config: StudyConfig) -> None:
-    """Raise a StudyError where the study has too many trials or runs to hold them all."""
+    """Raise a StudyError if the study has too many trials or runs to hold in memory."""
     n_listed = 0
     for arm in config.arms:
         if not arm.is_searched:
@@ -81,10 +81,10 @@ def _check_number(config: StudyConfig) -> None:
 
 
 def check_trials(config: StudyConfig) -> None:
-    """Raise a StudyError where values that a trial of the study may get do not go together."""
+    """Raise a StudyError if values that a trial of the study may get are incompatible."""
     listed_specs(config)
     for arm in searched_arms(config):
-        # One after another: no two values of an arm depend on each other, and all combinations may be too many.
+        # Vary one value at a time: values of an arm do not depend on each other, and all combinations may be too many.
         examples = {key: _examples(value) for key, value in arm.values().items()}
         first = {key: values[0] for key, values in examples.items()}
         for key, values in examples.items():
@@ -95,7 +95,7 @@ def check_trials(config: StudyConfig) -> None:
 def _examples(value: Any) -> tuple[Any, ...]:
     match value:
         case Range(low=int(low), high=high):
-            return low, low + 1, high  # where not every whole number will do, two neighbours cannot both
+            return low, low + 1, high  # low and low + 1 cannot both be valid if some integers are not
         case Range(low=low, high=high):
             return low, high
         case _:
@@ -112,7 +112,7 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
     """The trial of an arm with these values for the fields that may be listed or searched.
 
     Raises:
-        StudyError: the values do not go together.
+        StudyError: the values are incompatible.
     """
     data: dict[str, Any] = {"arm": arm.name, "family": arm.family, "teacher": arm.teacher}
     data |= {key: value for key, value in chosen.items() if key not in (*RATES, "d_model")}
@@ -145,23 +145,23 @@ def _of_size(value: Any, size: int) -> Any:
 
 
 def example(config: StudyConfig, arm: Arm) -> TrialSpec:
-    """A trial of an arm, the first value of each field that is listed or searched."""
+    """A trial of an arm, with the first value of each field that is listed or searched."""
     return resolve(config, arm, {key: _examples(value)[0] for key, value in arm.values().items()})
 
 
 def teacher_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:
-    """The trial whose trained weights a spec starts from; None where it starts from scratch."""
+    """The trial whose trained weights a spec starts from; None if it starts from scratch."""
     if spec.teacher is None:
         return None
     arm = config.arm(spec.teacher)
-    return resolve(config, arm, arm.values())  # no value of a teacher is open
+    return resolve(config, arm, arm.values())  # a teacher has no open values
 
 
 # Searched trials ------------------------------------------------------------------------------------------------------
 
 
 def suggest(config: StudyConfig, trial: optuna.Trial) -> TrialSpec:
-    """Let the trial's sampler choose an arm, where there are several to search, and the arm's open values."""
+    """Let the trial's sampler choose an arm, if several are searched, and the arm's open values."""
     arms = searched_arms(config)
     name = trial.suggest_categorical(ARM, [arm.name for arm in arms]) if len(arms) > 1 else arms[0].name
     arm = config.arm(name)
@@ -183,13 +183,13 @@ def _suggest(trial: optuna.Trial, parameter: str, value: Choices[Any] | Range[An
 
 
 def space(config: StudyConfig) -> dict[str, BaseDistribution]:
-    """Distributions of the open values of the one arm that is searched, by the names of their parameters."""
+    """Distributions of the open values of the only searched arm, by parameter name."""
     arm = searched_arms(config)[0]
     return {_parameter(arm, key): _distribution(value) for key, value in arm.values().items() if _is_open(value)}
 
 
 def searched_arms(config: StudyConfig) -> list[Arm]:
-    """Those that leave values to the sampler."""
+    """Arms that leave values to the sampler."""
     return [arm for arm in config.arms if arm.is_searched]
 
 

@@ -1,4 +1,4 @@
-"""YAML without its surprises: read strictly and within limits, and written so that it is read as the same."""
+"""Strict YAML: read strictly and within limits, and written so that it reads back as the same values."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from yaml.composer import ComposerError
 from study.errors import StudyError
 
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 4_000_000, 200_000, 20
-"""Of one document: bytes of its text; keys and values, those of an alias counted wherever it stands; nested levels."""
+"""Limits of one document: bytes of text; keys and values, counting an alias's at each use; nesting levels."""
 
 _TAG = "tag:yaml.org,2002:"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A repeated key is an error, `3e-4` is a number, `010` and `1:30` are none, and there are limits."""
+    """Loader with limits, in which a repeated key is an error, `3e-4` is a number, and `010` and `1:30` are not."""
 
     _n_nodes = _depth = _deepest = 0
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._extents: dict[int, tuple[int, int]] = {}  # nodes and levels of each node that is complete
+        self._extents: dict[int, tuple[int, int]] = {}  # number of nodes and levels in each complete node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         mark = self.peek_event().start_mark
@@ -63,7 +63,7 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key is a single value", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
-            if str(key) in seen:  # `8` and `"8"` are one key
+            if str(key) in seen:  # `8` and `"8"` are the same key
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(str(key))
         return super().construct_mapping(node, deep)
@@ -85,7 +85,7 @@ for _kind, _pattern in {
 
 
 class StrictDumper(yaml.SafeDumper):
-    """Puts in quotes what `_StrictLoader` would otherwise take for a number."""
+    """Quotes strings that `_StrictLoader` would otherwise read as numbers."""
 
 
 StrictDumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
@@ -105,7 +105,7 @@ def parse_yaml(text: str, where: str) -> Any:
         where: names the source in errors.
 
     Raises:
-        StudyError: it is not valid YAML, or beyond a limit.
+        StudyError: the text is not valid YAML, or exceeds a limit.
     """
     if len(text) > MAX_BYTES:
         raise StudyError(f"{where}: has more than {MAX_BYTES:,} bytes, which are allowed")
@@ -121,7 +121,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _unshared(value: Any) -> Any:
-    """What an alias stands for as a value of its own, so that a change of one is none of the other."""
+    """A deep copy in which each alias is a separate value, so that changing one does not change another."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value

@@ -20,14 +20,14 @@ from study.spec.search_space import check_trials
 from study.spec.strict_yaml import MAX_BYTES, MAX_DEPTH, SectionDumper, StrictDumper, parse_yaml
 
 MOST_SHOWN = 20
-"""Defects of a file; of others there is the number."""
+"""Number of a file's defects that are listed; the others are only counted."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study file and apply `key=value` overrides (dotted keys; an arm by its name: `arms.mpo.chi=8`).
 
     Raises:
-        StudyError: the file cannot be read or is not a valid study; names file, key and what is allowed.
+        StudyError: the file cannot be read or is not a valid study; the message names file, key and what is allowed.
     """
     path = Path(path)
     data = parse_yaml(_read(path), str(path))
@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         raise StudyError(f"{path}: {error}") from None
     if config.corpus.path is not None and not Path(config.corpus.path).is_absolute():
         try:
-            absolute = os.path.realpath(path.parent / config.corpus.path)  # `resolve` raises where links go in a circle
+            absolute = os.path.realpath(path.parent / config.corpus.path)  # `resolve` raises on circular links
         except ValueError as error:  # a null character
             raise StudyError(f"{path}: corpus.path: {error}") from None
         config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"path": absolute})})
@@ -56,7 +56,7 @@ def _read(path: Path) -> str:
         raise StudyError(f"{path}: is a folder; {there if own.is_file() else 'give a study file'}")
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)  # a device has no end
+            data = file.read(MAX_BYTES + 1)  # a device may have no end
         if len(data) > MAX_BYTES:
             raise StudyError(f"{path}: a study file has at most {MAX_BYTES:,} bytes, but this one has more")
         return data.removeprefix(BOM_UTF8).decode("utf-8")
@@ -72,7 +72,7 @@ def validate(data: Any, where: str) -> StudyConfig:
         StudyError: a line for each defect, at most `MOST_SHOWN`.
     """
     try:
-        # By way of JSON, where strict mode still knows that an array may become a tuple.
+        # Validate as JSON: there strict mode still converts an array to a tuple.
         return StudyConfig.model_validate_json(json.dumps(data))
     except ValidationError as error:
         lines = [f"{where}: {line}" for line in defects(error, data)]
@@ -81,14 +81,16 @@ def validate(data: Any, where: str) -> StudyConfig:
 
 
 def dump_config(config: StudyConfig) -> str:
-    """The resolved study file as YAML: every value that counts, defaults included."""
+    """The resolved study file as YAML: every value in effect, including defaults."""
     data = config.model_dump(mode="json", exclude_none=True)
     return yaml.dump(data, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def dump_sections(data: Mapping[str, Any]) -> str:
-    """The content of a study file as YAML to be read: a blank line between sections and arms, the innermost lists and
-    mappings in one line."""
+    """The content of a study file as YAML for people to read.
+
+    A blank line separates sections and arms; the innermost lists and mappings are on one line.
+    """
     text = yaml.dump(
         dict(data), Dumper=SectionDumper, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110
     )

@@ -1,4 +1,4 @@
-"""A trial: its resolved configuration, its results, and what is decided about it."""
+"""A trial: its resolved configuration, its results, and decisions about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from study.spec.values import Strict
 
 
 class TrialSpec(Strict):
-    """Everything that, with the corpus and a seed, fixes a training run. One configuration: no value is open."""
+    """One configuration without open values; together with the corpus and a seed it determines a training run."""
 
     arm: str
     family: Literal["dense", "mpo", "low_rank", "monarch", "pruned"]
@@ -32,11 +32,11 @@ class TrialSpec(Strict):
     lr_rule: Literal["uniform", "mup"] | None = None
     decay: Literal["parameter", "matrix"] | None = None
     forward: Literal["reconstruct", "chain"] | None = None
-    """None: `reconstruct`."""
+    """None means `reconstruct`."""
 
     @property
     def train_tokens(self) -> int:
-        """Tokens this trial's optimiser sees, the teacher's not included."""
+        """Tokens that this trial's optimiser sees, excluding its teacher's."""
         return self.protocol.steps * self.protocol.batch_size * self.model.context
 
     @property
@@ -46,10 +46,10 @@ class TrialSpec(Strict):
 
 @dataclass(frozen=True)
 class SeedResult:
-    """All that is known of one trial × one seed once it is over.
+    """Everything known about a finished run (one trial × one seed).
 
-    `curve` has one row per evaluation (keys of `run_schema.CURVES`, and "step"); `final` the keys of
-    `run_schema.FINALS`; `rel_errors` the keys of `run_schema.rel_error_key`; `ran_on` those of `run_schema.RAN_ON`.
+    `curve` has one row per evaluation (keys of `run_schema.CURVES`, and "step"). `final` has the keys of
+    `run_schema.FINALS`, `rel_errors` those of `run_schema.rel_error_key`, and `ran_on` those of `run_schema.RAN_ON`.
     Times are UTC, ISO 8601.
     """
 
@@ -73,10 +73,10 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class TrialShape:
-    """Counts and identity of a spec, from its shapes alone.
+    """Counts and identity of a spec, computed from its shapes alone.
 
-    FLOPs are floating-point operations, a multiply-add counted as two; `step_flops` are those of one optimiser step,
-    `flops` those of all training and evaluation of one seed.
+    FLOPs are floating-point operations; a multiply-add counts as two. `step_flops` are those of one optimiser step;
+    `flops` are those of all training and evaluation of one seed.
     """
 
     n_params: int
@@ -87,7 +87,7 @@ class TrialShape:
     step_flops: FiniteFloat
     flops: FiniteFloat
     vocab_size: int = 1
-    """Of the corpus: a uniform guess has a loss of its logarithm."""
+    """Vocabulary size of the corpus: a uniform guess has a loss of its logarithm."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Stop:
-    """That a trial was stopped, and on what evidence.
+    """The decision to stop a trial, with its evidence.
 
-    seeds, own, rivals: the seeds that both had, and their final `metric` on them, in its unit. after: the result (trial
-    and seed) with which the last of it was in.
+    seeds, own, rivals: the seeds that both trials had, and the final `metric` of each on them, in its unit. after: the
+    result (trial and seed) that completed the evidence.
     """
 
     trial: int
@@ -118,7 +118,7 @@ class Stop:
 
     @property
     def reason(self) -> str:
-        """In one line."""
+        """The reason in one line."""
         pairs = ", ".join(
             f"seed {seed}: {rival:.4f} against {own:.4f}"
             for seed, own, rival in zip(self.seeds, self.own, self.rivals, strict=True)
@@ -128,9 +128,10 @@ class Stop:
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration, its place in Optuna's numbering, and the counts that its shapes give.
+    """One configuration, its number in Optuna, and the counts that its shapes give.
 
-    pruned: it breaks a limit of the budget, and is never trained. stop: it, or the trial it repeats, was given up.
+    pruned: the trial breaks a limit of the budget, and is never trained. stop: the trial, or the one it repeats, was
+    stopped.
     """
 
     number: int
@@ -144,17 +145,20 @@ class Trial:
 
     @property
     def source(self) -> int:
-        """Number of the trial whose results are this one's: its own, or that of the trial it repeats."""
+        """Number of the trial whose results this one shares: its own number, or that of the trial it repeats."""
         return self.number if self.duplicate_of is None else self.duplicate_of
 
 
 def evaluation_steps(protocol: Protocol) -> list[int]:
-    """Steps before which the model is evaluated, the first (0) and the last (after all of them) included."""
+    """Steps before which the model is evaluated, including the first (0) and the last (after all steps)."""
     return sorted({*range(0, protocol.steps, protocol.eval_every), protocol.steps})
 
 
 def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, teacher: TrialSpec | None) -> str:
-    """Equal for trials that may be paired: corpus, evaluation, tokens, schedule shape, tuning trials and precision."""
+    """Hash, equal for trials that may be paired.
+
+    It covers corpus, evaluation, tokens, schedule shape, tuning trials and precision.
+    """
     protocol = spec.protocol
     return json_hash(
         ({} if protocol.precision == "float32" else {"precision": protocol.precision})
@@ -174,8 +178,11 @@ TUNED_FIELDS = ("init", "learning_rate", "embedding_learning_rate", "lr_rule", "
 
 
 def tuning_trials(arm: str, config: StudyConfig) -> int:
-    """How many trials of this arm differ in what tuning chooses (`TUNED_FIELDS`), or a search's whole budget; times
-    those of another study that its values were chosen among."""
+    """Number of trials among which this arm's tuned values (`TUNED_FIELDS`) are chosen.
+
+    A searched arm counts the search's whole budget. If the arm's values were chosen among trials of another study, the
+    number is multiplied by the number of those trials.
+    """
     own = config.arm(arm)
     listed = [len(value) for key, value in own.values().items() if key in TUNED_FIELDS and isinstance(value, tuple)]
     return (own.tuned_among or 1) * (config.budget.trials if own.is_searched else math.prod(listed))

@@ -1,7 +1,7 @@
-"""Values in a study file: fixed, listed, searched or, of a learning rate, by the trial's size.
+"""Values in a study file: fixed, listed, searched or, for a learning rate, by the trial's size.
 
 A *listed* value (`chi: [4, 8]`) gives one trial for each of its elements, whatever the sampler. A *searched* value
-(`chi: {choices: [4, 8]}`, `learning_rate: {low: 1e-4, high: 1e-2, log: true}`) is the sampler's to choose.
+(`chi: {choices: [4, 8]}`, `learning_rate: {low: 1e-4, high: 1e-2, log: true}`) is chosen by the sampler.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 _SEARCHED = ConfigDict(extra="forbid", strict=True)
 
 
-@dataclass(frozen=True, config=_SEARCHED)  # not a model: those do not pass T on when an alias of them is filled in
+@dataclass(frozen=True, config=_SEARCHED)  # not a model: a model's alias does not pass T on
 class Choices(Generic[T]):
     """One of these, chosen by the sampler."""
 
@@ -82,7 +82,7 @@ NumberBySize = Annotated[
     | Annotated[dict[int, T], Tag("by_size")],
     Discriminator(_kind_of_value),
 ]
-"""A `Number` that may also be `{8: ..., 16: ...}`: one for each size that a trial of the arm may have."""
+"""A `Number` that may also be `{8: ..., 16: ...}`: one value for each size that a trial of the arm may have."""
 
 FixedOrBySize = Annotated[
     Annotated[T, Tag("fixed")] | Annotated[dict[int, T], Tag("by_size")], Discriminator(_kind_of_value)
@@ -109,5 +109,5 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 def options(value: Any) -> tuple[Any, ...]:
-    """What a `Value` may become."""
+    """The fixed values that a `Value` may take."""
     return value if isinstance(value, tuple) else value.choices if isinstance(value, Choices) else (value,)

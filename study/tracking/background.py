@@ -1,4 +1,4 @@
-"""Writing to MLflow beside a running study, which never waits for it."""
+"""Writing to MLflow in the background of a running study, which never waits for it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from study.tracking.connection import TrackingAway, first_line
 from study.tracking.tracker import Tracker
 
 _LONGEST_PAUSE = 60.0
-"""Seconds between two attempts where MLflow stays away."""
+"""Longest pause in seconds between two attempts while MLflow is unreachable."""
 
 _LONGEST_SILENCE = 600.0
-"""Seconds without an answer after which MLflow is no more waited for at the end: it may hang, or drip."""
+"""Seconds without an answer after which the end of a study stops waiting for MLflow: it may hang, or be very slow."""
 
 _LOOK_SECONDS = 0.1
-"""How long `close` waits before it looks whether it was told not to."""
+"""Interval at which `close` checks whether it should stop waiting."""
 
 _AWAY = "is away, the study goes on and catches up later"
 
@@ -30,23 +30,23 @@ _Job = tuple[Trial, list[SeedResult], int]
 
 
 def is_left_writing() -> bool:
-    """Whether a writer was left behind in the middle of a call: the interpreter may wait for it as it ends."""
+    """Whether a writer was abandoned in the middle of a call: the interpreter may wait for it at exit."""
     return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 class BackgroundTracker:
-    """Writes to MLflow from a thread of its own, and goes on trying where MLflow is away.
+    """Writes to MLflow from a separate thread, and keeps trying while MLflow is unreachable.
 
     Args:
-        connect: opens a `Tracker`; called in the thread, again after each failure, with what is to be called whenever
-            MLflow has answered.
-        say: told in one line when MLflow goes away, is back, or does not take a trial.
-        patience: seconds to wait for the first attempt: what MLflow refuses is better known before anything is trained.
+        connect: opens a `Tracker`; called in the thread, and again after each failure. Its argument must be called
+            whenever MLflow has answered.
+        say: receives one line when MLflow becomes unreachable, is back, or does not take a trial.
+        patience: seconds to wait for the first attempt: a refusal should be known before anything is trained.
         pause: seconds before the second attempt; each further one waits twice as long.
-        silence: seconds without an answer after which `close` waits no more.
+        silence: seconds without an answer after which `close` stops waiting.
 
     Raises:
-        StudyError: MLflow refused this study within `patience`. That it is away is no error.
+        StudyError: MLflow refused this study within `patience`. An unreachable MLflow is no error.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class BackgroundTracker:
         silence: float = _LONGEST_SILENCE,
     ) -> None:
         self._connect, self._say, self._first_pause, self._silence = connect, say, pause, silence
-        # The only way from the study's thread to this one: no lock that Ctrl-C could leave locked.
+        # The only connection from the study's thread to this one: it has no lock that Ctrl-C could leave locked.
         self._inbox: SimpleQueue[_Job | None] = SimpleQueue()
         self._pending: dict[int, _Job] = {}
         self._deferred: dict[int, _Job] = {}
-        """Trials that MLflow did not take; they are tried again when all others are written."""
+        """Trials that MLflow did not take, by number; they are tried again when all others are written."""
         self._written: dict[int, _Job] = {}
-        """Trials that MLflow took; they are looked at again when it was away, since it may have come back without."""
+        """Trials that MLflow took, by number; checked again after an outage, in which MLflow may have lost them."""
         self._refused: dict[int, str] = {}
         self._suspects: set[int] = set()
-        """Trials whose last write failed, as it may where MLflow goes away for a moment."""
+        """Trials whose last write failed, perhaps because MLflow was unreachable for a moment."""
         self._away: str | None = None
         self._refusal: SimpleQueue[Exception | None] = SimpleQueue()
-        """What came of the first attempt."""
+        """Result of the first attempt: the refusal, or None."""
         self._is_awaited = patience > 0
         self._closing = self._is_last_round = self._is_left = False
         self._n_missing = 0
@@ -92,7 +92,7 @@ class BackgroundTracker:
 
     @property
     def trouble(self) -> str | None:
-        """Why MLflow does not have everything; None while it has."""
+        """Why MLflow does not have everything; None if it has."""
         if self._away is not None:
             return self._away
         if self._refused:
@@ -102,23 +102,23 @@ class BackgroundTracker:
 
     @property
     def n_pending(self) -> int:
-        """Trials that are still to be written."""
+        """Number of trials that are still to be written."""
         waiting = self._inbox.qsize() + len(self._pending) + len(self._deferred)
         return waiting if self._thread.is_alive() else 0
 
     def put(self, trial: Trial, results: list[SeedResult], n_seeds: int) -> None:
-        """Ask for a trial's runs to be brought up to date; `n_seeds`: how many it will have."""
+        """Request an update of a trial's runs; `n_seeds`: number of seeds that the trial will have."""
         self._inbox.put((trial, results, n_seeds))
 
     def leave(self) -> None:
-        """Let `close` not wait for what is pending, now or later; may be called while it waits."""
+        """Make `close` not wait for pending trials, now or later; may be called while it waits."""
         self._is_left = True
 
     def close(self, n_missing: int) -> str | None:
-        """Write what is pending and end; returns why that was not possible, or None.
+        """Write pending trials and end; returns why that was not possible, or None.
 
         Args:
-            n_missing: runs that the study still lacks.
+            n_missing: number of runs that the study still lacks.
         """
         self._n_missing = n_missing
         self._inbox.put(None)
@@ -146,7 +146,7 @@ class BackgroundTracker:
                     self._note_back()
                     return
                 tracker.write(*job)
-            except Exception as error:  # whatever it is, the study must go on
+            except Exception as error:  # the study must continue after any error
                 if job is not None and tracker is not None and self._is_refused(job, error, tracker):
                     self._note_refused(job[0].number, first_line(error))
                 elif self._is_awaited and isinstance(error, StudyError) and not isinstance(error, TrackingAway):
@@ -158,7 +158,7 @@ class BackgroundTracker:
                         return
                     self._release()
                     self._receive(pause)
-                tracker = None  # what it knows of MLflow's runs may not be so
+                tracker = None  # its knowledge of MLflow's runs may be outdated
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
             self._note_back()
@@ -176,20 +176,20 @@ class BackgroundTracker:
         return tracker
 
     def _release(self) -> None:
-        """Let the study begin."""
+        """Let the waiting study begin."""
         if self._is_awaited:
             self._is_awaited = False
             self._refusal.put(None)
 
     def _is_refused(self, job: _Job, error: Exception, tracker: Tracker) -> bool:
-        """Whether the trouble is this trial's own: MLflow answers, and no waiting changes it, or none has."""
+        """Whether the error concerns this trial alone: MLflow answers, and waiting did not help or cannot help."""
         number, is_transient = job[0].number, isinstance(error, TrackingAway)
         is_own = self._closing or not is_transient or number in self._suspects
         self._suspects.add(number)
         return tracker.answers() and is_own
 
     def _next(self, pause: float) -> _Job | None:
-        """A trial to write, waited for; None where there will be none."""
+        """Wait for the next trial to write; None if there will be no more."""
         self._receive(0)
         while not self._pending:
             if self._is_last_round or (self._closing and not self._deferred):
@@ -202,7 +202,7 @@ class BackgroundTracker:
         return next(iter(self._pending.values()))
 
     def _receive(self, seconds: float | None, until_something: bool = False) -> None:
-        """Take in what was put, for so long (None: without end), at most until the study ends."""
+        """Receive requests for this many seconds (None: without limit), at most until the study ends."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while not self._closing:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -242,5 +242,5 @@ class BackgroundTracker:
         self._last_sign = time.monotonic()
 
     def _tell(self, line: str) -> None:
-        with suppress(OSError):  # a terminal that is gone is no reason to write no more
+        with suppress(OSError):  # continue to write if the terminal is gone
             self._say(line)

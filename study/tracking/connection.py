@@ -1,4 +1,4 @@
-"""Where MLflow is: its client, the database in a study's own folder, and what of a URI may be shown."""
+"""Connection to MLflow: its client, the database in a study's own folder, and URIs without passwords for display."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ _REFUSALS = {
     "RESOURCE_DOES_NOT_EXIST",
     "UNAUTHENTICATED",
 }
-"""MLflow's error codes that no waiting will change."""
+"""MLflow's error codes for which waiting does not help."""
 
 _LONGEST_LINE = 500
-"""Characters of what is shown of an error."""
+"""Longest error text that is shown, in characters."""
 
 
 class TrackingAway(StudyError):
-    """MLflow cannot be reached now; the same may work later."""
+    """MLflow cannot be reached now; the same call may work later."""
 
 
 def connect(uri: str) -> MlflowClient:
     """A client that has reached its server or database.
 
     Raises:
-        TrackingAway: nobody answers, or only with an error of their own.
-        StudyError: that is no place for MLflow, or its driver is not installed.
+        TrackingAway: there is no answer, or only a server error.
+        StudyError: the URI is not valid for MLflow, or its database driver is not installed.
     """
     _set_up_mlflow()
-    from mlflow import MlflowClient  # which takes seconds, that a study with tracking off should not pay
+    from mlflow import MlflowClient  # slow import, not needed with tracking off
 
     try:
         _probe(uri)
@@ -58,7 +58,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 def _probe(uri: str) -> None:
-    """Raise what a database server's driver raises where nobody answers; MLflow itself would try for minutes first."""
+    """Raise the database driver's error at once if nobody answers; MLflow itself would try for minutes first."""
     if not is_database(uri) or uri.startswith("sqlite"):
         return
     engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": 10})
@@ -71,26 +71,26 @@ def _probe(uri: str) -> None:
 def _set_up_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    # By default a server that is away is said to be so after four minutes, and on every one of eight attempts.
+    # By default an unreachable server is reported only after four minutes, and at each of eight attempts.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for every run that ends
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    # A new database is announced with a line for each of MLflow's migrations, a refused write with its traceback.
+    # MLflow prints a line for each migration of a new database, and a traceback for a refused write.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def tracking_error(error: Exception, uri: str) -> StudyError:
-    """What MLflow raised, in one line without its password."""
+    """MLflow's error in one line without the URI's password."""
     if isinstance(error, StudyError):
         return error
     return error_kind(error)(f"cannot reach MLflow at {hide_password(uri)}: {shown(error, uri)}")
 
 
 def error_kind(error: Exception) -> type[StudyError]:
-    """`TrackingAway` where the same call may work later, `StudyError` where it is refused."""
+    """`TrackingAway` if the same call may work later, `StudyError` if it is refused."""
     if isinstance(error, StudyError):
         return type(error)
     return StudyError if _is_refusal(error) else TrackingAway
@@ -107,22 +107,22 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message that says something, or the exception's name where there is none."""
+    """The first informative line of an error's message, or the exception's name if there is none."""
     lines = [line.strip() for line in str(error).splitlines()]
     said = [line for line in lines if line and not line.startswith("(raised as a result of")]  # SQLAlchemy's preamble
     return said[0] if said else type(error).__name__
 
 
 def shown(error: Exception, uri: str) -> str:
-    """That line without the password of a URI, and not the whole page that a server in between may have sent."""
+    """`first_line` without the password of a URI, and shortened, since a proxy may have sent a whole page."""
     line = hide_password(first_line(error), uri)
     return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…"
 
 
 def runs_page(uri: str, name: str) -> str:
-    """Where in MLflow's UI the runs of an experiment are, below the server's address.
+    """Path of an experiment's runs in MLflow's UI, below the server's address.
 
-    Its own start page is for language-model agents, and shows nothing of a study.
+    MLflow's start page is for language-model agents, and does not show a study.
 
     Raises:
         StudyError: MLflow cannot be read, or has no such experiment.
@@ -137,14 +137,14 @@ def runs_page(uri: str, name: str) -> str:
 
 
 def prepare_own_database(path: Path, artifacts: str) -> str | None:
-    """See to it that a whole MLflow database lies there, whatever happened to it or to its maker before.
+    """Ensure that there is an undamaged MLflow database at the path, even after damage or an interrupted creation.
 
-    It holds nothing that the ledger does not, so one that is damaged is set aside for the ledger to be written again.
+    Its content is also in the ledger. So a damaged database is set aside, and a new one is written from the ledger.
 
     Args:
         artifacts: where artifacts go if the database has to be made.
     Returns:
-        What was done to a database that was there, in one line; None where there was nothing to do.
+        What was done to an existing database, in one line; None if nothing had to be done.
     """
     said = None
     why = _what_is_wrong(path) if path.exists() else None
@@ -166,7 +166,7 @@ def _what_is_wrong(path: Path) -> str | None:
             if not is_whole or any(name.startswith("_alembic_tmp") for name in tables):
                 return "was never completely made"
             return None
-    except sqlite3.OperationalError:  # locked: MLflow will say so
+    except sqlite3.OperationalError:  # locked: MLflow will report it
         return None
     except sqlite3.DatabaseError:
         return "is damaged"
@@ -184,7 +184,10 @@ def _set_aside(path: Path) -> Path:
 
 
 def _make_database(path: Path, artifacts: str) -> None:
-    """Make it under another name: it takes seconds and dozens of transactions, and MLflow cannot go on with half."""
+    """Make a database under another name first, since MLflow cannot continue a half-made one.
+
+    Making it takes seconds and dozens of transactions.
+    """
     _set_up_mlflow()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -197,17 +200,17 @@ def _make_database(path: Path, artifacts: str) -> None:
 
 
 def move_artifacts(uri: str, experiment: str, artifacts: str, *, is_own: bool) -> None:
-    """Let a database know an experiment's artifacts, and those of its runs, where they are now.
+    """Update the artifact addresses of an experiment and its runs in a database.
 
-    MLflow keeps absolute addresses, which are no longer so when a study's folder was moved or copied.
+    MLflow stores absolute addresses, which become wrong when a study's folder is moved or copied.
 
     Args:
-        artifacts: where they are, in the study's folder.
-        is_own: the database lies in that folder too; if not, addresses that still lead somewhere stay: another copy
-            of the study may use them.
+        artifacts: where the artifacts are now, in the study's folder.
+        is_own: whether the database lies in that folder too. If not, addresses that still exist stay, since another
+            copy of the study may use them.
 
     Raises:
-        sqlalchemy.exc.SQLAlchemyError: the database cannot be read, or not be written.
+        sqlalchemy.exc.SQLAlchemyError: the database cannot be read or written.
     """
     from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlRun
 

@@ -1,4 +1,4 @@
-"""What MLflow must hold of a study's runs: their params, tags, metrics and times, from the ledger alone."""
+"""The content that a study's runs must have in MLflow: params, tags, metrics and times, from the ledger alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from study.spec.trial import Pruned, SeedResult, Trial
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """What MLflow is told of a study besides its runs."""
+    """The content that MLflow gets about a study besides its runs."""
 
     name: str
     uuid: str
@@ -28,15 +28,15 @@ class StudyRecord:
     """See `run_schema.GROWTHS`."""
     environment: dict[str, Any]
     n_missing: int
-    """Runs that the study lacks at this start."""
+    """Number of runs that the study lacks at this start."""
     created: str
     changed: str
-    """When the study grew last, or was begun."""
+    """Time of the study's last growth, or of its beginning."""
     corpus_sha256: str
     validation_fraction: float
     vocab_size: int
     tuned_among: Mapping[str, int | None]
-    """Of each arm, see `config.Arm`."""
+    """Value for each arm, see `config.Arm`."""
     log_weights: bool
 
 
@@ -51,7 +51,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class RunContent:
-    """What one run must hold; times in milliseconds, `ended` None while more is to come."""
+    """The content that one run must have; times in milliseconds, `ended` is None while more is to come."""
 
     key: str
     name: str
@@ -64,7 +64,7 @@ class RunContent:
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """The value that MLflow shows of each metric: the last one."""
+        """The value that MLflow shows for each metric: the last one."""
         in_order = sorted(self.points, key=lambda point: (point.step, point.timestamp, point.value))
         return {point.key: point.value for point in in_order}
 
@@ -74,7 +74,10 @@ class RunContent:
 
 
 def summary_content(record: StudyRecord) -> RunContent:
-    """The run that holds what is not of a single trial; without `schema.MISSING`, which changes as the study runs."""
+    """The summary run, for content that is not of a single trial.
+
+    It leaves out `schema.MISSING`, which changes as the study runs.
+    """
     tags = schema.long_tag(schema.CLAIMS, record.claims)
     tags |= schema.long_tag(schema.GROWTHS, json.dumps(record.growths))
     tags |= schema.long_tag(schema.ENVIRONMENT, json.dumps(record.environment))
@@ -93,7 +96,7 @@ def trial_content(record: StudyRecord, trial: Trial, results: Sequence[SeedResul
     """A trial's run: means and standard deviations over its complete seeds; the step is the number of results.
 
     Args:
-        results: at least one, in the order in which they ended; a duplicate's are its original's.
+        results: at least one, in the order in which they ended; for a duplicate, those of its original.
     """
     complete = [result for result in results if result.state == "complete"]
     metrics: dict[str, float] = {schema.N_SEEDS: len(complete), schema.N_FAILED: len(results) - len(complete)}
@@ -120,7 +123,7 @@ def trial_content(record: StudyRecord, trial: Trial, results: Sequence[SeedResul
 
 
 def pruned_content(record: StudyRecord, trial: Trial, pruned: Pruned) -> RunContent:
-    """The run of a trial that has no seeds: over as soon as it was begun."""
+    """The run of a pruned trial: it has no seeds, and ends when it begins."""
     key, when = schema.run_key(record.uuid, trial.number), milliseconds(pruned.when)
     return RunContent(
         key=key,
@@ -149,7 +152,7 @@ def seed_content(record: StudyRecord, trial: Trial, result: SeedResult) -> RunCo
     key = schema.run_key(record.uuid, trial.number, result.seed)
     return RunContent(
         key=key,
-        name=f"seed {result.seed} of {trial_name(trial)}",  # MLflow's tables cut names off at their end
+        name=f"seed {result.seed} of {trial_name(trial)}",  # MLflow's tables truncate long names
         started=milliseconds(result.started),
         ended=ended,
         status="FINISHED" if result.state == "complete" else "FAILED",
@@ -160,7 +163,7 @@ def seed_content(record: StudyRecord, trial: Trial, result: SeedResult) -> RunCo
 
 
 def trial_name(trial: Trial) -> str:
-    """What the MLflow UI calls a trial: its arm, with what sets it apart there."""
+    """Name of a trial in the MLflow UI: its arm, with the values that distinguish it within the arm."""
     spec = trial.spec
     what = f"d_model={spec.model.d_model}" if spec.family == "dense" else f"χ={spec.chi or spec.as_chi}"
     return f"{spec.arm} {what} (trial {trial.number})"

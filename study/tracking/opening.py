@@ -17,7 +17,7 @@ from study.training.storage import Storage
 
 
 def study_record(config: StudyConfig, ledger: Ledger, corpus: Corpus) -> StudyRecord:
-    """What MLflow is told of a study besides its runs, as the ledger is now."""
+    """The content that MLflow gets about a study besides its runs, from the ledger's current state."""
     return StudyRecord(
         name=config.name,
         uuid=ledger.uuid,
@@ -50,16 +50,16 @@ def open_tracker(
     is_thorough: bool = False,
     on_sign: Callable[[], None] = lambda: None,
 ) -> Tracker:
-    """A writer for this study's experiment; options as of `Tracker`.
+    """A writer for this study's experiment; for the options see `Tracker`.
 
     Args:
-        say: told in one line where the folder's own database had to be made anew.
+        say: receives one line if the folder's own database had to be made again.
 
     Raises:
         TrackingAway: MLflow cannot be reached now.
-        StudyError: it can never be, there, or refuses the experiment.
+        StudyError: the URI is not valid for MLflow, or MLflow refuses the experiment.
     """
-    # A server has a place for artifacts; a database alone has none, and MLflow would take the working folder.
+    # A server has a place for artifacts; a database alone has none, and MLflow would use the working folder.
     artifacts = directory.artifacts if is_database(uri) else None
     resolved = directory.resolve_tracking_uri(uri)
     try:

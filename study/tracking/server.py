@@ -1,4 +1,4 @@
-"""MLflow's own server over a study's database, on this machine alone."""
+"""MLflow's own server for a study's database, reachable only from this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def serve(uri: str, artifacts: str, port: int, on_ready: Callable[[], None]) -> 
     """Serve a database on 127.0.0.1, until Ctrl-C or SIGTERM.
 
     Args:
-        artifacts: where those of experiments without a place of their own are.
+        artifacts: place of the artifacts of experiments without their own place.
         on_ready: called once the server answers.
 
     Raises:
@@ -34,7 +34,7 @@ def serve(uri: str, artifacts: str, port: int, on_ready: Callable[[], None]) -> 
     settings = {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_BACKEND_STORE_URI": uri,  # not as an argument: it may hold a password, and every user sees those
+        "MLFLOW_BACKEND_STORE_URI": uri,  # not an argument, which every user sees: may hold a password
     }
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", "--default-artifact-root", artifacts]
@@ -84,7 +84,7 @@ def _answers(port: int) -> bool:
 
 
 class _Log:
-    """What a server prints: kept until it is ready, since a start that fails is worth one line, and then shown."""
+    """Output of a server: kept until the server is ready, and then shown; a failed start is reported in one line."""
 
     def __init__(self, server: subprocess.Popen[str]) -> None:
         self._server, self._is_shown = server, False
@@ -96,8 +96,8 @@ class _Log:
         self._is_shown = True
 
     def error(self) -> str:
-        """The last line that names an error, or else that says something, once the server has ended."""
-        self._thread.join(timeout=5)  # a process that the server left behind may keep its output open
+        """The last line that names an error, or else the last that is not empty, after the server has ended."""
+        self._thread.join(timeout=5)  # a child process of the server may keep its output open
         lines = [line.strip() for line in reversed(self._lines) if line.strip()]
         errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
         return [*errors, *lines, "it says nothing"][0]

@@ -1,8 +1,8 @@
 """Projects the ledger onto one MLflow experiment.
 
 Every run carries a key (study, trial, seed) and timestamps from the ledger, so that writing it twice changes nothing.
-A run that holds something else than the ledger says is mended: MLflow takes no param or metric back, so where one of
-them is wrong the run is deleted, and a new one written in its place.
+A run that differs from the ledger is corrected. MLflow cannot change a param or remove a metric, so if one of them is
+wrong the run is deleted, and a new one is written in its place.
 """
 
 from __future__ import annotations
@@ -37,49 +37,49 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
 
 _PAGE = 1000
-"""Runs asked for at once."""
+"""Number of runs per request."""
 
 _DIGEST = 36
-"""Characters that MLflow takes of a data set's digest."""
+"""Longest digest of a data set in MLflow, in characters."""
 
 _OVER = ("FINISHED", "FAILED", "KILLED")
 
 
 @dataclass
 class _KnownRun:
-    """What this writer knows of a run that MLflow has."""
+    """What this writer knows about a run in MLflow."""
 
     run_id: str
     started: int
     status: str
     ended: int | None = None
-    """Milliseconds; None while it is not over."""
+    """Time in milliseconds; None while the run is not over."""
     digest: str = ""
-    """Of its content, see `run_schema.digest`; empty where the run itself does not say so."""
+    """Digest of its content, see `run_schema.digest`; empty if the run does not have one."""
     parent: str | None = None
     lost_weights: bool = False
     revision: str | None = None
-    """The summary's: what readers know the experiment by, see `analysis.run_schema`."""
+    """Only for the summary: the revision by which readers know the experiment, see `analysis.run_schema`."""
     n_missing: str | None = None
-    """The summary's."""
+    """Only for the summary: number of runs that the study lacks."""
     is_checked: bool = False
-    """Whether it was compared with what it must hold, or written, by this writer."""
+    """Whether this writer has written the run, or compared it with its required content."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Those that it was found to hold as they must be, until the others are written."""
+    """Metrics found to be correct in the run, kept until the others are written."""
 
 
 class Tracker:
     """Projects trials and results onto one MLflow experiment.
 
     Args:
-        client: a connection that works, see `connect`.
+        client: a working connection, see `connect`.
         artifacts: where the experiment's artifacts go if it has to be created; None leaves that to MLflow.
         storage: where trained weights lie.
-        is_thorough: compare also what takes a request for each run: all points of the curves, and artifacts.
+        is_thorough: also compare what takes one request per run: all points of the curves, and artifacts.
         on_sign: called whenever MLflow has answered.
 
     Raises:
-        TrackingAway: what answers is not MLflow, or not whole.
+        TrackingAway: the answer is not from MLflow, or incomplete.
         StudyError: the experiment was deleted, or is another study's.
     """
 
@@ -101,7 +101,7 @@ class Tracker:
         self._describe()
 
     def answers(self) -> bool:
-        """Whether MLflow can be reached: then a write that failed is that run's own trouble."""
+        """Whether MLflow can be reached; if so, a failed write concerns only its run."""
         try:
             return self._client.get_experiment(self._experiment_id).name == self._record.name
         except Exception:  # MLflow raises whatever its backend raises
@@ -132,7 +132,7 @@ class Tracker:
 
     @property
     def _writer(self) -> MlflowClient:
-        """The client for calls that change something, of which readers are warned first."""
+        """The client for calls that change something; readers are warned of the change first."""
         self._on_sign()
         summary = self._known.get(self._summary_key)
         if summary is not None and summary.revision is not None:
@@ -141,13 +141,12 @@ class Tracker:
         return self._client
 
     def settle(self, n_missing: int) -> None:
-        """Tell readers that this state of the experiment will stay, unless something in it is still to come.
+        """Tell readers that this state of the experiment is final, unless runs are still missing.
 
-        To be called when this tracker has written every trial: it deletes the runs of this study that are none of
-        theirs.
+        Call it when this tracker has written every trial: it deletes all other runs of this study.
 
         Args:
-            n_missing: runs that the study still lacks.
+            n_missing: number of runs that the study still lacks.
         """
         for key in [key for key, run in self._known.items() if not run.is_checked]:
             self._delete(key)
@@ -166,16 +165,16 @@ class Tracker:
             self._writer.set_tag(summary.run_id, schema.MISSING, str(n_missing))
             summary.n_missing = str(n_missing)
 
-    # What is there ------------------------------------------------------------------------------------------------
+    # Existing runs ------------------------------------------------------------------------------------------------
 
     def _find_runs(self) -> None:
-        """Take up the active runs of this study by key.
+        """Read the active runs of this study by key.
 
-        Of two under one key (a call whose answer was lost, and that was made again) the one that says itself what it
-        holds stays, or else the one that is over.
+        There may be two runs with one key, if a call was repeated because its answer was lost. Then the run with a
+        digest stays, or else the one that is over.
         """
         known = self._known
-        doomed: list[_KnownRun] = []  # deleted at the end: a page begins where the runs before it end
+        doomed: list[_KnownRun] = []  # deleted at the end, since deletions would shift the pages
         token: str | None = None
         while True:
             page = self._client.search_runs(
@@ -198,7 +197,7 @@ class Tracker:
             self._writer.delete_run(run.run_id)
 
     def _differ(self, known: _KnownRun, content: RunContent, earlier: Callable[[], list[RunContent]]) -> bool:
-        """Whether a run holds what it must not, or lacks what is not added to it any more; tags are mended here."""
+        """Whether a run has wrong content, or lacks content that cannot be added any more; corrects its tags."""
         if known.digest != content.digest:
             run = self._client.get_run(known.run_id)
             params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
@@ -219,15 +218,15 @@ class Tracker:
     # Writing ------------------------------------------------------------------------------------------------------
 
     def write(self, trial: Trial, results: Iterable[SeedResult], n_seeds: int) -> None:
-        """Bring one trial's runs up to date; what is there as it must be stays.
+        """Update one trial's runs; correct content stays.
 
         Args:
-            results: those that are in; a duplicate's are its original's, and only its aggregates are written.
-            n_seeds: how many there will be.
+            results: results so far; for a duplicate, those of its original, of which only aggregates are written.
+            n_seeds: number of results that there will be.
 
         Raises:
-            TrackingAway: MLflow did not take them, or not all; later it may.
-            StudyError: it refuses them. Both in one line, without a password.
+            TrackingAway: MLflow did not take all runs; later it may.
+            StudyError: MLflow refuses them. Both messages are one line without a password.
         """
         try:
             self._write(trial, sorted(results, key=lambda result: (result.ended, result.seed)), n_seeds)
@@ -247,7 +246,7 @@ class Tracker:
             own = {}
         was = {key: self._known[key].started for key in own.keys() & self._known.keys()}
         again = [key for key, started in was.items() if started != milliseconds(own[key].started)]
-        if again:  # of what was trained again nothing may stay, means included
+        if again:  # delete runs that were trained again, and the means over them
             for key in {trial_key, *again} & self._known.keys():
                 self._delete(key)
 
@@ -266,7 +265,7 @@ class Tracker:
     def _write_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> None:
         content = seed_content(self._record, trial, result)
         known = self._ensure(content, parent=parent.run_id)
-        if known.parent != parent.run_id:  # somebody deleted the parent that it had
+        if known.parent != parent.run_id:  # somebody deleted its former parent
             self._writer.set_tag(known.run_id, schema.PARENT, parent.run_id)
             known.parent = parent.run_id
         if result.weights is not None and self._record.log_weights:
@@ -282,12 +281,12 @@ class Tracker:
             if known.lost_weights:
                 self._writer.delete_tag(known.run_id, schema.WEIGHTS_LOST)
                 known.lost_weights = False
-        except FileNotFoundError:  # its numbers are no less true for that
+        except FileNotFoundError:  # its numbers are still true
             self._writer.set_tag(known.run_id, schema.WEIGHTS_LOST, weights)
             known.lost_weights = True
 
     def _describe(self) -> None:
-        """A summary run that holds the resolved study file and the environment."""
+        """Write the summary run, which holds the resolved study file and the environment."""
         content = summary_content(self._record)
         known = self._ensure(content)
         self._set_missing(known, self._record.n_missing)
@@ -306,11 +305,11 @@ class Tracker:
         earlier: Callable[[], Sequence[RunContent]] = list,
         parent: str | None = None,
     ) -> _KnownRun:
-        """The run of this key: one that holds nothing that it must not, in its place a new one, or the first.
+        """The run with the key of this content; created if there is none, replaced if its content is wrong.
 
         Args:
-            earlier: contents that it may have had before this one, and that this one takes the place of.
-            parent: of a new one.
+            earlier: contents that the run may have had before, which this one replaces.
+            parent: parent of a new run.
         """
         known = self._known.get(content.key)
         if known is not None and not known.is_checked:
@@ -331,7 +330,7 @@ class Tracker:
         return known
 
     def _complete(self, known: _KnownRun, content: RunContent) -> None:
-        """Write what this run lacks, and end it where it is over."""
+        """Write the missing content of this run, and end it if it is over."""
         if content.ended is None and known.status != "RUNNING":  # the study has grown
             self._writer.update_run(known.run_id, status="RUNNING")
             known.status, known.ended = "RUNNING", None
@@ -372,12 +371,12 @@ class Tracker:
             return Path(self._client.download_artifacts(run.run_id, name, folder)).read_bytes()
 
     def _log_corpus(self, run: _KnownRun) -> None:
-        """Name the text as the run's input, for MLflow's column of data sets."""
+        """Log the corpus as the run's input, for MLflow's column of data sets."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         sha256 = self._record.corpus_sha256
         source = json.dumps({"sha256": sha256})
-        corpus = Dataset("corpus", sha256[:_DIGEST], source_type="sha256", source=source)  # more it does not take
+        corpus = Dataset("corpus", sha256[:_DIGEST], source_type="sha256", source=source)  # MLflow takes no more
         self._writer.log_inputs(run.run_id, [DatasetInput(corpus, [InputTag("mlflow.data.context", "training")])])
 
 
@@ -398,12 +397,12 @@ def _known(run: Run) -> _KnownRun:
 
 
 def _is_part(found: dict[str, float], wanted: dict[str, float]) -> bool:
-    """Whether all that was found is wanted, up to what a backend may round."""
+    """Whether all metrics found are wanted, up to a backend's rounding."""
     return all(key in wanted and math.isclose(value, wanted[key], rel_tol=1e-12) for key, value in found.items())
 
 
 def _of_mlflow(given: str) -> str:
-    """What MLflow gives to each thing that it has; a server before it may answer with nothing instead."""
+    """Check an id from MLflow, which is never empty; a proxy before it may answer with nothing instead."""
     if not given:
         raise TrackingAway("what answers there is not MLflow: it has neither an experiment nor a run to give")
     return given

@@ -1,1 +1,1 @@
-"""Training of one unit: PyTorch alone, neither Ray nor MLflow."""
+"""Training of one unit: only PyTorch, no Ray, no MLflow."""

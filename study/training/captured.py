@@ -1,4 +1,4 @@
-"""An optimiser step on its device; on a GPU recorded once, as CUDA graphs, so that nobody waits for launches."""
+"""An optimiser step on its device; on a GPU it is recorded once as CUDA graphs, to save the time of kernel launches."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3
-"""Steps done as they come before the recording: libraries load kernels in them, and the optimiser makes its state."""
+"""Eager steps before the recording: in them libraries load kernels, and the optimiser creates its state."""
 
 
 class DeviceStep:
     """Gradients of a batch and, if the host finds them finite, the update: the same functions, called or replayed.
 
-    Two graphs, since the host decides between them. A replay runs the kernels that were recorded, on the same memory:
-    batches are copied to where the first lay, and what `gradients` returned and left in `.grad` is overwritten. So
-    parameters, moments and learning rates may change in place only; where one is replaced, so is this object.
+    There are two graphs because the host decides between them. A replay runs the recorded kernels on the same memory.
+    Batches are copied to the memory of the first one; the return value of `gradients` and each `.grad` are overwritten.
+    So parameters, moments and learning rates may only change in place; if one is replaced, replace this object too.
     """
 
     def __init__(self, is_captured: bool) -> None:
@@ -29,7 +29,7 @@ class DeviceStep:
         self._replay_update: Callable[[], None] | None = None
 
     def gradients(self, body: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`body(*inputs)`, which leaves gradients in `.grad`; valid until the next call."""
+        """`body(*inputs)`, which leaves gradients in `.grad`; the result is valid until the next call."""
         if not self._is_captured:
             return body(*inputs)
         if self._replay_gradients is None:
@@ -39,7 +39,7 @@ class DeviceStep:
             self._inputs = tuple(given.clone() for given in inputs)
             self._replay_gradients, self._values = record(partial(body, *self._inputs))
         for own, given in zip(self._inputs, inputs, strict=True):
-            if own.shape != given.shape:  # which copy_ might broadcast
+            if own.shape != given.shape:  # copy_ might broadcast
                 raise ValueError(f"recorded with a batch of {tuple(own.shape)}, so cannot take {tuple(given.shape)}")
             own.copy_(given)
         self._replay_gradients()
@@ -47,10 +47,10 @@ class DeviceStep:
         return self._values
 
     def update(self, body: Callable[[], Any]) -> None:
-        """`body()`, which changes parameters by their `.grad`."""
+        """Call `body()`, which updates parameters from their `.grad`."""
         if not self._is_captured:
             body()
-        elif self._replay_gradients is None:  # until then every step has its gradients elsewhere
+        elif self._replay_gradients is None:  # before the recording, gradients have new memory at every step
             beside(body)
         else:
             if self._replay_update is None:
@@ -59,9 +59,9 @@ class DeviceStep:
 
 
 def adamw(groups: Iterable[dict[str, Any]], device: torch.device | str) -> torch.optim.AdamW:
-    """A fused AdamW whose learning rates are tensors on the device, to be changed by `set_learning_rate`."""
+    """A fused AdamW whose learning rates are tensors on the device; `set_learning_rate` changes them."""
     is_cuda = torch.device(device).type == "cuda"
-    # The kernel takes float32 on CUDA; on a CPU it makes a float64 of it, as which a number comes to it too.
+    # The CUDA kernel takes a float32 rate; the CPU kernel converts it to float64, as it does with a plain number.
     dtype = torch.float32 if is_cuda else torch.float64
 
     def on_device(group: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def beside(body: Callable[[], Any]) -> Any:
-    """`body()` on a stream of its own, as a recording is, with what comes before and after it in order."""
+    """`body()` on its own stream, as in a recording; it stays in order with the work before and after it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -88,10 +88,12 @@ def beside(body: Callable[[], Any]) -> Any:
 
 
 def record(body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """What runs the kernels of `body` once more, and what `body` returned, whose values only a replay brings.
+    """Record `body`; returns a function that replays its kernels, and the return value of `body`.
+
+    The returned tensors have values only after a replay.
 
     Raises:
-        RuntimeError: something in it cannot be recorded.
+        RuntimeError: something in `body` cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
     try:

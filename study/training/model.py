@@ -1,4 +1,4 @@
-"""The model of a trial, and the parameters and FLOPs that its shapes alone give."""
+"""The model of a trial, and its parameter and FLOP counts, computed from shapes alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_model(
         generator_for: gives the generator of each parameter's initial values; None builds shapes without values (on
             the meta device).
         teacher_weights: state of the trained dense model that a spec with a teacher compresses, or trains further.
-        calibration: batches of tokens (B, T) over which a data-aware refinement fits it.
+        calibration: batches of tokens (B, T) on which a data-aware refinement fits the model.
     """
     device = None if generator_for is not None else "meta"
     config = mpo_core.GPTConfig(vocab_size=vocab_size, **spec.model.model_dump())
@@ -45,10 +45,10 @@ def build_model(
     return mpo_core.compress(
         model,
         chi=spec.chi,
-        allow_growth=True,  # a study's trials at large χ are what they are asked to be
+        allow_growth=True,  # a study may ask for a χ so large that a layer grows
         factorisation=spec.factorisation,
         n_sites=spec.n_sites,
-        # Without values there is nothing to decompose, and shapes do not depend on how they are filled.
+        # Without values there is nothing to decompose, and shapes do not depend on the initial values.
         init=init if generator_for is not None else "variance",
         generator_for=generator_for,
         forward=spec.forward or "reconstruct",
@@ -70,7 +70,7 @@ def _control(
     teacher_weights: dict[str, torch.Tensor] | None,
     calibration: Sequence[torch.Tensor],
 ) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport]:
-    """A model whose layers are as large, each, as those of an MPO, or less."""
+    """A model in which each layer has at most as many parameters as the same layer of an MPO model."""
     as_mpo = spec.model_copy(update={"family": "mpo", "chi": spec.as_chi, "init": "variance"})
     _, report = build_model(as_mpo, model.config.vocab_size, None)
     assert report is not None
@@ -79,11 +79,11 @@ def _control(
         return mpo_core.compress(model, layer=spec.family, budget=sizes, calibration=calibration or None)
 
     def fresh(name: str, linear: torch.nn.Linear) -> mpo_core.StructuredLinear | None:
-        if sizes[name] >= linear.weight.numel():  # as a budget does, which the dense layer is within
+        if sizes[name] >= linear.weight.numel():  # keep the dense layer, as `compress` does: it is within the budget
             return None
         layer = _CONTROLS[spec.family].empty_like(linear, max_params=sizes[name])
         if generator_for is not None:
-            own = generator_for  # for the type checker, which forgets outside a lambda what holds inside
+            own = generator_for  # the type checker does not narrow `generator_for` inside a lambda
             layer.draw(spec.init or "variance", lambda parameter: own(f"{name}.{parameter}"))
         return layer
 
@@ -91,14 +91,14 @@ def _control(
 
 
 def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: Model) -> TrialShape:
-    """Count parameters and FLOPs of a spec, and say which configuration it really is (after clipping its bonds).
+    """Parameters, FLOPs and identity of a spec; the identity is that of its configuration after clipping of bonds.
 
     Args:
-        n_validation: tokens of the validation split.
-        reference: sizes of the study's dense model, whose parameters others are a fraction of.
+        n_validation: number of tokens in the validation split.
+        reference: sizes of the study's dense model; other models' parameters are given as fractions of its parameters.
 
     Raises:
-        StudyError: a layer of it cannot be made.
+        StudyError: a layer of the model cannot be made.
     """
     try:
         model, report = build_model(spec, vocab_size, None)
@@ -121,18 +121,18 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
 
 
 def _identity(spec: TrialSpec, layers: list[Any]) -> str:
-    """Equal for two specs exactly when they train the same model in the same way."""
+    """Hash, equal for two specs exactly if they train the same model in the same way."""
     essence = spec.model_dump(mode="json", exclude={"arm", "chi", "as_chi", "n_sites", "factorisation"})
     essence["layers"] = layers
     if spec.forward in (None, "reconstruct"):
         del essence["forward"]
-    # As were all before it could be chosen.
+    # Keeps the hashes from before the precision could be chosen.
     if spec.protocol.precision == "float32":
         del essence["protocol"]["precision"]
     if spec.protocol.embedding_learning_rate in (None, spec.protocol.learning_rate):
         del essence["protocol"]["embedding_learning_rate"]
     if spec.family == "mpo" and spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
-        essence["chi"] = spec.chi  # this init mode depends on the cap as asked for, not on the bonds it gives
+        essence["chi"] = spec.chi  # this init mode depends on the requested cap, not on the resulting bonds
     return json_hash(essence)
 
 

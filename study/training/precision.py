@@ -1,4 +1,4 @@
-"""The number formats that a training computes in: `protocol.precision`, whatever another library has switched on."""
+"""The number formats of a training: those of `protocol.precision`, whatever another library has set."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Within it, float32 matrix products of the process are made in full float32; those of CUDA in TF32 under "tf32".
+    """Context in which the process computes float32 matrix products in full float32; on CUDA in TF32 for "tf32".
 
-    Whatever was set before holds again afterwards.
+    The previous settings are restored afterwards.
 
     Args:
-        precision: one of `config.Protocol.precision`. The parts of a CUDA product in bfloat16 are summed in float32.
+        precision: one of `config.Protocol.precision`. Partial sums of a bfloat16 product on CUDA are added in float32.
     """
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]  # set at run time
     before = cuda.fp32_precision, cpu.fp32_precision, cuda.allow_bf16_reduced_precision_reduction
@@ -30,10 +30,10 @@ def products_in(precision: str) -> Iterator[None]:
 
 
 def logits_in(precision: str, device: torch.device | str, model: Callable[..., Tensor], *args: object) -> Tensor:
-    """`model(*args)`, in bfloat16 by autocast where that is the precision; the logits are float32 for the loss."""
+    """`model(*args)`, in bfloat16 by autocast if that is the precision; the logits are float32 for the loss."""
     if precision != "bfloat16":
         return model(*args)
-    # Every weight is used once in a forward: there is nothing to cache, and under vmap or in a graph nothing can be.
+    # No autocast cache: each weight is used once in a forward pass, and under vmap or in a graph no cache is possible.
     with torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False):
         logits = model(*args)
     return logits.float()

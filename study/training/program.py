@@ -1,7 +1,7 @@
-"""Which program runs: this project's packages as they were imported, and the versions of torch and numpy.
+"""Identity of the running program: this project's packages as imported, and the versions of torch and numpy.
 
-A Ray worker gets `program` and `code_in` by value from its driver, before it imports anything of ours: they use the
-standard library alone.
+A Ray worker gets `program` and `code_in` by value from its driver, before it imports any of our packages. So they use
+only the standard library.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ PACKAGES = ("mpo_core", "analysis", "study")
 
 
 def code_in(folders: Mapping[str, str]) -> str:
-    """SHA-256 of the Python files of packages, by name and folder: the same for a checkout and an installed wheel.
+    """SHA-256 of the Python files of packages, the same for a checkout and an installed wheel.
 
-    It does not depend on line endings. Other files (study files, templates of reports) change no result of a run.
+    It does not depend on line endings. Other files (study files, report templates) change no result of a run.
+
+    Args:
+        folders: folder of each package, by its name.
 
     Raises:
-        OSError: a folder holds no package that can be read.
+        OSError: a folder contains no readable package.
     """
     digest = hashlib.sha256()
     for name, folder in sorted(folders.items()):
         sources = {}
         for parent, subfolders, files in os.walk(folder):
-            if "__init__.py" not in files:  # no package, and in no wheel
+            if "__init__.py" not in files:  # not a package, so not in a wheel
                 subfolders.clear()
                 continue
             for file in files:
-                if file.endswith(".py") and not file.startswith("."):  # an editor's lock, say
+                if file.endswith(".py") and not file.startswith("."):  # for example an editor's lock
                     path = os.path.join(parent, file)
                     with open(path, "rb") as source:
                         inside = os.path.relpath(path, folder).replace(os.sep, "/")
@@ -44,15 +47,16 @@ def code_in(folders: Mapping[str, str]) -> str:
 
 
 def program() -> dict[str, str]:
-    """What this process imports, or has imported.
+    """The program that this process imports, or has imported.
 
     Returns:
-        The folder of each of `PACKAGES` under its name; "code", see `code_in`; the versions of "torch" and "numpy" up
-        to a build's label, since a driver without a GPU may have another build; and "fingerprint", of all but folders.
+        The folder of each of `PACKAGES` under its name; "code", see `code_in`; the versions of "torch" and "numpy"
+        without a build's label, since a driver without a GPU may have another build; and "fingerprint", a hash of all
+        but the folders.
 
     Raises:
         ImportError: a package cannot be imported.
-        OSError: its files cannot be read.
+        OSError: a package's files cannot be read.
     """
     folders = {}
     for name in PACKAGES:
@@ -69,5 +73,5 @@ def program() -> dict[str, str]:
 
 @cache
 def this_program() -> dict[str, str]:
-    """`program` as it was when this process first asked: files that change later are none that it runs."""
+    """`program` at the first call in this process: files that change later are not the ones that it runs."""
     return program()

@@ -1,4 +1,4 @@
-"""Attention of models under `torch.func.vmap`, by the kernel that it has without."""
+"""Attention under `torch.func.vmap` with the kernel that is used without vmap."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class SeedsAsBatch(TorchFunctionMode):
-    """Within it, scaled dot-product attention under vmap takes the seeds as more of its batch.
+    """Mode in which scaled dot-product attention under vmap treats the seeds as part of its batch.
 
-    It has no fused kernel under vmap on a CPU, and need not have one elsewhere; but since a batch is what it takes, the
-    kernel that the single seed's attention has on a device serves the stack too.
+    Under vmap it has no fused kernel on a CPU, and perhaps none on other devices. But attention takes a batch, so the
+    kernel that serves a single seed on a device serves the stack too.
     """
 
     def __torch_function__(
@@ -26,7 +26,7 @@ class SeedsAsBatch(TorchFunctionMode):
 
 
 class _Attention(Function):
-    """Attention of query, key and value, with a rule for vmap; what autograd needs, it sees inside of that rule."""
+    """Attention of query, key and value with a rule for vmap; autograd records the operations inside that rule."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
@@ -34,14 +34,14 @@ class _Attention(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there is no backward of its own."""
+        """Save nothing: this function has no backward of its own."""
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         *qkv, is_causal = args
         flat = []
         for x, dim in zip(qkv, in_dims[:3], strict=True):
-            assert dim is not None  # every seed has parameters of its own
+            assert dim is not None  # every seed has its own parameters
             flat.append(x.movedim(dim, 0).flatten(0, 1))  # (seeds · B, H, T, C / H)
         y = nn.functional.scaled_dot_product_attention(*flat, is_causal=is_causal)
         return y.unflatten(0, (info.batch_size, -1)), 0

@@ -1,8 +1,8 @@
 """Train several seeds of a trial as one model whose parameters have a first dimension of seeds.
 
-The models of a study are far too small to fill a GPU one at a time. Stacked, every seed keeps what makes its result its
-own: initial values, data order, clipping of its gradient, moments, learning curve and divergence. Its result is the one
-it has alone, to rounding: the same sums, in which a batched matrix product may add in another order.
+The models of a study are far too small to fill a GPU one at a time. In a stack every seed keeps its own initial values,
+data order, gradient clipping, moments, learning curve and divergence. Its result equals, up to rounding, the one it has
+alone: a batched matrix product may add the same terms in another order.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from study.training.train import Diverged, SeedRun, Training, learning_rate_at
 
 
 class StackedTraining:
-    """Trainings of one spec at one step, trained together.
+    """Trainings of the same spec at the same step, trained together.
 
-    Each keeps its own step, curve, sums and failure; parameters and moments are in the stack, and come back to a
+    Each keeps its own step, curve, sums and failure. Parameters and moments are in the stack; they are copied back to a
     training when it is checkpointed or over.
 
     Args:
         trainings: by seed; on the CPU, whatever the device of the stack.
-        checkpoints: of each seed, or of none.
+        checkpoints: by seed, for all seeds or for none.
         capture: replay the step on a GPU from CUDA graphs (`study.training.captured`).
     """
 
@@ -53,11 +53,11 @@ class StackedTraining:
 
     @property
     def _first(self) -> Training:
-        """Any of those still trained: spec and step are the same in all."""
+        """One of the trainings still in the stack: all have the same spec and step."""
         return next(iter(self._trainings.values()))
 
     def _build(self) -> None:
-        """Stack parameters, moments and data of the trainings as they are."""
+        """Stack the current parameters, moments and data of the trainings."""
         every = list(self._trainings.values())
         members = [(_parameters(t), dict(t.model.named_buffers()), t.optimiser.state) for t in every]
         self._parameters: dict[str, Tensor] = {}
@@ -92,7 +92,7 @@ class StackedTraining:
     # Training -----------------------------------------------------------------------------------------------------
 
     def run(self, checkpoint_seconds: float, on_evaluation: Callable[[int, dict[str, float]], None]) -> None:
-        """Train to the last step; one that diverges leaves the stack, with its failure."""
+        """Train to the last step; a seed that diverges leaves the stack and keeps its failure."""
         with products_in(self._first.spec.protocol.precision):
             self._run(checkpoint_seconds, on_evaluation)
 
@@ -106,7 +106,7 @@ class StackedTraining:
                 training.seconds += elapsed / len(self._trainings)
             if not self._trainings or self._first.step == self._first.spec.protocol.steps:
                 break
-            # Also where one has just left, so that after an interruption the others go on without it, as here.
+            # Save also if a seed has just left, so that the others continue without it after an interruption, as here.
             if self._has_diverged or time.monotonic() - saved >= checkpoint_seconds:
                 self._save()
                 saved = time.monotonic()
@@ -115,7 +115,7 @@ class StackedTraining:
             self._write_back(row, training)
 
     def optimiser_step(self) -> None:
-        """Draw each seed's batch, and update its parameters once."""
+        """Draw each seed's batch and update its parameters once."""
         protocol, step = self._first.spec.protocol, self._first.step
         failures = {}
         values = self._device_step.gradients(self._gradients, *self._training_windows.batch(step)).tolist()
@@ -130,8 +130,7 @@ class StackedTraining:
             self._device_step.update(self._optimiser.step)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Losses and the gradients' norms, (2, seeds); clipped gradients are left in the parameters. Never waits for a
-        GPU."""
+        """Losses and gradient norms, (2, seeds); leaves clipped gradients in the parameters. Never waits for a GPU."""
         losses = _cross_entropy(self._logits(inputs, 0), targets).mean(dim=1)
         self._optimiser.zero_grad()
         losses.sum().backward()  # no seed's loss depends on another's parameters
@@ -139,7 +138,7 @@ class StackedTraining:
         return torch.stack([losses.detach(), norms])
 
     def _logits(self, tokens: Tensor, tokens_dim: int | None) -> Tensor:
-        """(seeds, B, T, V) for tokens (seeds, B, T), or (B, T) where tokens_dim is None."""
+        """Logits (seeds, B, T, V) for tokens (seeds, B, T), or (B, T) if tokens_dim is None."""
 
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tokens: Tensor) -> Tensor:
             return functional_call(self._model, (parameters, buffers), (tokens,))
@@ -150,14 +149,14 @@ class StackedTraining:
             return logits_in(precision, self._device, all_of_them, self._parameters, self._buffers, tokens)
 
     def _remove(self, failures: Mapping[int, Diverged]) -> None:
-        """Take out what has diverged; what is left has the gradients and moments it had."""
+        """Remove diverged seeds from the stack; the other seeds keep their gradients and moments."""
         if not failures:
             return
         for row, (seed, training) in enumerate(self._trainings.items()):
             self._write_back(row, training)
             if seed in failures:
                 training.failure = failures[seed]
-                if seed in self._checkpoints:  # alone after an interruption, it might diverge at another step
+                if seed in self._checkpoints:  # resumed alone, it might diverge at another step
                     self._checkpoints[seed].save(training.step, *training.state())
         self._has_diverged = True
         kept = [row for row, seed in enumerate(self._trainings) if seed not in failures]
@@ -191,7 +190,7 @@ class StackedTraining:
     def _loss_and_accuracy(
         self, batches: Iterable[tuple[Tensor, Tensor]], tokens_dim: int | None
     ) -> list[tuple[float, float]]:
-        """As `study.training.train.evaluate`, for each seed; tokens_dim is None where all see the same batches."""
+        """As `study.training.train.evaluate`, for each seed; tokens_dim is None if all see the same batches."""
         n_seeds, n_tokens = len(self._trainings), 0
         loss = torch.zeros(n_seeds, dtype=torch.float64, device=self._device)
         n_correct = torch.zeros(n_seeds, dtype=torch.int64, device=self._device)
@@ -214,7 +213,7 @@ class StackedTraining:
 
     @torch.no_grad()
     def _write_back(self, row: int, training: Training) -> None:
-        """Give a training its parameters and moments, as if it had been trained alone."""
+        """Copy a training's parameters and moments back to it, as if it had been trained alone."""
         for name, parameter in _parameters(training).items():
             stacked = self._parameters[name]
             parameter.copy_(stacked[row])
@@ -241,13 +240,13 @@ def train_seeds(
     capture: bool = True,
     on_evaluation: Callable[[int, dict[str, float]], None] = lambda seed, row: None,
 ) -> list[tuple[SeedResult, dict[str, Tensor]]]:
-    """Train seeds of a trial as one model; those whose checkpoints leave them at different steps, as one for each step.
+    """Train seeds of a trial as one model; seeds whose checkpoints are at different steps get one model for each step.
 
     Args:
         teacher_weights, checkpoints: by seed; for these and all others see `study.training.train.train_seed`.
         on_evaluation: called with the seed and every row of its learning curve.
     Returns:
-        What `train_seed` returns, for each of the seeds in their order.
+        The return value of `train_seed` for each seed, in the order of the seeds.
     """
 
     def begin(seed: int) -> SeedRun:
@@ -278,9 +277,9 @@ def train_seeds(
 
 
 def _restore(runs: dict[int, SeedRun], begin: Callable[[int], SeedRun], checkpoints: Mapping[int, Checkpoints]) -> None:
-    """Bring every seed to its newest checkpoint, or all of them to the newest step that they have in common.
+    """Restore every seed to its newest checkpoint; if these differ, all seeds to the newest step they have in common.
 
-    Whoever ends while the checkpoints of a stack are being written leaves some seeds one of them ahead.
+    If a process ends while it writes the checkpoints of a stack, some seeds are one checkpoint ahead.
     """
     for seed, run in runs.items():
         newest = checkpoints[seed].load()
@@ -297,20 +296,20 @@ def _restore(runs: dict[int, SeedRun], begin: Callable[[int], SeedRun], checkpoi
             for seed, checkpoint in older.items():
                 runs[seed].training.restore(*checkpoint)
             return
-    if all(len(kept) < 2 for kept in steps.values()):  # they have hardly begun
+    if all(len(kept) < 2 for kept in steps.values()):  # they have only just begun
         runs |= {seed: begin(seed) for seed in going_on}
 
 
 def _place(training: Training) -> tuple[int, bool]:
-    """Where a training stands; equal for those that can be stacked."""
+    """State of a training that must be equal for trainings to be stacked."""
     return training.step, training.evaluation_is_due
 
 
 def clip_grads_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for each entry of the first dimension by itself.
+    """`torch.nn.utils.clip_grad_norm_`, applied separately to each entry of the first dimension.
 
     Returns:
-        (n,) norms before clipping.
+        Norms before clipping, (n,).
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.linalg.vector_norm(torch.cat([grad.flatten(1) for grad in grads], dim=1), dim=1)
@@ -325,6 +324,6 @@ def _parameters(training: Training) -> dict[str, nn.Parameter]:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """(seeds, B · T) of logits (seeds, B, T, V) and targets (seeds, B, T)."""
+    """Cross-entropy (seeds, B · T) of logits (seeds, B, T, V) and targets (seeds, B, T)."""
     losses = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     return losses.view(len(logits), -1)

@@ -1,4 +1,4 @@
-"""Where large things are kept: checkpoints, weights and the corpus, at a path or an object store's URL."""
+"""Storage of large objects: checkpoints, weights and the corpus, at a path or an object store's URL."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ class Storage:
             if "::" in url:
                 raise ValueError("it may not hold ::, by which fsspec chains file systems")
             self._files, self._root = fsspec.core.url_to_fs(url)
-        except Exception as error:  # each library has errors of its own; some connect at once
+        except Exception as error:  # each library has its own errors; some connect at once
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise StudyError(f"--storage {hide_password(url)}: {hide_password(said, url)}") from None
         self.is_remote = not isinstance(self._files, LocalFileSystem)
-        # A worker may have another working folder, where a relative path would be another place.
+        # A worker may have another working folder, in which a relative path would mean another place.
         self.url = url if self.is_remote else self._root
 
     @property
     def shown(self) -> str:
-        """The path or URL for a reader, without a password."""
+        """The path or URL for display, without a password."""
         return hide_password(self.url)
 
     @property
     def has_folder(self) -> bool:
-        """Whether it is in a bucket or folder, not what holds all of them."""
+        """Whether it is a bucket or folder, not the root that contains all of them."""
         return bool(self._root.strip("/"))
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        """Raise whatever an object store's own library raises as an OSError, in one line without a password."""
+        """Convert every error of an object store's library to an OSError, in one line without a password."""
         try:
             yield
         except OSError:
             raise
-        except Exception as error:  # each library has errors of its own
+        except Exception as error:  # each library has its own errors
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise OSError(f"{self.shown}: {hide_password(said, self.url)}") from error
 
@@ -61,7 +61,7 @@ class Storage:
         return f"{self._root}/{key}"
 
     def write(self, key: str, data: bytes) -> None:
-        """Write an object whole: a reader sees all of it or nothing."""
+        """Write an object atomically: a reader sees all of it or nothing."""
         path = self._path(key)
         if self.is_remote:
             with self._answering():
@@ -84,7 +84,7 @@ class Storage:
         """The object's content.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no such object.
         """
         path = self._path(key)
         with self._answering():
@@ -93,11 +93,11 @@ class Storage:
     def exists(self, key: str) -> bool:
         path = self._path(key)
         with self._answering():
-            self._files.invalidate_cache()  # others write, too
+            self._files.invalidate_cache()  # other processes write, too
             return self._files.isfile(path)
 
     def keys(self, folder: str) -> list[str]:
-        """Keys of the objects directly in a folder, sorted; empty where there is no such folder."""
+        """Keys of the objects directly in a folder, sorted; empty if there is no such folder."""
         path = self._path(folder)
         try:
             with self._answering():
@@ -117,7 +117,7 @@ class Storage:
         return sorted(f"{folder}/{PurePosixPath(one).relative_to(root)}" for one in found)
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Remove an object; no error if it does not exist."""
         path = self._path(key)
         try:
             with self._answering():
@@ -126,7 +126,7 @@ class Storage:
             return
 
     def delete_folder(self, folder: str) -> None:
-        """Remove all that is in a folder; one that is not there is no error."""
+        """Remove everything in a folder; no error if the folder does not exist."""
         path = self._path(folder)
         try:
             with self._answering():
@@ -137,5 +137,5 @@ class Storage:
 
 
 def _private(path: str, flags: int) -> int:
-    """Opens a file for its user alone."""
+    """Open a file that only its owner can access."""
     return os.open(path, flags, 0o600)

@@ -1,9 +1,9 @@
 """Train one trial × one seed: pure PyTorch, no Ray, no MLflow. Several seeds as one model: `study.training.stacked`.
 
-What a seed's result is depends on the trial's configuration, the corpus and the seed; to rounding, also on the kind of
-machine, the number of threads and the version of PyTorch, which every result names. With these equal, on a CPU, an
-interrupted and resumed run ends bit-identical to an undisturbed one: batches are drawn by step number, and a checkpoint
-holds all the rest.
+A seed's result depends on the trial's configuration, the corpus and the seed. Its rounding also depends on the kind of
+machine, the number of threads and the version of PyTorch, which every result records. If these are equal, on a CPU, an
+interrupted and resumed run ends bit-identical to an uninterrupted one: batches are drawn by step number, and a
+checkpoint holds the rest of the state.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from study.training.program import this_program
 from study.training.randomness import generator
 
 EVALUATION_TOKENS = 8192
-"""Tokens in one batch of the full validation: small enough for any memory, the same on every machine."""
+"""Tokens per batch of the full validation: small enough for any memory, the same on every machine."""
 
 
 class Diverged(Exception):
@@ -70,7 +70,7 @@ def evaluate(
 
 
 class Training:
-    """One run's state: model, optimiser, step, learning curve, and the sums since the last evaluation."""
+    """State of one run: model, optimiser, step, learning curve, and the sums since the last evaluation."""
 
     def __init__(
         self,
@@ -129,13 +129,13 @@ class Training:
         checkpoint_seconds: float = math.inf,
         on_evaluation: Callable[[dict[str, float]], None] = lambda row: None,
     ) -> None:
-        """Train from where the state stands to the last step.
+        """Train from the current step to the last step.
 
         Raises:
             Diverged: the loss or the gradient is not finite.
         """
         if self.failure is not None:
-            raise self.failure  # so a checkpoint says
+            raise self.failure  # recorded in a checkpoint
         with products_in(self.spec.protocol.precision):
             self._run(checkpoints, checkpoint_seconds, on_evaluation)
 
@@ -160,11 +160,11 @@ class Training:
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether this step is one to evaluate at, and that has not been done yet."""
+        """Whether the model is to be evaluated at this step and has not been yet."""
         return self.step in self._evaluation_steps and (not self.curve or self.curve[-1]["step"] < self.step)
 
     def optimiser_step(self) -> None:
-        """Draw the step's batch, and update the parameters once."""
+        """Draw the step's batch and update the parameters once."""
         inputs, targets = self.training_windows.batch(self.step)
         values = self._device_step.gradients(self._gradients, inputs.to(self.device), targets.to(self.device))
         set_learning_rate(self.optimiser, learning_rate_at(self.step, self.spec.protocol))
@@ -172,7 +172,7 @@ class Training:
         self._device_step.update(self.optimiser.step)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss and the gradient's norm, (2,); the clipped gradient is left in the parameters. Never waits for a GPU."""
+        """Loss and gradient norm, (2,); leaves the clipped gradient in the parameters. Never waits for a GPU."""
         protocol = self.spec.protocol
         logits = logits_in(protocol.precision, self.device, self.model, inputs)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -182,10 +182,10 @@ class Training:
         return torch.stack([loss.detach(), norm])
 
     def note_step(self, loss: float, norm: float) -> None:
-        """Count the optimiser step that this loss and this norm of the gradient lead to.
+        """Count the optimiser step that follows from this loss and gradient norm.
 
         Raises:
-            Diverged: there is none, as one of them is not finite.
+            Diverged: one of them is not finite, so there is no step.
         """
         for what, value in (("the training loss", loss), ("the gradient's norm", norm)):
             if not math.isfinite(value):
@@ -208,13 +208,13 @@ class Training:
         return consecutive_windows(self.corpus.validation, context, max(1, EVALUATION_TOKENS // context))
 
     def sampled_batches(self) -> range:
-        """Which of the `sampled_windows` are this step's."""
+        """Indices of this step's batches in `sampled_windows`."""
         n_batches = self.spec.protocol.sampled_eval_batches
         first = self._evaluation_steps.index(self.step) * n_batches
         return range(first, first + n_batches)
 
     def row(self, full: tuple[float, float], sampled: tuple[float, float]) -> dict[str, float]:
-        """A row of the learning curve from loss and accuracy; its keys: those of `run_schema.CURVES`, and "step".
+        """A row of the learning curve, from (loss, accuracy) pairs; its keys are `run_schema.CURVES` and "step".
 
         Raises:
             Diverged: a loss is not finite.
@@ -240,7 +240,7 @@ class Training:
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain content from which `restore` continues bit for bit."""
+        """Tensors and plain content from which `restore` continues bit-identically."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
@@ -282,15 +282,16 @@ def train_seed(
 ) -> tuple[SeedResult, dict[str, Tensor]]:
     """Train one seed of a trial from the start, or from its newest checkpoint.
 
-    Before and after the training, and where layers are decomposed, all products are float32.
+    Before and after the training, and in decompositions of layers, all products are float32.
 
     Args:
-        teacher_weights, teacher_tokens: of the trained dense model that a spec with a teacher starts from.
+        teacher_weights, teacher_tokens: weights and training tokens of the dense model that a spec with a teacher
+            starts from.
         rel_error_chis: caps at which a dense model's layers are decomposed, before and after training.
         capture: replay the step on a GPU from CUDA graphs (`study.training.captured`).
         on_evaluation: called with every row of the learning curve.
     Returns:
-        The result and the trained weights; a run that diverges gives a failed result, with the curve up to there.
+        The result and the trained weights; a run that diverges gives a failed result, with its curve up to that step.
     """
     run = SeedRun(
         spec,
@@ -314,7 +315,7 @@ def train_seed(
 
 
 class SeedRun:
-    """A training, and what its result says beside it; for the arguments see `train_seed`."""
+    """A training, with the other data of its result; for the arguments see `train_seed`."""
 
     def __init__(
         self,
@@ -335,7 +336,7 @@ class SeedRun:
         self._rel_errors = _rel_errors(self.training, rel_error_chis, "init")
 
     def result(self, device: torch.device | str, n_stacked: int) -> SeedResult:
-        """What came of it, on that device and in a stack of that many seeds."""
+        """The run's result, on this device and in a stack of `n_stacked` seeds."""
         training, failure = self.training, self.training.failure
         result = SeedResult(
             trial=self.trial,
@@ -355,7 +356,7 @@ class SeedRun:
 
 
 def _ran_on(device: torch.device | str, n_stacked: int) -> dict[str, str]:
-    """What results depend on beside their spec and seed; the keys of `run_schema.RAN_ON`."""
+    """What results depend on besides spec and seed; has the keys of `run_schema.RAN_ON`."""
     kind = torch.device(device).type
     return {
         schema.DEVICE: torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine() or kind,

@@ -22,23 +22,23 @@ from study.training.storage import Storage
 from study.training.train import train_seed
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-"""Of one unit on one machine: the study's other units may fit."""
+"""Errors that concern one unit on one machine: the study's other units may fit in memory."""
 
 
 class Teachers(Strict):
-    """The trained dense models that a unit's seeds start from: storage key by seed, and what one was trained on."""
+    """The trained dense models that a unit's seeds start from: storage key by seed, and training tokens of each."""
 
     weights: dict[int, str]
     tokens: int
 
 
 class Unit(Strict):
-    """All that a worker needs to know; plain data, so that it may travel."""
+    """Everything that a worker needs to know, as plain data that can be sent to it."""
 
     trial: int
     seeds: tuple[int, ...]
     spec: TrialSpec
-    storage: Annotated[str, Field(exclude=True)]  # its URL may hold a password: it travels by itself
+    storage: Annotated[str, Field(exclude=True)]  # its URL may hold a password: it is sent separately
     study_uuid: str
     corpus_sha256: str
     validation_fraction: float
@@ -54,18 +54,18 @@ class Unit(Strict):
 def run_unit(
     unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None], say: Callable[[str], None] = print
 ) -> list[SeedResult]:
-    """Train the unit's seeds from their newest checkpoints: one by itself, several stacked.
+    """Train the unit's seeds from their newest checkpoints; several seeds are stacked.
 
     Args:
         on_evaluation: called with the seed and every row of its learning curve.
-        say: told in one line what the study's user should know of and need not mend.
+        say: receives one line about things that the user should know but need not correct.
     Returns:
-        One result per seed; what goes wrong in one is a failed result, and the others go on. Where a stack as a whole
-        goes wrong, its seeds are trained one after another, which shows in which of them.
+        One result per seed. An error in one seed gives a failed result, and the others continue. If a stack fails as a
+        whole, its seeds are trained one after another, which shows the seeds that fail.
 
     Raises:
-        OSError: storage, corpus or GPU is not to be had, for this unit or any other.
-        MemoryError, torch.OutOfMemoryError: another try, elsewhere or later, may well succeed.
+        OSError: storage, corpus or GPU is unavailable, for this unit and any other.
+        MemoryError, torch.OutOfMemoryError: another try, elsewhere or later, may succeed.
     """
     torch.set_num_threads(max(1, int(unit.cpus)))
     storage = Storage(unit.storage)
@@ -93,7 +93,7 @@ def run_unit(
 
 
 def _without_non_finite(result: SeedResult) -> SeedResult:
-    """The result, or a failed one where any of its numbers is infinite or none: no later part can use those."""
+    """The result, or a failed one if any of its numbers is infinite or NaN: no later step can use those."""
     curve = {f"{key} at step {row['step']:.0f}": value for row in result.curve for key, value in row.items()}
     bad = [key for key, value in (result.final | result.rel_errors | curve).items() if not math.isfinite(value)]
     if not bad:
@@ -159,7 +159,7 @@ def _run_seed(
 
 
 def _with_weights(unit: Unit, storage: Storage, result: SeedResult, weights: dict[str, torch.Tensor]) -> SeedResult:
-    """The result, and its weights in storage where they are kept."""
+    """Store the weights if the unit keeps them; returns the result with their key."""
     if not unit.keep_weights or result.state != "complete":
         return result
     key = f"{unit.study_uuid}/weights/trial{unit.trial}-seed{result.seed}.safetensors"
@@ -171,7 +171,7 @@ def _teacher_weights(storage: Storage, key: str) -> dict[str, torch.Tensor]:
     try:
         return unpack_tensors(storage.read(key))[0]
     except Damaged as damage:
-        storage.delete(key)  # the next run of the study sees that it is gone, and trains the teacher again
+        storage.delete(key)  # the next run of the study finds it missing, and trains the teacher again
         raise OSError(f"{storage.shown}/{key}: {damage}; it was removed, to be trained again") from None
 
 
@@ -199,13 +199,13 @@ def checkpoints_of(
     spec: TrialSpec | None = None,
     say: Callable[[str], None] = print,
 ) -> Checkpoints:
-    """Where one run's checkpoints lie, whichever worker has it; only those of this spec are read."""
+    """Checkpoints of one run, the same for every worker; only those of this spec are read."""
     of = "" if spec is None else hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     return Checkpoints(storage, f"{study_uuid}/checkpoints/trial{trial}-seed{seed}", of, say)
 
 
 def store_corpus(storage: Storage, corpus: Corpus) -> None:
-    """Put the text where every worker finds it, in place of one that is damaged."""
+    """Put the text where every worker finds it; replaces a damaged one."""
     key = _corpus_key(corpus.sha256)
     if not storage.exists(key) or hashlib.sha256(storage.read(key)).hexdigest() != corpus.sha256:
         storage.write(key, corpus.text.encode("utf-8"))
@@ -215,7 +215,7 @@ def stored_corpus(storage: Storage, sha256: str, validation_fraction: float) -> 
     """The text that `store_corpus` put there.
 
     Raises:
-        OSError: it is gone or damaged.
+        OSError: the text is missing or damaged.
     """
     key = _corpus_key(sha256)
     data = storage.read(key)
