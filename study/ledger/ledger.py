@@ -63,7 +63,7 @@ _UNDO = "undo the change, or begin a new study with another name or --dir"
 
 @dataclass(frozen=True)
 class Asked:
-    """What the ledger needs to know of a freshly resolved spec."""
+    """The data that the ledger needs about a freshly resolved spec."""
 
     shape: TrialShape
     budget_hash: str

@@ -106,7 +106,8 @@ class Tally:
     def n_trials(self) -> int:
         """Number of trials that the study will have.
 
-        It is the sum of the listed trials and the budget, or the trials searched so far if the search ended early.
+        It is the listed trials plus the budget. If the search ended early, it is the listed trials plus those that were
+        searched until then.
         """
         return self._n_listed + (self._n_searched if self.search_ended is not None else self._config.budget.trials)
 

@@ -141,7 +141,7 @@ class Tracker:
         return self._client
 
     def settle(self, n_missing: int) -> None:
-        """Tell readers that this state of the experiment is final, unless runs are still missing.
+        """Tell readers that this state of the experiment will stay, unless a run in it has not ended yet.
 
         Call it when this tracker has written every trial: it deletes all other runs of this study.
 
