@@ -172,12 +172,12 @@ def non_inferiority(
 
     Args:
         difference: (..., C), configuration − reference.
-        test: of these differences, `block` or `pair` of `contrasts`.
-        margin: how much worse is still no loss, > 0, in the unit of the values.
+        test: tests of these differences, `block` or `pair` of `contrasts`.
+        margin: how much worse does not yet count as a loss, > 0, in the unit of the values.
         direction: what is better in this metric.
-        level: of the one-sided test, in (0, 1).
+        level: level of the one-sided test, in (0, 1).
     Returns:
-        As its class says; NaN in, NaN out, and the claim does not hold.
+        As described in its class. A NaN in the input gives NaN, and the claim does not hold.
     Raises:
         ValueError: the margin is not above 0, the direction is unknown, or `level` is not inside (0, 1).
     Source: Schuirmann 1987, A comparison of the two one-sided tests procedure, of which this is one side.

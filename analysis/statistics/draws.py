@@ -103,12 +103,12 @@ class SeedMeans:
         return self._draws(n_draws, rng, chunk, known_scale=True)
 
     def draws(self, n_draws: int, rng: np.random.Generator, chunk: int | None = None) -> Iterator[NDArray[np.float64]]:
-        """Draws for what depends on the level of the means too: as `contrast_draws`, and shifted together.
+        """Draws for quantities that also depend on the level of the means: as `contrast_draws`, and shifted together.
 
-        A mean of C means is drawn as t with n − 1 degrees of freedom; the deviations from it sum to zero, so that the
-        two sources of noise are counted once each. Of a single configuration this draws Student's t.
+        The mean of the C means is drawn as t with n − 1 degrees of freedom. The deviations from it sum to zero, so that
+        the two sources of noise are counted once each. For a single configuration this draws Student's t.
 
-        Of unequal seeds all three kinds of draws shift each seed by itself, in all configurations that have it.
+        For unequal seeds, all three kinds of draws shift each seed by itself, in all configurations that have it.
         """
         return self._draws(n_draws, rng, chunk, with_shift=True)
 

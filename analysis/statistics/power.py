@@ -22,14 +22,14 @@ def gap_power(gap: float, n: int, sd: float, correlation: float | None = None, l
     """Probability that a two-sided t test of n seeds detects a true gap of either sign.
 
     Args:
-        gap: between the two true means, in the unit of `sd`.
-        n: seeds of each configuration.
-        sd: over seeds, of each configuration; normal and equal for both.
-        correlation: of the two results of one seed, for the paired t test; None for runs that share no seeds, and
-            Welch's test.
-        level: of the test, in (0, 1); for Bonferroni's bound over m tests, level / m.
+        gap: difference between the two true means, in the unit of `sd`.
+        n: number of seeds of each configuration.
+        sd: standard deviation over seeds of each configuration; the noise is normal, and sd is equal for both.
+        correlation: correlation of the two results of one seed, for the paired t test. None: the runs share no seeds,
+            and the test is Welch's.
+        level: level of the test, in (0, 1); for Bonferroni's bound over m tests, level / m.
     Returns:
-        In [0, 1]; NaN for n < 3, of which nothing is claimed.
+        Power in [0, 1]; NaN for n < 3, because nothing is claimed there.
     Raises:
         ValueError: `sd` is not above 0, the correlation is outside [−1, 1), or `level` is not inside (0, 1).
     Error: below 1e-6 for n up to 1,000. The noncentral t is integrated here, over the normal of its numerator and the

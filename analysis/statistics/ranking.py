@@ -61,17 +61,17 @@ def rank_intervals(
 
     A draw is mean_c + √(s²_res/n) z_c with z standard normal; s²_res is the residual mean square of the block model
     (see `seed_blocks`). The shared part of a seed moves all means alike, and changes no rank. If configurations lack
-    seeds it does change ranks, and the draws are those of `frontier.draws.SeedMeans.noise_draws`. The limits are drawn
+    seeds it does change ranks, and the draws are those of `draws.SeedMeans.noise_draws`. The limits are drawn
     ranks: the outermost that leave at most (1 − level)/2 of the draws beyond.
 
     Args:
         values: (C, n), configurations × seeds, in any unit; NaN if a configuration lacks the seed.
         direction: what is better.
         rng: draws the means.
-        level: of the interval, in (0, 1).
-        n_draws: C × n_draws ranks are held in memory.
+        level: level of the interval, in (0, 1).
+        n_draws: number of draws; C × n_draws ranks are held in memory.
     Returns:
-        As its class says; ties share their mean rank. For n < 3, or one configuration, limits are NaN.
+        As described in its class; ties share their mean rank. For n < 3, or one configuration, limits are NaN.
     Raises:
         ValueError: as `rank_agreement`; the direction is unknown, or `level` is not inside (0, 1).
     Error: draws spread the means a second time, so ranks of nearly equal configurations are pulled towards the middle.

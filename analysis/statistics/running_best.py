@@ -34,7 +34,7 @@ class SortedSizes:
     """(C,): indices of the configurations from the smallest to the largest."""
     starts: NDArray[np.intp]
     ends: NDArray[np.intp]
-    """(G,): position in that order of the last configuration of each distinct size."""
+    """(G,): positions in that order of the first (`starts`) and last (`ends`) configuration of each distinct size."""
     group: NDArray[np.intp]
     """(C,): index of the distinct size of each configuration, in that order."""
     distinct: NDArray[np.float64]

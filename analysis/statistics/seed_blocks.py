@@ -79,9 +79,9 @@ def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
     equations, and add up to N − C. Satterthwaite's degrees of freedom follow from them.
 
     Args:
-        values: (C, S), configurations × all seeds, in any unit; NaN where a configuration has not that seed.
+        values: (C, S), configurations × all seeds, in any unit; NaN if a configuration lacks the seed.
     Raises:
-        ValueError: it is no table, a value is infinite, or a configuration has fewer than 2 seeds.
+        ValueError: `values` is not a table, a value is infinite, or a configuration has fewer than 2 seeds.
     Source: Searle, Casella and McCulloch 1992, Variance components, section 5.5 (Henderson's method III).
     """
     table = np.asarray(values, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""What the docstrings of `analysis.frontier` say of coverage and calibration, on studies whose truth is known.
+"""What the docstrings of `analysis.statistics` say of coverage and calibration, on studies whose truth is known.
 
 Every case simulates studies with a new truth each: configurations scattered about a trend (accuracy in points,
 saturating with size), seeds with a standard deviation of 0.4 in all, of which they share a part. Shares are asserted
