@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -191,7 +190,7 @@ def study_runs(
     trials = trials_frame(trial_runs, {"n_seeds": complete, "n_failed": failed, "n_unfinished": unfinished})
     _check_against_trials(seed_runs, trials)
     if is_settled:
-        _check_n_seeds(trial_runs, complete, failed)
+        _check_n_seeds(trial_runs, trials)
     ends = [run.end_time for run in (*trial_runs, *seed_runs) if run.end_time]
     return StudyRuns(
         address=address,
@@ -346,15 +345,14 @@ def _check_keys(runs: list[RunRecord], uuid: str) -> None:
             raise AnalysisError(f"{run} must have the key {expected}, but has {key}; {MEND}")
 
 
-def _check_n_seeds(trial_runs: list[RunRecord], complete: list[RunRecord], failed: list[RunRecord]) -> None:
-    """Check that every trial has as many seeds as it states: if somebody deleted some, the mean would differ."""
-    for key, runs, state in ((schema.N_SEEDS, complete, "complete"), (schema.N_FAILED, failed, "failed")):
-        found = Counter(param_of(run, "trial") for run in runs)
+def _check_n_seeds(trial_runs: list[RunRecord], trials: pd.DataFrame) -> None:
+    """Every trial has as many seed runs as it records: without a deleted one, its mean would change."""
+    counted = trials.set_index("trial")
+    for key, state in ((schema.N_SEEDS, "complete"), (schema.N_FAILED, "failed")):
         for run in trial_runs:
-            n = found[param_of(run, "trial")]
-            said = run.metrics.get(key)
-            if said is not None and said != n:
-                raise AnalysisError(f"{run} has {said:g} {state} seeds, but there are {n} runs of them; {MEND}")
+            recorded, n = run.metrics.get(key), counted.at[param_of(run, "trial"), key]
+            if recorded is not None and recorded != n:
+                raise AnalysisError(f"{run} has {recorded:g} {state} seeds, but there are {n} runs of them; {MEND}")
 
 
 def _check_against_trials(seed_runs: list[RunRecord], trials: pd.DataFrame) -> None:
