@@ -203,7 +203,7 @@ def winners(
 ) -> None:
     """Write a study file that measures what a finished study selected again, on fresh seeds."""
     new = write_winners(StudyDirectory(directory), file, parse_seeds(seeds), name, partial(say, console))
-    say_not_compared(console, new)
+    say_not_compared(partial(say, console), new)
     n_runs = len(listed_specs(new)) * len(new.seed_list)
     say(console, f"{file}: {len(new.arms)} arms, {n_runs} runs. To see what they cost: mpo-study plan {file}")
 

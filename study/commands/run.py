@@ -13,6 +13,7 @@ from rich.console import Console
 
 from study.commands.backup import BackgroundBackup, open_backup
 from study.commands.progress import StudyProgress, say
+from study.commands.show import say_not_compared
 from study.errors import StudyError
 from study.ledger.copies import Copies
 from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
@@ -26,7 +27,6 @@ from study.scheduler.interrupts import interrupts
 from study.scheduler.private_folder import remove_leftovers
 from study.scheduler.queue import Queue
 from study.scheduler.reports import SilenceWatch
-from study.spec.comparable import not_compared
 from study.spec.config import StudyConfig
 from study.spec.search_space import teacher_spec
 from study.spec.trial import SeedResult, Trial, TrialSpec, budget_hash, tuning_trials
@@ -193,8 +193,7 @@ def run_study(
                 copies = BackgroundBackup(backup, seconds, progress.say, partial(setattr, queue, "aborted"))
             try:
                 if growth.extend or not ledger.results:
-                    for line in not_compared(config):
-                        progress.say(f"note: {line}")
+                    say_not_compared(progress.say, config)
                 _execute(queue, progress, executor, directory, address)
                 for trial in ledger.trials.values():
                     if trial.duplicate_of is not None or trial.pruned is not None:  # its original had results before

@@ -1,8 +1,10 @@
-"""What `mpo-study` prints about plans, studies and their runs."""
+"""Printing of plans, studies and their runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -65,13 +67,13 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         f"{runs}, one after another; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
         f"(at {min(plan.rates) / 1e9:.3g} to {max(plan.rates) / 1e9:.3g} GFLOP/s each, measured on the CPU just now)."
     )
-    say_not_compared(console, config)
+    say_not_compared(partial(say, console), config)
 
 
-def say_not_compared(console: Console, config: StudyConfig) -> None:
+def say_not_compared(say: Callable[[str], None], config: StudyConfig) -> None:
     """Print the comparisons that the analysis will not make for this study file, with the reasons."""
     for line in not_compared(config):
-        say(console, f"note: {line}")
+        say(f"note: {line}")
 
 
 def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder: StudyDirectory) -> None:
@@ -170,7 +172,7 @@ def _what_is_left(now: StudyStatus, again: str, then: str) -> str:
 
 
 def _nothing_succeeded(now: StudyStatus) -> str:
-    """What to do with a study that ended without a successful run."""
+    """Advice for a study that ended without a successful run."""
     if not now.n_failed:
         why, what_next = "every trial was pruned", "widen the limits of the budget in the study file"
     elif any(result.failure_step is None for result in now.failures):
