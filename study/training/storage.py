@@ -28,8 +28,7 @@ class Storage:
                 raise ValueError("it may not hold ::, by which fsspec chains file systems")
             self._files, self._root = fsspec.core.url_to_fs(url)
         except Exception as error:  # each library has its own errors; some connect at once
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StudyError(f"--storage {hide_password(url)}: {hide_password(said, url)}") from None
+            raise StudyError(f"--storage {hide_password(url)}: {_first_line(error, url)}") from None
         self.is_remote = not isinstance(self._files, LocalFileSystem)
         # A worker may have another working folder, in which a relative path would mean another place.
         self.url = url if self.is_remote else self._root
@@ -52,8 +51,7 @@ class Storage:
         except OSError:
             raise
         except Exception as error:  # each library has its own errors
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise OSError(f"{self.shown}: {hide_password(said, self.url)}") from error
+            raise OSError(f"{self.shown}: {_first_line(error, self.url)}") from error
 
     def _path(self, key: str) -> str:
         if key.startswith("/") or ".." in PurePosixPath(key).parts:
@@ -134,6 +132,11 @@ class Storage:
                 self._files.rm(path, recursive=True)
         except FileNotFoundError:
             return
+
+
+def _first_line(error: Exception, url: str) -> str:
+    """The first line of an error's message without the URL's password, or the error's name if it has no message."""
+    return hide_password((str(error).splitlines() or [type(error).__name__])[0], url)
 
 
 def _private(path: str, flags: int) -> int:
