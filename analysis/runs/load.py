@@ -116,7 +116,7 @@ def _stamp(
 
     The study's writer sets the revision, and removes it before any change. The revision does not cover manual changes:
     a deleted or restored run shows in the number of runs and in the list of deleted runs. (Params, metrics and tags
-    that somebody else writes to the runs do not show. MLflow's own pages change none that is read here.)
+    that somebody else writes to the runs do not show. MLflow's own pages do not change the ones that are read here.)
     """
     if len(summaries) != 1:
         return None

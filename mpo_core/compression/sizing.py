@@ -76,8 +76,9 @@ class Sizer:
         return self._decomposed(linear, gram, max_params=max_params), None
 
     def with_error(self, linear: nn.Linear, target: float, gram: Tensor | None) -> Outcome:
-        """Return the smallest layer found within a relative error (with a gram: of its outputs), or keep the dense
-        one."""
+        """Return the smallest layer found within a relative error, or keep the dense one.
+
+        The error is that of the weights, or of the outputs if a gram is given."""
         check_matrix(linear.weight)
         if gram is None:
             layer = self._within_weight_error(linear, target)

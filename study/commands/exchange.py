@@ -81,12 +81,12 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
     except LEDGER_ERRORS as error:
         raise StudyError(f"the ledger cannot be read: {error}".splitlines()[0]) from None
     rows.append((_STUDY_FILE, json.dumps(dump_config(config), ensure_ascii=False)))
-    try:
-        if config.corpus.path is not None:  # every machine has the default corpus
+    if config.corpus.path is not None:  # every machine has the default corpus
+        try:
             corpus = known_corpus(config, directory, Storage(directory.storage_url()))
             rows.append((_CORPUS, json.dumps(corpus.text, ensure_ascii=False)))
-    except (OSError, StudyError) as error:
-        say(f"the file lacks the corpus, without which `sync` and `run` need it where the study file says: {error}")
+        except (OSError, StudyError) as error:
+            say(f"the file lacks the corpus, without which `sync` and `run` need it where the study file says: {error}")
     header: dict[str, Any] = {
         "format": FORMAT,
         "study": config.name,

@@ -254,7 +254,7 @@ def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: flo
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(cpus)))
     try:
-        # Enough steps to time, however few the trial has, and none that diverges: the values do not matter here.
+        # Enough steps to time, even for a short trial, at a rate that cannot diverge: the values do not matter here.
         steps = spec.protocol.steps + 6
         harmless = {"steps": steps, "learning_rate": 1e-9, "embedding_learning_rate": None}
         protocol = spec.protocol.model_copy(update=harmless)

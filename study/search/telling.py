@@ -1,4 +1,4 @@
-"""What a sampler is told about a finished trial: its objectives, and by how much it breaks a constraint.
+"""The values that a sampler gets for a finished trial: its objectives, and by how much it breaks a constraint.
 
 Optuna's samplers learn nothing from a failed trial, and NSGA-II, NSGA-III and the Gaussian process learn nothing from a
 pruned one. So a trial that diverged, or was too large to be trained, is told as complete and infeasible. All samplers
@@ -31,7 +31,7 @@ class Told:
 def what_to_tell(
     config: StudyConfig, trial: Trial, source: Trial, results: Sequence[SeedResult], worst_loss: float
 ) -> Told:
-    """What a sampler is told about a trial.
+    """The values that a sampler gets for a trial.
 
     Args:
         source: the trial itself, or the one that it repeats.
