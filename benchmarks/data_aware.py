@@ -56,7 +56,7 @@ def main() -> None:
                 for method in ("tt_svd", "whitened", "als")
             ]
             if all(budget[name] >= smallest[name] for name in budget):
-                each = {"layer": "low_rank", "budget": budget}
+                each = {"layer": "low_rank", "max_params": budget}
                 ways += [("low rank, SVD", {**each, "calibration": None}), ("low rank, whitened", each)]
             for way, options in ways:
                 compressed, report = compress(model, **{"calibration": grams, **options})

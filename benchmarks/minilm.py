@@ -33,7 +33,7 @@ from study.training.corpus import load_corpus
 
 INCLUDE = ("encoder.*",)
 N_CALIBRATION, N_TEST = 240, 120
-MPO = {"layer": "mpo", "factorisation": "balanced", "n_sites": 2}
+MPO = {"layer": "mpo", "n_sites": 2}
 METHODS = (
     ("MPO, TT-SVD", MPO, False, False),
     ("MPO, whitened", {**MPO, "method": "whitened"}, True, False),
@@ -43,11 +43,11 @@ METHODS = (
     ("Monarch, under Gram", {"layer": "monarch"}, True, False),
     ("pruned by magnitude", {"layer": "pruned"}, False, False),
     ("pruned by Wanda's score", {"layer": "pruned"}, True, False),
-    ("low rank, whitened, budget spread", {"layer": "low_rank"}, True, True),
+    ("low rank, whitened, spread", {"layer": "low_rank"}, True, True),
     ("MPO, ALS", MPO, True, False),
-    ("MPO, ALS, budget spread", MPO, True, True),
+    ("MPO, ALS, spread", MPO, True, True),
 )
-"""Name, options of `compress`, whether it is given the Gram matrices, whether layers share one budget."""
+"""Name, options of `compress`, whether it is given the Gram matrices, whether layers share their parameters."""
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
             compressed, report = compress(
                 model,
                 include=INCLUDE,
-                budget=sum(each.values()) if spread else each,
+                max_params=sum(each.values()) if spread else each,
                 calibration=grams if aware else None,
                 **options,
             )

@@ -4,19 +4,20 @@ Needs only torch, and safetensors to save a model. Names used throughout: `chi` 
 `bonds` are the actual bonds (1, χ_1, ..., χ_{L-1}, 1). Core l has the shape (bonds[l], d_out[l], d_in[l], bonds[l+1]).
 """
 
-from mpo_core.compression.budget import spread_budget
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
-from mpo_core.compression.report import CompressedLayer, CompressionReport
+from mpo_core.compression.report import CompressionReport
 from mpo_core.compression.saving import load, save
 from mpo_core.fitting.calibration import Gram, collect_grams, output_error
-from mpo_core.fitting.fit import fit_cores, low_rank_svd, whitened_tt_svd
 from mpo_core.fitting.least_squares import als
-from mpo_core.layers.cost_model import Calibration, calibrate, set_calibration
-from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.cost_model import DeviceRates, set_rates
+from mpo_core.layers.low_rank import LowRankLinear
+from mpo_core.layers.monarch import MonarchLinear
 from mpo_core.layers.mpo import FORWARD_MODES, MPOLinear
+from mpo_core.layers.pruned import PrunedLinear
+from mpo_core.layers.registry import kind_called, kinds
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.models.generation import generate
-from mpo_core.models.picogpt import GPTConfig, KeyValueCache, PicoGPT, flops_per_token, reconstruct_flops
+from mpo_core.models.picogpt import GPTConfig, PicoGPT, flops_per_token, reconstruct_flops
 from mpo_core.param_groups import param_groups
 from mpo_core.tensor_train.algebra import (
     balance_cores,
@@ -28,23 +29,16 @@ from mpo_core.tensor_train.algebra import (
     round_cores,
     tt_svd,
 )
-from mpo_core.tensor_train.bonds import clip_bonds, largest_bonds, largest_chi
-from mpo_core.tensor_train.contraction import Cost, chain
-from mpo_core.tensor_train.factorisation import FACTORISATIONS, factorisations, factorise, why_not
-from mpo_core.tensor_train.initialisation import FRESH_INITS, INITS, init_cores_, spectral_norm
+from mpo_core.tensor_train.contraction import chain
+from mpo_core.tensor_train.factorisation import factorisations, factorise
+from mpo_core.tensor_train.initialisation import spectral_norm
 
 __all__ = [
-    "FACTORISATIONS",
     "FORWARD_MODES",
-    "FRESH_INITS",
-    "INITS",
-    "Calibration",
-    "CompressedLayer",
     "CompressionReport",
-    "Cost",
+    "DeviceRates",
     "GPTConfig",
     "Gram",
-    "KeyValueCache",
     "LowRankLinear",
     "MPOLinear",
     "MonarchLinear",
@@ -53,25 +47,20 @@ __all__ = [
     "StructuredLinear",
     "als",
     "balance_cores",
-    "calibrate",
     "chain",
-    "clip_bonds",
     "collect_grams",
     "compress",
     "contract",
     "decompress",
     "factorisations",
     "factorise",
-    "fit_cores",
     "flops_per_token",
     "frobenius_norm",
     "generate",
-    "init_cores_",
     "inner_product",
-    "largest_bonds",
-    "largest_chi",
+    "kind_called",
+    "kinds",
     "load",
-    "low_rank_svd",
     "n_params",
     "n_params_compressed",
     "orthogonalize",
@@ -82,10 +71,7 @@ __all__ = [
     "rel_errors",
     "round_cores",
     "save",
-    "set_calibration",
+    "set_rates",
     "spectral_norm",
-    "spread_budget",
     "tt_svd",
-    "whitened_tt_svd",
-    "why_not",
 ]

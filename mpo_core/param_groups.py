@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
-from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.structured import StructuredLinear
 
 RULES = ("uniform", "mup")
@@ -58,7 +56,7 @@ def param_groups(
     n_factors: dict[int, int] = {}
     for layer in model.modules():
         if isinstance(layer, StructuredLinear):
-            fan_ins = _fan_ins(layer)
+            fan_ins = layer.fan_ins()
             for name, fan_in in fan_ins.items():
                 key = id(layer.get_parameter(name))
                 n_factors[key] = len(fan_ins)
@@ -76,19 +74,3 @@ def param_groups(
         group = {"params": [], "lr": lr * lr_mult, "weight_decay": weight_decay / share, "lr_mult": lr_mult}
         groups.setdefault((lr_mult, share), group)["params"].append(parameter)
     return list(groups.values())
-
-
-def _fan_ins(layer: StructuredLinear) -> dict[str, int]:
-    """Number of inputs that an output of each factor sums over, by the factor's name in the layer."""
-    match layer:
-        case MPOLinear():
-            return {f"cores.{site}": layer.bonds[site] * layer.d_in[site] for site in range(layer.n_sites)}
-        case LowRankLinear():
-            return {"A": layer.rank, "B": layer.in_features}
-        case MonarchLinear():
-            across = layer.n_blocks[1]
-            return {"L": across * layer.rank, "R": layer.in_features // across}
-        case PrunedLinear():
-            return {"weight": layer.in_features}
-        case _:
-            raise ValueError(f"the factors of {type(layer).__name__} are not known")

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
 from typing import Any, overload
 
 import torch
@@ -24,17 +23,16 @@ from mpo_core.compression.dense_layers import (
     shape_of,
 )
 from mpo_core.compression.report import CompressedLayer, CompressionReport
-from mpo_core.compression.sizing import KINDS, Sizer, spread
+from mpo_core.compression.sizing import Sizer
 from mpo_core.fitting.calibration import collect_grams, output_error
 from mpo_core.layers.computed_weights import weight_of
-from mpo_core.layers.low_rank import PrunedLinear
 from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.registry import kind_called
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.tensor_train.algebra import contract, tt_svd
 from mpo_core.tensor_train.algebra import rel_error as relative_error
 from mpo_core.tensor_train.bonds import check_fraction, check_whole
 from mpo_core.tensor_train.factorisation import factorise
-from mpo_core.tensor_train.initialisation import FRESH_INITS, INITS
 
 Layer = Callable[[str, nn.Linear], StructuredLinear | None]
 
@@ -45,20 +43,17 @@ def compress(
     layer: str | Layer = "mpo",
     chi: int | None = None,
     rel_error: float | None = None,
-    budget: float | Mapping[str, int] | None = None,
+    keep: float | None = None,
+    max_params: int | Mapping[str, int] | None = None,
     allow_growth: bool = False,
     include: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
-    factorisation: str = "paper",
-    n_sites: int | None = None,
-    padding: bool = False,
-    init: str = "tt_svd",
+    init: str | None = None,
     calibration: Mapping[str, Tensor] | Iterable[Any] | None = None,
     calibration_forward: Callable[[nn.Module, Any], object] | None = None,
-    method: str | None = None,
-    forward: str = "reconstruct",
     generator_for: Callable[[str], torch.Generator] | None = None,
     n_tokens: int = 256,
+    **options: Any,
 ) -> tuple[Model, CompressionReport]:
     """Return a copy of the model with structured layers in place of linear ones; all else is carried over.
 
@@ -72,55 +67,67 @@ def compress(
     - Subclasses of nn.Linear, and so the projections of nn.MultiheadAttention, which uses their weights itself.
 
     Args:
-        layer: "mpo" (MPOLinear), "low_rank", "monarch" or "pruned". Or a function from a layer's name and its weight as
-            an nn.Linear to a StructuredLinear, or to None to leave it dense; no size is given then.
-        chi, rel_error, budget: how large the layers become; exactly one of them.
+        layer: the kind of layer: "mpo", "low_rank", "monarch", "pruned" or another of `kinds()`. Or a function from a
+            layer's name and its weight as an nn.Linear to a StructuredLinear, or to None to leave it dense; no size is
+            given then.
+        chi, rel_error, keep, max_params: how large the layers become; exactly one of them.
             chi: the cap on the bonds of every layer; the rank of "low_rank" and "monarch". A layer that would save
             nothing stays dense, unless `allow_growth`.
             rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F, or with calibration the largest relative output error. The
             smallest layers found within it are taken; calibrated chains are within 5 % of the smallest. A layer that
             would save nothing stays dense.
-            budget: parameters of all these matrices together; a float below 1 is a fraction of those they have. The
-            budget is spread over the layers by their squared relative errors (`spread_budget`), and a layer may stay
-            dense. Or a mapping from layer name to the most parameters of each.
+            max_params: parameters of all these matrices together. They are spread over the layers by the squared
+            relative errors (`allocate`), and a layer may stay dense. Or a mapping from layer name to the most
+            parameters of each.
+            keep: max_params as a fraction of the parameters that these matrices have.
         allow_growth: whether `chi` also replaces layers that become no smaller; the report then says so.
         include, exclude: patterns (fnmatch, case-sensitive) of module names such as "blocks.0.attention.query"; a
             layer is replaced if it matches one of `include` and none of `exclude`. A string is one pattern.
-        factorisation, n_sites, padding: how the weights of "mpo" are split over sites, see `factorise`.
-        init: "tt_svd" (or "data_aware", with calibration) takes the present weights, for every kind of layer. The
-            others draw fresh parameters, see `initialisation.FRESH_INITS`, and go only with chi.
-        calibration: batches to run the model on, or Gram matrices by layer name, see `collect_grams`. For the outputs
-            over these inputs, chains are then fitted by `method`, low ranks found, and errors of a budget measured.
-        method: method of `fit_cores`, for "mpo". Default: "als" with calibration, "tt_svd" without.
-        forward: how the layers of "mpo" apply their weight, see MPOLinear.
+        init: draws fresh parameters (one of the kind's `inits`) in layers of the size that `chi`, or `max_params` by
+            layer, gives. Default: None, the layers approximate the present weights.
+        calibration: batches to run the model on, or Gram matrices by layer name, see `collect_grams`. The layers then
+            approximate the outputs over these inputs, and errors of sizes are those of outputs.
         generator_for: function from a parameter's name, such as "blocks.0.attention.query.cores.1", to the generator of
-            its values. Needed to draw fresh parameters, except on the meta device, where there is nothing to draw.
+            its values. Needed with `init`, except on the meta device, where there is nothing to draw.
         n_tokens: tokens per forward for which the report gives FLOPs and bytes.
+        options: those of the kind's constructor and `from_matrix`. For "mpo": factorisation, n_sites, padding, d_out,
+            d_in, forward (see MPOLinear), and the `method` of `fit_cores`.
     Raises:
-        ValueError: no layer matches; a layer that is named exactly cannot be replaced; with a budget, no layer can be
-            replaced; not exactly one size; a budget that even the smallest layers exceed; an unknown layer, init or
-            method; calibration that is empty or not finite; fresh parameters without generator_for; or as `factorise`
-            and `tt_svd`, with the name of the layer.
+        ValueError: no layer matches; a layer that is named exactly cannot be replaced; with keep or max_params, no
+            layer can be replaced; not exactly one size; max_params that even the smallest layers exceed; an unknown
+            kind, init or option; calibration that is empty or not finite; an init without generator_for; or as the
+            kind's constructor and `from_matrix`, with the name of the layer.
     """
     check_whole(n_tokens=n_tokens)
     n_tokens = int(n_tokens)
-    _check(layer, chi, rel_error, budget, allow_growth, init, calibration, n_tokens)
-    if layer != "mpo":
-        _check_for_mpo(method=method, n_sites=n_sites, forward=None if forward == "reconstruct" else forward)
+    if n_tokens < 1:
+        raise ValueError(f"`n_tokens >= 1` must hold, but got n_tokens={n_tokens}")
+    _check_size(layer, allow_growth, chi=chi, rel_error=rel_error, keep=keep, max_params=max_params)
+    sizer = None
+    if isinstance(layer, str):
+        kind = kind_called(layer)
+        _check_options(kind, options)
+        _check_init(kind, init, calibration, chi is not None or isinstance(max_params, Mapping))
+        sizer = Sizer(kind, init, generator_for, allow_growth, options)
+    elif options or init is not None:
+        raise ValueError(f"a function as `layer` makes layers itself, but got {', '.join(options) or 'init'}")
     found = find_dense_layers(model, include, exclude)
     targets = [dense for dense in found if dense.reason is None]
     grams = _grams(model, targets, calibration, calibration_forward)
-    sizer = None
-    if isinstance(layer, str):
-        sizer = Sizer(layer, init, factorisation, n_sites, padding, method, forward, generator_for, allow_growth)
-        if isinstance(budget, Real):
-            if not targets:
-                raise ValueError(f"no layer can be replaced, such as {found[0].name}: {found[0].reason}")
-            size = int(budget) if isinstance(budget, Integral) else float(budget)
-            budget = spread(sizer, {dense.name: dense.linear for dense in targets}, grams, size)
-    unknown = set(budget) - {dense.name for dense in found} if isinstance(budget, Mapping) else set()
-    if unknown:
-        raise ValueError(f"`budget` names {', '.join(sorted(unknown))}, which no layer to be replaced is called")
+    sizes: Mapping[str, int] = {}
+    if isinstance(max_params, Mapping):
+        unknown = set(max_params) - {dense.name for dense in found}
+        if unknown:
+            raise ValueError(
+                f"`max_params` names {', '.join(sorted(unknown))}, but no layer to be replaced is so called"
+            )
+        sizes = max_params
+    elif sizer is not None and (keep is not None or max_params is not None):
+        if not targets:
+            raise ValueError(f"no layer can be replaced, such as {found[0].name}: {found[0].reason}")
+        n_dense = sum(dense.linear.weight.numel() for dense in targets)
+        most = int(keep * n_dense) if keep is not None else int(max_params or 0)
+        sizes = sizer.shares({dense.name: dense.linear for dense in targets}, grams, most)
 
     def replacement(dense: DenseLayer) -> tuple[StructuredLinear | None, str | None]:
         gram = grams.get(dense.name)
@@ -137,10 +144,9 @@ def compress(
             return sizer.with_chi(dense.name, dense.linear, chi, gram)
         if rel_error is not None:
             return sizer.with_error(dense.linear, rel_error, gram)
-        assert isinstance(budget, Mapping)
-        if dense.name not in budget:
-            raise ValueError(f"`budget` has no entry for it, only for {', '.join(budget) or 'none'}")
-        return sizer.with_params(dense.linear, budget[dense.name], gram)
+        if dense.name not in sizes:
+            raise ValueError(f"`max_params` has no entry for it, only for {', '.join(sizes) or 'none'}")
+        return sizer.with_params(dense.name, dense.linear, sizes[dense.name], gram)
 
     compressed = copied(model)
     rows: dict[str, CompressedLayer] = {}
@@ -153,9 +159,8 @@ def compress(
                 raise ValueError(f"{dense.name}: {error}") from error
         if new is not None:
             _replace(model, compressed, dense, new)
-        drawn = new is not None and (init in FRESH_INITS or dense.linear.weight.is_meta)
-        kind = layer if isinstance(layer, str) else type(new).__name__
-        rows[dense.name] = row = _row(kind, dense, new, grams.get(dense.name), drawn, reason, n_tokens)
+        drawn = new is not None and (init is not None or dense.linear.weight.is_meta)
+        rows[dense.name] = row = _row(dense, new, grams.get(dense.name), drawn, reason, n_tokens)
         for name in dense.sharers:
             note = f"shares the parameters of {dense.name}"
             rows[name] = replace(row, name=name, n_params_before=0, n_params_after=0, reason=note)
@@ -202,7 +207,7 @@ def decompress(model: nn.Module) -> nn.Module:
 
 
 def rel_errors(
-    model: nn.Module, chis: Sequence[int], *, factorisation: str = "paper", n_sites: int | None = None
+    model: nn.Module, chis: Sequence[int], *, factorisation: str = "balanced", n_sites: int | None = None
 ) -> dict[tuple[int, str], float]:
     """‖W − Ŵ‖_F / ‖W‖_F of the TT-SVD of every nn.Linear and Conv1D at every cap: {(chi, layer name): rel_error}.
 
@@ -226,18 +231,14 @@ def rel_errors(
 
 def n_params(model: nn.Module) -> int:
     """Number of trainable parameters that have a shape, shared ones once; of a pruned matrix, those kept."""
-    pruned = {
-        id(parameter): module.n_params_matrix
-        for module in model.modules()
-        if isinstance(module, PrunedLinear)
-        for name, parameter in module.named_parameters()
-        if name != "bias"
-    }
-    return sum(
-        pruned.get(id(parameter), parameter.numel())
-        for parameter in model.parameters()
-        if parameter.requires_grad and not is_lazy(parameter)
-    )
+    numels = {id(p): p.numel() for p in model.parameters() if p.requires_grad and not is_lazy(p)}
+    absent: dict[tuple[int, ...], int] = {}  # entries that a mask fixes at zero
+    for module in model.modules():
+        if isinstance(module, StructuredLinear):
+            factors = [parameter for name, parameter in module.named_parameters() if name != "bias"]
+            if all(id(parameter) in numels for parameter in factors):
+                absent[tuple(map(id, factors))] = sum(p.numel() for p in factors) - module.n_params_matrix
+    return sum(numels.values()) - sum(absent.values())
 
 
 def n_params_compressed(model: nn.Module) -> int:
@@ -253,49 +254,46 @@ def n_params_compressed(model: nn.Module) -> int:
     return sum(counted.values())
 
 
-def _check(
-    layer: str | Layer,
-    chi: int | None,
-    rel_error: float | None,
-    budget: float | Mapping[str, int] | None,
-    allow_growth: bool,
-    init: str,
-    calibration: object,
-    n_tokens: int,
-) -> None:
-    if n_tokens < 1:
-        raise ValueError(f"`n_tokens >= 1` must hold, but got n_tokens={n_tokens}")
-    if isinstance(budget, Mapping):
-        check_whole(**{f"budget[{name!r}]": size for name, size in budget.items()})
-    elif isinstance(budget, bool) or not isinstance(budget, Real | None):
-        raise ValueError(f"`budget` must be a number or a mapping from layer name to one, but got {budget!r}")
-    if isinstance(layer, str) and layer not in KINDS:
-        raise ValueError(f"`layer` must be one of {', '.join(KINDS)}, or a function, but got {layer!r}")
-    sizes = {"chi": chi, "rel_error": rel_error, "budget": budget}
+def _check_size(layer: str | Layer, allow_growth: bool, **sizes: Any) -> None:
+    keep, max_params, rel_error = sizes["keep"], sizes["max_params"], sizes["rel_error"]
     given = [name for name, size in sizes.items() if size is not None]
     if len(given) != (1 if isinstance(layer, str) else 0):
         raise ValueError(
-            "exactly one of `chi`, `rel_error` and `budget` must be given, none beside a function as `layer`, "
-            f"but got {' and '.join(given) or 'none'}"
+            "exactly one of `chi`, `rel_error`, `keep` and `max_params` must be given, none beside a function as "
+            f"`layer`, but got {' and '.join(given) or 'none'}"
         )
-    if allow_growth and chi is None:
-        raise ValueError("`allow_growth` goes with `chi` alone: by an error or a budget no layer grows")
-    if init not in INITS:
-        raise ValueError(f"`init` must be one of {', '.join(INITS)}, but got {init!r}")
-    if init in FRESH_INITS and chi is None:
-        raise ValueError(f"init {init!r} goes with `chi` alone: errors of weights say nothing of fresh parameters")
-    if init in FRESH_INITS and calibration is not None:
-        raise ValueError(f"init {init!r} draws fresh parameters, which `calibration` says nothing of: give it without")
-    if init == "data_aware" and calibration is None:
-        raise ValueError("init 'data_aware' needs `calibration`, but got None")
+    if isinstance(max_params, Mapping):
+        check_whole(**{f"max_params[{name!r}]": size for name, size in max_params.items()})
+    elif max_params is not None:
+        check_whole(max_params=max_params)
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
+        raise ValueError(f"`0 < keep <= 1` must hold, but got keep={keep!r}")
+    if allow_growth and sizes["chi"] is None:
+        raise ValueError("`allow_growth` goes with `chi` alone: by an error or a number of parameters no layer grows")
     if rel_error is not None:
         check_fraction(rel_error=rel_error)
 
 
-def _check_for_mpo(**options: object) -> None:
-    for name, option in options.items():
-        if option is not None:
-            raise ValueError(f"`{name}` is of layer='mpo' alone, but got {name}={option!r} beside another `layer`")
+def _check_options(kind: type[StructuredLinear], options: Mapping[str, Any]) -> None:
+    allowed = kind.option_names()
+    for name in options:
+        if name not in allowed:
+            raise ValueError(
+                f"layer={kind.kind!r} has no option `{name}`; it has {', '.join(sorted(allowed)) or 'none'}"
+            )
+
+
+def _check_init(kind: type[StructuredLinear], init: str | None, calibration: object, has_size: bool) -> None:
+    if init is None:
+        return
+    if init not in kind.inits:
+        raise ValueError(f"`init` of layer={kind.kind!r} must be one of {', '.join(kind.inits)}, but got {init!r}")
+    if not has_size:
+        raise ValueError(
+            f"init {init!r} goes with `chi` or with `max_params` by layer: fresh parameters have no error to go by"
+        )
+    if calibration is not None:
+        raise ValueError(f"init {init!r} draws fresh parameters, which `calibration` says nothing of: give it without")
 
 
 def _grams(
@@ -344,7 +342,6 @@ def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: St
 
 
 def _row(
-    kind: str,
     dense: DenseLayer,
     new: StructuredLinear | None,
     gram: Tensor | None,
@@ -365,7 +362,7 @@ def _row(
             errors = [relative_error(W, W_hat), None if gram is None else output_error(W, W_hat, gram)]
     return CompressedLayer(
         name=dense.name,
-        kind="dense" if new is None else kind,
+        kind="dense" if new is None else new.kind,
         out_features=out_features,
         in_features=in_features,
         d_out=() if chain is None else chain.d_out,

@@ -16,7 +16,7 @@ class CompressedLayer:
 
     name: str
     kind: str
-    """"mpo", "low_rank", "monarch", "pruned", the class of another layer, or "dense" if the layer was kept."""
+    """The kind of layer, or "dense" if the layer was kept."""
     out_features: int
     in_features: int
     d_out: tuple[int, ...]

@@ -31,7 +31,7 @@ Curve = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, eq=False)  # looked up at every call of a layer: by identity, which costs nothing to hash
-class Calibration:
+class DeviceRates:
     """Speed of a device in one dtype with one number of threads."""
 
     overhead: Mapping[str, tuple[float, float]]
@@ -84,7 +84,7 @@ def choose(
     n_tokens: int,
     *,
     training: bool,
-    calibration: Calibration,
+    rates: DeviceRates,
     modes: Sequence[str] = ("reconstruct", "chain"),
 ) -> str:
     """Return the mode of `modes` (see `contraction.products`) that is predicted to be fastest for n_tokens rows of x.
@@ -92,7 +92,7 @@ def choose(
     Args:
         training: whether the gradients of x and of all cores are computed too.
     """
-    return _choose(tuple(bonds), tuple(d_out), tuple(d_in), n_tokens, training, calibration, tuple(modes))
+    return _choose(tuple(bonds), tuple(d_out), tuple(d_in), n_tokens, training, rates, tuple(modes))
 
 
 @lru_cache(maxsize=4096)
@@ -102,7 +102,7 @@ def _choose(
     d_in: tuple[int, ...],
     n_tokens: int,
     training: bool,
-    calibration: Calibration,
+    rates: DeviceRates,
     modes: tuple[str, ...],
 ) -> str:
     def seconds(mode: str, n_rows: int) -> float:
@@ -110,21 +110,21 @@ def _choose(
         every = with_gradients(steps) if training else steps
         if training and n_rows < n_tokens:
             every += steps[:-1]  # the backward pass of a part forms its states again
-        overhead = len(steps) * calibration.overhead[mode][training]
+        overhead = len(steps) * rates.overhead[mode][training]
         excess = _IN_PARTS[training] if n_rows < n_tokens else 1.0
-        return overhead + excess * calibration.seconds(every, keeps=training)
+        return overhead + excess * rates.seconds(every, keeps=training)
 
     def in_all(mode: str) -> float:
         n_at_once = n_tokens
-        if mode == "chain" and calibration.in_parts:
+        if mode == "chain" and rates.in_parts:
             direction = cheapest_direction(bonds, d_out, d_in)
             n_at_once = rows_at_once(bonds, d_out, d_in, direction, n_tokens, training=training)
         n_full, left = divmod(n_tokens, max(1, n_at_once))
         total = n_full * seconds(mode, n_at_once) + (seconds(mode, left) if left else 0.0)
         if n_at_once < n_tokens:  # the parts of y, and of the gradient of x, are put together
-            total += calibration.seconds([Product(0, 0, 0, 0, copied=n_tokens * math.prod(d_out))])
+            total += rates.seconds([Product(0, 0, 0, 0, copied=n_tokens * math.prod(d_out))])
             if training:
-                total += calibration.seconds([Product(0, 0, 0, 0, copied=n_tokens * math.prod(d_in))])
+                total += rates.seconds([Product(0, 0, 0, 0, copied=n_tokens * math.prod(d_in))])
         return total
 
     return min(modes, key=in_all)
@@ -132,29 +132,29 @@ def _choose(
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
-_calibrations: dict[tuple[torch.device, torch.dtype, int], Calibration] = {}
+_rates: dict[tuple[torch.device, torch.dtype, int], DeviceRates] = {}
 
 
-def calibration_of(device: torch.device | str, dtype: torch.dtype) -> Calibration:
-    """The calibration of a device for a dtype and the present number of threads: measured once in a process, then kept.
+def rates_of(device: torch.device | str, dtype: torch.dtype) -> DeviceRates:
+    """Rates of a device for a dtype and the present number of threads: measured once in a process, then kept.
 
     Measuring takes up to a second, and some hundred megabytes for that time.
     """
     key = _key(device, dtype)
-    if key not in _calibrations:
-        _calibrations[key] = calibrate(device, dtype)
-    return _calibrations[key]
+    if key not in _rates:
+        _rates[key] = measure_rates(device, dtype)
+    return _rates[key]
 
 
-def set_calibration(device: torch.device | str, dtype: torch.dtype, calibration: Calibration | None) -> None:
-    """Use this calibration from now on, so that choices repeat from run to run; None: measure again when needed."""
-    if calibration is None:
-        _calibrations.pop(_key(device, dtype), None)
+def set_rates(device: torch.device | str, dtype: torch.dtype, rates: DeviceRates | None) -> None:
+    """Use these rates from now on, so that choices repeat from run to run; None: measure again when needed."""
+    if rates is None:
+        _rates.pop(_key(device, dtype), None)
     else:
-        _calibrations[_key(device, dtype)] = calibration
+        _rates[_key(device, dtype)] = rates
 
 
-def calibrate(device: torch.device | str, dtype: torch.dtype) -> Calibration:
+def measure_rates(device: torch.device | str, dtype: torch.dtype) -> DeviceRates:
     """Time a few products and copies on the device; draws no random numbers."""
     where = torch.device(device)
     # The caller's contexts must not affect what is timed here, nor the other way round.
@@ -167,7 +167,7 @@ def calibrate(device: torch.device | str, dtype: torch.dtype) -> Calibration:
         return _measured(where, dtype)
 
 
-def _measured(where: torch.device, dtype: torch.dtype) -> Calibration:
+def _measured(where: torch.device, dtype: torch.dtype) -> DeviceRates:
     on_cpu = where.type == "cpu"
     itemsize = torch.empty((), dtype=dtype).element_size()
 
@@ -202,7 +202,7 @@ def _measured(where: torch.device, dtype: torch.dtype) -> Calibration:
         permuted = x.reshape(third, third, -1, 16).transpose(1, 2)  # reordered as W's rows and columns are
         copy.append((size, beyond_overhead(permuted.contiguous) / size))
     read, write, copy = map(_no_slower_than_larger, (read, write, copy))
-    moving = Calibration({}, ((1.0, 0.0),), read, write, itemsize)
+    moving = DeviceRates({}, ((1.0, 0.0),), read, write, itemsize)
 
     def per_flop(call: Callable[[], object], step: Product) -> float:
         total = beyond_overhead(call)
@@ -216,7 +216,7 @@ def _measured(where: torch.device, dtype: torch.dtype) -> Calibration:
         flop.append((float(side), per_flop(call, Product(batch, side, side, side))))
     n = 512 if on_cpu else 4096
     vector = per_flop(partial(linear, ones(1, n), ones(n, n)), Product(1, n, n, 1))
-    return Calibration(overhead, tuple(flop), read, write, itemsize, copy, vector, on_cpu)
+    return DeviceRates(overhead, tuple(flop), read, write, itemsize, copy, vector, on_cpu)
 
 
 def _no_slower_than_larger(curve: Sequence[tuple[float, float]]) -> Curve:

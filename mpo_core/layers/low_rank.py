@@ -1,10 +1,4 @@
-"""The structured layers an MPO must be compared with, at equal parameters and with the same interface.
-
-Exactly one of three arguments gives the size of a layer. The layer's own measure (rank, sparsity) gives it directly.
-`max_params` leads to the largest layer with at most that many parameters in its matrix. `rel_error`, if a W is given,
-leads to the smallest layer with ‖W − Ŵ‖_F / ‖W‖_F at most that. Fresh parameters are drawn with
-Var(W) = 1 / in_features (init "variance"); only low rank has another init.
-"""
+"""LowRankLinear: a weight that is the product of two factors."""
 
 from __future__ import annotations
 
@@ -14,9 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.calibration import check_gram
 from mpo_core.fitting.fit import low_rank_svd
-from mpo_core.layers.monarch import MonarchLinear
+from mpo_core.fitting.ladders import Rung, low_rank_ladder
 from mpo_core.layers.structured import (
     StructuredLinear,
     check_error,
@@ -26,14 +19,9 @@ from mpo_core.layers.structured import (
     rank_within,
     rounding,
 )
-from mpo_core.tensor_train.bonds import check_fraction, check_whole
 from mpo_core.tensor_train.contraction import Product, dense_product
 from mpo_core.tensor_train.initialisation import normal_
 from mpo_core.values import check_matrix, in_range
-
-__all__ = ["LowRankLinear", "MonarchLinear", "PrunedLinear"]
-
-Device = torch.device | str | None
 
 
 class LowRankLinear(StructuredLinear, kind="low_rank"):
@@ -50,6 +38,9 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         ValueError: not exactly one size, a rank below 1, or max_params below the parameters of rank 1.
     """
 
+    size = "rank"
+    inits = ("variance", "svd_fresh")
+
     def __init__(
         self,
         in_features: int,
@@ -60,7 +51,7 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         bias: bool = True,
         init: str = "variance",
         generator: torch.Generator | None = None,
-        device: Device = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -99,6 +90,17 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         layer.B.data.copy_(B)
         return layer
 
+    @classmethod
+    def sizes(cls, W: Tensor, **options: Any) -> list[int]:
+        """The parameters of every rank that has fewer than W."""
+        per_rank = sum(W.shape)
+        return [per_rank * rank for rank in range(1, (W.numel() - 1) // per_rank + 1)]
+
+    @classmethod
+    def rungs(cls, W: Tensor, gram: Tensor | None = None, **options: Any) -> list[Rung]:
+        """`low_rank_ladder`: the exact error of every rank."""
+        return low_rank_ladder(W, gram)
+
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
         """Draw new values for the parameters of W, each from the generator of its name.
 
@@ -107,7 +109,7 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         Raises:
             ValueError: an init that is neither "variance" nor "svd_fresh".
         """
-        check_init(self, init, "svd_fresh")
+        check_init(self, init)
         if init == "svd_fresh":
             generator = generator_for("A")
             W = torch.empty(self.out_features, self.in_features, dtype=self.A.dtype, device=generator.device)
@@ -147,128 +149,6 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         """The rank."""
         return {"rank": self.rank}
 
-
-class PrunedLinear(StructuredLinear, kind="pruned"):
-    """A dense weight with a mask: only entries under `mask` count, and the mask never changes by itself.
-
-    W is `weight` where the mask is true and 0 elsewhere. The gradient elsewhere is therefore exactly 0, and W stays 0
-    there under any optimiser. `weight` itself stays 0 there under optimisers that act on each entry, weight decay
-    included. The FLOPs are those of a dense layer: zeros without a pattern save nothing.
-
-    Args:
-        sparsity, max_params: exactly one of them: the fraction of zeros in [0, 1), or the most entries that are kept.
-        init: "variance": entries are kept at random places, with a variance that makes Var(W) = 1 / in_features over
-            all entries.
-        generator: source of the random places and entries. Default: torch's own, as for nn.Linear.
-    Shapes:
-        weight (out_features, in_features); mask, a buffer of the same shape.
-    Raises:
-        ValueError: not exactly one size, sparsity outside [0, 1), or max_params below 1.
-    """
-
-    mask: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        sparsity: float | None = None,
-        max_params: int | None = None,
-        bias: bool = True,
-        init: str = "variance",
-        generator: torch.Generator | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        check_one_cap(sparsity=sparsity, max_params=max_params)
-        total = out_features * in_features
-        if sparsity is not None:
-            check_fraction(sparsity=sparsity)
-            max_params = max(1, total - round(sparsity * total))
-        check_whole(max_params=max_params)
-        assert max_params is not None
-        if max_params < 1:
-            raise ValueError(f"`max_params >= 1` must hold, but got max_params={max_params}")
-        self._n_kept = min(int(max_params), total)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.register_buffer("mask", torch.ones(out_features, in_features, device=device, dtype=torch.bool))
-        self._draw_unless_meta(init, generator)
-
-    @classmethod
-    def from_matrix(
-        cls,
-        W: Tensor,
-        bias: Tensor | None = None,
-        *,
-        sparsity: float | None = None,
-        max_params: int | None = None,
-        rel_error: float | None = None,
-        gram: Tensor | None = None,
-        **options: Any,
-    ) -> Self:
-        """Return W with its largest entries kept; with `gram`, those with the largest |W_ij| G_jj^{1/2}.
-
-        The latter is Wanda (Sun et al. 2024), but over the whole matrix. Of equal entries the first in row-major order
-        is kept.
-
-        Raises:
-            ValueError: as the constructor; a gram that `check_gram` refuses; `rel_error` together with a gram.
-        """
-        check_matrix(W)
-        check_error(rel_error, gram)
-        scaled = in_range(W.double())[0]
-        score = scaled.abs()
-        if gram is not None:
-            score = score * check_gram(gram, W.shape[1]).to(W.device).diagonal().sqrt()
-        order = torch.sort(score.flatten(), descending=True, stable=True).indices
-        if rel_error is not None:
-            check_one_cap(sparsity=sparsity, max_params=max_params, rel_error=rel_error)
-            max_params = max(1, n_needed(scaled.flatten()[order].square(), rel_error))
-        layer = cls._empty(W, bias, sparsity=sparsity, max_params=max_params, **options)
-        layer._set_mask(order)
-        layer.weight.data.copy_(torch.where(layer.mask, W, 0))
-        return layer
-
-    @property
-    def n_params_matrix(self) -> int:
-        """Number of entries of W that are kept; on the meta device, the requested number."""
-        return self._n_kept if self.mask.is_meta else int(self.mask.sum())
-
-    def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
-        """Draw new values for the parameters of W, each from the generator of its name; `init` is "variance".
-
-        Raises:
-            ValueError: any other init.
-        """
-        check_init(self, init)
-        generator = generator_for("weight")
-        order = torch.randperm(self.weight.numel(), generator=generator, device=generator.device)
-        self._set_mask(order.to(self.mask.device))
-        normal_(self.weight, (self.out_features / self._n_kept) ** 0.5, generator)
-        self.weight.data.mul_(self.mask)
-
-    def to_matrix(self) -> Tensor:
-        """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
-        return torch.where(self.mask, self.weight, 0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), with the masked weight."""
-        return nn.functional.linear(x, self.to_matrix(), self.bias)
-
-    def products(self, n_tokens: int) -> list[Product]:
-        """The matrix products of a forward pass over n_tokens tokens."""
-        return [dense_product(self.out_features, self.in_features, n_tokens)]
-
-    def structure(self) -> str:
-        """Short description of what fixes the shape of the parameters."""
-        return f"kept={self.n_params_matrix}"
-
-    def options(self) -> dict[str, Any]:
-        """The requested number of entries; `mask` shows which ones are kept."""
-        return {"max_params": self._n_kept}
-
-    def _set_mask(self, order: Tensor) -> None:
-        self.mask.fill_(False)
-        self.mask.view(-1)[order[: self._n_kept]] = True
+    def fan_ins(self) -> dict[str, int]:
+        """A sums over the rank, B over the inputs."""
+        return {"A": self.rank, "B": self.in_features}

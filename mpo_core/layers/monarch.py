@@ -26,7 +26,7 @@ from mpo_core.tensor_train.initialisation import normal_
 from mpo_core.values import check_matrix, in_range
 
 
-class MonarchLinear(StructuredLinear, kind="monarch"):
+class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
     """W as n_blocks[0] × n_blocks[1] equal blocks, each of rank r: a Monarch matrix, or block tensor-train of rank r.
 
     Block (l, k) is L[l, :, k, :] R[k, l, :, :], so that y = x Wᵀ is two batches of products. One block is a low-rank
@@ -48,6 +48,8 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
             the parameters of rank 1.
     Source: Dao et al. 2022 (Monarch); Qiu et al. 2024 (block tensor-train).
     """
+
+    size = "rank"
 
     def __init__(
         self,
@@ -176,6 +178,11 @@ class MonarchLinear(StructuredLinear, kind="monarch"):
     def options(self) -> dict[str, Any]:
         """The numbers of blocks and the rank."""
         return {"n_blocks": list(self.n_blocks), "rank": self.rank}
+
+    def fan_ins(self) -> dict[str, int]:
+        """L sums over the blocks across and the rank, R over the inputs of a block."""
+        across = self.n_blocks[1]
+        return {"L": across * self.rank, "R": self.in_features // across}
 
 
 def _most_blocks(out_features: int, in_features: int, max_params: int | None) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -11,26 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from mpo_core.fitting.fit import fit_cores
+from mpo_core.fitting.ladders import Rung, chain_ladder, corrected
 from mpo_core.layers.cached_matrix import CachedMatrix
-from mpo_core.layers.cost_model import calibration_of, choose
+from mpo_core.layers.cost_model import choose, rates_of
 from mpo_core.layers.structured import StructuredLinear, check_one_cap
 from mpo_core.tensor_train.algebra import bonds_and_sizes, contract, tt_svd
-from mpo_core.tensor_train.bonds import check_whole, clip_bonds, given_sizes, largest_bonds, n_params
+from mpo_core.tensor_train.bonds import check_whole, clip_bonds
 from mpo_core.tensor_train.chain_steps import is_traced
 from mpo_core.tensor_train.contraction import Product, chain, cheapest_direction, pad_features, products
-from mpo_core.tensor_train.factorisation import factorise
-from mpo_core.tensor_train.initialisation import init_cores_
+from mpo_core.tensor_train.factorisation import why_not
+from mpo_core.tensor_train.initialisation import INITS, init_cores_
+from mpo_core.tensor_train.splitting import chi_within, smaller_shapes, splitter
 from mpo_core.values import check_matrix
-
-__all__ = ["FORWARD_MODES", "MPOLinear", "StructuredLinear"]
 
 FORWARD_MODES = ("reconstruct", "chain", "cached", "auto")
 _CACHED_OR_CHAIN, _RECONSTRUCT_OR_CHAIN = ("cached", "chain"), ("reconstruct", "chain")
 
-Sizes = tuple[int, ...]
+
+STEP = 1.05
+"""Smallest ratio between the sizes at which a chain is fitted to meet an output error, because each fit takes time."""
+
+QUICK_ABOVE, QUICK_SWEEPS = 2**16, 2
+"""When errors of sizes are measured, chains for matrices with more than QUICK_ABOVE entries are fitted by QUICK_SWEEPS
+sweeps. These give most of the gain, and the full fit that follows is no worse."""
 
 
-class MPOLinear(StructuredLinear, kind="mpo"):
+class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
     """y = x Wᵀ + b with W the contraction of `cores` (paper, Eq. 6 and 7).
 
     Args:
@@ -42,13 +47,13 @@ class MPOLinear(StructuredLinear, kind="mpo"):
             n_sites.
         padding: whether prod(d_out) and prod(d_in) may exceed the features: W is then the upper left part of what the
             cores contract to.
-        init: one of `mpo_core.tensor_train.initialisation.FRESH_INITS`; the bias starts at zero.
+        init: one of `mpo_core.tensor_train.initialisation.INITS`; the bias starts at zero.
         generator: source of the random cores, one after the other. Default: torch's own, as for nn.Linear.
         forward: how W is applied. "reconstruct": W is formed in every forward. "chain": W is never formed
             (`contraction.chain`). "cached": in evaluation mode W is formed once and kept, while no gradient of it is
             needed and no core changes; otherwise as "reconstruct". "auto": the fastest of these for the number of
-            tokens, by a cost model calibrated on the device (`cost_model.choose`). It keeps a dense W only if that is
-            fastest. Under torch.compile and torch.func transforms "cached" and "auto" are "reconstruct". On an
+            tokens, by a cost model with rates measured on the device (`cost_model.choose`). It keeps a dense W only if
+            that is fastest. Under torch.compile and torch.func transforms "cached" and "auto" are "reconstruct". On an
             accelerator, writing to a core through `.data` does not drop the kept W: call `drop_cached_matrix`
             afterwards.
     Shapes:
@@ -58,6 +63,9 @@ class MPOLinear(StructuredLinear, kind="mpo"):
         ValueError: not exactly one cap, a cap below 1, sizes that do not multiply to the features, an unknown init,
             factorisation or forward mode, or max_params that χ = 1 exceeds.
     """
+
+    size = "chi"
+    inits = INITS
 
     def __init__(
         self,
@@ -84,13 +92,8 @@ class MPOLinear(StructuredLinear, kind="mpo"):
             raise ValueError(f"`forward` must be one of {', '.join(FORWARD_MODES)}, but got {forward!r}")
         check_one_cap(chi=chi, bonds=bonds, max_params=max_params)
 
-        def split(chi: int) -> tuple[Sizes, Sizes]:
-            if d_out is None and d_in is None:
-                return factorise(
-                    out_features, in_features, method=factorisation, n_sites=n_sites, chi=chi, padding=padding
-                )
-            return given_sizes(out_features, in_features, d_out, d_in, n_sites, padding)
-
+        how = {"d_out": d_out, "d_in": d_in, "n_sites": n_sites, "factorisation": factorisation, "padding": padding}
+        split = splitter(out_features, in_features, **how)
         if bonds is not None:
             if not isinstance(bonds, Sequence):
                 raise ValueError(f"`bonds` must be a sequence of whole numbers, but got {bonds!r}")
@@ -98,7 +101,7 @@ class MPOLinear(StructuredLinear, kind="mpo"):
             chi = max(bonds, default=1)
         elif max_params is not None:
             check_whole(max_params=max_params)
-            chi = _largest_chi(max_params, split, 2 * math.isqrt(in_features * out_features))
+            chi = chi_within(max_params, split, 2 * math.isqrt(in_features * out_features))
         check_whole(chi=chi)
         assert chi is not None
         self.chi = int(chi)
@@ -152,9 +155,12 @@ class MPOLinear(StructuredLinear, kind="mpo"):
                 raise ValueError("`rel_error` is an error of W, not of outputs: give it without `gram` and `method`")
             if bonds is not None or max_params is not None:
                 raise ValueError("`rel_error` goes with no cap but `chi`; the bonds follow from W")
-            if chi is None and options.get("factorisation") == "min_params":
-                raise ValueError("factorisation='min_params' counts parameters at a `chi`: give it beside `rel_error`")
-            cap = cls(W.shape[1], W.shape[0], chi=min(W.shape) if chi is None else chi, device="meta", **options)
+            at = chi
+            if at is None and options.get("factorisation") == "min_params":
+                # This split counts parameters at a cap: at the smallest that the singular values call enough.
+                ladder = chain_ladder(W, None, splitter(*W.shape, **_splitting(options)))
+                at = next((chi for chi, rung in enumerate(ladder, 1) if rung.error <= rel_error**2), None)
+            cap = cls(W.shape[1], W.shape[0], chi=at or min(W.shape), device="meta", **options)
             cores = tt_svd(cap.pad_matrix(W), cap.d_out, cap.d_in, chi, rel_error=rel_error)
             sizes = {"bonds": bonds_and_sizes(cores)[0], "d_out": cap.d_out, "d_in": cap.d_in}
             layer = cls._empty(W, bias, **{**options, **sizes})
@@ -162,12 +168,36 @@ class MPOLinear(StructuredLinear, kind="mpo"):
             core.data.copy_(value)
         return layer
 
+    @classmethod
+    def sizes(cls, W: Tensor, **options: Any) -> list[int]:
+        """The parameters of the caps χ = 1, 2, … with fewer than W, in steps of at least `STEP`."""
+        sizes: list[int] = []
+        for shape in smaller_shapes(W.numel(), splitter(*W.shape, **_splitting(options))):
+            if not sizes or shape.n_params >= STEP * sizes[-1]:
+                sizes.append(shape.n_params)
+        return sizes
+
+    @classmethod
+    def rungs(cls, W: Tensor, gram: Tensor | None = None, **options: Any) -> list[Rung]:
+        """`chain_ladder`: a bound on the error at every cap; under a gram `corrected` by fits at some of them."""
+        ladder = chain_ladder(W, gram, splitter(*W.shape, **_splitting(options)))
+        quick = {"max_sweeps": QUICK_SWEEPS} if W.numel() > QUICK_ABOVE else {}
+
+        def measure(max_params: int) -> float:
+            return cls.from_matrix(W, gram=gram, max_params=max_params, **{**quick, **options}).error(W, gram) ** 2
+
+        return ladder if gram is None else corrected(ladder, measure)
+
+    def why_no_smaller(self) -> str | None:
+        """Why the chain has no fewer parameters than W, and which cap χ would have fewer (`why_not`)."""
+        return why_not(self.out_features, self.in_features, self.d_out, self.d_in, self.bonds)
+
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
         """`init_cores` with core l drawn from generator_for("cores.l")."""
         self.init_cores(init, [generator_for(f"cores.{site}") for site in range(self.n_sites)])
 
     def init_cores(self, init: str, generators: Sequence[torch.Generator]) -> None:
-        """Draw new cores, core l from generators[l]; `init` is one of `initialisation.FRESH_INITS`."""
+        """Draw new cores, core l from generators[l]; `init` is one of `initialisation.INITS`."""
         init_cores_(
             list(self.cores),
             init,
@@ -245,6 +275,10 @@ class MPOLinear(StructuredLinear, kind="mpo"):
         sizes = {"d_out": list(self.d_out), "d_in": list(self.d_in), "padding": not self._is_exact}
         return {**size, **sizes, "forward": self.forward_mode}
 
+    def fan_ins(self) -> dict[str, int]:
+        """Core l sums over its left bond and its inputs, bonds[l] · d_in[l]."""
+        return {f"cores.{site}": self.bonds[site] * self.d_in[site] for site in range(self.n_sites)}
+
     def _mode(self, cores: Sequence[Tensor], n_tokens: int, x_has_grad: bool) -> str:
         """The mode of this call: "reconstruct", "chain" or "cached"."""
         if self.forward_mode not in FORWARD_MODES:
@@ -262,10 +296,8 @@ class MPOLinear(StructuredLinear, kind="mpo"):
         return self._fastest(cores[0], n_tokens, training, _CACHED_OR_CHAIN if keeps else _RECONSTRUCT_OR_CHAIN)
 
     def _fastest(self, core: Tensor, n_tokens: int, training: bool, modes: Sequence[str]) -> str:
-        calibration = calibration_of(core.device, _compute_dtype(core))
-        return choose(
-            self.bonds, self.d_out, self.d_in, n_tokens, training=training, calibration=calibration, modes=modes
-        )
+        rates = rates_of(core.device, _compute_dtype(core))
+        return choose(self.bonds, self.d_out, self.d_in, n_tokens, training=training, rates=rates, modes=modes)
 
     # Keeping W --------------------------------------------------------------------------------------------------------
 
@@ -318,19 +350,6 @@ def _compute_dtype(core: Tensor) -> torch.dtype:
     return dtype
 
 
-def _largest_chi(max_params: int, split: Callable[[int], tuple[Sizes, Sizes]], limit: int) -> int:
-    """The largest useful χ up to `limit` with at most max_params parameters; the split may depend on χ."""
-
-    def count(chi: int) -> int:
-        sizes = split(chi)
-        return n_params(clip_bonds(chi, *sizes), *sizes)
-
-    if count(1) > max_params:
-        d_out, d_in = split(1)
-        raise ValueError(
-            f"chi=1 needs {count(1)} parameters with d_out={list(d_out)}, d_in={list(d_in)}, "
-            f"but got max_params={max_params}"
-        )
-    chi = bisect_right(range(1, limit + 1), max_params, key=count)
-    useful = min(chi, max(largest_bonds(*split(chi))))
-    return useful if split(useful) == split(chi) else chi
+def _splitting(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that choose how the weight splits over sites."""
+    return {name: option for name, option in options.items() if name not in ("forward", "method", "max_sweeps")}

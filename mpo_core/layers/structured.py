@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from mpo_core.fitting.calibration import output_error
+from mpo_core.fitting.ladders import Rung
 from mpo_core.layers.computed_weights import why_computed
+from mpo_core.tensor_train.algebra import rel_error
 from mpo_core.tensor_train.bonds import check_fraction, check_whole
 from mpo_core.tensor_train.contraction import Product, cost
 from mpo_core.values import check_dtype
@@ -19,15 +23,25 @@ from mpo_core.values import check_dtype
 class StructuredLinear(nn.Module):
     """y = x Wᵀ + b with x (..., in_features), y (..., out_features) and W (out_features, in_features) structured.
 
-    A subclass is a kind of layer. Its name in files is the class argument `kind`; default: the name of the class.
+    A subclass is a kind of layer. Its class holds all that compression, optimisers, studies and reports need to know of
+    the kind, so that a new kind is one file: see docs/extending.md. The class arguments `kind` and `label` are its name
+    in files and its name in figures. Defaults: the name of the class, and `kind` with spaces for underscores.
     """
 
     kind: ClassVar[str]
+    label: ClassVar[str]
+    size: ClassVar[str | None] = None
+    """Name of the constructor's argument that `compress(chi=…)` sets; None if the kind has no such size."""
+    inits: ClassVar[tuple[str, ...]] = ("variance",)
+    """Inits that `draw` takes."""
+    n_sizes: ClassVar[int] = 16
+    """Number of equal steps from nothing to the dense size in which the default `sizes` tries layers."""
     bias: nn.Parameter | None
 
-    def __init_subclass__(cls, kind: str | None = None, **options: Any) -> None:
+    def __init_subclass__(cls, kind: str | None = None, label: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.kind = kind or cls.__name__  # never inherited: a subclass may be made from other options
+        cls.label = label or cls.kind.replace("_", " ")
 
     def __init__(
         self,
@@ -77,11 +91,68 @@ class StructuredLinear(nn.Module):
         """Draw new values for the parameters of W, each from the generator of its name within this layer."""
         raise NotImplementedError
 
+    @abstractmethod
+    def fan_ins(self) -> dict[str, int]:
+        """Number of inputs that an output of each factor sums over, by the name of the factor's parameter.
+
+        `param_groups` derives learning rates and weight decay from it.
+        """
+        raise NotImplementedError
+
     @classmethod
     @abstractmethod
     def from_matrix(cls, W: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
-        """The layer nearest to W (out_features, in_features), in W's dtype and on its device."""
+        """The layer nearest to W (out_features, in_features), in W's dtype and on its device.
+
+        Options: exactly one of `max_params`, `rel_error` and the kind's own size; `gram`, E[x xᵀ] of the inputs, under
+        which the outputs are nearest; and the kind's own.
+        """
         raise NotImplementedError
+
+    # How large a layer can be -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def sizes(cls, W: Tensor, **options: Any) -> list[int]:
+        """Numbers of parameters below W's that a layer can have, ascending: enough of them to choose from."""
+        shape = torch.empty_like(W, device="meta")
+        cls._empty(shape, None, max_params=2 * W.numel(), **options)  # refuses options that no size makes good
+        sizes: set[int] = set()
+        for step in range(1, cls.n_sizes):
+            with suppress(ValueError):  # even the smallest layer has more
+                sizes.add(
+                    cls._empty(shape, None, max_params=W.numel() * step // cls.n_sizes, **options).n_params_matrix
+                )
+        return sorted(size for size in sizes if size < W.numel())
+
+    @classmethod
+    def rungs(cls, W: Tensor, gram: Tensor | None = None, **options: Any) -> list[Rung]:
+        """The error at each size, for `allocate`: of W, or of the outputs if a gram is given. Measured by default."""
+        fitted = (cls.from_matrix(W, max_params=size, gram=gram, **options) for size in cls.sizes(W, **options))
+        return [Rung(layer.n_params_matrix, layer.error(W, gram) ** 2) for layer in fitted]
+
+    def error(self, W: Tensor, gram: Tensor | None = None) -> float:
+        """Relative error of this layer's matrix; that of its outputs if a gram is given."""
+        W_hat = self.to_matrix()
+        return rel_error(W, W_hat) if gram is None else output_error(W, W_hat, gram)
+
+    def why_no_smaller(self) -> str | None:
+        """Why the layer has no fewer parameters than a dense one, in one line; None if it has fewer."""
+        dense = self.out_features * self.in_features
+        if self.n_params_matrix < dense:
+            return None
+        return f"{self.structure()} has {self.n_params_matrix:,} parameters, the dense matrix {dense:,}"
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        """Options of this kind in `compress`, beside those that `compress` has itself."""
+        return (_keywords(cls.__init__) | _keywords(cls.from_matrix)) - {*_OF_COMPRESS, cls.size}
+
+    @classmethod
+    def of_constructor(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of the options that the constructor takes; the others are of `from_matrix` alone."""
+        return {name: option for name, option in options.items() if name in _keywords(cls.__init__)}
+
+    # Making -----------------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> Self:
@@ -158,26 +229,12 @@ class StructuredLinear(nn.Module):
         return self.train(linear.training)
 
 
-def kind_called(name: str) -> type[StructuredLinear]:
-    """Return the kind of layer of that name, among those that are defined so far.
-
-    Raises:
-        ValueError: there is none, or more than one.
-    """
-    # A class that is defined again, as in a notebook, replaces the first one.
-    found = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(StructuredLinear)}
-    found = {where: kind for where, kind in found.items() if kind.kind == name}
-    if not found:
-        raise ValueError(f"no StructuredLinear of kind {name!r} is defined: import the module that defines it")
-    if len(found) > 1:
-        raise ValueError(f"more than one StructuredLinear is of kind {name!r}: {', '.join(sorted(found))}")
-    return next(iter(found.values()))
+_OF_COMPRESS = {"bias", "init", "generator", "device", "dtype", "gram", "max_params", "rel_error"}
 
 
-def _subclasses(kind: type[StructuredLinear]) -> Iterator[type[StructuredLinear]]:
-    for subclass in kind.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 def _check_linear(linear: object) -> None:
@@ -234,8 +291,7 @@ def check_error(rel_error: float | None, gram: Tensor | None) -> None:
         check_fraction(rel_error=rel_error)
 
 
-def check_init(layer: StructuredLinear, init: str, *others: str) -> None:
-    allowed = ("variance", *others)
-    if init not in allowed:
-        shown = " or ".join(map(repr, allowed))
+def check_init(layer: StructuredLinear, init: str) -> None:
+    if init not in layer.inits:
+        shown = " or ".join(map(repr, layer.inits))
         raise ValueError(f"`init` of a fresh {type(layer).__name__} must be {shown}, but got {init!r}")

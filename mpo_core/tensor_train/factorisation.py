@@ -28,7 +28,7 @@ def factorise(
     out_features: int,
     in_features: int,
     *,
-    method: str = "paper",
+    method: str = "balanced",
     n_sites: int | None = None,
     chi: int | None = None,
     padding: bool = False,

@@ -13,11 +13,8 @@ from mpo_core.tensor_train.bonds import clip_bonds
 from mpo_core.tensor_train.contraction import chain
 from mpo_core.values import check_cores_finite, times_power, to_units
 
-FRESH_INITS = ("paper", "variance", "orthogonal", "spectral", "tt_svd_fresh")
+INITS = ("paper", "variance", "orthogonal", "spectral", "tt_svd_fresh")
 """Inits that draw cores; see `init_cores_`."""
-
-INITS = (*FRESH_INITS, "tt_svd", "data_aware")
-"""All inits. The last two take an existing weight, and "data_aware" also its inputs (`mpo_core.fitting`)."""
 
 SPECTRAL_TOLERANCE = 1e-4
 """Relative error of the spectral norm that "spectral" sets."""
@@ -93,7 +90,7 @@ def init_cores_(
         _fill(cores, tt_svd(W, d_out, d_in, bonds=bonds))
     else:
         raise ValueError(
-            f"`init` of fresh cores must be one of {', '.join(FRESH_INITS)}, but got {init!r}; "
+            f"`init` of fresh cores must be one of {', '.join(INITS)}, but got {init!r}; "
             "for those that take a weight use MPOLinear.from_linear"
         )
 

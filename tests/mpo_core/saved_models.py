@@ -36,7 +36,7 @@ def shrink(model, kind="mpo", **options):
         options["layer"] = lambda _, linear: mpo_core.PrunedLinear.from_linear(linear, sparsity=0.5)
     else:
         options |= {"layer": kind, "chi": 2, "allow_growth": True}
-    return mpo_core.compress(model, factorisation="balanced", **options)[0]
+    return mpo_core.compress(model, **options)[0]
 
 
 def state(model):

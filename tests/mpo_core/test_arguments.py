@@ -10,8 +10,10 @@ from torch import nn
 from mpo_core.compression.compress import compress, rel_errors
 from mpo_core.fitting.fit import fit_cores, low_rank_svd
 from mpo_core.fitting.least_squares import als
-from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.low_rank import LowRankLinear
+from mpo_core.layers.monarch import MonarchLinear
 from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.pruned import PrunedLinear
 from mpo_core.tensor_train.algebra import orthogonalize, round_cores, tt_svd
 from mpo_core.tensor_train.bonds import clip_bonds, largest_chi
 from mpo_core.tensor_train.factorisation import factorise
@@ -64,7 +66,7 @@ CALLS = {
     "chi ": lambda n: compress(model(), chi=n),
     "chi  ": lambda n: compress(model(), chi=n, factorisation="min_params"),
     "n_sites ": lambda n: compress(model(), chi=2, n_sites=n),
-    "budget['0']": lambda n: compress(model(), budget={"0": n}),
+    "max_params['0']": lambda n: compress(model(), max_params={"0": n}),
     "n_tokens": lambda n: compress(model(), chi=2, n_tokens=n),
     "chi   ": lambda n: list(rel_errors(model(), [n]).values()),
     "chi    ": lambda n: tt_svd(W, [2, 4], [3, 4], n),
@@ -80,7 +82,7 @@ CALLS = {
     "max_params   ": lambda n: largest_chi(n, [2, 4], [3, 4]),
     "out_features ": lambda n: factorise(n, 12),
 }
-GOOD = {"d_in": 4, "max_params": 60, "budget": 60, "site": 1}
+GOOD = {"d_in[1]": 4, "max_params": 60, "max_params['0']": 60, "site": 1}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -93,7 +95,7 @@ def test_a_whole_number_is_asked_for_by_name(name, number):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_whole_numbers_of_numpy_are_taken(name):
-    number = GOOD.get(name.strip().split("[")[0], 2)
+    number = GOOD.get(name.strip(), 2)
     torch.manual_seed(0)
     plain = CALLS[name](number)
     torch.manual_seed(0)
@@ -104,7 +106,7 @@ def test_whole_numbers_of_numpy_are_taken(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: compress(model(), budget=True), "`budget` must be a number or a mapping .*, but got True"),
+        (lambda: compress(model(), keep=True), "`0 < keep <= 1` must hold, but got keep=True"),
         (lambda: compress(model(), rel_error=False), "`rel_error` must be a number, but got False"),
         (lambda: compress(model(), rel_error="0.1"), "`rel_error` must be a number, but got '0.1'"),
         (lambda: tt_svd(W, [8], [12], rel_error=True), "`rel_error` must be a number, but got True"),
@@ -126,7 +128,7 @@ def test_other_arguments_are_named(call, message):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64])
 @pytest.mark.parametrize("layer", ["mpo", "low_rank", "monarch", "pruned"])
-@pytest.mark.parametrize("size", [{"rel_error": 0.1}, {"budget": 0.5}, {"budget": {"0": 60}}])
+@pytest.mark.parametrize("size", [{"rel_error": 0.1}, {"keep": 0.5}, {"max_params": {"0": 60}}])
 def test_a_weight_that_is_no_number_to_decompose_is_named(dtype, layer, size):
     dense = model()
     dense[0].weight = nn.Parameter(dense[0].weight.detach().to(dtype), requires_grad=False)

@@ -17,8 +17,10 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpo_core.fitting.calibration import output_error
-from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.low_rank import LowRankLinear
+from mpo_core.layers.monarch import MonarchLinear
 from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.pruned import PrunedLinear
 from mpo_core.tensor_train.algebra import rel_error
 from mpo_core.tensor_train.initialisation import normal_
 

@@ -47,7 +47,7 @@ def mpo_names(model):
 @pytest.mark.parametrize(("chi", "total"), [(4, 42_336), (8, 79_168), (16, 177_408), (32, 472_192)])
 def test_totals_are_those_of_the_papers_code(chi, total):
     dense = PicoGPT(GPTConfig(), device="meta")
-    compressed, report = compress(dense, chi=chi, init="variance")
+    compressed, report = compress(dense, chi=chi, init="variance", factorisation="paper")
     assert (n_params(dense), n_params(compressed)) == (808_448, total)
     assert (report.n_params_before, report.n_params_after) == (808_448, total)
     assert n_params_compressed(dense) == sum(row.n_params_before for row in report.rows) == 794_752
@@ -64,7 +64,7 @@ def test_compress_preserves_the_outputs_at_full_chi(factorisation, n_sites):
     assert max(row.rel_error for row in report.rows) < 1e-13
 
 
-@pytest.mark.parametrize("init", ["tt_svd", "paper", "variance"])
+@pytest.mark.parametrize("init", [None, "paper", "variance"])
 def test_compress_carries_everything_else_over_and_keeps_the_model(init):
     model = make_model().eval()
     for name, parameter in model.named_parameters():
@@ -142,35 +142,45 @@ def test_compressed_state_dict_round_trips_through_safetensors():
         ({"include": ["head"]}, r"no nn.Linear inside the model matches include=\['head'\], exclude=\[\]; it has bl"),
         ({"include": "head"}, r"no nn.Linear inside the model matches include=\['head'\], exclude=\[\]; it has bl"),
         ({"exclude": ["*"]}, r"matches include=\['\*'\], exclude=\['\*'\]"),
-        ({"chi": None, "budget": 0.5, "allow_growth": True}, "`allow_growth` goes with `chi` alone"),
-        ({"init": "best"}, "`init` must be one of paper, variance, .*, but got 'best'"),
+        ({"chi": None, "keep": 0.5, "allow_growth": True}, "`allow_growth` goes with `chi` alone"),
+        ({"init": "best"}, "`init` of layer='mpo' must be one of paper, variance, .*, but got 'best'"),
         ({"init": "variance"}, "blocks.0.attention.query: init 'variance' draws fresh parameters from `generator_for`"),
-        ({"layer": "best"}, "`layer` must be one of mpo, low_rank, monarch, pruned, or a function, but got 'best'"),
-        ({"chi": None}, "exactly one of `chi`, `rel_error` and `budget` must be given, .* but got none"),
-        ({"budget": 0.5}, "exactly one of `chi`, `rel_error` and `budget` .* but got chi and budget"),
-        ({"chi": None, "budget": 1.5}, "`budget` must be a number of parameters or a fraction between 0 and 1"),
-        ({"chi": None, "budget": 7}, "`budget >= .*` must hold for the layers at their smallest, but got 7"),
-        ({"chi": None, "budget": {"lm_head": 50}}, "blocks.0.attention.query: `budget` has no entry for it"),
-        ({"chi": None, "budget": {"head": 50}}, "`budget` names head, which no layer to be replaced is called"),
+        ({"layer": "best"}, "no kind of layer is called 'best', only mpo, low_rank, "),
+        ({"chi": None}, "exactly one of `chi`, `rel_error`, `keep` and `max_params` must be given, .* but got none"),
+        ({"keep": 0.5}, "exactly one of .* but got chi and keep"),
+        ({"chi": None, "keep": 1.5}, "`0 < keep <= 1` must hold, but got keep=1.5"),
+        ({"chi": None, "keep": True}, "`0 < keep <= 1` must hold, but got keep=True"),
+        ({"chi": None, "max_params": 7}, "the layers at their smallest have .* parameters, but got max_params=7"),
+        ({"chi": None, "max_params": {"lm_head": 50}}, "blocks.0.attention.query: `max_params` has no entry for it"),
+        (
+            {"chi": None, "max_params": {"head": 50}},
+            "`max_params` names head, but no layer to be replaced is so called",
+        ),
         ({"chi": None, "layer": lambda name, linear: linear}, "must return a StructuredLinear or None, .* Linear"),
         ({"chi": None, "rel_error": 1.0}, "`0 <= rel_error < 1` must hold, but got rel_error=1.0"),
-        ({"chi": None, "rel_error": 0.1, "init": "variance"}, "init 'variance' goes with `chi` alone"),
+        (
+            {"chi": None, "rel_error": 0.1, "init": "variance"},
+            "init 'variance' goes with .* `max_params` by layer",
+        ),
         ({"layer": lambda name, linear: None}, "none beside a function as `layer`, but got chi"),
-        ({"init": "data_aware"}, "init 'data_aware' needs `calibration`, but got None"),
-        ({"layer": "pruned"}, "blocks.0.attention.query: a pruned layer has no `chi`"),
+        ({"layer": "pruned"}, "blocks.0.attention.query: `chi` gives a pruned layer no size"),
         ({"method": "als"}, "blocks.0.attention.query: `method` 'als' needs the Gram matrix"),
         ({"calibration": []}, "calibration needs at least one batch, but got none"),
         ({"calibration": torch.zeros(2, 10)}, "`calibration` must be a sequence of batches, but got one tensor"),
         ({"calibration": {"lm_head": torch.eye(12)}}, "`calibration` has no Gram matrix for blocks.0.attention.query"),
         ({"chi": 2.5}, "blocks.0.attention.query: `chi` must be a whole number, but got 2.5"),
         ({"chi": 2.0, "layer": "low_rank"}, "blocks.0.attention.query: `rank` must be a whole number, but got 2.0"),
-        ({"chi": None, "budget": "half"}, "`budget` must be a number or a mapping .*, but got 'half'"),
-        ({"chi": None, "budget": {"lm_head": 0.5}}, r"`budget\['lm_head'\]` must be a whole number, but got 0.5"),
+        ({"chi": None, "keep": "half"}, "`0 < keep <= 1` must hold, but got keep='half'"),
+        ({"chi": None, "max_params": 0.5}, "`max_params` must be a whole number, but got 0.5"),
+        (
+            {"chi": None, "max_params": {"lm_head": 0.5}},
+            "must be a whole number, but got 0.5",
+        ),
         ({"n_tokens": 0}, "`n_tokens >= 1` must hold, but got n_tokens=0"),
         ({"n_tokens": 1.5}, "`n_tokens` must be a whole number, but got 1.5"),
-        ({"layer": "low_rank", "method": "als"}, "`method` is of layer='mpo' alone, but got method='als'"),
-        ({"layer": "monarch", "forward": "chain"}, "`forward` is of layer='mpo' alone"),
-        ({"layer": "pruned", "n_sites": 2}, "`n_sites` is of layer='mpo' alone"),
+        ({"layer": "low_rank", "method": "als"}, "layer='low_rank' has no option `method`; it has none"),
+        ({"layer": "monarch", "forward": "chain"}, "layer='monarch' has no option `forward`; it has n_blocks"),
+        ({"layer": "pruned", "n_sites": 2}, "layer='pruned' has no option `n_sites`; it has sparsity"),
         ({"init": "variance", "calibration": [torch.zeros(2, 3)]}, "init 'variance' draws fresh parameters, which"),
         (
             {"chi": None, "layer": lambda name, linear: LowRankLinear(3, 4, rank=1, device="meta")},
@@ -188,7 +198,7 @@ def test_compress_says_what_is_allowed(options, message):
 def test_compress_refuses_weights_that_have_diverged():
     model = make_model()
     model.lm_head.weight.data[3, 4] = float("nan")
-    for size in ({"chi": 2}, {"budget": 0.5}, {"rel_error": 0.1}):
+    for size in ({"chi": 2}, {"keep": 0.5}, {"rel_error": 0.1}):
         with pytest.raises(ValueError, match=r"lm_head: `W` must be finite to be decomposed, but 1 entries"):
             compress(model, **size)
 
@@ -218,7 +228,7 @@ def test_rel_errors_of_two_sites_are_singular_value_tails():
 
 def test_rel_errors_of_random_weights_are_near_one():
     """Matrices without structure barely compress; facts.md, point 5, from the paper's code at one seed."""
-    errors = rel_errors(make_model(GPTConfig()), (4, 8, 16, 32))
+    errors = rel_errors(make_model(GPTConfig()), (4, 8, 16, 32), factorisation="paper")
     for chi, largest, mean in ((4, 0.988, 0.950), (8, 0.965, 0.899), (16, 0.891, 0.795), (32, 0.630, 0.558)):
         values = [error for (cap, _), error in errors.items() if cap == chi]
         assert max(values) == pytest.approx(largest, abs=0.004)
@@ -237,9 +247,9 @@ def test_n_params_counts_what_is_trainable_and_n_params_compressed_all_matrices(
 
 def test_a_budget_may_be_a_number_of_numpy():
     model = make_model()
-    numbers, plain = (compress(model, budget=budget)[1] for budget in (np.int64(1500), 1500))
+    numbers, plain = (compress(model, max_params=budget)[1] for budget in (np.int64(1500), 1500))
     assert [row.bonds for row in numbers.rows] == [row.bonds for row in plain.rows]
-    assert compress(model, budget=np.float64(0.5))[1].n_params_after == compress(model, budget=0.5)[1].n_params_after
+    assert compress(model, keep=np.float64(0.5))[1].n_params_after == compress(model, keep=0.5)[1].n_params_after
 
 
 def test_decompress_of_a_layer_itself_is_a_linear_layer():

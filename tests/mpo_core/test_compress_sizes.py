@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed
-from mpo_core.compression.sizing import KINDS
 from mpo_core.fitting.calibration import collect_grams, output_error
 from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.registry import kind_called
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.tensor_train.algebra import rel_error
 
@@ -62,7 +62,7 @@ def test_compress_by_chi_replaces_every_layer(kind):
     model = make_model()
     compressed, report = compress(model, layer=kind, chi=2)
     layers = [module for module in compressed if not isinstance(module, nn.Tanh)]
-    assert {type(layer) for layer in layers} == {KINDS[kind]}
+    assert {type(layer) for layer in layers} == {kind_called(kind)}
     for layer, row, index in zip(layers, report.rows, (0, 2, 4), strict=True):
         assert row.kind == kind
         assert row.n_params_after == layer.n_params_matrix
@@ -72,7 +72,7 @@ def test_compress_by_chi_replaces_every_layer(kind):
     torch.testing.assert_close(compressed(x), decompress(compressed)(x))
 
 
-@pytest.mark.parametrize("init", ["tt_svd", "variance"])
+@pytest.mark.parametrize("init", [None, "variance"])
 @pytest.mark.parametrize(
     ("kind", "chi", "n_params", "reason"),
     [
@@ -124,7 +124,7 @@ def test_compress_draws_fresh_parameters_of_every_kind_by_name(kind):
 @pytest.mark.parametrize("kind", KIND_NAMES)
 def test_compress_by_error_meets_it_or_leaves_the_layer_dense(kind):
     model = make_model()
-    compressed, report = compress(model, layer=kind, rel_error=0.3, factorisation="balanced")
+    compressed, report = compress(model, layer=kind, rel_error=0.3)
     for row in report.rows:
         layer = compressed.get_submodule(row.name)
         if row.kind == "dense":
@@ -172,7 +172,7 @@ def test_compress_by_error_is_about_outputs_where_calibrated(kind):
 def test_compress_by_error_holds_after_rounding_to_low_precision(kind, target, dtype):
     """The factors are within reach of the target, and may miss it once rounded."""
     model = nn.Sequential(make_linear(64, 64, 0, 0.8, dtype))
-    compressed, report = compress(model, layer=kind, rel_error=target, factorisation="balanced")
+    compressed, report = compress(model, layer=kind, rel_error=target)
     assert report.rows[0].rel_error <= target * 1.00001
     if report.rows[0].kind == "dense":
         assert "with fewer parameters found within rel_error" in report.rows[0].reason
@@ -182,10 +182,10 @@ def test_compress_by_error_holds_after_rounding_to_low_precision(kind, target, d
 def test_compress_by_output_error_finds_a_size_within_a_step_of_the_smallest():
     model = nn.Sequential(make_linear(64, 64, 0, 0.05, torch.float32))
     inputs = (normal(200, 12) @ normal(12, 64, seed=1) + 0.1 * normal(200, 64, seed=2)).float()
-    _, report = compress(model, rel_error=0.1, factorisation="balanced", calibration=[inputs])
+    _, report = compress(model, rel_error=0.1, calibration=[inputs])
     row = report.rows[0]
     assert row.output_error <= 0.1
-    smaller, _ = compress(model, budget={"0": int(row.n_params_after / 1.1)}, calibration=[inputs])
+    smaller, _ = compress(model, max_params={"0": int(row.n_params_after / 1.1)}, calibration=[inputs])
     gram = collect_grams(model, ["0"], [inputs])["0"]
     assert output_error(model[0].weight, smaller[0].to_matrix(), gram) > 0.1
 
@@ -198,16 +198,14 @@ def test_compress_by_output_error_finds_a_size_within_a_step_of_the_smallest():
 def test_compress_spreads_a_budget(kind, calibrated):
     calibration = make_batches() if calibrated else None
     budget = 1500
-    compressed, report = compress(
-        make_model(), layer=kind, budget=budget, factorisation="balanced", calibration=calibration
-    )
+    compressed, report = compress(make_model(), layer=kind, max_params=budget, calibration=calibration)
     spent = sum(row.n_params_after for row in report.rows)
     assert 0.85 * budget < spent <= budget
     assert spent == n_params_compressed(compressed)
     assert report.n_params_after == n_params(compressed) == spent + 36 + 36 + 16
     if not calibrated:
         even = {row.name: budget * row.n_params_before // N_DENSE for row in report.rows}
-        _, evenly = compress(make_model(), layer=kind, budget=even, factorisation="balanced")
+        _, evenly = compress(make_model(), layer=kind, max_params=even)
         assert sum(error**2 for error in errors(report)) < sum(error**2 for error in errors(evenly))
 
 
@@ -215,7 +213,7 @@ def test_compress_spreads_a_budget_better_than_one_cap_for_all():
     model = make_model()
     _, uniform = compress(model, layer="low_rank", chi=10)
     total = sum(row.n_params_after for row in uniform.rows)
-    _, report = compress(model, layer="low_rank", budget=total)
+    _, report = compress(model, layer="low_rank", max_params=total)
     assert sum(error**2 for error in errors(report)) < 0.8 * sum(error**2 for error in errors(uniform))
 
 
@@ -226,36 +224,36 @@ def test_compress_spreads_a_calibrated_budget_by_the_errors_of_fits():
         for index, layer in enumerate(model):
             layer.weight.data = normal(16, 16, seed=seed + 50 * index).float() / 4
         inputs = normal(16, 16, seed=seed + 1) * torch.logspace(0, -1.5, 16, dtype=torch.float64)
-        options = {"factorisation": "balanced", "n_sites": 2}
+        options = {"n_sites": 2}
         options["calibration"] = {"0": inputs @ inputs.T, "1": torch.eye(16, dtype=torch.float64)}
 
-        def total(budget, model=model, options=options):
-            return sum(row.output_error**2 for row in compress(model, budget=budget, **options)[1].rows)
+        def total(max_params, model=model, options=options):
+            return sum(row.output_error**2 for row in compress(model, max_params=max_params, **options)[1].rows)
 
         best = min(total({"0": size, "1": 256 - size}) for size in range(32, 225, 32))
-        assert total(0.5) < 1.05 * best
+        assert total(256) < 1.05 * best
 
 
 def test_compress_takes_a_fraction_a_number_or_a_number_per_layer():
     model = make_model()
-    _, fraction = compress(model, budget=0.5)
-    _, number = compress(model, budget=N_DENSE // 2)
+    _, fraction = compress(model, keep=0.5)
+    _, number = compress(model, max_params=N_DENSE // 2)
     assert errors(fraction) == errors(number)
     budget = {"0": 300, "2": 2000, "4": 250}
-    _, each = compress(model, budget=budget)
+    _, each = compress(model, max_params=budget)
     assert [row.kind for row in each.rows] == ["mpo", "dense", "mpo"]
-    assert each.rows[1].reason == "its share of the budget, 2,000 parameters, holds the dense matrix"
+    assert each.rows[1].reason == "its share, 2,000 parameters, holds the dense matrix"
     assert all(row.n_params_after <= budget[row.name] for row in each.rows if row.kind == "mpo")
     with pytest.raises(ValueError, match=r"^0: chi=1 needs 60 parameters"):
-        compress(model, budget={**budget, "0": 3})
+        compress(model, max_params={**budget, "0": 3})
 
 
 def test_compress_with_a_full_budget_keeps_what_is_dense():
-    _, report = compress(make_model(), budget=N_DENSE)
+    _, report = compress(make_model(), max_params=N_DENSE)
     assert [row.kind for row in report.rows] == ["dense"] * 3
 
 
-# Calibration ----------------------------------------------------------------------------------------------------------
+# DeviceRates ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch"])
@@ -267,7 +265,7 @@ def test_calibration_lowers_the_output_error(kind):
     assert torch.linalg.norm(aware(held_out) - y) < 0.9 * torch.linalg.norm(plain(held_out) - y)
     assert all(row.output_error is not None for row in report.rows)
     grams = collect_grams(model, ["0", "2", "4"], batches)
-    again, _ = compress(model, layer=kind, chi=2, calibration=grams, init="data_aware" if kind == "mpo" else "tt_svd")
+    again, _ = compress(model, layer=kind, chi=2, calibration=grams)
     assert all(torch.equal(a, b) for a, b in zip(aware.parameters(), again.parameters(), strict=True))
 
 
@@ -286,10 +284,10 @@ def test_method_is_that_of_the_fit():
 
 def test_compress_takes_a_function_as_layer():
     def layer(name, linear):
-        return KINDS["low_rank"].from_linear(linear, rank=3) if name == "2" else None
+        return kind_called("low_rank").from_linear(linear, rank=3) if name == "2" else None
 
     compressed, report = compress(make_model(), layer=layer)
-    assert [row.kind for row in report.rows] == ["dense", "LowRankLinear", "dense"]
+    assert [row.kind for row in report.rows] == ["dense", "low_rank", "dense"]
     assert report.rows[0].reason == "`layer` left it dense"
     assert isinstance(compressed[2], StructuredLinear)
 
@@ -298,7 +296,7 @@ def test_compress_takes_a_function_as_layer():
 def test_decompress_brings_dense_layers_back(kind):
     model = make_model(torch.float32).eval()
     model[0].weight.requires_grad_(False)
-    compressed, _ = compress(model, layer=kind, budget=0.6, factorisation="balanced")
+    compressed, _ = compress(model, layer=kind, keep=0.6)
     before = {name: value.clone() for name, value in compressed.state_dict().items()}
     dense = decompress(compressed)
     x = normal(5, 24).float()
@@ -316,7 +314,7 @@ def test_decompress_brings_dense_layers_back(kind):
 @pytest.mark.parametrize("kind", KIND_NAMES)
 def test_compress_takes_bfloat16(kind):
     compressed, report = compress(
-        make_model(torch.bfloat16), layer=kind, budget=0.5, calibration=[normal(8, 24).bfloat16()]
+        make_model(torch.bfloat16), layer=kind, keep=0.5, calibration=[normal(8, 24).bfloat16()]
     )
     assert {parameter.dtype for parameter in compressed.parameters()} == {torch.bfloat16}
     assert torch.isfinite(compressed(normal(2, 24).bfloat16())).all()
@@ -324,7 +322,7 @@ def test_compress_takes_bfloat16(kind):
 
 
 def test_n_params_of_a_pruned_model_are_those_kept():
-    compressed, report = compress(make_model(), layer="pruned", budget={"0": 100, "2": 200, "4": 300})
+    compressed, report = compress(make_model(), layer="pruned", max_params={"0": 100, "2": 200, "4": 300})
     assert n_params_compressed(compressed) == 600
     assert n_params(compressed) == report.n_params_after == 600 + 36 + 36 + 16
 

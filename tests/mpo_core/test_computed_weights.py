@@ -181,9 +181,9 @@ def test_a_layer_that_holds_more_stays(add, name):
 def test_a_budget_that_no_layer_can_take_says_why():
     model = nn.Sequential(nn.Linear(8, 8))
     model[0].register_forward_pre_hook(halve)
-    for budget in (0.5, 40):
+    for size in ({"keep": 0.5}, {"max_params": 40}):
         with pytest.raises(ValueError, match=r"^no layer can be replaced, such as 0: it has hooks"):
-            compress(model, budget=budget)
+            compress(model, **size)
 
 
 def test_outputs_that_a_module_keeps_are_copied_as_values():

@@ -41,7 +41,7 @@ def tied_pair():
 @pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch", "pruned"])
 def test_layers_that_share_a_weight_share_its_structure(kind):
     model = tied_pair()
-    compressed, report = compress(model, layer=kind, budget={"0": 40})
+    compressed, report = compress(model, layer=kind, max_params={"0": 40})
     own = [{name: p for name, p in layer.named_parameters() if name != "bias"} for layer in compressed[::2]]
     assert all(own[0][name] is own[1][name] for name in own[0])
     assert torch.equal(compressed[0].bias, model[0].bias)
@@ -139,7 +139,7 @@ def test_transformer_encoder_of_pytorch_still_runs(training, kind):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, device="meta")
     model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2), "head": linear(8, 8)})
     model = fill(model).train(training)
-    compressed, report = compress(model, layer=kind, budget=0.5, factorisation="balanced")
+    compressed, report = compress(model, layer=kind, keep=0.5)
     small = [row.name for row in report.rows if row.kind == kind]
     assert {"encoder.layers.0.linear1", "encoder.layers.1.linear2"} <= set(small)
     assert not any("self_attn" in name for name in small)

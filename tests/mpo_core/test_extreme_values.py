@@ -12,8 +12,10 @@ from mpo_core.compression.compress import compress, rel_errors
 from mpo_core.fitting.calibration import Gram, collect_grams, output_error
 from mpo_core.fitting.fit import fit_cores
 from mpo_core.fitting.least_squares import als
-from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.low_rank import LowRankLinear
+from mpo_core.layers.monarch import MonarchLinear
 from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.pruned import PrunedLinear
 from mpo_core.tensor_train.algebra import (
     balance_cores,
     contract,
@@ -180,7 +182,7 @@ def test_compress_scales_with_the_weights(e, dtype, kind, calibrated):
     W = normal(16, 16, dtype=dtype)
     grams = {"0": make_gram(), "1": make_gram(seed=3)} if calibrated else None
     scaled = {name: gram * 2.0**e for name, gram in grams.items()} if grams else None
-    sizes = [{"chi": 2}, {"rel_error": 0.5}, {"budget": 0.6}]
+    sizes = [{"chi": 2}, {"rel_error": 0.5}, {"keep": 0.6}]
     if kind == "pruned":
         sizes = sizes[1:2] if calibrated else sizes[1:]  # 64 sizes of it are measured for a budget
     for size in sizes if dtype is torch.float64 else sizes[:1]:  # all is computed in float64
@@ -228,7 +230,7 @@ def test_small_inputs_beside_others_count_as_they_are():
 def test_a_weight_of_zeros_is_compressed_to_zeros(kind, calibrated, dtype):
     model = make_model(torch.zeros(16, 16, dtype=dtype))
     grams = {"0": make_gram(), "1": make_gram()} if calibrated else None
-    for size in ({"budget": {"0": 100, "1": 100}}, {"rel_error": 0.5}, {"budget": 0.6}):
+    for size in ({"max_params": {"0": 100, "1": 100}}, {"rel_error": 0.5}, {"keep": 0.6}):
         compressed, report = compress(model, layer=kind, calibration=grams, **size)
         for layer, row in zip(compressed, report.rows, strict=True):
             assert row.kind == kind
@@ -238,7 +240,7 @@ def test_a_weight_of_zeros_is_compressed_to_zeros(kind, calibrated, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
-@pytest.mark.parametrize("size", [{"budget": {"0": 100, "1": 100}}, {"budget": 0.5}, {"rel_error": 0.3}])
+@pytest.mark.parametrize("size", [{"max_params": {"0": 100, "1": 100}}, {"keep": 0.5}, {"rel_error": 0.3}])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_weight_that_is_not_finite_is_named(kind, bad, size, calibrated):
     model = make_model(normal(16, 16))

@@ -88,13 +88,13 @@ def test_balanced_examples(shape, n_sites, expected):
 
 @pytest.mark.parametrize(("shape", "expected"), PAPER_FACTORISATIONS.items())
 def test_paper_uses_its_table(shape, expected):
-    assert factorise(*shape) == expected
+    assert factorise(*shape, method="paper") == expected
     assert factorise(*shape, method="paper", n_sites=len(expected[0])) == expected
 
 
 def test_paper_balances_shapes_outside_its_table():
-    assert factorise(256, 64) == factorise(256, 64, method="balanced", n_sites=2)
-    assert factorise(256, 64, n_sites=3) == factorise(256, 64, method="balanced", n_sites=3)
+    assert factorise(256, 64, method="paper") == factorise(256, 64, method="balanced", n_sites=2)
+    assert factorise(256, 64, method="paper", n_sites=3) == factorise(256, 64, method="balanced", n_sites=3)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_paper_balances_shapes_outside_its_table():
         ({"out_features": 8, "in_features": 8, "method": "min_params"}, "needs the `chi` at which to count parameters"),
         ({"out_features": 8, "in_features": 8, "chi": 0}, "`chi >= 1` must hold, but got chi=0"),
         (
-            {"out_features": 512, "in_features": 128, "n_sites": 2},
+            {"out_features": 512, "in_features": 128, "method": "paper", "n_sites": 2},
             r"the paper splits 512×128 over n_sites=3, but got n_sites=2; use factorisation='balanced'",
         ),
         ({"out_features": 8, "in_features": 8, "n_sites": 0}, "`1 <= n_sites <= 6` must hold, but got n_sites=0"),
@@ -189,7 +189,7 @@ def test_padding_helps_awkward_sizes_and_leaves_smooth_ones():
     assert count(factorise(97, 101, **arguments, padding=True), 8) < 0.8 * count(factorise(97, 101, **arguments), 8)
     for method in ("balanced", "min_params"):
         assert factorise(128, 128, method=method, n_sites=2, chi=8, padding=True) == ((8, 16), (16, 8))
-    assert factorise(65, 128, padding=True) == PAPER_FACTORISATIONS[65, 128]
+    assert factorise(65, 128, method="paper", padding=True) == PAPER_FACTORISATIONS[65, 128]
 
 
 @settings(max_examples=60, deadline=None)

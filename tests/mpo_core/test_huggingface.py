@@ -82,7 +82,7 @@ LLAMA_LAYERS = [
 
 def test_gpt2_at_full_chi_gives_the_same_logits_with_conv1d_replaced():
     model, tokens = make_gpt2(), make_tokens(2, 9)
-    compressed, report = compress(model, chi=10_000, allow_growth=True, factorisation="balanced")
+    compressed, report = compress(model, chi=10_000, allow_growth=True)
     assert mpo_names(compressed) == GPT2_LAYERS
     assert not any(isinstance(module, Conv1D) for module in compressed.modules())
     torch.testing.assert_close(logits(compressed, tokens), logits(model, tokens))
@@ -96,15 +96,13 @@ def test_gpt2_at_full_chi_gives_the_same_logits_with_conv1d_replaced():
 def test_gpt2_conv1d_keeps_its_transposed_weight_bias_and_frozen_parameters():
     model = make_gpt2()
     model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
-    compressed, report = compress(model, chi=3, include=["*.c_fc"], factorisation="balanced")
+    compressed, report = compress(model, chi=3, include=["*.c_fc"])
     old, new = model.transformer.h[0].mlp.c_fc, compressed.transformer.h[0].mlp.c_fc
     assert torch.equal(new.bias, old.bias)
     assert [core.requires_grad for core in new.cores] == [False, False]
     error = torch.linalg.norm(new.to_matrix() - old.weight.T) / torch.linalg.norm(old.weight)
     assert report.rows[0].rel_error == pytest.approx(float(error), abs=1e-12)
-    assert rel_errors(model, [3], factorisation="balanced")[3, "transformer.h.0.mlp.c_fc"] == pytest.approx(
-        float(error)
-    )
+    assert rel_errors(model, [3])[3, "transformer.h.0.mlp.c_fc"] == pytest.approx(float(error))
 
 
 @pytest.mark.parametrize("kind", [MPOLinear, LowRankLinear])
@@ -117,7 +115,7 @@ def test_a_conv1d_alone_is_refused_also_where_it_is_square(kind):
 
 def test_gpt2_goes_there_and_back():
     model, tokens = make_gpt2(), make_tokens(2, 9)
-    compressed, report = compress(model, budget=0.4, include=["transformer.h.*"], factorisation="balanced")
+    compressed, report = compress(model, keep=0.4, include=["transformer.h.*"])
     dense = decompress(compressed)
     torch.testing.assert_close(logits(dense, tokens), logits(compressed, tokens))
     counted = sum(row.n_params_after for row in report.rows)
@@ -131,16 +129,14 @@ def test_gpt2_is_fitted_to_calibration_batches():
     batches = [{"input_ids": make_tokens(8, 12, seed=seed)} for seed in (0, 1)]
     distances = []
     for calibration in (None, batches):
-        compressed, report = compress(
-            model, chi=6, include=["transformer.h.*"], factorisation="balanced", calibration=calibration
-        )
+        compressed, report = compress(model, chi=6, include=["transformer.h.*"], calibration=calibration)
         assert all((row.output_error is None) == (calibration is None) for row in report.rows)
         distances.append(float(torch.linalg.norm(logits(compressed, held_out) - logits(model, held_out))))
     assert distances[1] < distances[0]
 
 
 def test_gpt2_compressed_generates_and_trains():
-    compressed, _ = compress(make_gpt2(torch.float32), chi=4, factorisation="balanced")
+    compressed, _ = compress(make_gpt2(torch.float32), chi=4)
     tokens = make_tokens(1, 4)
     greedy = {"do_sample": False, "pad_token_id": 0}
     cached, plain = (
@@ -157,7 +153,7 @@ def test_gpt2_compressed_generates_and_trains():
 @pytest.mark.parametrize("tie", [False, True])
 def test_llama_at_full_chi_gives_the_same_logits(tie):
     model, tokens = make_llama(tie), make_tokens(2, 9)
-    compressed, report = compress(model, chi=10_000, allow_growth=True, factorisation="balanced")
+    compressed, report = compress(model, chi=10_000, allow_growth=True)
     assert mpo_names(compressed) == LLAMA_LAYERS + ([] if tie else ["lm_head"])
     torch.testing.assert_close(logits(compressed, tokens), logits(model, tokens))
     kept = [row.name for row in report.rows if row.kind == "dense"]
@@ -167,9 +163,7 @@ def test_llama_at_full_chi_gives_the_same_logits(tie):
 @pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch", "pruned"])
 def test_llama_in_bfloat16_takes_every_kind_of_layer(kind):
     model = make_llama(tie=False, dtype=torch.bfloat16)
-    compressed, report = compress(
-        model, layer=kind, budget=0.6, exclude=["lm_head"], factorisation="balanced", calibration=[make_tokens(4, 12)]
-    )
+    compressed, report = compress(model, layer=kind, keep=0.6, exclude=["lm_head"], calibration=[make_tokens(4, 12)])
     assert {parameter.dtype for parameter in compressed.parameters()} == {torch.bfloat16}
     assert torch.isfinite(logits(compressed, make_tokens(2, 9))).all()
     assert sum(row.n_params_after for row in report.rows) <= 0.6 * sum(row.n_params_before for row in report.rows)
@@ -206,7 +200,7 @@ def test_t5_reads_the_weight_of_a_layer_and_runs(activation, kind):
     )
     with torch.random.fork_rng(devices=[]):
         model = seeded(T5ForConditionalGeneration(config))
-    compressed, report = compress(model, layer=kind, budget=0.5, include=["*.wi*", "*.wo"], factorisation="balanced")
+    compressed, report = compress(model, layer=kind, keep=0.5, include=["*.wi*", "*.wo"])
     assert all(row.kind == kind for row in report.rows if row.name.endswith("wo"))
     tokens = make_tokens(2, 9)
     with torch.no_grad():

@@ -15,7 +15,6 @@ from mpo_core.tensor_train.algebra import contract, tt_svd
 from mpo_core.tensor_train.bonds import clip_bonds
 from mpo_core.tensor_train.factorisation import factorise
 from mpo_core.tensor_train.initialisation import (
-    FRESH_INITS,
     INITS,
     init_cores_,
     normal_,
@@ -206,7 +205,7 @@ def test_spectral_norm_of_zero_is_zero_and_too_few_iterations_are_an_error():
         spectral_norm(random_cores((1, 4, 1), [4, 4], [4, 4], 0), max_iterations=2)
 
 
-@pytest.mark.parametrize("init", FRESH_INITS)
+@pytest.mark.parametrize("init", INITS)
 def test_fresh_inits_draw_from_their_generators_alone(init):
     before = torch.get_rng_state()
     one, same, other = (fresh_cores(([4, 3], [2, 6]), 3, init, seed=seed) for seed in (1, 1, 2))
@@ -216,23 +215,19 @@ def test_fresh_inits_draw_from_their_generators_alone(init):
     assert all(torch.isfinite(core).all() for core in one)
 
 
-@pytest.mark.parametrize("init", FRESH_INITS)
+@pytest.mark.parametrize("init", INITS)
 def test_fresh_inits_in_low_precision_round_those_of_float32(init):
     single, half = (fresh_cores(([4, 3], [2, 6]), 3, init, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     assert {core.dtype for core in half} == {torch.bfloat16}
     assert all(torch.equal(core.bfloat16(), low) for core, low in zip(single, half, strict=True))
 
 
-@pytest.mark.parametrize("init", FRESH_INITS)
+@pytest.mark.parametrize("init", INITS)
 def test_mpo_linear_takes_every_fresh_init(init):
     layer = MPOLinear(18, 12, chi=3, init=init, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     layer.init_cores(init, generators(2))
     expected = fresh_cores((layer.d_out, layer.d_in), 3, init)
     assert all(torch.equal(core, other) for core, other in zip(layer.cores, expected, strict=True))
-
-
-def test_fresh_inits_are_those_that_need_no_weight():
-    assert set(INITS) - set(FRESH_INITS) == {"tt_svd", "data_aware"}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.low_rank import LowRankLinear
+from mpo_core.layers.monarch import MonarchLinear
 from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.pruned import PrunedLinear
 from mpo_core.param_groups import param_groups
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpo_core.layers.low_rank import PrunedLinear
+from mpo_core.layers.pruned import PrunedLinear
 
 
 def normal(*shape, seed=0):

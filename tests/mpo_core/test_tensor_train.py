@@ -12,7 +12,9 @@ from chains import chain, dense, few, random_cores, random_matrix, seeds, splits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_core.layers.low_rank import LowRankLinear, MonarchLinear, PrunedLinear
+from mpo_core.layers.low_rank import LowRankLinear
+from mpo_core.layers.monarch import MonarchLinear
+from mpo_core.layers.pruned import PrunedLinear
 from mpo_core.tensor_train.algebra import bonds_and_sizes, contract, rel_error, round_cores, tt_svd
 from mpo_core.tensor_train.bonds import clip_bonds, largest_bonds
 

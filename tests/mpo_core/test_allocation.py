@@ -1,4 +1,4 @@
-"""How a budget is spread over layers, and the ladders it is spread by."""
+"""How parameters are allocated to layers, and the ladders that the allocation goes by."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo_core.compression.budget import Rung, chain_ladder, low_rank_ladder, spread_budget
-from mpo_core.compression.sizing import N_MEASURED, Sizer
+from mpo_core.compression.allocation import allocate
 from mpo_core.fitting.calibration import output_error
 from mpo_core.fitting.fit import fit_cores, low_rank_svd
+from mpo_core.fitting.ladders import N_MEASURED, Rung, chain_ladder, low_rank_ladder
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
 from mpo_core.tensor_train.factorisation import factorise
@@ -37,9 +37,9 @@ def total(chosen):
 
 @settings(max_examples=200, deadline=None)
 @given(ladders, st.integers(0, 60))
-def test_spread_budget_stays_within_and_leaves_no_step_that_fits(ladders, extra):
+def test_allocate_stays_within_and_leaves_no_step_that_fits(ladders, extra):
     budget = sum(min(rung.n_params for rung in ladder) for ladder in ladders.values()) + extra
-    chosen = spread_budget(ladders, budget)
+    chosen = allocate(ladders, budget)
     assert all(chosen[name] in ladder for name, ladder in ladders.items())
     spent, _ = total(chosen.values())
     assert spent <= budget
@@ -51,35 +51,35 @@ def test_spread_budget_stays_within_and_leaves_no_step_that_fits(ladders, extra)
 
 @settings(max_examples=100, deadline=None)
 @given(ladders, st.integers(0, 60))
-def test_spread_budget_is_within_one_step_of_the_best_of_all(ladders, extra):
+def test_allocate_is_within_one_step_of_the_best_of_all(ladders, extra):
     """No choice with the budget less the largest step does better: greed along convex hulls is optimal to one step."""
     budget = sum(min(rung.n_params for rung in ladder) for ladder in ladders.values()) + extra
-    _, error = total(spread_budget(ladders, budget).values())
+    _, error = total(allocate(ladders, budget).values())
     spans = [max(r.n_params for r in ladder) - min(r.n_params for r in ladder) for ladder in ladders.values()]
     choices = [total(choice) for choice in product(*ladders.values())]
     smaller = [best for spent, best in choices if spent <= budget - max(spans)]
     assert error <= min(smaller, default=len(ladders)) + 1e-9
 
 
-def test_spread_budget_prefers_the_steepest_step():
+def test_allocate_prefers_the_steepest_step():
     ladders = {"a": [Rung(10, 0.9), Rung(20, 0.1)], "b": [Rung(10, 0.9), Rung(20, 0.8), Rung(40, 0.0)]}
-    assert spread_budget(ladders, 30) == {"a": Rung(20, 0.1), "b": Rung(10, 0.9)}
-    assert spread_budget(ladders, 40) == {"a": Rung(20, 0.1), "b": Rung(20, 0.8)}
-    assert spread_budget(ladders, 60) == {"a": Rung(20, 0.1), "b": Rung(40, 0.0)}
+    assert allocate(ladders, 30) == {"a": Rung(20, 0.1), "b": Rung(10, 0.9)}
+    assert allocate(ladders, 40) == {"a": Rung(20, 0.1), "b": Rung(20, 0.8)}
+    assert allocate(ladders, 60) == {"a": Rung(20, 0.1), "b": Rung(40, 0.0)}
 
 
-def test_spread_budget_looks_beyond_a_shallow_step_to_a_steep_one():
+def test_allocate_looks_beyond_a_shallow_step_to_a_steep_one():
     ladders = {"a": [Rung(10, 0.9), Rung(20, 0.7)], "b": [Rung(10, 0.9), Rung(20, 0.8), Rung(40, 0.0)]}
-    assert spread_budget(ladders, 50) == {"a": Rung(10, 0.9), "b": Rung(40, 0.0)}
+    assert allocate(ladders, 50) == {"a": Rung(10, 0.9), "b": Rung(40, 0.0)}
 
 
-def test_spread_budget_refuses():
-    with pytest.raises(ValueError, match="`budget >= 30` must hold for the layers at their smallest, but got 29"):
-        spread_budget({"a": [Rung(10, 1)], "b": [Rung(20, 1)]}, 29)
+def test_allocate_refuses():
+    with pytest.raises(ValueError, match="the layers at their smallest have 30 parameters, but got max_params=29"):
+        allocate({"a": [Rung(10, 1)], "b": [Rung(20, 1)]}, 29)
     with pytest.raises(ValueError, match="at least one layer"):
-        spread_budget({}, 10)
+        allocate({}, 10)
     with pytest.raises(ValueError, match="a has no size to choose from"):
-        spread_budget({"a": []}, 10)
+        allocate({"a": []}, 10)
 
 
 def test_chain_ladder_of_two_sites_holds_the_errors_of_tt_svd():
@@ -139,8 +139,7 @@ def test_a_calibrated_ladder_of_chains_holds_the_errors_of_fits(n_sites):
         linear.weight.data = normal(24, 32)
         inputs = normal(32, 32, seed=1) * torch.logspace(0, -spread, 32, dtype=torch.float64)
         gram = inputs @ inputs.T
-        sizer = Sizer("mpo", "tt_svd", "balanced", n_sites, False, None, "reconstruct", None)
-        ladder = sizer.ladder(linear, gram)
+        ladder = MPOLinear.rungs(linear.weight.detach(), gram, n_sites=n_sites)
         assert len(ladder) > N_MEASURED
         ratios = []
         for rung in ladder:

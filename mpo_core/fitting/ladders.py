@@ -1,0 +1,112 @@
+"""The error of a layer at each of its sizes, from the singular values of its weight, or corrected by a few fits."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpo_core.fitting.calibration import check_gram
+from mpo_core.fitting.whitening import make_whitener, square_root, times_sites
+from mpo_core.tensor_train.splitting import Sizes, Split, smaller_shapes
+from mpo_core.values import in_range
+
+N_MEASURED = 6
+"""Number of sizes at which `corrected` measures the error of a fit; it interpolates between them."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One size that a layer can have."""
+
+    n_params: int
+    error: float
+    """Squared relative error of the weights or, under a Gram matrix, of the outputs. The function that made the ladder
+    says how exact it is."""
+
+
+def chain_ladder(W: Tensor, gram: Tensor | None, split: Split) -> list[Rung]:
+    """Rungs χ = 1, 2, … of a chain of cores, up to the last with fewer parameters than W or the last useful χ.
+
+    The error is the sum over the bonds of the squared singular values that are cut off (Oseledets 2011, Theorem 2.2).
+    They are those of W or, under a Gram matrix, of W whitened by its nearest Kronecker product. Without a Gram matrix
+    the error is an upper bound on that of `tt_svd`, exact for two sites. Under a Gram matrix that is not such a product
+    it is no bound, but falls as the errors do.
+    """
+    G = None if gram is None else check_gram(gram, W.shape[1]).to(W.device)
+    tails: dict[tuple[Sizes, Sizes], list[list[float]]] = {}
+    ladder: list[Rung] = []
+    for shape in smaller_shapes(W.numel(), split):
+        sizes = shape.d_out, shape.d_in
+        if sizes not in tails:
+            tails[sizes] = _relative_tails(W, G, *sizes)
+        cut = sum(tail[bond] for tail, bond in zip(tails[sizes], shape.bonds[1:-1], strict=True))
+        ladder.append(Rung(shape.n_params, min(1.0, cut)))
+    return ladder
+
+
+def low_rank_ladder(W: Tensor, gram: Tensor | None) -> list[Rung]:
+    """Ranks 1, 2, … of a product of two factors with fewer parameters than W; exact (Eckart & Young 1936)."""
+    M = in_range(W.double())[0]
+    if gram is not None:
+        M = M @ square_root(check_gram(gram, W.shape[1]).to(W.device))
+    tail, per_rank = _squared_tail(M), sum(W.shape)
+    return [Rung(rank * per_rank, tail[rank]) for rank in range(1, (W.numel() - 1) // per_rank + 1)]
+
+
+def corrected(ladder: list[Rung], measure: Callable[[int], float]) -> list[Rung]:
+    """The ladder with the errors of fits: measured at N_MEASURED rungs, scaled by the factors there in between.
+
+    A whitened TT-SVD's error follows the shape of a fit's error, but not its size.
+
+    Args:
+        measure: function from a number of parameters to the squared relative error of the fit with at most that many.
+    """
+    if not ladder:
+        return ladder
+    places: Sequence[int] = range(len(ladder))
+    if len(ladder) > N_MEASURED:  # dense where a larger bond changes most
+        places = sorted({round(len(ladder) ** (step / (N_MEASURED - 1))) - 1 for step in range(N_MEASURED)})
+    tiny = 1e-16
+    logs = [math.log((measure(ladder[place].n_params) + tiny) / (ladder[place].error + tiny)) for place in places]
+    at = [math.log(ladder[place].n_params) for place in places]
+    return [
+        Rung(rung.n_params, (rung.error + tiny) * math.exp(_between(math.log(rung.n_params), at, logs)) - tiny)
+        for rung in ladder
+    ]
+
+
+def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Return y at x by linear interpolation between points in ascending order, the first and the last included."""
+    right = max(1, min(bisect_left(xs, x), len(xs) - 1))
+    if len(xs) == 1:
+        return ys[0]
+    share = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
+    return ys[right - 1] + share * (ys[right] - ys[right - 1])
+
+
+def _relative_tails(W: Tensor, G: Tensor | None, d_out: Sequence[int], d_in: Sequence[int]) -> list[list[float]]:
+    n_sites = len(d_out)
+    extra_out, extra_in = math.prod(d_out) - W.shape[0], math.prod(d_in) - W.shape[1]
+    M = torch.nn.functional.pad(in_range(W.double())[0], (0, extra_in, 0, extra_out))
+    if G is not None:
+        M = times_sites(M, make_whitener(torch.nn.functional.pad(G, (0, extra_in, 0, extra_in)), d_in).roots)
+    T = M.reshape(*d_out, *d_in).permute([axis for site in range(n_sites) for axis in (site, n_sites + site)])
+    rows = [math.prod(d_out[:site]) * math.prod(d_in[:site]) for site in range(1, n_sites)]
+    return [_squared_tail(T.reshape(n_rows, -1)) for n_rows in rows]
+
+
+def _squared_tail(M: Tensor) -> list[float]:
+    """Entry k: the share of ‖M‖² beyond the k largest singular values."""
+    M = M if M.shape[0] <= M.shape[1] else M.T
+    # Eigenvalues of M Mᵀ are several times cheaper than singular values, and exact enough for a choice of sizes.
+    values = torch.linalg.eigvalsh(M @ M.T).clamp(min=0)  # ascending
+    total = float(values.sum())
+    if total == 0:
+        return [0.0] * (len(values) + 1)
+    beyond = torch.cumsum(values, 0).flip(0) / total
+    return [*beyond.tolist(), 0.0]

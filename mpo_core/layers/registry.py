@@ -1,0 +1,62 @@
+"""The kinds of layer that are defined, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import iter_modules
+
+from mpo_core import layers
+from mpo_core.layers.structured import StructuredLinear
+
+ENTRY_POINTS = "mpo_core.layers"
+"""Group of entry points under which another package names its modules that define kinds of layer."""
+
+
+def kinds() -> dict[str, type[StructuredLinear]]:
+    """Every kind of layer by its name: those of `mpo_core.layers`, of other packages' entry points, and of the program.
+
+    If two kinds have one name, the one that was defined first.
+    """
+    named: dict[str, type[StructuredLinear]] = {}
+    for kind in _defined():
+        named.setdefault(kind.kind, kind)
+    return named
+
+
+def kind_called(name: str) -> type[StructuredLinear]:
+    """The kind of layer of that name.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = [kind for kind in _defined() if kind.kind == name]
+    if not found:
+        known = ", ".join(kinds())
+        raise ValueError(f"no kind of layer is called {name!r}, only {known}; import the module that defines it")
+    if len(found) > 1:
+        places = ", ".join(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in found))
+        raise ValueError(f"more than one kind of layer is called {name!r}: {places}")
+    return found[0]
+
+
+def _defined() -> list[type[StructuredLinear]]:
+    _import_all()
+    # A class that is defined again, as in a notebook, replaces the first one.
+    return list({f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(StructuredLinear)}.values())
+
+
+@cache
+def _import_all() -> None:
+    for module in iter_modules(layers.__path__):
+        import_module(f"{layers.__name__}.{module.name}")
+    for entry_point in entry_points(group=ENTRY_POINTS):
+        entry_point.load()
+
+
+def _subclasses(kind: type[StructuredLinear]) -> Iterator[type[StructuredLinear]]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
