@@ -28,6 +28,7 @@ LIMIT = 3.0
 """Seconds."""
 TIMES = 5
 UUID = "0" * 32
+LABELS = {"mpo": "MPO", "low_rank": "low rank"}
 N_PARAMS_DENSE = 808_448
 
 
@@ -91,7 +92,8 @@ def params_of(trial: int, family: str) -> dict[str, str]:
     width = 128 if arm != "narrow" else 8 + trial % 120
     values = {field.key: {int: "2", float: "0.1", str: "text"}[field.dtype] for field in schema.PARAMS}
     absent = {"seed", "teacher", "n_sites", "refinement", "chi", "as_chi"}
-    values |= {"trial": str(trial), "arm": arm, "family": family, "start": "scratch", "d_model": str(width)}
+    values |= {"trial": str(trial), "arm": arm, "family": family, "d_model": str(width)}
+    values |= {"family_label": LABELS.get(family, family), "start": "scratch"}
     values |= {"learning_rate": f"{3e-4 * 1.1 ** (trial % 31):.3g}", "budget_hash": "b7d1f00d"}
     cap = {"mpo": "chi", "low_rank": "as_chi"}.get(family)
     return {key: value for key, value in values.items() if key not in absent} | (

@@ -152,7 +152,8 @@ def params_of(trial: int) -> dict[str, str]:
     """Params of an MPO, of the types of the schema."""
     absent = ("seed", "teacher", "as_chi", "refinement")
     values = {field.key: {int: "2", float: "0.0003", str: "text"}[field.dtype] for field in schema.PARAMS}
-    values |= {"trial": str(trial), "arm": "mpo", "family": "mpo", "start": "scratch", "chi": str(2 + trial)}
+    values |= {"trial": str(trial), "arm": "mpo", "family": "mpo", "family_label": "MPO", "start": "scratch"}
+    values["chi"] = str(2 + trial)
     return {key: value for key, value in values.items() if key not in absent}
 
 

@@ -71,7 +71,8 @@ def model_of(chi: int | None, forward: str = "reconstruct") -> PicoGPT:
     model.init_parameters(_drawn, "variance")
     if chi is None:
         return model
-    return compress(model, chi=chi, allow_growth=True, init="variance", generator_for=_drawn, factorisation="paper", forward=forward)[0]
+    size = {"chi": chi, "allow_growth": True, "factorisation": "paper"}
+    return compress(model, **size, init="variance", generator_for=_drawn, forward=forward)[0]
 
 
 def _drawn(name: str) -> torch.Generator:

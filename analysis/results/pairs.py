@@ -17,8 +17,6 @@ LARGER_DENSE = "dense, larger"
 DENSE_TUNED = "dense fine-tuned"
 MPO_SCRATCH = "MPO from scratch"
 MPO_TUNED = "MPO fine-tuned"
-_SHOWN = {"low_rank": "low rank", "monarch": "Monarch"}
-"""Names of families whose key is not a word."""
 
 EQUAL_SIZE = 0.05
 """A control whose parameters differ from a trial's by at most this share has equal parameters."""
@@ -28,7 +26,20 @@ Known = dict[str, Any]
 """A trial: a dict with the keys `KNOWN`."""
 _TRAINED = (*("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "factorisation", "n_sites"),)
 KNOWN = (
-    *("trial", "study", "arm", "family", "start", "teacher", "chi", "as_chi", "n_params", "n_params_dense", "n_seeds"),
+    *(
+        "trial",
+        "study",
+        "arm",
+        "family",
+        "family_label",
+        "start",
+        "teacher",
+        "chi",
+        "as_chi",
+        "n_params",
+        "n_params_dense",
+        "n_seeds",
+    ),
     *("n_failed", "stopped", "budget_hash", "learning_rate", "embedding_learning_rate", "lr_rule", "decay"),
     *("factorisation", "n_sites"),
 )
@@ -90,13 +101,11 @@ def pairs(trials: Iterable[Known], contrasts: Iterable[tuple[str, str, str]], is
                 yield Pair(*pair, relation, declared=False)
 
 
-def group_of(family: str, start: str, percent_of_dense: float) -> str:
-    """The group of a trial: its family, as readers distinguish families."""
+def group_of(family: str, label: str, start: str, percent_of_dense: float) -> str:
+    """The group of a trial: its family by its label, as readers distinguish families."""
     if family == "dense" and start == "scratch":
         return DENSE if percent_of_dense == 100 else LARGER_DENSE if percent_of_dense > 100 else SMALLER_DENSE
-    if family == "mpo":
-        return MPO_SCRATCH if start == "scratch" else MPO_TUNED
-    return f"{_SHOWN.get(family, family)} {'from scratch' if start == 'scratch' else 'fine-tuned'}"
+    return f"{label} {'from scratch' if start == 'scratch' else 'fine-tuned'}"
 
 
 def _described(trial: Known) -> Known:
@@ -105,7 +114,7 @@ def _described(trial: Known) -> Known:
     embeddings = layers if embeddings is None else embeddings
     percent = 100 * trial["n_params"] / trial["n_params_dense"] if trial["n_params_dense"] else math.nan
     described = trial | {
-        "group": group_of(trial["family"], trial["start"], percent),
+        "group": group_of(trial["family"], trial["family_label"], trial["start"], percent),
         "cap": trial["as_chi"] if trial["chi"] is None else trial["chi"],
         "embedding_learning_rate": embeddings,
         # A rate that equals the layers' is not a rate of its own.

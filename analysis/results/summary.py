@@ -81,8 +81,8 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     summary = runs.trials.copy()
     summary["percent_of_dense"] = (100 * summary["n_params"] / summary["n_params_dense"]).astype("float64")
     summary["group"] = [
-        group_of(family, start, percent)
-        for family, start, percent in zip(summary["family"], summary["start"], summary["percent_of_dense"], strict=True)
+        group_of(*row)
+        for row in zip(*(summary[key] for key in ("family", "family_label", "start", "percent_of_dense")), strict=True)
     ]
     summary["label"] = _labels(summary)
     for key in AGGREGATED:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from textwrap import shorten
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from study.spec.values import (
     Choices,
@@ -126,7 +126,7 @@ class CompressedArm(_Arm):
         default=None, description="Number of sites L of an MPO, 1 to 6. Not allowed with factorisation `paper`."
     )
     factorisation: Value[Literal["paper", "balanced", "min_params"]] = Field(
-        default="paper",
+        default="balanced",
         description="How an MPO splits the layer's sizes over its sites. `paper` uses `balanced` for sizes that the "
         "paper does not have. `min_params` has the fewest parameters at its χ.",
     )
@@ -157,7 +157,7 @@ class MPOArm(CompressedArm):
 
     family: Literal["mpo"] = Field(description="Kind of layer.")
     chi: Number[PositiveInt] = Field(description="Largest bond dimension.")
-    init: Value[Literal["paper", "variance", "orthogonal", "spectral", "tt_svd", "tt_svd_fresh"]] | None = Field(
+    init: Value[Name] | None = Field(
         default=None,
         description="Init of an arm trained from scratch. Default: `variance`. `tt_svd` decomposes a random dense "
         "weight of the paper's scale (std 0.02), `tt_svd_fresh` one of the scale of `variance`.",
@@ -182,14 +182,14 @@ class MPOArm(CompressedArm):
 class ControlArm(CompressedArm):
     """Every linear layer is of another kind, with at most as many parameters as an MPO in its place."""
 
-    family: Literal["low_rank", "monarch", "pruned"] = Field(
+    family: Name = Field(
         description="Kind of layer: `low_rank` has two factors, `monarch` two block-diagonal factors, `pruned` a "
-        "sparse weight with a fixed mask."
+        "sparse weight with a fixed mask. docs/extending.md says how to add one."
     )
     as_chi: FixedOrListed[PositiveInt] = Field(
         description="χ of that MPO. A layer stays dense if the MPO would not be smaller."
     )
-    init: Value[Literal["variance", "svd_fresh"]] | None = Field(
+    init: Value[Name] | None = Field(
         default=None,
         description="Init of an arm trained from scratch. Default: `variance`. `svd_fresh` (low_rank only) is the "
         "truncated SVD of a random dense weight of that scale.",
@@ -203,8 +203,6 @@ class ControlArm(CompressedArm):
     @model_validator(mode="after")
     def _consistent(self) -> ControlArm:
         _refuse_beside_teacher(self)
-        if "svd_fresh" in options(self.init) and self.family != "low_rank":
-            raise ValueError(f"`init: svd_fresh` is allowed for family `low_rank` only, not for `{self.family}`")
         return self
 
 
@@ -213,7 +211,18 @@ def _refuse_beside_teacher(arm: MPOArm | ControlArm) -> None:
         raise ValueError("`init` has no meaning beside `teacher`: the layers come from the teacher's weights")
 
 
-Arm = Annotated[DenseArm | MPOArm | ControlArm, Field(discriminator="family")]
+def _class_of(arm: Any) -> str | None:
+    if not isinstance(arm, dict | _Arm):
+        return "dense"  # whose check says that it is no mapping
+    family = arm.get("family") if isinstance(arm, dict) else getattr(arm, "family", None)
+    return family if family in ("dense", "mpo") else None if family is None else "control"
+
+
+ARMS: dict[str, type[_Arm]] = {"dense": DenseArm, "mpo": MPOArm, "control": ControlArm}
+Arm = Annotated[
+    Annotated[DenseArm, Tag("dense")] | Annotated[MPOArm, Tag("mpo")] | Annotated[ControlArm, Tag("control")],
+    Discriminator(_class_of),
+]
 RATES = ("learning_rate", "embedding_learning_rate")
 BY_SIZE_FIELDS = (*RATES, "d_ff")
 VALUE_FIELDS = (

@@ -10,19 +10,31 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from study.errors import did_you_mean
-from study.spec.arms import VALUE_FIELDS, ControlArm, DenseArm, MPOArm
+from study.spec.arms import ARMS, VALUE_FIELDS
 from study.spec.config import StudyConfig
+from study.spec.kinds import why_no_family
 from study.spec.values import VALUE_KINDS, Choices, Range
-
-_ARMS: dict[str, type[BaseModel]] = {
-    family: arm for arm in (DenseArm, MPOArm, ControlArm) for family in get_args(arm.model_fields["family"].annotation)
-}
 
 
 def defects(error: ValidationError, data: Any) -> Iterator[str]:
     """One line for each defect that pydantic found in the content of a study file."""
+    unknown: set[str] = set()
     for defect in _roots(error.errors()):
-        yield from _describe(defect, data).split("\n")
+        problem = _unknown_family(defect["loc"], data)
+        if problem is None:
+            yield from _describe(defect, data).split("\n")
+        elif problem not in unknown:  # what else such an arm lacks depends on its family
+            unknown.add(problem)
+            yield problem
+
+
+def _unknown_family(location: tuple[int | str, ...], data: Any) -> str | None:
+    """The line about the unknown family of the arm that has a defect; None if its family is known."""
+    if location[:1] != ("arms",) or location[2:3] != ("control",):
+        return None
+    family = _get(_get(_get(data, "arms"), location[1]), "family")
+    problem = why_no_family(family) if isinstance(family, str) else None
+    return None if problem is None else f"{_path(location[:3], data)}.family: {problem}"
 
 
 def _roots(defects: Sequence[Any]) -> list[Any]:
@@ -63,13 +75,8 @@ def _describe(defect: Any, data: Any) -> str:
         }
         expected = [shapes[tag.strip(" '")] for tag in context["expected_tags"].split(",")]
         return f"{path}: must be {' or '.join(expected)}, but got {got}"
-    if kind == "union_tag_invalid":
-        return (
-            f"{path}.family: must be one of {context['expected_tags']}, but got {str(context['tag'])[:60]!r}"
-            + did_you_mean(context["tag"], _ARMS)
-        )
     if kind == "union_tag_not_found":
-        return f"{path}.family: missing, must be one of {', '.join(map(repr, _ARMS))}"
+        return f"{path}.family: missing, must be 'dense', 'mpo' or another kind of layer"
     if kind in ("too_short", "too_long"):
         limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
         return f"{path}: must have a length of {limit}, but got {context['actual_length']}"
@@ -94,7 +101,7 @@ def _path(location: tuple[int | str, ...], data: Any) -> str:
     for before, key in zip((None, *location), location, strict=False):
         if key in VALUE_KINDS and before in (*VALUE_FIELDS, "seeds"):
             continue  # a branch of our unions, not a key of the file
-        if key in _ARMS and isinstance(before, int):
+        if key in ARMS and isinstance(before, int):
             continue
         node = _get(node, key)
         name = node.get("name") if isinstance(key, int) and isinstance(node, dict) else None
@@ -116,8 +123,8 @@ def _allowed_keys(location: tuple[int | str, ...]) -> Iterator[str]:
     """Allowed keys of the model that contains the unknown key."""
     model: Any = StudyConfig
     for key in location[:-1]:
-        if key in _ARMS:
-            model = _ARMS[str(key)]
+        if key in ARMS:
+            model = ARMS[str(key)]
         elif key in ("choices", "range"):
             model = Choices if key == "choices" else Range
         elif isinstance(key, str) and key in model.__pydantic_fields__:

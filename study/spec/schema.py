@@ -12,8 +12,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from analysis.report.places import fill_place
-from study.spec.arms import ControlArm, DenseArm, MPOArm
+from mpo_core import kinds
+from study.spec.arms import ARMS
 from study.spec.config import StudyConfig
+from study.spec.kinds import inits
 from study.spec.values import Choices, Range
 
 SCHEMA, DOCUMENT = "study.schema.json", "study.md"
@@ -35,9 +37,11 @@ def keys() -> str:
         if section is not None:
             lines += ["", f"## `{name}`", "", _summary(section), "", *_table(section, f"{name}.")]
     lines += ["", "## `arms`", "", "A list; the keys of an item depend on its `family`."]
-    for arm in (DenseArm, MPOArm, ControlArm):
-        families = "`, `".join(get_args(arm.model_fields["family"].annotation))
-        lines += ["", f"### `family: {families}`", "", _summary(arm), "", *_table(arm)]
+    for name, arm in ARMS.items():
+        families = [name] if name != "control" else [kind for kind in kinds() if kind != "mpo"]
+        lines += ["", f"### `family: {'`, `'.join(families)}`", "", _summary(arm), "", *_table(arm)]
+    lines += ["", "### Inits", "", "| family | `init` of an arm from scratch |", "| --- | --- |"]
+    lines += [f"| `{family}` | {', '.join(f'`{init}`' for init in inits(family))} |" for family in kinds()]
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from study.errors import StudyError, did_you_mean
 from study.spec.config import StudyConfig
 from study.spec.defects import defects
+from study.spec.kinds import check_kinds
 from study.spec.search_space import check_trials
 from study.spec.strict_yaml import MAX_BYTES, MAX_DEPTH, SectionDumper, StrictDumper, parse_yaml
 
@@ -37,9 +38,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         _apply_override(data, override)
     config = validate(data, str(path))
     try:
+        check_kinds(config)
         check_trials(config)
     except StudyError as error:
-        raise StudyError(f"{path}: {error}") from None
+        raise StudyError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
     if config.corpus.path is not None and not Path(config.corpus.path).is_absolute():
         try:
             absolute = os.path.realpath(path.parent / config.corpus.path)  # `resolve` raises on circular links

@@ -12,21 +12,21 @@ from typing import Any, Literal
 from pydantic import FiniteFloat
 
 from study.spec.config import Model, Protocol, StudyConfig
-from study.spec.values import Strict
+from study.spec.values import Name, Strict
 
 
 class TrialSpec(Strict):
     """One configuration without open values; together with the corpus and a seed it determines a training run."""
 
     arm: str
-    family: Literal["dense", "mpo", "low_rank", "monarch", "pruned"]
+    family: Name
     model: Model
     protocol: Protocol
     chi: int | None = None
     as_chi: int | None = None
     n_sites: int | None = None
     factorisation: Literal["paper", "balanced", "min_params"] | None = None
-    init: Literal["paper", "variance", "orthogonal", "spectral", "tt_svd", "tt_svd_fresh", "svd_fresh"] | None = None
+    init: Name | None = None
     teacher: str | None = None
     refinement: Literal["tt_svd", "whitened", "als", "weights", "outputs"] | None = None
     lr_rule: Literal["uniform", "mup"] | None = None
@@ -83,6 +83,8 @@ class TrialShape:
     n_params_compressed: int
     n_params_dense: int
     bonds: dict[str, tuple[int, ...]]
+    label: str
+    """Name of the family in figures and tables."""
     identity: str
     step_flops: FiniteFloat
     flops: FiniteFloat

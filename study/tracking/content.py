@@ -198,6 +198,7 @@ def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
     values = spec.model_dump() | spec.protocol.model_dump() | spec.model.model_dump()
     values |= {
         "trial": trial.number,
+        "family_label": trial.shape.label,
         "start": spec.start,
         "vocab_size": record.vocab_size,
         "d_ff": spec.model.d_ff or 4 * spec.model.d_model,

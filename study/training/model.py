@@ -10,6 +10,7 @@ import torch
 import mpo_core
 from study.errors import StudyError
 from study.spec.config import Model
+from study.spec.kinds import DECOMPOSED
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
 
 
@@ -37,57 +38,37 @@ def build_model(
         model.init_parameters(generator_for, (spec.family == "dense" and spec.init) or "paper")
     if spec.family == "dense":
         return model, None
+    starts_fresh = teacher_weights is None and spec.init != DECOMPOSED
+    # Without values there is nothing to decompose, and shapes do not depend on the initial values.
+    init = (spec.init or "variance") if starts_fresh else None if generator_for is not None else "variance"
     if spec.family != "mpo":
-        return _control(spec, model, generator_for, teacher_weights, calibration)
-    assert spec.chi is not None
-    assert spec.factorisation is not None
-    init = "tt_svd" if teacher_weights is not None else spec.init or "variance"
+        return mpo_core.compress(
+            model,
+            layer=spec.family,
+            max_params=_sizes_as_mpo(spec, vocab_size),
+            init=init,
+            generator_for=generator_for,
+            calibration=calibration or None,
+        )
     return mpo_core.compress(
         model,
         chi=spec.chi,
         allow_growth=True,  # a study may ask for a χ so large that a layer grows
         factorisation=spec.factorisation,
         n_sites=spec.n_sites,
-        # Without values there is nothing to decompose, and shapes do not depend on the initial values.
-        init=init if generator_for is not None else "variance",
+        init=init,
         generator_for=generator_for,
         forward=spec.forward or "reconstruct",
         **({"calibration": calibration, "method": spec.refinement} if calibration else {}),
     )
 
 
-_CONTROLS: dict[str, type[mpo_core.StructuredLinear]] = {
-    "low_rank": mpo_core.LowRankLinear,
-    "monarch": mpo_core.MonarchLinear,
-    "pruned": mpo_core.PrunedLinear,
-}
-
-
-def _control(
-    spec: TrialSpec,
-    model: mpo_core.PicoGPT,
-    generator_for: Callable[[str], torch.Generator] | None,
-    teacher_weights: dict[str, torch.Tensor] | None,
-    calibration: Sequence[torch.Tensor],
-) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport]:
-    """A model in which each layer has at most as many parameters as the same layer of an MPO model."""
-    as_mpo = spec.model_copy(update={"family": "mpo", "chi": spec.as_chi, "init": "variance"})
-    _, report = build_model(as_mpo, model.config.vocab_size, None)
+def _sizes_as_mpo(spec: TrialSpec, vocab_size: int) -> dict[str, int]:
+    """For each layer, the number of parameters that it has in an MPO model of χ = `as_chi`."""
+    as_mpo = spec.model_copy(update={"family": "mpo", "chi": spec.as_chi, "init": "variance", "teacher": None})
+    _, report = build_model(as_mpo, vocab_size, None)
     assert report is not None
-    sizes = {row.name: row.n_params_after for row in report.rows}
-    if teacher_weights is not None:
-        return mpo_core.compress(model, layer=spec.family, budget=sizes, calibration=calibration or None)
-
-    def fresh(name: str, linear: torch.nn.Linear) -> mpo_core.StructuredLinear | None:
-        if sizes[name] >= linear.weight.numel():  # keep the dense layer, as `compress` does: it is within the budget
-            return None
-        layer = _CONTROLS[spec.family].empty_like(linear, max_params=sizes[name])
-        if generator_for is not None:
-            own = generator_for  # the type checker does not narrow `generator_for` inside a lambda
-            layer.draw(spec.init or "variance", lambda parameter: own(f"{name}.{parameter}"))
-        return layer
-
-    return mpo_core.compress(model, layer=fresh)
+    return {row.name: row.n_params_after for row in report.rows}
 
 
 def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: Model) -> TrialShape:
@@ -113,6 +94,7 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         n_params_compressed=mpo_core.n_params_compressed(model),
         n_params_dense=mpo_core.n_params(dense),
         bonds={row.name: row.bonds for row in rows if is_mpo},
+        label="dense" if spec.family == "dense" else mpo_core.kind_called(spec.family).label,
         identity=_identity(spec, layers),
         step_flops=_step_flops(spec, model),
         flops=_flops(spec, model, n_validation),

@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     from mlflow.tracking import MlflowClient
 
 UUID = "6f1c2a52-6a77-4d0e-9a3f-6d1f6a0f4f0e"
+LABELS = {"mpo": "MPO", "low_rank": "low rank", "monarch": "Monarch"}
 N_PARAMS_DENSE = 808_448
 N_PARAMS_MPO = {4: 42_336, 8: 79_168, 16: 177_408, 32: 472_192}
 TOKENS_PER_STEP = 8192
@@ -63,6 +64,7 @@ class Configuration:
         sites = self.family != "dense"  # of a control those of the MPO it is as large as
         return {
             "arm": self.arm, "family": self.family, "start": self.start,
+            "family_label": LABELS.get(self.family, self.family),
             "teacher": "dense" if self.start == "teacher" else None, "chi": self.chi,
             "n_sites": 3 if sites else None, "factorisation": "balanced" if sites else None,
             "init": "variance" if self.start == "scratch" else None, "tuning_trials": 1,

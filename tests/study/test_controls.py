@@ -176,7 +176,7 @@ def test_study_with_controls_runs_to_its_end(tmp_path):
         assert math.isfinite(result.final["final/val_loss"])
     code, out, err = cli("status", "kept", cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert "monarch as χ=2 paper, from dense (outputs)" in out
+    assert "monarch as χ=2 balanced, from dense (outputs)" in out
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_study_with_controls_runs_to_its_end(tmp_path):
         ({"family": "low_rank"}, "as_chi: missing, must be given"),
         ({"family": "low_rank", "chi": 2, "as_chi": 2}, "chi: unknown key (did you mean as_chi?); allowed: "),
         ({"family": "monarch", "as_chi": 2, "refinement": "outputs"}, "`refinement` has no meaning without `teacher`"),
-        ({"family": "pruned", "as_chi": 2, "n_sites": 3}, "`n_sites` is not allowed with `factorisation: paper`"),
-        ({"family": "sparse", "as_chi": 2}, "'dense', 'mpo', 'low_rank', 'monarch', 'pruned'"),
+        ({"family": "pruned", "as_chi": 2, "n_sites": 3, "factorisation": "paper"}, "`n_sites` is not allowed with `factorisation: paper`"),
+        ({"family": "sparse", "as_chi": 2}, "'dense', 'mpo', 'low_rank', 'monarch' or 'pruned'"),
     ],
 )
 def test_wrong_control_is_one_line(tmp_path, arm, said):

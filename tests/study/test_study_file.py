@@ -211,8 +211,8 @@ def test_values_become_listed_choices_or_ranges(small_study):
     ]
     config = validate(small_study(arms=arms, sampler={"name": "tpe"}, budget={"trials": 4}), "here")
     searched, listed = config.arms
-    assert searched.values() == {"chi": Choices((4, 8)), "learning_rate": Range(1e-4, 1.0), "factorisation": "paper"}
-    assert listed.values() == {"chi": (4, 8), "factorisation": "paper", "init": "paper"}
+    assert searched.values() == {"chi": Choices((4, 8)), "learning_rate": Range(1e-4, 1.0), "factorisation": "balanced"}
+    assert listed.values() == {"chi": (4, 8), "factorisation": "balanced", "init": "paper"}
     assert searched.is_searched
     assert not listed.is_searched
 

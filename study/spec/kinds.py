@@ -1,0 +1,53 @@
+"""The kinds of layer that arms name, checked against those that `mpo_core` knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from study.errors import StudyError, did_you_mean
+from study.spec.config import StudyConfig
+from study.spec.values import options
+
+DECOMPOSED = "tt_svd"
+"""An init of MPO arms beside those of the layer: the decomposition of a dense weight of the paper's scale."""
+
+
+def check_kinds(config: StudyConfig) -> None:
+    """Raise a StudyError, a line for each defect, if an arm names an unknown kind of layer or an unknown init."""
+    if problems := list(_problems(config)):
+        raise StudyError("\n".join(problems))
+
+
+def why_no_family(family: str) -> str | None:
+    """What is wrong with a family that no arm can have, in one line; None if an arm can have it."""
+    from mpo_core import kinds  # imports torch, which is slow: only a command that trains needs it
+
+    known = ["dense", *kinds()]
+    return None if family in known else _must_be(known, family)
+
+
+def inits(family: str) -> tuple[str, ...]:
+    """The inits of an arm from scratch of that family."""
+    from mpo_core import kind_called
+
+    own = kind_called(family).inits
+    return (*own, DECOMPOSED) if family == "mpo" else own
+
+
+def _problems(config: StudyConfig) -> Iterator[str]:
+    for arm in config.arms:
+        problem = why_no_family(arm.family)
+        if problem is not None:
+            yield f"arms[{arm.name}].family: {problem}"
+        elif arm.family != "dense" and arm.init is not None:
+            allowed = inits(arm.family)
+            for init in options(arm.init):
+                if init not in allowed:
+                    yield f"arms[{arm.name}].init: {_must_be(allowed, init)}"
+
+
+def _must_be(allowed: Sequence[str], given: str) -> str:
+    *first, last = map(repr, allowed)
+    shown = f"{', '.join(first)} or {last}" if first else last
+    return f"must be {shown}, but got {json.dumps(given)}{did_you_mean(given, allowed)}"
