@@ -1,8 +1,8 @@
-"""Tests that span packages run whole studies, with the same helpers as the tests of `study`."""
+"""Tests that span packages run whole studies, with the same helpers as the tests of `study` and `mpo_core`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent / "study"))
+sys.path += [str(Path(__file__).parent / package) for package in ("study", "mpo_core")]

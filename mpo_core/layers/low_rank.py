@@ -59,7 +59,7 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         self.rank = rank_within(rank, max_params, in_features + out_features, largest)
         self.A = nn.Parameter(torch.empty(out_features, self.rank, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(self.rank, in_features, device=device, dtype=dtype))
-        self._draw_unless_meta(init, generator)
+        self.draw_unless_meta(init, generator)
 
     @classmethod
     def from_matrix(
@@ -84,7 +84,7 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
             check_one_cap(rank=rank, max_params=max_params, rel_error=rel_error)
             s = torch.linalg.svdvals(in_range(W.double())[0])
             rank = max(1, n_needed(s.square(), rel_error, rounding(W)))
-        layer = cls._empty(W, bias, rank=rank, max_params=max_params, **options)
+        layer = cls.empty_for(W, bias, rank=rank, max_params=max_params, **options)
         A, B = low_rank_svd(W, layer.rank, gram)
         layer.A.data.copy_(A)
         layer.B.data.copy_(B)
@@ -122,7 +122,7 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
 
     def to_matrix(self) -> Tensor:
         """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
-        with self._no_autocast(self.A):
+        with self.no_autocast(self.A):
             return self.A @ self.B
 
     @property

@@ -80,7 +80,7 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         self.rank = rank_within(rank, max_params, down * across * (m + p), min(m, p))
         self.L = nn.Parameter(torch.empty(down, m, across, self.rank, device=device, dtype=dtype))
         self.R = nn.Parameter(torch.empty(across, down, self.rank, p, device=device, dtype=dtype))
-        self._draw_unless_meta(init, generator)
+        self.draw_unless_meta(init, generator)
 
     @classmethod
     def from_matrix(
@@ -111,7 +111,7 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
             down, across = cls(W.shape[1], W.shape[0], rank=1, n_blocks=n_blocks, device="meta").n_blocks
             s = torch.linalg.svdvals(_blocks(in_range(W.double())[0], down, across))
             rank = max(1, n_needed(s.square().sum((0, 1)), rel_error, rounding(W)))
-        layer = cls._empty(W, bias, rank=rank, max_params=max_params, n_blocks=n_blocks, **options)
+        layer = cls.empty_for(W, bias, rank=rank, max_params=max_params, n_blocks=n_blocks, **options)
         scaled, scale = in_range(W.double())
         blocks = _blocks(scaled, *layer.n_blocks)  # (down, across, m, p)
         weighted, G = blocks, None
@@ -145,7 +145,7 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
 
     def to_matrix(self) -> Tensor:
         """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
-        with self._no_autocast(self.L):
+        with self.no_autocast(self.L):
             blocks = self.L.transpose(1, 2) @ self.R.transpose(0, 1)  # (down, across, m, p)
         return blocks.transpose(1, 2).reshape(self.out_features, self.in_features)
 

@@ -115,7 +115,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         self._held: Tensor | None = None
         shapes = zip(self.bonds[:-1], self.d_out, self.d_in, self.bonds[1:], strict=True)
         self.cores = nn.ParameterList([torch.empty(shape, device=device, dtype=dtype) for shape in shapes])
-        self._draw_unless_meta(init, generator)
+        self.draw_unless_meta(init, generator)
 
     # Making -----------------------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         """
         check_matrix(W)
         if rel_error is None:
-            layer = cls._empty(W, bias, chi=chi, bonds=bonds, max_params=max_params, **options)
+            layer = cls.empty_for(W, bias, chi=chi, bonds=bonds, max_params=max_params, **options)
             how = {"gram": gram, "method": method, "max_sweeps": max_sweeps}
             cores = fit_cores(W, layer.d_out, layer.d_in, bonds=layer.bonds, **how)
         else:
@@ -163,7 +163,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
             cap = cls(W.shape[1], W.shape[0], chi=at or min(W.shape), device="meta", **options)
             cores = tt_svd(cap.pad_matrix(W), cap.d_out, cap.d_in, chi, rel_error=rel_error)
             sizes = {"bonds": bonds_and_sizes(cores)[0], "d_out": cap.d_out, "d_in": cap.d_in}
-            layer = cls._empty(W, bias, **{**options, **sizes})
+            layer = cls.empty_for(W, bias, **{**options, **sizes})
         for core, value in zip(layer.cores, cores, strict=True):
             core.data.copy_(value)
         return layer
@@ -219,7 +219,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         return self._matrix(list(self.cores))
 
     def _matrix(self, cores: Sequence[Tensor]) -> Tensor:
-        with self._no_autocast(cores[0]):
+        with self.no_autocast(cores[0]):
             W = contract(cores)
         return W if self._is_exact else W[: self.out_features, : self.in_features]
 

@@ -63,7 +63,7 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         self._n_kept = min(int(max_params), total)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.register_buffer("mask", torch.ones(out_features, in_features, device=device, dtype=torch.bool))
-        self._draw_unless_meta(init, generator)
+        self.draw_unless_meta(init, generator)
 
     @classmethod
     def from_matrix(
@@ -95,7 +95,7 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         if rel_error is not None:
             check_one_cap(sparsity=sparsity, max_params=max_params, rel_error=rel_error)
             max_params = max(1, n_needed(scaled.flatten()[order].square(), rel_error))
-        layer = cls._empty(W, bias, sparsity=sparsity, max_params=max_params, **options)
+        layer = cls.empty_for(W, bias, sparsity=sparsity, max_params=max_params, **options)
         layer._set_mask(order)
         layer.weight.data.copy_(torch.where(layer.mask, W, 0))
         return layer

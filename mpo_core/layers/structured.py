@@ -115,12 +115,12 @@ class StructuredLinear(nn.Module):
     def sizes(cls, W: Tensor, **options: Any) -> list[int]:
         """Numbers of parameters below W's that a layer can have, ascending: enough of them to choose from."""
         shape = torch.empty_like(W, device="meta")
-        cls._empty(shape, None, max_params=2 * W.numel(), **options)  # refuses options that no size makes good
+        cls.empty_for(shape, None, max_params=2 * W.numel(), **options)  # refuses options that no size makes good
         sizes: set[int] = set()
         for step in range(1, cls.n_sizes):
             with suppress(ValueError):  # even the smallest layer has more
                 sizes.add(
-                    cls._empty(shape, None, max_params=W.numel() * step // cls.n_sizes, **options).n_params_matrix
+                    cls.empty_for(shape, None, max_params=W.numel() * step // cls.n_sizes, **options).n_params_matrix
                 )
         return sorted(size for size in sizes if size < W.numel())
 
@@ -178,7 +178,7 @@ class StructuredLinear(nn.Module):
         """
         _check_linear(linear)
         weight, bias = linear.weight, linear.bias
-        return cls._empty(weight, bias, **options)._like(linear)
+        return cls.empty_for(weight, bias, **options)._like(linear)
 
     @property
     def n_params_matrix(self) -> int:
@@ -198,7 +198,7 @@ class StructuredLinear(nn.Module):
         return f"{sizes}, {self.structure()}, bias={self.bias is not None}"
 
     @classmethod
-    def _empty(cls, W: Tensor, bias: Tensor | None, **options: Any) -> Self:
+    def empty_for(cls, W: Tensor, bias: Tensor | None, **options: Any) -> Self:
         """Return a layer of W's shape, dtype and device with this bias; the parameters of W are not filled yet."""
         options = {"bias": bias is not None, "device": "meta", "dtype": W.dtype, **options}
         layer = cls(W.shape[1], W.shape[0], **options).to_empty(device=W.device)
@@ -208,14 +208,14 @@ class StructuredLinear(nn.Module):
             layer.bias.data.copy_(bias)
         return layer
 
-    def _draw_unless_meta(self, init: str, generator: torch.Generator | None) -> None:
+    def draw_unless_meta(self, init: str, generator: torch.Generator | None) -> None:
         if next(self.parameters()).is_meta:
             return
         source = torch.default_generator if generator is None else generator
         self.draw(init, lambda _: source)
 
     @staticmethod
-    def _no_autocast(parameter: Tensor) -> AbstractContextManager[object]:
+    def no_autocast(parameter: Tensor) -> AbstractContextManager[object]:
         device_type = parameter.device.type
         if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return nullcontext()

@@ -37,11 +37,12 @@ def keys() -> str:
         if section is not None:
             lines += ["", f"## `{name}`", "", _summary(section), "", *_table(section, f"{name}.")]
     lines += ["", "## `arms`", "", "A list; the keys of an item depend on its `family`."]
+    shipped = [name for name, kind in kinds().items() if kind.__module__.startswith("mpo_core.")]
     for name, arm in ARMS.items():
-        families = [name] if name != "control" else [kind for kind in kinds() if kind != "mpo"]
+        families = [name] if name != "control" else [kind for kind in shipped if kind != "mpo"]
         lines += ["", f"### `family: {'`, `'.join(families)}`", "", _summary(arm), "", *_table(arm)]
     lines += ["", "### Inits", "", "| family | `init` of an arm from scratch |", "| --- | --- |"]
-    lines += [f"| `{family}` | {', '.join(f'`{init}`' for init in inits(family))} |" for family in kinds()]
+    lines += [f"| `{family}` | {', '.join(f'`{init}`' for init in inits(family))} |" for family in shipped]
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from itertools import combinations
 
@@ -11,12 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load, save
+from structured_linear_case import StructuredLinearTestCase, gram_of, make_linear, normal, seeded
 from torch import nn
-from torch.func import functional_call, stack_module_state, vmap
-from torch.utils.flop_counter import FlopCounterMode
 
-from mpo_core.fitting.calibration import output_error
 from mpo_core.layers.low_rank import LowRankLinear
 from mpo_core.layers.monarch import MonarchLinear
 from mpo_core.layers.mpo import MPOLinear
@@ -32,43 +28,30 @@ KINDS = {
 kinds = pytest.mark.parametrize(("kind", "size"), KINDS.values(), ids=KINDS)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+class TestMPO(StructuredLinearTestCase):
+    kind, size = MPOLinear, {"chi": 2}
 
 
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
+class TestThreeSites(StructuredLinearTestCase):
+    kind, size = MPOLinear, {"chi": 2, "n_sites": 3, "forward": "chain"}
+
+    def test_flops_are_those_that_pytorch_counts(self):
+        """`test_contraction` has them: a chain sums parts in an order of its own."""
 
 
-def make_linear(out_features=12, in_features=20, *, bias=True, dtype=torch.float64):
-    linear = nn.Linear(in_features, out_features, bias=bias, device="meta", dtype=dtype).to_empty(device="cpu")
-    for parameter in linear.parameters():
-        parameter.data.normal_(generator=seeded(5))
-    return linear
+class TestLowRank(StructuredLinearTestCase):
+    kind, size = KINDS["low_rank"]
 
 
-def gram_of(in_features, seed=0):
-    """Of inputs that depend on each other."""
-    x = normal(400, in_features, seed=seed) @ normal(in_features, in_features, seed=seed + 1)
-    return x.T @ x / len(x)
+class TestMonarch(StructuredLinearTestCase):
+    kind, size = KINDS["monarch"]
+
+
+class TestPruned(StructuredLinearTestCase):
+    kind, size = KINDS["pruned"]
 
 
 # As a layer -----------------------------------------------------------------------------------------------------------
-
-
-@kinds
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("leading", [(), (0,), (2, 3)])
-def test_values_and_gradients_match_dense(kind, size, bias, leading):
-    layer = kind(20, 12, **size, bias=bias, generator=seeded(), dtype=torch.float64)
-    x, dy = normal(*leading, 20, seed=1).requires_grad_(), normal(*leading, 12, seed=2)
-    variables = [x, *layer.parameters()]
-    expected = nn.functional.linear(x, layer.to_matrix(), layer.bias)
-    torch.testing.assert_close(layer(x), expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(layer(x), variables, dy), torch.autograd.grad(expected, variables, dy), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_matrices_are_what_the_docstrings_say():
@@ -79,65 +62,6 @@ def test_matrices_are_what_the_docstrings_say():
     for row, column in np.ndindex(3, 4):
         block = monarch.to_matrix().detach().numpy()[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
         np.testing.assert_allclose(block, L[row, :, column, :] @ R[column, row], atol=1e-12)
-
-
-@kinds
-def test_layers_survive_what_a_layer_must(kind, size):
-    layer = kind(20, 12, **size, generator=seeded(), dtype=torch.float64)
-    x = normal(5, 20, seed=1)
-    other = kind(20, 12, **size, device="meta", dtype=torch.float64).to_empty(device="cpu")
-    other.load_state_dict(load(save(layer.state_dict())))
-    assert torch.equal(other(x), layer(x))
-    twin = copy.deepcopy(layer)
-    next(parameter for name, parameter in twin.named_parameters() if name != "bias").data.zero_()
-    assert layer.to_matrix().any()
-    assert not twin.to_matrix().any()
-    torch.compiler.reset()
-    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
-    assert kind(20, 12, **size, device="meta")(torch.empty(3, 20, device="meta")).shape == (3, 12)
-
-
-@kinds
-def test_stacked_layers_under_vmap_match_single_ones(kind, size):
-    layers = [kind(20, 12, **size, generator=seeded(seed), dtype=torch.float64) for seed in (0, 1, 2)]
-    parameters, buffers = stack_module_state(layers)
-    x = normal(3, 5, 20, seed=1)
-    y = vmap(lambda *state: functional_call(layers[0], state[:2], (state[2],)))(parameters, buffers, x)
-    for index, layer in enumerate(layers):
-        torch.testing.assert_close(y[index], layer(x[index]))
-
-
-@kinds
-def test_autocast_keeps_the_matrix_in_float32(kind, size):
-    layer = kind(20, 12, **size, generator=seeded())
-    x = normal(5, 20, seed=1, dtype=torch.float32)
-    outside = layer.to_matrix()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer.to_matrix(), outside)
-        y = layer(x)
-    assert y.dtype is torch.bfloat16
-    torch.testing.assert_close(y.float(), layer(x), atol=0.05, rtol=0.05)
-
-
-@kinds
-@pytest.mark.parametrize("n_tokens", [1, 7])
-def test_flops_are_those_that_pytorch_counts(kind, size, n_tokens):
-    layer = kind(20, 12, **size, generator=seeded(), bias=False)
-    with FlopCounterMode(display=False) as counter:
-        layer(torch.ones(n_tokens, 20))
-    assert layer.flops(n_tokens) == counter.get_total_flops()
-    assert layer.bytes(n_tokens) >= 4 * (n_tokens * (20 + 12) + layer.n_params_matrix)
-
-
-@kinds
-def test_layers_draw_from_their_generator_alone(kind, size):
-    before = torch.get_rng_state()
-    one, same, other = (kind(20, 12, **size, generator=generator) for generator in (seeded(1), seeded(1), seeded(2)))
-    kind.from_linear(make_linear(), **size)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(one.to_matrix(), same.to_matrix())
-    assert not torch.equal(one.to_matrix(), other.to_matrix())
-    assert torch.equal(one.bias, torch.zeros(12))
 
 
 @pytest.mark.parametrize(
@@ -165,24 +89,6 @@ def test_svd_fresh_is_the_truncated_svd_of_a_dense_draw():
 
 
 # From a matrix --------------------------------------------------------------------------------------------------------
-
-
-@kinds
-@pytest.mark.parametrize("bias", [True, False])
-def test_from_linear_carries_everything_else_over(kind, size, bias):
-    linear = make_linear(bias=bias, dtype=torch.bfloat16).eval().requires_grad_(False)
-    layer = kind.from_linear(linear, **size)
-    assert not layer.training
-    assert all(parameter.dtype is torch.bfloat16 for parameter in layer.parameters())
-    assert not any(parameter.requires_grad for parameter in layer.parameters())
-    assert (layer.bias is None) == (not bias)
-    if bias:
-        assert torch.equal(layer.bias, linear.bias)
-        assert layer.bias.data_ptr() != linear.bias.data_ptr()
-    empty = kind.empty_like(linear, **size)
-    assert {name: value.shape for name, value in empty.state_dict().items()} == {
-        name: value.shape for name, value in layer.state_dict().items()
-    }
 
 
 @pytest.mark.parametrize(
@@ -239,22 +145,6 @@ def test_pruned_keeps_the_best_entries_of_all_choices():
 def test_pruned_keeps_the_first_of_equal_entries():
     layer = PrunedLinear.from_matrix(torch.ones(3, 4), max_params=5)
     assert layer.mask.flatten().tolist() == [True] * 5 + [False] * 7
-
-
-@pytest.mark.parametrize(
-    ("kind", "size"),
-    [(LowRankLinear, {"rank": 3}), (MonarchLinear, {"rank": 1, "n_blocks": (3, 4)}), (PrunedLinear, {"sparsity": 0.5})],
-)
-def test_a_gram_lowers_the_error_of_the_outputs(kind, size):
-    linear, better = make_linear(), []
-    for seed in range(5):
-        # Columns of very different sizes, as activations have them.
-        scale = torch.logspace(0, 1, 20, dtype=torch.float64)
-        gram = gram_of(20, seed) * scale * scale[:, None]
-        plain, fitted = kind.from_linear(linear, **size), kind.from_linear(linear, **size, gram=gram)
-        errors = [output_error(linear.weight, layer.to_matrix(), gram) for layer in (plain, fitted)]
-        better.append(errors[1] < errors[0])
-    assert all(better)
 
 
 def test_monarch_under_a_gram_has_the_best_left_factor():
@@ -346,20 +236,6 @@ def test_structures_say_what_they_are():
 def test_baselines_say_what_is_allowed(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_baselines_have_the_interface_of_mpo():
-    linear = make_linear(64, 64)
-    for kind in (MPOLinear, LowRankLinear, MonarchLinear, PrunedLinear):
-        layer = kind.from_linear(linear, max_params=1000)
-        assert 500 < layer.n_params_matrix <= 1000
-        assert 0 < rel_error(linear.weight, layer.to_matrix()) < 1
-        fresh = kind.empty_like(linear, max_params=1000)
-        drawn = []
-        fresh.draw("variance", lambda name, drawn=drawn: drawn.append(name) or seeded(len(drawn)))
-        assert drawn == [name for name, _ in fresh.named_parameters() if name != "bias"]
-        assert torch.equal(fresh.bias, linear.bias)
-        assert torch.isfinite(fresh.to_matrix()).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -186,7 +186,10 @@ def test_study_with_controls_runs_to_its_end(tmp_path):
         ({"family": "low_rank"}, "as_chi: missing, must be given"),
         ({"family": "low_rank", "chi": 2, "as_chi": 2}, "chi: unknown key (did you mean as_chi?); allowed: "),
         ({"family": "monarch", "as_chi": 2, "refinement": "outputs"}, "`refinement` has no meaning without `teacher`"),
-        ({"family": "pruned", "as_chi": 2, "n_sites": 3, "factorisation": "paper"}, "`n_sites` is not allowed with `factorisation: paper`"),
+        (
+            {"family": "pruned", "as_chi": 2, "n_sites": 3, "factorisation": "paper"},
+            "`n_sites` is not allowed with `factorisation: paper`",
+        ),
         ({"family": "sparse", "as_chi": 2}, "'dense', 'mpo', 'low_rank', 'monarch' or 'pruned'"),
     ],
 )
