@@ -22,7 +22,7 @@ from study.spec.config import StudyConfig
 from study.spec.search_space import METRIC_OF_OBJECTIVE
 from study.spec.trial import SeedResult, Stop, Trial
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 STOP = TypeAdapter(Stop)
 

@@ -25,7 +25,7 @@ def to_attribute(trial: Trial) -> dict[str, Any]:
         "budget_hash": trial.budget_hash,
         "tuning_trials": trial.tuning_trials,
         "duplicate_of": trial.duplicate_of,
-        "pruned": asdict(trial.pruned) if trial.pruned is not None else None,
+        "skipped": asdict(trial.skipped) if trial.skipped is not None else None,
     }
     return signed(content, trial.number)
 

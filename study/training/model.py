@@ -17,7 +17,7 @@ def build_model(
     spec: TrialSpec,
     vocab_size: int,
     generator_for: Callable[[str], torch.Generator] | None,
-    teacher_weights: dict[str, torch.Tensor] | None = None,
+    start_weights: dict[str, torch.Tensor] | None = None,
     calibration: Sequence[torch.Tensor] = (),
 ) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport | None]:
     """The model a run starts from.
@@ -25,23 +25,23 @@ def build_model(
     Args:
         generator_for: gives the generator of each parameter's initial values; None builds shapes without values (on
             the meta device).
-        teacher_weights: state of the trained dense model that a spec with a teacher compresses, or trains further.
+        start_weights: state of the trained dense model that a spec with a start compresses, or trains further.
         calibration: batches of tokens (B, T) on which a data-aware refinement fits the model.
     """
     device = None if generator_for is not None else "meta"
     config = mpo_core.GPTConfig(vocab_size=vocab_size, **spec.model.model_dump())
     model = mpo_core.PicoGPT(config, device=device)
-    if teacher_weights is not None:
-        model.load_state_dict(teacher_weights)
+    if start_weights is not None:
+        model.load_state_dict(start_weights)
     elif generator_for is not None:
         model.init_parameters(generator_for, (spec.family == "dense" and spec.init) or "paper")
     if spec.family == "dense":
         return model, None
     if spec.family != "mpo":
-        return _control(spec, model, generator_for, teacher_weights, calibration)
+        return _control(spec, model, generator_for, start_weights, calibration)
     assert spec.chi is not None
     assert spec.factorisation is not None
-    init = "tt_svd" if teacher_weights is not None else spec.init or "variance"
+    init = "tt_svd" if start_weights is not None else spec.init or "variance"
     return mpo_core.compress(
         model,
         chi=spec.chi,
@@ -67,7 +67,7 @@ def _control(
     spec: TrialSpec,
     model: mpo_core.PicoGPT,
     generator_for: Callable[[str], torch.Generator] | None,
-    teacher_weights: dict[str, torch.Tensor] | None,
+    start_weights: dict[str, torch.Tensor] | None,
     calibration: Sequence[torch.Tensor],
 ) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport]:
     """A model in which each layer has at most as many parameters as the same layer of an MPO model."""
@@ -75,7 +75,7 @@ def _control(
     _, report = build_model(as_mpo, model.config.vocab_size, None)
     assert report is not None
     sizes = {row.name: row.n_params_after for row in report.rows}
-    if teacher_weights is not None:
+    if start_weights is not None:
         return mpo_core.compress(model, layer=spec.family, budget=sizes, calibration=calibration or None)
 
     def fresh(name: str, linear: torch.nn.Linear) -> mpo_core.StructuredLinear | None:
@@ -124,13 +124,10 @@ def _identity(spec: TrialSpec, layers: list[Any]) -> str:
     """Hash, equal for two specs exactly if they train the same model in the same way."""
     essence = spec.model_dump(mode="json", exclude={"arm", "chi", "as_chi", "n_sites", "factorisation"})
     essence["layers"] = layers
-    if spec.forward in (None, "reconstruct"):
-        del essence["forward"]
-    # Keeps the hashes from before the precision could be chosen.
-    if spec.protocol.precision == "float32":
-        del essence["protocol"]["precision"]
-    if spec.protocol.embedding_learning_rate in (None, spec.protocol.learning_rate):
-        del essence["protocol"]["embedding_learning_rate"]
+    essence["forward"] = spec.forward or "reconstruct"
+    essence["protocol"]["embedding_learning_rate"] = (
+        spec.protocol.embedding_learning_rate or spec.protocol.learning_rate
+    )
     if spec.family == "mpo" and spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
         essence["chi"] = spec.chi  # this init mode depends on the requested cap, not on the resulting bonds
     return json_hash(essence)

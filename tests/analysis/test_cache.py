@@ -19,7 +19,7 @@ from analysis.runs.load import StudyAddress, load_curves, load_study
 
 FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned")
 USUAL = [replace(c, unfinished=()) for c in simulated_study.configurations()]
-FOUND = [USUAL[0], USUAL[3], replace(USUAL[3], duplicate_of=1), replace(USUAL[5], seeds=(), pruned="too large")]
+FOUND = [USUAL[0], USUAL[3], replace(USUAL[3], duplicate_of=1), replace(USUAL[5], seeds=(), skipped="too large")]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def study(tmp_path, template):
 def same(one, other):
     for name in FRAMES:
         pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name))
-    facts = ("address", "name", "uuid", "n_duplicates", "n_pruned", "latest", "budgets", "data_source")
+    facts = ("address", "name", "uuid", "n_duplicates", "n_skipped", "latest", "budgets", "data_source")
     assert [getattr(one, key) for key in facts] == [getattr(other, key) for key in facts]
 
 
@@ -108,7 +108,7 @@ def test_load_study_reads_a_finished_study_once(study, requests):
     assert requests == ["'summary'", "", ""]
     same(first, second)
     same(second, load_study(study.address))
-    assert second.n_pruned == second.n_duplicates == 1
+    assert second.n_skipped == second.n_duplicates == 1
     assert len(second.rel_errors) > 0
 
 
