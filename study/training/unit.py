@@ -26,7 +26,7 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class Starts(Strict):
-    """The trained dense models that a unit's seeds start from: storage key by seed, and training tokens of each."""
+    """The trained dense models that a unit's seeds begin from: storage key by seed, and training tokens of each."""
 
     weights: dict[int, str]
     tokens: int
