@@ -20,7 +20,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from study.errors import StudyError
-from study.ledger.checksums import SUM, insert, sign
+from study.ledger.checksums import insert
 from study.ledger.database import (
     check_file,
     check_tables,
@@ -49,7 +49,7 @@ from study.ledger.tables import (
     study_table,
 )
 from study.ledger.tally import Tally
-from study.ledger.trials import TRIAL, check_trials, from_attribute, read_frozen, signed, to_attribute
+from study.ledger.trials import TRIAL, check_trials, from_attribute, read_frozen, to_attribute
 from study.search.early_stopping import stops_after
 from study.search.samplers import make_sampler
 from study.search.telling import what_to_tell, why_skipped, worst_loss
@@ -115,7 +115,6 @@ class Ledger:
         check_file(self._engine)
         check_tables(self._engine, study_table, result_table)
         metadata.create_all(self._engine)
-        sign(self._engine, metadata)
         self.uuid, self.created = self._open_study(uuid, may_begin)
         is_extended = self._open_growths(extend)
         self._optuna_database = open_optuna(url)
@@ -244,7 +243,6 @@ class Ledger:
         for frozen in known:
             self._take_in(frozen)
         check_trials(self.trials, {arm.name for arm in self.config.arms}, self._stops)
-        self._sign_trials(known)
         for trial in self.trials.values():
             if trial.duplicate_of is not None and trial.spec.arm in self._start_arms:
                 raise StudyError(
@@ -284,17 +282,6 @@ class Ledger:
                 self._take_in(frozen)
                 self._to_tell += [frozen.number] if frozen.number in self._untold else []
         self._tell_what_is_over()
-
-    def _sign_trials(self, known: Iterable[optuna.trial.FrozenTrial]) -> None:
-        """Add checksums to trials of an earlier version, in SQL, since Optuna does not change finished trials."""
-        attributes = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"), sa.column("value_json"))
-        with self._engine.begin() as connection:
-            for frozen in known:
-                content = frozen.user_attrs.get(TRIAL)
-                if content is not None and SUM not in content:
-                    mine = (attributes.c.trial_id == self._optuna_id(frozen.number)) & (attributes.c.key == TRIAL)
-                    text = json.dumps(signed(content, frozen.number))
-                    connection.execute(attributes.update().where(mine).values(value_json=text))
 
     def _with_new_budget(self, trial: Trial) -> Trial:
         start = start_spec(self.config, trial.spec)

@@ -63,7 +63,7 @@ def from_attribute(frozen: optuna.trial.FrozenTrial, stops: Mapping[int, Stop]) 
     """
     content = frozen.user_attrs[TRIAL]
     try:
-        if content.get(SUM) not in (None, signed(content, frozen.number)[SUM]):
+        if content.get(SUM) != signed(content, frozen.number)[SUM]:
             raise ValueError("its checksum is wrong")
         trial = _TRIAL.validate_json(json.dumps({**content, "number": frozen.number, "stop": None}), strict=True)
     except (AttributeError, ValueError, TypeError) as error:

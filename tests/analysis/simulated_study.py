@@ -169,7 +169,10 @@ def simulate(
             kind = schema.KIND_TRIAL if seed is None else schema.KIND_SEED
             own = {schema.KIND: kind, schema.KEY: schema.run_key(uuid, trial, seed)}
             written = {key: str(value) for key, value in (params | {"seed": seed}).items() if value is not None}
-            return SimulatedRun(trial, seed, status, written, metrics, common | own | dict(tags))
+            tags = common | own | dict(tags)
+            in_order = sorted(metrics, key=lambda metric: metric[2])
+            digest = schema.digest(written, {key: value for key, value, _ in in_order}, tags)
+            return SimulatedRun(trial, seed, status, written, metrics, tags | {schema.DIGEST: digest})
 
         tags = {
             schema.SKIPPED: configuration.skipped,

@@ -17,7 +17,7 @@ from analysis.commands.cli import app
 from analysis.runs.cache import MANIFEST, Cache
 from analysis.runs.load import StudyAddress, load_curves, load_study
 
-FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned")
+FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "skipped")
 USUAL = [replace(c, unfinished=()) for c in simulated_study.configurations()]
 FOUND = [USUAL[0], USUAL[3], replace(USUAL[3], duplicate_of=1), replace(USUAL[5], seeds=(), skipped="too large")]
 
@@ -33,7 +33,7 @@ def template(tmp_path_factory):
         schema.KIND: schema.KIND_SUMMARY, schema.KEY: f"{simulated_study.UUID}/summary", schema.STUDY_NAME: "tiny",
         schema.STUDY_UUID: simulated_study.UUID, schema.SCHEMA: str(schema.SCHEMA_VERSION),
     }  # fmt: skip
-    summary = client.create_run(experiment_id, tags=tags)
+    summary = client.create_run(experiment_id, tags=tags | {schema.DIGEST: schema.digest({}, {}, tags)})
     client.set_terminated(summary.info.run_id, "FINISHED")
     return folder / "mlflow.db"
 

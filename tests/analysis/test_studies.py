@@ -60,7 +60,7 @@ def test_join_studies_numbers_trials_on_and_says_where_they_are_from(two):
 
 def test_join_studies_keeps_the_types_of_columns(two):
     joined = join_studies(two)
-    for name in ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned"):
+    for name in ("trials", "seeds", "failures", "unfinished", "rel_errors", "skipped"):
         own, frame = getattr(two[0], name), getattr(joined, name)
         assert frame[list(own.columns)].dtypes.astype(str).to_dict() == own.dtypes.astype(str).to_dict(), name
 
@@ -152,7 +152,12 @@ def directories(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         uri = simulated_study.write_study(folder, found, name, uuid=f"uuid-{name}", n_evaluations=3)
-        manifest = {"schema_version": 1, "uuid": f"uuid-{name}", "tracking_uri": uri, "experiment": name}
+        manifest = {
+            "schema_version": schema.SCHEMA_VERSION,
+            "uuid": f"uuid-{name}",
+            "tracking_uri": uri,
+            "experiment": name,
+        }
         (folder / schema.STUDY_MANIFEST).write_text(json.dumps(manifest))
     return [tmp_path / "one", tmp_path / "two"]
 

@@ -100,7 +100,8 @@ def made_up(trial: int, seed: int, loss: float = 1.0, failure: str | None = None
     if failure is not None:
         return SeedResult(trial, seed, "failed", started=now(), ended=now(), failure=failure)
     final = {field.key: 1.0 for field in schema.FINALS} | {"final/val_loss": loss, "final/val_acc": 1 / (1 + loss)}
-    return SeedResult(trial, seed, "complete", started=now(), ended=now(), final=final)
+    ran_on = dict.fromkeys(schema.RAN_ON, "nothing")
+    return SeedResult(trial, seed, "complete", started=now(), ended=now(), final=final, ran_on=ran_on)
 
 
 def results_at(directory: Path, name: str = "tiny") -> dict[tuple[int, int], SeedResult]:
