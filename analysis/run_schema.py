@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Direction = Literal["minimize", "maximize"]
 
@@ -38,10 +38,10 @@ FAMILY = "mpo.family"
 ARM = "mpo.arm"
 """On trials and seeds: the params of the same names, as tags with which MLflow's UI groups and filters."""
 VALIDATION_FRACTION = "mpo.validation_fraction"
-"""On a trial: the fraction of the corpus, at its end, used for validation. Absent if an older version wrote it."""
+"""On a trial: the fraction of the corpus, at its end, used for validation."""
 DUPLICATE_OF = "mpo.duplicate_of"
 """On a trial (and its runs) with the same configuration as an earlier trial: the number of that trial."""
-PRUNED = "mpo.pruned"
+SKIPPED = "mpo.skipped"
 """On a trial that was never trained because its parameters break a limit of the search: the limit, in one line."""
 STOPPED = "mpo.stopped"
 """On a trial that was given up before it had all its seeds: the rival that beat it, by how much, and on which seeds."""
@@ -49,8 +49,8 @@ DEVICE, THREADS, TORCH, STACKED = "mpo.device", "mpo.threads", "mpo.torch", "mpo
 PROGRAM = "mpo.program"
 RAN_ON = (DEVICE, THREADS, TORCH, STACKED, PROGRAM)
 """On a seed: the conditions on which its numbers depend up to rounding. `STACKED` is the number of seeds that were
-trained as one model. `PROGRAM`, which an older version did not write, is the fingerprint of the training code and of
-its versions of torch and numpy: with another fingerprint, the numbers may differ in any way."""
+trained as one model. `PROGRAM` is the fingerprint of the training code and of its versions of torch and numpy: with
+another fingerprint, the numbers may differ in any way."""
 CLAIMS = "mpo.claims"
 """On the summary: JSON of what the study file declared before it ran, {"margins": {"val_loss": nats, "val_acc":
 fraction}, "contrasts": [{"arm", "against"}, ...]}."""
@@ -61,7 +61,7 @@ GROWTHS = "mpo.growths"
 and after], "over": how many of the recorded runs were over then}, ...]."""
 ENVIRONMENT = "mpo.environment"
 """On the summary: JSON of the environment at the study's start, {"python", "packages": {name: version}, "program":
-fingerprint, "git_commit", "git_changed", "system", "cpus"}; an older version wrote no "program"."""
+fingerprint, "git_commit", "git_changed", "system", "cpus"}."""
 FAILURE = "mpo.failure"
 """On a failed seed: the reason, in one line."""
 WEIGHTS_LOST = "mpo.weights_lost"
@@ -73,8 +73,8 @@ other state of it ever had, then a slash and the number of its runs. The writer 
 anything. So data that was read under one revision is valid while that revision and that number of runs are there."""
 PARENT = "mlflow.parentRunId"
 DIGEST = "mpo.digest"
-"""On every run: its `digest` as written, so that a change by somebody else is detected. Absent if an older version
-wrote the run; out of date while the run is being written."""
+"""On every run: its `digest` as written, so that a change by somebody else is detected. It is out of date while the run
+is being written."""
 
 TAG_LIMIT = 5000
 """Length of a tag, in characters, that every backend of MLflow accepts; some silently cut off a longer one."""
@@ -143,8 +143,7 @@ PARAMS = (
     Field("arm", "param", str, "arm of the study file"),
     Field("family", "param", str, "kind of the linear layers: dense, mpo, low_rank and so on"),
     Field("family_label", "param", str, "name of the family in figures and tables"),
-    Field("start", "param", str, "scratch, or teacher: a trained dense model, compressed unless dense, trained on"),
-    Field("teacher", "param", str, "arm of the teacher"),
+    Field("start", "param", str, "scratch, or the arm whose trained model the trial began from"),
     Field("chi", "param", int, "bond-dimension cap χ"),
     Field("as_chi", "param", int, "χ of the MPO that the layers of a control are no larger than"),
     Field("n_sites", "param", int, "number of sites L asked for"),
@@ -152,7 +151,7 @@ PARAMS = (
     Field("sites", "param", str, "numbers of sites the compressed layers really have"),
     Field("largest_bond", "param", int, "largest bond of any layer, after clipping"),
     Field("init", "param", str, "init mode"),
-    Field("refinement", "param", str, "how a teacher's weights became cores"),
+    Field("refinement", "param", str, "how the start's weights became cores"),
     Field("lr_rule", "param", str, "learning rates of the cores: uniform, mup"),
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
     Field("forward", "param", str, "how an MPO layer is applied: reconstruct, chain"),
@@ -207,7 +206,7 @@ FINALS = (
     Field("best/step", "final", int, "step of the lowest validation loss", "steps"),
     Field("train_seconds", "final", float, "wall time of training, a seed's share of its block's", "s", "minimize"),
     Field("train_tokens", "final", int, "tokens this run trained on", "tokens"),
-    Field("total_tokens", "final", int, "tokens trained on, the teacher's included", "tokens"),
+    Field("total_tokens", "final", int, "tokens trained on, the start's included", "tokens"),
 )
 
 COUNTS = (
@@ -236,8 +235,8 @@ N_FAILED = "n_failed"
 # Relative error of each layer -----------------------------------------------------------------------------------------
 
 WHEN = ("init", "trained", "compressed")
-"""rel_error of a dense seed's layers before and after training, always with the factorisation `paper`; rel_error of a
-teacher's layers at compression."""
+"""rel_error of a dense seed's layers before and after training, always with the factorisation `paper`; rel_error of the
+start's layers at compression ("compressed")."""
 
 _REL_ERROR = re.compile(r"rel_error/(init|trained|compressed)/chi_(\d+)/(.+)")
 
@@ -278,7 +277,7 @@ def is_own_tag(tag: str) -> bool:
 def digest(params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]) -> str:
     """SHA-256 of the study's own data in a run: params, the last value of each metric, and tags.
 
-    If a field is removed from the schema, the digests of runs with it change: then `DIGEST` needs another name.
+    If a field is removed from the schema, the digests of runs with it change: then `SCHEMA_VERSION` must change.
     """
     own = (
         sorted((key, text) for key, text in params.items() if key in PARAM_KEYS),

@@ -70,6 +70,7 @@ def study_of(n_trials: int, n_seeds: int = N_SEEDS) -> StudyRuns:
         counts: dict[str, float] = {"n_params": int(n_params), "n_params_compressed": int(n_params) - 9_000}
         counts["n_params_dense"] = N_PARAMS_DENSE
         trial_runs.append(record(schema.KIND_TRIAL, schema.run_key(UUID, trial), params, counts))
+        trial_runs[-1].tags[schema.VALIDATION_FRACTION] = "0.1"
         losses = 1.6 - 0.3 * np.log10(n_params / N_PARAMS_DENSE) + effects + rng.normal(0, 0.01, n_seeds)
         for seed, loss in enumerate(losses):
             metrics = counts | {field.key: 1_000 for field in schema.FINALS}
@@ -77,6 +78,7 @@ def study_of(n_trials: int, n_seeds: int = N_SEEDS) -> StudyRuns:
             metrics |= {f"{when}/val_acc": 0.98 - 0.285 * float(loss) for when in ("final", "best")}
             own = params | {"seed": str(seed)}
             seed_runs.append(record(schema.KIND_SEED, schema.run_key(UUID, trial, seed), own, metrics))
+            seed_runs[-1].tags.update(dict.fromkeys(schema.RAN_ON, "1"))
     declared = {
         "margins": {"val_loss": 0.02, "val_acc": 0.005},
         "contrasts": [{"arm": "mpo", "against": "dense"}, {"arm": "mpo", "against": "low_rank"}],
@@ -91,7 +93,7 @@ def params_of(trial: int, family: str) -> dict[str, str]:
     arm = "narrow" if family == "dense" and trial else family
     width = 128 if arm != "narrow" else 8 + trial % 120
     values = {field.key: {int: "2", float: "0.1", str: "text"}[field.dtype] for field in schema.PARAMS}
-    absent = {"seed", "teacher", "n_sites", "refinement", "chi", "as_chi"}
+    absent = {"seed", "n_sites", "refinement", "chi", "as_chi"}
     values |= {"trial": str(trial), "arm": arm, "family": family, "d_model": str(width)}
     values |= {"family_label": LABELS.get(family, family), "start": "scratch"}
     values |= {"learning_rate": f"{3e-4 * 1.1 ** (trial % 31):.3g}", "budget_hash": "b7d1f00d"}

@@ -110,7 +110,9 @@ def write_study(uri: str, n_trials: int, n_seeds: int) -> np.ndarray:
 def rows_of(study_uuid: str, experiment_id: int, finals: np.ndarray) -> Iterator[tuple[type, dict[str, Any]]]:
     common = {schema.STUDY_NAME: STUDY, schema.STUDY_UUID: study_uuid, schema.SCHEMA: str(schema.SCHEMA_VERSION)}
 
-    def run_of(kind: str, key: str, own: dict[str, str], started: int) -> Iterator[tuple[type, dict[str, Any]]]:
+    def run_of(
+        kind: str, key: str, own: dict[str, str], started: int, params: dict[str, str], metrics: dict[str, float]
+    ) -> Iterator[tuple[type, dict[str, Any]]]:
         run_id = uuid.uuid4().hex
         yield (
             models.SqlRun,
@@ -120,37 +122,46 @@ def rows_of(study_uuid: str, experiment_id: int, finals: np.ndarray) -> Iterator
                 "artifact_uri": f"mlartifacts/{run_id}/artifacts",
             },
         )  # fmt: skip
-        for tag, value in (common | {schema.KIND: kind, schema.KEY: key} | own).items():
+        tags = common | {schema.KIND: kind, schema.KEY: key} | own
+        for tag, value in (tags | {schema.DIGEST: schema.digest(params, metrics, tags)}).items():
             yield models.SqlTag, {"key": tag, "value": value, "run_uuid": run_id}
 
     revision = f"{uuid.uuid4().hex}/{1 + len(finals) + finals.size}"
-    yield from run_of(schema.KIND_SUMMARY, f"{study_uuid}/summary", {schema.REVISION: revision}, BEGUN)
+    yield from run_of(schema.KIND_SUMMARY, f"{study_uuid}/summary", {schema.REVISION: revision}, BEGUN, {}, {})
     for trial, losses in enumerate(finals):
         family = {schema.FAMILY: "mpo", schema.ARM: "mpo"}
-        params, parent = params_of(trial), None
+        parent = None
         for seed in (None, *range(len(losses))):
-            kind = schema.KIND_TRIAL if seed is None else schema.KIND_SEED
-            rows = list(run_of(kind, schema.run_key(study_uuid, trial, seed), family, BEGUN + 10 * trial))
+            kind, own = schema.KIND_TRIAL, family | {schema.VALIDATION_FRACTION: "0.1"}
+            params: dict[str, str] = params_of(trial)
+            metrics: dict[str, float] = {
+                "n_params": 10_000 + 10 * trial, "n_params_compressed": 9_000, "n_params_dense": 808_448,
+            }  # fmt: skip
+            curves: dict[str, float] = {}
+            if seed is not None:
+                kind, own = schema.KIND_SEED, family | dict.fromkeys(schema.RAN_ON, "1")
+                params |= {"seed": str(seed)}
+                metrics |= {field.key: int(1000 * losses[seed]) for field in schema.FINALS}
+                metrics |= {"final/val_loss": losses[seed], "final/val_acc": 0.4}
+                curves = dict.fromkeys((curve.key for curve in schema.CURVES), losses[seed])
+            key = schema.run_key(study_uuid, trial, seed)
+            rows = list(run_of(kind, key, own, BEGUN + 10 * trial, params, metrics | curves))
             run_id = rows[0][1]["run_uuid"]
             parent = parent or run_id
             yield from rows
-            metrics = {"n_params": 10_000 + 10 * trial, "n_params_compressed": 9_000, "n_params_dense": 808_448}
             if seed is not None:
                 yield models.SqlTag, {"key": schema.PARENT, "value": parent, "run_uuid": run_id}
-                metrics |= {field.key: int(1000 * losses[seed]) for field in schema.FINALS}
-                metrics |= {"final/val_loss": losses[seed], "final/val_acc": 0.4}
-            own = params if seed is None else params | {"seed": str(seed)}
-            for key, value in own.items():
+            for key, value in params.items():
                 yield models.SqlParam, {"key": key, "value": value, "run_uuid": run_id}
             for key, value in metrics.items():
                 yield from metric_of(run_id, key, [value], is_curve=False)
-            for curve in schema.CURVES if seed is not None else ():
-                yield from metric_of(run_id, curve.key, np.linspace(4, losses[seed], N_EVALUATIONS), is_curve=True)
+            for key, last in curves.items():
+                yield from metric_of(run_id, key, np.linspace(4, last, N_EVALUATIONS), is_curve=True)
 
 
 def params_of(trial: int) -> dict[str, str]:
     """Params of an MPO, of the types of the schema."""
-    absent = ("seed", "teacher", "as_chi", "refinement")
+    absent = ("seed", "as_chi", "refinement")
     values = {field.key: {int: "2", float: "0.0003", str: "text"}[field.dtype] for field in schema.PARAMS}
     values |= {"trial": str(trial), "arm": "mpo", "family": "mpo", "family_label": "MPO", "start": "scratch"}
     values["chi"] = str(2 + trial)

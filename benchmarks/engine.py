@@ -234,7 +234,7 @@ def bare_loop(config: StudyConfig, corpus: Corpus, trained: Snapshot) -> float:
     """
     specs = {trial.number: trial.spec for trial in trained.trials}
     keys = sorted((result.trial, result.seed) for result in trained.results)
-    teachers = {spec.teacher for spec in specs.values()} - {None}
+    starts = {spec.start for spec in specs.values()} - {None}
     chis = study_chis(config)
     context = multiprocessing.get_context("spawn")
     up = context.Barrier(PROCESSES + 1)
@@ -244,20 +244,20 @@ def bare_loop(config: StudyConfig, corpus: Corpus, trained: Snapshot) -> float:
         up.wait(START_UP)
         begun = time.perf_counter()
         futures = {
-            (number, seed): pool.submit(train, specs[number], seed, chis, specs[number].arm in teachers)
+            (number, seed): pool.submit(train, specs[number], seed, chis, specs[number].arm in starts)
             for number, seed in keys
-            if specs[number].teacher is None
+            if specs[number].start is None
         }
-        # Teachers come first, so that others are still to be trained when these wait for them.
+        # Starts come first, so that others are still to be trained when these wait for them.
         weights: dict[tuple[str | None, int], dict[str, np.ndarray]] = {
             (specs[number].arm, seed): futures[number, seed].result()[1]
             for number, seed in futures
-            if specs[number].arm in teachers
+            if specs[number].arm in starts
         }
         futures |= {
-            (number, seed): pool.submit(train, specs[number], seed, (), False, weights[specs[number].teacher, seed])
+            (number, seed): pool.submit(train, specs[number], seed, (), False, weights[specs[number].start, seed])
             for number, seed in keys
-            if specs[number].teacher is not None
+            if specs[number].start is not None
         }
         losses = {key: future.result()[0] for key, future in futures.items()}
         seconds = time.perf_counter() - begun
@@ -276,14 +276,14 @@ def _begin(sha256: str, validation_fraction: float, up: Barrier) -> None:
 
 
 def train(
-    spec: TrialSpec, seed: int, chis: Sequence[int], keeps: bool, teacher: dict[str, np.ndarray] | None = None
+    spec: TrialSpec, seed: int, chis: Sequence[int], keeps: bool, start: dict[str, np.ndarray] | None = None
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """The final loss, and the weights of a teacher."""
+    """The final loss, and the weights if `keeps`."""
     result, weights = train_seed(
         spec,
         seed,
         _corpora["own"],
-        teacher_weights={name: torch.from_numpy(weight) for name, weight in teacher.items()} if teacher else None,
+        start_weights={name: torch.from_numpy(weight) for name, weight in start.items()} if start else None,
         rel_error_chis=chis if spec.family == "dense" else (),
     )
     return result.final["final/val_loss"], {name: weight.numpy() for name, weight in weights.items()} if keeps else {}

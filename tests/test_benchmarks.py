@@ -193,7 +193,7 @@ def test_the_bare_loop_trains_what_a_study_did(tmp_path):
         "seeds": 2,
         "arms": [
             {"name": "dense", "family": "dense"},
-            {"name": "tuned", "family": "mpo", "chi": 2, "teacher": "dense"},
+            {"name": "tuned", "family": "mpo", "chi": 2, "start": "dense"},
         ],
     }
     config, directory = StudyConfig.model_validate_json(json.dumps(study)), StudyDirectory(tmp_path)

@@ -122,8 +122,8 @@ def test_finished_study_run_again_on_ray_starts_no_ray_and_changes_no_run(finish
     assert results_at(folder) == results
 
 
-def test_fine_tuning_starts_from_its_teachers_weights(finished):
-    """At step 0 a fine-tuned model is a compressed teacher: nearer to the teacher's end than to a fresh model."""
+def test_fine_tuning_starts_from_its_starts_weights(finished):
+    """At step 0 a fine-tuned model is a compressed start: nearer to the start's end than to a fresh model."""
     _, folder, _ = finished
     results = results_at(folder)
     for seed in (0, 1):

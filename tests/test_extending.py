@@ -60,10 +60,10 @@ def test_a_study_lists_searches_starts_and_stacks_the_kind_and_reports_it(tmp_pa
         DENSE,
         {"name": "listed", **LEADING, "as_chi": [2, 4], "lr_rule": "mup"},
         {"name": "searched", **LEADING, "learning_rate": rate},
-        {"name": "tuned", **LEADING, "teacher": "dense", "refinement": "outputs", "steps": 4},
+        {"name": "tuned", **LEADING, "start": "dense", "refinement": "outputs", "steps": 4},
     ]
-    search = {"sampler": {"name": "random"}, "budget": {"trials": 2}}
-    file = write_study(tmp_path, arms=arms, seeds=3, execution={"seeds_per_unit": 3}, **search)
+    search = {"sampler": "random", "trials": 2}
+    file = write_study(tmp_path, arms=arms, seeds=3, execution={"seeds_per_unit": 3}, search=search)
     folder = tmp_path / "study"
     outcome = run_at(file, folder, tracking=None)
     assert (outcome.n_failed, outcome.n_missing, outcome.n_complete, outcome.tracking_trouble) == (0, 0, 18, None)

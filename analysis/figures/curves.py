@@ -32,7 +32,7 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
         f"Means over complete seeds, {n_statement(means['n_seeds'])}; {interval_statement('bands', means['n_seeds'])}; "
         "thin lines: seeds.",
         "Dashed: dense at its last step." if len(final) else "",
-        "Tokens count from the start of each run, so a teacher's are not included; the loss axis leaves out the start.",
+        "Tokens are each run's own, without those of its start; the loss axis leaves out the first steps.",
         note,
     )
     with style.context():

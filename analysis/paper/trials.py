@@ -47,8 +47,8 @@ def paper_trials(runs: StudyRuns) -> PaperTrials:
     for chi in (model.chi for model in published.MODELS if model.chi is not None):
         groups["scratch", chi] = scratch[_mpo_of(scratch, chi)]
     taken = groups["dense", None]["arm"].head(1)
-    plain = trials["start"].eq("teacher") & trials["refinement"].fillna("tt_svd").eq("tt_svd")
-    tuned = trials[plain & trials["teacher"].isin(taken) & _has(trials, published.FINE_TUNED)]
+    plain = trials["start"].isin(taken) & trials["refinement"].fillna("tt_svd").eq("tt_svd")
+    tuned = trials[plain & _has(trials, published.FINE_TUNED)]
     for chi in (model.chi for model in published.MODELS if model.chi is not None):
         groups["tuned", chi] = tuned[_mpo_of(tuned, chi)]
     first = {key: int(group["trial"].iloc[0]) for key, group in groups.items() if len(group)}

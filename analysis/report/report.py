@@ -70,11 +70,11 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
             tables.failures_table(runs),
             tables.unfinished_table(runs),
             tables.stopped_table(runs),
-            tables.pruned_table(runs),
+            tables.skipped_table(runs),
         )
     }
     for table in written.values():
-        if table.name not in ("stopped", "pruned") or len(table.data):  # most studies stop and prune nothing
+        if table.name not in ("stopped", "skipped") or len(table.data):  # most studies stop and skip nothing
             tables.write(table, folder / "tables")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis.report"), autoescape=True, undefined=jinja2.StrictUndefined,

@@ -192,15 +192,15 @@ def stopped_table(runs: StudyRuns) -> Table:
     return Table("stopped", data, _as_text(data.rename(columns=named)))
 
 
-def pruned_table(runs: StudyRuns) -> Table:
+def skipped_table(runs: StudyRuns) -> Table:
     """Every trial that was never trained because it breaks a limit of the search."""
-    data = runs.pruned
+    data = runs.skipped
     shown = data.assign(n_params=[count_shown(value) for value in data["n_params"]])
-    return Table("pruned", data, _as_text(shown.rename(columns={"n_params": "parameters", "chi": "χ"})))
+    return Table("skipped", data, _as_text(shown.rename(columns={"n_params": "parameters", "chi": "χ"})))
 
 
 def budgets_table(summary: pd.DataFrame) -> Table:
-    """The trials that share a budget, and the training tokens of each run, with and without the teacher's."""
+    """The trials that share a budget, and the training tokens of each run, with and without the start's."""
     rows = []
     for budget, group in summary.groupby("budget_hash"):
         rows.append(
@@ -209,7 +209,7 @@ def budgets_table(summary: pd.DataFrame) -> Table:
                 "arms": ", ".join(sorted(group["arm"].unique())),
                 "trials": len(group),
                 "tokens of the run": range_shown(group["train_tokens"]),
-                "tokens with the teacher's": range_shown(group["total_tokens"]),
+                "tokens with the start's": range_shown(group["total_tokens"]),
             }
         )
     data = pd.DataFrame(rows)
@@ -245,7 +245,7 @@ _NUMBERS = (
     "tuned_among",
 )
 _TRAINED_WITH = (
-    *("family", "start", "teacher", "init", "refinement", "lr_rule", "decay", "factorisation", "sites", "precision"),
+    *("family", "start", "init", "refinement", "lr_rule", "decay", "factorisation", "sites", "precision"),
     *_NUMBERS,
 )
 

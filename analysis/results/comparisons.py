@@ -45,8 +45,8 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
     Compared are the pairs that the study file declares, of any budgets. Within one budget, each trial is also compared
     with the dense models of the reference's kind: from each of their arms, the one trained most alike. Each MPO trial
     is compared with the controls of equal parameters: from each arm, one within `pairs.EQUAL_SIZE` of its parameters,
-    from the same start. A trial that starts from a teacher has a reference of its own: the first dense trial of its
-    budget that was trained on from the same teacher. Trials that were stopped early are only in declared pairs.
+    from the same start. A trial that starts from an arm has a reference of its own: the first dense trial of its
+    budget that was trained on from the same start. Trials that were stopped early are only in declared pairs.
 
     Claims rest on each pair's own t test (see `statistics.contrasts.headline`). For each measure, the declared pairs
     are one family, adjusted by Holm. A declared pair that could not be tested, even because it has no complete seed,

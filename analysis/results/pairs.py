@@ -33,7 +33,6 @@ KNOWN = (
         "family",
         "family_label",
         "start",
-        "teacher",
         "chi",
         "as_chi",
         "n_params",
@@ -88,7 +87,7 @@ def pairs(trials: Iterable[Known], contrasts: Iterable[tuple[str, str, str]], is
             is_dense = trial["group"] == DENSE
             near = dense if is_dense else _at_home(trial, dense, (trial["trial"], DENSE) not in settled)
             own += [(rival, REFERENCE) for rival in _of_each_arm(trial, near) if rival is not trial]
-        further = trained_on.get(_start_of(trial))
+        further = trained_on.get(_start_and_budget(trial))
         if further is not None and further is not trial and (trial["trial"], DENSE_TUNED) not in settled:
             own += [(further, REFERENCE)]
         if trial["budget_hash"] in by_size:
@@ -143,7 +142,7 @@ def _declared_pairs(
             is_other_dense = (
                 DENSE == against["group"] != trial["group"] and against["budget_hash"] == trial["budget_hash"]
             )
-            is_reference = against is reference or is_other_dense or against is trained_on.get(_start_of(trial))
+            is_reference = against is reference or is_other_dense or against is trained_on.get(_start_and_budget(trial))
             if is_unfinished and not (same or is_equal or is_reference):
                 continue  # its counterpart may be a trial that has not begun
             relation = REFERENCE if is_reference else EQUAL_PARAMETERS if is_equal else DECLARED
@@ -156,22 +155,22 @@ def _reference_of(own: list[Known]) -> Known | None:
 
 
 def _trained_on(trials: list[Known]) -> dict[tuple[Any, Any], Known]:
-    """The dense trials that were trained on from a teacher, by their start and budget. Of several, the first is taken,
-    as a reference is chosen."""
+    """The dense trials that were trained on from another arm, by their start and budget. Of several, the first is
+    taken, as a reference is chosen."""
     found: dict[tuple[Any, Any], list[Known]] = {}
     for trial in trials:
         if trial["group"] == DENSE_TUNED and trial["stopped"] is None:
-            found.setdefault(_start_of(trial), []).append(trial)
+            found.setdefault(_start_and_budget(trial), []).append(trial)
     return {start: first for start, alike in found.items() if (first := _first(alike)) is not None}
 
 
-def _start_of(trial: Known) -> tuple[Any, Any]:
-    return _teacher_of(trial), trial["budget_hash"]
+def _start_and_budget(trial: Known) -> tuple[Any, Any]:
+    return _start_of(trial), trial["budget_hash"]
 
 
-def _teacher_of(trial: Known) -> tuple[Any, Any] | None:
-    """Study and arm of the teacher; None from scratch."""
-    return (trial["study"], trial["teacher"]) if trial["start"] == "teacher" else None
+def _start_of(trial: Known) -> tuple[Any, Any] | None:
+    """Study and arm of the start; None from scratch."""
+    return (trial["study"], trial["start"]) if trial["start"] != "scratch" else None
 
 
 def _first(dense: list[Known]) -> Known | None:
@@ -195,7 +194,7 @@ def _controls(trial: Known, others: list[Known]) -> list[Known]:
         return []
     families: dict[str, list[Known]] = {}
     for other in others:
-        if _teacher_of(other) == _teacher_of(trial) and _distance(trial, other) <= math.log1p(EQUAL_SIZE):
+        if _start_of(other) == _start_of(trial) and _distance(trial, other) <= math.log1p(EQUAL_SIZE):
             families.setdefault(other["family"], []).append(other)
     return [rival for family in families.values() for rival in _of_each_arm(trial, _at_home(trial, family))]
 

@@ -35,7 +35,7 @@ from analysis.runs.urls import hide_password
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-_FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned")
+_FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "skipped")
 _CURVES = "curves"
 _PAGE = 1000
 
@@ -147,7 +147,7 @@ def _from_cache(address: StudyAddress, cache: Cache, summary_runs: Sequence[RunR
         failures=frames["failures"],
         unfinished=frames["unfinished"],
         rel_errors=frames["rel_errors"],
-        pruned=frames["pruned"],
+        skipped=frames["skipped"],
         n_duplicates=int(n_duplicates),
         latest=None if pd.isna(latest) else latest,
         n_missing=n_missing_of(summary_runs, uuid),

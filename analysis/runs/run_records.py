@@ -13,12 +13,10 @@ from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 
 OPTIONAL_PARAMS = (
-    *("seed", "teacher", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
+    *("seed", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
     *("forward", "sites", "largest_bond", "tuned_among", "embedding_learning_rate"),
 )
 """Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
-_BEFORE_IT_WAS_RECORDED = {"precision": "float32"}
-"""Values of params that older runs did not record; all of them had these values."""
 CLAIMED = ("final/val_loss", "final/val_acc")
 """Metrics on which claims rest: a complete seed has finite values of them. Other final metrics may be absent (NaN)."""
 
@@ -55,7 +53,7 @@ def tag_of(run: RunRecord, key: str) -> str:
 def param_of(run: RunRecord, key: str) -> Any:
     """The param with the schema's type; None if it has no meaning."""
     dtype = schema.FIELDS["param", key].dtype
-    text = run.params.get(key, _BEFORE_IT_WAS_RECORDED.get(key))
+    text = run.params.get(key)
     if text is None:
         if key in OPTIONAL_PARAMS:
             return None
@@ -110,10 +108,10 @@ def trials_frame(trial_runs: list[RunRecord], seed_runs: dict[str, list[RunRecor
     return _frame(rows, dtypes | {"validation_fraction": "float64"})
 
 
-def _validation_fraction(run: RunRecord) -> float | None:
-    text = run.tags.get(schema.VALIDATION_FRACTION)
+def _validation_fraction(run: RunRecord) -> float:
+    text = tag_of(run, schema.VALIDATION_FRACTION)
     try:
-        return None if text is None else float(text)
+        return float(text)
     except ValueError:
         raise AnalysisError(
             f"{run}: tag `{schema.VALIDATION_FRACTION}` must be a number, but is {text!r}; {MEND}"
@@ -124,7 +122,7 @@ def seeds_frame(runs: list[RunRecord]) -> pd.DataFrame:
     rows = [
         {"trial": param_of(run, "trial"), "seed": param_of(run, "seed"), "run_id": run.run_id}
         | {field.key: metric_of(run, "final", field.key, required=field.key in CLAIMED) for field in schema.FINALS}
-        | {tag: run.tags.get(tag) for tag in schema.RAN_ON}
+        | {tag: tag_of(run, tag) for tag in schema.RAN_ON}
         for run in runs
     ]
     finals = {field.key: _DTYPES[field.dtype] for field in schema.FINALS}
@@ -159,11 +157,11 @@ def unfinished_frame(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) ->
     return _frame(rows, {"trial": "int64", "arm": "str", "seed": "Int64", "status": "str"})
 
 
-def pruned_frame(runs: list[RunRecord]) -> pd.DataFrame:
+def skipped_frame(runs: list[RunRecord]) -> pd.DataFrame:
     """Trials that were never trained because they break a limit of the search."""
     rows = [
         {key: param_of(run, key) for key in ("trial", "arm", "family", "chi")}
-        | {"n_params": metric_of(run, "count", "n_params", required=False), "reason": run.tags[schema.PRUNED]}
+        | {"n_params": metric_of(run, "count", "n_params", required=False), "reason": run.tags[schema.SKIPPED]}
         for run in runs
     ]
     return _frame(
@@ -201,5 +199,5 @@ def no_frames() -> dict[str, pd.DataFrame]:
         "failures": failures_frame([]),
         "unfinished": unfinished_frame([], []),
         "rel_errors": rel_errors_frame([]),
-        "pruned": pruned_frame([]),
+        "skipped": skipped_frame([]),
     }

@@ -36,7 +36,7 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
     offsets, n = [], 0
     for study in studies:
         offsets.append(n)
-        n += 1 + max(_last(frame) for frame in (study.trials, study.failures, study.unfinished, study.pruned))
+        n += 1 + max(_last(frame) for frame in (study.trials, study.failures, study.unfinished, study.skipped))
     parts = [_renumbered(study, name, offset) for study, name, offset in zip(studies, names, offsets, strict=True)]
     trials = _concat([part["trials"] for part in parts])
     of_first = studies[0].trials["n_params_dense"].dropna()
@@ -52,7 +52,7 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
         failures=_concat([part["failures"] for part in parts]),
         unfinished=_concat([part["unfinished"] for part in parts]),
         rel_errors=_concat([part["rel_errors"] for part in parts]),
-        pruned=_concat([part["pruned"] for part in parts]),
+        skipped=_concat([part["skipped"] for part in parts]),
         n_duplicates=sum(study.n_duplicates for study in studies),
         latest=max(ends) if ends else None,
         n_missing=sum(study.n_missing for study in studies),
@@ -97,7 +97,7 @@ def _check_comparable(one: StudyRuns, other: StudyRuns) -> None:
     if one.uuid == other.uuid:
         raise AnalysisError(f"study {one.name!r} ({one.uuid}) is given twice")
     for key in EVALUATION:
-        values = [sorted(study.trials[key].dropna().unique().tolist()) for study in (one, other)]
+        values = [sorted(study.trials[key].unique().tolist()) for study in (one, other)]
         if all(values) and values[0] != values[1]:
             listed = [", ".join(map(str, value)) for value in values]
             raise AnalysisError(
@@ -118,9 +118,9 @@ def _last(frame: pd.DataFrame) -> int:
 
 def _renumbered(study: StudyRuns, name: str, offset: int) -> dict[str, pd.DataFrame]:
     frames = {}
-    for key in ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned"):
+    for key in ("trials", "seeds", "failures", "unfinished", "rel_errors", "skipped"):
         frame = getattr(study, key).copy()
-        if key in ("trials", "failures", "unfinished", "pruned"):
+        if key in ("trials", "failures", "unfinished", "skipped"):
             frame["study"] = pd.Series(name, frame.index, dtype="str")
             frame["study_trial"] = frame["trial"]
         frame["trial"] += offset

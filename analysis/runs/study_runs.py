@@ -19,9 +19,9 @@ from analysis.runs.run_records import (
     failures_frame,
     metric_of,
     param_of,
-    pruned_frame,
     rel_errors_frame,
     seeds_frame,
+    skipped_frame,
     tag_of,
     trials_frame,
     unfinished_frame,
@@ -74,15 +74,14 @@ class StudyRuns:
     trials: one row per configuration that was trained: trial, the params of the schema except the seed, its counts, and
         how many of its seeds are complete (n_seeds), failed (n_failed) and not finished yet (n_unfinished). stopped:
         the reason why a trial was given up before it had all its seeds; missing for all others. study: the study's
-        name. validation_fraction: the fraction of the corpus, at its end, used for validation; missing if an older
-        version wrote the runs.
+        name. validation_fraction: the fraction of the corpus, at its end, used for validation.
     seeds: one row per complete seed: trial, seed, run_id, the final metrics of the schema and its tags `RAN_ON`, under
         their own keys.
     failures: trial, arm, seed, step, reason; a failure of a whole trial has no seed.
     unfinished: trial, arm, seed, status, of seeds that are neither complete nor failed; seed is missing for a trial
         that waits for seeds without a run.
     rel_errors: trial, seed, when, chi, layer, rel_error, of complete seeds.
-    pruned: trial, arm, family, chi, n_params, reason, of trials that were never trained because they break a limit of
+    skipped: trial, arm, family, chi, n_params, reason, of trials that were never trained because they break a limit of
         the search.
     latest: the time, in UTC, when the last of these runs ended; None if none has.
     n_missing: number of runs that the study lacked when its driver last began or ended; 0 if its summary run does not
@@ -101,7 +100,7 @@ class StudyRuns:
     failures: pd.DataFrame
     unfinished: pd.DataFrame
     rel_errors: pd.DataFrame
-    pruned: pd.DataFrame
+    skipped: pd.DataFrame
     n_duplicates: int
     latest: pd.Timestamp | None
     n_missing: int = 0
@@ -117,8 +116,8 @@ class StudyRuns:
         return sum(part.n_lacking for part in self.parts) or max(self.n_missing, len(self.unfinished))
 
     @property
-    def n_pruned(self) -> int:
-        return len(self.pruned)
+    def n_skipped(self) -> int:
+        return len(self.skipped)
 
     @property
     def budgets(self) -> list[str]:
@@ -127,30 +126,23 @@ class StudyRuns:
 
     @property
     def ran_on(self) -> dict[str, int]:
-        """Number of complete seeds on each machine, given in words, most first; seeds without a record are left out.
+        """Number of complete seeds on each machine, given in words, most first.
 
         On two machines, the results of the same seed differ by rounding, and training amplifies the difference.
         """
-        known = self.seeds.dropna(subset=[schema.DEVICE, schema.THREADS, schema.TORCH])
-        words = known[schema.DEVICE] + ", threads: " + known[schema.THREADS] + ", torch " + known[schema.TORCH]
+        seeds = self.seeds
+        words = seeds[schema.DEVICE] + ", threads: " + seeds[schema.THREADS] + ", torch " + seeds[schema.TORCH]
         return {str(machine): int(n) for machine, n in words.value_counts().items()}
 
     @property
     def programs(self) -> dict[str, int]:
-        """Number of complete seeds by the fingerprint of the program that trained them; empty if none is known.
-
-        Seeds without a fingerprint, from older versions, count as one more program, "not on record".
-        """
-        known = self.seeds[schema.PROGRAM]
-        if known.isna().all():
-            return {}
-        return {str(program): int(n) for program, n in known.fillna("not on record").value_counts().items()}
+        """Number of complete seeds by the fingerprint of the program that trained them."""
+        return {str(program): int(n) for program, n in self.seeds[schema.PROGRAM].value_counts().items()}
 
     @property
     def n_of_several_programs(self) -> int:
         """Number of configurations whose means are over seeds that different programs trained."""
-        programs = self.seeds[schema.PROGRAM].fillna("not on record")
-        return int((programs.groupby(self.seeds["trial"]).nunique() > 1).sum())
+        return int((self.seeds.groupby("trial")[schema.PROGRAM].nunique() > 1).sum())
 
     @property
     def data_source(self) -> str:
@@ -180,9 +172,9 @@ def study_runs(
     _check_keys(seed_runs, uuid)
     duplicates = {param_of(run, "trial") for run in trial_runs if schema.DUPLICATE_OF in run.tags}
     trial_runs = [run for run in trial_runs if param_of(run, "trial") not in duplicates]
-    pruned_runs = [run for run in trial_runs if schema.PRUNED in run.tags]
-    left_out = duplicates | {param_of(run, "trial") for run in pruned_runs}
-    trial_runs = [run for run in trial_runs if schema.PRUNED not in run.tags]
+    skipped_runs = [run for run in trial_runs if schema.SKIPPED in run.tags]
+    left_out = duplicates | {param_of(run, "trial") for run in skipped_runs}
+    trial_runs = [run for run in trial_runs if schema.SKIPPED not in run.tags]
     seed_runs = [run for run in seed_runs if param_of(run, "trial") not in left_out]
     complete = [run for run in seed_runs if run.status == "FINISHED"]
     failed = [run for run in seed_runs if run.status == "FAILED"]
@@ -201,7 +193,7 @@ def study_runs(
         failures=failures_frame([*trial_runs, *failed]),
         unfinished=unfinished_frame(trial_runs, unfinished),
         rel_errors=rel_errors_frame(complete),
-        pruned=pruned_frame(pruned_runs),
+        skipped=skipped_frame(skipped_runs),
         n_duplicates=len(duplicates),
         latest=pd.Timestamp(max(ends), unit="ms", tz="UTC") if ends else None,
         n_missing=n_missing_of(summary_runs, uuid),
@@ -313,14 +305,11 @@ def _check_digests(runs: list[RunRecord], is_settled: bool) -> None:
     """Check that the study wrote every run that is over, and that none has changed, as far as the digests show.
 
     Args:
-        is_settled: whether the study's writer has left the runs whole. Then either all of them have a digest, or an
-            older version wrote them and none has.
+        is_settled: whether the study's writer has left the runs whole. Then all of them have a digest.
     """
-    over = [run for run in runs if run.status != "RUNNING"]
-    must_say = is_settled and any(schema.DIGEST in run.tags for run in over)
-    for run in over:
+    for run in (run for run in runs if run.status != "RUNNING"):
         said = run.tags.get(schema.DIGEST)
-        if said is None and must_say:
+        if said is None and is_settled:
             raise AnalysisError(f"{run} was not written by the study it is in; {MEND}")
         if said is not None and said != schema.digest(run.params, run.metrics, run.tags):
             raise AnalysisError(f"{run} is no longer as the study wrote it: somebody else has changed it; {MEND}")

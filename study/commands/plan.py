@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from study.search.telling import why_pruned
+from study.search.telling import why_skipped
 from study.spec.arms import Arm
 from study.spec.comparable import not_compared
 from study.spec.config import Model, StudyConfig
@@ -39,8 +39,8 @@ class PlannedTrial:
 class PlannedSearch:
     """What the sampler may choose for one arm, from trials drawn over its whole space.
 
-    rows: "least", "median" and "largest" by parameters, among draws within the limits of the budget if there are any.
-    larger_than_dense, beyond_limits: shares of the draws; one beyond the budget's limits is never trained.
+    rows: "least", "median" and "largest" by parameters, among draws within the limits of the search if there are any.
+    larger_than_dense, beyond_limits: shares of the draws; one beyond the search's limits is never trained.
     seconds: time of one seed, the mean over the draws, with 0 for those beyond the limits.
     """
 
@@ -104,7 +104,7 @@ def plan(config: StudyConfig, corpus: Corpus) -> Plan:
     arms = searched_arms(config)
     searches = [_search(config, arm, shape_of, planned) for arm in arms]
     n_different = sum(math.prod(map(_n_values, arm.values().values())) for arm in arms)
-    return Plan(trials, searches, config.budget.trials, len(config.seed_list), list(rates.values()), n_different)
+    return Plan(trials, searches, config.search.trials, len(config.seed_list), list(rates.values()), n_different)
 
 
 def as_json(config: StudyConfig, planned: Plan, slots: int) -> str:
@@ -174,9 +174,9 @@ def _search(
         return spec, shapes[key]
 
     draws = [sized(chosen) for chosen in _draws(arm)]
-    may_train = [draw for draw in draws if why_pruned(config.budget, draw[1]) is None]
+    may_train = [draw for draw in draws if why_skipped(config.search, draw[1]) is None]
     ends = [sized(chosen) for chosen in _extremes(arm)]
-    ends = [end for end in ends if not may_train or why_pruned(config.budget, end[1]) is None]
+    ends = [end for end in ends if not may_train or why_skipped(config.search, end[1]) is None]
     by_size = sorted(may_train or draws, key=_n_params)
     rows = {
         "least": min([*by_size, *ends], key=_n_params),
@@ -258,7 +258,7 @@ def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: flo
         steps = spec.protocol.steps + 6
         harmless = {"steps": steps, "learning_rate": 1e-9, "embedding_learning_rate": None}
         protocol = spec.protocol.model_copy(update=harmless)
-        training = Training(spec.model_copy(update={"teacher": None, "protocol": protocol}), 0, corpus)
+        training = Training(spec.model_copy(update={"start": None, "protocol": protocol}), 0, corpus)
         seconds = []
         begun = time.perf_counter()
         while len(seconds) < 6 and (len(seconds) < 2 or time.perf_counter() - begun < 5):

@@ -84,8 +84,8 @@ class StudyProgress:
 
     def on_answered(self, trial: Trial) -> None:
         """Note a new trial that needs no training."""
-        if trial.pruned is not None and trial.duplicate_of is None:
-            self.say(f"pruned: trial {trial.number} ({trial.spec.arm}): {trial.pruned.reason}")
+        if trial.skipped is not None and trial.duplicate_of is None:
+            self.say(f"skipped: trial {trial.number} ({trial.spec.arm}): {trial.skipped.reason}")
         self.refresh()
 
     def on_stop(self, trial: Trial) -> None:

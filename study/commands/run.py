@@ -28,7 +28,7 @@ from study.scheduler.private_folder import remove_leftovers
 from study.scheduler.queue import Queue
 from study.scheduler.reports import SilenceWatch
 from study.spec.config import StudyConfig
-from study.spec.search_space import teacher_spec
+from study.spec.search_space import start_spec
 from study.spec.trial import SeedResult, Trial, TrialSpec, budget_hash, tuning_trials
 from study.tracking.background import BackgroundTracker
 from study.tracking.connection import first_line, tracking_error
@@ -55,7 +55,7 @@ class Outcome:
     n_missing: int
     aborted: str | None
     tracking_trouble: str | None
-    n_pruned: int = 0
+    n_skipped: int = 0
     n_stopped: int = 0
     search_ended: str | None = None
     backup_trouble: str | None = None
@@ -85,7 +85,7 @@ def open_ledger(
     def examine(spec: TrialSpec, config: StudyConfig) -> Asked:
         return Asked(
             trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model),
-            budget_hash(spec, config, corpus.sha256, teacher_spec(config, spec)),
+            budget_hash(spec, config, corpus.sha256, start_spec(config, spec)),
             tuning_trials(spec.arm, config),
         )
 
@@ -196,7 +196,7 @@ def run_study(
                     say_not_compared(progress.say, config)
                 _execute(queue, progress, executor, directory, address)
                 for trial in ledger.trials.values():
-                    if trial.duplicate_of is not None or trial.pruned is not None:  # its original had results before
+                    if trial.duplicate_of is not None or trial.skipped is not None:  # its original had results before
                         track(trial)
                 keep_copy(beside.keep)
             except KeyboardInterrupt:
@@ -235,30 +235,30 @@ def _note_start(ledger: Ledger, say: Callable[[str], None]) -> None:
 def _reopen(
     config: StudyConfig, ledger: Ledger, storage: Storage, retry_failed: bool, say: Callable[[str], None]
 ) -> None:
-    """Mark runs that must be trained again as missing: failures if requested, and teachers whose weights are gone."""
+    """Mark runs that must be trained again as missing: failures if requested, and starts whose weights are gone."""
     if retry_failed:
         failed = _to_retry(ledger)
         ledger.reopen(failed)
         say(f"{len(failed)} failed runs are trained again")
     # A trial that has not been asked yet lacks all its seeds.
-    teachers = {spec.teacher for spec in ledger.unasked()}
+    starts = {spec.start for spec in ledger.unasked()}
     if ledger.is_searching:
-        teachers |= {arm.teacher for arm in config.arms if arm.is_searched}
-    needed = {(teacher, seed) for teacher in teachers for seed in config.seed_list}
-    needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
+        starts |= {arm.start for arm in config.arms if arm.is_searched}
+    needed = {(start, seed) for start in starts for seed in config.seed_list}
+    needed |= {(trial.spec.start, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
     gone = []
     for result in ledger.results.values():
         arm = ledger.trials[result.trial].spec.arm
         if (arm, result.seed) not in needed or result.state != "complete":
             continue
-        if result.weights is None or not storage.exists(result.weights):  # None if it became a teacher later
+        if result.weights is None or not storage.exists(result.weights):  # None if it became a start later
             say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.shown}; it is trained again")
             gone.append(result)
     ledger.reopen(gone)
 
 
 def _to_retry(ledger: Ledger) -> list[SeedResult]:
-    """Failures that may succeed now: neither the seed nor its teacher diverged, and the trial is not stopped."""
+    """Failures that may succeed now: neither the seed nor its start diverged, and the trial is not stopped."""
     failed = {
         key: result
         for key, result in ledger.results.items()
@@ -267,9 +267,9 @@ def _to_retry(ledger: Ledger) -> list[SeedResult]:
     retried = {key: result for key, result in failed.items() if result.failure_step is None}
     number_of = {trial.spec.arm: number for number, trial in reversed(ledger.trials.items())}
     for (number, seed), result in list(retried.items()):
-        teacher = ledger.trials[number].spec.teacher
-        of_teacher = (number_of[teacher], seed) if teacher is not None else None
-        if of_teacher in failed and of_teacher not in retried:
+        start = ledger.trials[number].spec.start
+        of_start = (number_of[start], seed) if start is not None else None
+        if of_start in failed and of_start not in retried:
             del retried[result.trial, seed]
     return list(retried.values())
 
@@ -351,7 +351,7 @@ def _outcome(ledger: Ledger, aborted: str | None, trouble: str | None, lost: str
     trials = ledger.trials.values()
     return Outcome(
         n_trials=ledger.n_trials,
-        n_pruned=sum(trial.pruned is not None and trial.duplicate_of is None for trial in trials),
+        n_skipped=sum(trial.skipped is not None and trial.duplicate_of is None for trial in trials),
         n_stopped=sum(trial.stop is not None and trial.duplicate_of is None for trial in trials),
         search_ended=ledger.search_ended,
         n_complete=states.count("complete"),

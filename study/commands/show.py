@@ -52,11 +52,11 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         )
     console.print(table)
     if plan.n_searched:
-        say(console, f"and {plan.n_searched} trials that sampler {config.sampler.name} will choose")
+        say(console, f"and {plan.n_searched} trials that sampler {config.search.sampler} will choose")
     for search in plan.searches:
         said = f"arm {search.arm}: about {search.larger_than_dense:.0%} of its space has more parameters than dense"
         if search.beyond_limits:
-            said += f"; about {search.beyond_limits:.0%} is beyond the limits of `budget` and is never trained"
+            said += f"; about {search.beyond_limits:.0%} is beyond the limits of `search` and is never trained"
         say(console, said)
     runs = f"{len(plan.trials) * plan.n_seeds} runs listed: {plan.listed_seconds / 3600:.3g} hours"
     if plan.searches:
@@ -79,11 +79,11 @@ def say_not_compared(say: Callable[[str], None], config: StudyConfig) -> None:
 def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder: StudyDirectory) -> None:
     """Print how a run ended, what is wrong, and what to do next."""
     failed = f", {outcome.n_failed} failed" if outcome.n_failed else ""
-    pruned = f", {outcome.n_pruned} pruned" if outcome.n_pruned else ""
+    skipped = f", {outcome.n_skipped} skipped" if outcome.n_skipped else ""
     stopped = f", {outcome.n_stopped} stopped early" if outcome.n_stopped else ""
     say(
         console,
-        f"{config.name}: {outcome.n_trials} trials{pruned}{stopped}, {outcome.n_complete} runs complete{failed}",
+        f"{config.name}: {outcome.n_trials} trials{skipped}{stopped}, {outcome.n_complete} runs complete{failed}",
     )
     if outcome.search_ended is not None:
         say(console, outcome.search_ended)
@@ -108,7 +108,7 @@ def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder
         where = folder.mlflow_database if uri == DEFAULT_TRACKING_URI else hide_password(uri)
         say(console, f"MLflow:  {where}  (browse: mpo-study ui {folder.path})")
     if nothing_succeeded:
-        why = f"all {outcome.n_failed} runs failed" if outcome.n_failed else "every trial was pruned"
+        why = f"all {outcome.n_failed} runs failed" if outcome.n_failed else "every trial was skipped"
         what_next = f"why, and what to do: mpo-study status {folder.path}"
         say(console, f"nothing succeeded: {why}, so there is nothing to report on; {what_next}", is_trouble=True)
     elif uri is not None:
@@ -174,7 +174,7 @@ def _what_is_left(now: StudyStatus, again: str, then: str) -> str:
 def _nothing_succeeded(now: StudyStatus) -> str:
     """Advice for a study that ended without a successful run."""
     if not now.n_failed:
-        why, what_next = "every trial was pruned", "widen the limits of the budget in the study file"
+        why, what_next = "every trial was skipped", "widen the limits of the search in the study file"
     elif any(result.failure_step is None for result in now.failures):
         return f"nothing succeeded: all {now.n_failed} runs failed; mend the cause, then give the command above"
     else:
@@ -198,10 +198,10 @@ def _what(spec: TrialSpec) -> str:
 
 def _shape(spec: TrialSpec) -> str:
     if spec.family == "dense":
-        return f"d_model={spec.model.d_model}" + (f", from {spec.teacher}" if spec.teacher is not None else "")
+        return f"d_model={spec.model.d_model}" + (f", from {spec.start}" if spec.start is not None else "")
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
     size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
-    start = f"from {spec.teacher} ({spec.refinement})" if spec.teacher is not None else spec.init
+    start = f"from {spec.start} ({spec.refinement})" if spec.start is not None else spec.init
     return f"{size} {spec.factorisation}{sites}, {start}"
 
 
@@ -209,8 +209,8 @@ def _note(trial: Trial) -> str:
     """Why not all seeds of a trial are trained."""
     if trial.duplicate_of is not None:
         return f" (repeats trial {trial.duplicate_of})"
-    if trial.pruned is not None:
-        return f" (pruned: {trial.pruned.reason})"
+    if trial.skipped is not None:
+        return f" (skipped: {trial.skipped.reason})"
     return f" (stopped: {trial.stop.reason})" if trial.stop is not None else ""
 
 

@@ -38,7 +38,7 @@ class StudyStatus:
     n_unasked: number of trials that are still to come; the ledger knows only their number. driver: host and process of
     the driver that has the study now. run_seconds_left: time of the remaining runs one after another, at the speed of
     finished runs. seconds_left: time until the driver is done, at the rate of the runs that ended since its start.
-    Either is None if it is not known. search_ended: why the sampler is no longer asked although the budget is not met.
+    Either is None if it is not known. search_ended: why the sampler is no longer asked although trials are missing.
     running: time since the last report of each run that a worker has now.
     """
 
@@ -131,7 +131,7 @@ def _plain_trial(row: TrialStatus) -> dict[str, Any]:
         "spec": trial.spec.model_dump(mode="json"),
         "n_params": trial.shape.n_params,
         "duplicate_of": trial.duplicate_of,
-        "pruned": trial.pruned.reason if trial.pruned is not None else None,
+        "skipped": trial.skipped.reason if trial.skipped is not None else None,
         "stopped": trial.stop.reason if trial.stop is not None else None,
     } | {key: value for key, value in asdict(row).items() if key != "trial"}
 

@@ -33,7 +33,7 @@ FEWEST = 5
 """Smallest default number of seeds in a study that is to decide."""
 _WORDS = {"chi": "chi{}", "as_chi": "as-chi{}", "d_model": "d{}", "n_sites": "L{}"}
 """Forms of a value in an arm's name; other fields use the value itself."""
-_FIRST, _LAST = ("name", "family", "teacher", *SIZE_FIELDS), ("tuned_among",)
+_FIRST, _LAST = ("name", "family", "start", *SIZE_FIELDS), ("tuned_among",)
 
 
 def write_winners(

@@ -79,7 +79,7 @@ def copy_database(path: Path, to: Path) -> None:
 
 
 def check_whole(file: Path) -> None:
-    """Raise a Damaged if a ledger's file, or any of its rows that has a checksum, differs from what was written."""
+    """Raise a Damaged if a ledger's file, or any of its rows, differs from what was written."""
     engine = open_database(f"sqlite:///{file.resolve()}")
     try:
         check_file(engine)
@@ -88,7 +88,7 @@ def check_whole(file: Path) -> None:
                 read_rows(connection, table, sa.true())
             for number, text in connection.execute(_TRIALS, {"key": TRIAL}):
                 content = json.loads(text)
-                if content.get(SUM) not in (None, signed(content, number)[SUM]):
+                if content.get(SUM) != signed(content, number)[SUM]:
                     raise Damaged(f"trial {number}: its checksum is wrong")
     except (ValueError, AttributeError) as error:
         raise Damaged(f"a trial in Optuna's tables: {error}") from None

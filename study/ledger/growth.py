@@ -71,7 +71,7 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
         return False
     if growth.refine:
         return _refine(ledger, growth, say)
-    if growth.trials and config.budget.trials == 0:
+    if growth.trials and config.search.trials == 0:
         raise StudyError(
             f"--trials +{growth.trials}: no arm of study {config.name} has searched values; add listed values or arms "
             "to its file, and run that with --extend"
@@ -79,10 +79,10 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
     if growth.trials and ledger.search_ended is not None:
         raise StudyError(f"--trials +{growth.trials}: {ledger.search_ended}")
     seeds = config.seeds + growth.seeds if isinstance(config.seeds, int) else _more(config.seeds, growth.seeds)
-    budget = config.budget.model_copy(update={"trials": config.budget.trials + growth.trials})
+    search = config.search.model_copy(update={"trials": config.search.trials + growth.trials})
     try:
         grown = StudyConfig.model_validate_json(
-            config.model_copy(update={"seeds": seeds, "budget": budget}).model_dump_json()
+            config.model_copy(update={"seeds": seeds, "search": search}).model_dump_json()
         )
     except ValidationError as error:
         raise StudyError(f"{command}: the study cannot grow so: {error.errors()[0]['msg']}") from None
@@ -105,11 +105,11 @@ def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
     wanted = {n: list(_more(tuple(ledger.seeds_of(ledger.trials[n])), growth.refine)) for n in sorted(chosen)}
     for trial, rival in _compared_with(ledger, chosen):  # they are compared on shared seeds
         wanted[rival] = [*wanted.get(rival, []), *wanted[trial]]
-    for number in sorted(wanted):  # each seed starts from the teacher's run with that seed
-        arm = ledger.trials[number].spec.teacher
-        teacher = next((trial for trial in ledger.trials.values() if trial.spec.arm == arm), None)
-        if teacher is not None:
-            wanted[teacher.number] = [*wanted.get(teacher.number, []), *wanted[number]]
+    for number in sorted(wanted):  # each seed begins from its start's run with that seed
+        arm = ledger.trials[number].spec.start
+        start = next((trial for trial in ledger.trials.values() if trial.spec.arm == arm), None)
+        if start is not None:
+            wanted[start.number] = [*wanted.get(start.number, []), *wanted[number]]
     had = {number: set(ledger.seeds_of(ledger.trials[number])) for number in wanted}
     more = {n: [seed for seed in dict.fromkeys(seeds) if seed not in had[n]] for n, seeds in sorted(wanted.items())}
     more = {number: seeds for number, seeds in more.items() if seeds}
@@ -133,7 +133,7 @@ def _compared_with(ledger: Ledger, chosen: Collection[int]) -> list[tuple[int, i
     states: dict[int, list[str]] = defaultdict(list)
     for result in ledger.results.values():
         states[result.trial].append(result.state)
-    trials = [trial for trial in ledger.trials.values() if trial.duplicate_of is None and trial.pruned is None]
+    trials = [trial for trial in ledger.trials.values() if trial.duplicate_of is None and trial.skipped is None]
     trials.sort(key=lambda trial: (trial.shape.n_params, trial.number))
     name = ledger.config.name
     contrasts = [(name, contrast.arm, contrast.against) for contrast in ledger.config.claims.contrasts]
@@ -153,7 +153,7 @@ def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
     values |= {
         "trial": trial.number,
         "study": study,
-        "start": spec.start,
+        "start": spec.start or "scratch",
         "n_seeds": states.count("complete"),
         "n_failed": states.count("failed"),
         "stopped": trial.stop and trial.stop.reason,
@@ -168,7 +168,7 @@ def _more(seeds: tuple[int, ...], n: int) -> tuple[int, ...]:
 
 
 def _size(config: StudyConfig) -> str:
-    searched = f"{config.budget.trials} searched trials, " if config.budget.trials else ""
+    searched = f"{config.search.trials} searched trials, " if config.search.trials else ""
     return f"{searched}{len(config.seed_list)} seeds"
 
 

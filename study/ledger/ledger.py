@@ -20,7 +20,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from study.errors import StudyError
-from study.ledger.checksums import SUM, insert, sign
+from study.ledger.checksums import insert
 from study.ledger.database import (
     check_file,
     check_tables,
@@ -49,14 +49,14 @@ from study.ledger.tables import (
     study_table,
 )
 from study.ledger.tally import Tally
-from study.ledger.trials import TRIAL, check_trials, from_attribute, read_frozen, signed, to_attribute
+from study.ledger.trials import TRIAL, check_trials, from_attribute, read_frozen, to_attribute
 from study.search.early_stopping import stops_after
 from study.search.samplers import make_sampler
-from study.search.telling import what_to_tell, why_pruned, worst_loss
+from study.search.telling import what_to_tell, why_skipped, worst_loss
 from study.spec.config import StudyConfig
 from study.spec.definition import definition, differences, only_adds, settled
-from study.spec.search_space import directions, listed_specs, suggest, teacher_spec
-from study.spec.trial import Pruned, SeedResult, Stop, Trial, TrialShape, TrialSpec, budget_hash, now, tuning_trials
+from study.spec.search_space import directions, listed_specs, start_spec, suggest
+from study.spec.trial import SeedResult, Skipped, Stop, Trial, TrialShape, TrialSpec, budget_hash, now, tuning_trials
 
 _UNDO = "undo the change, or begin a new study with another name or --dir"
 
@@ -115,7 +115,6 @@ class Ledger:
         check_file(self._engine)
         check_tables(self._engine, study_table, result_table)
         metadata.create_all(self._engine)
-        sign(self._engine, metadata)
         self.uuid, self.created = self._open_study(uuid, may_begin)
         is_extended = self._open_growths(extend)
         self._optuna_database = open_optuna(url)
@@ -148,9 +147,9 @@ class Ledger:
         """Trials that results have stopped, which `record` has not returned yet."""
         self._tally = Tally(self.config, self._more_seeds, self.results)
         self._unasked: dict[str | None, OrderedDict[TrialSpec, int]] = defaultdict(OrderedDict)
-        """Listed specs that are not trials yet, with their positions in the file, by the teacher that they wait for."""
+        """Listed specs that are not trials yet, with their positions in the file, by the start that they wait for."""
         for place, spec in enumerate(listed_specs(self.config)):
-            self._unasked[spec.teacher][spec] = place
+            self._unasked[spec.start][spec] = place
         self._reconcile()
         if is_extended:
             self.record_growth("--extend", self.config)
@@ -198,7 +197,7 @@ class Ledger:
         newest = growths.history[-1]
         self.config = settled(self.config, growths.history)
         self._more_seeds = growths.more_seeds
-        self._teacher_arms = {arm.teacher for arm in self.config.arms} - {None}
+        self._start_arms = {arm.start for arm in self.config.arms} - {None}
         changed = list(differences(definition(newest), definition(self.config)))
         self._has_grown = len(growths.history) > 1 or bool(changed)
         if not changed:
@@ -244,11 +243,10 @@ class Ledger:
         for frozen in known:
             self._take_in(frozen)
         check_trials(self.trials, {arm.name for arm in self.config.arms}, self._stops)
-        self._sign_trials(known)
         for trial in self.trials.values():
-            if trial.duplicate_of is not None and trial.spec.arm in self._teacher_arms:
+            if trial.duplicate_of is not None and trial.spec.arm in self._start_arms:
                 raise StudyError(
-                    f"arm {trial.spec.arm} cannot be a teacher: its trial {trial.number} repeats trial "
+                    f"arm {trial.spec.arm} cannot be a start: its trial {trial.number} repeats trial "
                     f"{trial.duplicate_of}, and was never trained itself"
                 )
         check_results(self.results.values(), self.trials, self.seeds_of)
@@ -285,38 +283,27 @@ class Ledger:
                 self._to_tell += [frozen.number] if frozen.number in self._untold else []
         self._tell_what_is_over()
 
-    def _sign_trials(self, known: Iterable[optuna.trial.FrozenTrial]) -> None:
-        """Add checksums to trials of an earlier version, in SQL, since Optuna does not change finished trials."""
-        attributes = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"), sa.column("value_json"))
-        with self._engine.begin() as connection:
-            for frozen in known:
-                content = frozen.user_attrs.get(TRIAL)
-                if content is not None and SUM not in content:
-                    mine = (attributes.c.trial_id == self._optuna_id(frozen.number)) & (attributes.c.key == TRIAL)
-                    text = json.dumps(signed(content, frozen.number))
-                    connection.execute(attributes.update().where(mine).values(value_json=text))
-
     def _with_new_budget(self, trial: Trial) -> Trial:
-        teacher = teacher_spec(self.config, trial.spec)
+        start = start_spec(self.config, trial.spec)
         return replace(
             trial,
-            budget_hash=budget_hash(trial.spec, self.config, self._corpus_sha256, teacher),
+            budget_hash=budget_hash(trial.spec, self.config, self._corpus_sha256, start),
             tuning_trials=tuning_trials(trial.spec.arm, self.config),
         )
 
     # Asking -------------------------------------------------------------------------------------------------------
 
-    def ask(self, may_start: Callable[[str], bool] = lambda teacher: True) -> Trial | None:
-        """The next trial of the study; None if its budget is met, or if no remaining listed trial may start yet.
+    def ask(self, may_start: Callable[[str], bool] = lambda arm: True) -> Trial | None:
+        """The next trial of the study; None if it has all its trials, or if no remaining listed trial may start yet.
 
         Args:
-            may_start: whether trials with this arm as their teacher may start.
+            may_start: whether trials that begin from this arm may start.
         """
         self._tell_what_is_over()
         heads = [
             next((place, spec) for spec, place in specs.items())
-            for teacher, specs in self._unasked.items()
-            if specs and (teacher is None or may_start(teacher))
+            for start, specs in self._unasked.items()
+            if specs and (start is None or may_start(start))
         ]
         if heads:
             _, spec = min(heads, key=lambda head: head[0])
@@ -346,8 +333,8 @@ class Ledger:
         examined = self._examine(spec, self.config)
         is_searched = self.config.arm(spec.arm).is_searched
         original = self._original_for(spec.arm, examined.shape)
-        pruned = original.pruned if original is not None else None
-        reason = why_pruned(self.config.budget, examined.shape) if is_searched and original is None else None
+        skipped = original.skipped if original is not None else None
+        reason = why_skipped(self.config.search, examined.shape) if is_searched and original is None else None
         return Trial(
             number,
             spec,
@@ -355,21 +342,21 @@ class Ledger:
             examined.budget_hash,
             examined.tuning_trials,
             duplicate_of=original.number if original is not None else None,
-            pruned=Pruned(reason, now()) if reason is not None else pruned,
+            skipped=Skipped(reason, now()) if reason is not None else skipped,
             stop=original.stop if original is not None else None,
         )
 
     def _original_for(self, arm: str, shape: TrialShape) -> Trial | None:
         """The trial that a new trial of this arm repeats; None if it repeats none.
 
-        A teacher must have its own weights, so it repeats none. In a study that grew, a listed trial may come after an
-        equal searched one. It does not repeat that one if the search pruned or stopped it, or may still do so.
+        A start must have its own weights, so it repeats none. In a study that grew, a listed trial may come after an
+        equal searched one. It does not repeat that one if the search skipped or stopped it, or may still do so.
         """
         original = self.trials.get(self._by_identity.get(shape.identity, -1))
-        if original is None or arm in self._teacher_arms:
+        if original is None or arm in self._start_arms:
             return None
         may_differ = self.config.arm(original.spec.arm).is_searched and not self.config.arm(arm).is_searched
-        is_whole = original.pruned is None and original.stop is None and not self.missing_seeds(original)
+        is_whole = original.skipped is None and original.stop is None and not self.missing_seeds(original)
         return original if is_whole or not may_differ else None
 
     @property
@@ -379,14 +366,14 @@ class Ledger:
 
     @property
     def search_ended(self) -> str | None:
-        """Why the sampler is no longer asked although the budget is not met."""
+        """Why the sampler is no longer asked although trials are missing."""
         return self._tally.search_ended
 
     def _remember(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
         self._first_of_arm.setdefault(trial.spec.arm, trial.number)
-        if trial.spec.teacher in self._unasked:
-            self._unasked[trial.spec.teacher].pop(trial.spec, None)
+        if trial.spec.start in self._unasked:
+            self._unasked[trial.spec.start].pop(trial.spec, None)
         if trial.duplicate_of is None:
             self._by_identity[trial.shape.identity] = trial.number
         else:
@@ -448,7 +435,7 @@ class Ledger:
             self._to_tell += [trial.number for trial in self.sharing(number)]
 
     def _stops_after(self, new: Sequence[SeedResult]) -> list[Stop]:
-        if self.config.early_stopping is None:
+        if self.config.search.early_stopping is None:
             return []
         own = {(result.trial, result.seed): result for result in new}
         lacking = [trial for trial in self.lacking() if trial.number in self._untold]

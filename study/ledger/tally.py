@@ -46,7 +46,7 @@ class Tally:
         if trial.spec.arm in self._searched_arms:
             self._n_searched += 1
             self._n_repeats += trial.duplicate_of is not None
-        if trial.duplicate_of is None and trial.pruned is None:
+        if trial.duplicate_of is None and trial.skipped is None:
             self._n_known += 1
             self._flops_known += int(trial.shape.flops)
         self.look_at(trial)
@@ -54,7 +54,7 @@ class Tally:
     def look_at(self, trial: Trial) -> None:
         """Determine again which seeds a trial lacks: it is new, was stopped, or its results have changed."""
         n_before = len(self._missing.get(trial.number, ()))
-        is_over = trial.duplicate_of is not None or trial.pruned is not None or trial.stop is not None
+        is_over = trial.duplicate_of is not None or trial.skipped is not None or trial.stop is not None
         seeds = [] if is_over else [s for s in self.seeds_of(trial) if (trial.number, s) not in self._results]
         if seeds:
             self._missing[trial.number] = OrderedDict.fromkeys(seeds)
@@ -84,7 +84,7 @@ class Tally:
     def missing_seeds(self, trial: Trial) -> list[int]:
         """Planned seeds for which a trial has no result.
 
-        A duplicate lacks none, and neither does a pruned or stopped trial.
+        A duplicate lacks none, and neither does a skipped or stopped trial.
         """
         return list(self._missing.get(trial.number, ()))
 
@@ -106,10 +106,10 @@ class Tally:
     def n_trials(self) -> int:
         """Number of trials that the study will have.
 
-        It is the listed trials plus the budget. If the search ended early, it is the listed trials plus those that were
-        searched until then.
+        It is the listed trials plus `search.trials`. If the search ended early, it is the listed trials plus those that
+        were searched until then.
         """
-        return self._n_listed + (self._n_searched if self.search_ended is not None else self._config.budget.trials)
+        return self._n_listed + (self._n_searched if self.search_ended is not None else self._config.search.trials)
 
     @property
     def n_runs_unasked(self) -> int:
@@ -130,17 +130,17 @@ class Tally:
     @property
     def is_searching(self) -> bool:
         """Whether a sampler still has trials to choose."""
-        return self._n_searched < self._config.budget.trials and self.search_ended is None
+        return self._n_searched < self._config.search.trials and self.search_ended is None
 
     @property
     def search_ended(self) -> str | None:
-        """Why the sampler is no longer asked before the budget is met; None if it is asked or the budget is met."""
-        cap = self._config.budget.max_repeats
-        if cap is None or self._n_repeats < cap or self._n_searched >= self._config.budget.trials:
+        """Why the sampler is no longer asked before the search has all its trials; otherwise None."""
+        cap = self._config.search.max_repeats
+        if cap is None or self._n_repeats < cap or self._n_searched >= self._config.search.trials:
             return None
         return (
-            f"the search ended after {self._n_searched} of {self._config.budget.trials} trials: {self._n_repeats} of "
-            f"them repeat another (budget.max_repeats={cap}; more of them, or a wider space, and it goes on)"
+            f"the search ended after {self._n_searched} of {self._config.search.trials} trials: {self._n_repeats} of "
+            f"them repeat another (search.max_repeats={cap}; more of them, or a wider space, and it goes on)"
         )
 
 

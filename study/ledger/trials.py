@@ -25,7 +25,7 @@ def to_attribute(trial: Trial) -> dict[str, Any]:
         "budget_hash": trial.budget_hash,
         "tuning_trials": trial.tuning_trials,
         "duplicate_of": trial.duplicate_of,
-        "pruned": asdict(trial.pruned) if trial.pruned is not None else None,
+        "skipped": asdict(trial.skipped) if trial.skipped is not None else None,
     }
     return signed(content, trial.number)
 
@@ -63,7 +63,7 @@ def from_attribute(frozen: optuna.trial.FrozenTrial, stops: Mapping[int, Stop]) 
     """
     content = frozen.user_attrs[TRIAL]
     try:
-        if content.get(SUM) not in (None, signed(content, frozen.number)[SUM]):
+        if content.get(SUM) != signed(content, frozen.number)[SUM]:
             raise ValueError("its checksum is wrong")
         trial = _TRIAL.validate_json(json.dumps({**content, "number": frozen.number, "stop": None}), strict=True)
     except (AttributeError, ValueError, TypeError) as error:

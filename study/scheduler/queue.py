@@ -1,4 +1,4 @@
-"""The queue of units: the ledger's missing work in order, with teachers before the trials that depend on them."""
+"""The queue of units: the ledger's missing work in order, with starts before the trials that depend on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from study.spec.config import StudyConfig
 from study.spec.trial import SeedResult, Trial, now
 from study.spec.values import Choices, Range
 from study.training.storage import Storage
-from study.training.unit import Teachers, Unit, checkpoints_of
+from study.training.unit import Starts, Unit, checkpoints_of
 
 MAX_DEATHS = 3
 """A unit whose worker died this often, without an evaluation in between, is recorded as failed. If no worker began
@@ -35,7 +35,7 @@ class Queue:
         on_result: called after each recorded result.
         on_stop: called with a trial that results have stopped, after those results.
         hold: this driver's hold on the ledger.
-        on_answered: called with a new trial that needs no training: it repeats another, or is pruned.
+        on_answered: called with a new trial that needs no training: it repeats another, or is skipped.
         say: receives one line about things that the user should know.
     """
 
@@ -61,7 +61,7 @@ class Queue:
     _furthest_step: dict[Key, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._teacher_arms = {arm.teacher for arm in self.config.arms} - {None}
+        self._start_arms = {arm.start for arm in self.config.arms} - {None}
         self._rel_error_chis = study_chis(self.config)
         self._patience = Patience(self.ledger, self.hold, self.say)
 
@@ -88,12 +88,12 @@ class Queue:
                     key = trial.number, seed
                     if key in self.in_flight or key in self._given_up:
                         continue
-                    teacher = self._result_of_teacher(trial, seed)
-                    if teacher == "waits":
+                    start = self._result_of_start(trial, seed)
+                    if start == "waits":
                         found_waits |= self.config.arm(trial.spec.arm).is_searched
                         continue
-                    if teacher is not None and teacher.state == "failed":
-                        reason = f"its teacher (arm {trial.spec.teacher}, seed {seed}) failed: {teacher.failure}"
+                    if start is not None and start.state == "failed":
+                        reason = f"its start (arm {trial.spec.start}, seed {seed}) failed: {start.failure}"
                         self.complete([_failed(trial.number, seed, reason)])
                         has_changed = True
                         continue
@@ -107,7 +107,7 @@ class Queue:
                     break
             if has_changed and self.aborted is None:
                 continue
-            # Do not ask while a searched trial waits for its teacher: the sampler would choose without its result.
+            # Do not ask while a searched trial waits for its start: the sampler would choose without its result.
             if found_waits or self.aborted is not None:
                 return None
             n_trials = len(self.ledger.trials)
@@ -231,34 +231,32 @@ class Queue:
             self.aborted = str(error)
 
     def _may_start(self, arm: str) -> bool:
-        """Whether trials with this teacher can be asked for.
+        """Whether trials that begin from this arm can be asked for.
 
-        Trials that would have to wait for their teacher are not asked for yet, so that others come before them.
+        Trials that would have to wait for their start are not asked for yet, so that others come before them.
         """
-        teacher = self.ledger.first_of(arm)
-        return teacher is not None and any(
-            (teacher.number, seed) in self.ledger.results for seed in self.config.seed_list
-        )
+        start = self.ledger.first_of(arm)
+        return start is not None and any((start.number, seed) in self.ledger.results for seed in self.config.seed_list)
 
-    def _result_of_teacher(self, trial: Trial, seed: int) -> SeedResult | Literal["waits"] | None:
-        """The teacher's result that a run starts from; "waits" if it is not there yet; None if no teacher is needed."""
-        if trial.spec.teacher is None:
+    def _result_of_start(self, trial: Trial, seed: int) -> SeedResult | Literal["waits"] | None:
+        """The result of the start that a run begins from; "waits" if it is not there yet; None from scratch."""
+        if trial.spec.start is None:
             return None
-        teacher = self.ledger.first_of(trial.spec.teacher)
-        return self.ledger.results.get((teacher.number, seed), "waits") if teacher is not None else "waits"
+        start = self.ledger.first_of(trial.spec.start)
+        return self.ledger.results.get((start.number, seed), "waits") if start is not None else "waits"
 
     def _unit(self, trial: Trial, seeds: tuple[int, ...]) -> Unit:
-        teachers = None
-        if trial.spec.teacher is not None:
-            teacher = self.ledger.first_of(trial.spec.teacher)
-            assert teacher is not None
-            weights = {seed: self.ledger.results[teacher.number, seed].weights for seed in seeds}
-            teachers = Teachers(
+        starts = None
+        if trial.spec.start is not None:
+            start = self.ledger.first_of(trial.spec.start)
+            assert start is not None
+            weights = {seed: self.ledger.results[start.number, seed].weights for seed in seeds}
+            starts = Starts(
                 weights={seed: key for seed, key in weights.items() if key is not None},
-                tokens=teacher.spec.train_tokens,
+                tokens=start.spec.train_tokens,
             )
         execution = self.config.execution
-        is_reference = trial.spec.family == "dense" and trial.spec.teacher is None
+        is_reference = trial.spec.family == "dense" and trial.spec.start is None
         return Unit(
             trial=trial.number,
             seeds=seeds,
@@ -267,9 +265,9 @@ class Queue:
             study_uuid=self.ledger.uuid,
             corpus_sha256=self.corpus_sha256,
             validation_fraction=self.config.corpus.validation_fraction,
-            teachers=teachers,
+            starts=starts,
             rel_error_chis=self._rel_error_chis if is_reference else (),
-            keep_weights=execution.keep_weights or trial.spec.arm in self._teacher_arms,
+            keep_weights=execution.keep_weights or trial.spec.arm in self._start_arms,
             cpus=execution.cpus,
             gpus=execution.gpus,
             checkpoint_seconds=execution.checkpoint_seconds,

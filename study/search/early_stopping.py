@@ -26,7 +26,7 @@ def stops_after(
         results: results on record, including the latest.
         lacking: the trials that lack results for seeds that never had one.
     """
-    rule = config.early_stopping
+    rule = config.search.early_stopping
     if rule is None:
         return []
     stops = []
@@ -43,8 +43,8 @@ def stops_after(
 
 
 def _is_stoppable(config: StudyConfig, trial: Trial) -> bool:
-    """Whether it is a searched MPO trial and no repeat; references, controls and teachers are dense or listed."""
-    is_own = trial.duplicate_of is None and trial.pruned is None and trial.stop is None
+    """Whether it is a searched MPO trial and no repeat; references, controls and starts are dense or listed."""
+    is_own = trial.duplicate_of is None and trial.skipped is None and trial.stop is None
     return is_own and trial.spec.family == "mpo" and config.arm(trial.spec.arm).is_searched
 
 
@@ -80,4 +80,4 @@ def _stop(
 def _schedule(spec: TrialSpec) -> tuple[object, ...]:
     """Key that is equal if the same seed means the same data, and neither run has had more training."""
     protocol = spec.protocol
-    return spec.teacher, protocol.steps, protocol.batch_size, spec.model.context
+    return spec.start, protocol.steps, protocol.batch_size, spec.model.context

@@ -14,9 +14,9 @@ from study.spec.search_space import space
 
 def make_sampler(config: StudyConfig, trial_number: int) -> optuna.samplers.BaseSampler:
     """A fresh sampler for one trial, seeded by (sampler seed, trial number): resuming does not repeat earlier draws."""
-    digest = hashlib.blake2b(f"{config.sampler.seed}/{trial_number}".encode(), digest_size=4).digest()
-    seed, population_size = int.from_bytes(digest, "big"), config.sampler.population_size
-    match config.sampler.name:
+    digest = hashlib.blake2b(f"{config.search.seed}/{trial_number}".encode(), digest_size=4).digest()
+    seed, population_size = int.from_bytes(digest, "big"), config.search.population_size
+    match config.search.sampler:
         case "grid" | "random":
             return optuna.samplers.RandomSampler(seed=seed)
         case "tpe":

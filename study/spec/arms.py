@@ -105,17 +105,17 @@ class DenseArm(_Arm):
         description="Overrides the model's. `{40: 146, 60: 228}` sets it by d_model, to come close to a given number "
         "of parameters.",
     )
-    teacher: Name | None = Field(
+    start: Name | None = Field(
         default=None,
         description="A dense arm with one trial. Its trained model of the same seed is trained further with a schedule "
-        "of its own: the control for models that are compressed and fine-tuned.",
+        "of its own: the control for models that are compressed and fine-tuned. Default: from scratch.",
     )
 
     @model_validator(mode="after")
-    def _nothing_new_beside_a_teacher(self) -> DenseArm:
+    def _nothing_new_beside_a_start(self) -> DenseArm:
         given = [key for key in ("init", "d_model", "d_ff") if getattr(self, key) is not None]
-        if self.teacher is not None and given:
-            raise ValueError(f"`{given[0]}` has no meaning beside `teacher`: the model is the teacher's")
+        if self.start is not None and given:
+            raise ValueError(f"`{given[0]}` has no meaning beside `start`: the model is that arm's")
         return self
 
 
@@ -130,9 +130,10 @@ class CompressedArm(_Arm):
         description="How an MPO splits the layer's sizes over its sites. `paper` uses `balanced` for sizes that the "
         "paper does not have. `min_params` has the fewest parameters at its χ.",
     )
-    teacher: Name | None = Field(
+    start: Name | None = Field(
         default=None,
-        description="A dense arm with one trial. Its trained model of the same seed is compressed, then fine-tuned.",
+        description="A dense arm with one trial. Its trained model of the same seed is compressed, then fine-tuned. "
+        "Default: from scratch.",
     )
     lr_rule: Value[Literal["uniform", "mup"]] | None = Field(
         default=None, description="Learning rates of the factors: `uniform`, or `mup` by fan-in. Default: `uniform`."
@@ -145,8 +146,8 @@ class CompressedArm(_Arm):
 
     @model_validator(mode="after")
     def _sites_and_refinement(self) -> CompressedArm:
-        if self.teacher is None and self.refinement is not None:
-            raise ValueError("`refinement` has no meaning without `teacher`: there are no trained weights to fit")
+        if self.start is None and self.refinement is not None:
+            raise ValueError("`refinement` has no meaning without `start`: there are no trained weights to fit")
         if self.n_sites is not None and "paper" in options(self.factorisation):
             raise ValueError("`n_sites` is not allowed with `factorisation: paper`, which has its own")
         return self
@@ -164,7 +165,7 @@ class MPOArm(CompressedArm):
     )
     refinement: Value[Literal["tt_svd", "whitened", "als"]] | None = Field(
         default=None,
-        description="How the teacher's weights become cores. Default: `tt_svd`. The others fit the layer's outputs "
+        description="How trained weights become cores. Default: `tt_svd`. The others fit the layer's outputs "
         "over protocol.calibration_batches.",
     )
     forward: Value[Literal["reconstruct", "chain"]] | None = Field(
@@ -175,7 +176,7 @@ class MPOArm(CompressedArm):
 
     @model_validator(mode="after")
     def _consistent(self) -> MPOArm:
-        _refuse_beside_teacher(self)
+        _refuse_init_beside_start(self)
         return self
 
 
@@ -196,19 +197,19 @@ class ControlArm(CompressedArm):
     )
     refinement: Value[Literal["weights", "outputs"]] | None = Field(
         default=None,
-        description="Whether compression keeps the teacher's `weights` or the layers' `outputs` over "
+        description="Whether compression keeps the trained `weights` or the layers' `outputs` over "
         "protocol.calibration_batches. Default: `weights`.",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> ControlArm:
-        _refuse_beside_teacher(self)
+        _refuse_init_beside_start(self)
         return self
 
 
-def _refuse_beside_teacher(arm: MPOArm | ControlArm) -> None:
-    if arm.teacher is not None and arm.init is not None:
-        raise ValueError("`init` has no meaning beside `teacher`: the layers come from the teacher's weights")
+def _refuse_init_beside_start(arm: MPOArm | ControlArm) -> None:
+    if arm.start is not None and arm.init is not None:
+        raise ValueError("`init` has no meaning beside `start`: the layers come from trained weights")
 
 
 def _class_of(arm: Any) -> str | None:

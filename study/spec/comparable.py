@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from study.spec.arms import Arm, DenseArm, MPOArm
 from study.spec.config import StudyConfig
-from study.spec.search_space import example, teacher_spec
+from study.spec.search_space import example, start_spec
 from study.spec.trial import budget_hash, tuning_trials
 from study.spec.values import Range, options
 
@@ -14,8 +14,8 @@ from study.spec.values import Range, options
 def not_compared(config: StudyConfig) -> list[str]:
     """One line for each comparison that a reader expects and will not find, with the reason.
 
-    A reader expects each arm to be compared with the dense model of the study's own size; an arm with a teacher, with
-    a dense model trained further from that teacher. A reader expects each MPO arm to be compared with the controls
+    A reader expects each arm to be compared with the dense model of the study's own size; an arm with a start, with a
+    dense model trained further from that start. A reader expects each MPO arm to be compared with the controls
     that have the same start. The analysis compares arms of the same budget (see `budget_hash`), and pairs that
     `claims.contrasts` declares.
     """
@@ -28,15 +28,15 @@ def not_compared(config: StudyConfig) -> list[str]:
     lines, missing = [], []
     for arm in config.arms:
         nearest = dense[:1]
-        if arm.teacher is not None:
-            nearest = [other for other in config.arms if isinstance(other, DenseArm) and other.teacher == arm.teacher]
+        if arm.start is not None:
+            nearest = [other for other in config.arms if isinstance(other, DenseArm) and other.start == arm.start]
         rivals = _uncompared_controls(config, arm, dense) if isinstance(arm, MPOArm) else []
         if arm not in (*dense, *nearest) and not _has_reference(config, arm, dense, nearest):
             rivals = list({rival.name: rival for rival in [*nearest, *rivals]}.values())
-            if not nearest and arm.teacher is not None:
+            if not nearest and arm.start is not None:
                 lines.append(
                     f"arm {arm.name} will not be compared with dense: no dense arm is trained further from "
-                    f"{arm.teacher} (family: dense, teacher: {arm.teacher})"
+                    f"{arm.start} (family: dense, start: {arm.start})"
                 )
         missing += [(arm, rival) for rival in rivals]
     lines += _lines(config, missing)
@@ -66,7 +66,7 @@ def _uncompared_controls(config: StudyConfig, arm: Arm, dense: Sequence[Arm]) ->
         for other in config.arms
         if not isinstance(other, MPOArm)
         and other not in dense
-        and other.teacher == arm.teacher
+        and other.start == arm.start
         and not _one_budget(config, arm, other)
         and not _is_declared(config, arm, other)
     ]
@@ -74,7 +74,7 @@ def _uncompared_controls(config: StudyConfig, arm: Arm, dense: Sequence[Arm]) ->
 
 def _is_reference(config: StudyConfig, arm: Arm) -> bool:
     """Whether a trial of the arm may be the dense model of the study's own size, trained from scratch."""
-    if not isinstance(arm, DenseArm) or arm.teacher is not None:
+    if not isinstance(arm, DenseArm) or arm.start is not None:
         return False
     own = config.model.d_model
     width = arm.d_model
@@ -85,7 +85,7 @@ def _is_reference(config: StudyConfig, arm: Arm) -> bool:
 
 def _one_budget(config: StudyConfig, *arms: Arm) -> bool:
     specs = [example(config, arm) for arm in arms]
-    return len({budget_hash(spec, config, "", teacher_spec(config, spec)) for spec in specs}) == 1
+    return len({budget_hash(spec, config, "", start_spec(config, spec)) for spec in specs}) == 1
 
 
 def _is_declared(config: StudyConfig, *arms: Arm) -> bool:

@@ -20,6 +20,8 @@ MAX_SEQUENCES = 500_000_000
 MAX_BATCH_TOKENS = 10_000_000
 LEAST_SHARE = 0.0001
 """Of a core or a GPU; Ray takes no less."""
+RESERVED = ("scratch", "pretrained")
+"""Starts that are no arms; an arm has another name."""
 
 
 class Corpus(Strict):
@@ -112,23 +114,33 @@ class Protocol(Strict):
 Objective = Literal["val_loss", "val_acc", "n_params"]
 
 
-class Sampler(Strict):
-    """How searched values are chosen: by one of Optuna's samplers. `grid` means that no arm is searched."""
+class EarlyStopping(Strict):
+    """When a searched MPO trial is stopped early. The result then depends on the order in which trials end."""
 
-    name: Literal["grid", "random", "tpe", "nsga2", "nsga3", "gp"] = Field(
+    margin: PositiveFloat = Field(
+        description="In the unit of `metric` (nats, or a fraction). A trial stops when a rival is better by this "
+        "margin on every seed that both have. The rival has at most as many parameters and the same training."
+    )
+    metric: Literal["val_loss", "val_acc"] = Field(
+        default="val_loss", description="Metric at the last step. It must be one of the objectives."
+    )
+    min_seeds: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="Smallest number of seeds that both must have."
+    )
+
+
+class Search(Strict):
+    """How searched values are chosen, and how many trials are searched. Listed trials always run and do not count."""
+
+    sampler: Literal["grid", "random", "tpe", "nsga2", "nsga3", "gp"] = Field(
         default="grid",
-        description="`grid`: all trials are listed. `random` and `tpe` search any number of arms; `nsga2`, `nsga3` and "
-        "`gp` search one arm. `tpe` and `gp` draw their first ten trials at random.",
+        description="One of Optuna's samplers. `grid`: all trials are listed. `random` and `tpe` search any number of "
+        "arms; `nsga2`, `nsga3` and `gp` search one arm. `tpe` and `gp` draw their first ten trials at random.",
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Random seed of the sampler.")
     population_size: Annotated[int, Field(ge=2)] = Field(
         default=20, description="Trials in a generation of nsga2 and nsga3; the first generation is drawn at random."
     )
-
-
-class Budget(Strict):
-    """How much is searched. Listed trials always run and do not count."""
-
     trials: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         default=0, description="Number of searched trials. Trials that repeat another count too."
     )
@@ -145,20 +157,8 @@ class Budget(Strict):
         description="End the search after this many trials that repeat another one, which need no training. "
         "Default: no limit. It may change during a study.",
     )
-
-
-class EarlyStopping(Strict):
-    """When a searched MPO trial is stopped early. The result then depends on the order in which trials end."""
-
-    margin: PositiveFloat = Field(
-        description="In the unit of `metric` (nats, or a fraction). A trial stops when a rival is better by this "
-        "margin on every seed that both have. The rival has at most as many parameters and the same training."
-    )
-    metric: Literal["val_loss", "val_acc"] = Field(
-        default="val_loss", description="Metric at the last step. It must be one of the objectives."
-    )
-    min_seeds: Annotated[int, Field(ge=2)] = Field(
-        default=2, description="Smallest number of seeds that both must have."
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="Default: off. Dense and listed trials are never stopped early."
     )
 
 
@@ -247,11 +247,7 @@ class StudyConfig(Strict):
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = Field(
         default=("n_params", "val_loss"), description="What the sampler optimises: means over seeds at the last step."
     )
-    sampler: Sampler = Sampler()
-    budget: Budget = Budget()
-    early_stopping: EarlyStopping | None = Field(
-        default=None, description="Default: off. Dense and listed trials are never stopped early."
-    )
+    search: Search = Search()
     claims: Claims = Claims()
     rel_error_chi: tuple[PositiveInt, ...] = Field(
         default=(),
@@ -284,9 +280,12 @@ class StudyConfig(Strict):
         yield from _repeats("objectives", self.objectives)
         names = [arm.name for arm in self.arms]
         yield from _repeats("arms", names)
+        for name in RESERVED:
+            if name in names:
+                yield f"`arms` has an arm named {name}, a word for what trials start from; give it another name"
         for arm in self.arms:
-            if arm.teacher is not None:
-                yield from self._problems_of_teacher(arm)
+            if arm.start is not None:
+                yield from self._problems_of_start(arm)
             for key in BY_SIZE_FIELDS:
                 if isinstance(given := getattr(arm, key, None), dict):
                     sizes = arm.sizes or (self.model.d_model,)
@@ -306,6 +305,7 @@ class StudyConfig(Strict):
         searched = [arm.name for arm in self.arms if arm.is_searched]
         yield from self._problems_of_sampler(searched)
         yield from self._problems_of_limits(searched)
+        yield from self._problems_of_stopping()
 
     def _problems_of_contrasts(self, arms: list[str]) -> Iterator[str]:
         pairs = [(contrast.arm, contrast.against) for contrast in self.claims.contrasts]
@@ -318,7 +318,7 @@ class StudyConfig(Strict):
             yield f"`claims.contrasts` sets arm {arm} against itself"
 
     def _problems_of_sampler(self, searched: list[str]) -> Iterator[str]:
-        name, n_trials = self.sampler.name, self.budget.trials
+        name, n_trials = self.search.sampler, self.search.trials
         if searched and name == "grid":
             yield (
                 f"arm {searched[0]} has searched values, which sampler grid cannot choose; list them as [...], "
@@ -327,59 +327,62 @@ class StudyConfig(Strict):
         if name != "grid" and not searched:
             yield f"sampler {name} has nothing to choose: no arm has a searched value"
         if searched and n_trials == 0:
-            yield f"`budget.trials` must be at least 1, since arm {searched[0]} has searched values"
+            yield f"`search.trials` must be at least 1, since arm {searched[0]} has searched values"
         if not searched and n_trials:
-            yield "`budget.trials` must be 0 (or absent): no arm has a searched value"
+            yield "`search.trials` must be 0 (or absent): no arm has a searched value"
         if name in ("nsga2", "nsga3", "gp") and len(searched) > 1:
             yield (
                 f"sampler {name} cannot search several arms ({', '.join(searched)}), whose values depend on the arm; "
                 "use tpe or random"
             )
-        if name in ("nsga2", "nsga3") and 0 < n_trials <= self.sampler.population_size:
+        if name in ("nsga2", "nsga3") and 0 < n_trials <= self.search.population_size:
             yield (
-                f"`budget.trials` must exceed `sampler.population_size`, or {name} draws all at random, but got "
-                f"{n_trials} and {self.sampler.population_size}"
+                f"`search.trials` must exceed `search.population_size`, or {name} draws all at random, but got "
+                f"{n_trials} and {self.search.population_size}"
             )
 
     def _problems_of_limits(self, searched: list[str]) -> Iterator[str]:
-        budget, stopping = self.budget, self.early_stopping
-        given = [key for key in ("max_params", "min_params", "max_repeats") if getattr(budget, key) is not None]
+        search = self.search
+        given = [key for key in ("max_params", "min_params", "max_repeats") if getattr(search, key) is not None]
         if given and not searched:
-            yield f"`budget.{given[0]}` has no meaning: no arm has a searched value"
-        if budget.min_params is not None and budget.max_params is not None:
-            same_kind = (budget.min_params <= 1) == (budget.max_params <= 1)
-            if same_kind and budget.min_params > budget.max_params:
+            yield f"`search.{given[0]}` has no meaning: no arm has a searched value"
+        if search.min_params is not None and search.max_params is not None:
+            same_kind = (search.min_params <= 1) == (search.max_params <= 1)
+            if same_kind and search.min_params > search.max_params:
                 yield (
-                    f"`budget.min_params <= budget.max_params` must hold, but got min_params={budget.min_params:g}, "
-                    f"max_params={budget.max_params:g}"
+                    f"`search.min_params <= search.max_params` must hold, but got min_params={search.min_params:g}, "
+                    f"max_params={search.max_params:g}"
                 )
+
+    def _problems_of_stopping(self) -> Iterator[str]:
+        stopping = self.search.early_stopping
         if stopping is None:
             return
         if not any(isinstance(arm, MPOArm) and arm.is_searched for arm in self.arms):
-            yield "`early_stopping` has no meaning: no MPO arm has a searched value, and no other is stopped"
+            yield "`search.early_stopping` has no meaning: no MPO arm has a searched value, and no other is stopped"
         if stopping.metric not in self.objectives:
-            yield f"`early_stopping.metric` must be one of the objectives, but got {stopping.metric}"
+            yield f"`search.early_stopping.metric` must be one of the objectives, but got {stopping.metric}"
         if stopping.min_seeds >= len(self.seed_list):
             yield (
-                f"`early_stopping.min_seeds` must be below the number of seeds, or there is none to spare, but got "
-                f"{stopping.min_seeds} and {len(self.seed_list)}"
+                "`search.early_stopping.min_seeds` must be below the number of seeds, or there is none to spare, "
+                f"but got {stopping.min_seeds} and {len(self.seed_list)}"
             )
 
-    def _problems_of_teacher(self, arm: Arm) -> Iterator[str]:
+    def _problems_of_start(self, arm: Arm) -> Iterator[str]:
         candidates = [
             other.name
             for other in self.arms
             if isinstance(other, DenseArm)
-            and other.teacher is None
+            and other.start is None
             and not any(isinstance(value, tuple | Choices | Range) for value in other.values().values())
             and other.d_model in (None, self.model.d_model)
             and other.d_ff in (None, self.model.d_ff or 4 * self.model.d_model)
         ]
-        if arm.teacher not in candidates:
+        if arm.start not in candidates:
             yield (
-                f"arms[{arm.name}]: `teacher` must name a dense arm from scratch of the study's own model, with fixed "
-                f"values ({', '.join(candidates) or 'there is none'}), but got {arm.teacher}"
-                + did_you_mean(arm.teacher, candidates)
+                f"arms[{arm.name}]: `start` must name a dense arm from scratch of the study's own model, with fixed "
+                f"values ({', '.join(candidates) or 'there is none'}), but got {arm.start}"
+                + did_you_mean(arm.start, candidates)
             )
 
 

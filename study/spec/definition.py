@@ -17,7 +17,7 @@ def definition(config: StudyConfig) -> dict[str, Any]:
     """
     plain = config.model_dump(
         mode="json",
-        exclude={"description": True, "execution": True, "corpus": {"path", "sha256"}, "budget": {"max_repeats"}},
+        exclude={"description": True, "execution": True, "corpus": {"path", "sha256"}, "search": {"max_repeats"}},
     )
     plain["seeds"] = list(config.seed_list)
     plain["arms"] = {arm["name"]: arm for arm in plain["arms"]}
@@ -33,13 +33,14 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path} (was {json.dumps(old)}, now {json.dumps(new)})"
 
 
-_MAY_GROW = ("seeds", "budget", "arms")
+_MAY_GROW = ("seeds", "arms")
 
 
 def settled(config: StudyConfig, history: Sequence[StudyConfig]) -> StudyConfig:
     """The study that a file means.
 
-    If the file's seeds, budget or arms equal those that the study had before it grew, the grown ones are meant.
+    If the file's seeds, arms or number of searched trials equal those that the study had before it grew, the grown ones
+    are meant.
 
     Args:
         history: the study as it was begun, and after each growth.
@@ -49,26 +50,27 @@ def settled(config: StudyConfig, history: Sequence[StudyConfig]) -> StudyConfig:
     grown = {
         part: getattr(history[-1], part) for part in _MAY_GROW if any(own[part] == before[part] for before in known)
     }
-    if "budget" in grown:
-        grown["budget"] = grown["budget"].model_copy(update={"max_repeats": config.budget.max_repeats})
+    if config.search.trials in {before.search.trials for before in history}:
+        grown["search"] = config.search.model_copy(update={"trials": history[-1].search.trials})
     return config.model_copy(update=grown)
 
 
 def only_adds(old: StudyConfig, new: StudyConfig) -> bool:
     """Whether `new` contains all of `old` and adds only seeds, searched trials or listed trials."""
-    rest = [{key: value for key, value in definition(one).items() if key not in _MAY_GROW} for one in (old, new)]
     tuned_among = [{arm.name: arm.tuned_among for arm in one.arms} for one in (old, new)]
     searched = [{arm.name: arm for arm in one.arms if arm.is_searched} for one in (old, new)]
     return (
-        rest[0] == rest[1]
+        _fixed(new) == _fixed(old)
         and new.seed_list[: len(old.seed_list)] == old.seed_list
-        and new.budget.trials >= old.budget.trials
-        and _limits(new) == _limits(old)
+        and new.search.trials >= old.search.trials
         and tuned_among[0].items() <= tuned_among[1].items()
         and searched[0] == searched[1]  # Optuna does not allow a parameter's range to change
         and set(listed_specs(old)) <= set(listed_specs(new))
     )
 
 
-def _limits(config: StudyConfig) -> dict[str, Any]:
-    return {key: value for key, value in definition(config)["budget"].items() if key != "trials"}
+def _fixed(config: StudyConfig) -> dict[str, Any]:
+    """The part of a study that may not even grow."""
+    fixed = definition(config)
+    del fixed["seeds"], fixed["arms"], fixed["search"]["trials"]
+    return fixed

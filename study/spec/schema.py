@@ -95,6 +95,8 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         section, item = _section(field), _item(field)
         if prefix and section is not None:  # has no heading of its own
+            if field.description:
+                yield f"| `{prefix}{name}` | section | – | {field.description} |"
             yield from _rows(section, f"{prefix}{name}.")
             continue
         if section is not None:

@@ -75,7 +75,7 @@ def _check_number(config: StudyConfig) -> None:
             f"`arms` list {n_listed:,} trials, but at most {MAX_LISTED:,} are allowed; let a sampler choose among them "
             "(`{choices: [...]}`)"
         )
-    n_runs = (n_listed + config.budget.trials) * len(config.seed_list)
+    n_runs = (n_listed + config.search.trials) * len(config.seed_list)
     if n_runs > MAX_RUNS:
         raise StudyError(f"{n_runs:,} runs (trials × `seeds`), but at most {MAX_RUNS:,} are allowed")
 
@@ -114,14 +114,14 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
     Raises:
         StudyError: the values are incompatible.
     """
-    data: dict[str, Any] = {"arm": arm.name, "family": arm.family, "teacher": arm.teacher}
+    data: dict[str, Any] = {"arm": arm.name, "family": arm.family, "start": arm.start}
     data |= {key: value for key, value in chosen.items() if key not in (*RATES, "d_model")}
     if isinstance(arm, CompressedArm):
         data.setdefault("lr_rule", "uniform")
         data.setdefault("decay", "parameter")
         plain = "weights" if isinstance(arm, ControlArm) else "tt_svd"
-        data.setdefault(*(("init", "variance") if arm.teacher is None else ("refinement", plain)))
-    elif arm.teacher is None:
+        data.setdefault(*(("init", "variance") if arm.start is None else ("refinement", plain)))
+    elif arm.start is None:
         data.setdefault("init", "paper")
     size = next((chosen[key] for key in SIZE_FIELDS if key in chosen), config.model.d_model)
     overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {
@@ -149,12 +149,12 @@ def example(config: StudyConfig, arm: Arm) -> TrialSpec:
     return resolve(config, arm, {key: _examples(value)[0] for key, value in arm.values().items()})
 
 
-def teacher_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:
+def start_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:
     """The trial whose trained weights a spec starts from; None if it starts from scratch."""
-    if spec.teacher is None:
+    if spec.start is None:
         return None
-    arm = config.arm(spec.teacher)
-    return resolve(config, arm, arm.values())  # a teacher has no open values
+    arm = config.arm(spec.start)
+    return resolve(config, arm, arm.values())  # such an arm has no open values
 
 
 # Searched trials ------------------------------------------------------------------------------------------------------

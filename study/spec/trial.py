@@ -27,7 +27,8 @@ class TrialSpec(Strict):
     n_sites: int | None = None
     factorisation: Literal["paper", "balanced", "min_params"] | None = None
     init: Name | None = None
-    teacher: str | None = None
+    start: str | None = None
+    """The arm whose trained checkpoint of the same seed the trial begins from; None means from scratch."""
     refinement: Literal["tt_svd", "whitened", "als", "weights", "outputs"] | None = None
     lr_rule: Literal["uniform", "mup"] | None = None
     decay: Literal["parameter", "matrix"] | None = None
@@ -36,12 +37,8 @@ class TrialSpec(Strict):
 
     @property
     def train_tokens(self) -> int:
-        """Tokens that this trial's optimiser sees, excluding its teacher's."""
+        """Tokens that this trial's optimiser sees, excluding those of its start."""
         return self.protocol.steps * self.protocol.batch_size * self.model.context
-
-    @property
-    def start(self) -> str:
-        return "scratch" if self.teacher is None else "teacher"
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,8 @@ class TrialShape:
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """Why a trial is not trained, and when that was decided (UTC, ISO 8601)."""
+class Skipped:
+    """Why a trial is never trained, and when that was decided (UTC, ISO 8601)."""
 
     reason: str
     when: str
@@ -132,7 +129,7 @@ class Stop:
 class Trial:
     """One configuration, its number in Optuna, and the counts that its shapes give.
 
-    pruned: the trial breaks a limit of the budget, and is never trained. stop: the trial, or the one it repeats, was
+    skipped: the trial breaks a limit of the search, and is never trained. stop: the trial, or the one it repeats, was
     stopped.
     """
 
@@ -142,7 +139,7 @@ class Trial:
     budget_hash: str
     tuning_trials: int
     duplicate_of: int | None = None
-    pruned: Pruned | None = None
+    skipped: Skipped | None = None
     stop: Stop | None = None
 
     @property
@@ -156,22 +153,25 @@ def evaluation_steps(protocol: Protocol) -> list[int]:
     return sorted({*range(0, protocol.steps, protocol.eval_every), protocol.steps})
 
 
-def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, teacher: TrialSpec | None) -> str:
+def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, start: TrialSpec | None) -> str:
     """Hash, equal for trials that may be paired.
 
     It covers corpus, evaluation, tokens, schedule shape, tuning trials and precision.
+
+    Args:
+        start: the trial that the spec starts from; None from scratch.
     """
     protocol = spec.protocol
     return json_hash(
-        ({} if protocol.precision == "float32" else {"precision": protocol.precision})
-        | {
+        {
             "corpus": corpus_sha256,
             "split": config.corpus.validation_fraction,
             "evaluation": [spec.model.context, protocol.sampled_eval_batches, protocol.sampled_eval_batch_size],
             "batch": [protocol.batch_size, spec.model.context],
             "steps": [protocol.steps, protocol.warmup_steps],
-            "teacher": None if teacher is None else [teacher.protocol.steps, teacher.protocol.warmup_steps],
+            "start": None if start is None else [start.protocol.steps, start.protocol.warmup_steps],
             "tuning_trials": tuning_trials(spec.arm, config),
+            "precision": protocol.precision,
         }
     )[:12]
 
@@ -182,12 +182,12 @@ TUNED_FIELDS = ("init", "learning_rate", "embedding_learning_rate", "lr_rule", "
 def tuning_trials(arm: str, config: StudyConfig) -> int:
     """Number of trials among which this arm's tuned values (`TUNED_FIELDS`) are chosen.
 
-    A searched arm counts the search's whole budget. If the arm's values were chosen among trials of another study, the
+    A searched arm counts all trials of the search. If the arm's values were chosen among trials of another study, the
     number is multiplied by the number of those trials.
     """
     own = config.arm(arm)
     listed = [len(value) for key, value in own.values().items() if key in TUNED_FIELDS and isinstance(value, tuple)]
-    return (own.tuned_among or 1) * (config.budget.trials if own.is_searched else math.prod(listed))
+    return (own.tuned_among or 1) * (config.search.trials if own.is_searched else math.prod(listed))
 
 
 def json_hash(data: Any) -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from analysis import run_schema as schema
-from study.spec.trial import Pruned, SeedResult, Trial
+from study.spec.trial import SeedResult, Skipped, Trial
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,16 @@ def trial_content(record: StudyRecord, trial: Trial, results: Sequence[SeedResul
     )
 
 
-def pruned_content(record: StudyRecord, trial: Trial, pruned: Pruned) -> RunContent:
-    """The run of a pruned trial: it has no seeds, and ends when it begins."""
-    key, when = schema.run_key(record.uuid, trial.number), milliseconds(pruned.when)
+def skipped_content(record: StudyRecord, trial: Trial, skipped: Skipped) -> RunContent:
+    """The run of a skipped trial: it has no seeds, and ends when it begins."""
+    key, when = schema.run_key(record.uuid, trial.number), milliseconds(skipped.when)
     return RunContent(
         key=key,
         name=trial_name(trial),
         started=when,
         ended=when,
         status="KILLED",
-        tags=_tags(record, key, schema.KIND_TRIAL, _trial_tags(record, trial) | {schema.PRUNED: pruned.reason}),
+        tags=_tags(record, key, schema.KIND_TRIAL, _trial_tags(record, trial) | {schema.SKIPPED: skipped.reason}),
         params=_params(record, trial),
         points=_points(_counts(trial), when),
     )
@@ -199,7 +199,7 @@ def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
     values |= {
         "trial": trial.number,
         "family_label": trial.shape.label,
-        "start": spec.start,
+        "start": spec.start or "scratch",
         "vocab_size": record.vocab_size,
         "d_ff": spec.model.d_ff or 4 * spec.model.d_model,
         "sites": ", ".join(sorted({str(len(bonds) - 1) for bonds in trial.shape.bonds.values()})) or None,

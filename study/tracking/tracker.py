@@ -25,8 +25,8 @@ from study.tracking.content import (
     RunContent,
     StudyRecord,
     milliseconds,
-    pruned_content,
     seed_content,
+    skipped_content,
     summary_content,
     trial_content,
 )
@@ -235,8 +235,8 @@ class Tracker:
         self._on_sign()
 
     def _write(self, trial: Trial, results: list[SeedResult], n_seeds: int) -> None:
-        if trial.pruned is not None:
-            content = pruned_content(self._record, trial, trial.pruned)
+        if trial.skipped is not None:
+            content = skipped_content(self._record, trial, trial.skipped)
             self._complete(self._ensure(content), content)
         if not results:
             return
@@ -325,7 +325,7 @@ class Tracker:
             )
             known = _KnownRun(_of_mlflow(run.info.run_id), content.started, "RUNNING", parent=parent, is_checked=True)
             self._known[content.key] = known
-            if parent is None and schema.PRUNED not in content.tags:
+            if parent is None and schema.SKIPPED not in content.tags:
                 self._log_corpus(known)
         return known
 

@@ -18,7 +18,7 @@ def build_model(
     spec: TrialSpec,
     vocab_size: int,
     generator_for: Callable[[str], torch.Generator] | None,
-    teacher_weights: dict[str, torch.Tensor] | None = None,
+    start_weights: dict[str, torch.Tensor] | None = None,
     calibration: Sequence[torch.Tensor] = (),
 ) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport | None]:
     """The model a run starts from.
@@ -26,19 +26,19 @@ def build_model(
     Args:
         generator_for: gives the generator of each parameter's initial values; None builds shapes without values (on
             the meta device).
-        teacher_weights: state of the trained dense model that a spec with a teacher compresses, or trains further.
+        start_weights: state of the trained dense model that a spec with a start compresses, or trains further.
         calibration: batches of tokens (B, T) on which a data-aware refinement fits the model.
     """
     device = None if generator_for is not None else "meta"
     config = mpo_core.GPTConfig(vocab_size=vocab_size, **spec.model.model_dump())
     model = mpo_core.PicoGPT(config, device=device)
-    if teacher_weights is not None:
-        model.load_state_dict(teacher_weights)
+    if start_weights is not None:
+        model.load_state_dict(start_weights)
     elif generator_for is not None:
         model.init_parameters(generator_for, (spec.family == "dense" and spec.init) or "paper")
     if spec.family == "dense":
         return model, None
-    starts_fresh = teacher_weights is None and spec.init != DECOMPOSED
+    starts_fresh = start_weights is None and spec.init != DECOMPOSED
     # Without values there is nothing to decompose, and shapes do not depend on the initial values.
     init = (spec.init or "variance") if starts_fresh else None if generator_for is not None else "variance"
     if spec.family != "mpo":
@@ -65,7 +65,7 @@ def build_model(
 
 def _sizes_as_mpo(spec: TrialSpec, vocab_size: int) -> dict[str, int]:
     """For each layer, the number of parameters that it has in an MPO model of χ = `as_chi`."""
-    as_mpo = spec.model_copy(update={"family": "mpo", "chi": spec.as_chi, "init": "variance", "teacher": None})
+    as_mpo = spec.model_copy(update={"family": "mpo", "chi": spec.as_chi, "init": "variance", "start": None})
     _, report = build_model(as_mpo, vocab_size, None)
     assert report is not None
     return {row.name: row.n_params_after for row in report.rows}
@@ -106,13 +106,10 @@ def _identity(spec: TrialSpec, layers: list[Any]) -> str:
     """Hash, equal for two specs exactly if they train the same model in the same way."""
     essence = spec.model_dump(mode="json", exclude={"arm", "chi", "as_chi", "n_sites", "factorisation"})
     essence["layers"] = layers
-    if spec.forward in (None, "reconstruct"):
-        del essence["forward"]
-    # Keeps the hashes from before the precision could be chosen.
-    if spec.protocol.precision == "float32":
-        del essence["protocol"]["precision"]
-    if spec.protocol.embedding_learning_rate in (None, spec.protocol.learning_rate):
-        del essence["protocol"]["embedding_learning_rate"]
+    essence["forward"] = spec.forward or "reconstruct"
+    essence["protocol"]["embedding_learning_rate"] = (
+        spec.protocol.embedding_learning_rate or spec.protocol.learning_rate
+    )
     if spec.family == "mpo" and spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
         essence["chi"] = spec.chi  # this init mode depends on the requested cap, not on the resulting bonds
     return json_hash(essence)

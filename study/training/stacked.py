@@ -232,8 +232,8 @@ def train_seeds(
     *,
     trial: int = 0,
     device: torch.device | str = "cpu",
-    teacher_weights: Mapping[int, dict[str, Tensor]] | None = None,
-    teacher_tokens: int = 0,
+    start_weights: Mapping[int, dict[str, Tensor]] | None = None,
+    start_tokens: int = 0,
     rel_error_chis: Sequence[int] = (),
     checkpoints: Mapping[int, Checkpoints] | None = None,
     checkpoint_seconds: float = math.inf,
@@ -243,7 +243,7 @@ def train_seeds(
     """Train seeds of a trial as one model; seeds whose checkpoints are at different steps get one model for each step.
 
     Args:
-        teacher_weights, checkpoints: by seed; for these and all others see `study.training.train.train_seed`.
+        start_weights, checkpoints: by seed; for these and all others see `study.training.train.train_seed`.
         on_evaluation: called with the seed and every row of its learning curve.
     Returns:
         The return value of `train_seed` for each seed, in the order of the seeds.
@@ -256,8 +256,8 @@ def train_seeds(
             corpus,
             trial=trial,
             device="cpu",
-            teacher_weights=teacher_weights[seed] if teacher_weights is not None else None,
-            teacher_tokens=teacher_tokens,
+            start_weights=start_weights[seed] if start_weights is not None else None,
+            start_tokens=start_tokens,
             rel_error_chis=rel_error_chis,
             capture=False,
         )

@@ -79,7 +79,7 @@ class Training:
         corpus: Corpus,
         *,
         device: torch.device | str = "cpu",
-        teacher_weights: dict[str, Tensor] | None = None,
+        start_weights: dict[str, Tensor] | None = None,
         capture: bool = True,
     ) -> None:
         protocol, context = spec.protocol, spec.model.context
@@ -91,7 +91,7 @@ class Training:
             )
             calibration = [windows.batch(index)[0] for index in range(protocol.calibration_batches)]
         model, self.compression = build_model(
-            spec, len(corpus.vocabulary), partial(generator, seed, "init"), teacher_weights, calibration
+            spec, len(corpus.vocabulary), partial(generator, seed, "init"), start_weights, calibration
         )
         self.model = model.to(device)
         self.parameters = list(self.model.parameters())
@@ -106,7 +106,7 @@ class Training:
         self.optimiser = adamw([group | {"betas": protocol.betas} for group in groups], device)
         self._is_captured = capture and torch.device(device).type == "cuda"
         self._device_step = DeviceStep(self._is_captured)
-        purpose = "data" if spec.teacher is None else "fine-tune data"
+        purpose = "data" if spec.start is None else "fine-tune data"
         self.training_windows = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
         self._evaluation_steps = evaluation_steps(protocol)
         self.sampled_windows = Windows(
@@ -272,8 +272,8 @@ def train_seed(
     *,
     trial: int = 0,
     device: torch.device | str = "cpu",
-    teacher_weights: dict[str, Tensor] | None = None,
-    teacher_tokens: int = 0,
+    start_weights: dict[str, Tensor] | None = None,
+    start_tokens: int = 0,
     rel_error_chis: Sequence[int] = (),
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = math.inf,
@@ -285,8 +285,8 @@ def train_seed(
     Before and after the training, and in decompositions of layers, all products are float32.
 
     Args:
-        teacher_weights, teacher_tokens: weights and training tokens of the dense model that a spec with a teacher
-            starts from.
+        start_weights, start_tokens: weights and training tokens of the dense model that a spec with a start begins
+            from.
         rel_error_chis: caps at which a dense model's layers are decomposed, before and after training.
         capture: replay the step on a GPU from CUDA graphs (`study.training.captured`).
         on_evaluation: called with every row of the learning curve.
@@ -299,8 +299,8 @@ def train_seed(
         corpus,
         trial=trial,
         device=device,
-        teacher_weights=teacher_weights,
-        teacher_tokens=teacher_tokens,
+        start_weights=start_weights,
+        start_tokens=start_tokens,
         rel_error_chis=rel_error_chis,
         capture=capture,
     )
@@ -325,14 +325,14 @@ class SeedRun:
         *,
         trial: int,
         device: torch.device | str,
-        teacher_weights: dict[str, Tensor] | None,
-        teacher_tokens: int,
+        start_weights: dict[str, Tensor] | None,
+        start_tokens: int,
         rel_error_chis: Sequence[int],
         capture: bool,
     ) -> None:
         self.trial, self.seed, self.started = trial, seed, now()
-        self._teacher_tokens, self._rel_error_chis = teacher_tokens, rel_error_chis
-        self.training = Training(spec, seed, corpus, device=device, teacher_weights=teacher_weights, capture=capture)
+        self._start_tokens, self._rel_error_chis = start_tokens, rel_error_chis
+        self.training = Training(spec, seed, corpus, device=device, start_weights=start_weights, capture=capture)
         self._rel_errors = _rel_errors(self.training, rel_error_chis, "init")
 
     def result(self, device: torch.device | str, n_stacked: int) -> SeedResult:
@@ -351,7 +351,7 @@ class SeedRun:
         if failure is not None:
             return replace(result, failure=f"diverged: {failure}", failure_step=failure.step)
         trained = _rel_errors(training, self._rel_error_chis, "trained")
-        final = _final_metrics(training, self._teacher_tokens)
+        final = _final_metrics(training, self._start_tokens)
         return replace(result, final=final, rel_errors=self._rel_errors | trained)
 
 
@@ -367,7 +367,7 @@ def _ran_on(device: torch.device | str, n_stacked: int) -> dict[str, str]:
     }
 
 
-def _final_metrics(training: Training, teacher_tokens: int) -> dict[str, float]:
+def _final_metrics(training: Training, start_tokens: int) -> dict[str, float]:
     curve, last = training.curve, training.curve[-1]
     best = min(curve, key=lambda row: row["val_loss"])
     names = ("val_loss", "val_acc", "val_loss_sampled", "val_acc_sampled", "train_loss")
@@ -377,7 +377,7 @@ def _final_metrics(training: Training, teacher_tokens: int) -> dict[str, float]:
         "best/step": best["step"],
         "train_seconds": training.seconds,
         "train_tokens": training.spec.train_tokens,
-        "total_tokens": training.spec.train_tokens + teacher_tokens,
+        "total_tokens": training.spec.train_tokens + start_tokens,
     }
 
 
@@ -385,7 +385,7 @@ def _rel_errors(training: Training, chis: Sequence[int], when: str) -> dict[str,
     if training.spec.family == "dense":
         errors = mpo_core.rel_errors(training.model, chis, factorisation="paper") if chis else {}
         return {schema.rel_error_key(when, chi, layer): error for (chi, layer), error in errors.items()}
-    if when == "init" and training.spec.teacher is not None and training.compression is not None:
+    if when == "init" and training.spec.start is not None and training.compression is not None:
         chi = training.spec.chi or training.spec.as_chi
         assert chi is not None
         return {

@@ -25,8 +25,8 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 """Errors that concern one unit on one machine: the study's other units may fit in memory."""
 
 
-class Teachers(Strict):
-    """The trained dense models that a unit's seeds start from: storage key by seed, and training tokens of each."""
+class Starts(Strict):
+    """The trained dense models that a unit's seeds begin from: storage key by seed, and training tokens of each."""
 
     weights: dict[int, str]
     tokens: int
@@ -42,7 +42,7 @@ class Unit(Strict):
     study_uuid: str
     corpus_sha256: str
     validation_fraction: float
-    teachers: Teachers | None
+    starts: Starts | None
     rel_error_chis: tuple[int, ...]
     keep_weights: bool
     cpus: float
@@ -112,15 +112,15 @@ def _run_stack(
     on_evaluation: Callable[[int, dict[str, float]], None],
     say: Callable[[str], None],
 ) -> list[SeedResult]:
-    weights_of = unit.teachers.weights if unit.teachers is not None else {}
+    weights_of = unit.starts.weights if unit.starts is not None else {}
     trained = train_seeds(
         unit.spec,
         unit.seeds,
         corpus,
         trial=unit.trial,
         device=_device(unit),
-        teacher_weights={seed: _teacher_weights(storage, key) for seed, key in weights_of.items()} or None,
-        teacher_tokens=unit.teachers.tokens if unit.teachers is not None else 0,
+        start_weights={seed: _start_weights(storage, key) for seed, key in weights_of.items()} or None,
+        start_tokens=unit.starts.tokens if unit.starts is not None else 0,
         rel_error_chis=unit.rel_error_chis,
         checkpoints={
             seed: checkpoints_of(storage, unit.study_uuid, unit.trial, seed, unit.spec, say) for seed in unit.seeds
@@ -140,15 +140,15 @@ def _run_seed(
     on_evaluation: Callable[[int, dict[str, float]], None],
     say: Callable[[str], None],
 ) -> SeedResult:
-    teacher_weights = _teacher_weights(storage, unit.teachers.weights[seed]) if unit.teachers is not None else None
+    start_weights = _start_weights(storage, unit.starts.weights[seed]) if unit.starts is not None else None
     result, weights = train_seed(
         unit.spec,
         seed,
         corpus,
         trial=unit.trial,
         device=_device(unit),
-        teacher_weights=teacher_weights,
-        teacher_tokens=unit.teachers.tokens if unit.teachers is not None else 0,
+        start_weights=start_weights,
+        start_tokens=unit.starts.tokens if unit.starts is not None else 0,
         rel_error_chis=unit.rel_error_chis,
         checkpoints=checkpoints_of(storage, unit.study_uuid, unit.trial, seed, unit.spec, say),
         checkpoint_seconds=unit.checkpoint_seconds,
@@ -167,11 +167,11 @@ def _with_weights(unit: Unit, storage: Storage, result: SeedResult, weights: dic
     return replace(result, weights=key)
 
 
-def _teacher_weights(storage: Storage, key: str) -> dict[str, torch.Tensor]:
+def _start_weights(storage: Storage, key: str) -> dict[str, torch.Tensor]:
     try:
         return unpack_tensors(storage.read(key))[0]
     except Damaged as damage:
-        storage.delete(key)  # the next run of the study finds it missing, and trains the teacher again
+        storage.delete(key)  # the next run of the study finds it missing, and trains that model again
         raise OSError(f"{storage.shown}/{key}: {damage}; it was removed, to be trained again") from None
 
 

@@ -23,7 +23,7 @@ def with_controls() -> list[Configuration]:
         found.append(Configuration("mpo", size, 1.55 + 1.9 / chi, chi=chi))
         found.append(
             Configuration(
-                "mpo-tuned", size, 1.50 + 2.4 / chi, start="teacher", chi=chi, steps=500, budget_hash="0ddba11e"
+                "mpo-tuned", size, 1.50 + 2.4 / chi, start="dense", chi=chi, steps=500, budget_hash="0ddba11e"
             )
         )
         for family, loss in (("low_rank", 1.60 + 1.8 / chi), ("monarch", 1.56 + 2.2 / chi)):

@@ -27,6 +27,9 @@ LABELS = {"mpo": "MPO", "low_rank": "low rank", "monarch": "Monarch"}
 N_PARAMS_DENSE = 808_448
 N_PARAMS_MPO = {4: 42_336, 8: 79_168, 16: 177_408, 32: 472_192}
 TOKENS_PER_STEP = 8192
+RAN_ON = {
+    schema.DEVICE: "cpu", schema.THREADS: "1", schema.TORCH: "2.13.0", schema.STACKED: "1", schema.PROGRAM: "1a2b",
+}  # fmt: skip
 _BLOCK = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
     *("feed_forward.up", "feed_forward.down"),
@@ -53,9 +56,9 @@ class Configuration:
     failed: Sequence[int] = ()
     unfinished: Sequence[int] = ()
     duplicate_of: int | None = None
-    pruned: str | None = None
+    skipped: str | None = None
     stopped: str | None = None
-    validation_fraction: str | None = "0.1"
+    validation_fraction: str = "0.1"
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,12 +68,12 @@ class Configuration:
         return {
             "arm": self.arm, "family": self.family, "start": self.start,
             "family_label": LABELS.get(self.family, self.family),
-            "teacher": "dense" if self.start == "teacher" else None, "chi": self.chi,
+            "chi": self.chi,
             "n_sites": 3 if sites else None, "factorisation": "balanced" if sites else None,
             "init": "variance" if self.start == "scratch" else None, "tuning_trials": 1,
             "learning_rate": self.learning_rate, "steps": self.steps, "warmup_steps": 100, "batch_size": 32,
             "context": 256, "vocab_size": 65, "d_model": self.d_model, "n_heads": 4, "n_layers": 4,
-            "d_ff": 4 * self.d_model, "weight_decay": 0.1, "budget_hash": self.budget_hash,
+            "d_ff": 4 * self.d_model, "weight_decay": 0.1, "precision": "float32", "budget_hash": self.budget_hash,
             "corpus_sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         } | self.extra  # fmt: skip
 
@@ -86,7 +89,7 @@ def configurations() -> list[Configuration]:
     ]
     found += [Configuration("mpo", N_PARAMS_MPO[chi], loss, chi=chi) for chi, loss in scratch.items()]
     found += [
-        Configuration("mpo-tuned", N_PARAMS_MPO[chi], loss, start="teacher", chi=chi, steps=500, budget_hash="0ddba11e")
+        Configuration("mpo-tuned", N_PARAMS_MPO[chi], loss, start="dense", chi=chi, steps=500, budget_hash="0ddba11e")
         for chi, loss in tuned.items()
     ]
     found[3] = replace(found[3], failed=(3,))
@@ -100,11 +103,11 @@ def awkward_studies() -> dict[str, list[Configuration]]:
     usual = [replace(c, failed=(), unfinished=()) for c in configurations()[:-1]]
     rng = np.random.default_rng(3)
     crowded = [usual[0]]
-    for start in ("scratch", "teacher"):
+    for start in ("scratch", "dense"):
         for chi, n_params in N_PARAMS_MPO.items():
             for n_sites in (2, 3):
                 for learning_rate in (3e-4, 1e-3, 3e-3):
-                    loss = 1.56 + 0.5 * (4 / chi) ** 0.6 + 0.02 * rng.normal() - 0.05 * (start == "teacher")
+                    loss = 1.56 + 0.5 * (4 / chi) ** 0.6 + 0.02 * rng.normal() - 0.05 * (start != "scratch")
                     size = n_params if n_sites == 3 else int(1.17 * n_params)
                     crowded.append(
                         Configuration(
@@ -118,7 +121,7 @@ def awkward_studies() -> dict[str, list[Configuration]]:
                         )
                     )
     others = [
-        ("lowrank", "scratch", 120_000, 1.8), ("lowrank", "scratch", 70_000, 1.95), ("pruned", "teacher", 70_000, 1.92),
+        ("lowrank", "scratch", 120_000, 1.8), ("lowrank", "scratch", 70_000, 1.95), ("pruned", "dense", 70_000, 1.92),
     ]  # fmt: skip
     return {
         "usual": usual,
@@ -169,18 +172,22 @@ def simulate(
             kind = schema.KIND_TRIAL if seed is None else schema.KIND_SEED
             own = {schema.KIND: kind, schema.KEY: schema.run_key(uuid, trial, seed)}
             written = {key: str(value) for key, value in (params | {"seed": seed}).items() if value is not None}
-            return SimulatedRun(trial, seed, status, written, metrics, common | own | dict(tags))
+            tags = common | own | dict(tags)
+            in_order = sorted(metrics, key=lambda metric: metric[2])
+            digest = schema.digest(written, {key: value for key, value, _ in in_order}, tags)
+            return SimulatedRun(trial, seed, status, written, metrics, tags | {schema.DIGEST: digest})
 
         tags = {
-            schema.PRUNED: configuration.pruned,
+            schema.SKIPPED: configuration.skipped,
             schema.STOPPED: configuration.stopped,
             schema.VALIDATION_FRACTION: configuration.validation_fraction,
         }
-        status = "KILLED" if configuration.pruned else "RUNNING" if configuration.unfinished else "FINISHED"
+        status = "KILLED" if configuration.skipped else "RUNNING" if configuration.unfinished else "FINISHED"
         yield run(None, status, counts, {key: value for key, value in tags.items() if value is not None})
         for seed in configuration.seeds:
             final_loss = configuration.val_loss + noise * rng.normal()
-            yield run(seed, "FINISHED", counts + _seed_metrics(configuration, final_loss, n_evaluations, rng))
+            metrics = counts + _seed_metrics(configuration, final_loss, n_evaluations, rng)
+            yield run(seed, "FINISHED", metrics, RAN_ON)
         for seed in configuration.failed:
             why = {schema.FAILURE: "validation loss is not finite", schema.FAILURE_STEP: "120"}
             yield run(seed, "FAILED", counts, why)
@@ -269,7 +276,7 @@ def _seed_metrics(
         for value, step in zip(values, steps, strict=True)
     ]
     best = int(np.argmin(loss))
-    teacher_tokens = 2000 * TOKENS_PER_STEP if configuration.start == "teacher" else 0
+    start_tokens = 2000 * TOKENS_PER_STEP if configuration.start != "scratch" else 0
     finals = {
         f"final/{key}": curves[key][-1]
         for key in ("val_loss", "val_acc", "val_loss_sampled", "val_acc_sampled", "train_loss")
@@ -280,7 +287,7 @@ def _seed_metrics(
         "best/step": steps[best],
         "train_seconds": 60 + 5 * rng.random(),
         "train_tokens": tokens[-1],
-        "total_tokens": tokens[-1] + teacher_tokens,
+        "total_tokens": tokens[-1] + start_tokens,
     }
     metrics += [(key, float(value), int(steps[-1])) for key, value in finals.items()]
     if configuration.family == "dense":

@@ -39,7 +39,7 @@ def test_report_command_is_quiet_on_stderr_and_defaults_to_the_study_directory(t
     folder.mkdir()
     uri = simulated_study.write_study(folder, simulated_study.awkward_studies()["one configuration"], n_evaluations=2)
     (folder / "study.json").write_text(
-        f'{{"schema_version": 1, "name": "tiny", "uuid": "{simulated_study.UUID}", "tracking_uri": "{uri}", '
+        f'{{"schema_version": 2, "name": "tiny", "uuid": "{simulated_study.UUID}", "tracking_uri": "{uri}", '
         '"experiment": "tiny"}'
     )
     result = subprocess.run(

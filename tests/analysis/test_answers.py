@@ -68,9 +68,9 @@ def test_first_screen_names_the_rivals_where_one_mpo_has_several():
 
 
 def test_first_screen_tells_dense_from_scratch_and_trained_on_apart():
-    of_teacher = {"start": "teacher", "budget_hash": "0ddba11e"}
-    further = Configuration("further", N_PARAMS_DENSE, 1.55, "dense", seeds=range(5), **of_teacher)
-    found = [DENSE, further, *(mpo(chi, loss, **of_teacher) for chi, loss in ((8, 1.7), (16, 1.59), (32, 1.55)))]
+    of_dense = {"start": "dense", "budget_hash": "0ddba11e"}
+    further = Configuration("further", N_PARAMS_DENSE, 1.55, "dense", seeds=range(5), **of_dense)
+    found = [DENSE, further, *(mpo(chi, loss, **of_dense) for chi, loss in ((8, 1.7), (16, 1.59), (32, 1.55)))]
     said = answered(found, [("mpo", "dense")], noise=0.002)["Does it keep up with dense?"]
     assert "MPO fine-tuned against dense, validation loss: better at 2 and worse at 1 of 3 sizes" in said
     assert "MPO fine-tuned against dense fine-tuned, validation loss: worse at 2 and undecided at 1 of 3 sizes" in said
@@ -149,7 +149,7 @@ def test_first_screen_gives_the_share_of_dense_accuracy_with_its_interval():
 
 
 def test_first_screen_names_the_tokens_where_budgets_differ():
-    tuned = mpo(16, 1.6, start="teacher", budget_hash="0ddba11e")
+    tuned = mpo(16, 1.6, start="dense", budget_hash="0ddba11e")
     said = answered([DENSE, tuned], [("mpo", "dense")])["Does it keep up with dense?"]
     assert "their budget is another, 32,768,000 tokens in all against 16,384,000." in said
     assert "budget" not in answered([DENSE, mpo(16, 1.6)])["Does it keep up with dense?"]

@@ -17,9 +17,9 @@ from analysis.commands.cli import app
 from analysis.runs.cache import MANIFEST, Cache
 from analysis.runs.load import StudyAddress, load_curves, load_study
 
-FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned")
+FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "skipped")
 USUAL = [replace(c, unfinished=()) for c in simulated_study.configurations()]
-FOUND = [USUAL[0], USUAL[3], replace(USUAL[3], duplicate_of=1), replace(USUAL[5], seeds=(), pruned="too large")]
+FOUND = [USUAL[0], USUAL[3], replace(USUAL[3], duplicate_of=1), replace(USUAL[5], seeds=(), skipped="too large")]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def template(tmp_path_factory):
         schema.KIND: schema.KIND_SUMMARY, schema.KEY: f"{simulated_study.UUID}/summary", schema.STUDY_NAME: "tiny",
         schema.STUDY_UUID: simulated_study.UUID, schema.SCHEMA: str(schema.SCHEMA_VERSION),
     }  # fmt: skip
-    summary = client.create_run(experiment_id, tags=tags)
+    summary = client.create_run(experiment_id, tags=tags | {schema.DIGEST: schema.digest({}, {}, tags)})
     client.set_terminated(summary.info.run_id, "FINISHED")
     return folder / "mlflow.db"
 
@@ -77,7 +77,7 @@ def study(tmp_path, template):
 def same(one, other):
     for name in FRAMES:
         pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name))
-    facts = ("address", "name", "uuid", "n_duplicates", "n_pruned", "latest", "budgets", "data_source")
+    facts = ("address", "name", "uuid", "n_duplicates", "n_skipped", "latest", "budgets", "data_source")
     assert [getattr(one, key) for key in facts] == [getattr(other, key) for key in facts]
 
 
@@ -108,7 +108,7 @@ def test_load_study_reads_a_finished_study_once(study, requests):
     assert requests == ["'summary'", "", ""]
     same(first, second)
     same(second, load_study(study.address))
-    assert second.n_pruned == second.n_duplicates == 1
+    assert second.n_skipped == second.n_duplicates == 1
     assert len(second.rel_errors) > 0
 
 
@@ -134,6 +134,13 @@ def delete_for_good(study):
     study.client._tracking_client.store._hard_delete_run(run_id)
 
 
+def end(study, run_id):
+    """The end of a run as its tracker leaves it: with the digest of what it holds."""
+    data = study.client.get_run(run_id).data
+    study.client.set_tag(run_id, schema.DIGEST, schema.digest(data.params, data.metrics, data.tags))
+    study.client.set_terminated(run_id)
+
+
 def retry(study):
     """A tracker writes a seed again that was trained again."""
     old = study.client.get_run(first_seed(study))
@@ -144,7 +151,7 @@ def retry(study):
         study.client.log_param(new, key, value)
     for key, value in old.data.metrics.items():
         study.client.log_metric(new, key, value + (key == "final/val_loss"))
-    study.client.set_terminated(new)
+    end(study, new)
 
 
 def retry_and_settle(study):
@@ -180,7 +187,7 @@ def test_load_study_knows_a_deleted_run_that_changed_places_with_another(study):
         study.client.log_param(old, key, value)
     for key, value in new.data.metrics.items():
         study.client.log_metric(old, key, value / 2 if key.startswith("final/") else value)
-    study.client.set_terminated(old)
+    end(study, old)
     study.client.delete_run(old)
     before = study.load()
     assert before.cache is not None
@@ -265,7 +272,7 @@ def test_load_study_replaces_a_cache_that_is_anothers(study, requests):
         assert json.loads((study.cache / MANIFEST).read_text())["stamp"][key] != "another"
 
 
-@pytest.mark.parametrize("name", ["trials", "seeds", "failures", "unfinished", "rel_errors", "pruned"])
+@pytest.mark.parametrize("name", ["trials", "seeds", "failures", "unfinished", "rel_errors", "skipped"])
 def test_load_study_replaces_what_another_version_made_of_the_same_runs(study, requests, name):
     sound = study.load()
     frame = getattr(sound, name)

@@ -117,7 +117,7 @@ def test_every_arm_of_dense_models_is_a_reference_so_that_none_is_spared_the_str
 
 
 def test_of_the_controls_of_an_arm_the_nearest_is_taken_and_another_start_is_none():
-    tuned = control(16, 1.8, start="teacher")
+    tuned = control(16, 1.8, start="dense")
     frame, _ = compared([DENSE, mpo(16, 1.7), control(16, 1.8, n_params=170_000), control(16, 1.8), tuned])
     assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
 
@@ -185,7 +185,7 @@ def test_studies_that_are_joined_claim_what_each_of_them_would():
 
 
 def test_budgets_meet_only_where_it_is_declared():
-    tuned = mpo(16, 1.6, "tuned", start="teacher", budget_hash="0ddba11e")
+    tuned = mpo(16, 1.6, "tuned", start="dense", budget_hash="0ddba11e")
     frame, _ = compared([DENSE, mpo(16, 1.7), tuned])
     assert set(frame["trial"]) == {1}
     frame, _ = compared([DENSE, mpo(16, 1.7), tuned], [("tuned", "dense")])
@@ -197,17 +197,17 @@ def test_budgets_meet_only_where_it_is_declared():
 
 
 def further(loss, arm="further", **settings):
-    settings = {"budget_hash": "0ddba11e", "seeds": range(5)} | settings
-    return Configuration(arm, N_PARAMS_DENSE, loss, "dense", start="teacher", **settings)
+    settings = {"start": "dense", "budget_hash": "0ddba11e", "seeds": range(5)} | settings
+    return Configuration(arm, N_PARAMS_DENSE, loss, "dense", **settings)
 
 
-def test_what_starts_from_a_teacher_meets_the_dense_model_that_was_trained_on_from_it():
+def test_what_starts_from_an_arm_meets_the_dense_model_that_was_trained_on_from_it():
     def tuned(chi, **settings):
-        return mpo(chi, 1.6, "tuned", start="teacher", budget_hash=settings.pop("budget_hash", "0ddba11e"), **settings)
+        return mpo(chi, 1.6, "tuned", start="dense", budget_hash=settings.pop("budget_hash", "0ddba11e"), **settings)
 
     found = [
         DENSE,
-        further(1.5, "of another teacher", extra={"teacher": "other"}),
+        further(1.5, "of another start", start="other"),
         further(1.55, "longer", budget_hash="facade"),
         further(1.55),
         further(1.50, "later and better"),
@@ -236,7 +236,7 @@ def test_what_starts_from_a_teacher_meets_the_dense_model_that_was_trained_on_fr
 
 def test_an_arm_is_tested_against_each_reference_in_an_order_of_its_own():
     losses = {32: 1.60, 16: 1.61, 8: 1.75}
-    arm = [mpo(chi, loss, "tuned", start="teacher", budget_hash="0ddba11e") for chi, loss in losses.items()]
+    arm = [mpo(chi, loss, "tuned", start="dense", budget_hash="0ddba11e") for chi, loss in losses.items()]
     frame, _ = compared([DENSE, further(1.50), *arm], [("tuned", "dense"), ("tuned", "further")], noise=0.002)
     own = frame[frame["measure"] == "val_loss"].set_index(["against", "trial"])["non_inferior"]
     assert own[0].to_dict() == {2: True, 3: True, 4: False}

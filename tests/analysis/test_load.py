@@ -174,7 +174,7 @@ def test_resolve_study_takes_a_relative_database_from_the_study_not_the_working_
     for folder in (study, elsewhere):
         folder.mkdir()
         (folder / "mlflow.db").touch()
-    manifest = {"schema_version": 1, "uuid": "u", "tracking_uri": "sqlite:///mlflow.db", "experiment": "tiny"}
+    manifest = {"schema_version": 2, "uuid": "u", "tracking_uri": "sqlite:///mlflow.db", "experiment": "tiny"}
     (study / "study.json").write_text(json.dumps(manifest))
     monkeypatch.chdir(elsewhere)
     assert resolve_study(study).tracking_uri == f"sqlite:///{study}/mlflow.db"
@@ -192,13 +192,13 @@ def test_resolve_study_refuses_what_is_not_there(tmp_path):
     [
         ("{", "is not a study manifest"),
         ("[]", "is not a study manifest"),
-        ('{"schema_version": 1}', "is not a study manifest: KeyError"),
+        ('{"schema_version": 2}', "is not a study manifest: KeyError"),
         (
             json.dumps({"schema_version": 99, "name": "", "uuid": "", "tracking_uri": "", "experiment": ""}),
-            "has schema version 99, but 1 is read here",
+            "has schema version 99, but 2 is read here",
         ),
         (
-            json.dumps({"schema_version": 1, "name": "", "uuid": "", "tracking_uri": None, "experiment": "tiny"}),
+            json.dumps({"schema_version": 2, "name": "", "uuid": "", "tracking_uri": None, "experiment": "tiny"}),
             "run with tracking off.*`mpo-study sync .* --tracking URI`",
         ),
     ],

@@ -23,7 +23,7 @@ from analysis.statistics.intervals import ratio_interval
 
 PAPER = {"factorisation": "paper", "init": "paper", "n_sites": None}
 LOSSES = {4: 2.02, 8: 1.86, 16: 1.745, 32: 1.655}
-TUNED = {"start": "teacher", "steps": 500, "extra": {"factorisation": "paper", "n_sites": None}}
+TUNED = {"start": "dense", "steps": 500, "extra": {"factorisation": "paper", "n_sites": None}}
 
 
 def paper_study(seeds=range(5), **changes):
@@ -388,7 +388,7 @@ def test_embeddings_at_the_rate_of_the_layers_are_the_papers():
         {"steps": 400},
         {"learning_rate": 1e-3},
         {"d_model": 64},
-        {"start": "teacher"},
+        {"start": "dense"},
         {"extra": {"factorisation": "balanced", "init": "paper"}},
         {"extra": {"factorisation": "paper", "init": "variance"}},
         {"extra": PAPER | {"lr_rule": "mup"}},
@@ -413,7 +413,7 @@ def test_the_papers_models_are_found_among_others():
         *awkward_studies()["crowded"],
         *(replace(one, learning_rate=1e-3) for one in models),
         Configuration("low-rank", 79_168, 1.9, family="low_rank", extra={"as_chi": 8, "init": "paper"}),
-        replace(models[2], start="teacher", steps=500, val_loss=1.6),
+        replace(models[2], start="dense", steps=500, val_loss=1.6),
     ]
     trials = paper_trials(simulated_runs([*more, *models])[0])
     first = len(more)
@@ -453,8 +453,8 @@ def test_failed_unfinished_and_stopped_seeds_are_said():
     ]
 
 
-def test_fine_tuned_models_of_another_teacher_are_left_out():
-    other = {**TUNED, "extra": TUNED["extra"] | {"teacher": "narrow"}}
+def test_fine_tuned_models_of_another_start_are_left_out():
+    other = {**TUNED, "start": "narrow"}
     found = [*paper_study(), Configuration("mpo-tuned", N_PARAMS_MPO[8], 1.7, chi=8, **other)]
     assert paper_trials(simulated_runs(found)[0]).tuned == {}
 

@@ -240,11 +240,11 @@ def test_report_of_single_seeds_claims_nothing_and_escapes_names(tmp_path):
     found = [replace(c, seeds=(0,), arm=f"<b>{c.arm}</b>") for c in simulated_study.awkward_studies()["usual"][:4]]
     uri = simulated_study.write_study(tmp_path, found, n_evaluations=2)
     runs = load_study(StudyAddress(uri, "tiny"))
-    runs = replace(runs, seeds=runs.seeds.assign(**{schema.PROGRAM: ["1a2b", "1a2b", "<b>3c</b>", None]}))
+    runs = replace(runs, seeds=runs.seeds.assign(**{schema.PROGRAM: ["1a2b", "1a2b", "<b>3c</b>", "5d6e"]}))
     write_report(runs, tmp_path / "out", light=True)
     page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     assert "b" not in page.tags
-    assert "2 by 1a2b; 1 by <b>3c</b>; 1 by not on record. No configurations have seeds of more than one" in page.text
+    assert "2 by 1a2b; 1 by <b>3c</b>; 1 by 5d6e. No configurations have seeds of more than one" in page.text
     assert "None: no configuration has 3 complete seeds without a failed one." in page.text
     assert "4 configurations have fewer than 3 complete seeds." in page.text
     assert "All trials here share one." in page.text

@@ -57,7 +57,7 @@ def test_other_budgets_take_part_only_where_they_are_declared():
     runs, _ = simulated_runs(STUDIES["usual"], n_evaluations=2)
     summary = summarise(runs)
     reference = summary.loc[summary["is_reference"]].iloc[0]
-    tuned = summary.loc[summary["start"] == "teacher", "trial"].tolist()
+    tuned = summary.loc[summary["start"] != "scratch", "trial"].tolist()
     same = retained_points(runs, summary)
     assert set(same["trial"]) == set(summary["trial"]) - {reference["trial"], *tuned}
     assert set(retained_points(runs, summary, tuned[:1])["trial"]) == {*same["trial"], tuned[0]}

@@ -33,7 +33,7 @@ def test_summarise_aggregates_the_seeds_of_each_trial(runs, summary):
         assert row["mean/final/val_acc"] == pytest.approx(values.mean())
         assert row["std/final/val_acc"] == pytest.approx(values.std())
         assert row[half_width_key("final/val_acc")] == pytest.approx((high - low) / 2)
-        assert row["total_tokens"] == (20_480_000 if row["start"] == "teacher" else 16_384_000)
+        assert row["total_tokens"] == (20_480_000 if row["start"] != "scratch" else 16_384_000)
 
 
 def test_summarise_tells_families_apart(summary):
@@ -176,9 +176,9 @@ def test_stopped_trial_is_on_no_frontier_however_good():
         )
 
 
-def test_pruned_trial_is_left_out_and_counted():
-    pruned = replace(USUAL[3], seeds=(), pruned="1,000 parameters, more than budget.max_params=900")
-    runs, _ = simulated_study.simulated_runs([*USUAL, pruned], n_evaluations=1)
-    assert runs.n_pruned == 1
+def test_skipped_trial_is_left_out_and_counted():
+    skipped = replace(USUAL[3], seeds=(), skipped="1,000 parameters, more than search.max_params=900")
+    runs, _ = simulated_study.simulated_runs([*USUAL, skipped], n_evaluations=1)
+    assert runs.n_skipped == 1
     assert len(runs.trials) == len(USUAL)
     assert runs.unfinished.empty

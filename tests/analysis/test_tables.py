@@ -62,7 +62,7 @@ def test_hypervolume_table_says_what_it_is_measured_against(uncertainties):
 def test_arms_table_lists_what_trials_of_an_arm_differ_in(summary):
     shown = tables.arms_table(summary).shown.set_index("arm")
     assert shown.loc["mpo-tuned", "steps"] == "500"
-    assert shown.loc["mpo-tuned", "teacher"] == "dense"
+    assert shown.loc["mpo-tuned", "start"] == "dense"
     assert shown.loc["dense", "learning rate"] == "0.0003"
     assert "refinement" not in shown.columns
 

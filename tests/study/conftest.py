@@ -52,7 +52,7 @@ def small_study(small_text):
             "arms": [
                 {"name": "dense", "family": "dense"},
                 {"name": "mpo", "family": "mpo", "chi": [2, 4]},
-                {"name": "mpo-finetune", "family": "mpo", "chi": 2, "teacher": "dense", "steps": 6},
+                {"name": "mpo-finetune", "family": "mpo", "chi": 2, "start": "dense", "steps": 6},
             ],
         }
         for key, value in changes.items():

@@ -27,7 +27,7 @@ from study.spec.trial import SeedResult, now
 
 DENSE = {"name": "dense", "family": "dense"}
 MPO = {"name": "mpo", "family": "mpo", "chi": [2, 4]}
-TUNED = {"name": "tuned", "family": "mpo", "chi": 2, "teacher": "dense", "steps": 4}
+TUNED = {"name": "tuned", "family": "mpo", "chi": 2, "start": "dense", "steps": 4}
 SEARCHED = {
     "name": "found",
     "family": "mpo",
@@ -69,9 +69,9 @@ def write_study(folder: Path, name: str = "tiny", **changes) -> Path:
 
 def write_search(folder: Path, sampler: str = "random", trials: int = 5, **changes) -> Path:
     """A study file with one listed dense trial, and a search over χ and the learning rate."""
-    settings = {"name": sampler, "population_size": 4} if sampler.startswith("nsga") else {"name": sampler}
-    changes = {"arms": [DENSE, SEARCHED], "budget": {"trials": trials}} | changes
-    return write_study(folder, name=f"search-{sampler}", sampler=settings, **changes)
+    search = {"sampler": sampler, "trials": trials} | ({"population_size": 4} if sampler.startswith("nsga") else {})
+    changes = {"arms": [DENSE, SEARCHED]} | changes | {"search": search | changes.get("search", {})}
+    return write_study(folder, name=f"search-{sampler}", **changes)
 
 
 def ledger_at(file: Path, directory: Path, *overrides: str, extend: bool = False) -> Ledger:
@@ -100,7 +100,8 @@ def made_up(trial: int, seed: int, loss: float = 1.0, failure: str | None = None
     if failure is not None:
         return SeedResult(trial, seed, "failed", started=now(), ended=now(), failure=failure)
     final = {field.key: 1.0 for field in schema.FINALS} | {"final/val_loss": loss, "final/val_acc": 1 / (1 + loss)}
-    return SeedResult(trial, seed, "complete", started=now(), ended=now(), final=final)
+    ran_on = dict.fromkeys(schema.RAN_ON, "nothing")
+    return SeedResult(trial, seed, "complete", started=now(), ended=now(), final=final, ran_on=ran_on)
 
 
 def results_at(directory: Path, name: str = "tiny") -> dict[tuple[int, int], SeedResult]:

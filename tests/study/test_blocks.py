@@ -80,7 +80,7 @@ def test_queue_forms_a_block_of_what_is_missing(tmp_path, open_queue):
     assert blocks(again) == [("dense", (0, 2, 3)), ("dense", (4,))]
 
 
-def test_queue_forms_a_block_of_those_whose_teachers_are_ready(tmp_path, open_queue):
+def test_queue_forms_a_block_of_those_whose_starts_are_ready(tmp_path, open_queue):
     file = write_study(tmp_path, seeds=5, arms=[DENSE, TUNED], execution={"seeds_per_unit": 2})
     queue = open_queue(file)
     taught = [queue.next_unit() for _ in range(3)]
@@ -88,12 +88,12 @@ def test_queue_forms_a_block_of_those_whose_teachers_are_ready(tmp_path, open_qu
     finish(queue, taught[1])
     tuned = queue.next_unit()
     assert (tuned.spec.arm, tuned.seeds) == ("tuned", (2, 3))
-    assert tuned.teachers.weights == {2: "0-2", 3: "0-3"}
+    assert tuned.starts.weights == {2: "0-2", 3: "0-3"}
     finish(queue, taught[2])
     assert blocks(queue) == [("tuned", (4,))]
     finish(queue, taught[0], failures={1: "no"})
     assert blocks(queue) == [("tuned", (0,))]
-    assert queue.ledger.results[1, 1].failure == "its teacher (arm dense, seed 1) failed: no"
+    assert queue.ledger.results[1, 1].failure == "its start (arm dense, seed 1) failed: no"
 
 
 def test_queue_records_a_block_and_removes_its_checkpoints(tmp_path, open_queue):
@@ -280,9 +280,9 @@ def test_study_of_blocks_interrupted_ends_bit_identical(tmp_path):
     assert losses(tmp_path / "study") == losses(tmp_path / "undisturbed")
 
 
-def test_study_of_blocks_records_a_teacher_that_diverges_and_what_depends_on_it(tmp_path):
+def test_study_of_blocks_records_a_start_that_diverges_and_what_depends_on_it(tmp_path):
     wild = {"name": "wild", "family": "dense", "learning_rate": 1e30}
-    arms = [wild, TUNED | {"teacher": "wild"}, MPO]
+    arms = [wild, TUNED | {"start": "wild"}, MPO]
     file = write_study(tmp_path, seeds=2, arms=arms, execution={"seeds_per_unit": 2})
     outcome, printed = printed_by_run(file, tmp_path / "study", tracking="off")
     assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (4, 4, 0)

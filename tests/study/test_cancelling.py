@@ -23,9 +23,8 @@ def test_unit_in_flight_of_a_stopped_trial_is_cancelled(tmp_path, monkeypatch):
         tmp_path,
         arms=[DENSE, listed, found],
         seeds=4,
-        early_stopping={"margin": 1e-6},
         protocol={"steps": 600, "warmup_steps": 2, "eval_every": 10},
-        budget={"trials": 2},
+        search={"trials": 2, "early_stopping": {"margin": 1e-6}},
     )
     printed = io.StringIO()
     outcome = run_study(

@@ -67,11 +67,11 @@ def test_no_layer_is_larger_than_the_mpos(spec_of, corpus, family, chi):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("teacher", [None, "dense"])
-def test_shapes_are_those_of_the_built_model(spec_of, corpus, family, teacher):
+@pytest.mark.parametrize("start", [None, "dense"])
+def test_shapes_are_those_of_the_built_model(spec_of, corpus, family, start):
     for chi in (3, 5, 16):
-        spec = spec_of(model=WIDE, family=family, as_chi=chi, **({"teacher": teacher} if teacher else {}))
-        weights = built(spec_of(model=WIDE), corpus).state_dict() if teacher else None
+        spec = spec_of(model=WIDE, family=family, as_chi=chi, **({"start": start} if start else {}))
+        weights = built(spec_of(model=WIDE), corpus).state_dict() if start else None
         model, _ = build_model(spec, len(corpus.vocabulary), partial(generator, 0, "init"), weights)
         counted = trial_shape(spec, len(corpus.vocabulary), 100, spec.model)
         assert counted.n_params == mpo_core.n_params(model)
@@ -148,11 +148,11 @@ def test_interrupted_run_ends_bit_identical(spec_of, corpus, tmp_path, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_weights_are_kept_as_well_as_the_arm_says(spec_of, corpus, family):
-    teacher = train_seed(spec_of(model=WIDE), 0, corpus)[1]
+    start = train_seed(spec_of(model=WIDE), 0, corpus)[1]
     losses = {}
     for refinement in ("weights", "outputs"):
-        spec = spec_of(model=WIDE, family=family, as_chi=4, teacher="dense", refinement=refinement)
-        result, _ = train_seed(spec, 0, corpus, teacher_weights=teacher)
+        spec = spec_of(model=WIDE, family=family, as_chi=4, start="dense", refinement=refinement)
+        result, _ = train_seed(spec, 0, corpus, start_weights=start)
         assert all(key.startswith("rel_error/compressed/chi_4/") for key in result.rel_errors), list(result.rel_errors)
         assert all(0 <= error < (1 if refinement == "weights" else 9) for error in result.rel_errors.values())
         losses[refinement] = result.curve[0]["val_loss"], sum(result.rel_errors.values())
@@ -166,7 +166,7 @@ def test_trained_weights_are_kept_as_well_as_the_arm_says(spec_of, corpus, famil
 def test_study_with_controls_runs_to_its_end(tmp_path):
     arms = [DENSE]
     arms += [{"name": family, "family": family, "as_chi": [2, 4], "lr_rule": ["uniform", "mup"]} for family in FAMILIES]
-    tuned = {"teacher": "dense", "refinement": "outputs", "steps": 4}
+    tuned = {"start": "dense", "refinement": "outputs", "steps": 4}
     arms += [{"name": f"tuned-{family}", "family": family, "as_chi": 2} | tuned for family in FAMILIES]
     file = write_study(tmp_path, model=WIDE, arms=arms)
     outcome = run_at(file, tmp_path / "kept", tracking=None)
@@ -185,7 +185,7 @@ def test_study_with_controls_runs_to_its_end(tmp_path):
         ({"family": "low_rank", "as_chi": {"choices": [2, 4]}}, "as_chi: must be a value or a list, but got "),
         ({"family": "low_rank"}, "as_chi: missing, must be given"),
         ({"family": "low_rank", "chi": 2, "as_chi": 2}, "chi: unknown key (did you mean as_chi?); allowed: "),
-        ({"family": "monarch", "as_chi": 2, "refinement": "outputs"}, "`refinement` has no meaning without `teacher`"),
+        ({"family": "monarch", "as_chi": 2, "refinement": "outputs"}, "`refinement` has no meaning without `start`"),
         (
             {"family": "pruned", "as_chi": 2, "n_sites": 3, "factorisation": "paper"},
             "`n_sites` is not allowed with `factorisation: paper`",

@@ -22,7 +22,7 @@ from study.spec.study_file import load_config
         ({"arms": [DENSE, TUNED]}, False),
         ({"arms": [DENSE, MPO, TUNED | {"steps": 5}]}, False),
         ({"arms": [DENSE, MPO | {"decay": ["parameter", "matrix"]}, TUNED]}, True),
-        ({"arms": [DENSE, MPO, TUNED, TUNED | {"name": "again", "teacher": "dense", "chi": 3}]}, True),
+        ({"arms": [DENSE, MPO, TUNED, TUNED | {"name": "again", "start": "dense", "chi": 3}]}, True),
         ({"arms": [DENSE, MPO | {"learning_rate": {2: 0.01, 4: 0.01, 3: 0.1}, "chi": [2, 4, 3]}, TUNED]}, True),
         ({"arms": [DENSE, MPO | {"learning_rate": {2: 0.01, 4: 0.1}}, TUNED]}, False),
         ({"arms": [DENSE, MPO | {"tuned_among": 3}, TUNED]}, False),
@@ -30,7 +30,7 @@ from study.spec.study_file import load_config
         ({"protocol": {"precision": "bfloat16"}}, False),
         ({"execution": {"capture": False}}, True),
         ({"objectives": ["val_loss"]}, False),
-        ({"arms": [DENSE, MPO, TUNED, SEARCHED], "sampler": {"name": "tpe"}, "budget": {"trials": 3}}, False),
+        ({"arms": [DENSE, MPO, TUNED, SEARCHED], "search": {"sampler": "tpe", "trials": 3}}, False),
     ],
 )
 def test_only_adds_is_true_of_seeds_and_listed_trials_more(tmp_path, changes, adds):
@@ -61,10 +61,10 @@ def test_settled_takes_what_the_study_had_before_for_what_it_has_grown_to(tmp_pa
     assert definition(settled(study("d"), history)) == definition(history[-1])
     assert definition(settled(history[-1], history)) == definition(history[-1])
     more = settled(study("e", arms=[DENSE, SEARCHED, MPO]), history)  # an edit of the file as it was at first
-    assert (more.budget.trials, more.seeds, len(more.arms)) == (8, 4, 3)
+    assert (more.search.trials, more.seeds, len(more.arms)) == (8, 4, 3)
     assert only_adds(history[-1], more)
     other = settled(study("f", trials=6), history)
-    assert other.budget.trials == 6
+    assert other.search.trials == 6
     assert not only_adds(history[-1], other)
     words = settled(study("g", description="new words"), history)
     assert words.description == "new words"

@@ -21,8 +21,8 @@ NARROW = {"name": "narrow", "family": "dense", "d_model": 4, "learning_rate": {"
 
 
 def write(folder, arms=(DENSE, FOUND), trials=6, margin=0.1, **changes):
-    stopping = {"margin": margin} | changes.pop("early_stopping", {})
-    return write_search(folder, trials=trials, arms=list(arms), early_stopping=stopping, **{"seeds": 4} | changes)
+    search = {"early_stopping": {"margin": margin} | changes.pop("early_stopping", {})}
+    return write_search(folder, trials=trials, arms=list(arms), search=search, **{"seeds": 4} | changes)
 
 
 def opened(file, folder):

@@ -1,4 +1,4 @@
-"""A dense arm that is trained on from a teacher: the control of what is compressed and fine-tuned."""
+"""A dense arm that is trained on from another: the control of what is compressed and fine-tuned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from study.training.train import train_seed
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 
-FURTHER = {"name": "further", "family": "dense", "teacher": "dense", "steps": 4, "learning_rate": [0.01, 0.001]}
+FURTHER = {"name": "further", "family": "dense", "start": "dense", "steps": 4, "learning_rate": [0.01, 0.001]}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_it_goes_on_from_the_trained_weights_and_is_compared_with_what_is_compre
     for trial in read_ledger(StudyDirectory(folder).ledger_url, "tiny").trials:
         trials.setdefault(trial.spec.arm, trial)
     further, dense, tuned = (trials[arm] for arm in ("further", "dense", "tuned"))
-    assert (further.spec.start, further.spec.init, further.shape.n_params) == ("teacher", None, dense.shape.n_params)
+    assert (further.spec.start, further.spec.init, further.shape.n_params) == ("dense", None, dense.shape.n_params)
     assert further.budget_hash == tuned.budget_hash != dense.budget_hash
     results = results_at(folder)
     for seed in (0, 1):
@@ -60,8 +60,8 @@ def test_it_goes_on_from_the_trained_weights_and_is_compared_with_what_is_compre
         assert not own.rel_errors
         assert (taught.weights is not None, own.weights) == (True, None)
     params = [run.data.params for [run] in runs_in(database).values() if "arm" in run.data.params]
-    started = {(p["start"], p["teacher"], p.get("init")) for p in params if p["arm"] == "further"}
-    assert started == {("teacher", "dense", None)}
+    started = {(p["start"], p.get("init")) for p in params if p["arm"] == "further"}
+    assert started == {("dense", None)}
     among = {(p["arm"], p["tuning_trials"], p.get("tuned_among")) for p in params}
     assert among == {("further", "2", None), ("dense", "1", None), ("mpo", "5", "5"), ("tuned", "2", None)}
     code, out, err = cli("status", "kept", cwd=tmp_path)
@@ -72,17 +72,17 @@ def test_it_goes_on_from_the_trained_weights_and_is_compared_with_what_is_compre
     assert "d_model=8, from dense" in out
 
 
-def test_it_fails_with_its_teacher(tmp_path):
+def test_it_fails_with_its_start(tmp_path):
     wild = DENSE | {"name": "wild", "learning_rate": 1e30}
-    file = write_study(tmp_path, arms=[wild, FURTHER | {"teacher": "wild"}])
+    file = write_study(tmp_path, arms=[wild, FURTHER | {"start": "wild"}])
     run_at(file, tmp_path / "kept", "protocol.grad_clip=1e30")
     failures = [result.failure for result in results_at(tmp_path / "kept").values()]
     assert len(failures) == 6
-    assert sum("its teacher (arm wild, seed" in failure for failure in failures) == 4
+    assert sum("its start (arm wild, seed" in failure for failure in failures) == 4
 
 
-def test_refine_brings_its_teacher_along(tmp_path):
-    file = write_study(tmp_path, seeds=1, arms=[DENSE, FURTHER | {"learning_rate": 1e-9}])  # as good as its teacher
+def test_refine_brings_its_start_along(tmp_path):
+    file = write_study(tmp_path, seeds=1, arms=[DENSE, FURTHER | {"learning_rate": 1e-9}])  # as good as its start
     run_at(file, tmp_path / "kept")
     outcome = run_at(file, tmp_path / "kept", growth=Growth(refine=1))
     assert (outcome.n_failed, outcome.n_missing) == (0, 0)
@@ -91,8 +91,8 @@ def test_refine_brings_its_teacher_along(tmp_path):
 
 def test_stacked_seeds_are_trained_as_each_alone(spec, corpus):
     weights = {seed: train_seed(spec["dense"], seed, corpus)[1] for seed in (0, 1)}
-    alone = [train_seed(spec["further"], seed, corpus, teacher_weights=weights[seed])[0] for seed in (0, 1)]
-    stacked = [result for result, _ in train_seeds(spec["further"], [0, 1], corpus, teacher_weights=weights)]
+    alone = [train_seed(spec["further"], seed, corpus, start_weights=weights[seed])[0] for seed in (0, 1)]
+    stacked = [result for result, _ in train_seeds(spec["further"], [0, 1], corpus, start_weights=weights)]
     for one, other in zip(alone, stacked, strict=True):
         losses = [torch.tensor([row["val_loss"] for row in result.curve]) for result in (one, other)]
         torch.testing.assert_close(*losses)
@@ -100,7 +100,7 @@ def test_stacked_seeds_are_trained_as_each_alone(spec, corpus):
 
 def test_it_may_be_searched(tmp_path):
     searched = FURTHER | {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
-    file = write_study(tmp_path, arms=[DENSE, searched], sampler={"name": "random"}, budget={"trials": 2})
+    file = write_study(tmp_path, arms=[DENSE, searched], search={"sampler": "random", "trials": 2})
     outcome = run_at(file, tmp_path / "kept")
     assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (6, 0, 0)
     assert load_config(file).arm("further").is_searched

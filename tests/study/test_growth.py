@@ -115,7 +115,7 @@ def test_growth_by_trials_again_when_it_is_over_grows_again(tmp_path, folder):
     for n_trials in (2, 4, 6):
         outcome = run_at(file, folder, growth=Growth(trials=2 if n_trials > 2 else 0))
         assert (outcome.n_trials, outcome.n_missing) == (n_trials, 0)
-    assert StudyDirectory(folder).load_config().budget.trials == 5
+    assert StudyDirectory(folder).load_config().search.trials == 5
 
 
 def test_growth_is_refused_where_nothing_is_searched_or_nothing_was_begun(tmp_path, folder):
@@ -135,7 +135,7 @@ CLIPPED = {"name": "clipped", "family": "mpo", "chi": [500, 1000]}
 """At d_model 8 no bond reaches 500: the second one repeats the first."""
 
 
-def test_growth_by_seeds_with_teachers_and_duplicates_reaches_ledger_and_mlflow(
+def test_growth_by_seeds_with_starts_and_duplicates_reaches_ledger_and_mlflow(
     tmp_path,
     folder,
     interrupted,
@@ -241,7 +241,7 @@ def test_study_file_that_only_adds_extends_a_study_when_told_to(tmp_path, folder
     run_at(write_study(tmp_path, arms=[DENSE, MPO]), folder)
     run_at(write_study(tmp_path, arms=[DENSE, MPO]), folder, growth=Growth(seeds=1))
     before = results_at(folder)
-    # A longer list, a teacher whose weights were not kept, an arm of its own, and the seeds as the file had them.
+    # A longer list, a start whose weights were not kept, an arm of its own, and the seeds as the file had them.
     arms = [TUNED, DENSE, MPO | {"chi": [2, 3, 4]}, {"name": "narrow", "family": "dense", "d_model": 4}]
     file = write_study(tmp_path, arms=arms)
     with pytest.raises(StudyError) as error:
@@ -294,14 +294,14 @@ def test_arm_that_others_start_from_is_trained_even_where_it_repeats_a_trial(tmp
     assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (3, 0, 0)
 
 
-def test_arm_that_repeats_a_trial_cannot_become_a_teacher_later(tmp_path, folder):
+def test_arm_that_repeats_a_trial_cannot_become_a_start_later(tmp_path, folder):
     searched = {"name": "found", "family": "dense", "learning_rate": {"choices": [0.01]}}
     arms = [searched]
     run_at(write_search(tmp_path, trials=1, seeds=1, arms=arms), folder)
     grown = write_search(tmp_path, trials=1, seeds=1, arms=[searched, DENSE])
     assert run_at(grown, folder, growth=Growth(extend=True)).n_missing == 0
     file = write_search(tmp_path, trials=1, seeds=1, arms=[searched, DENSE, TUNED])
-    with pytest.raises(StudyError, match="arm dense cannot be a teacher: its trial 1 repeats trial 0"):
+    with pytest.raises(StudyError, match="arm dense cannot be a start: its trial 1 repeats trial 0"):
         run_at(file, folder, growth=Growth(extend=True))
     grown = write_search(tmp_path, trials=1, seeds=1, arms=[searched, DENSE])
     assert run_at(grown, folder).n_missing == 0  # and nothing of what was refused is on record
@@ -322,7 +322,7 @@ def decide(file, folder, losses):
     ledger.close()
 
 
-def test_refine_adds_seeds_to_undecided_trials_and_their_teachers_alone(tmp_path, folder, interrupted):
+def test_refine_adds_seeds_to_undecided_trials_and_their_starts_alone(tmp_path, folder, interrupted):
     arms = [{"name": "small", "family": "mpo", "chi": 1}, DENSE, MPO | {"chi": [2, 3]}, TUNED | {"chi": 4}, CLIPPED]
     file = write_study(tmp_path, arms=arms, seeds=3)
     # By size: small (chi 1), mpo 2, mpo 3, tuned 4, dense and the clipped ones; trials in the order of the file.

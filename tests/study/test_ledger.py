@@ -301,7 +301,7 @@ def test_ledger_refuses_another_schema_version(tmp_path, folder):
     with sqlite3.connect(folder / "ledger.db") as connection:
         connection.execute("UPDATE mpo_study SET schema_version = 99")
     connection.close()
-    with pytest.raises(StudyError, match="schema version 99, this program knows 1"):
+    with pytest.raises(StudyError, match="schema version 99, this program knows 2"):
         ledger_at(file, folder)
 
 
@@ -353,14 +353,14 @@ def test_search_resumed_is_the_search_undisturbed(tmp_path, sampler, trials):
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", pytest.param("gp", marks=pytest.mark.slow)])
 def test_search_within_limits_resumed_is_the_search_undisturbed(tmp_path, sampler):
-    budget = {"trials": 14, "max_params": 0.3, "max_repeats": 9}
-    file = write_search(tmp_path, sampler=sampler, objectives=["n_params", "val_loss"], budget=budget)
+    limits = {"trials": 14, "max_params": 0.3, "max_repeats": 9}
+    file = write_search(tmp_path, sampler=sampler, objectives=["n_params", "val_loss"], search=limits)
     whole, resumed = search(file, tmp_path / "whole"), search(file, tmp_path / "resumed", stop_after=range(30))
     trials = [
-        [replace(t, pruned=t.pruned and t.pruned.reason) for t in one.trials.values()] for one in (whole, resumed)
+        [replace(t, skipped=t.skipped and t.skipped.reason) for t in one.trials.values()] for one in (whole, resumed)
     ]
     assert trials[0] == trials[1]
-    assert any(trial.pruned for trial in trials[0])
+    assert any(trial.skipped for trial in trials[0])
     urls = [StudyDirectory(tmp_path / name).ledger_url for name in ("whole", "resumed")]
     assert optuna_states(urls[0]) == optuna_states(urls[1])
 

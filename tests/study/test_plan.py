@@ -57,7 +57,7 @@ def test_search_costs_what_its_space_does(planned):
         {"name": "dense", "family": "dense"},
         {"name": "mpo", "family": "mpo", "chi": {"low": 1, "high": 40}, "learning_rate": {"low": 0.1, "high": 0.2}},
     ]
-    settings = {"sampler": {"name": "random"}, "budget": {"trials": 7}, "model": {"d_model": 16}, "seeds": 3}
+    settings = {"search": {"sampler": "random", "trials": 7}, "model": {"d_model": 16}, "seeds": 3}
     config, corpus, made = planned(arms=arms, **settings)
     sizes = {}
     for chi in range(1, 41):
@@ -81,7 +81,7 @@ def test_search_costs_what_its_space_does(planned):
     assert made.unit_seconds == pytest.approx(made.listed_seconds + made.searched_seconds)
 
     limit = sizes[2].n_params
-    _, _, limited = planned(arms=arms, **settings | {"budget": {"trials": 7, "max_params": limit}})
+    _, _, limited = planned(arms=arms, **settings | {"search": {"sampler": "random", "trials": 7, "max_params": limit}})
     assert limited.searches[0].beyond_limits == pytest.approx(38 / 40, abs=1 / 64)
     assert limited.searches[0].rows["largest"].shape.n_params == limit
     assert limited.searched_seconds < made.searched_seconds / 5
@@ -108,7 +108,7 @@ def test_draws_are_those_of_the_random_sampler_and_as_many_whatever_the_space():
 
 def test_space_smaller_than_the_budget_trains_each_configuration_once(planned):
     arms = [{"name": "mpo", "family": "mpo", "chi": {"choices": [2, 4]}}]
-    _, _, made = planned(arms=arms, sampler={"name": "random"}, budget={"trials": 7})
+    _, _, made = planned(arms=arms, search={"sampler": "random", "trials": 7})
     assert (made.trials, made.n_searched, made.n_different) == ([], 7, 2)
     assert made.searched_seconds == pytest.approx(2 * 2 * made.searches[0].seconds)
 
@@ -138,9 +138,9 @@ def test_text_shorter_than_the_context_is_refused(planned):
 DENSE = {"name": "dense", "family": "dense"}
 SEARCHED = {"name": "mpo", "family": "mpo", "chi": {"low": 2, "high": 4}}
 LOW_RANK = {"name": "low-rank", "family": "low_rank", "as_chi": [2, 4]}
-TUNED = {"name": "tuned", "family": "mpo", "chi": 2, "teacher": "dense", "steps": 6}
-FURTHER = {"name": "further", "family": "dense", "teacher": "dense", "steps": 6}
-SEARCH = {"sampler": {"name": "random"}, "budget": {"trials": 7}}
+TUNED = {"name": "tuned", "family": "mpo", "chi": 2, "start": "dense", "steps": 6}
+FURTHER = {"name": "further", "family": "dense", "start": "dense", "steps": 6}
+SEARCH = {"search": {"sampler": "random", "trials": 7}}
 
 
 def pairs(*named):

@@ -53,7 +53,7 @@ def test_queue_issues_every_run_of_the_study_once(tmp_path, open_queue):
     assert queue.next_unit() == "finished"
 
 
-def test_queue_waits_for_a_teacher_seed_by_seed(tmp_path, open_queue):
+def test_queue_waits_for_a_start_seed_by_seed(tmp_path, open_queue):
     queue = open_queue(write_study(tmp_path, arms=[TUNED, DENSE]))
     first, second = take(queue, 2)
     assert names([first, second]) == [("dense", None, (0,)), ("dense", None, (1,))]
@@ -61,8 +61,8 @@ def test_queue_waits_for_a_teacher_seed_by_seed(tmp_path, open_queue):
     finish(queue, second)
     third = queue.next_unit()
     assert names([third]) == [("tuned", 2, (1,))]
-    assert third.teachers.weights == {1: "0-1"}
-    assert third.teachers.tokens == first.spec.train_tokens
+    assert third.starts.weights == {1: "0-1"}
+    assert third.starts.tokens == first.spec.train_tokens
     assert queue.next_unit() is None
     finish(queue, third)
     assert queue.next_unit() is None
@@ -71,7 +71,7 @@ def test_queue_waits_for_a_teacher_seed_by_seed(tmp_path, open_queue):
     assert queue.next_unit() == "finished"
 
 
-def test_queue_keeps_the_weights_of_teachers_alone(tmp_path, open_queue):
+def test_queue_keeps_the_weights_of_starts_alone(tmp_path, open_queue):
     queue = open_queue(write_study(tmp_path, seeds=1, arms=[DENSE, MPO, TUNED]))
     kept = {}
     while isinstance(unit := queue.next_unit(), Unit):
@@ -80,7 +80,7 @@ def test_queue_keeps_the_weights_of_teachers_alone(tmp_path, open_queue):
     assert kept == {"dense": True, "mpo": False, "tuned": False}
 
 
-def test_queue_fails_what_depends_on_a_failed_teacher(tmp_path, open_queue):
+def test_queue_fails_what_depends_on_a_failed_start(tmp_path, open_queue):
     told = []
     queue = open_queue(write_study(tmp_path, arms=[DENSE, TUNED]), on_result=told.append)
     first, second = take(queue, 2)
@@ -90,13 +90,13 @@ def test_queue_fails_what_depends_on_a_failed_teacher(tmp_path, open_queue):
     assert names([third]) == [("tuned", 2, (1,))]
     failed = queue.ledger.results[1, 0]
     assert failed.state == "failed"
-    assert failed.failure == "its teacher (arm dense, seed 0) failed: diverged: far off"
+    assert failed.failure == "its start (arm dense, seed 0) failed: diverged: far off"
     assert failed in told
     finish(queue, third)
     assert queue.next_unit() == "finished"
 
 
-def test_queue_ends_when_the_last_units_fail_with_their_teachers(tmp_path, open_queue):
+def test_queue_ends_when_the_last_units_fail_with_their_starts(tmp_path, open_queue):
     queue = open_queue(write_study(tmp_path, arms=[DENSE, TUNED]))
     for unit in take(queue, 2):
         finish(queue, unit, failure="no")
@@ -190,7 +190,7 @@ def test_queue_stops_where_no_worker_comes_up_and_fails_nothing(tmp_path, open_q
     assert queue.ledger.results == {}
 
 
-def test_queue_asks_for_what_waits_for_a_teacher_only_when_it_has_one(tmp_path, open_queue):
+def test_queue_asks_for_what_waits_for_a_start_only_when_it_has_one(tmp_path, open_queue):
     tuned = [TUNED | {"name": f"tuned{chi}", "chi": chi} for chi in (1, 2, 3)]
     queue = open_queue(write_study(tmp_path, arms=[*tuned, DENSE]))
     unit, _ = take(queue, 2)
@@ -200,8 +200,8 @@ def test_queue_asks_for_what_waits_for_a_teacher_only_when_it_has_one(tmp_path, 
     assert names(take(queue, 3)) == [(f"tuned{chi}", chi, (0,)) for chi in (1, 2, 3)]
 
 
-def test_queue_asks_no_more_of_the_sampler_while_its_last_trial_waits_for_a_teacher(tmp_path, open_queue):
-    found = SEARCHED | {"teacher": "dense", "chi": {"low": 1, "high": 9}}
+def test_queue_asks_no_more_of_the_sampler_while_its_last_trial_waits_for_a_start(tmp_path, open_queue):
+    found = SEARCHED | {"start": "dense", "chi": {"low": 1, "high": 9}}
     queue = open_queue(write_search(tmp_path, arms=[DENSE, TUNED, found], trials=4, seeds=1))
     unit = queue.next_unit()
     assert queue.next_unit() is None

@@ -26,9 +26,9 @@ def without_times(result):
 # What a result depends on ---------------------------------------------------------------------------------------------
 
 
-def seen_by(spec, seed, corpus, teacher_weights=None):
+def seen_by(spec, seed, corpus, start_weights=None):
     """Every training batch that reaches the model, in order."""
-    training = Training(spec, seed, corpus, teacher_weights=teacher_weights)
+    training = Training(spec, seed, corpus, start_weights=start_weights)
     seen = []
     training.model.register_forward_pre_hook(
         lambda model, arguments: seen.append(arguments[0].clone()) if torch.is_grad_enabled() else None
@@ -46,9 +46,9 @@ def test_one_seed_means_one_data_order_for_every_family(spec_of, corpus):
     assert not torch.equal(dense, seen_by(spec_of(), 1, corpus))
 
 
-def test_fine_tuning_sees_other_batches_than_its_teacher_did(spec_of, corpus):
+def test_fine_tuning_sees_other_batches_than_its_start_did(spec_of, corpus):
     _, weights = train_seed(spec_of(), 0, corpus)
-    fine_tuned = seen_by(spec_of(chi=3, teacher="dense"), 0, corpus, weights)
+    fine_tuned = seen_by(spec_of(chi=3, start="dense"), 0, corpus, weights)
     taught = seen_by(spec_of(), 0, corpus)
     assert fine_tuned.shape == taught.shape
     assert not any(torch.equal(one, two) for one, two in zip(fine_tuned, taught, strict=True))
@@ -101,9 +101,9 @@ class Interrupted(Exception):
     pass
 
 
-def interrupt(spec, corpus, checkpoints, step, teacher_weights):
+def interrupt(spec, corpus, checkpoints, step, start_weights):
     """Train until the forward pass of this step begins, where the process is taken to end."""
-    training = Training(spec, 0, corpus, teacher_weights=teacher_weights)
+    training = Training(spec, 0, corpus, start_weights=start_weights)
 
     def end(model, arguments):
         if torch.is_grad_enabled() and training.step == step:
@@ -114,20 +114,20 @@ def interrupt(spec, corpus, checkpoints, step, teacher_weights):
         training.run(checkpoints, checkpoint_seconds=0)
 
 
-@pytest.mark.parametrize("arm", [{}, {"chi": 3}, {"chi": 3, "teacher": "dense"}], ids=["dense", "mpo", "fine-tune"])
+@pytest.mark.parametrize("arm", [{}, {"chi": 3}, {"chi": 3, "start": "dense"}], ids=["dense", "mpo", "fine-tune"])
 def test_run_interrupted_at_any_step_ends_bit_identical(spec_of, corpus, tmp_path, arm):
     spec = spec_of(**arm)
-    teacher = train_seed(spec_of(), 0, corpus)[1] if "teacher" in arm else None
-    expected, expected_weights = train_seed(spec, 0, corpus, teacher_weights=teacher, rel_error_chis=(2,))
+    start = train_seed(spec_of(), 0, corpus)[1] if "start" in arm else None
+    expected, expected_weights = train_seed(spec, 0, corpus, start_weights=start, rel_error_chis=(2,))
     for step in range(spec.protocol.steps):
         checkpoints = Checkpoints(Storage(str(tmp_path)), f"step{step}")
-        interrupt(spec, corpus, checkpoints, step, teacher)
+        interrupt(spec, corpus, checkpoints, step, start)
         rows = []
         result, weights = train_seed(
             spec,
             0,
             corpus,
-            teacher_weights=teacher,
+            start_weights=start,
             rel_error_chis=(2,),
             checkpoints=checkpoints,
             on_evaluation=rows.append,

@@ -78,7 +78,7 @@ def test_run_study_completes_every_trial_and_seed(tmp_path, folder):
         "n_complete": 8,
         "n_failed": 0,
         "n_missing": 0,
-        "n_pruned": 0,
+        "n_skipped": 0,
         "n_stopped": 0,
         "search_ended": None,
         "aborted": None,
@@ -178,11 +178,11 @@ def test_run_study_records_a_diverging_seed_and_goes_on(tmp_path, folder):
     assert printed.count("failed: trial 1 (wild)") == 2
 
 
-def test_run_study_fails_what_depends_on_a_diverged_teacher(tmp_path, folder):
+def test_run_study_fails_what_depends_on_a_diverged_start(tmp_path, folder):
     wild = {"name": "wild", "family": "dense", "learning_rate": 1e30}
-    outcome = run_at(write_study(tmp_path, arms=[wild, TUNED | {"teacher": "wild"}, MPO]), folder)
+    outcome = run_at(write_study(tmp_path, arms=[wild, TUNED | {"start": "wild"}, MPO]), folder)
     assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (4, 4, 0)
-    assert results_at(folder)[1, 0].failure.startswith("its teacher (arm wild, seed 0) failed: diverged: ")
+    assert results_at(folder)[1, 0].failure.startswith("its start (arm wild, seed 0) failed: diverged: ")
 
 
 def test_run_study_stops_where_storage_breaks_and_loses_nothing(tmp_path, folder):
@@ -197,7 +197,7 @@ def test_run_study_stops_where_storage_breaks_and_loses_nothing(tmp_path, folder
     (folder / "storage" / own).write_text("a file where checkpoints and weights were")
     outcome, printed = printed_by_run(file, folder, tracking="off")
     assert "Not a directory" in str(outcome.aborted)
-    assert outcome.n_missing == 8  # the teachers' weights are gone as well
+    assert outcome.n_missing == 8  # the starts' weights are gone as well
     assert printed.count("arm dense, seed ") == printed.count("its weights are not in ") == 2
     assert results_at(folder) == done
 
@@ -278,9 +278,9 @@ def test_run_study_refuses_a_folder_whose_ledger_is_gone(tmp_path, folder):
     assert run_at(file, folder).n_complete == 1
 
 
-def test_run_study_trains_a_teacher_again_whose_weights_are_gone(tmp_path, folder):
+def test_run_study_trains_a_start_again_whose_weights_are_gone(tmp_path, folder):
     file = write_study(tmp_path)
-    interrupt(file, folder, after=10)  # both teachers are trained
+    interrupt(file, folder, after=10)  # both starts are trained
     [weights] = folder.glob("storage/*/weights")
     shutil.rmtree(weights)
     outcome, printed = printed_by_run(file, folder, tracking="off")
@@ -300,9 +300,9 @@ def test_run_study_goes_on_with_another_storage(tmp_path, folder):
     assert substance(folder) == substance(tmp_path / "undisturbed")
 
 
-def test_run_study_with_a_damaged_teacher_stops_once_and_then_goes_on(tmp_path, folder):
+def test_run_study_with_a_damaged_start_stops_once_and_then_goes_on(tmp_path, folder):
     file = write_study(tmp_path)
-    interrupt(file, folder, after=17)  # all that needs no teacher is trained
+    interrupt(file, folder, after=17)  # all that needs no start is trained
     weights = sorted(folder.glob("storage/*/weights/*"))
     weights[0].write_bytes(weights[0].read_bytes()[:-10])
     assert "it was removed, to be trained again" in str(run_at(file, folder).aborted)

@@ -16,12 +16,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a study whose weights are all kept, and of one that has those of its teachers alone."""
+    """The folder of a study whose weights are all kept, and of one that has those of its starts alone."""
     folder = tmp_path_factory.mktemp("finished")
     tuned = TUNED | {"factorisation": "min_params", "refinement": "als", "lr_rule": "mup", "decay": "matrix"}
     file = write_study(folder, arms=[DENSE, MPO, tuned])
     run_at(file, folder / "all", "execution.keep_weights=true")
-    run_at(file, folder / "teachers")
+    run_at(file, folder / "starts")
     return folder
 
 
@@ -57,8 +57,8 @@ def test_sample_without_weights_says_which_run_has_them(finished):
     with pytest.raises(
         StudyError, match=r"no such run has its weights kept; those that have: trial 0 seed 0, trial 0 seed 1 "
     ):
-        sample(StudyDirectory(finished / "teachers"), prompt="t", n_new=1, trial=2)
-    assert sample(StudyDirectory(finished / "teachers"), prompt="t", n_new=1)[0].trial == 0
+        sample(StudyDirectory(finished / "starts"), prompt="t", n_new=1, trial=2)
+    assert sample(StudyDirectory(finished / "starts"), prompt="t", n_new=1)[0].trial == 0
 
 
 def test_sample_refuses_what_the_corpus_has_not(finished):

@@ -66,7 +66,7 @@ def test_schema_takes_the_resolved_form_of_a_search(small_study):
         "init": {"choices": ["paper"]},
         "forward": "chain",
     }
-    content = small_study(arms=[arm], sampler={"name": "gp"}, budget={"trials": 20, "max_params": 0.5})
+    content = small_study(arms=[arm], search={"sampler": "gp", "trials": 20, "max_params": 0.5})
     jsonschema.validate(content, SCHEMA_CONTENT)
     StudyConfig.model_validate_json(json.dumps(content))
 
@@ -81,8 +81,8 @@ def test_schema_takes_the_resolved_form_of_a_search(small_study):
         "{name: bad, arms: [{name: a, family: mpo}]}",
         "{name: bad, arms: [{name: a, family: mpo, chi: 0}]}",
         "{name: bad, arms: [{name: a, family: mpo, chi: {low: 2}}]}",
-        "{name: bad, arms: [{name: a, family: dense}], sampler: {name: cma}}",
-        "{name: bad, arms: [{name: a, family: dense}], early_stopping: {}}",
+        "{name: bad, arms: [{name: a, family: dense}], search: {sampler: cma}}",
+        "{name: bad, arms: [{name: a, family: dense}], search: {early_stopping: {}}}",
     ],
 )
 def test_schema_refuses_what_the_program_refuses(text):

@@ -13,7 +13,7 @@ from study.commands.run import study_corpus
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.search.samplers import make_sampler
-from study.search.telling import DIVERGED, what_to_tell, why_pruned
+from study.search.telling import DIVERGED, what_to_tell, why_skipped
 from study.spec.search_space import directions, suggest
 from study.spec.study_file import load_config
 from study.spec.trial import Trial
@@ -41,15 +41,15 @@ def ask_all(ledger):
     return asked
 
 
-def limited(tmp_path, **budget):
-    return write_search(tmp_path, arms=[DENSE, CHI], budget={"trials": 14} | budget)
+def limited(tmp_path, **search):
+    return write_search(tmp_path, arms=[DENSE, CHI], search={"trials": 14} | search)
 
 
 # Limits on parameters -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["number", "fraction"])
-def test_trial_beyond_a_limit_is_pruned_and_lacks_nothing(tmp_path, kind):
+def test_trial_beyond_a_limit_is_skipped_and_lacks_nothing(tmp_path, kind):
     free = ledger_at(limited(tmp_path), tmp_path / "free")
     sizes = {trial.spec.chi: trial.shape.n_params for trial in ask_all(free) if trial.spec.chi is not None}
     n_dense = free.trials[0].shape.n_params_dense
@@ -60,28 +60,28 @@ def test_trial_beyond_a_limit_is_pruned_and_lacks_nothing(tmp_path, kind):
     trials = ask_all(ledger)
     assert {trial.spec.chi for trial in trials} >= {None, 1, 2, 4, 6}
     own = [trial for trial in trials if trial.duplicate_of is None]
-    assert {trial.spec.chi for trial in own if trial.pruned is None} == {None, 2, 4}  # the dense one is listed
+    assert {trial.spec.chi for trial in own if trial.skipped is None} == {None, 2, 4}  # the dense one is listed
     for trial in own:
-        assert ledger.missing_seeds(trial) == ([] if trial.pruned is not None else [0, 1])
+        assert ledger.missing_seeds(trial) == ([] if trial.skipped is not None else [0, 1])
     smallest = next(trial for trial in own if trial.spec.chi == 1)
     of_dense = f" × {n_dense:,}" if kind == "fraction" else ""
-    limit = f"budget.min_params={limits['min_params']:g}{of_dense}"
-    assert smallest.pruned.reason == f"{sizes[1]:,} parameters, fewer than {limit}"
+    limit = f"search.min_params={limits['min_params']:g}{of_dense}"
+    assert smallest.skipped.reason == f"{sizes[1]:,} parameters, fewer than {limit}"
     largest = next(trial for trial in own if trial.spec.chi not in (None, 1, 2, 4))
-    assert "more than budget.max_params=" in largest.pruned.reason
-    # What repeats a pruned trial is answered by it.
+    assert "more than search.max_params=" in largest.skipped.reason
+    # What repeats a skipped trial is answered by it.
     for trial in trials:
         if trial.duplicate_of is not None:
-            assert trial.pruned == ledger.trials[trial.duplicate_of].pruned
+            assert trial.skipped == ledger.trials[trial.duplicate_of].skipped
 
 
-def test_pruned_trials_are_the_same_after_reopening(tmp_path):
+def test_skipped_trials_are_the_same_after_reopening(tmp_path):
     file = limited(tmp_path, max_params=0.2)
     ledger = ledger_at(file, tmp_path / "study")
     ask_all(ledger)
     before = dict(ledger.trials)
     ledger.close()
-    assert any(trial.pruned for trial in before.values())
+    assert any(trial.skipped for trial in before.values())
     ledger = ledger_at(file, tmp_path / "study")
     assert ledger.trials == before
     assert ledger.ask() is None
@@ -91,26 +91,26 @@ def test_pruned_trials_are_the_same_after_reopening(tmp_path):
 def test_listed_trial_that_a_study_grows_by_has_no_limit(tmp_path):
     folder = tmp_path / "study"
     first = ledger_at(limited(tmp_path, max_params=0.6), folder)
-    pruned = next(trial for trial in ask_all(first) if trial.pruned is not None and trial.duplicate_of is None)
+    skipped = next(trial for trial in ask_all(first) if trial.skipped is not None and trial.duplicate_of is None)
     first.close()
-    listed = {"name": "listed", "family": "mpo", "chi": pruned.spec.chi}
-    file = write_search(tmp_path, arms=[DENSE, CHI, listed], budget={"trials": 14, "max_params": 0.6})
+    listed = {"name": "listed", "family": "mpo", "chi": skipped.spec.chi}
+    file = write_search(tmp_path, arms=[DENSE, CHI, listed], search={"trials": 14, "max_params": 0.6})
     ledger = ledger_at(file, folder, extend=True)
     trial = ledger.ask()
-    assert (trial.spec.arm, trial.duplicate_of, trial.pruned) == ("listed", None, None)
+    assert (trial.spec.arm, trial.duplicate_of, trial.skipped) == ("listed", None, None)
     assert ledger.missing_seeds(trial) == list(load_config(file).seed_list)
 
 
-def test_sampler_is_told_that_a_pruned_trial_is_infeasible(tmp_path):
+def test_sampler_is_told_that_a_skipped_trial_is_infeasible(tmp_path):
     folder = tmp_path / "study"
     ledger = ledger_at(limited(tmp_path, max_params=0.2), folder)
     ledger.ask()
     ledger.record(made_up(0, 0, loss=9.0))  # worse than a guess among the text's few letters
-    pruned = next(trial for trial in ask_all(ledger) if trial.pruned is not None)
-    state, values = optuna_states(StudyDirectory(folder).ledger_url)[pruned.number]
-    assert (state, values) == ("COMPLETE", [pruned.shape.n_params, 9.0])
-    frozen = frozen_trials(folder, ledger)[pruned.number]
-    excess = pruned.shape.n_params / (0.2 * pruned.shape.n_params_dense) - 1
+    skipped = next(trial for trial in ask_all(ledger) if trial.skipped is not None)
+    state, values = optuna_states(StudyDirectory(folder).ledger_url)[skipped.number]
+    assert (state, values) == ("COMPLETE", [skipped.shape.n_params, 9.0])
+    frozen = frozen_trials(folder, ledger)[skipped.number]
+    excess = skipped.shape.n_params / (0.2 * skipped.shape.n_params_dense) - 1
     assert frozen.constraints == {"max_params": pytest.approx(excess), DIVERGED: -1.0}
     assert excess > 0
 
@@ -118,10 +118,10 @@ def test_sampler_is_told_that_a_pruned_trial_is_infeasible(tmp_path):
 def test_loss_of_what_is_not_trained_is_that_of_a_guess(tmp_path):
     folder = tmp_path / "study"
     ledger = ledger_at(limited(tmp_path, max_params=0.2), folder)
-    pruned = next(trial for trial in ask_all(ledger) if trial.pruned is not None)
-    _, values = optuna_states(StudyDirectory(folder).ledger_url)[pruned.number]
-    assert values == [pruned.shape.n_params, pytest.approx(math.log(pruned.shape.vocab_size))]
-    assert 5 < pruned.shape.vocab_size < 30
+    skipped = next(trial for trial in ask_all(ledger) if trial.skipped is not None)
+    _, values = optuna_states(StudyDirectory(folder).ledger_url)[skipped.number]
+    assert values == [skipped.shape.n_params, pytest.approx(math.log(skipped.shape.vocab_size))]
+    assert 5 < skipped.shape.vocab_size < 30
 
 
 def searched(file, results_of):
@@ -130,13 +130,13 @@ def searched(file, results_of):
     corpus = study_corpus(config)
     study = optuna.create_study(directions=directions(config))
     trials = []
-    for number in range(config.budget.trials):
+    for number in range(config.search.trials):
         study.sampler = make_sampler(config, number)
         asked = study.ask()
         spec = suggest(config, asked)
         shape = trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
         trial = Trial(number, spec, shape, "", 1)
-        results = [] if why_pruned(config.budget, shape) is not None else results_of(trial)
+        results = [] if why_skipped(config.search, shape) is not None else results_of(trial)
         told = what_to_tell(config, trial, trial, results, worst_loss=4.0)
         for key, value in told.constraints.items():
             asked.set_constraint(key, value)
@@ -147,9 +147,9 @@ def searched(file, results_of):
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", pytest.param("gp", marks=pytest.mark.slow)])
 def test_sampler_learns_to_keep_within_a_limit(tmp_path, sampler):
-    def share_over(**budget):
+    def share_over(**search):
         file = write_search(
-            tmp_path, sampler=sampler, seeds=1, objectives=["val_loss"], budget={"trials": 30} | budget, arms=[SEARCHED]
+            tmp_path, sampler=sampler, seeds=1, objectives=["val_loss"], search={"trials": 30} | search, arms=[SEARCHED]
         )
         # The more bonds the better: only the limit speaks against them.
         trials = searched(file, lambda trial: [made_up(trial.number, 0, loss=3 / trial.spec.chi)])
@@ -198,8 +198,8 @@ def test_sampler_learns_where_training_diverges(tmp_path, sampler):
 def test_search_ends_when_it_has_repeated_itself_too_often(tmp_path):
     folder = tmp_path / "study"
     arm = {"name": "found", "family": "mpo", "chi": {"choices": [2, 300, 400, 500]}}
-    budget = {"trials": 30, "max_repeats": 4}
-    file = write_search(tmp_path, arms=[DENSE, arm], seeds=1, budget=budget)
+    search = {"trials": 30, "max_repeats": 4}
+    file = write_search(tmp_path, arms=[DENSE, arm], seeds=1, search=search)
     for n_asked in (2, 3, 0, 30):  # a driver that starts again
         ledger = ledger_at(file, folder)
         for _ in range(n_asked):
@@ -217,14 +217,14 @@ def test_search_ends_when_it_has_repeated_itself_too_often(tmp_path):
     assert ledger.n_missing == 3  # dense, χ = 2, and one that is clipped
     ledger.close()
 
-    more = ledger_at(file, folder, "budget.max_repeats=6")  # which may change, unlike the search itself
+    more = ledger_at(file, folder, "search.max_repeats=6")  # which may change, unlike the search itself
     assert more.search_ended is None
     ask_all(more)
     assert sum(trial.duplicate_of is not None for trial in more.trials.values()) == 6
     assert more.search_ended is not None
 
 
-def test_search_that_meets_its_budget_has_not_ended_early(tmp_path):
+def test_search_that_has_all_its_trials_has_not_ended_early(tmp_path):
     ledger = ledger_at(limited(tmp_path, max_repeats=14), tmp_path / "study")
     trials = ask_all(ledger)
     assert len(trials) == 15

@@ -34,8 +34,7 @@ def search(small_study):
     def make(sampler, arms=(SEARCHED,), trials=30, **settings):
         content = small_study(
             arms=[{"name": "dense", "family": "dense"}, *arms],
-            sampler={"name": sampler, "population_size": 6} | settings,
-            budget={"trials": trials},
+            search={"sampler": sampler, "population_size": 6, "trials": trials} | settings,
         )
         return validate(content, "here")
 
@@ -71,7 +70,7 @@ def test_listed_trials_come_in_the_order_of_the_file(small_study):
     arms = [
         {"name": "b", "family": "mpo", "chi": [8, 2], "init": ["paper", "tt_svd"], "learning_rate": [0.1, 0.01]},
         {"name": "a", "family": "dense", "d_model": [8, 4]},
-        {"name": "c", "family": "mpo", "chi": 4, "teacher": "d"},
+        {"name": "c", "family": "mpo", "chi": 4, "start": "d"},
         {"name": "d", "family": "dense", "steps": 20, "warmup_steps": 2},
     ]
     specs = listed_specs(validate(small_study(arms=arms), "here"))
@@ -85,8 +84,8 @@ def test_listed_trials_come_in_the_order_of_the_file(small_study):
         (0.01, 8, "paper"),
     ]
     assert [spec.model.d_model for spec in specs[8:10]] == [8, 4]
-    assert (specs[10].teacher, specs[10].init, specs[10].start) == ("d", None, "teacher")
-    assert (specs[11].protocol.steps, specs[11].protocol.warmup_steps, specs[11].start) == (20, 2, "scratch")
+    assert (specs[10].start, specs[10].init) == ("d", None)
+    assert (specs[11].protocol.steps, specs[11].protocol.warmup_steps, specs[11].start) == (20, 2, None)
 
 
 def test_arm_overrides_the_protocol_and_inherits_the_rest(small_study):
@@ -109,7 +108,7 @@ def test_learning_rate_by_size_is_that_of_the_trials_chi_or_width(small_study, t
             "decay": ["parameter", "matrix"],
             "learning_rate": {2: 1, 4: 2},
         },
-        {"name": "monarch", "family": "monarch", "as_chi": 4, "learning_rate": {4: 0.5}, "teacher": "dense"},
+        {"name": "monarch", "family": "monarch", "as_chi": 4, "learning_rate": {4: 0.5}, "start": "dense"},
     ]
     config = validate(small_study(arms=arms), "here")
     rates = [(spec.arm, spec.protocol.learning_rate) for spec in listed_specs(config)]

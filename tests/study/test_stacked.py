@@ -23,12 +23,12 @@ ARMS = {
     "embeddings-rate": {"chi": 3, "protocol": {"embedding_learning_rate": 0.05}},
     "one-site": {"chi": 1, "n_sites": 1, "factorisation": "balanced"},
     "chi-1": {"chi": 1},
-    "fine-tune": {"chi": 2, "teacher": "dense"},
-    "als": {"chi": 3, "teacher": "dense", "refinement": "als"},
+    "fine-tune": {"chi": 2, "start": "dense"},
+    "als": {"chi": 3, "start": "dense", "refinement": "als"},
     "low-rank": {"family": "low_rank", "as_chi": 2, "lr_rule": "mup"},
     "monarch": {"family": "monarch", "as_chi": 4},
     "pruned": {"family": "pruned", "as_chi": 2},
-    "pruned-fine-tune": {"family": "pruned", "as_chi": 2, "teacher": "dense", "refinement": "outputs"},
+    "pruned-fine-tune": {"family": "pruned", "as_chi": 2, "start": "dense", "refinement": "outputs"},
 }
 LOW = {"d_model": 4, "n_heads": 1, "n_layers": 1, "context": 1, "d_ff": 1}
 
@@ -85,7 +85,7 @@ def assert_same(some, others):
             assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
 
 
-def teachers_of(spec_of, corpus, seeds=SEEDS, **options):
+def starts_of(spec_of, corpus, seeds=SEEDS, **options):
     return {seed: train_seed(spec_of(**options), seed, corpus)[1] for seed in seeds}
 
 
@@ -95,21 +95,21 @@ def teachers_of(spec_of, corpus, seeds=SEEDS, **options):
 @pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS)
 def test_each_seed_gets_the_result_it_has_alone(spec_of, corpus, tolerance, arm):
     spec = spec_of(**arm)
-    teachers = teachers_of(spec_of, corpus) if "teacher" in arm else None
+    starts = starts_of(spec_of, corpus) if "start" in arm else None
     rows = []
     stacked = train_seeds(
         spec,
         SEEDS,
         corpus,
         trial=3,
-        teacher_weights=teachers,
-        teacher_tokens=7,
+        start_weights=starts,
+        start_tokens=7,
         rel_error_chis=(2,),
         on_evaluation=lambda seed, row: rows.append((seed, row)),
     )
     for seed, one in zip(SEEDS, stacked, strict=True):
-        teacher = teachers[seed] if teachers is not None else None
-        alone = train_seed(spec, seed, corpus, trial=3, teacher_weights=teacher, teacher_tokens=7, rel_error_chis=(2,))
+        start = starts[seed] if starts is not None else None
+        alone = train_seed(spec, seed, corpus, trial=3, start_weights=start, start_tokens=7, rel_error_chis=(2,))
         assert_near(one, alone, tolerance)
         assert [row for of, row in rows if of == seed] == one[0].curve
         assert one[0].ran_on == alone[0].ran_on | {"mpo.stacked": "3"}
@@ -117,14 +117,14 @@ def test_each_seed_gets_the_result_it_has_alone(spec_of, corpus, tolerance, arm)
     assert len({one[0].final["final/val_loss"] for one in stacked}) == len(SEEDS)
 
 
-@pytest.mark.parametrize("arm", [{}, {"chi": 1}, {"chi": 2, "teacher": "dense"}], ids=["dense", "mpo", "fine-tune"])
+@pytest.mark.parametrize("arm", [{}, {"chi": 1}, {"chi": 2, "start": "dense"}], ids=["dense", "mpo", "fine-tune"])
 def test_lowest_shapes_get_what_they_have_alone(spec_of, corpus, tolerance, arm):
     options = {"protocol": {"batch_size": 1, "sampled_eval_batch_size": 1}, "model": LOW}
     spec = spec_of(**options, **arm)
-    teachers = teachers_of(spec_of, corpus, **options) if "teacher" in arm else None
-    for seed, one in zip(SEEDS, train_seeds(spec, SEEDS, corpus, teacher_weights=teachers), strict=True):
-        teacher = teachers[seed] if teachers is not None else None
-        alone = train_seed(spec, seed, corpus, teacher_weights=teacher)
+    starts = starts_of(spec_of, corpus, **options) if "start" in arm else None
+    for seed, one in zip(SEEDS, train_seeds(spec, SEEDS, corpus, start_weights=starts), strict=True):
+        start = starts[seed] if starts is not None else None
+        alone = train_seed(spec, seed, corpus, start_weights=start)
         if tolerance == FLOAT32:  # whatever its query and key, a single position attends to itself: see FLOAT32
             one, alone = ((result, without_queries_and_keys(weights)) for result, weights in (one, alone))
         assert_near(one, alone, tolerance)
@@ -178,11 +178,11 @@ def test_stacked_windows_are_the_windows_side_by_side(corpus):
 # Divergence -----------------------------------------------------------------------------------------------------------
 
 
-def prepared(spec, corpus, folder, step, poisoned=(), teachers=None):
+def prepared(spec, corpus, folder, step, poisoned=(), starts=None):
     """Checkpoints of every seed at a step; some have weights whose loss or gradient is beyond all numbers."""
     checkpoints = {seed: Checkpoints(Storage(str(folder)), f"seed{seed}") for seed in SEEDS}
     for seed in SEEDS:
-        training = Training(spec, seed, corpus, teacher_weights=teachers and teachers[seed])
+        training = Training(spec, seed, corpus, start_weights=starts and starts[seed])
         while training.step < step:
             if training.step in (0, 4, 8):
                 training.curve.append(training._evaluation())
@@ -194,19 +194,19 @@ def prepared(spec, corpus, folder, step, poisoned=(), teachers=None):
     return checkpoints
 
 
-@pytest.mark.parametrize("arm", [{}, {"chi": 3}, {"chi": 3, "teacher": "dense"}], ids=["dense", "mpo", "fine-tune"])
+@pytest.mark.parametrize("arm", [{}, {"chi": 3}, {"chi": 3, "start": "dense"}], ids=["dense", "mpo", "fine-tune"])
 @pytest.mark.parametrize("step", [4, 7])  # with an evaluation to come, and within the training
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_seed_that_diverges_fails_alone(spec_of, corpus, tmp_path, float64, arm, step, seed):
     spec = spec_of(**arm)
-    teachers = teachers_of(spec_of, corpus) if "teacher" in arm else None
-    options = {"spec": spec, "corpus": corpus, "step": step, "poisoned": [seed], "teachers": teachers}
+    starts = starts_of(spec_of, corpus) if "start" in arm else None
+    options = {"spec": spec, "corpus": corpus, "step": step, "poisoned": [seed], "starts": starts}
     stacked = train_seeds(
-        spec, SEEDS, corpus, teacher_weights=teachers, checkpoints=prepared(**options, folder=tmp_path / "stacked")
+        spec, SEEDS, corpus, start_weights=starts, checkpoints=prepared(**options, folder=tmp_path / "stacked")
     )
     alone = prepared(**options, folder=tmp_path / "alone")
     for of, one in zip(SEEDS, stacked, strict=True):
-        expected = train_seed(spec, of, corpus, teacher_weights=teachers and teachers[of], checkpoints=alone[of])
+        expected = train_seed(spec, of, corpus, start_weights=starts and starts[of], checkpoints=alone[of])
         assert_near(one, expected, 1e-9)
         assert (one[0].state, one[0].failure_step) == (("failed", step) if of == seed else ("complete", None))
 
@@ -251,10 +251,10 @@ def end_after(n_saved, spec, corpus, folder, **options):
         train_seeds(spec, SEEDS, corpus, checkpoints=checkpoints_in(folder, Ending), checkpoint_seconds=0, **options)
 
 
-@pytest.mark.parametrize("arm", [{}, {"chi": 3}, {"chi": 3, "teacher": "dense"}], ids=["dense", "mpo", "fine-tune"])
+@pytest.mark.parametrize("arm", [{}, {"chi": 3}, {"chi": 3, "start": "dense"}], ids=["dense", "mpo", "fine-tune"])
 def test_stack_interrupted_at_any_checkpoint_ends_bit_identical(spec_of, corpus, tmp_path, arm):
     spec = spec_of(**arm)
-    options = {"teacher_weights": teachers_of(spec_of, corpus) if "teacher" in arm else None}
+    options = {"start_weights": starts_of(spec_of, corpus) if "start" in arm else None}
     expected = train_seeds(spec, SEEDS, corpus, **options)
     for n_saved in (*range(8), 16, 23, 35):  # also where some seeds have theirs of a step, and others not
         folder = tmp_path / str(n_saved)

@@ -75,16 +75,21 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
 
 
 @pytest.mark.parametrize(
-    ("arm", "failure", "budget", "why", "what_next"),
+    ("arm", "failure", "search", "why", "what_next"),
     [
         (DENSE, "lost its process", {}, "all 2 runs failed", "mend the cause, then give the command above"),
         (WILD, None, {}, "all 2 runs diverged", "lower the learning rates"),
-        (SEARCHED, None, {"trials": 2, "max_params": 0.001}, "every trial was pruned", "widen the limits"),
+        (
+            SEARCHED,
+            None,
+            {"sampler": "random", "trials": 2, "max_params": 0.001},
+            "every trial was skipped",
+            "widen the limits",
+        ),
     ],
 )
-def test_run_and_status_say_that_nothing_succeeded(tmp_path, command, arm, failure, budget, why, what_next):
-    changes = {"sampler": {"name": "random"}} if arm is SEARCHED else {}
-    file, folder = write_study(tmp_path, seeds=2, arms=[arm], budget=budget, **changes), tmp_path / "study"
+def test_run_and_status_say_that_nothing_succeeded(tmp_path, command, arm, failure, search, why, what_next):
+    file, folder = write_study(tmp_path, seeds=2, arms=[arm], search=search), tmp_path / "study"
     if failure is not None:
         ledger = ledger_at(file, folder)
         ledger.ask()

@@ -209,7 +209,7 @@ def test_values_become_listed_choices_or_ranges(small_study):
         {"name": "a", "family": "mpo", "chi": {"choices": [4, 8]}, "learning_rate": {"low": 1e-4, "high": 1}},
         {"name": "b", "family": "mpo", "chi": [4, 8], "init": "paper"},
     ]
-    config = validate(small_study(arms=arms, sampler={"name": "tpe"}, budget={"trials": 4}), "here")
+    config = validate(small_study(arms=arms, search={"sampler": "tpe", "trials": 4}), "here")
     searched, listed = config.arms
     assert searched.values() == {"chi": Choices((4, 8)), "learning_rate": Range(1e-4, 1.0), "factorisation": "balanced"}
     assert listed.values() == {"chi": (4, 8), "factorisation": "balanced", "init": "paper"}
@@ -251,9 +251,10 @@ def test_resolved_file_names_every_default(small_study):
     resolved = yaml.safe_load(dump_config(validate(small_study(), "here")))
     # What was left open stays open: d_ff follows d_model, the corpus has no checksum to meet, and
     # nothing is stopped early.
-    assert set(resolved) == set(StudyConfig.model_fields) - {"early_stopping"}
+    assert set(resolved) == set(StudyConfig.model_fields)
+    assert "early_stopping" not in resolved["search"]
     assert resolved["protocol"]["weight_decay"] == 0.1
-    assert resolved["sampler"]["name"] == "grid"
+    assert resolved["search"]["sampler"] == "grid"
 
 
 def test_names_that_yaml_could_take_for_something_else_survive(tmp_path):

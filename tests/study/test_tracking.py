@@ -55,7 +55,7 @@ def finished(tmp_path_factory):
         DENSE,
         MPO | {"chi": [2, 500, 1000]},
         WILD,
-        {"name": "tuned", "family": "mpo", "chi": 2, "teacher": "dense", "steps": 4},
+        {"name": "tuned", "family": "mpo", "chi": 2, "start": "dense", "steps": 4},
     ]
     file = write_study(folder, arms=arms, seeds=[0, 7], description="What it is for.")
     run_at(file, folder / "study")
@@ -145,8 +145,8 @@ def test_tracker_writes_params_that_the_schema_reads_back(written):
         [parent] = runs[schema.run_key(ledger.uuid, number)]
         assert parent.data.tags[schema.VALIDATION_FRACTION] == "0.1"
         assert read["budget_hash"] == trial.budget_hash
-        for key in ("arm", "family", "chi", "n_sites", "factorisation", "init", "teacher", "start"):
-            assert read.get(key) == getattr(trial.spec, key)
+        for key in ("arm", "family", "chi", "n_sites", "factorisation", "init", "start"):
+            assert read.get(key) == (getattr(trial.spec, key) or ("scratch" if key == "start" else None))
         [parent] = runs[schema.run_key(ledger.uuid, number)]
         assert parent.data.params == {key: text for key, text in run.data.params.items() if key != "seed"}
 

@@ -116,7 +116,7 @@ def relative_error(it):
 
 
 def param(it):
-    it.client.log_param(it.id(0, 0), "teacher", "somebody")
+    it.client.log_param(it.id(0, 0), "refinement", "somebody")
 
 
 def tag(it):

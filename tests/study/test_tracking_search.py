@@ -1,4 +1,4 @@
-"""What MLflow shows of a search: what it pruned, what it stopped, its corpus and its figures."""
+"""What MLflow shows of a search: what it skipped, what it stopped, its corpus and its figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationW
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """The runs in MLflow of a search that pruned trials and stopped others, and its ledger's trials."""
+    """The runs in MLflow of a search that skipped trials and stopped others, and its ledger's trials."""
     folder = tmp_path_factory.mktemp("searched")
     found = {"name": "found", "family": "mpo", "chi": {"choices": [2, 40]}}
     found["learning_rate"] = {"low": 1e-5, "high": 1e-1, "log": True}
@@ -29,8 +29,7 @@ def searched(tmp_path_factory):
         folder,
         arms=[DENSE, found],
         seeds=3,
-        early_stopping={"margin": 1e-6},
-        budget={"trials": 8, "max_params": 0.6},
+        search={"trials": 8, "max_params": 0.6, "early_stopping": {"margin": 1e-6}},
         objectives=["val_loss"],
     )
     outcome = run_at(file, folder / "study", tracking=None)
@@ -39,16 +38,16 @@ def searched(tmp_path_factory):
     return runs_in(folder / "study" / "mlflow.db", "search-random"), trials, folder / "study"
 
 
-def test_tracker_shows_pruned_and_stopped_trials_with_their_reasons(searched):
+def test_tracker_shows_skipped_and_stopped_trials_with_their_reasons(searched):
     runs, trials, folder = searched
     uuid = StudyDirectory(folder).uuid()
-    pruned = [trial for trial in trials if trial.pruned is not None]
+    skipped = [trial for trial in trials if trial.skipped is not None]
     stopped = [trial for trial in trials if trial.stop is not None and trial.duplicate_of is None]
-    assert pruned
+    assert skipped
     assert stopped
-    for trial in pruned:
+    for trial in skipped:
         [run] = runs[schema.run_key(uuid, trial.number)]
-        assert (run.data.tags[schema.PRUNED], run.info.status) == (trial.pruned.reason, "KILLED")
+        assert (run.data.tags[schema.SKIPPED], run.info.status) == (trial.skipped.reason, "KILLED")
         assert run.data.metrics["n_params"] == trial.shape.n_params
         assert schema.run_key(uuid, trial.number, 0) not in runs
     for trial in stopped:
@@ -57,7 +56,7 @@ def test_tracker_shows_pruned_and_stopped_trials_with_their_reasons(searched):
         assert run.data.metrics[schema.N_SEEDS] < 3
 
 
-def test_sync_changes_nothing_of_pruned_and_stopped_trials(searched):
+def test_sync_changes_nothing_of_skipped_and_stopped_trials(searched):
     _, _, folder = searched
     config, directory = StudyDirectory(folder).load_config(), StudyDirectory(folder)
     before = contents(folder / "mlflow.db", "search-random")
@@ -86,17 +85,17 @@ def test_published_report_is_on_the_summary_run_and_changes_nothing_else(searche
 
 def test_every_trial_of_a_search_that_grew_has_its_run_as_it_is_now(tmp_path):
     chi = {"name": "found", "family": "mpo", "chi": {"choices": [2, 40]}}
-    file = write_search(tmp_path, arms=[DENSE, chi], seeds=1, budget={"trials": 4, "max_params": 0.6})
+    file = write_search(tmp_path, arms=[DENSE, chi], seeds=1, search={"trials": 4, "max_params": 0.6})
     folder = tmp_path / "study"
     for growth in (NO_GROWTH, Growth(trials=2)):
         run_at(file, folder, tracking=None, growth=growth)
     directory = StudyDirectory(folder)
     trials = read_ledger(directory.ledger_url, "search-random").trials
     runs = runs_in(folder / "mlflow.db", "search-random")
-    assert any(trial.pruned is not None and trial.duplicate_of is not None for trial in trials)
+    assert any(trial.skipped is not None and trial.duplicate_of is not None for trial in trials)
     for trial in trials:
         [run] = runs[schema.run_key(directory.uuid(), trial.number)]
-        assert (schema.PRUNED in run.data.tags) == (trial.pruned is not None)
+        assert (schema.SKIPPED in run.data.tags) == (trial.skipped is not None)
         assert run.data.tags.get(schema.DUPLICATE_OF) == (
             str(trial.duplicate_of) if trial.duplicate_of is not None else None
         )
@@ -111,7 +110,7 @@ def test_corpus_is_the_input_of_every_trained_trial_and_of_the_summary(searched)
     for key, [run] in runs.items():
         kind = run.data.tags[schema.KIND]
         inputs = [given.dataset for given in run.inputs.dataset_inputs]
-        if kind == schema.KIND_SEED or schema.PRUNED in run.data.tags:
+        if kind == schema.KIND_SEED or schema.SKIPPED in run.data.tags:
             assert inputs == []
             continue
         [corpus] = inputs

@@ -196,15 +196,15 @@ def test_mpo_trained_from_scratch_has_no_rel_errors(spec_of, corpus):
     assert train_seed(spec_of(chi=2), 0, corpus, rel_error_chis=(2,))[0].rel_errors == {}
 
 
-# From a teacher -------------------------------------------------------------------------------------------------------
+# From a start ---------------------------------------------------------------------------------------------------------
 
 
-def test_full_chi_starts_where_the_teacher_ended(spec_of, corpus):
-    teacher, weights = train_seed(spec_of({"steps": 40}), 0, corpus)
-    spec = spec_of(chi=64, teacher="dense", steps=6)
-    result, _ = train_seed(spec, 0, corpus, teacher_weights=weights, teacher_tokens=1280)
-    assert result.curve[0]["val_loss"] == pytest.approx(teacher.final["final/val_loss"], rel=1e-5)
-    assert result.curve[0]["val_acc"] == pytest.approx(teacher.final["final/val_acc"], abs=0.01)
+def test_full_chi_starts_where_the_start_ended(spec_of, corpus):
+    start, weights = train_seed(spec_of({"steps": 40}), 0, corpus)
+    spec = spec_of(chi=64, start="dense", steps=6)
+    result, _ = train_seed(spec, 0, corpus, start_weights=weights, start_tokens=1280)
+    assert result.curve[0]["val_loss"] == pytest.approx(start.final["final/val_loss"], rel=1e-5)
+    assert result.curve[0]["val_acc"] == pytest.approx(start.final["final/val_acc"], abs=0.01)
     errors = {run_schema.parse_rel_error_key(key): error for key, error in result.rel_errors.items()}
     assert errors.keys() == set(product(("compressed",), (64,), LAYERS))
     assert max(errors.values()) < 1e-6
@@ -212,16 +212,16 @@ def test_full_chi_starts_where_the_teacher_ended(spec_of, corpus):
 
 
 def test_compression_costs_what_its_rel_errors_say_and_keeps_the_rest(spec_of, corpus):
-    spec = spec_of(chi=2, teacher="dense")
-    teacher, weights = train_seed(spec_of({"steps": 40}), 0, corpus, rel_error_chis=(2,))
+    spec = spec_of(chi=2, start="dense")
+    start, weights = train_seed(spec_of({"steps": 40}), 0, corpus, rel_error_chis=(2,))
     kept = {name: value.clone() for name, value in weights.items()}
-    training = Training(spec, 0, corpus, teacher_weights=weights)
+    training = Training(spec, 0, corpus, start_weights=weights)
     for name, value in training.model.state_dict().items():
         if ".cores." not in name:
             assert torch.equal(value, weights[name])
-    result, _ = train_seed(spec, 0, corpus, teacher_weights=weights)
-    assert all(torch.equal(weights[name], kept[name]) for name in kept)  # fine-tuning does not write into its teacher
+    result, _ = train_seed(spec, 0, corpus, start_weights=weights)
+    assert all(torch.equal(weights[name], kept[name]) for name in kept)  # fine-tuning does not write into its start
     for layer in LAYERS:
         compressed = result.rel_errors[run_schema.rel_error_key("compressed", 2, layer)]
-        trained = teacher.rel_errors[run_schema.rel_error_key("trained", 2, layer)]
+        trained = start.rel_errors[run_schema.rel_error_key("trained", 2, layer)]
         assert compressed == pytest.approx(trained, rel=1e-6)

@@ -108,7 +108,7 @@ def test_train_tokens_are_steps_times_batch_times_context():
         (mpo(model=Model(d_model=64), factorisation="paper"), mpo(model=Model(d_model=64), factorisation="balanced")),
         (mpo(factorisation="balanced", n_sites=1, chi=1), mpo(factorisation="balanced", n_sites=1, chi=7)),
         (mpo(chi=64, init="tt_svd"), mpo(chi=65, init="tt_svd")),
-        (mpo(chi=64, init=None, teacher="dense"), mpo(chi=999, init=None, teacher="dense")),
+        (mpo(chi=64, init=None, start="dense"), mpo(chi=999, init=None, start="dense")),
     ],
 )
 def test_same_run_under_other_words_is_the_same_configuration(one, two):
@@ -123,8 +123,8 @@ def test_same_run_under_other_words_is_the_same_configuration(one, two):
         (mpo(), mpo(init="paper")),
         (mpo(), mpo(init="tt_svd")),
         (mpo(init="tt_svd"), mpo(init="tt_svd_fresh")),
-        (mpo(), mpo(init=None, teacher="dense")),
-        (mpo(init=None, teacher="dense"), mpo(init=None, teacher="other")),
+        (mpo(), mpo(init=None, start="dense")),
+        (mpo(init=None, start="dense"), mpo(init=None, start="other")),
         (mpo(), mpo(factorisation="balanced")),
         (mpo(), mpo(protocol=Protocol(learning_rate=1e-3))),
         (mpo(), mpo(protocol=Protocol(steps=2001))),
@@ -151,10 +151,11 @@ def test_identity_tells_whether_the_initial_weights_are_equal(init, equal):
     assert (trial_shape(pair[0], 11, 50, model).identity == trial_shape(pair[1], 11, 50, model).identity) == equal
 
 
-def test_what_is_added_to_the_study_file_changes_no_identity_and_no_budget_on_record():
+def test_identity_and_budget_are_those_on_record():
+    """If they change, `SCHEMA_VERSION` of the ledger must change too."""
     study = validate({"name": "a", "arms": [{"name": "mpo", "family": "mpo", "chi": 8}]}, "here")
-    assert shape(mpo()).identity == "c59c289f14ebfdcbb1cd555937e65034e44a256b69310afd70973af86d757cc6"
-    assert budget_hash(mpo(), study, "a" * 64, None) == "3c34e0c6fd84"
+    assert shape(mpo()).identity == "41b37fdfe26769a826a68976235d030db1772a919068d73466cba31b4e238b33"
+    assert budget_hash(mpo(), study, "a" * 64, None) == "b289f18ef6bf"
 
 
 # Budget ---------------------------------------------------------------------------------------------------------------
@@ -162,16 +163,15 @@ def test_what_is_added_to_the_study_file_changes_no_identity_and_no_budget_on_re
 
 @pytest.fixture
 def hash_of(small_study):
-    def budget(spec=None, corpus="a" * 64, teacher=None, **changes):
-        return budget_hash(spec or dense(), validate(small_study(**changes), "here"), corpus, teacher)
+    def budget(spec=None, corpus="a" * 64, start=None, **changes):
+        return budget_hash(spec or dense(), validate(small_study(**changes), "here"), corpus, start)
 
     return budget
 
 
 SEARCH = {
     "arms": [{"name": "dense", "family": "dense"}, {"name": "mpo", "family": "mpo", "chi": {"choices": [4, 8]}}],
-    "sampler": {"name": "tpe"},
-    "budget": {"trials": 5},
+    "search": {"sampler": "tpe", "trials": 5},
 }
 
 
@@ -203,13 +203,13 @@ def test_steps_batches_evaluation_and_precision_are_budget(hash_of, protocol):
     assert hash_of(dense(protocol=Protocol(**protocol))) != hash_of(dense())
 
 
-def test_context_corpus_and_teacher_are_budget(hash_of):
+def test_context_corpus_and_start_are_budget(hash_of):
     hashes = [
         hash_of(),
         hash_of(dense(model=Model(context=128))),
         hash_of(corpus="b" * 64),
-        hash_of(teacher=dense()),
-        hash_of(teacher=dense(protocol=Protocol(steps=500))),
+        hash_of(start=dense()),
+        hash_of(start=dense(protocol=Protocol(steps=500))),
     ]
     assert len(set(hashes)) == len(hashes)
 
@@ -222,7 +222,7 @@ def test_split_is_budget(small_study):
 def test_tuning_trials_are_budget_of_the_searched_arm_alone(hash_of):
     assert hash_of(dense(), **SEARCH) == hash_of(dense())
     assert hash_of(mpo(), **SEARCH) != hash_of(mpo())
-    assert hash_of(mpo(), **SEARCH) != hash_of(mpo(), **SEARCH | {"budget": {"trials": 6}})
+    assert hash_of(mpo(), **SEARCH) != hash_of(mpo(), **SEARCH | {"search": {"sampler": "tpe", "trials": 6}})
 
 
 def test_tuning_in_another_study_counts_as_tuning_in_this_one(hash_of):
@@ -240,7 +240,9 @@ def test_tuning_in_another_study_counts_as_tuning_in_this_one(hash_of):
     assert hash_of(mpo(), **both) == hash_of(mpo(), **arms(tuned_among=6))
     assert hash_of(dense(), **both) == hash_of(dense())
     searched = [SEARCH["arms"][0], SEARCH["arms"][1] | {"tuned_among": 2}]
-    assert hash_of(mpo(), **SEARCH | {"arms": searched}) == hash_of(mpo(), **SEARCH | {"budget": {"trials": 10}})
+    assert hash_of(mpo(), **SEARCH | {"arms": searched}) == hash_of(
+        mpo(), **SEARCH | {"search": {"sampler": "tpe", "trials": 10}}
+    )
 
 
 def test_evaluations_are_at_the_first_and_last_step():

@@ -7,7 +7,7 @@ from study.spec.search_space import listed_specs
 from study.spec.study_file import validate
 from study.training.model import build_model
 from study.training.storage import Storage
-from study.training.unit import Teachers, Unit, run_unit, store_corpus
+from study.training.unit import Starts, Unit, run_unit, store_corpus
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def unit_of(tmp_path, corpus, spec_of):
     store_corpus(storage, corpus)
     plain = {
         "trial": 3, "seeds": [0, 1], "storage": storage.url, "study_uuid": "f00", "corpus_sha256": corpus.sha256,
-        "validation_fraction": 0.1, "teachers": None, "rel_error_chis": [2], "keep_weights": False, "cpus": 1,
+        "validation_fraction": 0.1, "starts": None, "rel_error_chis": [2], "keep_weights": False, "cpus": 1,
         "gpus": 0, "checkpoint_seconds": 1000, "capture": True,
     }  # fmt: skip
 
@@ -49,13 +49,13 @@ def test_run_unit_without_a_gpu_refuses_tf32(unit_of, spec_of):
         run_unit(unit_of(spec=spec), lambda seed, row: None)
 
 
-def test_run_unit_with_a_damaged_teacher_is_no_failure_of_the_seed(unit_of, spec_of):
+def test_run_unit_with_a_damaged_start_is_no_failure_of_the_seed(unit_of, spec_of):
     unit = unit_of()
-    Storage(unit.storage).write("teacher", b"cut sho")
-    spec = spec_of(chi=2, teacher="dense")
-    unit = unit_of(spec=spec, teachers=Teachers(weights={0: "teacher", 1: "teacher"}, tokens=5))
+    Storage(unit.storage).write("start", b"cut sho")
+    spec = spec_of(chi=2, start="dense")
+    unit = unit_of(spec=spec, starts=Starts(weights={0: "start", 1: "start"}, tokens=5))
     with pytest.raises(
-        OSError, match=r"storage/teacher: not a whole safetensors file: .*it was removed, to be trained again"
+        OSError, match=r"storage/start: not a whole safetensors file: .*it was removed, to be trained again"
     ):
         run_unit(unit, lambda seed, row: None)
 

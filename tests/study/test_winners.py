@@ -70,7 +70,7 @@ def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_pa
         DENSE | {"learning_rate": RATES},
         {"name": "plain", "family": "dense", "init": "variance"},
         MPO | {"learning_rate": RATES, "chi": [2, 4]},
-        TUNED | {"teacher": "plain", "learning_rate": RATES[:2]},
+        TUNED | {"start": "plain", "learning_rate": RATES[:2]},
         {"name": "low-rank", "family": "low_rank", "as_chi": [3, 4], "learning_rate": RATES},
     ]
     contrasts = [{"arm": "mpo", "against": "dense"}, {"arm": "mpo", "against": "low-rank"}]
@@ -102,7 +102,7 @@ def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_pa
         ("low-rank", 3),
     ]
     assert (new.name, new.seed_list, new.arm("plain")) == ("final", (0, 1), old.arm("plain"))
-    kept = ("model", "protocol", "claims", "rel_error_chi", "objectives", "execution", "sampler")
+    kept = ("model", "protocol", "claims", "rel_error_chi", "objectives", "execution", "search")
     assert [getattr(new, key) for key in kept] == [getattr(old, key) for key in kept]
     assert load_corpus(new.corpus.path, new.corpus.sha256).sha256 == snapshot.corpus_sha256
     text = (tmp_path / "configs" / "final.yaml").read_text(encoding="utf-8")
@@ -238,7 +238,7 @@ def test_what_is_listed_and_not_tuned_stays_listed_where_the_same_wins(tmp_path,
     best = {("tt_svd", 2): 0.1, ("tt_svd", 4): 0.01, ("whitened", 2): 0.1, ("whitened", 4): 0.01 if alike else 0.1}
     give_losses(folder, lambda spec: spec.protocol.learning_rate != best.get((spec.refinement, spec.chi)))
     new = written(folder, tmp_path / "new.yaml")
-    rates = {(s.refinement, s.chi): s.protocol.learning_rate for s in listed_specs(new) if s.teacher is not None}
+    rates = {(s.refinement, s.chi): s.protocol.learning_rate for s in listed_specs(new) if s.start is not None}
     assert rates == best
     names = ["dense", "tuned"] if alike else ["dense", "tuned-tt_svd", "tuned-whitened"]
     assert [arm.name for arm in new.arms] == names
@@ -309,7 +309,7 @@ def test_frontier_of_a_search_becomes_arms_of_fixed_values(tmp_path):
     assert {(c.arm, c.against) for c in new.claims.contrasts} == {
         (arm.name, against) for arm in found for against in ("dense", "dense-tuned")
     }
-    assert (new.sampler.name, new.budget.trials, new.seed_list) == ("grid", 0, (0, 1, 2, 3, 4))
+    assert (new.search.sampler, new.search.trials, new.seed_list) == ("grid", 0, (0, 1, 2, 3, 4))
     outcome = run_at(tmp_path / "new.yaml", tmp_path / "again")
     assert (outcome.n_complete, outcome.n_failed) == (5 * (len(better) + 2), 0)
 

@@ -47,7 +47,7 @@ def lines_per_unit(file, folder, monkeypatch):
 
 
 def test_work_for_one_result_does_not_grow_with_the_study(tmp_path, monkeypatch):
-    """With trials that repeat others, and some that wait for a teacher which the file has after them."""
+    """With trials that repeat others, and some that wait for a start which the file has after them."""
     tuned = [TUNED | {"name": f"tuned{steps}", "steps": steps} for steps in (3, 4, 5)]
     many = MPO | {"chi": [2, 500, 1000], "learning_rate": [0.001 * (1 + index) for index in range(12)]}
     file = write_study(tmp_path, arms=[*tuned, DENSE, many])
