@@ -41,8 +41,7 @@ test: $(INSTALLED) ## the tests that need only Python, git and make
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not fault and not service and not browser and not slow'
 
 test-all: test /usr/bin/chromium ## those, and the fault, service, browser and slow tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'slow and not fault and not service and not browser'
-	$(BIN)/python -m pytest -m 'fault or service or browser'
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'slow or fault or service or browser'
 
 lint: $(INSTALLED) ## ruff, types, the import law
 	$(BIN)/ruff check .
