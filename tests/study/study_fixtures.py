@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from rich.console import Console
 
 from analysis import run_schema as schema
 from study.commands.run import Outcome, open_ledger, run_study, study_corpus
+from study.ledger.checksums import SUM, checksum
 from study.ledger.database import open_database
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth
@@ -102,6 +105,15 @@ def made_up(trial: int, seed: int, loss: float = 1.0, failure: str | None = None
     final = {field.key: 1.0 for field in schema.FINALS} | {"final/val_loss": loss, "final/val_acc": 1 / (1 + loss)}
     ran_on = dict.fromkeys(schema.RAN_ON, "nothing")
     return SeedResult(trial, seed, "complete", started=now(), ended=now(), final=final, ran_on=ran_on)
+
+
+def sign_results(directory: Path) -> None:
+    """Give the results in a ledger, which a test has changed, the checksums of their present content."""
+    with closing(sqlite3.connect(directory / "ledger.db")) as connection, connection:
+        connection.row_factory = sqlite3.Row
+        for row in connection.execute("SELECT * FROM mpo_result").fetchall():
+            key = (checksum("mpo_result", dict(row)), row["trial"], row["seed"])
+            connection.execute(f"UPDATE mpo_result SET {SUM} = ? WHERE trial = ? AND seed = ?", key)
 
 
 def results_at(directory: Path, name: str = "tiny") -> dict[tuple[int, int], SeedResult]:

@@ -11,7 +11,7 @@ from contextlib import closing
 from functools import partial
 
 import pytest
-from study_fixtures import DENSE, MPO, ledger_at, made_up, printed_by_run, run_at, substance, write_study
+from study_fixtures import DENSE, MPO, ledger_at, made_up, printed_by_run, run_at, sign_results, substance, write_study
 
 from study.commands.status import study_status
 from study.errors import StudyError
@@ -240,7 +240,8 @@ def test_result_that_lacks_something_is_no_result(tmp_path):
         {"final": {**content["final"], "final/val_loss": "low"}},
         {"state": "done"},
     ):
-        execute(folder, "UPDATE mpo_result SET sha256 = NULL, content = ?", json.dumps(content | change))
+        execute(folder, "UPDATE mpo_result SET content = ?", json.dumps(content | change))
+        sign_results(folder)
         with pytest.raises(StudyError, match=r"the ledger is damaged: the result of trial 0, seed 0"):
             read(folder)
         with pytest.raises(StudyError, match=shlex.quote("the ledger is damaged").strip("'")):

@@ -18,6 +18,7 @@ from study_fixtures import (
     results_at,
     run_at,
     runs_in,
+    sign_results,
     start_cli,
     substance,
     write_search,
@@ -387,11 +388,12 @@ def with_losses(folder, losses):
         for number, of_seeds in enumerate(losses):
             for seed, loss in enumerate(of_seeds):
                 connection.execute(
-                    "UPDATE mpo_result SET sha256 = NULL, content = json_set(content, '$.final.\"final/val_loss\"', ?) "
+                    "UPDATE mpo_result SET content = json_set(content, '$.final.\"final/val_loss\"', ?) "
                     "WHERE trial = ? AND seed = ?",
                     (loss, number, seed),
                 )
     connection.close()
+    sign_results(folder)
 
 
 def test_refine_has_nothing_to_do_where_all_is_decided(tmp_path, folder):

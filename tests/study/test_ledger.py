@@ -14,6 +14,7 @@ from study_fixtures import (
     ledger_at,
     made_up,
     optuna_states,
+    sign_results,
     write_search,
     write_study,
 )
@@ -153,6 +154,7 @@ def test_ledger_tells_optuna_what_a_dead_driver_did_not(tmp_path, folder):
             (ledger.uuid, json.dumps(asdict(result))),
         )
     connection.close()
+    sign_results(folder)
     assert optuna_states(StudyDirectory(folder).ledger_url) == [("RUNNING", None), ("RUNNING", None)]
 
     ledger = ledger_at(file, folder)
@@ -239,6 +241,7 @@ def test_ledger_tells_a_duplicate_that_a_dead_driver_did_not(tmp_path, folder):
             (ledger.uuid, json.dumps(asdict(made_up(0, 0, loss=1.0)))),
         )
     connection.close()
+    sign_results(folder)
     ledger.close()
     ledger_at(file, folder).close()
     assert optuna_states(StudyDirectory(folder).ledger_url) == [

@@ -226,14 +226,6 @@ def test_files_of_runs_are_written_again(study, tmp_path, database):  # noqa: F8
     ledger.close()
 
 
-def test_runs_of_an_older_version_are_read_and_marked(tampered):
-    for [run] in runs_in(tampered.path).values():
-        tampered.client.delete_tag(run.info.run_id, schema.DIGEST)
-    better_number(tampered)  # nobody can know
-    assert tampered.read().seeds["final/val_loss"].min() == 0.01
-    tampered.check_mended()
-
-
 # Texts that are too long for MLflow -----------------------------------------------------------------------------------
 
 

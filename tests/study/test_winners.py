@@ -16,6 +16,7 @@ from study_fixtures import (
     made_up,
     results_at,
     run_at,
+    sign_results,
     write_search,
     write_study,
 )
@@ -49,11 +50,11 @@ def give_losses(folder, loss_of, name="tuning"):
     with sqlite3.connect(folder / "ledger.db") as connection:
         for trial in trials:
             connection.execute(
-                "UPDATE mpo_result SET sha256 = NULL, content = json_set(content, '$.final.\"final/val_loss\"', ?) "
-                "WHERE trial = ?",
+                "UPDATE mpo_result SET content = json_set(content, '$.final.\"final/val_loss\"', ?) WHERE trial = ?",
                 (float(loss_of(trial.spec)), trial.number),
             )
     connection.close()
+    sign_results(folder)
 
 
 def written(folder, file, **options):
