@@ -14,7 +14,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 from analysis.commands.streams import lasting_streams
 from analysis.errors import AnalysisError
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.runs.study_runs import StudyRuns
+
+_PRINTED = ["compared", "against", "difference", "verdict"]
+"""Columns of a comparison that a terminal has room for; the others, and accuracy, are on the report's page."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -145,33 +147,25 @@ def _report(
     is_published: bool,
     is_light: bool,
 ) -> None:
+    from analysis.report.answers import answers
     from analysis.report.publish import publish
     from analysis.report.report import INDEX, write_report
-    from analysis.report.tables import frontier_table
-    from analysis.results.summary import NO_FRONTIER
 
     if is_published and len(studies) > 1:
         raise AnalysisError("a report on several studies has no experiment of its own; publish one on each")
     runs, out = _read(studies, tracking_uri, experiment, cache, out, "report")
     findings = write_report(runs, out, light=is_light)
     console = Console(markup=False)  # names are free text
-    rows = frontier_table(findings.summary, findings.uncertainties).shown
-    if len(rows):
-        table = Table(title="On a frontier", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-        shown = ("configuration", "family", "parameters", "val loss (nats)", "val accuracy (%)")
-        for column in shown[:2]:
-            table.add_column(column)
-        for column in shown[2:]:
-            table.add_column(column.replace(" (", "\n("), justify="right", no_wrap=True)
-        for row in rows[list(shown)].itertuples(index=False):
+    for answer in answers(findings)[1:]:  # what was run its user knows
+        shown, title = answer.rows, answer.question
+        if "verdict" in shown:
+            shown, title = shown.loc[shown["measure"].str.startswith("loss"), _PRINTED], f"{title} (validation loss)"
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        for column in shown.columns:
+            table.add_column(column, no_wrap=column in (*_PRINTED[2:], "parameters"))
+        for row in shown.itertuples(index=False):
             table.add_row(*row)
         console.print(table)
-    else:
-        console.print(f"there is no frontier, since {NO_FRONTIER}", highlight=False)
-    for answer in findings.answers[2:]:  # what was run its user knows, and the frontier stands above
-        console.print(answer.question, style="bold", highlight=False)
-        for sentence in answer.sentences:
-            console.print(Padding(Text(sentence), (0, 0, 0, 2)))
     console.print(
         f"{len(runs.trials)} trials, {len(runs.seeds)} complete seeds, {len(runs.failures)} failed, "
         f"{len(runs.unfinished)} unfinished"

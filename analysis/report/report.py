@@ -12,6 +12,7 @@ from analysis.errors import AnalysisError
 from analysis.figures import data, style
 from analysis.figures.drawings import drawings
 from analysis.report import interactive, tables
+from analysis.report.answers import answers
 from analysis.report.folder import OutputFolder
 from analysis.results.findings import Findings
 from analysis.results.summary import MEASURES, MIN_SEEDS, NO_FRONTIER, VAL_LOSS, n_statement
@@ -86,7 +87,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
         runs=runs,
         summary=summary,
         source=None if light else runs.data_source,
-        answers=findings.answers,
+        answers=answers(findings),
         declared=bool(findings.compared["declared"].any()),
         drawings=made,
         formats=formats,
