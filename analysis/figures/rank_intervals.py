@@ -59,8 +59,8 @@ def rank_rows(
         high=found.high,
         n_seeds=seeds_stated(values),
         n_ranked=len(ranked),
-        kendall_tau=rank_agreement(shared).mean if shared.size else np.nan,
-        reliability=float(reliability(shared).reliability) if shared.size else np.nan,
+        kendall_tau=rank_agreement(shared) if shared.size else np.nan,
+        reliability=reliability(shared) if shared.size else np.nan,
         left_out=selected.left_out,
     )
     return rows.sort_values(["rank", "trial"], kind="stable", ignore_index=True).head(MAX_ROWS)

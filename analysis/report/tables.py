@@ -277,16 +277,10 @@ def to_markdown(shown: pd.DataFrame) -> str:
 def to_latex(shown: pd.DataFrame) -> str:
     """A tabular for any LaTeX engine, with the rules of booktabs; columns of numbers are right-aligned."""
 
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(_LATEX.get(mark, mark) for mark in _on_one_line(cell)) for cell in cells) + r" \\"
-
-    rows = [list(row) for row in shown.itertuples(index=False)]
-    columns = "".join(
-        "r" if rows and all(_NUMBER.fullmatch(row[column]) for row in rows) else "l"
-        for column in range(len(shown.columns))
-    )
-    body = [line(list(shown.columns)), r"\midrule", *map(line, rows)]
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    one_line = shown.map(_on_one_line)
+    is_number = [len(shown) > 0 and one_line[column].str.fullmatch(_NUMBER).all() for column in shown]
+    columns = "".join("r" if each else "l" for each in is_number)
+    return one_line.to_latex(index=False, escape=True, column_format=columns).translate(_LATEX)
 
 
 def _on_one_line(cell: str) -> str:
@@ -296,25 +290,25 @@ def _on_one_line(cell: str) -> str:
 _BREAK = re.compile(r"\r\n|[\x00-\x1f\x7f\x85\u2028\u2029]")
 _MARKDOWN = re.compile(r"[|\[\]]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\\(?=[!-/:-@\[-`{-~])")
 """Characters that would end a cell, or begin HTML, an entity, a link, a picture or an escape; they get a backslash."""
-_NUMBER = re.compile(r"[−+]?[\d,.]+( ± [\d,.]+)?( \(.*\))?|–|")
-_LATEX = {mark: f"\\{mark}" for mark in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "[": "{[}",  # the end of a row would read these two as arguments
-    "*": "{*}",
-    "±": r"$\pm$",
-    "−": "$-$",
-    "–": "--",
-    "×": r"$\times$",
-    "√": r"$\surd$",
-    "χ": r"$\chi$",
-    "≥": r"$\geq$",
-    "≤": r"$\leq$",
-    "<": "$<$",  # in LaTeX's default font encoding these three are other characters
-    ">": "$>$",
-    "|": "$|$",
-}
+_NUMBER = r"[−+]?[\d,.]+( ± [\d,.]+)?( \(.*\))?|–|"
+_LATEX = str.maketrans(
+    {
+        "[": "{[}",  # the end of a row would read these two as arguments
+        "*": "{*}",
+        "±": r"$\pm$",
+        "−": "$-$",
+        "–": "--",
+        "×": r"$\times$",
+        "√": r"$\surd$",
+        "χ": r"$\chi$",
+        "≥": r"$\geq$",
+        "≤": r"$\leq$",
+        "<": "$<$",  # in LaTeX's default font encoding these three are other characters
+        ">": "$>$",
+        "|": "$|$",
+    }
+)
+"""Characters that pandas does not escape, and that LaTeX does not print as they are; no command of a table has them."""
 
 
 def _means(summary: pd.DataFrame, key: str, measure: Measure) -> list[str]:

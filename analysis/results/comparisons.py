@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from analysis import run_schema as schema
 from analysis.results.pairs import DENSE, KNOWN, REFERENCE, Known, Pair, pairs
@@ -21,7 +22,7 @@ from analysis.statistics.contrasts import (
     headline,
     non_inferiority,
 )
-from analysis.statistics.multiplicity import benjamini_hochberg, holm
+from analysis.statistics.multiplicity import holm
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
 LEVEL = 0.05
@@ -169,7 +170,9 @@ def _adjust(frame: pd.DataFrame, is_unfinished: bool) -> None:
     if not is_unfinished:
         planned = p[declared]  # pairs without a result count as planned tests
         adjusted[declared] = np.where(np.isnan(planned), math.nan, holm(np.nan_to_num(planned, nan=1.0)))
-    adjusted[~declared] = benjamini_hochberg(p[~declared])
+    explored = ~declared & ~np.isnan(p)
+    if explored.any():
+        adjusted[explored] = stats.false_discovery_control(p[explored])
     frame["p_adjusted"] = adjusted
 
 

@@ -131,7 +131,7 @@ def test_to_latex_sets_numbers_right_and_escapes_what_latex_reads():
         r"\toprule",
         r"what & loss & n \\",
         r"\midrule",
-        r"MPO $\chi$ = 4\_x \& 50 \%\textbackslash{} & 1.60 $\pm$ 0.02 & 808,448 \\",
+        r"MPO $\chi$ = 4\_x \& 50 \%\textbackslash  & 1.60 $\pm$ 0.02 & 808,448 \\",
         r"a & -- & $-$3 \\",
         r"\bottomrule",
         r"\end{tabular}",
