@@ -19,7 +19,6 @@ from analysis.statistics.contrasts import (
     block_tests,
     contrasts,
     fixed_sequence,
-    headline,
     non_inferiority,
 )
 from analysis.statistics.multiplicity import holm
@@ -49,7 +48,7 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
     from the same start. A trial that starts from a teacher has a reference of its own: the first dense trial of its
     budget that was trained on from the same teacher. Trials that were stopped early are only in declared pairs.
 
-    Claims rest on each pair's own t test (see `statistics.contrasts.headline`). For each measure, the declared pairs
+    Claims rest on each pair's own t test (see `statistics.contrasts.contrasts`). For each measure, the declared pairs
     are one family, adjusted by Holm. A declared pair that could not be tested, even because it has no complete seed,
     counts in the family as p = 1. The other pairs are exploration, adjusted by Benjamini and Hochberg. While the study
     lacks runs, nothing declared is decided: the family is incomplete, and the order of tests has not begun where it
@@ -131,13 +130,15 @@ def _add_pair_tests(
     for _, group in frame[frame["n"] > 0].groupby(alike):
         own = values.loc[:, shared[group.index[0]]]
         found = contrasts(own.loc[group["trial"]].to_numpy()[:, None], own.loc[group["against"]].to_numpy())
-        test = headline(found)
         frame.loc[group.index, "difference"] = found.difference[:, 0]
         if found.n < MIN_SEEDS:
             continue
-        frame.loc[group.index, "half_width"], frame.loc[group.index, "p"] = test.half_width[:, 0], test.p[:, 0]
+        frame.loc[group.index, "half_width"], frame.loc[group.index, "p"] = (
+            found.pair.half_width[:, 0],
+            found.pair.p[:, 0],
+        )
         if margin > 0:
-            result = non_inferiority(found.difference, test, margin, direction)
+            result = non_inferiority(found.difference, found.pair, margin, direction)
             frame.loc[group.index, "bound"] = result.bound[:, 0]
             frame.loc[group.index, "inferiority_p"] = result.p[:, 0]
     frame.loc[failed, ["half_width", "p", "bound", "inferiority_p"]] = math.nan

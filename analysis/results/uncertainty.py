@@ -12,7 +12,7 @@ import pandas as pd
 from analysis.results.selection import seed_table, seeds_stated
 from analysis.results.summary import Measure, sole_reference
 from analysis.runs.study_runs import StudyRuns
-from analysis.statistics.attainment import mean_frontier_band
+from analysis.statistics.band import mean_frontier_band
 from analysis.statistics.hypervolume import HypervolumeReference, hypervolume_interval
 from analysis.statistics.seed_blocks import is_complete
 from analysis.statistics.support import frontier_support, size_needed

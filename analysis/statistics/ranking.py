@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from analysis.run_schema import Direction
 from analysis.statistics.draws import SeedMeans
-from analysis.statistics.intervals import LEVEL, check_level
 from analysis.statistics.seed_blocks import MIN_SEEDS, complete_table, two_way
 
 
@@ -24,8 +23,9 @@ def rank_agreement(values: ArrayLike) -> float:
         1 is the same order, 0 unrelated, −1 reversed. NaN for one seed, and if one ranks nothing.
     Source: Kendall 1945, The treatment of ties in ranking problems.
     """
-    taus = [stats.kendalltau(*pair).statistic for pair in combinations(complete_table(values).T, 2)]
-    return float(np.mean(taus)) if taus else float("nan")
+    table = pd.DataFrame(complete_table(values))
+    taus = table.corr(method="kendall").to_numpy()[np.triu_indices(table.shape[1], 1)]
+    return float(taus.mean()) if taus.size else float("nan")
 
 
 class RankInterval(NamedTuple):
@@ -37,34 +37,30 @@ class RankInterval(NamedTuple):
 
 
 def rank_intervals(
-    values: ArrayLike, direction: Direction, rng: np.random.Generator, level: float = LEVEL, n_draws: int = 10_000
+    values: ArrayLike, direction: Direction, rng: np.random.Generator, n_draws: int = 10_000
 ) -> RankInterval:
     """Ranks of the means over seeds, and quantiles of their ranks over draws of the means.
 
     A draw is mean_c + √(s²_res/n) z_c with z standard normal; s²_res is the residual mean square of the block model
     (see `seed_blocks`). The shared part of a seed moves all means alike, and changes no rank. If configurations lack
     seeds it does change ranks, and the draws are those of `draws.SeedMeans.noise_draws`. The limits are drawn
-    ranks: the outermost that leave at most (1 − level)/2 of the draws beyond.
+    ranks: the outermost that leave at most 2.5 % of the draws beyond.
 
     Args:
         values: (C, n), configurations × seeds, in any unit; NaN if a configuration lacks the seed.
         direction: what is better.
         rng: draws the means.
-        level: level of the interval, in (0, 1).
         n_draws: number of draws; C × n_draws ranks are held in memory.
     Returns:
         As described in its class; ties share their mean rank. For n < 3, or one configuration, limits are NaN.
     Raises:
-        ValueError: not a table, the direction is unknown, or `level` is not inside (0, 1).
+        ValueError: not a table.
     Error: draws spread the means a second time, so ranks of nearly equal configurations are pulled towards the middle.
         Each interval covers its true rank at .95 or above if the configurations' sd is at least that of one seed's
         noise. About .8 are covered if 20 configurations are almost equal: `reliability` near 0 warns of this. The
         intervals hold one by one, not all together.
     Source: Goldstein and Spiegelhalter 1996, League tables and their limitations, section 3.
     """
-    check_level(level)
-    if direction not in ("minimize", "maximize"):
-        raise ValueError(f"`direction` must be 'minimize' or 'maximize', but got {direction!r}")
     table = np.asarray(values, dtype=np.float64) * (1 if direction == "minimize" else -1)
     if table.ndim != 2:
         raise ValueError(f"`values` must be (configurations, seeds), but its shape is {table.shape}")
@@ -76,12 +72,8 @@ def rank_intervals(
     rank = stats.rankdata(means.means)
     drawn = np.vstack(list(means.noise_draws(n_draws, rng)))
     ranks = stats.rankdata(drawn, axis=1)
-    tail = (1 - level) / 2
-    return RankInterval(
-        rank,
-        np.quantile(ranks, tail, axis=0, method="inverted_cdf"),
-        np.quantile(ranks, 1 - tail, axis=0, method="inverted_cdf"),
-    )
+    tail = (1 - 0.95) / 2
+    return RankInterval(rank, *np.quantile(ranks, (tail, 1 - tail), axis=0, method="inverted_cdf"))
 
 
 def reliability(values: ArrayLike) -> float:
