@@ -7,7 +7,6 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 from analysis.figures import data, style
 from analysis.figures.drawings import drawings
@@ -15,7 +14,7 @@ from analysis.report import interactive, tables
 from analysis.report.answers import answers
 from analysis.report.folder import OutputFolder
 from analysis.results.findings import Findings
-from analysis.results.summary import MEASURES, MIN_SEEDS, NO_FRONTIER, VAL_LOSS, n_statement
+from analysis.results.summary import MEASURES, MIN_SEEDS, NO_FRONTIER, n_statement
 from analysis.runs.studies import environments
 from analysis.runs.study_runs import StudyRuns
 
@@ -99,9 +98,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
         n_stated=n_statement(summary.loc[summary["n_seeds"] > 0, "n_seeds"]),
         environments=environments(runs),
         corpora=sorted(summary["corpus_sha256"].unique()),
-        measured=[schema.FIELDS["final", measure.key].label for measure in MEASURES],
-        sampled=schema.FIELDS["final", "final/val_loss_sampled"].label,
-        curve=schema.FIELDS["curve", VAL_LOSS.name].label,
+        measured=[measure.title.lower() for measure in MEASURES],
     )
     (folder / INDEX).write_text(page, encoding="utf-8")
 

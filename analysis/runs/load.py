@@ -168,7 +168,8 @@ def _keep(runs: StudyRuns) -> None:
 def load_curves(
     runs: StudyRuns, trials: Sequence[int] | None = None, keys: Sequence[str] = ("val_loss", "tokens")
 ) -> pd.DataFrame:
-    """Learning curves of the complete seeds, one row per evaluation: trial, seed, step and one column per key.
+    """Learning curves of the complete seeds, one row per evaluation: trial, seed, step and one column per key (NaN if a
+    seed was trained before the metric was recorded).
 
     It takes one request per seed and key that is not in the cache, so ask only for the trials that will be shown.
     Joined studies are each read at their own address.
@@ -177,7 +178,7 @@ def load_curves(
         trials: trial numbers. Default: None, for all.
         keys: curves of the schema.
     Raises:
-        AnalysisError: MLflow cannot be read, or a seed has no such curve.
+        AnalysisError: MLflow cannot be read, or a seed has no curve of a metric on which claims rest.
     """
     seeds = runs.seeds if trials is None else runs.seeds[runs.seeds["trial"].isin(trials)]
     columns = ["trial", "seed", "step", *keys]
@@ -189,7 +190,8 @@ def load_curves(
         wanted = [(run_id, key) for run_id in own["run_id"] for key in keys]
         histories.append(_histories(part, wanted))
     wide = pd.concat(histories).pivot(index=["run_id", "step"], columns="key", values="value")
-    return seeds[["trial", "seed", "run_id"]].merge(wide.reset_index(), on="run_id")[columns]
+    wide = wide.reindex(columns=list(keys)).reset_index()
+    return seeds[["trial", "seed", "run_id"]].merge(wide, on="run_id")[columns]
 
 
 def _histories(runs: StudyRuns, wanted: list[tuple[str, str]]) -> pd.DataFrame:
@@ -216,7 +218,7 @@ def _histories(runs: StudyRuns, wanted: list[tuple[str, str]]) -> pd.DataFrame:
 
 def _history(client: MlflowClient, runs: StudyRuns, run_id: str, key: str) -> pd.DataFrame:
     history = client.get_metric_history(run_id, key)
-    if not history:
+    if not history and key in schema.MARGINS:
         trial, seed = runs.seeds.loc[runs.seeds["run_id"] == run_id, ["trial", "seed"]].iloc[0]
         raise AnalysisError(f"run {run_id} (trial {trial}, seed {seed}) has no curve `{key}`")
     values = {metric.step: metric.value for metric in history}

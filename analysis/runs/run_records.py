@@ -19,9 +19,6 @@ OPTIONAL_PARAMS = (
 """Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
 _BEFORE_IT_WAS_RECORDED = {"precision": "float32"}
 """Values of params that older runs did not record; all of them had these values."""
-CLAIMED = ("final/val_loss", "final/val_acc")
-"""Metrics on which claims rest: a complete seed has finite values of them. Other final metrics may be absent (NaN)."""
-
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"
 """Advice for messages: how to repair a run that is not as a study writes it."""
 OVER = ("FINISHED", "FAILED")
@@ -123,7 +120,10 @@ def _validation_fraction(run: RunRecord) -> float | None:
 def seeds_frame(runs: list[RunRecord]) -> pd.DataFrame:
     rows = [
         {"trial": param_of(run, "trial"), "seed": param_of(run, "seed"), "run_id": run.run_id}
-        | {field.key: metric_of(run, "final", field.key, required=field.key in CLAIMED) for field in schema.FINALS}
+        | {
+            field.key: metric_of(run, "final", field.key, required=field.key in schema.CLAIMED)
+            for field in schema.FINALS
+        }
         | {tag: run.tags.get(tag) for tag in schema.RAN_ON}
         for run in runs
     ]
