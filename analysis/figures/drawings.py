@@ -23,7 +23,7 @@ from analysis.results.importance import factor_importance
 from analysis.results.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
 from analysis.results.retained import retained_points
 from analysis.results.summary import MEASURES, VAL_LOSS, Measure
-from analysis.runs.load import load_curves
+from analysis.runs.curves import load_curves
 
 
 @dataclass(frozen=True)

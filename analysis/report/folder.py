@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from analysis.errors import AnalysisError
+from analysis.runs.whole_file import write_whole
 
 _NEW = ".new-"
 _LEFT_BEHIND = re.compile(re.escape(_NEW) + r"[a-z0-9_]{8}")
@@ -80,19 +81,18 @@ class OutputFolder:
                 if os.path.lexists(out / parent) and not (out / parent).is_dir():
                     raise AnalysisError(f"{out / parent} exists and is no folder; choose another folder")
         # Until all files are in place, the list names those of both outputs: an interrupted output can be replaced too.
-        self._list_written(new, out, both)
+        self._list_written(out, both)
         for name in [*(name for name in made if name != self.main), self.main]:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(new / name, out / name)
         for name in before:
             if name not in made:
                 (out / name).unlink(missing_ok=True)
-        self._list_written(new, out, made)
+        self._list_written(out, made)
         return made
 
-    def _list_written(self, new: Path, out: Path, names: list[str]) -> None:
-        (new / self.listed).write_text(json.dumps({"written": names}, indent=1) + "\n", encoding="utf-8")
-        os.replace(new / self.listed, out / self.listed)
+    def _list_written(self, out: Path, names: list[str]) -> None:
+        write_whole(out / self.listed, (json.dumps({"written": names}, indent=1) + "\n").encode())
 
     def _refuse_links(self, out: Path, names: Iterable[str]) -> None:
         for name in names:

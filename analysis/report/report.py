@@ -67,10 +67,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
             tables.hypervolume_table(findings.uncertainties),
             tables.budgets_table(summary),
             tables.arms_table(summary),
-            tables.failures_table(runs),
-            tables.unfinished_table(runs),
-            tables.stopped_table(runs),
-            tables.pruned_table(runs),
+            *tables.run_tables(runs),
         )
     }
     for table in written.values():

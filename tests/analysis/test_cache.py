@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from analysis import run_schema as schema
 from analysis.commands.cli import app
 from analysis.runs.cache import MANIFEST, Cache
-from analysis.runs.load import StudyAddress, load_curves, load_study
+from analysis.runs.curves import load_curves
+from analysis.runs.load import StudyAddress, load_study
 
 FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "pruned")
 USUAL = [replace(c, unfinished=()) for c in simulated_study.configurations()]
@@ -77,7 +78,7 @@ def study(tmp_path, template):
 def same(one, other):
     for name in FRAMES:
         pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name))
-    facts = ("address", "name", "uuid", "n_duplicates", "n_pruned", "latest", "budgets", "data_source")
+    facts = ("address", "name", "uuid", "n_duplicates", "latest", "budgets", "data_source")
     assert [getattr(one, key) for key in facts] == [getattr(other, key) for key in facts]
 
 
@@ -108,7 +109,7 @@ def test_load_study_reads_a_finished_study_once(study, requests):
     assert requests == ["'summary'", "", ""]
     same(first, second)
     same(second, load_study(study.address))
-    assert second.n_pruned == second.n_duplicates == 1
+    assert len(second.pruned) == second.n_duplicates == 1
     assert len(second.rel_errors) > 0
 
 

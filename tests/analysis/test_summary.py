@@ -179,6 +179,6 @@ def test_stopped_trial_is_on_no_frontier_however_good():
 def test_pruned_trial_is_left_out_and_counted():
     pruned = replace(USUAL[3], seeds=(), pruned="1,000 parameters, more than budget.max_params=900")
     runs, _ = simulated_study.simulated_runs([*USUAL, pruned], n_evaluations=1)
-    assert runs.n_pruned == 1
+    assert len(runs.pruned) == 1
     assert len(runs.trials) == len(USUAL)
     assert runs.unfinished.empty

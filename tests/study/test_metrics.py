@@ -35,7 +35,8 @@ TOY = {
 READ = """
 import json, sys
 from analysis.report.report import write_report
-from analysis.runs.load import load_curves, load_study, resolve_study
+from analysis.runs.curves import load_curves
+from analysis.runs.load import load_study, resolve_study
 from pathlib import Path
 runs = load_study(resolve_study(Path(sys.argv[1])))
 curves = load_curves(runs, keys=("val_loss", "val_bits"))
