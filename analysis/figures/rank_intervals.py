@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import labels, style
+from analysis.figures.dots import Dot, dots_figure
 from analysis.results.selection import common_seeds, seeds_stated, select
 from analysis.results.summary import Measure
 from analysis.statistics.ranking import rank_agreement, rank_intervals, reliability
@@ -23,7 +24,7 @@ COLUMNS = (
 )
 _DRAWN_RANKS = 4_000_000
 _ON_SHARED = "; both on the seeds that most share"
-_ROW, _LONGEST_LABEL = 0.155, 2.3
+_LONGEST_LABEL = 2.3
 
 
 def rank_rows(
@@ -86,55 +87,26 @@ def rank_figure(rows: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
         first["left_out"],
         note,
     )
+    styles = style.group_styles(rows["group"])
     with style.context():
         probe = style.new_figure(1)
         names = [_shortened(probe, label) for label in labels.told_apart(rows["label"], rows["group"])]
-        sizes = [style.format_count(float(f"{n:.3g}")) for n in rows["n_params"]]
-        left = max(labels.text_size(probe, name)[0] for name in names) / 72 + 0.24
-        right = max(labels.text_size(probe, name)[0] for name in [*sizes, "parameters"]) / 72 + 0.2
-        styles = style.group_styles(rows["group"])
-        foot, legend_rows = style.footer_height(text), -(-len(styles) // 4)
-        above, below = 0.24 + 0.155 * legend_rows, foot + 0.42
-        height = above + below + _ROW * (len(rows) + 0.4)
-        figure = style.new_figure(height)
-        axes = figure.add_axes(
-            (left / style.WIDTH, below / height, 1 - (left + right) / style.WIDTH, 1 - (above + below) / height)
-        )
-        axes.set_ylim(len(rows) - 0.3, -0.7)
-        farthest = max(rows["high"].max(), rows["rank"].max())
-        axes.set_xlim(min(0.5, 1 - 0.025 * farthest), farthest + 0.5)
-        ticks = MaxNLocator(10, integer=True).tick_values(1, farthest)
-        axes.set_xticks([tick for tick in sorted({1, *ticks}) if 1 <= tick <= farthest])
-        axes.grid(axis="x", visible=True)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(
-            f"Rank by {measure.title.lower()} (1: {'lowest' if measure.direction == 'minimize' else 'highest'})"
-        )
-        axes.set_yticks(range(len(rows)), names)
-        axes.tick_params(axis="y", length=0)
-        for y, (row, size) in enumerate(zip(rows.to_dict("records"), sizes, strict=True)):
-            own = styles[row["group"]]
-            axes.plot([row["low"], row["high"]], [y, y], color=own.color, linewidth=1.1, zorder=3)
-            axes.plot(
-                row["rank"], y, linestyle="none", marker=own.marker, color=own.color, markersize=4.2, zorder=4,
-                markeredgecolor="white", markeredgewidth=0.4,
-            )  # fmt: skip
-            axes.annotate(
-                size, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(right * 72 - 8, 0),
-                textcoords="offset points", ha="right", va="center_baseline", color="#333333", annotation_clip=False,
-            )  # fmt: skip
-        figure.text(
-            (style.WIDTH - 8 / 72) / style.WIDTH, 1 - (above - 0.05) / height, "parameters", ha="right", color="#333333"
-        )
+        dots = [
+            Dot(name, row["low"], row["rank"], row["high"], style.format_count(float(f"{row['n_params']:.3g}")),
+                styles[row["group"]])
+            for name, row in zip(names, rows.to_dict("records"), strict=True)
+        ]  # fmt: skip
         handles = [
             Line2D([], [], color=own.color, marker=own.marker, markersize=4.2, linewidth=1.1, label=group)
             for group, own in styles.items()
         ]
-        figure.legend(
-            handles=handles, loc="upper left", ncols=4, borderaxespad=0, columnspacing=1.6, handlelength=1.8,
-            labelspacing=0.35, bbox_to_anchor=(0.1 / style.WIDTH, 1 - 0.04 / height),
-        )  # fmt: skip
-        style.add_footer(figure, text)
+        figure, axes = dots_figure(dots, "", "parameters", text, handles)
+        farthest = max(rows["high"].max(), rows["rank"].max())
+        axes.set_xlim(min(0.5, 1 - 0.025 * farthest), farthest + 0.5)
+        ticks = MaxNLocator(10, integer=True).tick_values(1, farthest)
+        axes.set_xticks([tick for tick in sorted({1, *ticks}) if 1 <= tick <= farthest])
+        best = "lowest" if measure.direction == "minimize" else "highest"
+        axes.set_xlabel(f"Rank by {measure.title.lower()} (1: {best})")
     return figure
 
 

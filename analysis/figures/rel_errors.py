@@ -33,12 +33,11 @@ def rel_error_figure(means: pd.DataFrame, note: str = "") -> Figure:
     with style.context():
         foot = style.footer_height(text)
         figure = style.new_figure(foot + 2.75)
-        height = figure.get_figheight()
         beside = (max(labels.text_size(figure, kind)[0] for kind in kinds) + 16) / 72
         width = (style.WIDTH - 0.55 - 0.12 * (len(panels) - 1)) / len(panels) - beside
         for column, when in enumerate(panels):
             left = 0.55 + column * (width + beside + 0.12)
-            axes = figure.add_axes((left / style.WIDTH, (foot + 0.42) / height, width / style.WIDTH, 2.08 / height))
+            axes = style.add_axes(figure, left, foot + 0.42, width, 2.08)
             axes.set_yscale("log")
             axes.set_ylim(low, high)
             style.set_log_ticks(axes.yaxis, low, high, lambda tick: f"{tick:g}")

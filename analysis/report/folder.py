@@ -81,18 +81,19 @@ class OutputFolder:
                 if os.path.lexists(out / parent) and not (out / parent).is_dir():
                     raise AnalysisError(f"{out / parent} exists and is no folder; choose another folder")
         # Until all files are in place, the list names those of both outputs: an interrupted output can be replaced too.
-        self._list_written(out, both)
+        self._list_written(new, out, both)
         for name in [*(name for name in made if name != self.main), self.main]:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(new / name, out / name)
         for name in before:
             if name not in made:
                 (out / name).unlink(missing_ok=True)
-        self._list_written(out, made)
+        self._list_written(new, out, made)
         return made
 
-    def _list_written(self, out: Path, names: list[str]) -> None:
-        write_whole(out / self.listed, (json.dumps({"written": names}, indent=1) + "\n").encode())
+    def _list_written(self, new: Path, out: Path, names: list[str]) -> None:
+        text = json.dumps({"written": names}, indent=1) + "\n"
+        write_whole(out / self.listed, text.encode(), via=new, mode=0o666)
 
     def _refuse_links(self, out: Path, names: Iterable[str]) -> None:
         for name in names:

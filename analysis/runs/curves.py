@@ -67,7 +67,7 @@ def _histories(runs: StudyRuns, wanted: list[tuple[str, str]]) -> pd.DataFrame:
 
 
 def _history(runs: StudyRuns, run_id: str, key: str, values: dict[int, float]) -> pd.DataFrame:
-    if not values and key in schema.MARGINS:
+    if not values and (key in schema.MARGINS or ("curve", key) not in schema.FIELDS):
         trial, seed = runs.seeds.loc[runs.seeds["run_id"] == run_id, ["trial", "seed"]].iloc[0]
         raise AnalysisError(f"run {run_id} (trial {trial}, seed {seed}) has no curve `{key}`")
     return pd.DataFrame({"run_id": run_id, "key": key, "step": list(values), "value": list(values.values())})

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
+from uuid import uuid4
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file, even if two programs do so at once; it gets the mode of a new file."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+def write_whole(path: Path, data: bytes, *, via: Path | None = None, mode: int = 0o600) -> None:
+    """Replace a file, even if two programs do so at once.
+
+    Args:
+        via: folder on the same disk where the file is first written. Default: its own.
+        mode: permissions, before the umask.
+    """
+    partial = (via or path.parent) / f".{path.name}-{uuid4().hex}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        partial.unlink(missing_ok=True)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import shorten
@@ -112,7 +113,8 @@ class Protocol(Strict):
 
 def _objective(value: str) -> str:
     if value not in OBJECTIVES:
-        raise ValueError(f"must be one of {', '.join(OBJECTIVES)}, but got {value!r}{did_you_mean(value, OBJECTIVES)}")
+        meant = did_you_mean(value, OBJECTIVES)
+        raise ValueError(f"must be one of {', '.join(OBJECTIVES)}, but got {json.dumps(value)[:60]}{meant}")
     return value
 
 

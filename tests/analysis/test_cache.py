@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -296,14 +297,14 @@ def test_cache_that_was_half_written_is_not_there(tmp_path, monkeypatch):
     old, new = Cache(tmp_path, {"revision": "old"}), Cache(tmp_path, {"revision": "new"})
     frames = {name: pd.DataFrame({"x": [number]}) for number, name in enumerate("ab")}
     old.write(frames)
-    write = Cache._replace
+    replace_file = os.replace
 
-    def killed(self, name, data):
-        if name == "b.parquet":
+    def killed(partial, path):
+        if path.name == "b.parquet":
             raise KeyboardInterrupt
-        write(self, name, data)
+        replace_file(partial, path)
 
-    monkeypatch.setattr(Cache, "_replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         new.write({name: frame + 1 for name, frame in frames.items()})
     monkeypatch.undo()

@@ -97,7 +97,7 @@ def test_runs_from_before_a_metric_was_recorded_are_synced_and_read(program, tmp
 
 @pytest.mark.parametrize("objective", ["val_bits", "learning_rate", "best/val_loss"])
 def test_objective_must_be_a_metric_with_a_direction(tmp_path, objective):
-    with pytest.raises(StudyError, match=f"must be one of {', '.join(schema.OBJECTIVES)}, but got '{objective}'"):
+    with pytest.raises(StudyError, match=f'must be one of {", ".join(schema.OBJECTIVES)}, but got "{objective}"'):
         load_config(write_study(tmp_path, objectives=[objective]))
 
 
