@@ -16,12 +16,11 @@ _LONGEST_LINE = 36
 _COLOR = "#0072b2"
 
 
-def importance_figure(shares: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
+def importance_figure(shares: pd.DataFrame, measure: Measure) -> Figure:
     """A dot for each factor, with the range of the redraws; below them a hollow dot for the interactions.
 
     Args:
         shares: `importance.factor_importance` of the measure; at least one row.
-        note: sentence added under the figure.
     """
     first = shares.iloc[0]
     forest = first["evaluator"] == FANOVA
@@ -38,7 +37,6 @@ def importance_figure(shares: pd.DataFrame, measure: Measure, note: str = "") ->
             else "."
         ),
         first["left_out"],
-        note,
     )
     look = style.GroupStyle(_COLOR, "o")
     dots = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -32,7 +30,6 @@ def rank_rows(
     seeds: pd.DataFrame,
     measure: Measure,
     rng: np.random.Generator,
-    budgets: Collection[str] | None = None,
 ) -> pd.DataFrame:
     """One row for each of the MAX_ROWS best configurations: its rank among all, with a 95 % interval.
 
@@ -40,7 +37,6 @@ def rank_rows(
         summary: `summary.summarise`.
         seeds: `StudyRuns.seeds`.
         rng: draws the means (`ranking.rank_intervals`).
-        budgets: as in `selection.select`.
     Returns:
         trial, label, group, n_params; rank (1 is the best), low, high. The same in each row: n_seeds (`3`, or
         `3 to 5`), n_ranked (how many were ranked), left_out (a sentence on trials that were not ranked). Also the same
@@ -48,7 +44,7 @@ def rank_rows(
         reliability (share of the variance of the means that is not noise). Sorted by rank. Empty for fewer than two
         configurations.
     """
-    selected = select(summary, seeds, measure.key, budgets)
+    selected = select(summary, seeds, measure.key)
     ranked, values, shared = selected.trials, selected.values, common_seeds(selected.values)
     if len(ranked) < 2:
         return pd.DataFrame(columns=list(COLUMNS))
@@ -67,12 +63,11 @@ def rank_rows(
     return rows.sort_values(["rank", "trial"], kind="stable", ignore_index=True).head(MAX_ROWS)
 
 
-def rank_figure(rows: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
+def rank_figure(rows: pd.DataFrame, measure: Measure) -> Figure:
     """A dot with its interval for each configuration, the best on top; its size at the right.
 
     Args:
         rows: `rank_rows` of the measure; at least one row.
-        note: sentence added under the figure.
     """
     first = rows.iloc[0]
     n_ranked = int(first["n_ranked"])
@@ -85,7 +80,6 @@ def rank_figure(rows: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
         f"means that is not noise: {_number(first['reliability'])}{on_shared}.",
         f"The best {len(rows)} of {n_ranked} configurations." if len(rows) < n_ranked else "",
         first["left_out"],
-        note,
     )
     styles = style.group_styles(rows["group"])
     with style.context():

@@ -13,12 +13,11 @@ from analysis.results.summary import interval_statement, n_statement
 _TITLES = {"init": "Dense weights at initialisation", "trained": "Dense weights after training"}
 
 
-def rel_error_figure(means: pd.DataFrame, note: str = "") -> Figure:
+def rel_error_figure(means: pd.DataFrame) -> Figure:
     """Relative Frobenius error of each kind of layer against χ, before and after training.
 
     Args:
         means: `data.rel_error_means`; at least one row. Errors below EXACT are not drawn.
-        note: sentence added under the figure.
     """
     panels = [when for when in _TITLES if when in set(means["when"])]
     drawn = means[means["mean"] > EXACT]
@@ -28,7 +27,6 @@ def rel_error_figure(means: pd.DataFrame, note: str = "") -> Figure:
     text = style.footer(
         f"TT-SVD of the dense model's layers, means over its blocks and seeds; {n_statement(means['n_seeds'])}; "
         f"{interval_statement('bars', means['n_seeds'])}.",
-        note,
     )
     with style.context():
         foot = style.footer_height(text)
