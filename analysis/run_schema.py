@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 SCHEMA_VERSION = 2
 
 Direction = Literal["minimize", "maximize"]
+Recorded = Literal["curve", "last", "best", "once", "count"]
 
 STUDY_MANIFEST = "study.json"
 """File in a study directory: {"schema_version", "name", "uuid", "tracking_uri", "experiment", "storage"}. tracking_uri
@@ -133,8 +134,32 @@ class Field:
     kind: Literal["param", "curve", "final", "count"]
     dtype: type
     label: str
+    direction: Direction | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured quantity. To add one, add a line to `METRICS` and compute it, under its name, in `study.training`.
+
+    recorded: "curve": at every evaluation, as NAME. "last": at the last one, as final/NAME. "best": the best value of
+    any evaluation, which is optimistic, as best/NAME. "once": once per seed, as NAME. "count": once per trial, as NAME.
+    direction: what is better; such a metric may be an objective of a study file, by its name, unless it is only in the
+    curve. margin: how much worse still counts as equal if a study file names no margin; claims rest on these metrics.
+    """
+
+    name: str
+    dtype: type
+    label: str
+    recorded: tuple[Recorded, ...]
     unit: str = ""
     direction: Direction | None = None
+    margin: float | None = None
+
+    def fields(self) -> Iterator[Field]:
+        for recorded in self.recorded:
+            kind = {"last": "final", "best": "final", "once": "final"}.get(recorded, recorded)
+            key = {"last": f"final/{self.name}", "best": f"best/{self.name}"}.get(recorded, self.name)
+            yield Field(key, kind, self.dtype, self.label, self.direction)  # type: ignore[arg-type]
 
 
 PARAMS = (
@@ -160,7 +185,7 @@ PARAMS = (
     Field("steps", "param", int, "optimiser steps"),
     Field("warmup_steps", "param", int, "warm-up steps"),
     Field("batch_size", "param", int, "sequences per step"),
-    Field("context", "param", int, "context length", "tokens"),
+    Field("context", "param", int, "context length"),
     Field("precision", "param", str, "of matrix products: float32, tf32, bfloat16 (the forward pass by autocast)"),
     Field("vocab_size", "param", int, "vocabulary size V"),
     Field("d_model", "param", int, "embedding dimension"),
@@ -174,48 +199,50 @@ PARAMS = (
     Field("corpus_sha256", "param", str, "SHA-256 of the corpus"),
 )
 
-CURVES = (
-    Field("val_loss", "curve", float, "validation loss, full validation split", "nats", "minimize"),
-    Field("val_acc", "curve", float, "validation token accuracy, full validation split", "fraction", "maximize"),
-    Field("val_loss_sampled", "curve", float, "validation loss, random batches as in the paper", "nats", "minimize"),
-    Field(
-        "val_acc_sampled", "curve", float, "validation accuracy, random batches as in the paper", "fraction", "maximize"
-    ),
-    Field("train_loss", "curve", float, "training loss, mean since the last evaluation", "nats", "minimize"),
-    Field("learning_rate", "curve", float, "learning rate"),
-    Field("tokens", "curve", int, "training tokens so far", "tokens"),
+ALL: tuple[Recorded, ...] = ("curve", "last", "best")
+LAST: tuple[Recorded, ...] = ("curve", "last")
+METRICS = (
+    Metric("val_loss", float, "validation loss, full validation split", ALL, "nats", "minimize", margin=0.02),
+    Metric("val_acc", float, "validation token accuracy, full validation split", ALL, "fraction", "maximize", 0.005),
+    Metric("val_loss_sampled", float, "validation loss, random batches as in the paper", LAST, "nats", "minimize"),
+    Metric("val_acc_sampled", float, "validation accuracy, batches as in the paper", LAST, "fraction", "maximize"),
+    Metric("train_loss", float, "training loss, mean since the evaluation before", LAST, "nats", "minimize"),
+    Metric("learning_rate", float, "learning rate", ("curve",)),
+    Metric("tokens", int, "training tokens so far", ("curve",), "tokens"),
+    Metric("best/step", int, "step of the lowest validation loss", ("once",), "steps"),
+    Metric("train_seconds", float, "wall time of training, a seed's share of its block's", ("once",), "s", "minimize"),
+    Metric("train_tokens", int, "tokens this run trained on", ("once",), "tokens"),
+    Metric("total_tokens", int, "tokens trained on, the start's included", ("once",), "tokens"),
+    Metric("n_params", int, "trainable parameters", ("count",), "parameters", "minimize"),
+    Metric("n_params_compressed", int, "parameters of the compressed matrices alone", ("count",), "", "minimize"),
+    Metric("n_params_dense", int, "parameters of the study's dense reference model", ("count",)),
 )
 
-FINALS = (
-    Field("final/val_loss", "final", float, "validation loss at the last step", "nats", "minimize"),
-    Field("final/val_acc", "final", float, "validation token accuracy at the last step", "fraction", "maximize"),
-    Field("final/val_loss_sampled", "final", float, "sampled validation loss at the last step", "nats", "minimize"),
-    Field(
-        "final/val_acc_sampled", "final", float, "sampled validation accuracy at the last step", "fraction", "maximize"
-    ),
-    Field("final/train_loss", "final", float, "training loss, mean since the evaluation before", "nats", "minimize"),
-    Field("best/val_loss", "final", float, "lowest validation loss of any evaluation (optimistic)", "nats", "minimize"),
-    Field(
-        "best/val_acc",
-        "final",
-        float,
-        "highest validation accuracy of any evaluation (optimistic)",
-        "fraction",
-        "maximize",
-    ),
-    Field("best/step", "final", int, "step of the lowest validation loss", "steps"),
-    Field("train_seconds", "final", float, "wall time of training, a seed's share of its block's", "s", "minimize"),
-    Field("train_tokens", "final", int, "tokens this run trained on", "tokens"),
-    Field("total_tokens", "final", int, "tokens trained on, the start's included", "tokens"),
+_FIELDS = (*PARAMS, *(field for metric in METRICS for field in metric.fields()))
+FIELDS = {(field.kind, field.key): field for field in _FIELDS}
+CURVES, FINALS, COUNTS = (
+    tuple(field for field in FIELDS.values() if field.kind == kind) for kind in ("curve", "final", "count")
 )
+OBJECTIVES = {
+    metric.name: metric for metric in METRICS if metric.direction and {"last", "once", "count"} & {*metric.recorded}
+}
+"""What a sampler can optimise, by the names in study files."""
+MARGINS = {metric.name: metric.margin for metric in METRICS if metric.margin is not None}
+"""How much worse still counts as equal, unless a study file says otherwise. Claims rest on these metrics: a complete
+seed has finite values of them. Any other metric may be absent."""
+CLAIMED = tuple(f"final/{name}" for name in MARGINS)
 
-COUNTS = (
-    Field("n_params", "count", int, "trainable parameters", "parameters", "minimize"),
-    Field("n_params_compressed", "count", int, "parameters of the compressed matrices alone", "parameters", "minimize"),
-    Field("n_params_dense", "count", int, "parameters of the study's dense reference model", "parameters"),
-)
 
-FIELDS = {(field.kind, field.key): field for field in (*PARAMS, *CURVES, *FINALS, *COUNTS)}
+def direction_of(objective: str) -> Direction:
+    """What is better in an objective."""
+    direction = OBJECTIVES[objective].direction
+    assert direction is not None
+    return direction
+
+
+def key_of(metric: Metric) -> str:
+    """The key under which a seed or a trial has the value of an objective."""
+    return f"final/{metric.name}" if "last" in metric.recorded else metric.name
 
 
 def mean_key(key: str) -> str:
@@ -257,7 +284,7 @@ def parse_rel_error_key(key: str) -> tuple[str, int, str] | None:
 PARAM_KEYS = frozenset(field.key for field in PARAMS)
 _OWN_METRICS = frozenset(
     [field.key for field in (*CURVES, *FINALS, *COUNTS)]
-    + [key_of(field.key) for field in FINALS for key_of in (mean_key, std_key)]
+    + [of_seeds(field.key) for field in FINALS for of_seeds in (mean_key, std_key)]
     + [N_SEEDS, N_FAILED]
 )
 _NOT_CONTENT = (DIGEST, REVISION, MISSING, WEIGHTS_LOST)

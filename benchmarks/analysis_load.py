@@ -21,7 +21,8 @@ from mlflow.store.tracking.dbmodels import models
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from analysis import run_schema as schema
-from analysis.runs.load import load_curves, load_study
+from analysis.runs.curves import load_curves
+from analysis.runs.load import load_study
 from analysis.runs.study_runs import StudyAddress, StudyRuns
 from benchmarks.measurement import Row, rate, run_alone, within
 

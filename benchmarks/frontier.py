@@ -1,4 +1,4 @@
-"""The frontier's support, hypervolume and attainment surfaces, against moocore draw by draw.
+"""The frontier's support and hypervolume, against moocore draw by draw.
 
 Both ways get the same draws and pay for drawing them, and must agree. What moocore does not have is timed against our
 own support, so that its cost can be seen beside it.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import moocore
 import numpy as np
 
-from analysis.statistics.attainment import attainment_surfaces, mean_frontier_band
+from analysis.statistics.band import mean_frontier_band
 from analysis.statistics.draws import SeedMeans
 from analysis.statistics.hypervolume import HypervolumeReference, hypervolume_interval
 from analysis.statistics.support import frontier_support, size_needed
@@ -34,7 +34,6 @@ def rows(n_configurations: int = 2_000, n_seeds: int = 5, n_draws: int = 10_000)
     means = 40 + 4 * np.log10(sizes / 1e6) + rng.normal(0, 0.4, sizes.size)
     values = means + rng.normal(0, 0.4, (n_seeds, sizes.size))
     reference = HypervolumeReference(worst_value=30, largest_size=1e6, base=10, direction="maximize")
-    sets = np.repeat(np.arange(n_seeds), sizes.size)
     seed_means = SeedMeans.of(values)
 
     def fresh() -> np.random.Generator:
@@ -63,15 +62,6 @@ def rows(n_configurations: int = 2_000, n_seeds: int = 5, n_draws: int = 10_000)
         ]
         return 2 * area(np.column_stack((log_sizes, seed_means.means))) - np.quantile(redrawn, [0.975, 0.025])
 
-    def surfaces() -> np.ndarray:
-        return attainment_surfaces(sizes, values, [25, 50, 75], "maximize").values[:, -1]
-
-    def surfaces_by_moocore() -> np.ndarray:
-        # moocore's surfaces are of objectives that are all minimised.
-        points = np.column_stack((np.tile(sizes, n_seeds), -values.ravel()))
-        found = moocore.eaf(points, sets, percentiles=[25, 50, 75])
-        return np.array([-found[found[:, 2] == q, 1].min() for q in (25, 50, 75)])
-
     def band() -> np.ndarray:
         return mean_frontier_band(sizes, values, fresh(), direction="maximize", n_draws=n_draws).low
 
@@ -82,7 +72,6 @@ def rows(n_configurations: int = 2_000, n_seeds: int = 5, n_draws: int = 10_000)
     compared: list[tuple[str, Callable[[], np.ndarray], str, Callable[[], np.ndarray]]] = [
         ("support and ε-support", support, "moocore's mask (no ε)", support_by_moocore),
         ("hypervolume interval", hypervolumes, "moocore's hypervolume", hypervolumes_by_moocore),
-        ("attainment surfaces (no draws)", surfaces, "moocore's EAF", surfaces_by_moocore),
     ]
     note = f"{n_configurations:,} configurations, {n_seeds} seeds, {n_draws:,} draws"
     found = []

@@ -18,7 +18,8 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
-from analysis.runs.load import load_curves, load_study, resolve_study
+from analysis.runs.curves import load_curves
+from analysis.runs.load import load_study, resolve_study
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 

@@ -14,7 +14,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 from analysis.commands.streams import lasting_streams
 from analysis.errors import AnalysisError
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.runs.study_runs import StudyRuns
+
+_PRINTED = ["compared", "against", "difference", "verdict"]
+"""Columns of a comparison that a terminal has room for; the others, and accuracy, are on the report's page."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -42,12 +44,31 @@ CacheFolder = Annotated[
 ]
 
 
+@contextmanager
+def _one_line_for_errors() -> Iterator[None]:
+    """A user's error is one line and exit code 2; MLflow's settings are made before it is first imported."""
+    # A server that is away is said to be so within seconds, not minutes.
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("DO_NOT_TRACK", "true"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+    ):
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    except AnalysisError as error:
+        typer.echo(f"mpo-analysis: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
 @app.callback()
 def _commands() -> None:
     """Analyse the runs that `mpo-study` wrote to MLflow."""
 
 
 @app.command()
+@_one_line_for_errors()
 def report(
     studies: Studies = None,
     tracking_uri: TrackingURI = None,
@@ -56,11 +77,11 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the report; by default DIR/report.", metavar="OUT")
     ] = None,
-    publish: Annotated[
+    is_published: Annotated[
         bool,
         typer.Option("--publish", help="Its figures and tables go to the experiment's summary run in MLflow, too."),
     ] = False,
-    light: Annotated[
+    is_light: Annotated[
         bool, typer.Option("--light", help="For a repository: figures as SVG alone, no page to explore, no address.")
     ] = False,
 ) -> None:
@@ -70,11 +91,37 @@ def report(
     make one report on all of them, where their runs may be compared (then --out is needed, too). A report written again
     replaces the files of the last one and leaves others alone.
     """
-    with _one_line_for_errors():
-        _report(studies or [], tracking_uri, experiment, cache, out, publish, light)
+    from analysis.report.answers import answers
+    from analysis.report.publish import publish
+    from analysis.report.report import INDEX, write_report
+
+    if is_published and len(studies or []) > 1:
+        raise AnalysisError("a report on several studies has no experiment of its own; publish one on each")
+    runs, out = _read(studies or [], tracking_uri, experiment, cache, out, "report")
+    findings = write_report(runs, out, light=is_light)
+    console = Console(markup=False)  # names are free text
+    for answer in answers(findings)[1:]:  # what was run its user knows
+        shown, title = answer.rows, answer.question
+        if "verdict" in shown:
+            shown, title = shown.loc[shown["measure"].str.startswith("loss"), _PRINTED], f"{title} (validation loss)"
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        for column in shown.columns:
+            table.add_column(column, no_wrap=column in (*_PRINTED[2:], "parameters"))
+        for row in shown.itertuples(index=False):
+            table.add_row(*row)
+        console.print(table)
+    console.print(
+        f"{len(runs.trials)} trials, {len(runs.seeds)} complete seeds, {len(runs.failures)} failed, "
+        f"{len(runs.unfinished)} unfinished"
+    )
+    console.print(f"wrote {out / INDEX}, with figures/ and tables/ beside it", soft_wrap=True, highlight=False)
+    if is_published:
+        n = publish(runs, out)
+        console.print(f"published: {n} files on the experiment's summary run in MLflow", soft_wrap=True)
 
 
 @app.command()
+@_one_line_for_errors()
 def paper(
     study: Study = None,
     tracking_uri: TrackingURI = None,
@@ -88,31 +135,23 @@ def paper(
 
     Measured are runs of the paper's own model under its own protocol; what the study lacks is said, and left open.
     """
-    with _one_line_for_errors():
-        _paper([study] if study else [], tracking_uri, experiment, cache, out)
-
-
-def _paper(
-    studies: list[Path], tracking_uri: str | None, experiment: str | None, cache: Path | None, out: Path | None
-) -> None:
     from analysis.paper.trials import missing, remarks
     from analysis.paper.write import write_comparison
 
-    runs, out = _read(studies, tracking_uri, experiment, cache, out, "paper")
+    runs, out = _read([study] if study else [], tracking_uri, experiment, cache, out, "paper")
     written = write_comparison(runs, out)
     console = Console(markup=False)  # names are free text
     for place, shown in written.comparison.shown.groupby("place", sort=False):
         console.print(_beside_each_other(str(place), shown, written.comparison.data.loc[shown.index]))
-    console.print("follows: whether the published number can follow from its own definition", highlight=False)
-    for remark in remarks(written.trials):
-        console.print(remark, soft_wrap=True, highlight=False)
     lacking = missing(written.trials)
-    if lacking is not None:
-        console.print(f"left open: {lacking}", soft_wrap=True, highlight=False)
-    kinds = "published.svg, published_rel_error.svg and published_curves.svg"
-    console.print(f"wrote {out / 'comparison.csv'}, with the reasons; beside it as .md and .tex", soft_wrap=True,
-                  highlight=False)  # fmt: skip
-    console.print(f"and beside it {kinds}, each also as .pdf and .png, with its .csv", soft_wrap=True, highlight=False)
+    for line in (
+        "follows: whether the published number can follow from its own definition",
+        *remarks(written.trials),
+        *([f"left open: {lacking}"] if lacking else []),
+        f"wrote {out / 'comparison.csv'}, with the reasons; beside it as .md and .tex",
+        "and published.svg, published_rel_error.svg, published_curves.svg, each also as .pdf and .png, with its .csv",
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _beside_each_other(title: str, shown: pd.DataFrame, data: pd.DataFrame) -> Table:
@@ -134,52 +173,6 @@ def _beside_each_other(title: str, shown: pd.DataFrame, data: pd.DataFrame) -> T
         follows = short.get(row["follows"], row["follows"])
         table.add_row(Padding(quantity, (0, 0, 0, 1)), text["published"], text["here"], text["difference"], follows)
     return table
-
-
-def _report(
-    studies: list[Path],
-    tracking_uri: str | None,
-    experiment: str | None,
-    cache: Path | None,
-    out: Path | None,
-    is_published: bool,
-    is_light: bool,
-) -> None:
-    from analysis.report.publish import publish
-    from analysis.report.report import INDEX, write_report
-    from analysis.report.tables import frontier_table
-    from analysis.results.summary import NO_FRONTIER
-
-    if is_published and len(studies) > 1:
-        raise AnalysisError("a report on several studies has no experiment of its own; publish one on each")
-    runs, out = _read(studies, tracking_uri, experiment, cache, out, "report")
-    findings = write_report(runs, out, light=is_light)
-    console = Console(markup=False)  # names are free text
-    rows = frontier_table(findings.summary, findings.uncertainties).shown
-    if len(rows):
-        table = Table(title="On a frontier", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-        shown = ("configuration", "family", "parameters", "val loss (nats)", "val accuracy (%)")
-        for column in shown[:2]:
-            table.add_column(column)
-        for column in shown[2:]:
-            table.add_column(column.replace(" (", "\n("), justify="right", no_wrap=True)
-        for row in rows[list(shown)].itertuples(index=False):
-            table.add_row(*row)
-        console.print(table)
-    else:
-        console.print(f"there is no frontier, since {NO_FRONTIER}", highlight=False)
-    for answer in findings.answers[2:]:  # what was run its user knows, and the frontier stands above
-        console.print(answer.question, style="bold", highlight=False)
-        for sentence in answer.sentences:
-            console.print(Padding(Text(sentence), (0, 0, 0, 2)))
-    console.print(
-        f"{len(runs.trials)} trials, {len(runs.seeds)} complete seeds, {len(runs.failures)} failed, "
-        f"{len(runs.unfinished)} unfinished"
-    )
-    console.print(f"wrote {out / INDEX}, with figures/ and tables/ beside it", soft_wrap=True, highlight=False)
-    if is_published:
-        n = publish(runs, out)
-        console.print(f"published: {n} files on the experiment's summary run in MLflow", soft_wrap=True)
 
 
 def _read(
@@ -206,35 +199,15 @@ def _read(
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AnalysisError(f"--cache {cache}: {error.strerror or error}") from error
-    if tracking_uri and experiment:
+    if not studies:
+        assert out is not None
+        address = StudyAddress(str(tracking_uri), str(experiment))
         place = hashlib.sha256(f"{tracking_uri} {experiment}".encode()).hexdigest()[:16]
-        runs = load_study(StudyAddress(tracking_uri, experiment), cache=cache / place if cache else None)
-    else:
-        addresses = [resolve_study(path) for path in studies]
-        caches = [
-            cache / str(address.uuid) if cache else path / "cache"
-            for path, address in zip(studies, addresses, strict=True)
-        ]
-        runs = join_studies([load_study(address, cache=kept) for address, kept in zip(addresses, caches, strict=True)])
-    return runs, out or studies[0] / folder
-
-
-@contextmanager
-def _one_line_for_errors() -> Iterator[None]:
-    """A user's error is one line and exit code 2; MLflow's settings are made before it is first imported."""
-    # A server that is away is said to be so within seconds, not minutes.
-    for name, value in (
-        ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        ("DO_NOT_TRACK", "true"),
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-    ):
-        os.environ.setdefault(name, value)
-    try:
-        yield
-    except AnalysisError as error:
-        typer.echo(f"mpo-analysis: {error}", err=True)
-        raise typer.Exit(2) from None
+        return load_study(address, cache=cache / place if cache else None), out
+    found = []
+    for path, address in [(path, resolve_study(path)) for path in studies]:
+        found.append(load_study(address, cache=cache / str(address.uuid) if cache else path / "cache"))
+    return join_studies(found), out or studies[0] / folder
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from analysis.errors import AnalysisError
 from analysis.paper.trials import paper_trials
 from analysis.paper.write import write_comparison
+from analysis.report.answers import answers
 from analysis.report.places import fill_place, places
 from analysis.report.report import INDEX, write_report
 from analysis.report.tables import comparisons_table, to_markdown, trials_table
-from analysis.results.answers import retained_shares
 from analysis.results.findings import Findings
 from analysis.results.summary import VAL_LOSS
 from analysis.runs.load import load_study, resolve_study
@@ -32,7 +32,6 @@ SHIPPED = {
 }
 """Shipped files: the path in the study's folder, and the name in OUT/NAME."""
 TRIALS = ("configuration", "family", "arm", "parameters", "seeds", "val loss (nats)", "val accuracy (%)")
-DECLARED = ("compared", "against", "measure", "difference", "verdict", "p adjusted", "seeds")
 MPO_LOSS = ("compared", "against", "difference", "verdict", "p adjusted", "declared", "seeds")
 
 
@@ -112,8 +111,6 @@ def parts(findings: Findings, shipped: str) -> dict[str, str]:
     Args:
         shipped: folder of the study's shipped parts, relative to the document.
     """
-    compared = comparisons_table(findings.compared).shown
-    declared = compared.loc[compared["declared"] == "yes", list(DECLARED)] if len(compared) else compared
     of_mpo = findings.summary.loc[findings.summary["family"] == "mpo", "trial"]
     is_shown = findings.compared["trial"].isin(of_mpo) & (findings.compared["measure"] == VAL_LOSS.name)
     mpo = comparisons_table(findings.compared[is_shown]).shown
@@ -121,18 +118,16 @@ def parts(findings: Findings, shipped: str) -> dict[str, str]:
     said = {
         "figure": f"![{caption}]({shipped}/frontier.svg)",
         "trials": to_markdown(trials_table(findings.summary).shown[list(TRIALS)]),
-        "declared": to_markdown(declared) if len(declared) else "Nothing.\n",
         "mpo-loss": to_markdown(mpo[list(MPO_LOSS)]) if len(mpo) else "Nothing.\n",
-        "share": " ".join(retained_shares(findings.runs, findings.summary, findings.compared)),
-        **{answer.name: " ".join(answer.sentences) for answer in findings.answers},
     }
-    questions = [f"- *{answer.question}* {said[answer.name]}" for answer in findings.answers]
+    found = {answer.name: (answer.question, to_markdown(answer.rows)) for answer in answers(findings)}
     link = (
         f"All [trials]({shipped}/trials.md) and [comparisons]({shipped}/comparisons.md). `make results` writes the "
         f"report with all figures and data to results/.shipped/{findings.runs.name}/report."
     )
-    whole = [said["figure"], "", said["trials"], *questions, "", "What the study file declares:", ""]
-    return said | {"": "\n".join([*whole, said["declared"], link])}
+    questions = [f"*{question}*\n\n{rows}" for question, rows in found.values()]
+    said |= {name: rows for name, (_, rows) in found.items()}
+    return said | {"": "\n".join([said["figure"], "", said["trials"], *questions, link])}
 
 
 if __name__ == "__main__":

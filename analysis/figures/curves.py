@@ -47,7 +47,6 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
         row_height = _PANEL_HEIGHT + 0.68
         foot = style.footer_height(text)
         figure = style.new_figure(row_height * n_rows + foot)
-        height = figure.get_figheight()
         for index, panel in enumerate(panels):
             row, column = divmod(index, n_columns)
             in_row = panels[row * n_columns : (row + 1) * n_columns]
@@ -56,7 +55,7 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
             width = (style.WIDTH - _LEFT - sum(columns) - 0.12 * (n_columns - 1)) / n_columns
             left = _LEFT + sum(columns[:column]) + column * (width + 0.12)
             bottom = foot + 0.42 + row_height * (n_rows - 1 - row)
-            axes = figure.add_axes((left / style.WIDTH, bottom / height, width / style.WIDTH, _PANEL_HEIGHT / height))
+            axes = style.add_axes(figure, left, bottom, width, _PANEL_HEIGHT)
             axes.set_ylim(low - margin, high + margin)
             for loss in final:
                 axes.axhline(loss, color="#444444", linewidth=0.8, linestyle=(0, (5, 3)), zorder=1)

@@ -23,7 +23,7 @@ from analysis.results.importance import factor_importance
 from analysis.results.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
 from analysis.results.retained import retained_points
 from analysis.results.summary import MEASURES, VAL_LOSS, Measure
-from analysis.runs.load import load_curves
+from analysis.runs.curves import load_curves
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def drawings(findings: Findings) -> list[Drawing]:
         *_retained(findings),
         _learning_curves(findings, note),
         *_rel_errors(findings),
-        *_importance(findings, VAL_LOSS),
-        *_ranks(findings, VAL_LOSS),
+        *_importance(findings),
+        *_ranks(findings),
     ]
 
 
@@ -150,27 +150,27 @@ def _rel_errors(findings: Findings) -> Iterator[Drawing]:
             )
 
 
-def _importance(findings: Findings, measure: Measure) -> Iterator[Drawing]:
-    shares = factor_importance(findings.summary, findings.runs.seeds, measure, np.random.default_rng(0))
+def _importance(findings: Findings) -> Iterator[Drawing]:
+    shares = factor_importance(findings.summary, findings.runs.seeds, VAL_LOSS, np.random.default_rng(0))
     if len(shares):
         yield Drawing(
             "importance",
-            importance_figure(shares, measure),
+            importance_figure(shares, VAL_LOSS),
             "Importance of each factor",
-            f"Share of the variance of {measure.title.lower()} between MPO configurations by factor, from "
+            f"Share of the variance of {VAL_LOSS.title.lower()} between MPO configurations by factor, from "
             f"{shares['factor'].iloc[0]} ({shares['share'].iloc[0]:.0f} %) down, with the range of redrawn means.",
             {"importance": shares},
         )
 
 
-def _ranks(findings: Findings, measure: Measure) -> Iterator[Drawing]:
-    rows = rank_rows(findings.summary, findings.runs.seeds, measure, np.random.default_rng(0))
+def _ranks(findings: Findings) -> Iterator[Drawing]:
+    rows = rank_rows(findings.summary, findings.runs.seeds, VAL_LOSS, np.random.default_rng(0))
     if len(rows):
         yield Drawing(
             "ranks",
-            rank_figure(rows, measure),
+            rank_figure(rows, VAL_LOSS),
             "Ranks",
-            f"Rank by {measure.title.lower()} of {len(rows)} configurations with 95 % intervals, the best on top: "
+            f"Rank by {VAL_LOSS.title.lower()} of {len(rows)} configurations with 95 % intervals, the best on top: "
             f"{rows['label'].iloc[0]} ({rows['group'].iloc[0]}).",
             {"ranks": rows},
         )

@@ -59,12 +59,11 @@ def _order(groups: pd.Series) -> list[str]:
     return sorted(group_order(groups), key=lambda group: not group.startswith("MPO"))
 
 
-def families_figure(points: pd.DataFrame, note: str = "") -> Figure:
+def families_figure(points: pd.DataFrame) -> Figure:
     """Means with their own intervals, grouped by size, one panel per measure.
 
     Args:
         points: `family_points`; at least one row.
-        note: sentence added under the figure.
     """
     shown, n_sizes = _largest(points), points["size"].nunique()
     looks = style.group_styles(shown["group"])
@@ -89,7 +88,7 @@ def families_figure(points: pd.DataFrame, note: str = "") -> Figure:
             heads=["parameters", *(["total tokens"] if budgets else [])],
             beside_head="",
             legend=_legend(once),
-            foot=_foot(once, n_sizes, note),
+            foot=_foot(once, n_sizes),
         )
         y = [middle for row, middle in zip(rows, sheet.y, strict=True) if not row.heading]
         for measure, axes in zip(MEASURES, sheet.panels, strict=True):
@@ -123,7 +122,7 @@ def _legend(once: pd.DataFrame) -> list[Line2D]:
     return handles
 
 
-def _foot(once: pd.DataFrame, n_sizes: int, note: str) -> str:
+def _foot(once: pd.DataFrame, n_sizes: int) -> str:
     counts = once["n_seeds"]
     left_out = n_sizes - once["size"].nunique()
     return style.footer(
@@ -131,5 +130,4 @@ def _foot(once: pd.DataFrame, n_sizes: int, note: str) -> str:
         "final step, whole validation split.",
         "Whether two differ is for their paired difference to say: intervals that overlap do not make them equal.",
         f"Shown: the {n_sizes - left_out} largest of {n_sizes} sizes." if left_out else "",
-        note,
     )

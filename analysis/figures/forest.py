@@ -51,13 +51,12 @@ def forest_pairs(comparisons: pd.DataFrame, relation: str) -> pd.DataFrame:
     return keys.drop(columns=["rank", "order"]).reset_index(drop=True)
 
 
-def forest_figure(pairs: pd.DataFrame, n_pairs: int | None = None, note: str = "") -> Figure:
+def forest_figure(pairs: pd.DataFrame, n_pairs: int | None = None) -> Figure:
     """Differences in loss and in accuracy, one row per pair, one panel per measure.
 
     Args:
         pairs: `forest_pairs`; at least one row.
         n_pairs: number of pairs of this relation, including those left out.
-        note: sentence added under the figure.
     """
     first = pairs.drop_duplicates(["trial", "against"])
     measures = [measure for measure in MEASURES if measure.name in set(pairs["measure"])]
@@ -75,7 +74,7 @@ def forest_figure(pairs: pd.DataFrame, n_pairs: int | None = None, note: str = "
             heads=list(compress(_BUDGETS.values(), some)),
             beside_head="verdict",
             legend=_legend(pairs, measures),
-            foot=_foot(pairs, first, n_pairs, note),
+            foot=_foot(pairs, first, n_pairs),
         )
         y = [middle for row, middle in zip(rows, sheet.y, strict=True) if not row.heading]
         for measure, axes in zip(measures, sheet.panels, strict=True):
@@ -195,7 +194,7 @@ def _legend(pairs: pd.DataFrame, measures: list[Measure]) -> list[Line2D]:
     return handles
 
 
-def _foot(pairs: pd.DataFrame, first: pd.DataFrame, n_pairs: int | None, note: str) -> str:
+def _foot(pairs: pd.DataFrame, first: pd.DataFrame, n_pairs: int | None) -> str:
     left_out = (n_pairs or len(first)) - len(first)
     tests = [
         f"{name} for {'those declared in the study file' if declared else 'the others'}"
@@ -222,7 +221,6 @@ def _foot(pairs: pd.DataFrame, first: pd.DataFrame, n_pairs: int | None, note: s
         f"Shown: {len(first)} of {len(first) + left_out} pairs, those declared first, then the largest in parameters."
         if left_out
         else "",
-        note,
     )
 
 

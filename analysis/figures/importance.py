@@ -7,21 +7,20 @@ import textwrap
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.figures import labels, style
+from analysis.figures import style
+from analysis.figures.dots import Dot, dots_figure
 from analysis.results.importance import FANOVA, INTERACTIONS
 from analysis.results.summary import Measure
 
-_LINE, _BETWEEN = 0.125, 0.05
 _LONGEST_LINE = 36
 _COLOR = "#0072b2"
 
 
-def importance_figure(shares: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
+def importance_figure(shares: pd.DataFrame, measure: Measure) -> Figure:
     """A dot for each factor, with the range of the redraws; below them a hollow dot for the interactions.
 
     Args:
         shares: `importance.factor_importance` of the measure; at least one row.
-        note: sentence added under the figure.
     """
     first = shares.iloc[0]
     forest = first["evaluator"] == FANOVA
@@ -38,41 +37,20 @@ def importance_figure(shares: pd.DataFrame, measure: Measure, note: str = "") ->
             else "."
         ),
         first["left_out"],
-        note,
     )
-    with style.context():
-        probe = style.new_figure(1)
-        names = [_name(row) for row in shares.to_dict("records")]
-        values = [_percent(row) for row in shares.to_dict("records")]
-        left = max(labels.text_size(probe, name)[0] for name in names) / 72 + 0.24
-        right = max(labels.text_size(probe, value)[0] for value in values) / 72 + 0.28
-        below, above = style.footer_height(text) + 0.42, 0.27
-        row_height = _LINE * max(name.count("\n") + 1 for name in names) + _BETWEEN
-        height = above + below + row_height * (len(shares) + 0.2)
-        figure = style.new_figure(height)
-        axes = figure.add_axes(
-            (left / style.WIDTH, below / height, 1 - (left + right) / style.WIDTH, 1 - (above + below) / height)
+    look = style.GroupStyle(_COLOR, "o")
+    dots = [
+        Dot(
+            _name(row), row["low"], row["share"], row["high"],
+            f"{row['share']:.1f} % ({row['low']:.1f} to {row['high']:.1f})",
+            style.GroupStyle(style.GREY, "o") if row["factor"] == INTERACTIONS else look, row["factor"] != INTERACTIONS,
         )
-        axes.set_ylim(len(shares) - 0.4, -0.6)
+        for row in shares.to_dict("records")
+    ]  # fmt: skip
+    with style.context():
+        figure, axes = dots_figure(dots, measure.title, "", text)
         axes.set_xlim(-1.5, 101.5)
-        axes.grid(axis="x", visible=True)
-        axes.grid(axis="y", visible=False)
-        axes.set_yticks(range(len(shares)), names)
-        axes.tick_params(axis="y", length=0)
-        axes.set_title(measure.title, loc="left")
         axes.set_xlabel(f"Share of variance (%), {first['evaluator']}")
-        for y, (row, value) in enumerate(zip(shares.to_dict("records"), values, strict=True)):
-            color = style.GREY if row["factor"] == INTERACTIONS else _COLOR
-            axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.3, zorder=3)
-            axes.plot(
-                row["share"], y, linestyle="none", marker="o", markersize=5, markeredgecolor=color, zorder=4,
-                markerfacecolor="white" if row["factor"] == INTERACTIONS else color,
-            )  # fmt: skip
-            axes.annotate(
-                value, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(8, 0), textcoords="offset points",
-                ha="left", va="center", color="#333333", annotation_clip=False,
-            )  # fmt: skip
-        style.add_footer(figure, text)
     return figure
 
 
@@ -80,7 +58,3 @@ def _name(row: dict) -> str:
     """The factor and, under it, its levels."""
     lines = [row["factor"]] + [row["levels"]] * bool(pd.notna(row["levels"]))
     return "\n".join(textwrap.fill(line, _LONGEST_LINE) for line in lines)
-
-
-def _percent(row: dict) -> str:
-    return f"{row['share']:.1f} % ({row['low']:.1f} to {row['high']:.1f})"

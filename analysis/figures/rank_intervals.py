@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -11,6 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import labels, style
+from analysis.figures.dots import Dot, dots_figure
 from analysis.results.selection import common_seeds, seeds_stated, select
 from analysis.results.summary import Measure
 from analysis.statistics.ranking import rank_agreement, rank_intervals, reliability
@@ -23,7 +22,7 @@ COLUMNS = (
 )
 _DRAWN_RANKS = 4_000_000
 _ON_SHARED = "; both on the seeds that most share"
-_ROW, _LONGEST_LABEL = 0.155, 2.3
+_LONGEST_LABEL = 2.3
 
 
 def rank_rows(
@@ -31,7 +30,6 @@ def rank_rows(
     seeds: pd.DataFrame,
     measure: Measure,
     rng: np.random.Generator,
-    budgets: Collection[str] | None = None,
 ) -> pd.DataFrame:
     """One row for each of the MAX_ROWS best configurations: its rank among all, with a 95 % interval.
 
@@ -39,7 +37,6 @@ def rank_rows(
         summary: `summary.summarise`.
         seeds: `StudyRuns.seeds`.
         rng: draws the means (`ranking.rank_intervals`).
-        budgets: as in `selection.select`.
     Returns:
         trial, label, group, n_params; rank (1 is the best), low, high. The same in each row: n_seeds (`3`, or
         `3 to 5`), n_ranked (how many were ranked), left_out (a sentence on trials that were not ranked). Also the same
@@ -47,7 +44,7 @@ def rank_rows(
         reliability (share of the variance of the means that is not noise). Sorted by rank. Empty for fewer than two
         configurations.
     """
-    selected = select(summary, seeds, measure.key, budgets)
+    selected = select(summary, seeds, measure.key)
     ranked, values, shared = selected.trials, selected.values, common_seeds(selected.values)
     if len(ranked) < 2:
         return pd.DataFrame(columns=list(COLUMNS))
@@ -59,19 +56,18 @@ def rank_rows(
         high=found.high,
         n_seeds=seeds_stated(values),
         n_ranked=len(ranked),
-        kendall_tau=rank_agreement(shared).mean if shared.size else np.nan,
-        reliability=float(reliability(shared).reliability) if shared.size else np.nan,
+        kendall_tau=rank_agreement(shared) if shared.size else np.nan,
+        reliability=reliability(shared) if shared.size else np.nan,
         left_out=selected.left_out,
     )
     return rows.sort_values(["rank", "trial"], kind="stable", ignore_index=True).head(MAX_ROWS)
 
 
-def rank_figure(rows: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
+def rank_figure(rows: pd.DataFrame, measure: Measure) -> Figure:
     """A dot with its interval for each configuration, the best on top; its size at the right.
 
     Args:
         rows: `rank_rows` of the measure; at least one row.
-        note: sentence added under the figure.
     """
     first = rows.iloc[0]
     n_ranked = int(first["n_ranked"])
@@ -84,57 +80,27 @@ def rank_figure(rows: pd.DataFrame, measure: Measure, note: str = "") -> Figure:
         f"means that is not noise: {_number(first['reliability'])}{on_shared}.",
         f"The best {len(rows)} of {n_ranked} configurations." if len(rows) < n_ranked else "",
         first["left_out"],
-        note,
     )
+    styles = style.group_styles(rows["group"])
     with style.context():
         probe = style.new_figure(1)
         names = [_shortened(probe, label) for label in labels.told_apart(rows["label"], rows["group"])]
-        sizes = [style.format_count(float(f"{n:.3g}")) for n in rows["n_params"]]
-        left = max(labels.text_size(probe, name)[0] for name in names) / 72 + 0.24
-        right = max(labels.text_size(probe, name)[0] for name in [*sizes, "parameters"]) / 72 + 0.2
-        styles = style.group_styles(rows["group"])
-        foot, legend_rows = style.footer_height(text), -(-len(styles) // 4)
-        above, below = 0.24 + 0.155 * legend_rows, foot + 0.42
-        height = above + below + _ROW * (len(rows) + 0.4)
-        figure = style.new_figure(height)
-        axes = figure.add_axes(
-            (left / style.WIDTH, below / height, 1 - (left + right) / style.WIDTH, 1 - (above + below) / height)
-        )
-        axes.set_ylim(len(rows) - 0.3, -0.7)
-        farthest = max(rows["high"].max(), rows["rank"].max())
-        axes.set_xlim(min(0.5, 1 - 0.025 * farthest), farthest + 0.5)
-        ticks = MaxNLocator(10, integer=True).tick_values(1, farthest)
-        axes.set_xticks([tick for tick in sorted({1, *ticks}) if 1 <= tick <= farthest])
-        axes.grid(axis="x", visible=True)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(
-            f"Rank by {measure.title.lower()} (1: {'lowest' if measure.direction == 'minimize' else 'highest'})"
-        )
-        axes.set_yticks(range(len(rows)), names)
-        axes.tick_params(axis="y", length=0)
-        for y, (row, size) in enumerate(zip(rows.to_dict("records"), sizes, strict=True)):
-            own = styles[row["group"]]
-            axes.plot([row["low"], row["high"]], [y, y], color=own.color, linewidth=1.1, zorder=3)
-            axes.plot(
-                row["rank"], y, linestyle="none", marker=own.marker, color=own.color, markersize=4.2, zorder=4,
-                markeredgecolor="white", markeredgewidth=0.4,
-            )  # fmt: skip
-            axes.annotate(
-                size, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(right * 72 - 8, 0),
-                textcoords="offset points", ha="right", va="center_baseline", color="#333333", annotation_clip=False,
-            )  # fmt: skip
-        figure.text(
-            (style.WIDTH - 8 / 72) / style.WIDTH, 1 - (above - 0.05) / height, "parameters", ha="right", color="#333333"
-        )
+        dots = [
+            Dot(name, row["low"], row["rank"], row["high"], style.format_count(float(f"{row['n_params']:.3g}")),
+                styles[row["group"]])
+            for name, row in zip(names, rows.to_dict("records"), strict=True)
+        ]  # fmt: skip
         handles = [
             Line2D([], [], color=own.color, marker=own.marker, markersize=4.2, linewidth=1.1, label=group)
             for group, own in styles.items()
         ]
-        figure.legend(
-            handles=handles, loc="upper left", ncols=4, borderaxespad=0, columnspacing=1.6, handlelength=1.8,
-            labelspacing=0.35, bbox_to_anchor=(0.1 / style.WIDTH, 1 - 0.04 / height),
-        )  # fmt: skip
-        style.add_footer(figure, text)
+        figure, axes = dots_figure(dots, "", "parameters", text, handles)
+        farthest = max(rows["high"].max(), rows["rank"].max())
+        axes.set_xlim(min(0.5, 1 - 0.025 * farthest), farthest + 0.5)
+        ticks = MaxNLocator(10, integer=True).tick_values(1, farthest)
+        axes.set_xticks([tick for tick in sorted({1, *ticks}) if 1 <= tick <= farthest])
+        best = "lowest" if measure.direction == "minimize" else "highest"
+        axes.set_xlabel(f"Rank by {measure.title.lower()} (1: {best})")
     return figure
 
 

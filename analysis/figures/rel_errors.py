@@ -13,12 +13,11 @@ from analysis.results.summary import interval_statement, n_statement
 _TITLES = {"init": "Dense weights at initialisation", "trained": "Dense weights after training"}
 
 
-def rel_error_figure(means: pd.DataFrame, note: str = "") -> Figure:
+def rel_error_figure(means: pd.DataFrame) -> Figure:
     """Relative Frobenius error of each kind of layer against χ, before and after training.
 
     Args:
         means: `data.rel_error_means`; at least one row. Errors below EXACT are not drawn.
-        note: sentence added under the figure.
     """
     panels = [when for when in _TITLES if when in set(means["when"])]
     drawn = means[means["mean"] > EXACT]
@@ -28,17 +27,15 @@ def rel_error_figure(means: pd.DataFrame, note: str = "") -> Figure:
     text = style.footer(
         f"TT-SVD of the dense model's layers, means over its blocks and seeds; {n_statement(means['n_seeds'])}; "
         f"{interval_statement('bars', means['n_seeds'])}.",
-        note,
     )
     with style.context():
         foot = style.footer_height(text)
         figure = style.new_figure(foot + 2.75)
-        height = figure.get_figheight()
         beside = (max(labels.text_size(figure, kind)[0] for kind in kinds) + 16) / 72
         width = (style.WIDTH - 0.55 - 0.12 * (len(panels) - 1)) / len(panels) - beside
         for column, when in enumerate(panels):
             left = 0.55 + column * (width + beside + 0.12)
-            axes = figure.add_axes((left / style.WIDTH, (foot + 0.42) / height, width / style.WIDTH, 2.08 / height))
+            axes = style.add_axes(figure, left, foot + 0.42, width, 2.08)
             axes.set_yscale("log")
             axes.set_ylim(low, high)
             style.set_log_ticks(axes.yaxis, low, high, lambda tick: f"{tick:g}")

@@ -120,7 +120,7 @@ def lay_out(
                 write(left, _HEAD + middle, row.cells[column], ha="right")
     left += _BETWEEN
     for index, title in enumerate(titles):
-        axes = figure.add_axes((left / style.WIDTH, below / height, panel / style.WIDTH, bottom / height))
+        axes = style.add_axes(figure, left, below, panel, bottom)
         axes.set_ylim(bottom, 0)
         axes.yaxis.set_visible(False)
         axes.spines["left"].set_visible(False)

@@ -136,6 +136,12 @@ def new_figure(height: float) -> Figure:
     return figure
 
 
+def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place given in inches."""
+    tall = figure.get_figheight()
+    return figure.add_axes((left / WIDTH, bottom / tall, width / WIDTH, height / tall))
+
+
 def save(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Write `stem`.svg, .pdf and .png without dates, so that equal figures give equal bytes."""
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}

@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from analysis.figures import style
 from analysis.paper import published
+from analysis.paper.drawn import measured_here
 from analysis.paper.trials import PaperTrials
-from analysis.results.summary import interval_statement, n_statement
 from analysis.statistics.intervals import mean_interval
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
@@ -68,10 +68,10 @@ def published_curves_figure(points: pd.DataFrame, note: str = "") -> Figure:
     text = style.footer(
         f"Hollow, right of step {_LAST:,.0f}: Table 4 as published, of one seed, uncertainty not reported; of other "
         "steps and of the training loss no number is published.",
-        f"Lines: means over the seeds of this study, {n_statement(counts)}, validation over the whole split; "
-        f"{interval_statement('bands', counts)}. The axes leave out the start." if len(counts) else
-        "Nothing of this study is measured under the paper's protocol.",
-        "Dashed grey: fewer than three seeds." if len(counts) and counts.min() < MIN_SEEDS else "",
+        *measured_here(
+            counts, "Lines: means over the seeds of this study, validation over the whole split", "bands",
+            "the axes leave out the start",
+        ),
         note,
     )  # fmt: skip
     panels = [panel for panel in _PANELS if (points["quantity"] == panel[0]).any()]
@@ -82,9 +82,7 @@ def published_curves_figure(points: pd.DataFrame, note: str = "") -> Figure:
         width = min(2.4, (style.WIDTH - len(panels) * _BETWEEN - _RIGHT) / len(panels))
         for column, (quantity, _, title) in enumerate(panels):
             left = _BETWEEN + column * (width + _BETWEEN)
-            axes = figure.add_axes(
-                (left / style.WIDTH, (foot + 0.42) / height, width / style.WIDTH, _PANEL_HEIGHT / height)
-            )
+            axes = style.add_axes(figure, left, foot + 0.42, width, _PANEL_HEIGHT)
             _draw_panel(axes, points[points["quantity"] == quantity])
             axes.set_ylabel(title)
         models = [model.name for model in published.MODELS if model.name in set(points["model"])]
@@ -117,14 +115,8 @@ def _draw_panel(axes: Axes, points: pd.DataFrame) -> None:
         if len(line):
             is_few = line["n_seeds"].min() < MIN_SEEDS
             half = np.nan_to_num(line["half_width"].to_numpy())
-            axes.fill_between(
-                line["step"],
-                line["mean"] - half,
-                line["mean"] + half,
-                color=style.tint(color, 0.7),
-                linewidth=0,
-                zorder=2,
-            )
+            low, high = line["mean"] - half, line["mean"] + half
+            axes.fill_between(line["step"], low, high, color=style.tint(color, 0.7), linewidth=0, zorder=2)
             every = max(1, len(line) // 5)
             axes.plot(
                 line["step"], line["mean"], color=style.GREY if is_few else color, linewidth=1.0,

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.figures import labels, style
-from analysis.results.summary import interval_statement, n_statement
+from analysis.paper.drawn import MEASURED, PUBLISHED, draw_measured, measured_here
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
 _PANELS = (("validation loss", "Validation loss (nats)"), ("validation accuracy", "Validation token accuracy (%)"))
-_PUBLISHED, _MEASURED = "#d55e00", "#0072b2"
+_OURS = ("published", "ours", "low", "high", "n")
 
 
 def published_points(comparison: pd.DataFrame) -> pd.DataFrame:
@@ -27,20 +27,9 @@ def published_points(comparison: pd.DataFrame) -> pd.DataFrame:
     for quantity, _ in _PANELS:
         for row in table[table["quantity"] == quantity].to_dict("records"):
             size = sizes.loc[row["row"]]
-            rows.append(
-                {
-                    "model": row["row"],
-                    "quantity": quantity,
-                    "n_params_published": size["published"],
-                    "n_params": size["ours"],
-                    "published": row["published"],
-                    "measured": row["ours"],
-                    "low": row["low"],
-                    "high": row["high"],
-                    "n_seeds": row["n"],
-                }
-            )
-    return pd.DataFrame(rows)
+            rows.append((row["row"], quantity, size["published"], size["ours"], *(row[key] for key in _OURS)))
+    columns = ["model", "quantity", "n_params_published", "n_params", "published", "measured", "low", "high", "n_seeds"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def published_figure(points: pd.DataFrame, note: str = "") -> Figure:
@@ -53,10 +42,10 @@ def published_figure(points: pd.DataFrame, note: str = "") -> Figure:
     counts = points.loc[points["n_seeds"] > 0, "n_seeds"]
     text = style.footer(
         "Hollow: as published, of one seed, uncertainty not reported, at the published number of parameters.",
-        f"Filled: measured here at the final step over the whole validation split, {n_statement(counts)}; "
-        f"{interval_statement('bars', counts)}; at the parameters that the definitions give." if len(counts) else
-        "Nothing of this study is measured under the paper's protocol.",
-        "Grey: fewer than three seeds." if len(counts) and counts.min() < MIN_SEEDS else "",
+        *measured_here(
+            counts, "Filled: measured here at the final step over the whole validation split", "bars",
+            "at the parameters that the definitions give",
+        ),
         note,
     )  # fmt: skip
     with style.context():
@@ -66,14 +55,14 @@ def published_figure(points: pd.DataFrame, note: str = "") -> Figure:
         width = (style.WIDTH - 2 * 0.55 - 0.25) / 2
         for column, (quantity, title) in enumerate(_PANELS):
             left = 0.55 + column * (width + 0.55 + 0.1)
-            axes = figure.add_axes((left / style.WIDTH, (foot + 0.42) / height, width / style.WIDTH, 1.95 / height))
+            axes = style.add_axes(figure, left, foot + 0.42, width, 1.95)
             _draw(axes, points[points["quantity"] == quantity])
             axes.set_ylabel(title)
         handles = [
-            Line2D([], [], color=_PUBLISHED, marker="s", markerfacecolor="white", linestyle=":", label="as published"),
+            Line2D([], [], color=PUBLISHED, marker="s", markerfacecolor="white", linestyle=":", label="as published"),
         ]
         if len(counts):
-            color, line = (_MEASURED, "-") if counts.max() >= MIN_SEEDS else (style.GREY, "")
+            color, line = (MEASURED, "-") if counts.max() >= MIN_SEEDS else (style.GREY, "")
             handles.append(Line2D([], [], color=color, marker="o", linestyle=line, label="measured"))
         figure.legend(
             handles=handles, loc="upper left", bbox_to_anchor=(0.55 / style.WIDTH, 1 - 0.02 / height), ncols=2
@@ -91,29 +80,24 @@ def _draw(axes: Axes, points: pd.DataFrame) -> None:
     axes.set_xlabel("Trainable parameters")
     published = points.sort_values("n_params_published")
     axes.plot(
-        published["n_params_published"], published["published"], color=_PUBLISHED, linestyle=":", marker="s",
+        published["n_params_published"], published["published"], color=PUBLISHED, linestyle=":", marker="s",
         markersize=4.2, markerfacecolor="white", zorder=3,
     )  # fmt: skip
     measured = points.dropna(subset="measured").sort_values("n_params")
     enough = measured["n_seeds"] >= MIN_SEEDS
-    for few, color, line in ((False, _MEASURED, "-"), (True, style.GREY, "")):
-        own = measured[~enough if few else enough]
-        around = np.vstack((own["measured"] - own["low"], own["high"] - own["measured"]))
-        axes.errorbar(
-            own["n_params"], own["measured"], yerr=np.nan_to_num(around), color=color, linestyle=line, linewidth=0.8,
-            marker="o", markersize=3.6, capsize=2, elinewidth=0.9, zorder=4,
-        )  # fmt: skip
+    for own, color, line in ((measured[enough], MEASURED, "-"), (measured[~enough], style.GREY, "")):
+        draw_measured(axes, own, "n_params", color=color, linestyle=line, marker="o", markersize=3.6, zorder=4)
     axes.margins(y=0.16)
     axes.set_ylim(axes.get_ylim())
     texts, marks, lines = [], [], []
     for frame, size, value, color in (
-        (published, "n_params_published", "published", _PUBLISHED),
-        (measured, "n_params", "measured", _MEASURED),
+        (published, "n_params_published", "published", PUBLISHED),
+        (measured, "n_params", "measured", MEASURED),
     ):
         marks.append(labels.boxes_around(axes, frame[size].to_numpy(), frame[value].to_numpy(), 3.0))
         lines.append(_boxes_along(axes, frame[size].to_numpy(), frame[value].to_numpy()))
         for row in frame.to_dict("records"):
-            is_few = color == _MEASURED and row["n_seeds"] < MIN_SEEDS
+            is_few = color == MEASURED and row["n_seeds"] < MIN_SEEDS
             text = row["model"].removeprefix("MPO ")
             texts.append(labels.Label(row[size], row[value], text, style.GREY if is_few else color))
     labels.place_labels(axes, texts, np.vstack(marks), np.vstack(lines))

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from analysis.figures import labels, style
 from analysis.figures.data import EXACT
 from analysis.paper import published
+from analysis.paper.drawn import MEASURED, PUBLISHED, draw_measured, measured_here
 from analysis.paper.rel_errors import LARGEST, MEAN, errors_of, of_seeds
 from analysis.paper.trials import PaperTrials
 from analysis.paper.values import over_seeds
-from analysis.results.summary import interval_statement, n_statement
 from analysis.runs.study_runs import StudyRuns
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
@@ -25,7 +25,6 @@ _COLUMNS = ("when", "layers", "chi", "n_layers", "published", "measured", "low",
 _OVERALL = {MEAN: "o", LARGEST: "^"}
 _PANELS = (("init", True, "All layers, random weights"), ("init", False, "Random weights"),
            ("trained", False, "Trained weights"))  # fmt: skip
-_PUBLISHED, _MEASURED = "#d55e00", "#0072b2"
 _LEFT, _GAP, _PANEL_HEIGHT = 0.55, 0.1, 2.05
 
 
@@ -67,12 +66,9 @@ def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
     text = style.footer(
         "Relative Frobenius errors of TT-SVD with Table 2's factorisations. Hollow: Table 3 as published, uncertainty "
         "not reported.",
-        f"Filled: the dense model's layers in this study, means over layers, then seeds, {n_statement(counts)}; "
-        f"{interval_statement('bars', counts)}." if len(counts) else
-        "This study has no run of the paper's dense model, so nothing is measured.",
-        "Grey: fewer than three seeds." if len(counts) and counts.min() < MIN_SEEDS else "",
+        *measured_here(counts, "Filled: the dense model's layers in this study, means over layers, then seeds", "bars"),
         note,
-    )  # fmt: skip
+    )
     values = points[["published", "measured"]].to_numpy(dtype=np.float64)
     values = values[values > EXACT]
     low, high = values.min() / 1.15, max(1.0, values.max()) * 1.15
@@ -80,7 +76,6 @@ def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
     with style.context():
         foot = style.footer_height(text)
         figure = style.new_figure(foot + _PANEL_HEIGHT + 0.67)
-        height = figure.get_figheight()
         # The layers' symbols come from us, unlike other names, so that they may be parsed as math.
         with mpl.rc_context({"text.parse_math": True}):
             names = [max((_short(name) for name in _of_panel(points, when, overall)["layers"]), key=len)
@@ -89,9 +84,7 @@ def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
             width = min(2.4, (style.WIDTH - _LEFT - sum(beside) - _GAP * len(panels)) / len(panels))
             left = _LEFT
             for (when, overall, title), room in zip(panels, beside, strict=True):
-                axes = figure.add_axes(
-                    (left / style.WIDTH, (foot + 0.42) / height, width / style.WIDTH, _PANEL_HEIGHT / height)
-                )
+                axes = style.add_axes(figure, left, foot + 0.42, width, _PANEL_HEIGHT)
                 axes.set_yscale("log")
                 axes.set_ylim(low, high)
                 style.set_log_ticks(axes.yaxis, low, high, lambda tick: f"{tick:g}")
@@ -115,32 +108,25 @@ def _draw_panel(axes: Axes, points: pd.DataFrame, overall: bool) -> None:
     for index, name in enumerate(points["layers"].unique()):
         line = points[points["layers"] == name].sort_values("chi")
         marker = _OVERALL[name] if overall else "sDvX"[index]
-        color = _MEASURED if overall else style.LINE_COLORS[(0, 2, 3, 5)[index]]
+        color = MEASURED if overall else style.LINE_COLORS[(0, 2, 3, 5)[index]]
         measured = line[line["measured"] > EXACT]
         if len(measured):
             drawn = color if measured["n_seeds"].min() >= MIN_SEEDS else style.GREY
-            _draw_measured(axes, measured, drawn, marker, 3.4 if overall else (3.4, 5.2, 3.0, 3.4)[index])
+            size = 3.4 if overall else (3.4, 5.2, 3.0, 3.4)[index]
+            draw_measured(axes, measured, "chi", color=drawn, marker=marker, markersize=size, zorder=3)
             last = measured.iloc[-1]
             ends.append(labels.Label(last["chi"], last["measured"], _short(name), drawn))
         known = line.dropna(subset="published")
         if len(known):
             axes.plot(
-                known["chi"], known["published"], color=_PUBLISHED, linestyle=":", linewidth=1.0, marker=marker,
+                known["chi"], known["published"], color=PUBLISHED, linestyle=":", linewidth=1.0, marker=marker,
                 markersize=4.2, markerfacecolor="white", zorder=4,
             )  # fmt: skip
             last = known.iloc[-1]
-            ends.append(labels.Label(last["chi"], last["published"], _short(name), _PUBLISHED))
+            ends.append(labels.Label(last["chi"], last["published"], _short(name), PUBLISHED))
     labels.label_line_ends(axes, ends)
     if points["published"].notna().any():
-        axes.text(0.05, 0.04, "as published", transform=axes.transAxes, color=style.ink(_PUBLISHED))
-
-
-def _draw_measured(axes: Axes, line: pd.DataFrame, color: str, marker: str, size: float) -> None:
-    around = np.vstack((line["measured"] - line["low"], line["high"] - line["measured"]))
-    axes.errorbar(
-        line["chi"], line["measured"], yerr=np.nan_to_num(around), color=color, linewidth=1.0, marker=marker,
-        markersize=size, capsize=1.5, elinewidth=0.8, zorder=3,
-    )  # fmt: skip
+        axes.text(0.05, 0.04, "as published", transform=axes.transAxes, color=style.ink(PUBLISHED))
 
 
 def _short(name: str) -> str:

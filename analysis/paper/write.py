@@ -16,7 +16,7 @@ from analysis.paper.published_rel_errors_figure import published_rel_error_figur
 from analysis.paper.trials import PaperTrials, paper_trials, remarks
 from analysis.report import tables
 from analysis.report.folder import OutputFolder
-from analysis.runs.load import load_curves
+from analysis.runs.curves import load_curves
 from analysis.runs.study_runs import StudyRuns
 
 FIGURES = ("published", "published_rel_error", "published_curves")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from analysis.errors import AnalysisError
+from analysis.runs.whole_file import write_whole
 
 _NEW = ".new-"
 _LEFT_BEHIND = re.compile(re.escape(_NEW) + r"[a-z0-9_]{8}")
@@ -91,8 +92,8 @@ class OutputFolder:
         return made
 
     def _list_written(self, new: Path, out: Path, names: list[str]) -> None:
-        (new / self.listed).write_text(json.dumps({"written": names}, indent=1) + "\n", encoding="utf-8")
-        os.replace(new / self.listed, out / self.listed)
+        text = json.dumps({"written": names}, indent=1) + "\n"
+        write_whole(out / self.listed, text.encode(), via=new, mode=0o666)
 
     def _refuse_links(self, out: Path, names: Iterable[str]) -> None:
         for name in names:

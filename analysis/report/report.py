@@ -7,14 +7,14 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 from analysis.figures import data, style
 from analysis.figures.drawings import drawings
 from analysis.report import interactive, tables
+from analysis.report.answers import answers
 from analysis.report.folder import OutputFolder
 from analysis.results.findings import Findings
-from analysis.results.summary import MEASURES, MIN_SEEDS, NO_FRONTIER, VAL_LOSS, n_statement
+from analysis.results.summary import MEASURES, MIN_SEEDS, NO_FRONTIER, n_statement
 from analysis.runs.studies import environments
 from analysis.runs.study_runs import StudyRuns
 
@@ -67,10 +67,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
             tables.hypervolume_table(findings.uncertainties),
             tables.budgets_table(summary),
             tables.arms_table(summary),
-            tables.failures_table(runs),
-            tables.unfinished_table(runs),
-            tables.stopped_table(runs),
-            tables.skipped_table(runs),
+            *tables.run_tables(runs),
         )
     }
     for table in written.values():
@@ -86,7 +83,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
         runs=runs,
         summary=summary,
         source=None if light else runs.data_source,
-        answers=findings.answers,
+        answers=answers(findings),
         declared=bool(findings.compared["declared"].any()),
         drawings=made,
         formats=formats,
@@ -98,9 +95,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
         n_stated=n_statement(summary.loc[summary["n_seeds"] > 0, "n_seeds"]),
         environments=environments(runs),
         corpora=sorted(summary["corpus_sha256"].unique()),
-        measured=[schema.FIELDS["final", measure.key].label for measure in MEASURES],
-        sampled=schema.FIELDS["final", "final/val_loss_sampled"].label,
-        curve=schema.FIELDS["curve", VAL_LOSS.name].label,
+        measured=[measure.title.lower() for measure in MEASURES],
     )
     (folder / INDEX).write_text(page, encoding="utf-8")
 

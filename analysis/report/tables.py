@@ -68,23 +68,19 @@ def frontier_table(summary: pd.DataFrame, uncertainties: Mapping[str, FrontierUn
     """The trials on the frontier of any measure, the smallest first, with their support."""
     on_any = summary[[frontier_key(measure) for measure in MEASURES]].any(axis=1)
     rows = summary[on_any].sort_values("n_params", kind="stable")
-    columns = [
-        "configuration",
-        "family",
-        "val loss (nats)",
-        "val accuracy (%)",
-        "parameters",
-        "% of dense",
-        "seeds",
-        "on frontier of",
-    ]
-    shown = trials_table(summary).shown.loc[rows.index, columns].reset_index(drop=True)
+    shown = trials_table(summary).shown.loc[rows.index, list(_ON_FRONTIER)].reset_index(drop=True)
     data = rows.reset_index(drop=True)
     for measure in MEASURES:
         support = uncertainties[measure.name].support.set_index("trial")["support"].reindex(data["trial"])
         data[f"support/{measure.name}"] = support.to_numpy(dtype="float64")
         shown[f"support, {measure.short}"] = ["–" if pd.isna(share) else percent(share) for share in support]
     return Table("frontier", data, shown)
+
+
+_ON_FRONTIER = (
+    *("configuration", "family", "val loss (nats)", "val accuracy (%)", "parameters", "% of dense", "seeds"),
+    "on frontier of",
+)
 
 
 def comparisons_table(compared: pd.DataFrame) -> Table:
@@ -119,11 +115,7 @@ def comparisons_table(compared: pd.DataFrame) -> Table:
 def size_needed_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
     """By measure, how large a configuration has to be in order to lose at most the margin against dense. Shown are the
     sizes that are the smallest such one in at least one of 200 redraws, or by the means."""
-    frames = [
-        uncertainty.size_needed.assign(measure=name, margin=uncertainty.epsilon)
-        for name, uncertainty in uncertainties.items()
-    ]
-    data = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+    data = _joined([each.size_needed.assign(measure=key, margin=each.epsilon) for key, each in uncertainties.items()])
     data = data[(data["support"] >= 0.005) | data["observed"].astype(bool)].reset_index(drop=True)
     shown = pd.DataFrame(
         {
@@ -140,8 +132,7 @@ def size_needed_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table
 
 def hypervolume_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
     """The area under each frontier, with its interval and its reference."""
-    frames = [uncertainty.hypervolume.assign(measure=name) for name, uncertainty in uncertainties.items()]
-    data = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+    data = _joined([each.hypervolume.assign(measure=name) for name, each in uncertainties.items()])
     shown = pd.DataFrame(
         [
             {
@@ -160,58 +151,48 @@ def hypervolume_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table
 _UNITS = {measure.name: f"{measure.short} ({measure.difference_unit})" for measure in MEASURES}
 
 
+def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+
+
 def _p_value(p: float) -> str:
     return "–" if math.isnan(p) else "<0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
 def _both(count: int, against: int) -> str:
-    return (
-        count_shown(count)
-        if pd.isna(count) or count == against
-        else f"{count_shown(count)} against {count_shown(against)}"
-    )
+    shown = count_shown(count)
+    return shown if pd.isna(count) or count == against else f"{shown} against {count_shown(against)}"
 
 
-def failures_table(runs: StudyRuns) -> Table:
-    """Every failed seed, with its step and reason."""
-    return Table("failures", runs.failures, _as_text(runs.failures))
-
-
-def unfinished_table(runs: StudyRuns) -> Table:
-    """Every seed that was neither complete nor failed when the runs were read."""
-    return Table("unfinished", runs.unfinished, _as_text(runs.unfinished))
-
-
-def stopped_table(runs: StudyRuns) -> Table:
-    """Every trial that was given up before it had all its seeds, with the evidence."""
+def run_tables(runs: StudyRuns) -> list[Table]:
+    """Every failed seed with its step and reason; every seed that was neither complete nor failed; every trial that was
+    given up, with the evidence; every trial that was never trained because it breaks a limit of the search."""
     columns = ["trial", "arm", "n_params", "n_seeds", "stopped"]
     if runs.parts:  # a reason names a rival by its number in its own study
         columns += ["study", "study_trial"]
-    data = runs.trials.loc[runs.trials["stopped"].notna(), columns].reset_index(drop=True)
+    stopped = runs.trials.loc[runs.trials["stopped"].notna(), columns].reset_index(drop=True)
     named = {"n_params": "parameters", "n_seeds": "seeds", "stopped": "reason"}
-    return Table("stopped", data, _as_text(data.rename(columns=named)))
-
-
-def skipped_table(runs: StudyRuns) -> Table:
-    """Every trial that was never trained because it breaks a limit of the search."""
-    data = runs.skipped
-    shown = data.assign(n_params=[count_shown(value) for value in data["n_params"]])
-    return Table("skipped", data, _as_text(shown.rename(columns={"n_params": "parameters", "chi": "χ"})))
+    skipped = runs.skipped.assign(n_params=[count_shown(value) for value in runs.skipped["n_params"]])
+    return [
+        Table("failures", runs.failures, _as_text(runs.failures)),
+        Table("unfinished", runs.unfinished, _as_text(runs.unfinished)),
+        Table("stopped", stopped, _as_text(stopped.rename(columns=named))),
+        Table("skipped", runs.skipped, _as_text(skipped.rename(columns={"n_params": "parameters", "chi": "χ"}))),
+    ]
 
 
 def budgets_table(summary: pd.DataFrame) -> Table:
     """The trials that share a budget, and the training tokens of each run, with and without the start's."""
-    rows = []
-    for budget, group in summary.groupby("budget_hash"):
-        rows.append(
-            {
-                "budget": budget,
-                "arms": ", ".join(sorted(group["arm"].unique())),
-                "trials": len(group),
-                "tokens of the run": range_shown(group["train_tokens"]),
-                "tokens with the start's": range_shown(group["total_tokens"]),
-            }
-        )
+    rows = [
+        {
+            "budget": budget,
+            "arms": ", ".join(sorted(group["arm"].unique())),
+            "trials": len(group),
+            "tokens of the run": range_shown(group["train_tokens"]),
+            "tokens with the start's": range_shown(group["total_tokens"]),
+        }
+        for budget, group in summary.groupby("budget_hash")
+    ]
     data = pd.DataFrame(rows)
     return Table("budgets", data, _as_text(data))
 
@@ -223,30 +204,17 @@ def arms_table(summary: pd.DataFrame) -> Table:
         row: dict[str, object] = {"arm": arm, "trials": len(group)}
         for key in _TRAINED_WITH:
             values = sorted(group[key].dropna().unique())
-            row[key] = (
-                "–" if not values else ", ".join(f"{value:g}" if key in _NUMBERS else str(value) for value in values)
-            )
+            row[key] = ", ".join(value if isinstance(value, str) else f"{value:g}" for value in values) or "–"
         rows.append(row)
     data = pd.DataFrame(rows)
     some = data.columns[~(data == "–").all()]
     return Table("arms", data, _as_text(data[some].rename(columns=lambda column: column.replace("_", " "))))
 
 
-_NUMBERS = (
-    "learning_rate",
-    "embedding_learning_rate",
-    "steps",
-    "warmup_steps",
-    "batch_size",
-    "context",
-    "weight_decay",
-    "d_model",
-    "tuning_trials",
-    "tuned_among",
-)
 _TRAINED_WITH = (
     *("family", "start", "init", "refinement", "lr_rule", "decay", "factorisation", "sites", "precision"),
-    *_NUMBERS,
+    *("learning_rate", "embedding_learning_rate", "steps", "warmup_steps", "batch_size", "context", "weight_decay"),
+    *("d_model", "tuning_trials", "tuned_among"),
 )
 
 
@@ -277,16 +245,10 @@ def to_markdown(shown: pd.DataFrame) -> str:
 def to_latex(shown: pd.DataFrame) -> str:
     """A tabular for any LaTeX engine, with the rules of booktabs; columns of numbers are right-aligned."""
 
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(_LATEX.get(mark, mark) for mark in _on_one_line(cell)) for cell in cells) + r" \\"
-
-    rows = [list(row) for row in shown.itertuples(index=False)]
-    columns = "".join(
-        "r" if rows and all(_NUMBER.fullmatch(row[column]) for row in rows) else "l"
-        for column in range(len(shown.columns))
-    )
-    body = [line(list(shown.columns)), r"\midrule", *map(line, rows)]
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    one_line = shown.map(_on_one_line)
+    is_number = [len(shown) > 0 and one_line[column].str.fullmatch(_NUMBER).all() for column in shown]
+    columns = "".join("r" if each else "l" for each in is_number)
+    return one_line.to_latex(index=False, escape=True, column_format=columns).translate(_LATEX)
 
 
 def _on_one_line(cell: str) -> str:
@@ -296,25 +258,25 @@ def _on_one_line(cell: str) -> str:
 _BREAK = re.compile(r"\r\n|[\x00-\x1f\x7f\x85\u2028\u2029]")
 _MARKDOWN = re.compile(r"[|\[\]]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\\(?=[!-/:-@\[-`{-~])")
 """Characters that would end a cell, or begin HTML, an entity, a link, a picture or an escape; they get a backslash."""
-_NUMBER = re.compile(r"[−+]?[\d,.]+( ± [\d,.]+)?( \(.*\))?|–|")
-_LATEX = {mark: f"\\{mark}" for mark in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "[": "{[}",  # the end of a row would read these two as arguments
-    "*": "{*}",
-    "±": r"$\pm$",
-    "−": "$-$",
-    "–": "--",
-    "×": r"$\times$",
-    "√": r"$\surd$",
-    "χ": r"$\chi$",
-    "≥": r"$\geq$",
-    "≤": r"$\leq$",
-    "<": "$<$",  # in LaTeX's default font encoding these three are other characters
-    ">": "$>$",
-    "|": "$|$",
-}
+_NUMBER = r"[−+]?[\d,.]+( ± [\d,.]+)?( \(.*\))?|–|"
+_LATEX = str.maketrans(
+    {
+        "[": "{[}",  # the end of a row would read these two as arguments
+        "*": "{*}",
+        "±": r"$\pm$",
+        "−": "$-$",
+        "–": "--",
+        "×": r"$\times$",
+        "√": r"$\surd$",
+        "χ": r"$\chi$",
+        "≥": r"$\geq$",
+        "≤": r"$\leq$",
+        "<": "$<$",  # in LaTeX's default font encoding these three are other characters
+        ">": "$>$",
+        "|": "$|$",
+    }
+)
+"""Characters that pandas does not escape, and that LaTeX does not print as they are; no command of a table has them."""
 
 
 def _means(summary: pd.DataFrame, key: str, measure: Measure) -> list[str]:

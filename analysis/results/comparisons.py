@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from analysis import run_schema as schema
 from analysis.results.pairs import DENSE, KNOWN, REFERENCE, Known, Pair, pairs
@@ -18,10 +19,9 @@ from analysis.statistics.contrasts import (
     block_tests,
     contrasts,
     fixed_sequence,
-    headline,
     non_inferiority,
 )
-from analysis.statistics.multiplicity import benjamini_hochberg, holm
+from analysis.statistics.multiplicity import holm
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
 LEVEL = 0.05
@@ -48,7 +48,7 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
     from the same start. A trial that starts from an arm has a reference of its own: the first dense trial of its
     budget that was trained on from the same start. Trials that were stopped early are only in declared pairs.
 
-    Claims rest on each pair's own t test (see `statistics.contrasts.headline`). For each measure, the declared pairs
+    Claims rest on each pair's own t test (see `statistics.contrasts.contrasts`). For each measure, the declared pairs
     are one family, adjusted by Holm. A declared pair that could not be tested, even because it has no complete seed,
     counts in the family as p = 1. The other pairs are exploration, adjusted by Benjamini and Hochberg. While the study
     lacks runs, nothing declared is decided: the family is incomplete, and the order of tests has not begun where it
@@ -130,13 +130,15 @@ def _add_pair_tests(
     for _, group in frame[frame["n"] > 0].groupby(alike):
         own = values.loc[:, shared[group.index[0]]]
         found = contrasts(own.loc[group["trial"]].to_numpy()[:, None], own.loc[group["against"]].to_numpy())
-        test = headline(found)
         frame.loc[group.index, "difference"] = found.difference[:, 0]
         if found.n < MIN_SEEDS:
             continue
-        frame.loc[group.index, "half_width"], frame.loc[group.index, "p"] = test.half_width[:, 0], test.p[:, 0]
+        frame.loc[group.index, "half_width"], frame.loc[group.index, "p"] = (
+            found.pair.half_width[:, 0],
+            found.pair.p[:, 0],
+        )
         if margin > 0:
-            result = non_inferiority(found.difference, test, margin, direction)
+            result = non_inferiority(found.difference, found.pair, margin, direction)
             frame.loc[group.index, "bound"] = result.bound[:, 0]
             frame.loc[group.index, "inferiority_p"] = result.p[:, 0]
     frame.loc[failed, ["half_width", "p", "bound", "inferiority_p"]] = math.nan
@@ -169,7 +171,9 @@ def _adjust(frame: pd.DataFrame, is_unfinished: bool) -> None:
     if not is_unfinished:
         planned = p[declared]  # pairs without a result count as planned tests
         adjusted[declared] = np.where(np.isnan(planned), math.nan, holm(np.nan_to_num(planned, nan=1.0)))
-    adjusted[~declared] = benjamini_hochberg(p[~declared])
+    explored = ~declared & ~np.isnan(p)
+    if explored.any():
+        adjusted[explored] = stats.false_discovery_control(p[explored])
     frame["p_adjusted"] = adjusted
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.results.answers import Answer, answers
 from analysis.results.comparisons import compare, declared_against_reference
 from analysis.results.summary import MEASURES, summarise
 from analysis.results.uncertainty import FrontierUncertainty, frontier_uncertainty
@@ -21,7 +20,6 @@ class Findings:
     summary: pd.DataFrame
     compared: pd.DataFrame
     uncertainties: dict[str, FrontierUncertainty]
-    answers: list[Answer]
 
     @classmethod
     def of(cls, runs: StudyRuns) -> Findings:
@@ -29,4 +27,4 @@ class Findings:
         compared = compare(runs, summary)
         declared = declared_against_reference(compared)
         uncertainties = {measure.name: frontier_uncertainty(runs, summary, measure, declared) for measure in MEASURES}
-        return cls(runs, summary, compared, uncertainties, answers(runs, summary, compared, uncertainties))
+        return cls(runs, summary, compared, uncertainties)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -32,7 +30,7 @@ _NAMES = {"chi": "χ", "n_sites": "number of sites L"}
 _FEW_LEVELS = 6
 _TREES, _TREES_PER_DRAW, _FOREST_DRAWS, _ANOVA_DRAWS = 64, 16, 100, 10_000
 _RANGE = (0.025, 0.975)
-COLUMNS = (*("factor", "levels", "n_levels", "share", "low", "high", "evaluator", "n_trials", "n_seeds", "left_out"),)
+COLUMNS = ("factor", "levels", "n_levels", "share", "low", "high", "evaluator", "n_trials", "n_seeds", "left_out")
 
 
 def factor_importance(
@@ -40,7 +38,6 @@ def factor_importance(
     seeds: pd.DataFrame,
     measure: Measure,
     rng: np.random.Generator,
-    budgets: Collection[str] | None = None,
 ) -> pd.DataFrame:
     """Share of the variance of a measure's seed means by the main effect of each factor, over the MPO trials.
 
@@ -64,7 +61,6 @@ def factor_importance(
         summary: `summary.summarise`.
         seeds: `StudyRuns.seeds`.
         rng: source of the redraws and of the forests' seeds.
-        budgets: as in `selection.select`.
     Cost: a grid takes well under a second. A forest takes about 10 s for 60 trials of 4 factors, and a minute for
         MAX_TRIALS or more; nearly all of it is for the redraws.
     Returns:
@@ -77,11 +73,11 @@ def factor_importance(
     """
     mpo = summary[summary["family"] == "mpo"]
     if mpo.empty:
-        return pd.DataFrame(columns=list(COLUMNS))
-    selected = select(mpo, seeds, measure.key, budgets)
+        return _nothing()
+    selected = select(mpo, seeds, measure.key)
     factors = _factors(selected.trials)
     if len(factors) < 2:
-        return pd.DataFrame(columns=list(COLUMNS))
+        return _nothing()
     codes = np.column_stack([_codes(selected.trials[keys[0]]) for keys in factors])
     means = SeedMeans.of(selected.values.to_numpy().T)
     if _is_grid(codes):
@@ -91,9 +87,9 @@ def factor_importance(
         coordinates = _coordinates(selected.trials, factors, codes)[drawn]
         evaluator, shares = FANOVA, _fanova_shares(coordinates, means.take(drawn), rng)
     else:
-        return pd.DataFrame(columns=list(COLUMNS))
+        return _nothing()
     if np.isnan(shares).any():
-        return pd.DataFrame(columns=list(COLUMNS))
+        return _nothing()
     is_sample = evaluator == FANOVA and len(codes) > MAX_TRIALS
     too_many = f"A random {MAX_TRIALS} of {len(codes)} trials stand for all." if is_sample else ""
     levels = [_levels(selected.trials[keys[0]]) for keys in factors]
@@ -115,24 +111,19 @@ def factor_importance(
     return pd.concat((main, frame.iloc[-1:]), ignore_index=True)
 
 
-def factor_name(key: str) -> str:
-    return _NAMES.get(key, key.replace("_", " "))
+def _nothing() -> pd.DataFrame:
+    return pd.DataFrame(columns=list(COLUMNS))
 
 
 def _together(keys: list[str]) -> str:
-    first, *others = map(factor_name, keys)
+    first, *others = (_NAMES.get(key, key.replace("_", " ")) for key in keys)
     return f"{first} (with {', '.join(others)})" if others else first
-
-
-def varying(trials: pd.DataFrame, without: Collection[str] = ()) -> list[str]:
-    """The factors that differ among trials; a missing value counts as a level."""
-    return [key for key in FACTORS if key not in without and trials[key].nunique(dropna=False) > 1]
 
 
 def _factors(trials: pd.DataFrame) -> list[list[str]]:
     """The factors that vary, grouped if their levels correspond one to one."""
     found: dict[bytes, list[str]] = {}
-    for key in varying(trials):
+    for key in (key for key in FACTORS if trials[key].nunique(dropna=False) > 1):  # a missing value is a level
         # Levels are numbered in the order in which they occur: the same division of the trials has the same numbers.
         found.setdefault(pd.factorize(trials[key], use_na_sentinel=False)[0].tobytes(), []).append(key)
     return list(found.values())

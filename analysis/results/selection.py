@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,17 +23,18 @@ class Selection:
     left_out: str
 
 
-def select(trials: pd.DataFrame, seeds: pd.DataFrame, key: str, budgets: Collection[str] | None = None) -> Selection:
+def select(trials: pd.DataFrame, seeds: pd.DataFrame, key: str) -> Selection:
     """The subset of `trials`, in their order, whose values of the seed metric `key` may be compared side by side.
+
+    They are of the budget with the most trials; of several, the first.
 
     Args:
         trials: rows of `summary.summarise`.
         seeds: `StudyRuns.seeds`.
-        budgets: budget hashes that may be compared. Default: the one with the most trials; of several, the first.
     """
     counts = trials["budget_hash"].value_counts(sort=False)
     most = counts.index[counts == counts.max()][:1]
-    of_budget = trials[trials["budget_hash"].isin(most if budgets is None else list(budgets))]
+    of_budget = trials[trials["budget_hash"].isin(most)]
     complete = of_budget[is_sound(of_budget) & (of_budget["n_seeds"] >= MIN_SEEDS)]
     table = seed_table(complete, seeds, key)
     said = left_out_statement(

@@ -16,31 +16,46 @@ from analysis.statistics.intervals import mean_interval
 from analysis.statistics.nondominated import on_frontier
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
-AGGREGATED = ("final/val_loss", "final/val_acc", "best/val_loss", "best/val_acc")
 TOKENS = ("train_tokens", "total_tokens")
 SECONDS = "train_seconds"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A final metric for which a frontier is drawn; `scale` converts the recorded unit to `unit`.
-
-    margin: how much worse still counts as near, in the recorded unit, if no margin of a study file is known.
-    """
+    """A final metric for which a frontier is drawn. short: a word for it, for tables."""
 
     name: str
-    key: str
-    title: str
     short: str
-    unit: str
-    margin: float
-    scale: float = 1.0
+
+    @property
+    def metric(self) -> schema.Metric:
+        return schema.OBJECTIVES[self.name]
+
+    @property
+    def key(self) -> str:
+        return schema.key_of(self.metric)
+
+    @property
+    def title(self) -> str:
+        return self.metric.label.partition(",")[0].capitalize()
+
+    @property
+    def scale(self) -> float:
+        """Factor from the recorded unit to `unit`."""
+        return 100 if self.metric.unit == "fraction" else 1
+
+    @property
+    def unit(self) -> str:
+        return "%" if self.metric.unit == "fraction" else self.metric.unit
+
+    @property
+    def margin(self) -> float:
+        """How much worse still counts as near, in the recorded unit, if no margin of a study file is known."""
+        return schema.MARGINS[self.name]
 
     @property
     def direction(self) -> schema.Direction:
-        direction = schema.FIELDS["final", self.key].direction
-        assert direction is not None
-        return direction
+        return schema.direction_of(self.name)
 
     @property
     def difference_unit(self) -> str:
@@ -52,9 +67,9 @@ class Measure:
         return f"{self.title} ({self.unit})"
 
 
-VAL_LOSS = Measure("val_loss", "final/val_loss", "Validation loss", "loss", "nats", margin=0.02)
-VAL_ACC = Measure("val_acc", "final/val_acc", "Validation token accuracy", "accuracy", "%", margin=0.005, scale=100)
+VAL_LOSS, VAL_ACC = Measure("val_loss", "loss"), Measure("val_acc", "accuracy")
 MEASURES = (VAL_LOSS, VAL_ACC)
+AGGREGATED = tuple(f"{which}/{measure.name}" for which in ("final", "best") for measure in MEASURES)
 NO_FRONTIER = f"no configuration has {MIN_SEEDS} complete seeds without a failed one"
 """The reason why no configuration is on a frontier."""
 

@@ -12,7 +12,7 @@ import pandas as pd
 from analysis.results.selection import seed_table, seeds_stated
 from analysis.results.summary import Measure, sole_reference
 from analysis.runs.study_runs import StudyRuns
-from analysis.statistics.attainment import mean_frontier_band
+from analysis.statistics.band import mean_frontier_band
 from analysis.statistics.hypervolume import HypervolumeReference, hypervolume_interval
 from analysis.statistics.seed_blocks import is_complete
 from analysis.statistics.support import frontier_support, size_needed
@@ -30,8 +30,7 @@ class FrontierUncertainty(NamedTuple):
     hypervolume: one row; observed, low, high (95 %), worst_value, largest_size, base.
     size_needed: n_params; support, cumulative: how often each size is the smallest that loses at most epsilon against
         the dense reference; observed: whether it is the smallest by the means.
-    rests_on: the seeds and trials used, in words. n_trials: number of trials used. n_left_out: number of other trials
-        with complete seeds; these have fewer than MIN_SEEDS, or not all planned seeds.
+    rests_on: the seeds and trials used, in words; left out are trials with fewer than MIN_SEEDS, or not all seeds.
     """
 
     support: pd.DataFrame
@@ -40,8 +39,6 @@ class FrontierUncertainty(NamedTuple):
     size_needed: pd.DataFrame
     epsilon: float
     rests_on: str
-    n_trials: int
-    n_left_out: int
 
 
 def frontier_uncertainty(
@@ -60,11 +57,10 @@ def frontier_uncertainty(
     """
     table = measure.scale * seed_table(summary, runs.seeds, measure.key)
     epsilon = measure.scale * runs.claims.margins.get(measure.name, measure.margin)
-    left_out = int((summary["n_seeds"] > 0).sum()) - len(table)
     support, band, hypervolume, needed = (
         pd.DataFrame(columns=list(columns)) for columns in (_SUPPORT, _BAND, _HYPERVOLUME, _SIZE_NEEDED)
     )
-    empty = FrontierUncertainty(support, band, hypervolume, needed, epsilon, _rests_on(table), len(table), left_out)
+    empty = FrontierUncertainty(support, band, hypervolume, needed, epsilon, _rests_on(table))
     if len(table) < 2:
         return empty
     rows = summary.set_index("trial").loc[table.index]

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from analysis.runs.whole_file import write_whole
 
 VERSION = 3
 """Increased if the contents, or their computation from the runs, change: then older caches are ignored."""
@@ -54,8 +54,8 @@ class Cache:
             data = io.BytesIO()
             frame.to_parquet(data, index=False, engine="pyarrow")
             sums[name] = hashlib.sha256(data.getvalue()).hexdigest()
-            self._replace(f"{name}.parquet", data.getvalue())
-        self._replace(MANIFEST, json.dumps({"stamp": self._full_stamp, "sha256": sums}, indent=1).encode())
+            write_whole(self.folder / f"{name}.parquet", data.getvalue())
+        write_whole(self.folder / MANIFEST, json.dumps({"stamp": self._full_stamp, "sha256": sums}, indent=1).encode())
 
     @property
     def _full_stamp(self) -> dict[str, Any]:
@@ -74,14 +74,3 @@ class Cache:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError(f"{name} is not what was written")
         return pd.read_parquet(io.BytesIO(data), engine="pyarrow")
-
-    def _replace(self, name: str, data: bytes) -> None:
-        """Write the file whole or not at all, even if two reports are made at once."""
-        handle, partial = tempfile.mkstemp(prefix=f".{name}-", dir=self.folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(partial, self.folder / name)
-        except BaseException:
-            os.unlink(partial)
-            raise

@@ -20,24 +20,13 @@ from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 from analysis.runs.cache import Cache
 from analysis.runs.run_records import no_frames
-from analysis.runs.study_runs import (
-    RunRecord,
-    StudyAddress,
-    StudyRuns,
-    claims_of,
-    environment_of,
-    growths_of,
-    n_missing_of,
-    study_runs,
-)
+from analysis.runs.study_runs import FRAMES, RunRecord, StudyAddress, StudyRuns, said_by_summary, study_runs
 from analysis.runs.urls import hide_password
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-_FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "skipped")
-_CURVES = "curves"
-_PAGE = 1000
+PAGE = 1000
 
 
 def resolve_study(path: Path) -> StudyAddress:
@@ -76,14 +65,14 @@ def resolve_study(path: Path) -> StudyAddress:
     return StudyAddress(tracking_uri, experiment, uuid)
 
 
-def load_study(address: StudyAddress, page_size: int = _PAGE, cache: Path | None = None) -> StudyRuns:
+def load_study(address: StudyAddress, page_size: int = PAGE, cache: Path | None = None) -> StudyRuns:
     """Read the trials and seeds of one study; only active runs count.
 
     Args:
         address: the experiment, and the study in it if it holds several.
         page_size: number of runs per request to MLflow; all pages are read.
         cache: folder in which the runs of a study that is not running are kept. They are read from there while the
-            study is in the same state (see `_stamp`). None: always read from MLflow.
+            study is in the same state (see `stamp_of`). None: always read from MLflow.
     Raises:
         AnalysisError: MLflow cannot be read, the experiment is unknown or holds no such study, or a run is not as the
             schema says: a param missing or of the wrong type, a key twice, a seed without its trial.
@@ -91,7 +80,7 @@ def load_study(address: StudyAddress, page_size: int = _PAGE, cache: Path | None
     with connect(address.tracking_uri) as client:
         where = experiment_id(client, address)
         summary_runs = search(client, where, schema.KIND_SUMMARY, address.uuid, page_size)
-        stamp = None if cache is None else _stamp(client, where, address.uuid, summary_runs)
+        stamp = None if cache is None else stamp_of(client, where, address.uuid, summary_runs)
         if cache is not None and stamp is not None:
             kept = _from_cache(address, Cache(cache, stamp), summary_runs)
             if kept is not None:
@@ -103,13 +92,13 @@ def load_study(address: StudyAddress, page_size: int = _PAGE, cache: Path | None
         # The runs may come from several states, unless the state is the same after reading as before.
         if cache is not None and stamp is not None and is_over:
             summary_runs = search(client, where, schema.KIND_SUMMARY, address.uuid, page_size)
-            if stamp == _stamp(client, where, address.uuid, summary_runs):
+            if stamp == stamp_of(client, where, address.uuid, summary_runs):
                 runs = replace(runs, cache=Cache(cache, stamp))
                 _keep(runs)
     return runs
 
 
-def _stamp(
+def stamp_of(
     client: MlflowClient, experiment_id: str, uuid: str | None, summaries: Sequence[RunRecord]
 ) -> dict[str, Any] | None:
     """Identify the state of a study's runs, with two more small requests; None while the state may be changing.
@@ -134,7 +123,7 @@ def _stamp(
 
 
 def _from_cache(address: StudyAddress, cache: Cache, summary_runs: Sequence[RunRecord]) -> StudyRuns | None:
-    frames = cache.read((*_FRAMES, "study"))
+    frames = cache.read((*FRAMES, "study"))
     if frames is None or any(not frames[key].dtypes.equals(frame.dtypes) for key, frame in no_frames().items()):
         return None  # nothing, or frames that another version of this program made of the same runs
     name, uuid, n_duplicates, latest = frames.pop("study")[["name", "uuid", "n_duplicates", "latest"]].iloc[0]
@@ -142,18 +131,10 @@ def _from_cache(address: StudyAddress, cache: Cache, summary_runs: Sequence[RunR
         address=address,
         name=name,
         uuid=uuid,
-        trials=frames["trials"],
-        seeds=frames["seeds"],
-        failures=frames["failures"],
-        unfinished=frames["unfinished"],
-        rel_errors=frames["rel_errors"],
-        skipped=frames["skipped"],
+        **frames,
         n_duplicates=int(n_duplicates),
         latest=None if pd.isna(latest) else latest,
-        n_missing=n_missing_of(summary_runs, uuid),
-        claims=claims_of(summary_runs, name, uuid),
-        growths=growths_of(summary_runs, name, uuid),
-        environment=environment_of(summary_runs, uuid),
+        **said_by_summary(summary_runs, name, uuid),
         cache=cache,
     )
 
@@ -162,65 +143,12 @@ def _keep(runs: StudyRuns) -> None:
     study = {"name": runs.name, "uuid": runs.uuid, "n_duplicates": runs.n_duplicates, "latest": runs.latest}
     assert runs.cache is not None
     with suppress(OSError):  # a study in a read-only folder is still read
-        runs.cache.write({key: getattr(runs, key) for key in _FRAMES} | {"study": pd.DataFrame([study])})
+        runs.cache.write({key: getattr(runs, key) for key in FRAMES} | {"study": pd.DataFrame([study])})
 
 
-def load_curves(
-    runs: StudyRuns, trials: Sequence[int] | None = None, keys: Sequence[str] = ("val_loss", "tokens")
-) -> pd.DataFrame:
-    """Learning curves of the complete seeds, one row per evaluation: trial, seed, step and one column per key.
-
-    It takes one request per seed and key that is not in the cache, so ask only for the trials that will be shown.
-    Joined studies are each read at their own address.
-
-    Args:
-        trials: trial numbers. Default: None, for all.
-        keys: curves of the schema.
-    Raises:
-        AnalysisError: MLflow cannot be read, or a seed has no such curve.
-    """
-    seeds = runs.seeds if trials is None else runs.seeds[runs.seeds["trial"].isin(trials)]
-    columns = ["trial", "seed", "step", *keys]
-    if seeds.empty:
-        return pd.DataFrame(columns=columns)
-    histories = []
-    for part in runs.parts or (runs,):
-        own = seeds[seeds["run_id"].isin(part.seeds["run_id"])]
-        wanted = [(run_id, key) for run_id in own["run_id"] for key in keys]
-        histories.append(_histories(part, wanted))
-    wide = pd.concat(histories).pivot(index=["run_id", "step"], columns="key", values="value")
-    return seeds[["trial", "seed", "run_id"]].merge(wide.reset_index(), on="run_id")[columns]
-
-
-def _histories(runs: StudyRuns, wanted: list[tuple[str, str]]) -> pd.DataFrame:
-    """Columns run_id, key, step, value for these runs and keys, from the cache or else from MLflow."""
-    empty = pd.DataFrame({"run_id": [], "key": [], "step": [], "value": []})
-    empty = empty.astype({"run_id": "str", "key": "str", "step": "int64", "value": "float64"})
-    kept = None if runs.cache is None else runs.cache.read([_CURVES])
-    known = empty if kept is None else kept[_CURVES]
-    there = set(known[["run_id", "key"]].drop_duplicates().itertuples(index=False, name=None))
-    lacking = [pair for pair in wanted if pair not in there]
-    if lacking:
-        with connect(runs.address.tracking_uri) as client:
-            new = [_history(client, runs, *pair) for pair in lacking]
-            known = pd.concat([known, *new], ignore_index=True).astype(empty.dtypes.to_dict())
-            if runs.cache is not None:
-                where, uuid = experiment_id(client, runs.address), runs.address.uuid
-                stamp = _stamp(client, where, uuid, search(client, where, schema.KIND_SUMMARY, uuid, _PAGE))
-                if stamp == runs.cache.stamp:
-                    with suppress(OSError):
-                        runs.cache.write({_CURVES: known})
-    run_ids, keys = zip(*wanted, strict=True) if wanted else ((), ())
-    return known[known["run_id"].isin(run_ids) & known["key"].isin(keys)]
-
-
-def _history(client: MlflowClient, runs: StudyRuns, run_id: str, key: str) -> pd.DataFrame:
-    history = client.get_metric_history(run_id, key)
-    if not history:
-        trial, seed = runs.seeds.loc[runs.seeds["run_id"] == run_id, ["trial", "seed"]].iloc[0]
-        raise AnalysisError(f"run {run_id} (trial {trial}, seed {seed}) has no curve `{key}`")
-    values = {metric.step: metric.value for metric in history}
-    return pd.DataFrame({"run_id": run_id, "key": key, "step": list(values), "value": list(values.values())})
+def history(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
+    """The values of a run's metric by step; empty if it has none."""
+    return {metric.step: metric.value for metric in client.get_metric_history(run_id, key)}
 
 
 @contextmanager
@@ -292,7 +220,7 @@ def _study_filter(uuid: str | None) -> str:
 
 
 def _runs(
-    client: MlflowClient, experiment_id: str, wanted: str, page_size: int = _PAGE, deleted: bool = False
+    client: MlflowClient, experiment_id: str, wanted: str, page_size: int = PAGE, deleted: bool = False
 ) -> list[RunRecord]:
     from mlflow.entities import ViewType
 

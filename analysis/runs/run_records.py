@@ -17,9 +17,6 @@ OPTIONAL_PARAMS = (
     *("forward", "sites", "largest_bond", "tuned_among", "embedding_learning_rate"),
 )
 """Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
-CLAIMED = ("final/val_loss", "final/val_acc")
-"""Metrics on which claims rest: a complete seed has finite values of them. Other final metrics may be absent (NaN)."""
-
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"
 """Advice for messages: how to repair a run that is not as a study writes it."""
 OVER = ("FINISHED", "FAILED")
@@ -121,7 +118,10 @@ def _validation_fraction(run: RunRecord) -> float:
 def seeds_frame(runs: list[RunRecord]) -> pd.DataFrame:
     rows = [
         {"trial": param_of(run, "trial"), "seed": param_of(run, "seed"), "run_id": run.run_id}
-        | {field.key: metric_of(run, "final", field.key, required=field.key in CLAIMED) for field in schema.FINALS}
+        | {
+            field.key: metric_of(run, "final", field.key, required=field.key in schema.CLAIMED)
+            for field in schema.FINALS
+        }
         | {tag: tag_of(run, tag) for tag in schema.RAN_ON}
         for run in runs
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.errors import AnalysisError
-from analysis.runs.study_runs import Claims, StudyRuns
+from analysis.runs.study_runs import FRAMES, Claims, StudyRuns
 
 EVALUATION = ("corpus_sha256", "validation_fraction", "vocab_size", "context")
 """Params on which a loss depends, however good the model is. The budget hash covers all other differences."""
@@ -38,7 +38,8 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
         offsets.append(n)
         n += 1 + max(_last(frame) for frame in (study.trials, study.failures, study.unfinished, study.skipped))
     parts = [_renumbered(study, name, offset) for study, name, offset in zip(studies, names, offsets, strict=True)]
-    trials = _concat([part["trials"] for part in parts])
+    trials = pd.concat([part["trials"] for part in parts], ignore_index=True)
+    frames: dict[str, Any] = {key: pd.concat([part[key] for part in parts], ignore_index=True) for key in FRAMES[1:]}
     of_first = studies[0].trials["n_params_dense"].dropna()
     if len(of_first):
         trials["n_params_dense"] = trials["n_params_dense"].where(trials["n_params_dense"].isna(), of_first.iloc[0])
@@ -48,11 +49,7 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
         name=" + ".join(names),
         uuid=", ".join(study.uuid for study in studies),
         trials=trials,
-        seeds=_concat([part["seeds"] for part in parts]),
-        failures=_concat([part["failures"] for part in parts]),
-        unfinished=_concat([part["unfinished"] for part in parts]),
-        rel_errors=_concat([part["rel_errors"] for part in parts]),
-        skipped=_concat([part["skipped"] for part in parts]),
+        **frames,
         n_duplicates=sum(study.n_duplicates for study in studies),
         latest=max(ends) if ends else None,
         n_missing=sum(study.n_missing for study in studies),
@@ -118,15 +115,11 @@ def _last(frame: pd.DataFrame) -> int:
 
 def _renumbered(study: StudyRuns, name: str, offset: int) -> dict[str, pd.DataFrame]:
     frames = {}
-    for key in ("trials", "seeds", "failures", "unfinished", "rel_errors", "skipped"):
+    for key in FRAMES:
         frame = getattr(study, key).copy()
-        if key in ("trials", "failures", "unfinished", "skipped"):
+        if key not in ("seeds", "rel_errors"):
             frame["study"] = pd.Series(name, frame.index, dtype="str")
             frame["study_trial"] = frame["trial"]
         frame["trial"] += offset
         frames[key] = frame
     return frames
-
-
-def _concat(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat(frames, ignore_index=True)

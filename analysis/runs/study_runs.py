@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 from analysis.runs.cache import Cache
+from analysis.runs.checks import (
+    check_against_trials,
+    check_digests,
+    check_keys,
+    check_n_seeds,
+    study_of,
+    with_params,
+)
 from analysis.runs.run_records import (
     MEND,
     OVER,
     RunRecord,
     failures_frame,
-    metric_of,
     param_of,
     rel_errors_frame,
     seeds_frame,
     skipped_frame,
-    tag_of,
     trials_frame,
     unfinished_frame,
 )
 from analysis.runs.urls import hide_password
 
-_T = TypeVar("_T")
+FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "skipped")
+"""The frames of `StudyRuns`."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,11 @@ class StudyAddress:
     tracking_uri: str
     experiment: str
     uuid: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The address without its password."""
+        return f"experiment {self.experiment!r} at {hide_password(self.tracking_uri)}"
 
 
 class Contrast(NamedTuple):
@@ -116,10 +129,6 @@ class StudyRuns:
         return sum(part.n_lacking for part in self.parts) or max(self.n_missing, len(self.unfinished))
 
     @property
-    def n_skipped(self) -> int:
-        return len(self.skipped)
-
-    @property
     def budgets(self) -> list[str]:
         """The budget hashes of the trials, sorted; with only one, all trials are comparable without a warning."""
         return sorted(self.trials["budget_hash"].unique())
@@ -164,12 +173,12 @@ def study_runs(
         AnalysisError: there are no runs, they are of several studies or of another schema version, a param is missing
             or of the wrong type, a key occurs twice, or a seed does not match its trial.
     """
-    name, uuid = _identity([*trial_runs, *seed_runs], address)
+    name, uuid = study_of([*trial_runs, *seed_runs], address.shown, address.uuid)
     is_settled = any(schema.REVISION in run.tags for run in summary_runs)
-    _check_digests([*trial_runs, *seed_runs, *summary_runs], is_settled)
-    trial_runs, seed_runs = _fill_in(trial_runs, seed_runs)
-    _check_keys(trial_runs, uuid)
-    _check_keys(seed_runs, uuid)
+    check_digests([*trial_runs, *seed_runs, *summary_runs], is_settled)
+    trial_runs, seed_runs = with_params(trial_runs, seed_runs)
+    check_keys(trial_runs, uuid)
+    check_keys(seed_runs, uuid)
     duplicates = {param_of(run, "trial") for run in trial_runs if schema.DUPLICATE_OF in run.tags}
     trial_runs = [run for run in trial_runs if param_of(run, "trial") not in duplicates]
     skipped_runs = [run for run in trial_runs if schema.SKIPPED in run.tags]
@@ -180,9 +189,9 @@ def study_runs(
     failed = [run for run in seed_runs if run.status == "FAILED"]
     unfinished = [run for run in seed_runs if run.status not in OVER]
     trials = trials_frame(trial_runs, {"n_seeds": complete, "n_failed": failed, "n_unfinished": unfinished})
-    _check_against_trials(seed_runs, trials)
+    check_against_trials(seed_runs, trials)
     if is_settled:
-        _check_n_seeds(trial_runs, trials)
+        check_n_seeds(trial_runs, trials)
     ends = [run.end_time for run in (*trial_runs, *seed_runs) if run.end_time]
     return StudyRuns(
         address=address,
@@ -196,164 +205,41 @@ def study_runs(
         skipped=skipped_frame(skipped_runs),
         n_duplicates=len(duplicates),
         latest=pd.Timestamp(max(ends), unit="ms", tz="UTC") if ends else None,
-        n_missing=n_missing_of(summary_runs, uuid),
-        claims=claims_of(summary_runs, name, uuid),
-        growths=growths_of(summary_runs, name, uuid),
-        environment=environment_of(summary_runs, uuid),
+        **said_by_summary(summary_runs, name, uuid),
     )
 
 
-def claims_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> Claims:
-    """The study's claims, from its summary run; empty if there is no such run.
+def said_by_summary(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> dict[str, Any]:
+    """The fields of `StudyRuns` that the study's summary run has: n_missing, claims, growths, environment; empty
+    without such a run.
 
     Raises:
-        AnalysisError: its tag is not what a study writes.
+        AnalysisError: a tag is not what a study writes.
     """
-    declared = dict(_json_tag(summary_runs, uuid, schema.CLAIMS, {}))
-    try:
-        margins = {key: float(value) for key, value in declared.get("margins", {}).items()}
-        contrasts = tuple(Contrast(study, pair["arm"], pair["against"]) for pair in declared.get("contrasts", ()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AnalysisError(f"study {study}: tag `{schema.CLAIMS}` is not what a study writes; {MEND}") from error
-    return Claims(margins, contrasts)
+    tags = next((run.tags for run in summary_runs if run.tags.get(schema.STUDY_UUID) == uuid), {})
+    missing = tags.get(schema.MISSING, "")
+    found: dict[str, Any] = {"n_missing": int(missing) if missing.isdecimal() else 0}
+    for name, tag, default, of in (
+        ("claims", schema.CLAIMS, "{}", partial(_claims, study)),
+        ("growths", schema.GROWTHS, "[]", partial(_growths, study)),
+        ("environment", schema.ENVIRONMENT, "{}", dict),
+    ):
+        try:
+            found[name] = of(json.loads(schema.read_long_tag(tags, tag) or default))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            why = f"study {study}: tag `{tag}` is not JSON as a study writes it ({error}); {MEND}"
+            raise AnalysisError(why) from None
+    return found
 
 
-def n_missing_of(summary_runs: Sequence[RunRecord], uuid: str) -> int:
-    """Number of runs that the study lacked, from its summary run; 0 if that does not say."""
-    tags = (run.tags.get(schema.MISSING, "") for run in summary_runs if run.tags.get(schema.STUDY_UUID) == uuid)
-    return next((int(text) for text in tags if text.isdecimal()), 0)
+def _claims(study: str, declared: dict[str, Any]) -> Claims:
+    margins = {key: float(value) for key, value in declared.get("margins", {}).items()}
+    return Claims(
+        margins, tuple(Contrast(study, pair["arm"], pair["against"]) for pair in declared.get("contrasts", ()))
+    )
 
 
-def environment_of(summary_runs: Sequence[RunRecord], uuid: str) -> dict[str, Any]:
-    """The environment at the study's start (see `run_schema.ENVIRONMENT`); empty if it has no summary run.
-
-    Raises:
-        AnalysisError: its tag is not what a study writes.
-    """
-    return dict(_json_tag(summary_runs, uuid, schema.ENVIRONMENT, {}))
-
-
-def growths_of(summary_runs: Sequence[RunRecord], study: str, uuid: str) -> tuple[Growth, ...]:
-    """The growths of the study, from its summary run; empty if that does not say.
-
-    Raises:
-        AnalysisError: its tag is not what a study writes.
-    """
-    grown = _json_tag(summary_runs, uuid, schema.GROWTHS, [])
-    try:
-        return tuple(
-            Growth(study, str(each["by"]), *map(int, each["seeds"][:2]), n_over=int(each["over"])) for each in grown
-        )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise AnalysisError(f"study {study}: tag `{schema.GROWTHS}` is not what a study writes; {MEND}") from error
-
-
-def _json_tag(summary_runs: Sequence[RunRecord], uuid: str, tag: str, default: _T) -> _T:
-    """The value of a tag of the study's summary run, which must have the default's type; the default if there is no
-    such tag."""
-    for run in summary_runs:
-        if run.tags.get(schema.STUDY_UUID) == uuid and tag in run.tags:
-            try:
-                held = json.loads(schema.read_long_tag(run.tags, tag) or "")
-                if not isinstance(held, type(default)):
-                    raise ValueError("another kind of value")
-            except ValueError as error:
-                why = f"run {run.run_id}: tag `{tag}` is not JSON as a study writes it ({error}); {MEND}"
-                raise AnalysisError(why) from None
-            return held
-    return default
-
-
-def _identity(runs: list[RunRecord], address: StudyAddress) -> tuple[str, str]:
-    """Name and UUID of the one study to which the runs belong."""
-    studies = sorted({(tag_of(run, schema.STUDY_NAME), tag_of(run, schema.STUDY_UUID)) for run in runs})
-    where = f"experiment {address.experiment!r} at {hide_password(address.tracking_uri)}"
-    if not studies:
-        raise AnalysisError(f"{where} holds no runs of {f'study {address.uuid}' if address.uuid else 'a study'}")
-    if len(studies) > 1:
-        listed = ", ".join(f"{name} ({uuid})" for name, uuid in studies)
-        raise AnalysisError(f"{where} holds several studies: {listed}; report on one through its study directory")
-    versions = {tag_of(run, schema.SCHEMA) for run in runs}
-    if versions != {str(schema.SCHEMA_VERSION)}:
-        raise AnalysisError(f"{where} has runs of schema versions {sorted(versions)}, not {schema.SCHEMA_VERSION} only")
-    return studies[0]
-
-
-def _fill_in(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) -> tuple[list[RunRecord], list[RunRecord]]:
-    """Give a run that is just being written, and has no params yet, the params of another run of its trial.
-
-    A trial's run is created before its seeds' runs, and gets its params after them. A run without another run that
-    describes its trial is left out: the next report will have it.
-    """
-    described = {_trial_and_seed(run)[0]: run for run in (*seed_runs, *trial_runs) if run.params}
-
-    def filled(run: RunRecord) -> RunRecord | None:
-        if run.params or run.status != "RUNNING":
-            return run
-        trial, seed = _trial_and_seed(run)
-        if trial not in described:
-            return None
-        params = {key: value for key, value in described[trial].params.items() if key != "seed"}
-        counts = {field.key for field in schema.COUNTS}
-        metrics = {key: value for key, value in described[trial].metrics.items() if key in counts}
-        return replace(run, params=params | ({} if seed is None else {"seed": seed}), metrics=metrics)
-
-    return [run for run in map(filled, trial_runs) if run], [run for run in map(filled, seed_runs) if run]
-
-
-def _check_digests(runs: list[RunRecord], is_settled: bool) -> None:
-    """Check that the study wrote every run that is over, and that none has changed, as far as the digests show.
-
-    Args:
-        is_settled: whether the study's writer has left the runs whole. Then all of them have a digest.
-    """
-    for run in (run for run in runs if run.status != "RUNNING"):
-        said = run.tags.get(schema.DIGEST)
-        if said is None and is_settled:
-            raise AnalysisError(f"{run} was not written by the study it is in; {MEND}")
-        if said is not None and said != schema.digest(run.params, run.metrics, run.tags):
-            raise AnalysisError(f"{run} is no longer as the study wrote it: somebody else has changed it; {MEND}")
-
-
-def _trial_and_seed(run: RunRecord) -> tuple[str, str | None]:
-    """Trial and seed from the run's key."""
-    trial, *seed = tag_of(run, schema.KEY).split("/")[1:]
-    return trial, seed[0] if seed else None
-
-
-def _check_keys(runs: list[RunRecord], uuid: str) -> None:
-    """Check that every run is the only one of its trial and seed, and has the matching key."""
-    seen: dict[str, RunRecord] = {}
-    for run in runs:
-        key = tag_of(run, schema.KEY)
-        if key in seen:
-            raise AnalysisError(f"{run} has the same key as run {seen[key].run_id}: {key}; {MEND}")
-        seen[key] = run
-        expected = schema.run_key(uuid, param_of(run, "trial"), param_of(run, "seed"))
-        if key != expected:
-            raise AnalysisError(f"{run} must have the key {expected}, but has {key}; {MEND}")
-
-
-def _check_n_seeds(trial_runs: list[RunRecord], trials: pd.DataFrame) -> None:
-    """Every trial has as many seed runs as it records: without a deleted one, its mean would change."""
-    counted = trials.set_index("trial")
-    for key, state in ((schema.N_SEEDS, "complete"), (schema.N_FAILED, "failed")):
-        for run in trial_runs:
-            recorded, n = run.metrics.get(key), counted.at[param_of(run, "trial"), key]
-            if recorded is not None and recorded != n:
-                raise AnalysisError(f"{run} has {recorded:g} {state} seeds, but there are {n} runs of them; {MEND}")
-
-
-def _check_against_trials(seed_runs: list[RunRecord], trials: pd.DataFrame) -> None:
-    """Check that every seed belongs to a trial and has its params, and its counts if both have them."""
-    known = trials.astype("object").where(trials.notna(), None).set_index("trial").to_dict("index")
-    for run in seed_runs:
-        trial = known.get(param_of(run, "trial"))
-        if trial is None:
-            raise AnalysisError(f"{run} belongs to no trial run; {MEND}")
-        own = {field.key: param_of(run, field.key) for field in schema.PARAMS if field.key not in ("trial", "seed")}
-        counts = {field.key: metric_of(run, "count", field.key, required=False) for field in schema.COUNTS}
-        own |= {key: count for key, count in counts.items() if count is not None}
-        for key, value in own.items():
-            if value != trial[key]:
-                raise AnalysisError(f"{run}: `{key}` is {value}, but its trial has {trial[key]}; {MEND}")
+def _growths(study: str, grown: list[dict[str, Any]]) -> tuple[Growth, ...]:
+    return tuple(
+        Growth(study, str(each["by"]), *map(int, each["seeds"][:2]), n_over=int(each["over"])) for each in grown
+    )

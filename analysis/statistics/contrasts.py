@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from analysis.run_schema import Direction
-from analysis.statistics.intervals import LEVEL, check_level
+from analysis.statistics.intervals import t_quantile
 from analysis.statistics.seed_blocks import (
     MIN_SEEDS,
     complete_seeds,
@@ -20,7 +20,7 @@ from analysis.statistics.seed_blocks import (
 )
 
 ONE_SIDED = 0.025
-"""Level of a claim of non-inferiority."""
+"""Level of a claim of non-inferiority; intervals are of 95 %."""
 
 
 class TTest(NamedTuple):
@@ -41,100 +41,15 @@ class Contrasts(NamedTuple):
     n: int
 
 
-def contrasts(values: ArrayLike, reference: ArrayLike | int, level: float = LEVEL) -> Contrasts:
+def contrasts(values: ArrayLike, reference: ArrayLike) -> Contrasts:
     """Δ_c = mean over seeds of y_cs − y_0s, with the block interval and each pair's own.
 
     The shared part of the runs of a seed cancels in y_cs − y_0s. In the block model (see `seed_blocks`) the variance of
-    Δ_c is 2σ²/n. σ² is estimated by the residual mean square of the table, which includes the reference as one row. The
-    table has C + 1 rows if the reference is given beside `values`, df = C(n − 1); it has C rows if the reference is one
-    of them, df = (C − 1)(n − 1). So Δ_c ± t_df √(2 s²_res / n). (The residual without the reference's row would be
-    valid too, with n − 1 fewer degrees of freedom. With its row twice, the copies' zero differences would look like
-    precision.)
+    Δ_c is 2σ²/n. σ² is estimated by the residual mean square of the table of all rows and the reference's,
+    df = C(n − 1). So Δ_c ± t_df √(2 s²_res / n).
 
     The pair's interval is Student's, of the differences alone: Δ_c ± t_{n−1} s_c/√n. It assumes no common variance.
-    With one pair, both intervals are the same. `headline` says which of the two claims rest on.
-
-    Args:
-        values: (..., C, n), configurations × the same seeds.
-        reference: (..., n), the reference's values on these seeds; or its row in `values`, whose own entries in the
-            result are then NaN.
-        level: coverage, in (0, 1).
-    Returns:
-        As described in its class. For n < 3 everything except the difference is NaN. Seeds that agree exactly give the
-        limit of vanishing noise: half width 0, and p = 0, or 1 if the difference is 0.
-    Raises:
-        ValueError: `level` is not inside (0, 1), the seeds differ in number, a value is missing, or there is no such
-            row.
-    Source: Scheffé 1959, The Analysis of Variance, sections 3.5 and 4.2 (block); Student 1908 (pair).
-    """
-    check_level(level)
-    table = complete_table(values)
-    rows, n = table.shape[-2:]
-    if np.ndim(reference) == 0:
-        row = int(np.asarray(reference))
-        if not 0 <= row < rows:
-            raise ValueError(f"`0 <= reference < {rows}` must hold for a row of `values`, but got reference={row}")
-        own, together, compared = table[..., row, :], table, np.arange(rows) != row
-    else:
-        own = complete_seeds(reference, "reference")
-        if own.shape[-1] != n:
-            raise ValueError(f"`values` and `reference` must have the same seeds, but got {n} and {own.shape[-1]}")
-        own = np.broadcast_to(own, (*table.shape[:-2], n))
-        together, compared = np.concatenate((own[..., None, :], table), axis=-2), np.ones(rows, dtype=np.bool_)
-    differences = np.where(compared[:, None], table - own[..., None, :], np.nan)
-    mean = differences.mean(axis=-1)
-    if n < MIN_SEEDS:
-        nothing = np.full(mean.shape, np.nan)
-        return Contrasts(mean, TTest(nothing, nothing, nothing, 0), TTest(nothing, nothing, nothing, 0), n)
-    model = two_way(together)
-    block = np.where(compared, np.sqrt(2 * model.residual_variance[..., None] / n), np.nan)
-    pair = differences.std(axis=-1, ddof=1) / np.sqrt(n)
-    return Contrasts(mean, _t_test(mean, block, model.df, level), _t_test(mean, pair, n - 1, level), n)
-
-
-def block_tests(values: ArrayLike, rows: ArrayLike, references: ArrayLike, level: float = LEVEL) -> TTest:
-    """The block model's tests of `contrasts` for many pairs of rows of one table at once.
-
-    Args:
-        values: (C, n), configurations × seeds, NaN if one lacks a seed; all values enter the estimate of the noise.
-        rows, references: (P,), the two rows of each pair; they are compared on the seeds that both have.
-        level: coverage, in (0, 1).
-    Returns:
-        (P,) arrays. For a pair (c, r) of a complete table they are equal to `contrasts(values, r).block` at c. NaN for
-        a pair that shares fewer than 3 seeds.
-    Raises:
-        ValueError: `level` is not inside (0, 1), there are fewer than 3 seeds, or a value is infinite.
-    """
-    check_level(level)
-    if not is_complete(values):
-        return _uneven_block_tests(
-            np.asarray(values, dtype=np.float64), np.asarray(rows), np.asarray(references), level
-        )
-    table = complete_table(values)
-    n = table.shape[-1]
-    if n < MIN_SEEDS:
-        raise ValueError(f"`values` must have at least {MIN_SEEDS} seeds, but got {n}")
-    model = two_way(table)
-    difference = (table[np.asarray(rows)] - table[np.asarray(references)]).mean(axis=-1)
-    standard_error = np.full(difference.shape, np.sqrt(2 * model.residual_variance / n))
-    return _t_test(difference, standard_error, model.df, level)
-
-
-def _uneven_block_tests(
-    table: NDArray[np.float64], rows: NDArray[np.intp], references: NDArray[np.intp], level: float
-) -> TTest:
-    model = uneven_two_way(table)
-    differences = table[rows] - table[references]
-    counts = (~np.isnan(differences)).sum(axis=1)
-    is_enough = (counts >= MIN_SEEDS) & (model.df > 0)
-    n = np.maximum(counts, 1)
-    difference = np.where(is_enough, np.nansum(differences, axis=1) / n, np.nan)
-    standard_error = np.where(is_enough, np.sqrt(2 * model.residual_variance / n), np.nan)
-    return _t_test(difference, standard_error, max(model.df, 1), level)
-
-
-def headline(result: Contrasts) -> TTest:
-    """The tests on which claims rest: always each pair's own; the block's are shown beside them, labelled.
+    With one pair, both intervals are the same. Claims rest on the pair's; the block's is shown beside it, labelled.
 
     Measured at a nominal .95, with 20 configurations and a correlation of .5 between runs of a seed (`test_coverage`):
 
@@ -148,8 +63,65 @@ def headline(result: Contrasts) -> TTest:
     - Skewed noise (exponential) that is alike in all rows cancels in pairs: .97. With a noiseless reference the skew
       stays, and the pair too covers only .88 at n = 3 to .90 at n = 10. Nearly all misses are on the side of the long
       tail.
+
+    Args:
+        values: (..., C, n), configurations × the same seeds.
+        reference: (..., n), the reference's values on these seeds.
+    Returns:
+        As described in its class. For n < 3 everything except the difference is NaN. Seeds that agree exactly give the
+        limit of vanishing noise: half width 0, and p = 0, or 1 if the difference is 0.
+    Raises:
+        ValueError: the seeds differ in number, or a value is missing.
+    Source: Scheffé 1959, The Analysis of Variance, sections 3.5 and 4.2 (block); Student 1908 (pair).
     """
-    return result.pair
+    table, own = complete_table(values), complete_seeds(reference, "reference")
+    n = table.shape[-1]
+    if own.shape[-1] != n:
+        raise ValueError(f"`values` and `reference` must have the same seeds, but got {n} and {own.shape[-1]}")
+    own = np.broadcast_to(own, (*table.shape[:-2], n))[..., None, :]
+    differences = table - own
+    mean = differences.mean(axis=-1)
+    if n < MIN_SEEDS:
+        nothing = np.full(mean.shape, np.nan)
+        return Contrasts(mean, TTest(nothing, nothing, nothing, 0), TTest(nothing, nothing, nothing, 0), n)
+    model = two_way(np.concatenate((own, table), axis=-2))
+    block = np.broadcast_to(np.sqrt(2 * model.residual_variance[..., None] / n), mean.shape)
+    pair = differences.std(axis=-1, ddof=1) / np.sqrt(n)
+    return Contrasts(mean, _t_test(mean, block, model.df), _t_test(mean, pair, n - 1), n)
+
+
+def block_tests(values: ArrayLike, rows: ArrayLike, references: ArrayLike) -> TTest:
+    """The block model's tests of `contrasts` for many pairs of rows of one table at once.
+
+    Args:
+        values: (C, n), configurations × seeds, NaN if one lacks a seed; all values enter the estimate of the noise.
+        rows, references: (P,), the two rows of each pair; they are compared on the seeds that both have.
+    Returns:
+        (P,) arrays. NaN for a pair that shares fewer than 3 seeds.
+    Raises:
+        ValueError: there are fewer than 3 seeds, or a value is infinite.
+    """
+    if not is_complete(values):
+        return _uneven_block_tests(np.asarray(values, dtype=np.float64), np.asarray(rows), np.asarray(references))
+    table = complete_table(values)
+    n = table.shape[-1]
+    if n < MIN_SEEDS:
+        raise ValueError(f"`values` must have at least {MIN_SEEDS} seeds, but got {n}")
+    model = two_way(table)
+    difference = (table[np.asarray(rows)] - table[np.asarray(references)]).mean(axis=-1)
+    standard_error = np.full(difference.shape, np.sqrt(2 * model.residual_variance / n))
+    return _t_test(difference, standard_error, model.df)
+
+
+def _uneven_block_tests(table: NDArray[np.float64], rows: NDArray[np.intp], references: NDArray[np.intp]) -> TTest:
+    model = uneven_two_way(table)
+    differences = table[rows] - table[references]
+    counts = (~np.isnan(differences)).sum(axis=1)
+    is_enough = (counts >= MIN_SEEDS) & (model.df > 0)
+    n = np.maximum(counts, 1)
+    difference = np.where(is_enough, np.nansum(differences, axis=1) / n, np.nan)
+    standard_error = np.where(is_enough, np.sqrt(2 * model.residual_variance / n), np.nan)
+    return _t_test(difference, standard_error, max(model.df, 1))
 
 
 class NonInferiority(NamedTuple):
@@ -157,7 +129,7 @@ class NonInferiority(NamedTuple):
 
     bound: the worst difference that is not excluded, in the unit of the values: a lower limit if the metric is
     maximised, an upper one if it is minimised. p: p value of the test. holds: whether the bound is within the margin,
-    which is equivalent to p < level.
+    which is equivalent to p < ONE_SIDED.
     """
 
     bound: NDArray[np.float64]
@@ -165,9 +137,7 @@ class NonInferiority(NamedTuple):
     holds: NDArray[np.bool_]
 
 
-def non_inferiority(
-    difference: ArrayLike, test: TTest, margin: float, direction: Direction, level: float = ONE_SIDED
-) -> NonInferiority:
+def non_inferiority(difference: ArrayLike, test: TTest, margin: float, direction: Direction) -> NonInferiority:
     """Test whether configurations are worse than the reference by less than a margin that was fixed beforehand.
 
     Args:
@@ -175,57 +145,41 @@ def non_inferiority(
         test: tests of these differences, `block` or `pair` of `contrasts`.
         margin: how much worse does not yet count as a loss, > 0, in the unit of the values.
         direction: what is better in this metric.
-        level: level of the one-sided test, in (0, 1).
     Returns:
         As described in its class. A NaN in the input gives NaN, and the claim does not hold.
-    Raises:
-        ValueError: the margin is not above 0, the direction is unknown, or `level` is not inside (0, 1).
     Source: Schuirmann 1987, A comparison of the two one-sided tests procedure, of which this is one side.
     """
-    check_level(level)
-    if not (margin > 0 and np.isfinite(margin)):
-        raise ValueError(f"`margin > 0` must hold, but got margin={margin}")
-    if direction not in ("minimize", "maximize"):
-        raise ValueError(f"`direction` must be 'minimize' or 'maximize', but got {direction!r}")
     sign = 1.0 if direction == "maximize" else -1.0
     gain = sign * np.asarray(difference, dtype=np.float64)
-    bound = gain - stats.t.ppf(1 - level, max(test.df, 1)) * test.standard_error
+    bound = gain - stats.t.ppf(1 - ONE_SIDED, max(test.df, 1)) * test.standard_error
     p = stats.t.sf(_t(gain + margin, test.standard_error), max(test.df, 1))
-    return NonInferiority(sign * bound, p, p < level)
+    return NonInferiority(sign * bound, p, p < ONE_SIDED)
 
 
-def fixed_sequence(p: ArrayLike, chi: ArrayLike, level: float = ONE_SIDED) -> NDArray[np.bool_]:
+def fixed_sequence(p: ArrayLike, chi: ArrayLike) -> NDArray[np.bool_]:
     """The claims that hold if they are tested from the largest χ downwards, up to the first that fails.
 
-    Each test has the full level, and yet the chance of any false claim is at most `level`, for any dependence. The
+    Each test has the level ONE_SIDED, and yet the chance of any false claim is at most that, for any dependence. The
     order was fixed before the data, and an error needs a rejection of the first true hypothesis that is reached.
 
     Args:
         p: (C,), one-sided p values; a NaN counts as a failure.
         chi: (C,), bond dimensions, all different.
-        level: in (0, 1).
     Returns:
         (C,) mask in the order of the input.
-    Raises:
-        ValueError: shapes differ, two χ are equal or one is NaN, or `level` is not inside (0, 1).
     Source: Maurer, Hothorn and Lehmacher 1995, Multiple comparisons in drug clinical trials and preclinical assays:
         a-priori ordered hypotheses.
     """
-    check_level(level)
     p, chi = np.asarray(p, dtype=np.float64), np.asarray(chi, dtype=np.float64)
-    if p.ndim != 1 or p.shape != chi.shape:
-        raise ValueError(f"`p.shape == chi.shape == (C,)` must hold, but got {p.shape} and {chi.shape}")
-    if np.unique(chi).size != chi.size or np.isnan(chi).any():
-        raise ValueError(f"`chi` must be different numbers, which set the order of the tests, but got {chi.tolist()}")
     order = np.argsort(-chi)
     holds = np.empty(p.size, dtype=np.bool_)
-    holds[order] = np.logical_and.accumulate(p[order] < level)
+    holds[order] = np.logical_and.accumulate(p[order] < ONE_SIDED)
     return holds
 
 
-def _t_test(difference: NDArray, standard_error: NDArray, df: int, level: float) -> TTest:
+def _t_test(difference: NDArray, standard_error: NDArray, df: int) -> TTest:
     p = 2 * stats.t.sf(np.abs(_t(difference, standard_error)), df)
-    return TTest(standard_error, stats.t.ppf((1 + level) / 2, df) * standard_error, p, df)
+    return TTest(standard_error, t_quantile(df) * standard_error, p, df)
 
 
 def _t(difference: NDArray, standard_error: NDArray) -> NDArray[np.float64]:

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis.statistics.seed_blocks import UnevenTwoWay, is_complete, marginal_variance, two_way, uneven_two_way
 
-_CHUNK_VALUES = 1 << 17
-"""Default number of values in a chunk: 1 MB, which stays in a processor's cache."""
+CHUNK_VALUES = 1 << 17
+"""Number of values drawn at once: 1 MB, which stays in a processor's cache. It changes no draw."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -77,32 +77,23 @@ class SeedMeans:
         uneven = self.uneven and self.uneven._replace(means=self.means[rows], weights=self.uneven.weights[rows])
         return replace(self, means=self.means[rows], marginal_se=self.marginal_se[rows], uneven=uneven)
 
-    def contrast_draws(
-        self, n_draws: int, rng: np.random.Generator, chunk: int | None = None
-    ) -> Iterator[NDArray[np.float64]]:
+    def contrast_draws(self, n_draws: int, rng: np.random.Generator) -> Iterator[NDArray[np.float64]]:
         """Draws for quantities that depend only on differences between configurations: without the seeds' shift.
 
         The draws are around the configurations' own means, with the pooled standard error: normal with many degrees of
         freedom, t with few (each draw also draws its standard deviation).
 
-        Args:
-            n_draws: number of draws, >= 1.
-            chunk: number of draws in one array; it bounds the memory and changes no draw.
         Yields:
-            (at most `chunk`, C) arrays, `n_draws` rows in all.
-        Raises:
-            ValueError: a count below 1.
+            (chunk, C) arrays, `n_draws` rows in all.
         Source: Box and Tiao 1973, Bayesian inference in statistical analysis, section 2.7: means under a flat prior.
         """
-        return self._draws(n_draws, rng, chunk)
+        return self._draws(n_draws, rng)
 
-    def noise_draws(
-        self, n_draws: int, rng: np.random.Generator, chunk: int | None = None
-    ) -> Iterator[NDArray[np.float64]]:
+    def noise_draws(self, n_draws: int, rng: np.random.Generator) -> Iterator[NDArray[np.float64]]:
         """As `contrast_draws`, but always normal: for the average effect of noise as large as the estimated one."""
-        return self._draws(n_draws, rng, chunk, known_scale=True)
+        return self._draws(n_draws, rng, known_scale=True)
 
-    def draws(self, n_draws: int, rng: np.random.Generator, chunk: int | None = None) -> Iterator[NDArray[np.float64]]:
+    def draws(self, n_draws: int, rng: np.random.Generator) -> Iterator[NDArray[np.float64]]:
         """Draws for quantities that also depend on the level of the means: as `contrast_draws`, and shifted together.
 
         The mean of the C means is drawn as t with n − 1 degrees of freedom. The deviations from it sum to zero, so that
@@ -110,21 +101,12 @@ class SeedMeans:
 
         For unequal seeds, all three kinds of draws shift each seed by itself, in all configurations that have it.
         """
-        return self._draws(n_draws, rng, chunk, with_shift=True)
+        return self._draws(n_draws, rng, with_shift=True)
 
     def _draws(
-        self,
-        n_draws: int,
-        rng: np.random.Generator,
-        chunk: int | None,
-        *,
-        known_scale: bool = False,
-        with_shift: bool = False,
+        self, n_draws: int, rng: np.random.Generator, *, known_scale: bool = False, with_shift: bool = False
     ) -> Iterator[NDArray[np.float64]]:
-        if chunk is None:
-            chunk = max(1, _CHUNK_VALUES // self.means.size)
-        if n_draws < 1 or chunk < 1:
-            raise ValueError(f"`n_draws >= 1` and `chunk >= 1` must hold, but got {n_draws=}, {chunk=}")
+        chunk = max(1, CHUNK_VALUES // self.means.size)
         # First, one number per draw is drawn for all draws: the rest is then the same stream for any chunk size.
         scales = np.full(n_draws, self.residual_se)
         if self.residual_df and not known_scale:

@@ -24,13 +24,11 @@ def frontier_mask(
     Returns:
         (n,) mask, in the order of the input.
     Raises:
-        ValueError: shapes differ, a value is not finite, or a direction is unknown.
+        ValueError: shapes differ, or a value is not finite.
     Cost: O(n log n), by one sort and a running best.
     Source: Kung, Luccio and Preparata 1975, On finding the maxima of a set of vectors, section 2.
     """
     x, y = _checked(x, y)
-    if not set(directions) <= {"minimize", "maximize"}:
-        raise ValueError(f"`directions` must be 'minimize' or 'maximize', but got {directions}")
     sizes = SortedSizes.of(-x if directions[0] == "maximize" else x)
     return sizes.standing(y, directions[1]).on_frontier
 
@@ -58,7 +56,7 @@ def on_frontier(
     Returns:
         (C,) mask.
     Raises:
-        ValueError: shapes differ, a mean that is considered is not finite, or the direction is unknown.
+        ValueError: shapes differ, or a mean that is considered is not finite.
     """
     enough = np.asarray(is_sound, dtype=np.bool_) & (np.asarray(n_seeds) >= fewest)
     on = np.zeros(enough.shape, dtype=np.bool_)

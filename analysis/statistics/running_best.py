@@ -68,7 +68,7 @@ class SortedSizes:
         Returns:
             (..., G), never getting worse along the last axis.
         Raises:
-            ValueError: the last axis is not C, or the direction is unknown.
+            ValueError: the last axis is not C.
         """
         # At the last configuration of a size, the running best includes all of that size.
         return best_of(direction).accumulate(self.ascending(values), axis=-1).take(self.ends, axis=-1)
@@ -94,7 +94,7 @@ class SortedSizes:
         Args:
             values: (..., C), in the order in which the sizes were given.
         Raises:
-            ValueError: the last axis is not C, or the direction is unknown.
+            ValueError: the last axis is not C.
         Source: Kung, Luccio and Preparata 1975, On finding the maxima of a set of vectors, section 2.
         """
         values = self.ascending(values)
@@ -131,11 +131,5 @@ class SortedSizes:
 
 
 def best_of(direction: Direction) -> np.ufunc:
-    """The ufunc that keeps the better of two values.
-
-    Raises:
-        ValueError: the direction is unknown.
-    """
-    if direction not in ("minimize", "maximize"):
-        raise ValueError(f"`direction` must be 'minimize' or 'maximize', but got {direction!r}")
+    """The ufunc that keeps the better of two values."""
     return np.minimum if direction == "minimize" else np.maximum

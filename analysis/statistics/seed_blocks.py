@@ -128,8 +128,14 @@ def is_complete(values: ArrayLike) -> bool:
 def marginal_variance(model: TwoWay) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Variance of one value, including the shared part of its seed, and Satterthwaite's degrees of freedom; both (...).
 
-    s²_marg = V + s²_res (C − 1)/C, with V the variance of the seed means. For the derivation see
-    `intervals.marginal_interval`."""
+    In the model a mean over n seeds has the variance (σ_b² + σ²) / n. Two independent mean squares estimate the sum. V,
+    the sample variance of the n seed means, has the expectation σ_b² + σ²/C and n − 1 degrees of freedom. s²_res has
+    the expectation σ² and (C − 1)(n − 1) degrees of freedom. So s²_marg = V + s²_res (C − 1)/C has the expectation
+    σ_b² + σ². Its degrees of freedom match the first two moments of a scaled χ², and are between n − 1 (all variance
+    shared; also C = 1) and C(n − 1) (none shared).
+
+    Source: Satterthwaite 1946, An approximate distribution of estimates of variance components.
+    """
     rows, n = model.means.shape[-1], model.n
     shared = model.seed_means.var(axis=-1, ddof=1)
     residual = model.residual_variance * (rows - 1) / rows if rows > 1 else np.zeros_like(shared)

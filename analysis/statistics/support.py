@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis.run_schema import Direction
 from analysis.statistics.draws import SeedMeans
-from analysis.statistics.running_best import SortedSizes, best_of
+from analysis.statistics.running_best import SortedSizes
 
 
 class FrontierSupport(NamedTuple):
@@ -40,7 +40,6 @@ def frontier_support(
     epsilon: float,
     direction: Direction = "minimize",
     n_draws: int = 10_000,
-    chunk: int | None = None,
 ) -> FrontierSupport:
     """Share of draws of the means in which each configuration is on the frontier, or within ε of it.
 
@@ -59,22 +58,20 @@ def frontier_support(
     Args:
         sizes: (C,), minimised.
         values: (n, C), one row per seed, at least 2 for each configuration; NaN if it lacks the seed.
-        rng: source of all draws; the result does not depend on `chunk`.
         epsilon: ε >= 0, in the unit of the values.
         direction: what is better in the values.
-        chunk: number of draws held at once, which bounds the memory.
     Raises:
-        ValueError: shapes differ, a value is infinite, fewer than 2 seeds, or a negative ε or count.
+        ValueError: shapes differ, a value is infinite, or a configuration has fewer than 2 seeds.
     Error: each share has a standard error of sqrt(share (1 − share) / n_draws).
     Source: Efron and Tibshirani 1998, The problem of regions, section 1: the bootstrap's confidence in a region, and
         its bias.
     """
-    sorted_sizes, seed_means = _prepared(sizes, values, epsilon, "epsilon")
+    sorted_sizes, seed_means = SortedSizes.of(sizes), SeedMeans.of(values)
     # The configurations are sorted here once, and not again in each draw.
     ascending = SortedSizes.of(np.asarray(sizes)[sorted_sizes.order])
     seed_means = seed_means.take(sorted_sizes.ascending(np.arange(seed_means.means.size)))
     counts = np.zeros((2, seed_means.means.size), dtype=np.intp)
-    for drawn in seed_means.contrast_draws(n_draws, rng, chunk):
+    for drawn in seed_means.contrast_draws(n_draws, rng):
         standing = ascending.standing(drawn, direction)
         # In 32 bits a sum over draws takes half as long as `np.count_nonzero`.
         counts[0] += standing.on_frontier.sum(axis=0, dtype=np.int32)
@@ -92,7 +89,6 @@ def size_needed(
     delta: float,
     direction: Direction = "minimize",
     n_draws: int = 10_000,
-    chunk: int | None = None,
 ) -> SizeNeeded:
     """Smallest size that loses at most δ against a reference configuration, and how often each size is the smallest.
 
@@ -107,18 +103,12 @@ def size_needed(
         sizes: (C,), minimised, such as trainable parameters.
         values: (n, C), one row per seed, at least 2 for each configuration; NaN if it lacks the seed.
         reference: index of the reference, such as the dense model, among the configurations.
-        rng: source of all draws; the result does not depend on `chunk`.
         delta: δ >= 0, in the unit of the values.
         direction: what is better in the values.
-        chunk: number of draws held at once, which bounds the memory.
     Raises:
-        ValueError: shapes differ, a value is infinite, fewer than 2 seeds, or a negative δ or count.
-        IndexError: no such reference.
+        ValueError: as `frontier_support`.
     """
-    best_of(direction)  # raises an error if the direction is unknown
-    sorted_sizes, seed_means = _prepared(sizes, values, delta, "delta")
-    if not 0 <= reference < seed_means.means.size:
-        raise IndexError(f"`0 <= reference < {seed_means.means.size}` must hold, but got {reference}")
+    sorted_sizes, seed_means = SortedSizes.of(sizes), SeedMeans.of(values)
 
     def smallest(means: NDArray[np.float64]) -> NDArray[np.intp]:
         difference = means - means[..., reference, None]
@@ -128,13 +118,7 @@ def size_needed(
 
     n_sizes = sorted_sizes.distinct.size
     counts = np.zeros(n_sizes, dtype=np.intp)
-    for drawn in seed_means.contrast_draws(n_draws, rng, chunk):
+    for drawn in seed_means.contrast_draws(n_draws, rng):
         counts += np.bincount(smallest(drawn), minlength=n_sizes)
     observed = float(sorted_sizes.distinct[int(smallest(seed_means.means))])
     return SizeNeeded(observed, sorted_sizes.distinct, counts / n_draws)
-
-
-def _prepared(sizes: ArrayLike, values: ArrayLike, margin: float, name: str) -> tuple[SortedSizes, SeedMeans]:
-    if not 0 <= margin < np.inf:
-        raise ValueError(f"`0 <= {name}` must hold, but got {margin}")
-    return SortedSizes.of(sizes), SeedMeans.of(values)

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from analysis import run_schema as schema
 from study.errors import StudyError
 from study.ledger.checksums import insert
 from study.ledger.database import (
@@ -52,7 +53,7 @@ from study.ledger.tally import Tally
 from study.ledger.trials import TRIAL, check_trials, from_attribute, read_frozen, to_attribute
 from study.search.early_stopping import stops_after
 from study.search.samplers import make_sampler
-from study.search.telling import what_to_tell, why_skipped, worst_loss
+from study.search.telling import what_to_tell, why_skipped, worst_value
 from study.spec.config import StudyConfig
 from study.spec.definition import definition, differences, only_adds, settled
 from study.spec.search_space import directions, listed_specs, start_spec, suggest
@@ -131,7 +132,7 @@ class Ledger:
             (result.trial, result.seed): result for result in read_results(self._engine, self.uuid)
         }
         self._environments = [environment for _, environment in read_drivers(self._engine, self.uuid)]
-        self._losses = self._extreme_losses()
+        self._extremes = self._extremes_on_record()
         self._stops = read_stops(self._engine, self.uuid)
         self._reopened: dict[tuple[int, int], SeedResult] = {}
         self.trials: dict[int, Trial] = {}
@@ -424,7 +425,7 @@ class Ledger:
             trial = self.trials[result.trial]
             self._tally.note(trial, result.seed)
             self.flops_recorded += trial.shape.flops
-            self._losses = _extremes(self._losses, [result])
+            self._extremes = _updated(self._extremes, [result])
         for stop in stops:
             self._stops[stop.trial] = stop
             for trial in self.sharing(stop.trial):
@@ -450,7 +451,7 @@ class Ledger:
                 continue  # it would not be trained again
             self._reopened[result.trial, result.seed] = self.results.pop((result.trial, result.seed))
             self._tally.look_at(self.trials[result.trial])
-        self._losses = self._extreme_losses()
+        self._extremes = self._extremes_on_record()
 
     def record_driver(self, environment: Mapping[str, Any]) -> None:
         """Record a start of the driver, with its environment."""
@@ -481,7 +482,7 @@ class Ledger:
         keys = [(source.number, seed) for seed in self._first_seeds]
         results = [self.results[key] for key in keys if key in self.results]
         is_lacking = len(results) < len(keys) or any(result.state == "failed" for result in results)
-        worst = worst_loss(source.shape, self._losses[1]) if is_lacking else 0.0
+        worst = self._worst_values(source.shape) if is_lacking else {}
         told = what_to_tell(self.config, trial, source, results, worst)
         if told.constraints:
             self._tell_constraints(number, told.constraints)
@@ -556,10 +557,24 @@ class Ledger:
     @property
     def best_loss(self) -> float | None:
         """The lowest final validation loss on record, in nats; None if no run is complete."""
-        return self._losses[0] if math.isfinite(self._losses[0]) else None
+        lowest, _ = self._extremes[_LOSS]
+        return lowest if math.isfinite(lowest) else None
 
-    def _extreme_losses(self) -> tuple[float, float]:
-        return _extremes((math.inf, -math.inf), self.results.values())
+    def _extremes_on_record(self) -> dict[str, tuple[float, float]]:
+        """The lowest and the highest value of the loss and of each objective that seeds have, by key."""
+        keys = [_LOSS, *map(schema.key_of, self._seed_objectives().values())]
+        return _updated(dict.fromkeys(keys, (math.inf, -math.inf)), self.results.values())
+
+    def _seed_objectives(self) -> dict[str, schema.Metric]:
+        found = {objective: schema.OBJECTIVES[objective] for objective in self.config.objectives}
+        return {objective: metric for objective, metric in found.items() if "count" not in metric.recorded}
+
+    def _worst_values(self, shape: TrialShape) -> dict[str, float]:
+        worst = {
+            objective: worst_value(metric, shape, self._extremes[schema.key_of(metric)])
+            for objective, metric in self._seed_objectives().items()
+        }
+        return {objective: value for objective, value in worst.items() if value is not None}
 
     def n_over_at(self, time: str) -> int:
         """Number of results on record that had ended at a time, given in the format of `trial.now`."""
@@ -579,7 +594,16 @@ class Ledger:
         close_optuna(self._optuna_database)
 
 
-def _extremes(before: tuple[float, float], results: Iterable[SeedResult]) -> tuple[float, float]:
-    """The lowest and the highest final validation loss of complete results, updated from the previous values."""
-    losses = [result.final["final/val_loss"] for result in results if result.state == "complete"]
-    return min(before[0], *losses, math.inf), max(before[1], *losses, -math.inf)
+def _updated(
+    extremes: Mapping[str, tuple[float, float]], results: Iterable[SeedResult]
+) -> dict[str, tuple[float, float]]:
+    """The lowest and the highest values, with those of further complete results."""
+    finals = [result.final for result in results if result.state == "complete"]
+    updated = {}
+    for key, (lowest, highest) in extremes.items():
+        values = [final[key] for final in finals if key in final]
+        updated[key] = min(lowest, *values, math.inf), max(highest, *values, -math.inf)
+    return updated
+
+
+_LOSS = "final/val_loss"

@@ -14,12 +14,12 @@ from typing import Any
 import sqlalchemy as sa
 from pydantic import TypeAdapter, ValidationError
 
+from analysis import run_schema
 from study.errors import StudyError
 from study.ledger.checksums import SUM, Damaged, read_rows
 from study.ledger.database import close_optuna, open_database, open_optuna
 from study.ledger.trials import first_defect
 from study.spec.config import StudyConfig
-from study.spec.search_space import METRIC_OF_OBJECTIVE
 from study.spec.trial import SeedResult, Stop, Trial
 
 SCHEMA_VERSION = 2
@@ -139,7 +139,7 @@ def _check_time(time: str) -> None:
         raise ValueError(f"a time without its zone: {time}")
 
 
-_NEEDED = {*METRIC_OF_OBJECTIVE.values(), "train_seconds"} - {"n_params"}
+_NEEDED = {*run_schema.CLAIMED, "train_seconds"}
 
 
 def check_results(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
+from analysis import run_schema
 from study.spec.config import EarlyStopping, StudyConfig
-from study.spec.search_space import METRIC_OF_OBJECTIVE
 from study.spec.trial import SeedResult, Stop, Trial, TrialSpec, now
 
 
@@ -63,13 +63,14 @@ def _stop(
     of_rival = [results[rival.number, seed] for seed in seeds if (rival.number, seed) in results]
     if any(result.state == "failed" for result in of_rival):
         return None  # a rival with a failed seed is on no frontier
-    key = METRIC_OF_OBJECTIVE[rule.metric]
+    metric = run_schema.OBJECTIVES[rule.metric]
+    key = run_schema.key_of(metric)
     shared = [
         (result.seed, results[trial.number, result.seed].final[key], result.final[key])
         for result in of_rival
         if (own := results.get((trial.number, result.seed))) is not None and own.state == "complete"
     ]
-    sign = 1 if rule.metric == "val_loss" else -1
+    sign = 1 if metric.direction == "minimize" else -1
     if len(shared) < rule.min_seeds or any(sign * (own - rivals) < rule.margin for _, own, rivals in shared):
         return None
     numbers, own, rivals = zip(*shared, strict=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from analysis import run_schema as schema
 from study.spec.config import Search, StudyConfig
-from study.spec.search_space import METRIC_OF_OBJECTIVE
 from study.spec.trial import SeedResult, Trial, TrialShape
 
 DIVERGED = "diverged"
@@ -29,29 +29,40 @@ class Told:
 
 
 def what_to_tell(
-    config: StudyConfig, trial: Trial, source: Trial, results: Sequence[SeedResult], worst_loss: float
+    config: StudyConfig, trial: Trial, source: Trial, results: Sequence[SeedResult], worst: Mapping[str, float]
 ) -> Told:
     """The values that a sampler gets for a trial.
 
     Args:
         source: the trial itself, or the one that it repeats.
         results: results of the source; some seeds are missing if it was stopped, all if it was not trained.
-        worst_loss: replaces the loss of a seed that has none.
+        worst: replaces the values of a seed that has none, by objective; nothing can be learnt without one.
     """
     failed = [result for result in results if result.state == "failed"]
     if not config.arm(trial.spec.arm).is_searched:  # a listed trial has no parameters to learn about
-        return Told(None if failed else _values(config, source, results, worst_loss), {})
+        return Told(None if failed else _values(config, source, results, worst), {})
     n_diverged = sum(result.failure_step is not None for result in failed)
     constraints = _excess(config.search, trial.shape)
     constraints[DIVERGED] = n_diverged / len(results) if n_diverged else -1.0
     if n_diverged < len(failed):  # a failed worker or machine says nothing about it
         return Told(None, constraints)
-    return Told(_values(config, source, results, worst_loss), constraints)
+    return Told(_values(config, source, results, worst), constraints)
 
 
-def worst_loss(shape: TrialShape, worst_on_record: float) -> float:
-    """The larger of the loss of a uniform guess and the worst loss on record."""
-    return max(math.log(shape.vocab_size), worst_on_record, 0.0)
+def worst_value(metric: schema.Metric, shape: TrialShape, on_record: tuple[float, float]) -> float | None:
+    """A value of a seed's metric that is no better than any on record; None if no bad value is known.
+
+    A loss is at least that of a uniform guess, and what is maximised at most 0.
+
+    Args:
+        on_record: the lowest and the highest value; infinite if there is none.
+    """
+    lowest, highest = on_record
+    if metric.direction == "maximize":
+        return min(lowest, 0.0)
+    if metric.unit == "nats":
+        return max(math.log(shape.vocab_size), highest, 0.0)
+    return highest if math.isfinite(highest) else None
 
 
 def why_skipped(search: Search, shape: TrialShape) -> str | None:
@@ -75,17 +86,19 @@ def _excess(search: Search, shape: TrialShape) -> dict[str, float]:
     return excess
 
 
-def _values(config: StudyConfig, source: Trial, results: Sequence[SeedResult], worst_loss: float) -> list[float]:
-    worst = {"val_loss": worst_loss, "val_acc": 0.0}
-    return [
-        source.shape.n_params
-        if objective == "n_params"
-        else statistics.fmean(
-            [
-                result.final[METRIC_OF_OBJECTIVE[objective]] if result.state == "complete" else worst[objective]
-                for result in results
-            ]
-            or [worst[objective]]
-        )
-        for objective in config.objectives
-    ]
+def _values(
+    config: StudyConfig, source: Trial, results: Sequence[SeedResult], worst: Mapping[str, float]
+) -> list[float] | None:
+    values = []
+    for objective in config.objectives:
+        metric = schema.OBJECTIVES[objective]
+        key, otherwise = schema.key_of(metric), worst.get(objective)
+        if "count" in metric.recorded:
+            values.append(getattr(source.shape, key))
+            continue
+        own = [result.final.get(key, otherwise) for result in results] or [otherwise]
+        known = [value for value in own if value is not None]
+        if len(known) < len(own):
+            return None
+        values.append(statistics.fmean(known))
+    return values

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import shorten
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
+from analysis.run_schema import MARGINS, OBJECTIVES
 from study.errors import did_you_mean
 from study.spec.arms import BY_SIZE_FIELDS, Arm, DenseArm, MPOArm
 from study.spec.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Steps, Strict, WideInt, Width
@@ -111,7 +113,15 @@ class Protocol(Strict):
         return self
 
 
-Objective = Literal["val_loss", "val_acc", "n_params"]
+def _objective(value: str) -> str:
+    if value not in OBJECTIVES:
+        meant = did_you_mean(value, OBJECTIVES)
+        raise ValueError(f"must be one of {', '.join(OBJECTIVES)}, but got {json.dumps(value)[:60]}{meant}")
+    return value
+
+
+Objective = Annotated[str, AfterValidator(_objective), WithJsonSchema({"type": "string", "enum": [*OBJECTIVES]})]
+"""The name of a metric of `analysis.run_schema` that has a direction."""
 
 
 class EarlyStopping(Strict):
@@ -121,8 +131,8 @@ class EarlyStopping(Strict):
         description="In the unit of `metric` (nats, or a fraction). A trial stops when a rival is better by this "
         "margin on every seed that both have. The rival has at most as many parameters and the same training."
     )
-    metric: Literal["val_loss", "val_acc"] = Field(
-        default="val_loss", description="Metric at the last step. It must be one of the objectives."
+    metric: Objective = Field(
+        default="val_loss", description="Metric at the last step, of each seed. It must be one of the objectives."
     )
     min_seeds: Annotated[int, Field(ge=2)] = Field(
         default=2, description="Smallest number of seeds that both must have."
@@ -165,8 +175,8 @@ class Search(Strict):
 class Margins(Strict):
     """The largest difference that still counts as equal, at the last step."""
 
-    val_loss: PositiveFloat = Field(default=0.02, description="In nats.")
-    val_acc: PositiveFloat = Field(default=0.005, description="As a fraction: 0.005 is half a point.")
+    val_loss: PositiveFloat = Field(default=MARGINS["val_loss"], description="In nats.")
+    val_acc: PositiveFloat = Field(default=MARGINS["val_acc"], description="As a fraction: 0.005 is half a point.")
 
 
 class Contrast(Strict):
@@ -362,6 +372,8 @@ class StudyConfig(Strict):
             yield "`search.early_stopping` has no meaning: no MPO arm has a searched value, and no other is stopped"
         if stopping.metric not in self.objectives:
             yield f"`search.early_stopping.metric` must be one of the objectives, but got {stopping.metric}"
+        if "count" in OBJECTIVES[stopping.metric].recorded:
+            yield f"`search.early_stopping.metric` must be a metric of each seed, but got {stopping.metric}"
         if stopping.min_seeds >= len(self.seed_list):
             yield (
                 "`search.early_stopping.min_seeds` must be below the number of seeds, or there is none to spare, "

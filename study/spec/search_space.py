@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.distributions import (
@@ -28,17 +28,10 @@ ARM = "arm"
 MAX_LISTED, MAX_RUNS = 100_000, 10_000_000
 """Limits of a study: listed trials; runs (trial × seed), including those of searched trials."""
 
-METRIC_OF_OBJECTIVE = {"val_loss": "final/val_loss", "val_acc": "final/val_acc", "n_params": "n_params"}
 
-
-def directions(config: StudyConfig) -> list[Literal["minimize", "maximize"]]:
+def directions(config: StudyConfig) -> list[run_schema.Direction]:
     """Optuna's direction for each of the study's objectives."""
-    fields = {field.key: field for field in (*run_schema.FINALS, *run_schema.COUNTS)}
-    return [
-        direction
-        for objective in config.objectives
-        if (direction := fields[METRIC_OF_OBJECTIVE[objective]].direction) is not None
-    ]
+    return [run_schema.direction_of(objective) for objective in config.objectives]
 
 
 # Listed trials --------------------------------------------------------------------------------------------------------

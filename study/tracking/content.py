@@ -101,7 +101,9 @@ def trial_content(record: StudyRecord, trial: Trial, results: Sequence[SeedResul
     complete = [result for result in results if result.state == "complete"]
     metrics: dict[str, float] = {schema.N_SEEDS: len(complete), schema.N_FAILED: len(results) - len(complete)}
     for each in schema.FINALS if complete else ():
-        values = [result.final[each.key] for result in complete]
+        values = [result.final[each.key] for result in complete if each.key in result.final]
+        if len(values) < len(complete):
+            continue  # trained before this metric was recorded
         metrics[schema.mean_key(each.key)] = statistics.fmean(values)
         if len(values) > 1:
             metrics[schema.std_key(each.key)] = statistics.stdev(values)

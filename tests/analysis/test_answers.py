@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +8,10 @@ import pytest
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
 
 from analysis.figures.data import curve_trials, frontier_points
-from analysis.results.answers import seed_noise
+from analysis.report.answers import answers
 from analysis.results.findings import Findings
 from analysis.results.retained import retained_points
+from analysis.results.seed_noise import seed_noise
 from analysis.results.summary import VAL_LOSS, summarise
 from analysis.results.uncertainty import frontier_uncertainty
 from analysis.runs.study_runs import Claims, Contrast, Growth
@@ -30,76 +30,111 @@ def low_rank(chi, loss):
     return Configuration("low-rank", N_PARAMS_MPO[chi], loss, "low_rank", seeds=range(5), extra={"as_chi": chi})
 
 
-def answered(found, contrasts=(), **settings):
-    """The first screen's questions, and what is said to each, as one text."""
-    runs, _ = simulated_runs(found, **settings)
-    findings = Findings.of(
-        replace(runs, claims=Claims(dict(MARGINS), tuple(Contrast("tiny", *pair) for pair in contrasts)))
-    )
-    return {answer.question: " ".join(answer.sentences) for answer in findings.answers}
+def answered(found, contrasts=(), n_missing=0, growths=()):
+    """The tables of the first screen, by the names of their questions."""
+    runs, _ = simulated_runs(found, noise=0.002)
+    claims = Claims(dict(MARGINS), tuple(Contrast("tiny", *pair) for pair in contrasts))
+    findings = Findings.of(replace(runs, claims=claims, n_missing=n_missing, growths=growths))
+    return {answer.name: answer.rows for answer in answers(findings)}
+
+
+def verdicts(rows, measure="loss (nats)"):
+    """Compared, against and verdict of each row."""
+    return rows.loc[rows["measure"] == measure, ["compared", "against", "verdict"]].to_numpy().tolist()
+
+
+def facts(rows):
+    return dict(rows.itertuples(index=False, name=None))
 
 
 def test_first_screen_says_what_was_run_and_what_is_on_the_frontier():
-    said = answered([DENSE, mpo(8, 1.8), low_rank(8, 1.9)], noise=0.002)
-    assert said["What was run?"].startswith(
-        "3 configurations (1 dense; 1 MPO from scratch; 1 low rank from scratch) of 79,168 to 808,448 parameters, n = 5"
-    )
-    assert (
-        "By validation loss: χ=8 (MPO from scratch, support 100 %) and dense (dense, support 100 %)."
-        in (said["What is on the frontier?"])
-    )
+    said = answered([DENSE, mpo(8, 1.8), low_rank(8, 1.9)])
+    assert said["run"].to_dict("records")[1] == {
+        "family": "MPO from scratch",
+        "configurations": "1",
+        "parameters": "79,168",
+        "seeds each": "5",
+        "training tokens of a run": "16,384,000",
+    }
+    on = said["frontier"][["configuration", "family", "support, loss"]].to_numpy().tolist()
+    assert on == [["χ=8", "MPO from scratch", "100 %"], ["dense", "dense", "100 %"]]
 
 
-def test_first_screen_counts_what_beats_its_controls():
+def test_first_screen_has_a_row_for_each_control():
     found = [DENSE, mpo(4, 2.0), low_rank(4, 2.1), mpo(8, 1.8), low_rank(8, 1.7), mpo(16, 1.7), low_rank(16, 1.7)]
-    said = answered(found, noise=0.002)["Does MPO beat its controls of equal parameters?"]
-    tally = "better at 1, worse at 1 and undecided at 1 of 3 sizes"
-    assert f"MPO from scratch against low rank from scratch, validation loss: {tally} (χ=4 −0.1" in said
-    assert re.search(r"χ=8 \+0\.(1|09)", said)
-    assert f"validation token accuracy: {tally} (χ=4 +2" in said
+    rows = answered(found)["controls"]
+    expected = [
+        [f"χ={chi} (MPO from scratch)", f"as χ={chi} (low rank from scratch)", verdict]
+        for chi, verdict in ((4, "better"), (8, "worse"), (16, "undecided"))
+    ]
+    assert verdicts(rows) == expected
+    assert verdicts(rows, "accuracy (points)") == expected
+    assert rows["p adjusted"].str.endswith("(BH)").all()
+    assert set(rows["seeds"]) == {"5"}
+
+
+def test_first_screen_counts_the_verdicts_of_many_like_comparisons():
+    found = [DENSE, low_rank(8, 1.9), *(mpo(8, 1.8, extra={"learning_rate": rate * 1e-3}) for rate in range(1, 10))]
+    rows = answered(found)["controls"]
+    many = ["9 × MPO from scratch", "low rank from scratch", "better at 9"]
+    assert verdicts(rows) == [many]
+    declared = answered(found, [("mpo", "low-rank")])["controls"]
+    assert len(verdicts(declared)) == 9
+    assert declared["p adjusted"].str.endswith("(Holm)").all()
 
 
 def test_first_screen_names_the_rivals_where_one_mpo_has_several():
     better = replace(low_rank(8, 1.7), arm="low-rank-svd", extra={"as_chi": 8, "init": "svd_fresh"})
-    said = answered([DENSE, mpo(8, 1.8), replace(low_rank(8, 1.9), extra={"as_chi": 8, "init": "variance"}), better])
-    said = said["Does MPO beat its controls of equal parameters?"]
-    assert "better at 1 and worse at 1 of 2 comparisons (χ=8 against as χ=8, variance −0." in said
-    assert "; χ=8 against as χ=8, svd_fresh +0." in said
+    rows = answered([DENSE, mpo(8, 1.8), replace(low_rank(8, 1.9), extra={"as_chi": 8, "init": "variance"}), better])
+    assert [row[1:] for row in verdicts(rows["controls"])] == [
+        ["as χ=8, variance (low rank from scratch)", "better"],
+        ["as χ=8, svd_fresh (low rank from scratch)", "worse"],
+    ]
 
 
 def test_first_screen_tells_dense_from_scratch_and_trained_on_apart():
-    of_dense = {"start": "dense", "budget_hash": "0ddba11e"}
-    further = Configuration("further", N_PARAMS_DENSE, 1.55, "dense", seeds=range(5), **of_dense)
-    found = [DENSE, further, *(mpo(chi, loss, **of_dense) for chi, loss in ((8, 1.7), (16, 1.59), (32, 1.55)))]
-    said = answered(found, [("mpo", "dense")], noise=0.002)["Does it keep up with dense?"]
-    assert "MPO fine-tuned against dense, validation loss: better at 2 and worse at 1 of 3 sizes" in said
-    assert "MPO fine-tuned against dense fine-tuned, validation loss: worse at 2 and undecided at 1 of 3 sizes" in said
-    assert "margin of 0.02 nats, each family tested by itself, is χ=32 " in said  # χ=16 keeps up with one dense alone
+    of_start = {"start": "dense", "budget_hash": "0ddba11e"}
+    further = Configuration("further", N_PARAMS_DENSE, 1.55, "dense", seeds=range(5), **of_start)
+    found = [DENSE, further, *(mpo(chi, loss, **of_start) for chi, loss in ((8, 1.7), (16, 1.59), (32, 1.55)))]
+    said = answered(found, [("mpo", "dense")])
+    by_rival = {rival: [] for rival in ("dense (dense)", "further (dense fine-tuned)")}
+    for _, rival, verdict in verdicts(said["dense"]):
+        by_rival[rival].append(verdict)
+    assert list(by_rival.values()) == [["worse", "better", "better"], ["worse", "worse", "not inferior"]]
+    # χ=16 keeps up with one dense alone.
+    assert said["smallest"]["configuration"].iloc[0] == "χ=32 (MPO fine-tuned)"
 
 
 def test_first_screen_says_from_which_chi_on_dense_is_matched():
-    said = answered([DENSE, mpo(8, 1.8), mpo(16, 1.605), mpo(32, 1.6)], [("mpo", "dense")], noise=0.002)
-    dense = said["Does it keep up with dense?"]
-    assert "not inferior by the margin of 0.02 nats, tested from the largest downwards: χ=16 and χ=32" in dense
-    smallest = (
-        "lose less loss than the margin of 0.02 nats, each family tested by itself, is χ=16 (MPO from scratch): "
-        f"{N_PARAMS_MPO[16]:,} parameters"
-    )
-    assert f"{smallest}, 22 % of dense." in dense
-    declared = "3 comparisons were declared before the study ran, a family for each measure (Holm, 0.05)."
-    assert declared in said["How sure is that?"]
-    assert "exploration" not in said["How sure is that?"]
+    said = answered([DENSE, mpo(8, 1.8), mpo(16, 1.605), mpo(32, 1.6)], [("mpo", "dense")])
+    loss = said["dense"][said["dense"]["measure"] == "loss (nats)"]
+    assert loss["not inferior"].tolist() == ["no", "yes", "yes"]
+    assert set(loss["margin"]) == {"0.02"}
+    assert said["smallest"].to_dict("records")[0] == {
+        "measure": "loss (nats)",
+        "margin": "0.02",
+        "configuration": "χ=16 (MPO from scratch)",
+        "parameters": f"{N_PARAMS_MPO[16]:,}",
+        "% of dense": "22",
+    }
+    certainty = facts(said["certainty"])
+    assert certainty["declared"].startswith("3 comparisons, before the study ran")
+    assert "exploration" not in certainty
+
+
+def test_first_screen_shows_what_else_is_declared():
+    said = answered([DENSE, mpo(8, 1.8), low_rank(16, 1.7)], [("low-rank", "dense"), ("mpo", "dense")])
+    assert verdicts(said["declared"]) == [["as χ=16 (low rank from scratch)", "dense (dense)", "worse"]]
+    assert "declared" not in answered([DENSE, mpo(8, 1.8)], [("mpo", "dense")])
 
 
 def test_of_several_dense_models_each_meets_what_was_trained_like_it_and_none_is_the_measure():
     """The first one listed may be the worst: here its learning rate is too low."""
     losses = {3e-4: 2.0, 3e-3: 1.5}
     slow, fast = (replace(DENSE, val_loss=loss, extra={"learning_rate": rate}) for rate, loss in losses.items())
-    found = [slow, fast, mpo(16, 1.7, extra={"learning_rate": 3e-3})]
-    said = answered(found, noise=0.002)["Does it keep up with dense?"]
-    assert "MPO from scratch, validation loss: worse at 1 of 1 size" in said
-    assert "against the one of each arm that was trained most like it; so no smallest configuration is named" in said
-    assert "share of the dense" not in said
+    said = answered([slow, fast, mpo(16, 1.7, extra={"learning_rate": 3e-3})])
+    assert verdicts(said["dense"]) == [["χ=16 (MPO from scratch)", "dense, lr 3e-3 (dense)", "worse"]]
+    assert list(said["smallest"]) == list(said["share"]) == ["answer"]
 
 
 def test_of_several_dense_models_none_stands_for_dense_in_figures_and_tables():
@@ -127,85 +162,68 @@ def test_of_several_dense_models_none_stands_for_dense_in_figures_and_tables():
 def test_what_is_not_inferior_is_so_to_every_arm_of_dense_models():
     weaker = replace(DENSE, val_loss=1.9, extra={"init": "paper"})
     stronger = replace(DENSE, arm="dense-variance", extra={"init": "variance"})
-    said = answered([weaker, stronger, mpo(8, 1.8), mpo(16, 1.6)], noise=0.002)["Does it keep up with dense?"]
-    assert "better at 2, worse at 1 and undecided at 1 of 4 comparisons (χ=8 against dense, paper −0.1" in said
-    assert "not inferior by the margin of 0.02 nats, tested from the largest downwards: χ=16. " in said
+    rows = answered([weaker, stronger, mpo(8, 1.8), mpo(16, 1.6)])["dense"]
+    loss = rows[rows["measure"] == "loss (nats)"]
+    assert loss[["compared", "against", "verdict", "not inferior"]].to_numpy().tolist() == [
+        ["χ=8 (MPO from scratch)", "dense, paper (dense)", "better", "yes"],
+        ["χ=8 (MPO from scratch)", "dense, variance (dense)", "worse", "no"],
+        ["χ=16 (MPO from scratch)", "dense, paper (dense)", "better", "yes"],
+        ["χ=16 (MPO from scratch)", "dense, variance (dense)", "not inferior", "yes"],
+    ]
 
 
 def test_first_screen_gives_the_share_of_dense_accuracy_with_its_interval():
     found = [DENSE, mpo(8, 1.8), replace(mpo(16, 1.6), seeds=range(2))]
-    runs, _ = simulated_runs(found, noise=0.01)
+    runs, _ = simulated_runs(found, noise=0.002)
     accuracy = runs.seeds.pivot(index="trial", columns="seed", values="final/val_acc").to_numpy()
     expected = ratio_interval(accuracy[1], accuracy[0])
-    said = " ".join(Findings.of(runs).answers[3].sentences)
-    numbers = re.search(
-        r"MPO from scratch, share of the dense model's accuracy: χ=8 ([\d.]+) % \(([\d.]+) to ([\d.]+)\) \(F", said
-    )
-    assert numbers is not None  # and nothing of χ=16, which has two seeds
-    shown = [float(number) for number in numbers.groups()]
-    assert shown == pytest.approx(
-        [100 * float(value) for value in (expected.ratio, expected.low, expected.high)], abs=0.06
-    )
+    [row] = answered(found)["share"].to_dict("records")  # and nothing of χ=16, which has two seeds
+    assert row["configuration"] == "χ=8 (MPO from scratch)"
+    shown = [float(row["share (%)"]), *map(float, row["95 % interval"].split(" to "))]
+    assert shown == pytest.approx([100 * float(value) for value in expected[:3]], abs=0.06)
 
 
 def test_first_screen_names_the_tokens_where_budgets_differ():
     tuned = mpo(16, 1.6, start="dense", budget_hash="0ddba11e")
-    said = answered([DENSE, tuned], [("mpo", "dense")])["Does it keep up with dense?"]
-    assert "their budget is another, 32,768,000 tokens in all against 16,384,000." in said
-    assert "budget" not in answered([DENSE, mpo(16, 1.6)])["Does it keep up with dense?"]
+    said = answered([DENSE, tuned], [("mpo", "dense")])["dense"]
+    assert set(said["tokens"]) == {"32,768,000 against 16,384,000"}
+    assert "tokens" not in answered([DENSE, mpo(16, 1.6)])["dense"]
 
 
 @pytest.mark.parametrize(
-    ("found", "question", "sentence"),
+    ("found", "name", "text"),
     [
-        ([DENSE, mpo(8, 1.8)], "Does MPO beat its controls of equal parameters?", "this study cannot say"),
-        ([DENSE, low_rank(8, 1.8)], "Does MPO beat its controls of equal parameters?", "There is no MPO"),
-        ([mpo(8, 1.8), low_rank(8, 1.8)], "Does it keep up with dense?", "There is no dense model"),
-        (
-            [DENSE, mpo(8, 1.8, budget_hash="0ddba11e")],
-            "Does it keep up with dense?",
-            "No MPO has the budget of the dense model",
-        ),
-        ([DENSE], "Does it keep up with dense?", "There is no MPO in this study."),
-        (
-            [replace(DENSE, seeds=(), failed=(1,)), mpo(8, 1.8)],
-            "Does it keep up with dense?",
-            "No seed of a dense model",
-        ),
-        (
-            [DENSE, mpo(8, 1.8, stopped="trial 0 is better")],
-            "Does it keep up with dense?",
-            "No MPO has a complete seed",
-        ),
-        ([DENSE, mpo(8, 1.8, failed=(9,))], "Does it keep up with dense?", "not tested (failed seeds) at 1 of 1"),
-        ([replace(DENSE, seeds=(7, 8)), mpo(8, 1.8)], "Does it keep up with dense?", "not tested (too few seeds)"),
-        ([DENSE], "How sure is that?", "Nothing was compared"),
-        (
-            [replace(DENSE, failed=(9,)), mpo(8, 1.8, failed=(9,))],
-            "What is on the frontier?",
-            "none, since no configuration has 3 complete seeds without a failed one",
-        ),
-        ([replace(DENSE, seeds=(0,))], "What is on the frontier?", "none, since no configuration has 3 complete seeds"),
+        ([DENSE, mpo(8, 1.8)], "controls", "cannot be told"),
+        ([DENSE, low_rank(8, 1.8)], "controls", "there is no MPO"),
+        ([mpo(8, 1.8), low_rank(8, 1.8)], "dense", "there is no dense model"),
+        ([DENSE, mpo(8, 1.8, budget_hash="0ddba11e")], "dense", "no MPO has the budget of the dense model"),
+        ([DENSE], "dense", "there is no MPO"),
+        ([replace(DENSE, seeds=(), failed=(1,)), mpo(8, 1.8)], "dense", "no seed of a dense model"),
+        ([DENSE, mpo(8, 1.8, stopped="trial 0 is better")], "dense", "no MPO has a complete seed"),
+        ([DENSE, mpo(8, 1.8, failed=(9,))], "dense", "failed seeds"),
+        ([replace(DENSE, seeds=(7, 8)), mpo(8, 1.8)], "dense", "too few seeds"),
+        ([DENSE], "certainty", "nothing was compared"),
+        ([replace(DENSE, failed=(9,)), mpo(8, 1.8, failed=(9,))], "frontier", "none, since"),
+        ([replace(DENSE, seeds=(0,))], "frontier", "none, since"),
     ],
 )
-def test_first_screen_says_what_it_cannot_say(found, question, sentence):
-    assert sentence in answered(found)[question]
+def test_first_screen_says_what_it_cannot_say(found, name, text):
+    assert text in answered(found)[name].to_string()
 
 
-def test_first_screen_says_of_an_unfinished_study_that_its_frontier_is_of_what_there_is():
-    runs, _ = simulated_runs([DENSE, mpo(8, 1.8)])
-    for n_missing, begin in ((0, "By validation loss: "), (3, "So far, by validation loss: ")):
-        said = {answer.name: answer.sentences for answer in Findings.of(replace(runs, n_missing=n_missing)).answers}
-        assert said["frontier"][0].startswith(begin)
-        assert ("3 runs to come" in said["certainty"][0]) == bool(n_missing)
+def test_first_screen_says_of_an_unfinished_study_how_many_runs_are_to_come():
+    found = [DENSE, mpo(8, 1.8)]
+    assert facts(answered(found, n_missing=3)["certainty"])["runs to come"].startswith("3;")
+    assert "runs to come" not in facts(answered(found)["certainty"])
 
 
 def test_first_screen_says_how_much_was_seen_before_a_study_grew():
-    runs, _ = simulated_runs([DENSE, mpo(8, 1.8)])
     growths = (Growth("tiny", "--extend", 3, 5, 24), Growth("tiny", "refine --seeds +2", 5, 5, 1))
-    said = " ".join(Findings.of(replace(runs, growths=growths)).answers[-1].sentences)
-    assert "The study grew when 24 runs of it were over (--extend, from 3 to 5 seeds a trial)." in said
-    assert "The study grew when 1 run of it was over (refine --seeds +2)." in said
+    rows = answered([DENSE, mpo(8, 1.8)], growths=growths)["certainty"]
+    assert rows.loc[rows["what"] == "grown", "is"].tolist() == [
+        "when 24 runs were over (--extend, from 3 to 5 seeds a trial)",
+        "when 1 run was over (refine --seeds +2)",
+    ]
 
 
 def test_seed_noise_finds_the_standard_deviation_and_what_seeds_share():
@@ -227,12 +245,10 @@ def test_seed_noise_finds_the_standard_deviation_and_what_seeds_share():
 
 def test_gap_that_the_seeds_resolve_is_said():
     found = [DENSE, mpo(8, 1.8), mpo(16, 1.7)]
-    runs, _ = simulated_runs(found)
+    runs, _ = simulated_runs(found, noise=0.002)
     noise = seed_noise(runs, summarise(runs), VAL_LOSS)
     assert noise is not None
     gap = resolved_gap(5, noise.sd, noise.correlation)
     assert math.isfinite(gap)
-    assert (
-        f"With 5 seeds a single paired test finds a true gap of {gap:.2g} nats in 80 % of studies"
-        in answered(found)["How sure is that?"]
-    )
+    said = facts(answered(found)["certainty"])["gap that one paired test finds in 80 % of studies"]
+    assert said.startswith(f"{gap:.2g} nats with 5 seeds; 0.02 nats need ")

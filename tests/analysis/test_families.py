@@ -20,7 +20,7 @@ def points_of(found) -> pd.DataFrame:
 
 @pytest.mark.parametrize("name", ["controls", "long", "many controls", "usual", "one seed", "close", "equal", "lost"])
 def test_families_hold_all_their_text_apart(name):
-    check_texts(families_figure(points_of(STUDIES[name]), "A note."))
+    check_texts(families_figure(points_of(STUDIES[name])))
 
 
 def test_families_are_the_same_twice(tmp_path):

@@ -37,7 +37,7 @@ def draw(name: str) -> dict:
     shown = data.curve_trials(summary)
     figures["curves"] = learning_curves_figure(data.curve_means(shown, curves), curves, "A note.")
     for trial in summary.loc[summary["is_reference"], "trial"]:
-        figures["rel_error"] = rel_error_figure(data.rel_error_means(runs.rel_errors, trial), "A note.")
+        figures["rel_error"] = rel_error_figure(data.rel_error_means(runs.rel_errors, trial))
     return figures
 
 

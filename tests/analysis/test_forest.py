@@ -28,7 +28,7 @@ def panel(figure, measure):
 def test_forest_holds_all_its_text_apart(name):
     frame = comparisons_of(name)
     for relation in frame["relation"].unique():
-        check_texts(forest_figure(forest_pairs(frame, relation), 99, "A note."))
+        check_texts(forest_figure(forest_pairs(frame, relation), 99))
 
 
 def test_one_configuration_has_nothing_to_be_compared_with():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from analysis.statistics.attainment import mean_frontier_band
+from analysis.statistics.band import mean_frontier_band
 from analysis.statistics.draws import SeedMeans
 from analysis.statistics.hypervolume import HypervolumeReference, hypervolume, hypervolume_interval
 from analysis.statistics.nondominated import frontier_mask

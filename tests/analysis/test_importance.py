@@ -58,9 +58,9 @@ def search(n, rng, noise_of_learning_rate=0.1):
     return found
 
 
-def shares_of(found, measure=VAL_LOSS, noise=0.006, budgets=None):
+def shares_of(found, measure=VAL_LOSS, noise=0.006):
     runs, _ = simulated_study.simulated_runs(found, n_evaluations=1, noise=noise)
-    return factor_importance(summarise(runs), runs.seeds, measure, np.random.default_rng(0), budgets)
+    return factor_importance(summarise(runs), runs.seeds, measure, np.random.default_rng(0))
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_importance_figure_keeps_all_its_text_apart_and_inside(searched):
             for c in long
         ]
     for shares, measure in ((searched, VAL_LOSS), (quiet, VAL_ACC), (noisy, VAL_ACC), (shares_of(long), VAL_LOSS)):
-        figure = importance_figure(shares, measure, "A note.")
+        figure = importance_figure(shares, measure)
         check_texts(figure)
         assert figure.get_figwidth() == style.WIDTH
         assert figure.axes[0].get_position().width * style.WIDTH > 2

@@ -12,7 +12,8 @@ import simulated_study
 
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
-from analysis.runs.load import StudyAddress, load_curves, load_study, resolve_study
+from analysis.runs.curves import load_curves
+from analysis.runs.load import StudyAddress, load_study, resolve_study
 
 CONFIGURATIONS = simulated_study.configurations()
 

@@ -2,37 +2,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from least_squares import anova_residual
-from scipy import stats
 
 from analysis.statistics.ranking import rank_agreement, rank_intervals, reliability
-
-# Few distinct values, so that ties are common.
-TABLES = hnp.arrays(float, st.tuples(st.integers(2, 7), st.integers(2, 4)), elements=st.integers(0, 4))
-
 
 # rank_agreement -------------------------------------------------------------------------------------------------------
 
 
-@given(TABLES)
-def test_rank_agreement_matches_scipy(values):
-    agreement = rank_agreement(values)
-    n = values.shape[1]
-    expected = np.array([[stats.kendalltau(values[:, i], values[:, j]).statistic for j in range(n)] for i in range(n)])
-    np.testing.assert_allclose(agreement.tau, expected, atol=1e-12)
-    pairs = [expected[i, j] for i in range(n) for j in range(i)]
-    assert agreement.mean == pytest.approx(np.mean(pairs), abs=1e-12, nan_ok=True)
-
-
 def test_rank_agreement_by_hand():
     # Of three pairs of configurations the second seed reverses one, the third all.
-    agreement = rank_agreement([[1, 2, 9], [2, 1, 8], [3, 3, 7]])
-    assert agreement.tau == pytest.approx(np.array([[1, 1 / 3, -1], [1 / 3, 1, -1 / 3], [-1, -1 / 3, 1]]))
-    assert agreement.mean == pytest.approx(-1 / 3)
-    assert np.isnan(rank_agreement([[1], [2]]).mean)
+    assert rank_agreement([[1, 2, 9], [2, 1, 8], [3, 3, 7]]) == pytest.approx(-1 / 3)
+    assert np.isnan(rank_agreement([[1], [2]]))
+    assert np.isnan(rank_agreement([[1, 2], [1, 3]]))
 
 
 # rank_intervals -------------------------------------------------------------------------------------------------------
@@ -75,9 +56,7 @@ def test_rank_intervals_below_three_seeds_are_nan():
     assert np.isnan(rank_intervals([[1, 2, 3]], "minimize", np.random.default_rng(0)).low).all()
 
 
-def test_rank_intervals_refuse_an_unknown_direction_and_more_than_a_table():
-    with pytest.raises(ValueError, match="`direction` must be"):
-        rank_intervals(np.ones((2, 3)), "max", np.random.default_rng(0))
+def test_rank_intervals_refuse_more_than_a_table():
     with pytest.raises(ValueError, match=r"must be \(configurations, seeds\), but its shape is \(2, 2, 3\)"):
         rank_intervals(np.ones((2, 2, 3)), "minimize", np.random.default_rng(0))
 
@@ -89,30 +68,16 @@ def test_reliability_is_cronbachs_alpha():
     values = np.random.default_rng(8).normal(size=(6, 4)) + 2 * np.arange(6)[:, None]
     n = values.shape[1]
     alpha = n / (n - 1) * (1 - values.var(axis=0, ddof=1).sum() / values.sum(axis=1).var(ddof=1))
-    result = reliability(values)
-    assert result.reliability == pytest.approx(alpha)
-    assert result.residual == pytest.approx(anova_residual(values))
-    assert result.between / (result.between + result.residual / n) == pytest.approx(alpha)
+    assert reliability(values) == pytest.approx(alpha)
 
 
 def test_reliability_has_no_negative_variance():
     # Means that are all equal, with noise in each.
-    result = reliability([[1, 2, 3], [3, 2, 1], [2, 3, 1]])
-    assert result.between == 0
-    assert result.reliability == 0
-    assert result.residual > 0
-
-
-def test_reliability_variances_are_those_of_the_study():
-    rng = np.random.default_rng(9)
-    values = 3 * rng.normal(size=(4000, 8, 1)) + 5 * rng.normal(size=(4000, 1, 4)) + 2 * rng.normal(size=(4000, 8, 4))
-    result = reliability(values)
-    for estimate, truth in ((result.between, 9), (result.residual, 4)):
-        assert estimate.mean() == pytest.approx(truth, abs=4 * estimate.std() / np.sqrt(4000))
+    assert reliability([[1, 2, 3], [3, 2, 1], [2, 3, 1]]) == 0
 
 
 def test_reliability_without_spread_noise_or_replicates():
-    assert reliability([[1, 1, 1], [2, 2, 2]]).reliability == 1
-    assert np.isnan(reliability([[1, 1, 1], [1, 1, 1]]).reliability)
-    assert np.isnan(reliability([[1], [2]]).reliability)
-    assert np.isnan(reliability([[1, 2, 3]]).reliability)
+    assert reliability([[1, 1, 1], [2, 2, 2]]) == 1
+    assert np.isnan(reliability([[1, 1, 1], [1, 1, 1]]))
+    assert np.isnan(reliability([[1], [2]]))
+    assert np.isnan(reliability([[1, 2, 3]]))

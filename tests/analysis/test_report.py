@@ -113,7 +113,7 @@ def test_report_says_what_a_reader_must_know(page, runs):
         "95 % t intervals of the mean",
         "1 duplicated trial left out",
         "full validation split",
-        "exploration, adjusted by Benjamini and Hochberg",
+        "comparisons (Benjamini and Hochberg)",
         "What is on the frontier?",
         "Support is how often a configuration is on it",
         *runs.budgets,

@@ -14,9 +14,10 @@ from analysis import run_schema as schema
 from analysis.commands.cli import app
 from analysis.errors import AnalysisError
 from analysis.report.report import write_report
-from analysis.report.tables import skipped_table, stopped_table
+from analysis.report.tables import run_tables
 from analysis.results.summary import summarise
-from analysis.runs.load import load_curves, load_study, resolve_study
+from analysis.runs.curves import load_curves
+from analysis.runs.load import load_study, resolve_study
 from analysis.runs.studies import environments, join_studies
 from analysis.runs.study_runs import StudyRuns
 
@@ -126,7 +127,7 @@ def test_join_studies_refuses_a_study_twice(two):
 
 
 def test_skipped_table_says_what_was_never_trained_and_why(two):
-    table = skipped_table(two[1])
+    table = run_tables(two[1])[-1]
     assert table.data.to_dict("records") == [
         {
             "trial": 3, "arm": "mpo", "family": "mpo", "chi": 64, "n_params": MPO.n_params,
@@ -134,11 +135,11 @@ def test_skipped_table_says_what_was_never_trained_and_why(two):
         }
     ]  # fmt: skip
     assert table.shown["parameters"].tolist() == ["42,336"]
-    assert skipped_table(two[0]).shown.empty
+    assert run_tables(two[0])[-1].shown.empty
 
 
 def test_stopped_table_of_joined_studies_says_whose_numbers_a_reason_has(two):
-    [row] = stopped_table(join_studies(two[::-1])).data.to_dict("records")
+    [row] = run_tables(join_studies(two[::-1]))[2].data.to_dict("records")
     assert (row["trial"], row["study"], row["study_trial"], row["stopped"]) == (6, "one", 2, "trial 1 is better")
 
 

@@ -179,6 +179,6 @@ def test_stopped_trial_is_on_no_frontier_however_good():
 def test_skipped_trial_is_left_out_and_counted():
     skipped = replace(USUAL[3], seeds=(), skipped="1,000 parameters, more than search.max_params=900")
     runs, _ = simulated_study.simulated_runs([*USUAL, skipped], n_evaluations=1)
-    assert runs.n_skipped == 1
+    assert len(runs.skipped) == 1
     assert len(runs.trials) == len(USUAL)
     assert runs.unfinished.empty

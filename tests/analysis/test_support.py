@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis.statistics.attainment import mean_frontier_band
+from analysis.statistics import draws
+from analysis.statistics.band import mean_frontier_band
 from analysis.statistics.draws import SeedMeans
 from analysis.statistics.running_best import SortedSizes
 from analysis.statistics.seed_blocks import uneven_two_way
@@ -75,19 +76,15 @@ def test_frontier_support_without_noise_is_the_mask():
     assert support.near_frontier.tolist() == [1, 1, 0, 1]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000, None])
-def test_support_does_not_depend_on_the_chunk(chunk):
+def test_support_does_not_depend_on_the_number_drawn_at_once(monkeypatch):
     sizes, values = study(2)
-    whole, cut = (
-        frontier_support(sizes, values, np.random.default_rng(0), epsilon=0.1, n_draws=101, chunk=each)
-        for each in (101, chunk)
-    )
-    assert np.array_equal(whole, cut)
-    whole, cut = (
-        size_needed(sizes, values, 3, np.random.default_rng(0), delta=0.1, n_draws=101, chunk=each)
-        for each in (101, chunk)
-    )
-    assert np.array_equal(whole.support, cut.support)
+    found = []
+    for n_values in (draws.CHUNK_VALUES, 1, 7 * 12):
+        monkeypatch.setattr(draws, "CHUNK_VALUES", n_values)
+        support = frontier_support(sizes, values, np.random.default_rng(0), epsilon=0.1, n_draws=101)
+        needed = size_needed(sizes, values, 3, np.random.default_rng(0), delta=0.1, n_draws=101)
+        found.append(np.concatenate((*support, needed.support)).tolist())
+    assert found[0] == found[1] == found[2]
 
 
 @given(st.integers(0, 2**32), DIRECTIONS, st.sampled_from([0.0, 0.4]), st.integers(0, 11))
@@ -110,31 +107,19 @@ def test_size_needed_matches_a_loop(seed, direction, delta, reference):
 
 
 @pytest.mark.parametrize(
-    ("values", "epsilon", "message"),
+    ("values", "message"),
     [
-        ([[1, 2]], 0, "n >= 2"),
-        ([1, 2], 0, "n >= 2"),
-        ([[1, 2, 3], [1, 2, 4]], 0, "must hold, but got"),
-        ([[1, np.inf], [1, 2]], 0, "must be finite"),
-        ([[1, np.nan], [1, 2]], 0, "2 seeds or more"),
-        ([[1, np.nan], [1, 2], [np.inf, 3]], 0, "finite"),
-        ([[1, 2], [1, 3]], -0.1, "epsilon"),
-        ([[1, 2], [1, 3]], np.nan, "epsilon"),
+        ([[1, 2]], "n >= 2"),
+        ([1, 2], "n >= 2"),
+        ([[1, 2, 3], [1, 2, 4]], "must hold, but got"),
+        ([[1, np.inf], [1, 2]], "must be finite"),
+        ([[1, np.nan], [1, 2]], "2 seeds or more"),
+        ([[1, np.nan], [1, 2], [np.inf, 3]], "finite"),
     ],
 )
-def test_frontier_support_refuses(values, epsilon, message):
+def test_frontier_support_refuses(values, message):
     with pytest.raises(ValueError, match=message):
-        frontier_support([1, 2], values, np.random.default_rng(0), epsilon=epsilon)
-
-
-def test_size_needed_refuses():
-    for reference in (-1, 2):
-        with pytest.raises(IndexError, match="reference < 2"):
-            size_needed([1, 2], [[1, 2], [1, 3]], reference, np.random.default_rng(0), delta=0)
-    with pytest.raises(ValueError, match="delta"):
-        size_needed([1, 2], [[1, 2], [1, 3]], 0, np.random.default_rng(0), delta=-1)
-    with pytest.raises(ValueError, match="direction"):
-        size_needed([1, 2], [[1, 2], [1, 3]], 0, np.random.default_rng(0), delta=0, direction="upwards")  # type: ignore[arg-type]
+        frontier_support([1, 2], values, np.random.default_rng(0), epsilon=0)
 
 
 # The draws and the kernel ---------------------------------------------------------------------------------------------
@@ -196,10 +181,12 @@ def test_draws_of_unequal_seeds_share_what_their_seeds_share():
     assert np.cov(drawn.T) == pytest.approx(expected, rel=0.05)
 
 
-def test_draws_of_unequal_seeds_do_not_depend_on_the_chunk_and_move_with_their_configurations():
+def test_draws_of_unequal_seeds_move_with_their_configurations_whatever_is_drawn_at_once(monkeypatch):
     seed_means = SeedMeans.of(UNEVEN)
-    whole, parts = (np.vstack(list(seed_means.draws(50, np.random.default_rng(1), chunk))) for chunk in (50, 7))
-    assert (whole == parts).all()
+    whole = np.vstack(list(seed_means.draws(50, np.random.default_rng(1))))
+    with monkeypatch.context() as patch:
+        patch.setattr(draws, "CHUNK_VALUES", 7 * 3)
+        assert (whole == np.vstack(list(seed_means.draws(50, np.random.default_rng(1))))).all()
     turned = seed_means.take(np.array([2, 0, 1]))
     assert turned.means.tolist() == seed_means.means[[2, 0, 1]].tolist()
     part = seed_means.take(np.array([1]))  # with the noise of all

@@ -81,10 +81,9 @@ def test_budgets_table_shows_both_totals_of_tokens(summary):
 
 
 def test_failures_and_unfinished_tables_list_each(runs):
-    assert tables.failures_table(runs).shown.to_numpy().tolist() == [
-        ["3", "mpo", "3", "120", "validation loss is not finite"]
-    ]
-    assert tables.unfinished_table(runs).shown.to_numpy().tolist() == [["4", "mpo", "3", "RUNNING"]]
+    failures, unfinished, *_ = tables.run_tables(runs)
+    assert failures.shown.to_numpy().tolist() == [["3", "mpo", "3", "120", "validation loss is not finite"]]
+    assert unfinished.shown.to_numpy().tolist() == [["4", "mpo", "3", "RUNNING"]]
 
 
 def test_write_keeps_every_digit_in_csv(summary, tmp_path):
@@ -131,7 +130,7 @@ def test_to_latex_sets_numbers_right_and_escapes_what_latex_reads():
         r"\toprule",
         r"what & loss & n \\",
         r"\midrule",
-        r"MPO $\chi$ = 4\_x \& 50 \%\textbackslash{} & 1.60 $\pm$ 0.02 & 808,448 \\",
+        r"MPO $\chi$ = 4\_x \& 50 \%\textbackslash  & 1.60 $\pm$ 0.02 & 808,448 \\",
         r"a & -- & $-$3 \\",
         r"\bottomrule",
         r"\end{tabular}",
@@ -150,7 +149,7 @@ def test_to_latex_leaves_nothing_that_plain_latex_cannot_set(summary, runs, find
         tables.size_needed_table(uncertainties),
         tables.hypervolume_table(uncertainties),
         tables.arms_table(summary),
-        tables.failures_table(runs),
+        *tables.run_tables(runs),
     ):
         assert tables.to_latex(table.shown).isascii()
 

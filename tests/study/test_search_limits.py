@@ -137,7 +137,7 @@ def searched(file, results_of):
         shape = trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
         trial = Trial(number, spec, shape, "", 1)
         results = [] if why_skipped(config.search, shape) is not None else results_of(trial)
-        told = what_to_tell(config, trial, trial, results, worst_loss=4.0)
+        told = what_to_tell(config, trial, trial, results, worst={"val_loss": 4.0, "val_acc": 0.0})
         for key, value in told.constraints.items():
             asked.set_constraint(key, value)
         study.tell(asked, told.values)

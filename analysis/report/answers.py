@@ -1,0 +1,202 @@
+"""The report's first screen as rows: what was run, what is on the frontier, what beats what, and how sure that is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pandas as pd
+
+from analysis.report.tables import comparisons_table, frontier_table
+from analysis.results.comparisons import LEVEL, declared_against_reference, reference_trial
+from analysis.results.findings import Findings
+from analysis.results.numbers import count_shown, counted, decimals_for, digits, range_shown
+from analysis.results.pairs import EQUAL_PARAMETERS, REFERENCE
+from analysis.results.retained import retained_points
+from analysis.results.seed_noise import seed_noise
+from analysis.results.summary import DENSE, MEASURES, NO_FRONTIER, VAL_LOSS, sole_reference
+from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
+from analysis.statistics.seed_blocks import MIN_SEEDS
+
+_MOST = 8
+"""Largest number of like comparisons that have a row each; more are counted in one row."""
+_LIKE = ["measure", "group", "against_group"]
+_FRONTIER = ("configuration", "family", "parameters", "val loss (nats)", "val accuracy (%)")
+_VERDICT = (
+    *("compared", "against", "measure", "difference", "verdict", "not inferior", "margin", "p adjusted", "seeds"),
+    "tokens",
+)
+
+
+class Answer(NamedTuple):
+    """A reader's question, and this study's answer as a table of text. name: a word for it."""
+
+    name: str
+    question: str
+    rows: pd.DataFrame
+
+
+def answers(findings: Findings) -> list[Answer]:
+    """The questions of the first screen with their answers."""
+    compared = findings.compared
+    is_shown = (compared["relation"] == EQUAL_PARAMETERS) | _of_mpo(findings, REFERENCE)
+    others = compared[compared["declared"].astype(bool) & ~is_shown]
+    declared = [Answer("declared", "What else does the study file declare?", _verdicts(others))] if len(others) else []
+    return [
+        Answer("run", "What was run?", _what_was_run(findings)),
+        Answer("frontier", "What is on the frontier?", _on_frontier(findings)),
+        Answer("controls", "Does MPO beat its controls of equal parameters?", _against_controls(findings)),
+        Answer("dense", "Does it keep up with dense?", _against_dense(findings)),
+        Answer("smallest", "What is the smallest that is not inferior to dense?", _smallest(findings)),
+        Answer("share", "Which share of dense's accuracy does it keep?", _shares(findings)),
+        *declared,
+        Answer("certainty", "How sure is that?", _how_sure(findings)),
+    ]
+
+
+def _what_was_run(findings: Findings) -> pd.DataFrame:
+    done = findings.summary[findings.summary["n_seeds"] > 0]
+    return pd.DataFrame(
+        [
+            {
+                "family": group,
+                "configurations": str(len(own)),
+                "parameters": range_shown(own["n_params"]),
+                "seeds each": range_shown(own["n_seeds"]),
+                "training tokens of a run": range_shown(own["train_tokens"]),
+            }
+            for group, own in done.groupby("group", sort=False)
+        ]
+    )
+
+
+def _on_frontier(findings: Findings) -> pd.DataFrame:
+    shown = frontier_table(findings.summary, findings.uncertainties).shown
+    if shown.empty:
+        return _only(f"none, since {NO_FRONTIER}")
+    return shown[[*_FRONTIER, *(column for column in shown.columns[shown.columns.str.startswith("support")])]]
+
+
+def _against_controls(findings: Findings) -> pd.DataFrame:
+    equal = findings.compared[findings.compared["relation"] == EQUAL_PARAMETERS]
+    if len(equal):
+        return _verdicts(equal)
+    if not _mpo(findings):
+        return _only("there is no MPO")
+    return _only("cannot be told: no MPO and control of equal parameters, start and budget have complete seeds")
+
+
+def _against_dense(findings: Findings) -> pd.DataFrame:
+    summary, compared, mpo = findings.summary, findings.compared, _mpo(findings)
+    tested = compared[_of_mpo(findings, REFERENCE)]
+    if reference_trial(summary) is None:
+        has_dense = (summary["group"] == DENSE).any()
+        return _only("cannot be told: no seed of a dense model is complete" if has_dense else "there is no dense model")
+    if len(tested):
+        return _verdicts(tested)
+    if not mpo:
+        return _only("there is no MPO")
+    is_complete = summary["trial"].isin(mpo) & (summary["n_seeds"] > 0) & summary["stopped"].isna()
+    if not is_complete.any():
+        return _only("cannot be told: no MPO has a complete seed and was not given up")
+    return _only("no MPO has the budget of the dense model, and no contrast across budgets is declared")
+
+
+def _smallest(findings: Findings) -> pd.DataFrame:
+    """The smallest configuration of any family, by the paired tests, because redraws assume one noise for all."""
+    compared = findings.compared[findings.compared["relation"] == REFERENCE]
+    if sole_reference(findings.summary).empty:
+        return _only("not named: there is no dense model, or several, and the choice among them needs fresh seeds")
+    rows = []
+    for measure in MEASURES:
+        own = compared[compared["measure"] == measure.name]
+        # Not inferior to each dense model: from scratch, and trained on.
+        holds = own[own.groupby("trial")["non_inferior"].transform("all").astype(bool)]
+        row = {"measure": f"{measure.short} ({measure.difference_unit})", "margin": f"{own['margin'].max():g}"}
+        row |= {"configuration": "none", "parameters": "–", "% of dense": "–"}
+        for first in holds.sort_values(["n_params", "trial"]).head(1).to_dict("records"):
+            share = digits(100 * first["n_params"] / first["against_n_params"], 0)
+            row |= {"configuration": f"{first['label']} ({first['group']})"}
+            row |= {"parameters": count_shown(first["n_params"]), "% of dense": share}
+        if own["margin"].notna().any():
+            rows.append(row)
+    return pd.DataFrame(rows) if rows else _only("cannot be told: nothing was tested against a margin")
+
+
+def _shares(findings: Findings) -> pd.DataFrame:
+    """For each small group of MPO configurations: the share of the dense model's accuracy, with Fieller's interval."""
+    summary = findings.summary
+    trials = summary[(summary["family"] == "mpo") & (summary["n_seeds"] >= MIN_SEEDS)]
+    few = trials.groupby("group")["trial"].transform("size") <= _MOST
+    chosen = pd.concat([sole_reference(summary), trials[few]])
+    points = retained_points(findings.runs, chosen, declared_against_reference(findings.compared))
+    rows = []
+    for row in points.dropna(subset=["low", "high"]).to_dict("records"):
+        decimals = decimals_for(pd.Series([(row["high"] - row["low"]) / 2]))
+        share, low, high = (digits(row[key], decimals) for key in ("ratio", "low", "high"))
+        name, interval = f"{row['label']} ({row['group']})", f"{low} to {high}"
+        rows.append({"configuration": name, "share (%)": share, "95 % interval": interval, "seeds": str(row["n"])})
+    return pd.DataFrame(rows) if rows else _only("cannot be told, or there are too many: see the figure")
+
+
+def _how_sure(findings: Findings) -> pd.DataFrame:
+    runs, compared = findings.runs, findings.compared
+    rows = [("runs to come", f"{runs.n_lacking}; until then nothing declared is decided")] if runs.n_lacking else []
+    for growth in runs.growths:
+        study = f"{growth.study}: " if runs.parts else ""
+        seeds, were = "", "was" if growth.n_over == 1 else "were"
+        if growth.seeds_after != growth.seeds_before:
+            seeds = f", from {growth.seeds_before} to {counted(growth.seeds_after, 'seed')} a trial"
+        rows.append(("grown", f"{study}when {counted(growth.n_over, 'run')} {were} over ({growth.by}{seeds})"))
+    pairs = compared.drop_duplicates(["trial", "against"])["declared"].astype(bool)
+    when = "in the study file" if runs.growths else "before the study ran"
+    declared = f"{pairs.sum()} comparisons, {when}; a family for each measure (Holm, {LEVEL:g})"
+    explored = f"{(~pairs).sum()} comparisons (Benjamini and Hochberg); confirm on fresh seeds what they find"
+    rows += [("declared", declared)] * bool(pairs.any()) + [("exploration", explored)] * bool((~pairs).any())
+    tested = "95 % t intervals of the paired differences of each pair's own seeds"
+    nothing = f"nothing was compared on {MIN_SEEDS} seeds or more"
+    rows.append(("intervals", tested if compared["p"].notna().any() else nothing))
+    noise = seed_noise(runs, findings.summary, VAL_LOSS)
+    if noise is not None:
+        found = resolved_gap(noise.n, noise.sd, noise.correlation)
+        margin = runs.claims.margins.get(VAL_LOSS.name, VAL_LOSS.margin)
+        try:
+            needed = str(seeds_needed(margin, noise.sd, noise.correlation))
+        except ValueError:
+            needed = "over 100,000"
+        gap = f"{found:.2g} nats with {noise.n} seeds; {margin:g} nats need {needed} seeds"
+        rows.append((f"gap that one paired test finds in {100 * TARGET:.0f} % of studies", gap))
+    return pd.DataFrame(rows, columns=["what", "is"])
+
+
+def _verdicts(compared: pd.DataFrame) -> pd.DataFrame:
+    """A row for each comparison; more than `_MOST` alike that are not declared have one row with counts of verdicts."""
+    table = comparisons_table(compared)
+    undeclared = table.data[~table.data["declared"].astype(bool)]
+    many = (undeclared.groupby(_LIKE)["trial"].transform("size") > _MOST).reindex(table.data.index, fill_value=False)
+    rows = table.shown.loc[~many, list(_VERDICT)]
+    counts = [
+        {
+            "compared": f"{len(own)} × {own['group'].iloc[0]}",
+            "against": own["against_group"].iloc[0],
+            "measure": table.shown.at[own.index[0], "measure"],
+            "verdict": ", ".join(f"{verdict} at {n}" for verdict, n in own["verdict"].value_counts().items()),
+            "not inferior": f"at {own['non_inferior'].sum()}" if own["margin"].notna().any() else "–",
+        }
+        for _, own in table.data[many].groupby(_LIKE, sort=False)
+    ]
+    rows = pd.concat([rows, pd.DataFrame(counts)], ignore_index=True).fillna("–")
+    if compared["same_budget"].all():
+        rows = rows.drop(columns="tokens")
+    return rows.loc[:, ~(rows == "–").all()]
+
+
+def _of_mpo(findings: Findings, relation: str) -> pd.Series:
+    return (findings.compared["relation"] == relation) & findings.compared["trial"].isin(_mpo(findings))
+
+
+def _mpo(findings: Findings) -> set[int]:
+    return set(findings.summary.loc[findings.summary["family"] == "mpo", "trial"])
+
+
+def _only(text: str) -> pd.DataFrame:
+    return pd.DataFrame({"answer": [text]})
