@@ -97,7 +97,7 @@ LedgerOption = Annotated[
     ),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ParquetFile = Annotated[Path, typer.Argument(metavar="FILE", help="The Parquet file.")]
+Export = Annotated[Path, typer.Argument(metavar="FILE", help="The file of the ledger, such as ledger.db.xz.")]
 
 
 @app.command()
@@ -243,9 +243,9 @@ def status(directory: Folder, as_json: AsJSON = False) -> None:
 
 
 @app.command(name="export")
-def export_(directory: Folder, file: ParquetFile) -> None:
-    """Write the ledger of a study to one Parquet file."""
-    from study.commands.exchange import export_study  # Parquet's reader and writer take a while to come up
+def export_(directory: Folder, file: Export) -> None:
+    """Write the ledger of a study to one compressed file."""
+    from study.commands.exchange import export_study
 
     folder = StudyDirectory(directory)
     n_runs = export_study(folder, file, partial(say, console))
@@ -253,7 +253,7 @@ def export_(directory: Folder, file: ParquetFile) -> None:
 
 
 @app.command(name="import")
-def import_(file: ParquetFile, directory: Folder, storage: StorageOption = None) -> None:
+def import_(file: Export, directory: Folder, storage: StorageOption = None) -> None:
     """Make a study's folder from a file that `export` wrote, without checkpoints and weights."""
     from study.commands.exchange import import_study
 

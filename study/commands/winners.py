@@ -16,7 +16,8 @@ from typing import Any
 
 from study.commands.status import TrialStatus, study_status
 from study.errors import StudyError
-from study.ledger.directory import StudyDirectory, replace_file
+from study.files import replace_file
+from study.ledger.directory import StudyDirectory
 from study.ledger.frontier import frontier, points
 from study.ledger.snapshot import Snapshot, read_ledger
 from study.spec.arms import BY_SIZE_FIELDS, RATES, SIZE_FIELDS, Arm, DenseArm
