@@ -1,14 +1,13 @@
 """A study's whole ledger as one compressed SQLite file, and a study's folder from such a file.
 
 The file is an xz-compressed SQLite database with the tables of a ledger, including Optuna's, and one more table of
-texts: a header, the study file, and a corpus other than the default one. It has no checkpoints, weights or addresses,
-which may hold passwords.
+texts: the study file, and a corpus other than the default one. It has no checkpoints, weights or addresses, which may
+hold passwords.
 """
 
 from __future__ import annotations
 
 import glob
-import json
 import lzma
 import os
 import re
@@ -19,7 +18,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import optuna
 import sqlalchemy as sa
@@ -31,26 +29,22 @@ from study.errors import StudyError
 from study.files import private_files, replacing
 from study.ledger.database import LEDGER_ERRORS, check_file, open_database
 from study.ledger.directory import StudyDirectory, is_alive
-from study.ledger.environment import environment
 from study.ledger.snapshot import Snapshot, read_ledger
-from study.ledger.tables import SCHEMA_VERSION, copy_study, empty_ledger, result_table
+from study.ledger.tables import copy_study, empty_ledger, result_table, study_table
 from study.ledger.trials import first_defect
 from study.spec.config import StudyConfig
 from study.spec.definition import definition, settled
 from study.spec.study_file import dump_config, parse_yaml, validate
-from study.spec.trial import now
-from study.spec.values import NAME_PATTERN
 from study.training.corpus import corpus_from_bytes
 from study.training.storage import Storage
 from study.training.unit import store_corpus
 
-FORMAT = 2
-"""Version of the file format; a reader refuses newer ones."""
-
-_TEXTS = "mpo_export"
-"""Table of the texts; the names of its rows follow."""
-_HEADER, _STUDY_FILE, _CORPUS = "header", "study.yaml", "corpus.txt"
-
+FORMAT = 1
+"""Version of the file format, SQLite's `user_version`; a reader refuses newer ones."""
+_APPLICATION = int.from_bytes(b"mpo1", "big")
+"""SQLite's `application_id`, by which a reader knows an export."""
+_TEXTS, _STUDY_FILE, _CORPUS = "mpo_export", "study.yaml", "corpus.txt"
+"""Table of the texts, and the names of its rows."""
 _LARGEST_RATIO, _ALWAYS = 100, 1 << 26
 """Largest ratio of an unpacked file to the file (usually about 5), and bytes that every file may unpack to. A file with
 more was made to fill a machine's disk."""
@@ -77,15 +71,7 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
     uuid = read_ledger(directory.ledger_url, config.name).uuid
     if file.is_dir():
         raise StudyError(f"{file}: is a folder; give the file to write")
-    header: dict[str, Any] = {
-        "format": FORMAT,
-        "study": config.name,
-        "uuid": uuid,
-        "written": now(),
-        "ledger_schema": SCHEMA_VERSION,
-        "versions": environment()["packages"],
-    }
-    texts = {_HEADER: json.dumps(header), _STUDY_FILE: dump_config(config)}
+    texts = {_STUDY_FILE: dump_config(config)}
     if config.corpus.path is not None:  # every machine has the default corpus
         try:
             texts[_CORPUS] = known_corpus(config, directory, Storage(directory.storage_url())).text
@@ -112,6 +98,8 @@ def _write_database(path: Path, ledger_url: str, name: str, uuid: str, texts: di
         with target.begin() as connection:
             connection.exec_driver_sql(f"CREATE TABLE {_TEXTS} (name TEXT PRIMARY KEY, content TEXT NOT NULL)")
             connection.exec_driver_sql(f"INSERT INTO {_TEXTS} VALUES (?, ?)", list(texts.items()))
+            connection.exec_driver_sql(f"PRAGMA application_id = {_APPLICATION}")
+            connection.exec_driver_sql(f"PRAGMA user_version = {FORMAT}")
             return connection.scalar(sa.select(sa.func.count()).select_from(result_table)) or 0
     finally:
         source.dispose()
@@ -136,16 +124,49 @@ def import_study(file: Path, directory: StudyDirectory, storage_url: str | None 
         raise StudyError(f"{path}: is there already; give a folder that is not, for the study to be made in")
     with private_files(), tempfile.TemporaryDirectory() as scratch:
         source = _open_untrusted(_unpack(file, Path(scratch) / "export.db"))
-        try:
+        with _new_folder(path.resolve()) as folder:
             with _naming(file):
-                texts, header = _read_texts(source)
+                config = _make_study(folder, path.resolve(), source, storage)
             if storage is not None:
-                _check_has_no_backup(storage, header["study"])
-            with _new_folder(path.resolve()) as folder, _naming(file):
-                config = _make_study(folder, path, source, header, texts, storage)
-        finally:
-            source.dispose()
+                _check_has_no_backup(storage, config.name)
     return config.name
+
+
+def _make_study(folder: Path, path: Path, source: sa.Engine, storage: Storage | None) -> StudyConfig:
+    """Make the files of a study in a folder that will be moved to `path`."""
+    made = StudyDirectory(folder)
+    snapshot, config, texts = _make_ledger(made.ledger_url, source)
+    own = Storage(made.storage_url())
+    if _CORPUS in texts:
+        fraction = config.corpus.validation_fraction
+        store_corpus(own, corpus_from_bytes(texts[_CORPUS].encode(), _CORPUS, snapshot.corpus_sha256, fraction))
+        if config.corpus.path is not None and not Path(config.corpus.path).is_file():  # it is on another machine
+            [key] = own.keys("corpus")
+            here = config.corpus.model_copy(update={"path": f"{StudyDirectory(path).storage_url()}/{key}"})
+            config = config.model_copy(update={"corpus": here})
+    made.write(config, snapshot.uuid, None, storage.url if storage is not None else own.url)
+    return config
+
+
+def _make_ledger(url: str, source: sa.Engine) -> tuple[Snapshot, StudyConfig, dict[str, str]]:
+    """Make a ledger of an export's tables, and read it to check it; returns the export's texts too."""
+    target = empty_ledger(url)
+    _check_tables(source, target)
+    with source.connect() as connection:
+        texts = dict(map(tuple, connection.exec_driver_sql(f"SELECT name, content FROM {_TEXTS}")))
+        [(name, uuid)] = connection.execute(sa.select(study_table.c.name, study_table.c.uuid))
+    copy_study(source, target, name, uuid)
+    target.dispose()
+    snapshot = read_ledger(url, name)
+    history = snapshot.growths.history
+    config = validate(parse_yaml(texts[_STUDY_FILE], "its study file"), "its study file")
+    if {name, config.name, *(one.name for one in history)} != {config.name}:
+        raise StudyError("it holds studies of several names")
+    if not re.fullmatch("[0-9a-f]{32}", uuid):
+        raise StudyError("its study has no valid UUID")
+    if definition(settled(config, history)) != definition(history[-1]):
+        raise StudyError("its study file is another study's")
+    return snapshot, config, texts
 
 
 def _check_has_no_backup(storage: Storage, name: str) -> None:
@@ -157,45 +178,6 @@ def _check_has_no_backup(storage: Storage, name: str) -> None:
             )
     except OSError as error:
         raise StudyError(f"--storage {storage.shown}: cannot read there: {error.strerror or error}") from None
-
-
-def _make_study(
-    folder: Path, path: Path, source: sa.Engine, header: dict[str, Any], texts: dict[str, str], storage: Storage | None
-) -> StudyConfig:
-    """Make the files of a study in a folder that will be moved to `path`."""
-    made = StudyDirectory(folder)
-    snapshot, config = _make_ledger(made.ledger_url, source, header, texts)
-    own = Storage(made.storage_url())
-    if _CORPUS in texts:
-        fraction = config.corpus.validation_fraction
-        store_corpus(own, corpus_from_bytes(texts[_CORPUS].encode(), _CORPUS, snapshot.corpus_sha256, fraction))
-        if config.corpus.path is not None and not Path(config.corpus.path).is_file():  # it is on another machine
-            [key] = own.keys("corpus")
-            here = config.corpus.model_copy(update={"path": f"{StudyDirectory(path.resolve()).storage_url()}/{key}"})
-            config = config.model_copy(update={"corpus": here})
-    made.write(config, snapshot.uuid, None, storage.url if storage is not None else own.url)
-    return config
-
-
-def _make_ledger(
-    url: str, source: sa.Engine, header: dict[str, Any], texts: dict[str, str]
-) -> tuple[Snapshot, StudyConfig]:
-    """Make a ledger of an export's tables, and read it to check it: a file may contain anything."""
-    target = empty_ledger(url)
-    _check_tables(source, target, header["versions"]["optuna"])
-    copy_study(source, target, header["study"], header["uuid"])
-    target.dispose()
-    snapshot = read_ledger(url, header["study"])
-    history = snapshot.growths.history
-    where = "its study file"
-    config = validate(parse_yaml(texts[_STUDY_FILE], where), where)
-    if {header["study"], config.name, *(one.name for one in history)} != {config.name}:
-        raise StudyError("it holds studies of several names")
-    if header["uuid"] != snapshot.uuid:
-        raise StudyError("its UUIDs differ")
-    if definition(settled(config, history)) != definition(history[-1]):
-        raise StudyError("its study file is another study's")
-    return snapshot, config
 
 
 @contextmanager
@@ -293,41 +275,34 @@ _PLAIN = {"table": ("CREATE TABLE ",), "index": ("CREATE INDEX ", "CREATE UNIQUE
 """How the definitions of a ledger's tables and indexes begin; that of a virtual table, for example, does not."""
 
 
-def _read_texts(source: sa.Engine) -> tuple[dict[str, str], dict[str, Any]]:
-    """An export's texts and its header, checked; the database has only plain tables and indexes."""
+def _check_tables(source: sa.Engine, ledger: sa.Engine) -> None:
+    """Raise a StudyError if a database is no export, or has other tables or columns than a ledger."""
     with source.connect() as connection:
+        if connection.exec_driver_sql("PRAGMA application_id").scalar() != _APPLICATION:
+            raise _Refused("is no study's export; `mpo-study export DIR FILE` writes one")
+        if connection.exec_driver_sql("PRAGMA user_version").scalar_one() > FORMAT:
+            raise _Refused("was written by a newer mpo-study; import it with that version or later")
         for kind, sql in connection.exec_driver_sql("SELECT type, sql FROM sqlite_master"):
             if kind not in _PLAIN or not (sql or _PLAIN[kind][0]).startswith(_PLAIN[kind]):
                 raise StudyError(f"it has a {kind} that no export has")
-        if not sa.inspect(connection).has_table(_TEXTS):
-            raise _Refused("is no study's export; `mpo-study export DIR FILE` writes one")
-        check_file(source)
-        texts = dict(map(tuple, connection.exec_driver_sql(f"SELECT name, content FROM {_TEXTS}")))
-    if not all(isinstance(text, str) for text in texts.values()):
-        raise StudyError("one of its texts is none")
-    header = json.loads(texts[_HEADER])
-    if header["format"] > FORMAT or header["ledger_schema"] > SCHEMA_VERSION:
-        version = header["versions"]["mpo-study"]
-        raise _Refused(f"was written by a newer mpo-study ({version}); import it with that version or later")
-    if not (re.fullmatch(NAME_PATTERN, header["study"]) and re.fullmatch("[0-9a-f]{32}", header["uuid"])):
-        raise StudyError("its study has no valid name or UUID")
-    return texts, header
-
-
-def _check_tables(source: sa.Engine, ledger: sa.Engine, optuna_version: str) -> None:
-    """Raise an error if an export has other tables or columns than a ledger."""
-    here, there = sa.inspect(ledger), sa.inspect(source)
-    own = {name: {column["name"] for column in here.get_columns(name)} for name in here.get_table_names()}
+    check_file(source)
+    tables, own = _columns(source), _columns(ledger) | {_TEXTS: {"name", "content"}}
+    for name, columns in tables.items():
+        if not columns <= own.get(name, set()):
+            raise _Refused(f"holds in {name} what this version does not know; import it with the one that wrote it")
     alembic = sa.text("SELECT version_num FROM alembic_version")
     with source.connect() as connection, ledger.connect() as other:
-        if connection.scalar(alembic) != other.scalar(alembic):
+        if (there := connection.scalar(alembic)) != (here := other.scalar(alembic)):
             raise _Refused(
-                f"was written with Optuna {optuna_version}, whose tables are not those of {optuna.__version__}; "
-                "install the former and import it again"
+                f"has Optuna's tables of version {there}, but those of Optuna {optuna.__version__} here are {here}; install "
+                "the former and import it again"
             )
-    for name in there.get_table_names():
-        columns = there.get_columns(name)
-        if any("computed" in column for column in columns):
-            raise StudyError("it has a computed column")
-        if name != _TEXTS and not {column["name"] for column in columns} <= own.get(name, set()):
-            raise _Refused(f"holds in {name} what this version does not know; import it with the one that wrote it")
+
+
+def _columns(engine: sa.Engine) -> dict[str, set[str]]:
+    """Names of the columns of each table; a StudyError if one of them is computed."""
+    found = sa.inspect(engine)
+    tables = {name: found.get_columns(name) for name in found.get_table_names()}
+    if any("computed" in column for columns in tables.values() for column in columns):
+        raise StudyError("it has a computed column")
+    return {name: {column["name"] for column in columns} for name, columns in tables.items()}
