@@ -294,8 +294,8 @@ def _check_tables(source: sa.Engine, ledger: sa.Engine) -> None:
     with source.connect() as connection, ledger.connect() as other:
         if (there := connection.scalar(alembic)) != (here := other.scalar(alembic)):
             raise _Refused(
-                f"has Optuna's tables of version {there}, but those of Optuna {optuna.__version__} here are {here}; install "
-                "the former and import it again"
+                f"has Optuna's tables of version {there}, but those of Optuna {optuna.__version__} here are {here}; "
+                "install the former and import it again"
             )
 
 

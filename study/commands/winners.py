@@ -221,15 +221,16 @@ def _fixed(
 
     A name is the old arm's, and the values in which its winners differ, except for learning rates.
     """
-    values = [{key: _value(trial.spec, key) for key in arm.values()} for trial in winners]
-    differing = [key for key in arm.values() if key not in RATES and len({own[key] for own in values}) > 1]
     given = arm.model_dump(mode="json", exclude_defaults=True)
+    keys = [key for key in arm.values() if key in given]
+    values = [{key: _value(trial.spec, key) for key in keys} for trial in winners]
+    differing = [key for key in keys if key not in RATES and len({own[key] for own in values}) > 1]
     if tuned_among is None:
         tuned_among = arm.tuned_among
     for trial, own in zip(winners, values, strict=True):
         name = "-".join([arm.name, *(_WORDS.get(key, "{}").format(own[key]) for key in differing)])
         names = (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3)))
-        content = {"name": next(each for each in names if each not in taken), "family": arm.family}
+        content: Content = {"name": next(each for each in names if each not in taken), "family": arm.family}
         content |= {key: value for key, value in given.items() if key not in ("name", "tuned_among")} | own
         if "d_ff" in given:
             content["d_ff"] = trial.spec.model.d_ff
