@@ -19,7 +19,7 @@ from study.ledger.copies import Copies
 from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.ledger.environment import environment, what_changed
 from study.ledger.growth import NO_GROWTH, Growth, grow
-from study.ledger.ledger import Asked, Ledger
+from study.ledger.ledger import Ledger
 from study.ledger.lock import hold_ledger
 from study.ledger.snapshot import read_ledger
 from study.scheduler.inline import run_inline
@@ -28,8 +28,7 @@ from study.scheduler.private_folder import remove_leftovers
 from study.scheduler.queue import Queue
 from study.scheduler.reports import SilenceWatch
 from study.spec.config import StudyConfig
-from study.spec.search_space import teacher_spec
-from study.spec.trial import SeedResult, Trial, TrialSpec, budget_hash, tuning_trials
+from study.spec.trial import SeedResult, Trial, TrialShape, TrialSpec
 from study.tracking.background import BackgroundTracker
 from study.tracking.connection import first_line, tracking_error
 from study.tracking.opening import open_tracker, study_record
@@ -82,12 +81,8 @@ def open_ledger(
         say: receives one line about that growth.
     """
 
-    def examine(spec: TrialSpec, config: StudyConfig) -> Asked:
-        return Asked(
-            trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model),
-            budget_hash(spec, config, corpus.sha256, teacher_spec(config, spec)),
-            tuning_trials(spec.arm, config),
-        )
+    def shape_of(spec: TrialSpec) -> TrialShape:
+        return trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
 
     uuid = directory.uuid()
     if uuid is not None:
@@ -98,11 +93,11 @@ def open_ledger(
         )
     may_begin = not growth.command
     ledger = Ledger(
-        directory.ledger_url, config, corpus.sha256, examine, uuid, may_begin=may_begin, extend=growth.extend
+        directory.ledger_url, config, corpus.sha256, shape_of, uuid, may_begin=may_begin, extend=growth.extend
     )
     if grow(ledger, growth, say):
         ledger.close()
-        ledger = Ledger(directory.ledger_url, ledger.config, corpus.sha256, examine, uuid)
+        ledger = Ledger(directory.ledger_url, ledger.config, corpus.sha256, shape_of, uuid)
     return ledger
 
 
@@ -156,7 +151,7 @@ def run_study(
 
             def track(trial: Trial) -> None:
                 if tracker is not None:
-                    tracker.put(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
+                    tracker.put(trial, ledger.on_record(trial), len(ledger.tally.seeds_of(trial)))
 
             for trial in ledger.trials.values():
                 track(trial)
@@ -175,7 +170,7 @@ def run_study(
                 if copies is not None:
                     copies.note_change()
                 keep_copy(beside.keep_if_due)
-                for trial in ledger.sharing(result.trial):
+                for trial in ledger.trials.sharing(result.trial):
                     track(trial)
 
             def on_stop(trial: Trial) -> None:
@@ -207,12 +202,12 @@ def run_study(
                             progress.say(
                                 "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)"
                             )
-                        tracker.close(ledger.n_missing)
+                        tracker.close(ledger.tally.n_missing)
                     tracker.leave()
                 raise
             finally:
                 try:
-                    trouble = tracker.close(ledger.n_missing) if tracker is not None else None
+                    trouble = tracker.close(ledger.tally.n_missing) if tracker is not None else None
                 finally:
                     lost = copies.close() if copies is not None else None
         outcome = _outcome(ledger, queue.aborted, trouble, lost)
@@ -223,7 +218,7 @@ def run_study(
 def _note_start(ledger: Ledger, say: Callable[[str], None]) -> None:
     """Record the environment of this run, and say in one line how it differs from that of the last run."""
     now = environment()
-    changed = what_changed(ledger.last_environment(), now)
+    changed = what_changed(next(reversed(ledger.environments), {}), now)
     ledger.record_driver(now)
     if changed and ledger.results:
         say(
@@ -241,11 +236,11 @@ def _reopen(
         ledger.reopen(failed)
         say(f"{len(failed)} failed runs are trained again")
     # A trial that has not been asked yet lacks all its seeds.
-    teachers = {spec.teacher for spec in ledger.unasked()}
-    if ledger.is_searching:
+    teachers = {spec.teacher for spec in ledger.trials.unasked()}
+    if ledger.tally.is_searching:
         teachers |= {arm.teacher for arm in config.arms if arm.is_searched}
     needed = {(teacher, seed) for teacher in teachers for seed in config.seed_list}
-    needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
+    needed |= {(trial.spec.teacher, seed) for trial in ledger.lacking() for seed in ledger.tally.missing_seeds(trial)}
     gone = []
     for result in ledger.results.values():
         arm = ledger.trials[result.trial].spec.arm
@@ -320,7 +315,7 @@ def sync(
         refused: dict[int, Exception] = {}
         for trial in ledger.trials.values():
             try:
-                tracker.write(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
+                tracker.write(trial, ledger.on_record(trial), len(ledger.tally.seeds_of(trial)))
             except Exception as error:  # MLflow raises whatever its backend raises
                 if not tracker.answers():
                     raise tracking_error(error, uri) from error
@@ -329,7 +324,7 @@ def sync(
             number, error = next(iter(refused.items()))
             raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")
         try:
-            tracker.settle(ledger.n_missing)
+            tracker.settle(ledger.tally.n_missing)
         except Exception as error:  # MLflow raises whatever its backend raises
             raise tracking_error(error, uri) from error
         n_trials = len(ledger.trials)
@@ -350,13 +345,13 @@ def _outcome(ledger: Ledger, aborted: str | None, trouble: str | None, lost: str
     states = [result.state for result in ledger.results.values()]
     trials = ledger.trials.values()
     return Outcome(
-        n_trials=ledger.n_trials,
+        n_trials=ledger.tally.n_trials,
         n_pruned=sum(trial.pruned is not None and trial.duplicate_of is None for trial in trials),
         n_stopped=sum(trial.stop is not None and trial.duplicate_of is None for trial in trials),
-        search_ended=ledger.search_ended,
+        search_ended=ledger.tally.search_ended,
         n_complete=states.count("complete"),
         n_failed=states.count("failed"),
-        n_missing=ledger.n_missing,
+        n_missing=ledger.tally.n_missing,
         aborted=aborted,
         tracking_trouble=trouble,
         backup_trouble=lost,

@@ -84,7 +84,7 @@ class Queue:
             found_waits = has_changed = False
             for trial in self.ledger.lacking():
                 block: list[int] = []
-                for seed in self.ledger.missing_seeds(trial):
+                for seed in self.ledger.tally.missing_seeds(trial):
                     key = trial.number, seed
                     if key in self.in_flight or key in self._given_up:
                         continue
@@ -118,7 +118,7 @@ class Queue:
                 return None
             if asked is None and len(self.ledger.trials) == n_trials:
                 return None  # otherwise a trial was added by an earlier call whose answer was lost
-            if asked is not None and not self.ledger.missing_seeds(asked):
+            if asked is not None and not self.ledger.tally.missing_seeds(asked):
                 self.on_answered(asked)
 
     def _block_size(self, trial: Trial) -> int:
@@ -143,7 +143,7 @@ class Queue:
             self._forget_checkpoints(result.trial, [result.seed])
         for trial in stopped:  # it may leave half-trained seeds
             if trial.duplicate_of is None:
-                self._forget_checkpoints(trial.number, self.ledger.seeds_of(trial))
+                self._forget_checkpoints(trial.number, self.ledger.tally.seeds_of(trial))
         for result in results:
             self.on_result(result)
         for trial in stopped:
@@ -235,7 +235,7 @@ class Queue:
 
         Trials that would have to wait for their teacher are not asked for yet, so that others come before them.
         """
-        teacher = self.ledger.first_of(arm)
+        teacher = self.ledger.trials.first_of(arm)
         return teacher is not None and any(
             (teacher.number, seed) in self.ledger.results for seed in self.config.seed_list
         )
@@ -244,13 +244,13 @@ class Queue:
         """The teacher's result that a run starts from; "waits" if it is not there yet; None if no teacher is needed."""
         if trial.spec.teacher is None:
             return None
-        teacher = self.ledger.first_of(trial.spec.teacher)
+        teacher = self.ledger.trials.first_of(trial.spec.teacher)
         return self.ledger.results.get((teacher.number, seed), "waits") if teacher is not None else "waits"
 
     def _unit(self, trial: Trial, seeds: tuple[int, ...]) -> Unit:
         teachers = None
         if trial.spec.teacher is not None:
-            teacher = self.ledger.first_of(trial.spec.teacher)
+            teacher = self.ledger.trials.first_of(trial.spec.teacher)
             assert teacher is not None
             weights = {seed: self.ledger.results[teacher.number, seed].weights for seed in seeds}
             teachers = Teachers(
