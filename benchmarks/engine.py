@@ -43,8 +43,9 @@ from rich.console import Console
 import study
 from analysis import run_schema as schema
 from benchmarks.measurement import Row, rate, run_alone, within
+from study.commands.opening import open_ledger
 from study.commands.progress import StudyProgress
-from study.commands.run import open_ledger, run_study
+from study.commands.run import run_study
 from study.ledger.directory import StudyDirectory
 from study.ledger.ledger import Ledger
 from study.ledger.snapshot import Snapshot, read_ledger

@@ -16,7 +16,7 @@ import pytest
 from analysis.commands.shipped import place_text, ship_study
 from analysis.report.places import places
 from study.commands.exchange import import_study
-from study.commands.run import sync
+from study.commands.sync import sync
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.spec.definition import definition, differences

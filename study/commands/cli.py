@@ -107,9 +107,9 @@ def plan(
     overrides: Overrides = [],  # noqa: B006 (typer reads the default, nobody writes it)
 ) -> None:
     """Show every trial with its parameters, FLOPs and time on this machine, without training."""
+    from study.commands.opening import study_corpus
     from study.commands.plan import as_json as plan_as_json  # here and below: PyTorch takes seconds to import
     from study.commands.plan import plan as make_plan
-    from study.commands.run import study_corpus
 
     config = load_config(file, overrides)
     planned = make_plan(config, study_corpus(config))
@@ -306,7 +306,7 @@ def sync(
 ) -> None:
     """Write to MLflow what the ledger has and MLflow lacks or has otherwise."""
     from study.commands.run import TRACKING_OFF
-    from study.commands.run import sync as sync_study
+    from study.commands.sync import sync as sync_study
 
     folder = StudyDirectory(directory)
     config = folder.load_config()

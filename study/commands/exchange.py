@@ -24,7 +24,7 @@ import sqlalchemy as sa
 
 from analysis import run_schema
 from study.commands.backup import has_backup
-from study.commands.run import known_corpus
+from study.commands.opening import known_corpus
 from study.errors import StudyError
 from study.files import private_files, replacing
 from study.ledger.database import LEDGER_ERRORS, check_file, open_database
@@ -287,9 +287,9 @@ def _check_tables(source: sa.Engine, ledger: sa.Engine) -> None:
                 raise StudyError(f"it has a {kind} that no export has")
     check_file(source)
     tables, own = _columns(source), _columns(ledger) | {_TEXTS: {"name", "content"}}
-    for name, columns in tables.items():
-        if not columns <= own.get(name, set()):
-            raise _Refused(f"holds in {name} what this version does not know; import it with the one that wrote it")
+    for name in sorted(tables.keys() | own.keys()):
+        if tables.get(name) != own.get(name):
+            raise _Refused(f"has another table {name} than this version writes; import it with the one that wrote it")
     alembic = sa.text("SELECT version_num FROM alembic_version")
     with source.connect() as connection, ledger.connect() as other:
         if (there := connection.scalar(alembic)) != (here := other.scalar(alembic)):

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from study.errors import StudyError
 
 SUM = "sha256"
-"""Name of the column; empty in a row that an earlier version wrote, until a driver opens the ledger."""
+"""Name of the column. A row without a checksum is not checked."""
 
 
 class Damaged(StudyError):
@@ -54,15 +54,3 @@ def read_rows(connection: sa.Connection, table: sa.Table, where: sa.ColumnElemen
             raise Damaged(f"the row {key} of {table.name} is not what was written (its checksum is wrong)")
         row.pop(SUM, None)
     return rows
-
-
-def sign(engine: sa.Engine, metadata: sa.MetaData) -> None:
-    """Add a checksum to every row without one, and the column for it to tables of an earlier version."""
-    inspector = sa.inspect(engine)
-    with engine.begin() as connection:
-        for table in metadata.sorted_tables:
-            if SUM not in {column["name"] for column in inspector.get_columns(table.name)}:
-                connection.execute(sa.text(f"ALTER TABLE {table.name} ADD COLUMN {SUM} VARCHAR"))
-            for row in read_rows(connection, table, table.c[SUM].is_(None)):
-                of_row = [column == row[column.name] for column in table.primary_key.columns]
-                connection.execute(table.update().where(*of_row).values(**{SUM: checksum(table.name, row)}))

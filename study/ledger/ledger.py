@@ -131,7 +131,6 @@ class Ledger:
         for frozen in known:
             self._take_in(frozen)
         check_trials(self.trials, {arm.name for arm in self.config.arms}, self._stops)
-        self._optuna.sign(self._engine, known)
         for trial in self.trials.values():
             if trial.duplicate_of is not None and trial.spec.arm in self._teacher_arms:
                 raise StudyError(

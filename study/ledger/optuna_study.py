@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Literal
 
 import optuna
-import sqlalchemy as sa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from study.ledger.checksums import SUM
 from study.ledger.database import close_optuna, open_optuna
-from study.ledger.trials import TRIAL, read_frozen, signed, to_attribute
+from study.ledger.trials import TRIAL, read_frozen, to_attribute
 from study.search.telling import Told
 from study.spec.trial import Trial
 
@@ -75,17 +71,6 @@ class OptunaStudy:
                 for name, value in told.constraints.items():
                     self._storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
         self._study.tell(number, told.values, TrialState.FAIL if told.values is None else None, skip_if_finished=True)
-
-    def sign(self, engine: sa.Engine, known: Iterable[optuna.trial.FrozenTrial]) -> None:
-        """Add checksums to trials of an earlier version, in SQL, since Optuna does not change finished trials."""
-        attributes = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"), sa.column("value_json"))
-        with engine.begin() as connection:
-            for frozen in known:
-                content = frozen.user_attrs.get(TRIAL)
-                if content is not None and SUM not in content:
-                    mine = (attributes.c.trial_id == self._trial_id(frozen.number)) & (attributes.c.key == TRIAL)
-                    text = json.dumps(signed(content, frozen.number))
-                    connection.execute(attributes.update().where(mine).values(value_json=text))
 
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._id, number)

@@ -98,8 +98,6 @@ def read_drivers(engine: sa.Engine, study_uuid: str) -> list[tuple[str, dict[str
 
 def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
     """Every decision to stop a trial, by its number."""
-    if not sa.inspect(engine).has_table(stop_table.name):
-        return {}  # the ledger of an earlier version, opened only to read
     with engine.connect() as connection:
         rows = read_rows(connection, stop_table, stop_table.c.study_uuid == study_uuid)
     try:
@@ -141,9 +139,7 @@ def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
     """
     with engine.connect() as connection:
         [study] = read_rows(connection, study_table, study_table.c.uuid == study_uuid)
-        is_old = not sa.inspect(engine).has_table(growth_table.name)  # see `read_stops`
-        of_study = growth_table.c.study_uuid == study_uuid
-        rows = [] if is_old else read_rows(connection, growth_table, of_study)
+        rows = read_rows(connection, growth_table, growth_table.c.study_uuid == study_uuid)
     try:
         history, records = [StudyConfig.model_validate_json(study["config"])], []
         for row in rows:

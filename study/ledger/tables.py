@@ -81,7 +81,7 @@ def copy_study(source: sa.Engine, target: sa.Engine, name: str, uuid: str) -> No
     """Copy one study's rows, and those common to all studies, as of one moment, from a ledger to an empty one.
 
     Args:
-        target: a SQLite file made by `empty_ledger`, whose tables and columns the source has, or some of them.
+        target: a SQLite file made by `empty_ledger`, whose tables and columns the source has.
     """
     own = sa.MetaData()
     own.reflect(target)
@@ -89,14 +89,13 @@ def copy_study(source: sa.Engine, target: sa.Engine, name: str, uuid: str) -> No
     of_study = sa.select(studies.c.study_id).where(studies.c.study_name == optuna_name(name, uuid))
     of_trials = sa.select(trials.c.trial_id).where(trials.c.study_id.in_(of_study))
     wanted = {"study_uuid": [uuid], "study_id": of_study, "trial_id": of_trials}
-    is_sqlite, found = source.dialect.name == "sqlite", sa.inspect(source)
+    is_sqlite = source.dialect.name == "sqlite"
     one_moment = {} if is_sqlite else {"isolation_level": "REPEATABLE READ"}
     with source.connect().execution_options(**one_moment) as reader, target.begin() as writer:
         if is_sqlite:
             reader.exec_driver_sql("BEGIN")  # otherwise each table would be read at another moment
-        for table in (table for table in own.sorted_tables if found.has_table(table.name)):
-            there = {column["name"] for column in found.get_columns(table.name)}
-            query = sa.select(*(column for column in table.c if column.name in there))
+        for table in own.sorted_tables:
+            query = sa.select(table)
             if table.name == study_table.name:
                 query = query.where(table.c.name == name)
             key = next((key for key in wanted if key in table.c), None)

@@ -20,7 +20,8 @@ import yaml
 from rich.console import Console
 
 from analysis import run_schema as schema
-from study.commands.run import Outcome, open_ledger, run_study, study_corpus
+from study.commands.opening import open_ledger, study_corpus
+from study.commands.run import Outcome, run_study
 from study.ledger.database import open_database
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth

@@ -8,7 +8,7 @@ import pytest
 import torch
 from study_fixtures import DENSE, MPO, TUNED, ledger_at, made_up, printed_by_run, results_at, run_at, write_study
 
-from study.commands.run import study_corpus
+from study.commands.opening import study_corpus
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.scheduler.inline import run_inline

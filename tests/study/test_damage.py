@@ -191,31 +191,6 @@ def test_damaged_byte_anywhere_is_one_line_or_does_no_harm(whole, study, offset)
     assert found == read(whole / "study") if error is None else "ledger.db.copy" in error and "\n" not in error
 
 
-def test_ledger_of_an_earlier_version_is_read_and_gets_checksums_once(whole, study):
-    before = read(study)
-    for table in ("mpo_study", "mpo_result", "mpo_stop", "mpo_driver", "mpo_growth"):
-        execute(study, f"ALTER TABLE {table} DROP COLUMN sha256")
-    for number, text in execute(study, "SELECT trial_user_attribute_id, value_json FROM trial_user_attributes"):
-        content = {key: value for key, value in json.loads(text).items() if key != "sha256"}
-        execute(
-            study,
-            "UPDATE trial_user_attributes SET value_json = ? WHERE trial_user_attribute_id = ?",
-            json.dumps(content),
-            number,
-        )
-    assert read(study) == before
-    assert execute(study, "SELECT * FROM mpo_result")[0][-1] != "sha256"
-    ledger_at(whole / "tiny.yaml", study).close()
-    assert read(study) == before
-    for table in ("mpo_study", "mpo_result", "mpo_driver", "mpo_growth"):
-        assert execute(study, f"SELECT count(*) FROM {table} WHERE sha256 IS NULL") == [(0,)]
-    sums = execute(study, "SELECT value_json FROM trial_user_attributes")
-    assert all("sha256" in json.loads(text) for (text,) in sums)
-    flip(study, "trial_user_attributes", "value_json")
-    with pytest.raises(StudyError, match=r"the ledger is damaged: trial \d+: "):
-        read(study)
-
-
 def test_copy_is_never_replaced_by_a_damaged_one(tmp_path, whole, study):
     said = []
     copies, copy = Copies(StudyDirectory(study).ledger_url, said.append), study / "ledger.db.copy"

@@ -24,7 +24,7 @@ from study_fixtures import (
 
 from analysis import run_schema as schema
 from study.commands.exchange import export_study, import_study
-from study.commands.run import sync
+from study.commands.sync import sync
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth

@@ -36,7 +36,9 @@ from study_fixtures import (
 from analysis import run_schema as schema
 from analysis.runs.load import StudyAddress, load_study, resolve_study
 from study.commands.exchange import export_study, import_study
-from study.commands.run import run_study, study_corpus, sync
+from study.commands.opening import study_corpus
+from study.commands.run import run_study
+from study.commands.sync import sync
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth

@@ -27,7 +27,8 @@ from study_fixtures import (
 
 from analysis import run_schema as schema
 from analysis.runs.load import load_study, resolve_study
-from study.commands.run import study_corpus, sync
+from study.commands.opening import study_corpus
+from study.commands.sync import sync
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger

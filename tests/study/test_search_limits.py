@@ -9,7 +9,7 @@ import optuna
 import pytest
 from study_fixtures import DENSE, SEARCHED, ledger_at, made_up, optuna_states, write_search
 
-from study.commands.run import study_corpus
+from study.commands.opening import study_corpus
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.search.samplers import make_sampler

@@ -30,7 +30,8 @@ from analysis.errors import AnalysisError
 from analysis.report.publish import publish
 from analysis.report.report import FOLDER
 from analysis.runs.load import StudyAddress, load_study, resolve_study
-from study.commands.run import study_corpus, sync
+from study.commands.opening import study_corpus
+from study.commands.sync import sync
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.spec.config import Execution
