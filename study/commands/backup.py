@@ -18,10 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from study.errors import StudyError
-from study.files import replace_file
 from study.ledger.checksums import Damaged
 from study.ledger.copies import check_whole, copy_database
 from study.ledger.directory import StudyDirectory
+from study.training.files import replace_file
 from study.training.storage import Storage
 
 

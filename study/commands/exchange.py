@@ -26,7 +26,6 @@ from analysis import run_schema
 from study.commands.backup import has_backup
 from study.commands.opening import known_corpus
 from study.errors import StudyError
-from study.files import private_files, replacing
 from study.ledger.database import LEDGER_ERRORS, check_file, open_database
 from study.ledger.directory import StudyDirectory, is_alive
 from study.ledger.snapshot import Snapshot, read_ledger
@@ -36,6 +35,7 @@ from study.spec.config import StudyConfig
 from study.spec.definition import definition, settled
 from study.spec.study_file import dump_config, parse_yaml, validate
 from study.training.corpus import corpus_from_bytes
+from study.training.files import private_files, replacing
 from study.training.storage import Storage
 from study.training.unit import store_corpus
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from study.commands.status import TrialStatus, study_status
 from study.errors import StudyError
-from study.files import replace_file
 from study.ledger.directory import StudyDirectory
 from study.ledger.frontier import frontier, points
 from study.ledger.snapshot import Snapshot, read_ledger
@@ -26,6 +25,7 @@ from study.spec.definition import settled
 from study.spec.search_space import check_trials
 from study.spec.study_file import dump_sections, parse_yaml, validate
 from study.spec.trial import TUNED_FIELDS, SeedResult, Trial, TrialSpec, tuning_trials
+from study.training.files import replace_file
 
 Content = dict[str, Any]
 """An arm in the form of a study file."""

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from study.files import replacing
 from study.ledger.checksums import SUM, Damaged, read_rows
 from study.ledger.database import LEDGER_ERRORS, check_file, copy_of, in_one_line, open_database, reason
 from study.ledger.tables import metadata
 from study.ledger.trials import TRIAL, signed
+from study.training.files import replacing
 
 _LEAST_SECONDS = 600.0
 """Shortest time between two copies of a ledger that changes."""

@@ -15,11 +15,11 @@ from filelock import FileLock, Timeout
 from analysis import run_schema
 from analysis.runs.urls import hide_password
 from study.errors import StudyError
-from study.files import private_files, replace_file
 from study.ledger.database import way_back
 from study.ledger.lock import check_ledger_url
 from study.spec.config import StudyConfig
 from study.spec.study_file import dump_config, load_config
+from study.training.files import private_files, replace_file
 from study.training.storage import Storage
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from study.files import replace_file
+from study.training.files import replace_file
 
 SILENT_SECONDS = 600
 """A run that has not reported for this long is named, and again after each further period of this length."""

@@ -15,8 +15,8 @@ import sqlalchemy.exc
 
 from analysis.runs.urls import hide_password
 from study.errors import StudyError
-from study.files import replacing
 from study.ledger.urls import is_database
+from study.training.files import replacing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

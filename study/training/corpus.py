@@ -23,7 +23,7 @@ from platformdirs import user_cache_path
 from torch import Tensor
 
 from study.errors import StudyError
-from study.files import replace_file
+from study.training.files import replace_file
 from study.training.randomness import generator
 
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

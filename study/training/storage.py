@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from analysis.runs.urls import hide_password
 from study.errors import StudyError
-from study.files import replace_file
+from study.training.files import replace_file
 
 
 class Storage:

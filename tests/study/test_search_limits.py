@@ -220,10 +220,10 @@ def test_search_ends_when_it_has_repeated_itself_too_often(tmp_path):
     ledger.close()
 
     more = ledger_at(file, folder, "budget.max_repeats=6")  # which may change, unlike the search itself
-    assert more.search_ended is None
+    assert more.tally.search_ended is None
     ask_all(more)
     assert sum(trial.duplicate_of is not None for trial in more.trials.values()) == 6
-    assert more.search_ended is not None
+    assert more.tally.search_ended is not None
 
 
 def test_search_that_meets_its_budget_has_not_ended_early(tmp_path):
