@@ -29,7 +29,7 @@ results: $(INSTALLED) ## reports of the studies in docs/results, and what is shi
 	rm -rf results/.shipped
 	for study in docs/results/*/; do \
 		name=$$(basename $$study) && \
-		$(BIN)/mpo-study import $$study/ledger.parquet results/.shipped/$$name && \
+		$(BIN)/mpo-study import $$study/ledger.db.xz results/.shipped/$$name && \
 		$(BIN)/mpo-study sync results/.shipped/$$name || exit 1; \
 	done
 	$(BIN)/python -m analysis.commands.shipped results/.shipped docs/results README.md docs/results/README.md

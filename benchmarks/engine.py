@@ -43,8 +43,9 @@ from rich.console import Console
 import study
 from analysis import run_schema as schema
 from benchmarks.measurement import Row, rate, run_alone, within
+from study.commands.opening import open_ledger
 from study.commands.progress import StudyProgress
-from study.commands.run import open_ledger, run_study
+from study.commands.run import run_study
 from study.ledger.directory import StudyDirectory
 from study.ledger.ledger import Ledger
 from study.ledger.snapshot import Snapshot, read_ledger
@@ -53,8 +54,8 @@ from study.spec.config import StudyConfig
 from study.spec.study_file import load_config
 from study.spec.trial import SeedResult, Trial, TrialSpec, evaluation_steps, now
 from study.training.corpus import Corpus, load_corpus
+from study.training.seed_run import train_seed
 from study.training.storage import Storage
-from study.training.train import train_seed
 from study.training.unit import Unit
 
 SECTION = "engine"

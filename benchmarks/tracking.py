@@ -24,7 +24,7 @@ from statistics import fmean, median, quantiles
 
 from rich.console import Console
 
-from study.commands.run import open_ledger, study_corpus
+from study.commands.opening import open_ledger, study_corpus
 from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.ledger.ledger import Ledger
 from study.scheduler.queue import Queue

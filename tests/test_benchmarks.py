@@ -14,7 +14,8 @@ from benchmarks import __main__ as bench
 from benchmarks import measurement, report
 from benchmarks.measurement import MIN_PAIRS, PAIRS, fastest, paired, quantity, rate, within
 from benchmarks.plain_gpt import PlainTraining
-from study.commands.run import run_study, study_corpus
+from study.commands.opening import study_corpus
+from study.commands.run import run_study
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.spec.config import Model, Protocol, StudyConfig

@@ -36,7 +36,7 @@ from study_fixtures import (
     run_at,
 )
 
-from study.commands.run import study_corpus
+from study.commands.opening import study_corpus
 from study.errors import StudyError
 from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.spec.study_file import load_config

@@ -16,7 +16,7 @@ import pytest
 from analysis.commands.shipped import place_text, ship_study
 from analysis.report.places import places
 from study.commands.exchange import import_study
-from study.commands.run import sync
+from study.commands.sync import sync
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.spec.definition import definition, differences
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationW
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")
 DOCUMENTS = (Path("README.md"), RESULTS / "README.md")
-STUDIES = sorted(ledger.parent.name for ledger in (ROOT / RESULTS).glob("*/ledger.parquet"))
+STUDIES = sorted(ledger.parent.name for ledger in (ROOT / RESULTS).glob("*/ledger.db.xz"))
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 
@@ -35,7 +35,7 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 def study(request, tmp_path_factory):
     """A shipped study made again from its ledger: its name, its folder, its shipped files, its findings."""
     name, folder = request.param, StudyDirectory(tmp_path_factory.mktemp("study") / "made")
-    import_study(ROOT / RESULTS / name / "ledger.parquet", folder, None)
+    import_study(ROOT / RESULTS / name / "ledger.db.xz", folder, None)
     sync(folder.load_config(), folder, None, None)
     made = tmp_path_factory.mktemp("shipped") / name
     return name, folder, made, ship_study(folder.path, made)
@@ -78,7 +78,7 @@ def test_documents_show_every_shipped_study_and_no_other():
 def test_ledger_gives_the_files_that_are_shipped(study):
     name, _, made, _ = study
     shipped = ROOT / RESULTS / name
-    assert files(shipped, "") == sorted([*files(made, ""), Path("ledger.parquet")])
+    assert files(shipped, "") == sorted([*files(made, ""), Path("ledger.db.xz")])
     assert_same_drawing(made / "frontier.svg", shipped / "frontier.svg")
     texts = [str(path) for path in files(shipped, ".md")]
     assert "trials.md" in texts
@@ -105,7 +105,7 @@ def test_make_results_writes_reports_and_fills_documents(tmp_path):
     """The command itself, on one study, beside the project."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / RESULTS / "paper").mkdir(parents=True)
-    shutil.copy(ROOT / RESULTS / "paper" / "ledger.parquet", tmp_path / RESULTS / "paper")
+    shutil.copy(ROOT / RESULTS / "paper" / "ledger.db.xz", tmp_path / RESULTS / "paper")
     for document in DOCUMENTS:
         (tmp_path / document).write_text("<!-- begin paper:trials -->\n<!-- end paper:trials -->\n", encoding="utf-8")
     command = ["make", "results", "INSTALLED=", f"BIN={Path(sys.executable).parent}"]

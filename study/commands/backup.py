@@ -20,7 +20,8 @@ from pathlib import Path
 from study.errors import StudyError
 from study.ledger.checksums import Damaged
 from study.ledger.copies import check_whole, copy_database
-from study.ledger.directory import StudyDirectory, replace_file
+from study.ledger.directory import StudyDirectory
+from study.training.files import replace_file
 from study.training.storage import Storage
 
 

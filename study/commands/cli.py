@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import warnings
-from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,20 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from analysis.commands.streams import lasting_streams
 from analysis.runs.urls import hide_password
+from study.commands.options import (
+    AddressOption,
+    AsJSON,
+    Executor,
+    ExecutorOption,
+    Export,
+    Folder,
+    LedgerOption,
+    Overrides,
+    StorageOption,
+    StudyFile,
+    TrackingOption,
+    Where,
+)
 from study.commands.progress import say
 from study.commands.show import say_not_compared, show_outcome, show_plan, show_status
 from study.commands.status import as_json as status_as_json
@@ -60,46 +73,6 @@ def _options(
     pass
 
 
-StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (YAML).")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The study's folder, which `run` made.")]
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the study file, e.g. protocol.steps=100."),
-]
-StorageOption = Annotated[
-    str | None,
-    typer.Option(metavar="PATH|URL", help="Checkpoints and weights. Default: as in the last run, else DIR/storage."),
-]
-
-
-class Executor(StrEnum):
-    ray = "ray"
-    inline = "inline"
-
-
-class Where(StrEnum):
-    frontier = "frontier"
-
-
-ExecutorOption = Annotated[Executor, typer.Option(help="Ray Tune, or this process.")]
-AddressOption = Annotated[
-    str | None, typer.Option(help="Address of a Ray cluster. Default: $RAY_ADDRESS, else a local Ray.")
-]
-TrackingOption = Annotated[
-    str | None,
-    typer.Option(metavar="URI|off", help="MLflow tracking URI. Default: as in the last run, else a database in DIR."),
-]
-LedgerOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL",
-        help="PostgreSQL database of the ledger. Default: as in the last run, else DIR/ledger.db.",
-    ),
-]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ParquetFile = Annotated[Path, typer.Argument(metavar="FILE", help="The Parquet file.")]
-
-
 @app.command()
 def plan(
     file: StudyFile,
@@ -107,9 +80,9 @@ def plan(
     overrides: Overrides = [],  # noqa: B006 (typer reads the default, nobody writes it)
 ) -> None:
     """Show every trial with its parameters, FLOPs and time on this machine, without training."""
+    from study.commands.opening import study_corpus
     from study.commands.plan import as_json as plan_as_json  # here and below: PyTorch takes seconds to import
     from study.commands.plan import plan as make_plan
-    from study.commands.run import study_corpus
 
     config = load_config(file, overrides)
     planned = make_plan(config, study_corpus(config))
@@ -243,9 +216,9 @@ def status(directory: Folder, as_json: AsJSON = False) -> None:
 
 
 @app.command(name="export")
-def export_(directory: Folder, file: ParquetFile) -> None:
-    """Write the ledger of a study to one Parquet file."""
-    from study.commands.exchange import export_study  # Parquet's reader and writer take a while to come up
+def export_(directory: Folder, file: Export) -> None:
+    """Write the ledger of a study to one compressed file."""
+    from study.commands.exchange import export_study
 
     folder = StudyDirectory(directory)
     n_runs = export_study(folder, file, partial(say, console))
@@ -253,7 +226,7 @@ def export_(directory: Folder, file: ParquetFile) -> None:
 
 
 @app.command(name="import")
-def import_(file: ParquetFile, directory: Folder, storage: StorageOption = None) -> None:
+def import_(file: Export, directory: Folder, storage: StorageOption = None) -> None:
     """Make a study's folder from a file that `export` wrote, without checkpoints and weights."""
     from study.commands.exchange import import_study
 
@@ -306,7 +279,7 @@ def sync(
 ) -> None:
     """Write to MLflow what the ledger has and MLflow lacks or has otherwise."""
     from study.commands.run import TRACKING_OFF
-    from study.commands.run import sync as sync_study
+    from study.commands.sync import sync as sync_study
 
     folder = StudyDirectory(directory)
     config = folder.load_config()

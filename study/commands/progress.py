@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import timedelta
 from types import TracebackType
@@ -100,13 +101,14 @@ class StudyProgress:
     def refresh(self) -> None:
         """Update the display from the ledger."""
         ledger = self._ledger
-        best = f"best loss {ledger.best_loss:.3f}, " if ledger.best_loss is not None else ""
-        words = f"trials {ledger.n_trials_over}/{ledger.n_trials}, {best}{self._time_left()}"
+        lowest, _ = ledger.results.extremes["final/val_loss"]
+        best = f"best loss {lowest:.3f}, " if math.isfinite(lowest) else ""
+        words = f"trials {ledger.tally.n_over}/{ledger.tally.n_trials}, {best}{self._time_left()}"
         self._bar.update(self._task, completed=len(self._ledger.results), total=self._n_runs(), words=words)
 
     def _n_runs(self) -> int:
         """Number of runs that the study will have; a trial that repeats another has no runs of its own."""
-        return len(self._ledger.results) + self._ledger.n_missing
+        return len(self._ledger.results) + self._ledger.tally.n_missing
 
     def _name(self, number: int, seed: int) -> str:
         spec = self._ledger.trials[number].spec
@@ -121,4 +123,4 @@ class StudyProgress:
         if done <= 0:
             return "time left unknown"
         rate = done / (time.monotonic() - self._begun)
-        return f"{timedelta(seconds=round(self._ledger.flops_left / rate))} left"
+        return f"{timedelta(seconds=round(self._ledger.tally.flops_left / rate))} left"

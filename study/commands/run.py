@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from rich.console import Console
 
-from study.commands.backup import BackgroundBackup, open_backup
+from study.commands.backup import BackgroundBackup, Backup, open_backup
+from study.commands.mirrors import Mirrors
+from study.commands.opening import open_ledger, study_corpus
 from study.commands.progress import StudyProgress, say
 from study.commands.show import say_not_compared
 from study.errors import StudyError
 from study.ledger.copies import Copies
 from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.ledger.environment import environment, what_changed
-from study.ledger.growth import NO_GROWTH, Growth, grow
-from study.ledger.ledger import Asked, Ledger
+from study.ledger.growth import NO_GROWTH, Growth
+from study.ledger.ledger import Ledger
 from study.ledger.lock import hold_ledger
-from study.ledger.snapshot import read_ledger
 from study.scheduler.inline import run_inline
-from study.scheduler.interrupts import interrupts
 from study.scheduler.private_folder import remove_leftovers
 from study.scheduler.queue import Queue
 from study.scheduler.reports import SilenceWatch
 from study.spec.config import StudyConfig
-from study.spec.search_space import start_spec
-from study.spec.trial import SeedResult, Trial, TrialSpec, budget_hash, tuning_trials
+from study.spec.trial import SeedResult
 from study.tracking.background import BackgroundTracker
-from study.tracking.connection import first_line, tracking_error
 from study.tracking.opening import open_tracker, study_record
-from study.tracking.tracker import Tracker
-from study.training.corpus import Corpus, load_corpus
-from study.training.model import trial_shape
+from study.training.corpus import Corpus
 from study.training.storage import Storage
-from study.training.unit import store_corpus, stored_corpus
+from study.training.unit import store_corpus
 
 TRACKING_OFF = "off"
 
@@ -59,51 +54,6 @@ class Outcome:
     n_stopped: int = 0
     search_ended: str | None = None
     backup_trouble: str | None = None
-
-
-def study_corpus(config: StudyConfig) -> Corpus:
-    """The study's corpus, checked to be long enough for its context."""
-    corpus = load_corpus(config.corpus.path, config.corpus.sha256, config.corpus.validation_fraction)
-    corpus.check_context(config.model.context)
-    return corpus
-
-
-def open_ledger(
-    config: StudyConfig,
-    corpus: Corpus,
-    directory: StudyDirectory,
-    growth: Growth = NO_GROWTH,
-    say: Callable[[str], None] = lambda line: None,
-) -> Ledger:
-    """The ledger of a study folder; begun if there is none.
-
-    Args:
-        growth: growth to apply first.
-        say: receives one line about that growth.
-    """
-
-    def examine(spec: TrialSpec, config: StudyConfig) -> Asked:
-        return Asked(
-            trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model),
-            budget_hash(spec, config, corpus.sha256, start_spec(config, spec)),
-            tuning_trials(spec.arm, config),
-        )
-
-    uuid = directory.uuid()
-    if uuid is not None:
-        directory.check_ledger()
-    elif growth.command and not directory.has_ledger:
-        raise StudyError(
-            f"{directory.path}: no study here that could grow by {growth.command}; run it without that first"
-        )
-    may_begin = not growth.command
-    ledger = Ledger(
-        directory.ledger_url, config, corpus.sha256, examine, uuid, may_begin=may_begin, extend=growth.extend
-    )
-    if grow(ledger, growth, say):
-        ledger.close()
-        ledger = Ledger(directory.ledger_url, ledger.config, corpus.sha256, examine, uuid)
-    return ledger
 
 
 def run_study(
@@ -130,100 +80,69 @@ def run_study(
     Raises:
         StudyError: the study cannot be opened, cannot grow in this way, or another driver has it.
     """
-    corpus = study_corpus(config)
+    corpus, tell = study_corpus(config), partial(say, console)
     with directory.locked(), hold_ledger(directory.ledger_url, config.name) as hold:
         directory.check_is_for(config)
         storage = directory.storage(storage_url)
-        try:
-            store_corpus(storage, corpus)
-            backup = open_backup(storage, directory, config.name, partial(say, console))
-        except OSError as error:
-            raise StudyError(f"--storage {storage.shown}: cannot write there: {error.strerror or error}") from None
-        ledger = open_ledger(config, corpus, directory, growth, partial(say, console))
+        backup = _open_backup(storage, directory, config.name, corpus, tell)
+        ledger = open_ledger(config, corpus, directory, growth, tell)
         config = ledger.config
-        _note_start(ledger, partial(say, console))
+        _note_start(ledger, tell)
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
         with StudyProgress(console, ledger) as progress:
-            tracker, record = None, study_record(config, ledger, corpus)
-
-            def open_this_tracker(on_sign: Callable[[], None]) -> Tracker:
-                return open_tracker(uri, directory, storage, record, progress.say, on_sign=on_sign)
-
+            tracker = None
             if uri != TRACKING_OFF:
-                tracker = BackgroundTracker(open_this_tracker, progress.say, _OPENING_SECONDS)
+                record = study_record(config, ledger, corpus)
+                tracker = BackgroundTracker(
+                    lambda on_sign: open_tracker(uri, directory, storage, record, progress.say, on_sign=on_sign),
+                    progress.say,
+                    _OPENING_SECONDS,
+                )
             directory.write(config, ledger.uuid, directory.tracking_uri() if uri == TRACKING_OFF else uri, storage.url)
             _reopen(config, ledger, storage, retry_failed, progress.say)
-
-            def track(trial: Trial) -> None:
-                if tracker is not None:
-                    tracker.put(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
-
-            for trial in ledger.trials.values():
-                track(trial)
-
-            beside = Copies(directory.ledger_url, progress.say)
-            beside.keep()  # the whole ledger has just been read, and is undamaged
-
-            def keep_copy(keep: Callable[[], None]) -> None:
-                try:
-                    keep()
-                except StudyError as error:
-                    queue.aborted = str(error)
-
-            def on_result(result: SeedResult) -> None:
-                progress.on_result(result)
-                if copies is not None:
-                    copies.note_change()
-                keep_copy(beside.keep_if_due)
-                for trial in ledger.sharing(result.trial):
-                    track(trial)
-
-            def on_stop(trial: Trial) -> None:
-                progress.on_stop(trial)
-                track(trial)
-
-            def on_answered(trial: Trial) -> None:
-                progress.on_answered(trial)
-                track(trial)
-
-            queue = Queue(config, ledger, storage, corpus.sha256, on_result, on_answered, progress.say, on_stop, hold)
-            copies = None
-            if backup is not None:
-                seconds = config.execution.backup_seconds
-                copies = BackgroundBackup(backup, seconds, progress.say, partial(setattr, queue, "aborted"))
+            copies = Copies(directory.ledger_url, progress.say)
+            copies.keep()  # the whole ledger has just been read, and is undamaged
+            queue = Queue(config, ledger, storage, corpus.sha256, say=progress.say, hold=hold)
+            if growth.extend or not ledger.results:
+                say_not_compared(progress.say, config)
+            running = _start_backup(backup, queue)
+            mirrors = Mirrors(queue, progress, tracker, copies, running)
             try:
-                if growth.extend or not ledger.results:
-                    say_not_compared(progress.say, config)
                 _execute(queue, progress, executor, directory, address)
-                for trial in ledger.trials.values():
-                    if trial.duplicate_of is not None or trial.skipped is not None:  # its original had results before
-                        track(trial)
-                keep_copy(beside.keep)
+                mirrors.complete()
             except KeyboardInterrupt:
-                if tracker is not None:
-                    # The second Ctrl-C sets a flag: an exception could come before the wait begins, and be lost.
-                    with suppress(KeyboardInterrupt), interrupts(tracker.leave):
-                        if tracker.n_pending:
-                            progress.say(
-                                "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)"
-                            )
-                        tracker.close(ledger.n_missing)
-                    tracker.leave()
+                mirrors.leave()
                 raise
             finally:
-                try:
-                    trouble = tracker.close(ledger.n_missing) if tracker is not None else None
-                finally:
-                    lost = copies.close() if copies is not None else None
+                trouble, lost = mirrors.close()
         outcome = _outcome(ledger, queue.aborted, trouble, lost)
         ledger.close()
         return outcome
 
 
+def _open_backup(
+    storage: Storage, directory: StudyDirectory, name: str, corpus: Corpus, tell: Callable[[str], None]
+) -> Backup | None:
+    """Store the corpus, and open the study's backup; see `open_backup`."""
+    try:
+        store_corpus(storage, corpus)
+        return open_backup(storage, directory, name, tell)
+    except OSError as error:
+        raise StudyError(f"--storage {storage.shown}: cannot write there: {error.strerror or error}") from None
+
+
+def _start_backup(backup: Backup | None, queue: Queue) -> BackgroundBackup | None:
+    if backup is None:
+        return None
+    return BackgroundBackup(
+        backup, queue.config.execution.backup_seconds, queue.say, partial(setattr, queue, "aborted")
+    )
+
+
 def _note_start(ledger: Ledger, say: Callable[[str], None]) -> None:
     """Record the environment of this run, and say in one line how it differs from that of the last run."""
     now = environment()
-    changed = what_changed(ledger.last_environment(), now)
+    changed = what_changed(next(reversed(ledger.environments), {}), now)
     ledger.record_driver(now)
     if changed and ledger.results:
         say(
@@ -241,11 +160,11 @@ def _reopen(
         ledger.reopen(failed)
         say(f"{len(failed)} failed runs are trained again")
     # A trial that has not been asked yet lacks all its seeds.
-    starts = {spec.start for spec in ledger.unasked()}
-    if ledger.is_searching:
+    starts = {spec.start for spec in ledger.trials.unasked()}
+    if ledger.tally.is_searching:
         starts |= {arm.start for arm in config.arms if arm.is_searched}
     needed = {(start, seed) for start in starts for seed in config.seed_list}
-    needed |= {(trial.spec.start, seed) for trial in ledger.lacking() for seed in ledger.missing_seeds(trial)}
+    needed |= {(trial.spec.start, seed) for trial in ledger.lacking() for seed in ledger.tally.missing_seeds(trial)}
     gone = []
     for result in ledger.results.values():
         arm = ledger.trials[result.trial].spec.arm
@@ -296,67 +215,17 @@ def _execute(
         run_on_ray(queue, progress.on_evaluation, directory.path, address)
 
 
-def sync(
-    config: StudyConfig,
-    directory: StudyDirectory,
-    storage_url: str | None,
-    tracking: str | None,
-    say: Callable[[str], None] = lambda line: None,
-) -> int:
-    """Compare MLflow with the ledger, and write what is missing or different in MLflow; returns the number of trials.
-
-    Raises:
-        StudyError: MLflow cannot be reached, or does not take a trial; all other trials are still written.
-    """
-    with directory.locked(), hold_ledger(directory.ledger_url, config.name):
-        storage = directory.storage(storage_url)
-        corpus = known_corpus(config, directory, storage)
-        ledger = open_ledger(config, corpus, directory)
-        config = ledger.config
-        uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
-        record = study_record(config, ledger, corpus)
-        tracker = open_tracker(uri, directory, storage, record, say, is_thorough=True)
-        directory.write(config, ledger.uuid, uri, storage.url)
-        refused: dict[int, Exception] = {}
-        for trial in ledger.trials.values():
-            try:
-                tracker.write(trial, ledger.on_record(trial), len(ledger.seeds_of(trial)))
-            except Exception as error:  # MLflow raises whatever its backend raises
-                if not tracker.answers():
-                    raise tracking_error(error, uri) from error
-                refused[trial.number] = error
-        if refused:
-            number, error = next(iter(refused.items()))
-            raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")
-        try:
-            tracker.settle(ledger.n_missing)
-        except Exception as error:  # MLflow raises whatever its backend raises
-            raise tracking_error(error, uri) from error
-        n_trials = len(ledger.trials)
-        ledger.close()
-        return n_trials
-
-
-def known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
-    """The corpus of a study that was run before: the one stored with its runs, or else the one its file names."""
-    sha256 = read_ledger(directory.ledger_url, config.name).corpus_sha256
-    try:
-        return stored_corpus(storage, sha256, config.corpus.validation_fraction)
-    except OSError:
-        return study_corpus(config)
-
-
 def _outcome(ledger: Ledger, aborted: str | None, trouble: str | None, lost: str | None) -> Outcome:
     states = [result.state for result in ledger.results.values()]
     trials = ledger.trials.values()
     return Outcome(
-        n_trials=ledger.n_trials,
+        n_trials=ledger.tally.n_trials,
         n_skipped=sum(trial.skipped is not None and trial.duplicate_of is None for trial in trials),
         n_stopped=sum(trial.stop is not None and trial.duplicate_of is None for trial in trials),
-        search_ended=ledger.search_ended,
+        search_ended=ledger.tally.search_ended,
         n_complete=states.count("complete"),
         n_failed=states.count("failed"),
-        n_missing=ledger.n_missing,
+        n_missing=ledger.tally.n_missing,
         aborted=aborted,
         tracking_trouble=trouble,
         backup_trouble=lost,

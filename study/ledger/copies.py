@@ -6,7 +6,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -15,6 +15,7 @@ from study.ledger.checksums import SUM, Damaged, read_rows
 from study.ledger.database import LEDGER_ERRORS, check_file, copy_of, in_one_line, open_database, reason
 from study.ledger.tables import metadata
 from study.ledger.trials import TRIAL, signed
+from study.training.files import replacing
 
 _LEAST_SECONDS = 600.0
 """Shortest time between two copies of a ledger that changes."""
@@ -53,24 +54,19 @@ class Copies:
         """
         if self._file is None:
             return
-        begun, partial = time.monotonic(), self._file.with_name(f"{self._file.name}.copy.partial")
+        begun = time.monotonic()
         try:
-            copy_database(self._file, partial)
-            with in_one_line(self._url):
+            with replacing(copy_of(self._file)) as partial, in_one_line(self._url):
+                copy_database(self._file, partial)
                 check_whole(partial)
-            partial.replace(copy_of(self._file))
         except (OSError, sqlite3.Error) as error:
             self._say(f"the ledger cannot be copied to {copy_of(self._file)}, which is tried again later: {error}")
-        finally:
-            with suppress(OSError):  # the disk that failed above may fail again
-                partial.unlink(missing_ok=True)
         now = time.monotonic()
         self._due = now + max(_LEAST_SECONDS, _SHARE * (now - begun))
 
 
 def copy_database(path: Path, to: Path) -> None:
     """Copy a SQLite database as of a moment between two transactions, while others write to it."""
-    to.unlink(missing_ok=True)
     with (
         closing(sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True, timeout=_BUSY_SECONDS)) as source,
         closing(sqlite3.connect(to)) as target,

@@ -19,6 +19,7 @@ from study.ledger.database import way_back
 from study.ledger.lock import check_ledger_url
 from study.spec.config import StudyConfig
 from study.spec.study_file import dump_config, load_config
+from study.training.files import private_files, replace_file
 from study.training.storage import Storage
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
@@ -248,19 +249,6 @@ class StudyDirectory:
             replace_file(path, text.encode())
 
 
-@contextmanager
-def private_files() -> Iterator[None]:
-    """Context in which this process and its children create files that only their user can read.
-
-    Such files may hold texts, or URLs with passwords.
-    """
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
 def is_alive(pid: int) -> bool:
     """Whether there is such a process on this machine."""
     try:
@@ -270,19 +258,6 @@ def is_alive(pid: int) -> bool:
     except (OSError, OverflowError):
         return False
     return True
-
-
-def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file atomically, replacing any previous one.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    partial.touch(mode)
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def _is_file(path: Path) -> bool:

@@ -66,8 +66,8 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
     config, command = ledger.config, growth.command
     if not command:
         return False
-    if ledger.growths and ledger.growths[-1].command == command and ledger.n_missing:
-        say(f"going on: this study has grown by {command} already, and lacks {ledger.n_missing} runs of that")
+    if ledger.growths and ledger.growths[-1].command == command and ledger.tally.n_missing:
+        say(f"going on: this study has grown by {command} already, and lacks {ledger.tally.n_missing} runs of that")
         return False
     if growth.refine:
         return _refine(ledger, growth, say)
@@ -76,8 +76,8 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
             f"--trials +{growth.trials}: no arm of study {config.name} has searched values; add listed values or arms "
             "to its file, and run that with --extend"
         )
-    if growth.trials and ledger.search_ended is not None:
-        raise StudyError(f"--trials +{growth.trials}: {ledger.search_ended}")
+    if growth.trials and ledger.tally.search_ended is not None:
+        raise StudyError(f"--trials +{growth.trials}: {ledger.tally.search_ended}")
     seeds = config.seeds + growth.seeds if isinstance(config.seeds, int) else _more(config.seeds, growth.seeds)
     search = config.search.model_copy(update={"trials": config.search.trials + growth.trials})
     try:
@@ -92,25 +92,25 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
 
 
 def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
-    if ledger.n_missing:
+    if ledger.tally.n_missing:
         raise StudyError(
-            f"study {ledger.config.name} lacks {ledger.n_missing} runs; where its frontier is undecided can be said "
-            "when it is finished: run it again first"
+            f"study {ledger.config.name} lacks {ledger.tally.n_missing} runs; where its frontier is undecided can be "
+            "said when it is finished: run it again first"
         )
     asked = points(ledger.trials.values(), ledger.results.values())
     chosen = {point.trial for point in undecided(asked)}
     if not chosen:
         say("every trial's place on the frontier is decided by the seeds it has: there is nothing to refine")
         return False
-    wanted = {n: list(_more(tuple(ledger.seeds_of(ledger.trials[n])), growth.refine)) for n in sorted(chosen)}
+    wanted = {n: list(_more(tuple(ledger.tally.seeds_of(ledger.trials[n])), growth.refine)) for n in sorted(chosen)}
     for trial, rival in _compared_with(ledger, chosen):  # they are compared on shared seeds
         wanted[rival] = [*wanted.get(rival, []), *wanted[trial]]
-    for number in sorted(wanted):  # each seed begins from its start's run with that seed
+    for number in sorted(wanted):  # each seed starts from the start's run with that seed
         arm = ledger.trials[number].spec.start
         start = next((trial for trial in ledger.trials.values() if trial.spec.arm == arm), None)
         if start is not None:
             wanted[start.number] = [*wanted.get(start.number, []), *wanted[number]]
-    had = {number: set(ledger.seeds_of(ledger.trials[number])) for number in wanted}
+    had = {number: set(ledger.tally.seeds_of(ledger.trials[number])) for number in wanted}
     more = {n: [seed for seed in dict.fromkeys(seeds) if seed not in had[n]] for n, seeds in sorted(wanted.items())}
     more = {number: seeds for number, seeds in more.items() if seeds}
     ledger.record_growth(growth.command, more_seeds=more)

@@ -11,17 +11,16 @@ import sqlalchemy as sa
 
 from study.errors import StudyError
 from study.ledger.database import check_file, close_optuna, in_one_line, open_database, open_optuna, way_back
-from study.ledger.tables import (
+from study.ledger.rows import (
     Growths,
     check_results,
-    optuna_name,
     read_drivers,
     read_growths,
     read_results,
     read_stops,
     read_study,
-    study_table,
 )
+from study.ledger.tables import optuna_name, study_table
 from study.ledger.tally import seeds_of
 from study.ledger.trials import TRIAL, check_trials, from_attribute, read_frozen
 from study.spec.trial import SeedResult, Stop, Trial

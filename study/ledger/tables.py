@@ -1,30 +1,16 @@
-"""The tables of a ledger, and how they are read.
+"""The tables of a ledger, and how a study is copied from one ledger to another.
 
 One SQL database holds Optuna's own tables (the sampler's memory) and those below; results are keyed by (trial, seed).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
-
 import sqlalchemy as sa
-from pydantic import TypeAdapter, ValidationError
 
-from analysis import run_schema
-from study.errors import StudyError
-from study.ledger.checksums import SUM, Damaged, read_rows
+from study.ledger.checksums import SUM
 from study.ledger.database import close_optuna, open_database, open_optuna
-from study.ledger.trials import first_defect
-from study.spec.config import StudyConfig
-from study.spec.trial import SeedResult, Stop, Trial
 
 SCHEMA_VERSION = 2
-
-STOP = TypeAdapter(Stop)
 
 metadata = sa.MetaData()
 study_table = sa.Table(
@@ -91,148 +77,30 @@ def empty_ledger(url: str) -> sa.Engine:
     return engine
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
+def copy_study(source: sa.Engine, target: sa.Engine, name: str, uuid: str) -> None:
+    """Copy one study's rows, and those common to all studies, as of one moment, from a ledger to an empty one.
 
-_RESULT = TypeAdapter(SeedResult)
-
-
-def read_study(engine: sa.Engine, name: str) -> dict[str, Any] | None:
-    """The row of a study; None if there is none.
-
-    Raises:
-        StudyError: another version wrote the row.
+    Args:
+        target: a SQLite file made by `empty_ledger`, whose tables and columns the source has.
     """
-    with engine.connect() as connection:
-        versions = sa.select(study_table.c.schema_version).where(study_table.c.name == name)
-        version = connection.execute(versions).scalar_one_or_none()
-        if version not in (None, SCHEMA_VERSION):  # check first: all else may differ in that version
-            raise StudyError(
-                f"the ledger of study {name} has schema version {version}, this program knows {SCHEMA_VERSION}"
-            )
-        rows = read_rows(connection, study_table, study_table.c.name == name)
-    return rows[0] if rows else None
-
-
-def read_results(engine: sa.Engine, study_uuid: str) -> list[SeedResult]:
-    """Every result on record, in the order of (trial, seed)."""
-    with engine.connect() as connection:
-        return list(map(_result, read_rows(connection, result_table, result_table.c.study_uuid == study_uuid)))
-
-
-def _result(row: Mapping[str, Any]) -> SeedResult:
-    try:
-        _RESULT.validate_json(row["content"], strict=True)
-        result = SeedResult(**json.loads(row["content"]))
-        _check_time(result.started)
-        _check_time(result.ended)
-    except (ValueError, TypeError) as error:
-        raise Damaged(f"the result of trial {row['trial']}, seed {row['seed']}: {first_defect(error)}") from None
-    is_whole = result.state == "failed" or result.final.keys() >= _NEEDED
-    key = (result.trial, result.seed, result.state)
-    if key != (row["trial"], row["seed"], row["state"]) or not is_whole:
-        raise Damaged(f"the result of trial {row['trial']}, seed {row['seed']}, is another's or lacks something")
-    return result
-
-
-def _check_time(time: str) -> None:
-    if datetime.fromisoformat(time).tzinfo is None:
-        raise ValueError(f"a time without its zone: {time}")
-
-
-_NEEDED = {*run_schema.CLAIMED, "train_seconds"}
-
-
-def check_results(
-    results: Iterable[SeedResult], trials: Mapping[int, Trial], seeds_of: Callable[[Trial], Collection[int]]
-) -> None:
-    """Raise a Damaged if a result's trial is not on record, or has no such seed."""
-    of_study = None
-    for result in results:
-        trial = trials.get(result.trial)
-        if trial is None:
-            raise Damaged(f"it has results of trial {result.trial}, but not the trial")
-        if of_study is None or trial.number != of_study[0]:
-            of_study = trial.number, set(seeds_of(trial))
-        if result.seed not in of_study[1]:
-            raise Damaged(f"it has a result of trial {result.trial} for seed {result.seed}, which the study has not")
-
-
-def read_drivers(engine: sa.Engine, study_uuid: str) -> list[tuple[str, dict[str, Any]]]:
-    """Start and environment of each driver of a study, in the order of their starts."""
-    with engine.connect() as connection:
-        rows = read_rows(connection, driver_table, driver_table.c.study_uuid == study_uuid)
-    try:
-        for row in rows:
-            _check_time(row["started"])
-        return [(row["started"], dict(json.loads(row["environment"]))) for row in rows]
-    except (ValueError, TypeError) as error:
-        raise Damaged(f"what a driver ran on: {first_defect(error)}") from None
-
-
-def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
-    """Every decision to stop a trial, by its number."""
-    with engine.connect() as connection:
-        rows = read_rows(connection, stop_table, stop_table.c.study_uuid == study_uuid)
-    try:
-        stops = [STOP.validate_json(row["content"]) for row in rows]
-    except ValueError as error:
-        raise Damaged(f"a decision to stop a trial: {first_defect(error)}") from None
-    return {stop.trial: stop for stop in stops}
-
-
-@dataclass(frozen=True)
-class GrowthRecord:
-    """One growth: its time, the user's command, and the number of seeds planned for every trial before and after."""
-
-    made: str
-    command: str
-    seeds_before: int
-    seeds_after: int
-
-
-@dataclass(frozen=True)
-class Growths:
-    """The growths of a study.
-
-    records: each growth, in order. history: the study as it was begun, and after each growth of the whole study.
-    more_seeds: the seeds that single trials got, by their numbers. changed: time of the last growth or the beginning.
-    """
-
-    records: Sequence[GrowthRecord]
-    history: Sequence[StudyConfig]
-    more_seeds: Mapping[int, Sequence[int]]
-    changed: str
-
-
-_MORE_SEEDS = TypeAdapter(list[tuple[int, list[int]]])
-
-
-def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
-    """The beginning of a study and its growths.
-
-    Raises:
-        StudyError: another version wrote content that this version cannot read.
-    """
-    with engine.connect() as connection:
-        [study] = read_rows(connection, study_table, study_table.c.uuid == study_uuid)
-        rows = read_rows(connection, growth_table, growth_table.c.study_uuid == study_uuid)
-    try:
-        history, records = [StudyConfig.model_validate_json(study["config"])], []
-        for row in rows:
-            before = len(history[-1].seed_list)
-            if row["config"]:
-                history.append(StudyConfig.model_validate_json(row["config"]))
-            records.append(GrowthRecord(row["made"], row["command"], before, len(history[-1].seed_list)))
-    except ValidationError as error:
-        raise StudyError(
-            f"study {name} was begun by another version, whose study file this one does not understand: "
-            f"{error.errors()[0]['msg']}; go on with that version, or begin a new study with another --dir"
-        ) from None
-    more_seeds: dict[int, list[int]] = {}
-    try:
-        for row in rows:
-            for number, seeds in _MORE_SEEDS.validate_json(row["seeds"] or "[]", strict=True):
-                more_seeds.setdefault(number, []).extend(seeds)
-    except ValueError as error:
-        raise Damaged(f"a growth: {first_defect(error)}") from None
-    return Growths(records, history, more_seeds, changed=records[-1].made if records else study["created"])
+    own = sa.MetaData()
+    own.reflect(target)
+    studies, trials = own.tables["studies"], own.tables["trials"]
+    of_study = sa.select(studies.c.study_id).where(studies.c.study_name == optuna_name(name, uuid))
+    of_trials = sa.select(trials.c.trial_id).where(trials.c.study_id.in_(of_study))
+    wanted = {"study_uuid": [uuid], "study_id": of_study, "trial_id": of_trials}
+    is_sqlite = source.dialect.name == "sqlite"
+    one_moment = {} if is_sqlite else {"isolation_level": "REPEATABLE READ"}
+    with source.connect().execution_options(**one_moment) as reader, target.begin() as writer:
+        if is_sqlite:
+            reader.exec_driver_sql("BEGIN")  # otherwise each table would be read at another moment
+        for table in own.sorted_tables:
+            query = sa.select(table)
+            if table.name == study_table.name:
+                query = query.where(table.c.name == name)
+            key = next((key for key in wanted if key in table.c), None)
+            if key is not None:
+                query = query.where(table.c[key].in_(wanted[key]))
+            writer.execute(table.delete())
+            for rows in reader.execute(query.order_by(*table.primary_key.columns)).mappings().partitions(1000):
+                writer.execute(table.insert(), [dict(row) for row in rows])

@@ -30,7 +30,6 @@ def remove_leftovers(study: Path) -> None:
             with suppress(OSError):
                 if left.lstat().st_uid == os.getuid():
                     shutil.rmtree(left)  # does not follow a link
-    shutil.rmtree(study / "scratch", ignore_errors=True)  # earlier versions used this place
 
 
 @contextmanager

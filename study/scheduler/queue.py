@@ -67,59 +67,64 @@ class Queue:
 
     def next_unit(self) -> Unit | Finished | None:
         """The next unit; None if all remaining work waits for units in flight; "finished" if nothing is left."""
-        if self.aborted is not None:
-            return "finished"
         unit = self._issue()
-        if self.aborted is not None and unit is None:
-            return "finished"
-        if unit is None and not self.in_flight:
-            if self._given_up:
-                n, why = len(self._given_up), next(iter(self._given_up.values()))
-                self.aborted = f"for {n} of the runs {MAX_DEATHS} workers died before they began: {why}"
-            return "finished"
-        return unit
+        if unit is not None or (self.in_flight and self.aborted is None):
+            return unit
+        if self.aborted is None and self._given_up:
+            n, why = len(self._given_up), next(iter(self._given_up.values()))
+            self.aborted = f"for {n} of the runs {MAX_DEATHS} workers died before they began: {why}"
+        return "finished"
 
     def _issue(self) -> Unit | None:
-        while True:
-            found_waits = has_changed = False
+        while self.aborted is None:
+            must_wait = False
             for trial in self.ledger.lacking():
-                block: list[int] = []
-                for seed in self.ledger.missing_seeds(trial):
-                    key = trial.number, seed
-                    if key in self.in_flight or key in self._given_up:
-                        continue
-                    start = self._result_of_start(trial, seed)
-                    if start == "waits":
-                        found_waits |= self.config.arm(trial.spec.arm).is_searched
-                        continue
-                    if start is not None and start.state == "failed":
-                        reason = f"its start (arm {trial.spec.start}, seed {seed}) failed: {start.failure}"
-                        self.complete([_failed(trial.number, seed, reason)])
-                        has_changed = True
-                        continue
-                    block.append(seed)
-                    if len(block) == self._block_size(trial):
-                        break
+                block, doomed, is_waiting = self._startable(trial)
+                must_wait |= is_waiting and self.config.arm(trial.spec.arm).is_searched
+                if doomed:
+                    self.complete(doomed)
+                    break  # the iterator over `lacking` is no longer valid
                 if block:
                     self.in_flight.issue((trial.number, seed) for seed in block)
                     return self._unit(trial, tuple(block))
-                if has_changed:  # the iterator over `lacking` is no longer valid
-                    break
-            if has_changed and self.aborted is None:
+            else:
+                # Do not ask while a searched trial waits for its start: the sampler would choose without its result.
+                if must_wait or not self._ask():
+                    return None
+        return None
+
+    def _startable(self, trial: Trial) -> tuple[list[int], list[SeedResult], bool]:
+        """Seeds that can start now; results of those whose start failed; whether a seed waits for its start."""
+        block: list[int] = []
+        doomed: list[SeedResult] = []
+        is_waiting = False
+        for seed in self.ledger.tally.missing_seeds(trial):
+            key = trial.number, seed
+            if key in self.in_flight or key in self._given_up:
                 continue
-            # Do not ask while a searched trial waits for its start: the sampler would choose without its result.
-            if found_waits or self.aborted is not None:
-                return None
-            n_trials = len(self.ledger.trials)
-            try:
-                asked = self._patience.act(lambda: self.ledger.ask(self._may_start))
-            except LedgerGone as gone:
-                self.aborted = str(gone)
-                return None
-            if asked is None and len(self.ledger.trials) == n_trials:
-                return None  # otherwise a trial was added by an earlier call whose answer was lost
-            if asked is not None and not self.ledger.missing_seeds(asked):
-                self.on_answered(asked)
+            start = self._result_of_start(trial, seed)
+            if start == "waits":
+                is_waiting = True
+            elif start is not None and start.state == "failed":
+                reason = f"its start (arm {trial.spec.start}, seed {seed}) failed: {start.failure}"
+                doomed.append(_failed(trial.number, seed, reason))
+            else:
+                block.append(seed)
+                if len(block) == self._block_size(trial):
+                    break
+        return block, doomed, is_waiting
+
+    def _ask(self) -> bool:
+        """Ask the ledger for a new trial; returns whether there is one."""
+        n_trials = len(self.ledger.trials)
+        try:
+            asked = self._patience.act(lambda: self.ledger.ask(self._may_start))
+        except LedgerGone as gone:
+            self.aborted = str(gone)
+            return False
+        if asked is not None and not self.ledger.tally.missing_seeds(asked):
+            self.on_answered(asked)
+        return len(self.ledger.trials) > n_trials  # also if it was added by an earlier call whose answer was lost
 
     def _block_size(self, trial: Trial) -> int:
         """Largest number of seeds in a unit of this trial."""
@@ -143,7 +148,7 @@ class Queue:
             self._forget_checkpoints(result.trial, [result.seed])
         for trial in stopped:  # it may leave half-trained seeds
             if trial.duplicate_of is None:
-                self._forget_checkpoints(trial.number, self.ledger.seeds_of(trial))
+                self._forget_checkpoints(trial.number, self.ledger.tally.seeds_of(trial))
         for result in results:
             self.on_result(result)
         for trial in stopped:
@@ -235,20 +240,20 @@ class Queue:
 
         Trials that would have to wait for their start are not asked for yet, so that others come before them.
         """
-        start = self.ledger.first_of(arm)
+        start = self.ledger.trials.first_of(arm)
         return start is not None and any((start.number, seed) in self.ledger.results for seed in self.config.seed_list)
 
     def _result_of_start(self, trial: Trial, seed: int) -> SeedResult | Literal["waits"] | None:
         """The result of the start that a run begins from; "waits" if it is not there yet; None from scratch."""
         if trial.spec.start is None:
             return None
-        start = self.ledger.first_of(trial.spec.start)
+        start = self.ledger.trials.first_of(trial.spec.start)
         return self.ledger.results.get((start.number, seed), "waits") if start is not None else "waits"
 
     def _unit(self, trial: Trial, seeds: tuple[int, ...]) -> Unit:
         starts = None
         if trial.spec.start is not None:
-            start = self.ledger.first_of(trial.spec.start)
+            start = self.ledger.trials.first_of(trial.spec.start)
             assert start is not None
             weights = {seed: self.ledger.results[start.number, seed].weights for seed in seeds}
             starts = Starts(

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from study.ledger.directory import replace_file
+from study.training.files import replace_file
 
 SILENT_SECONDS = 600
 """A run that has not reported for this long is named, and again after each further period of this length."""
@@ -135,7 +135,7 @@ class SilenceWatch:
         text = json.dumps({"pid": os.getpid(), "runs": sorted(runs)})
         if text != self._written:
             with suppress(OSError):  # a full disk is reported by more important writes
-                replace_file(self._file, text.encode(), 0o600)
+                replace_file(self._file, text.encode())
                 self._written = text
 
 

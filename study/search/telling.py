@@ -49,15 +49,26 @@ def what_to_tell(
     return Told(_values(config, source, results, worst), constraints)
 
 
-def worst_value(metric: schema.Metric, shape: TrialShape, on_record: tuple[float, float]) -> float | None:
-    """A value of a seed's metric that is no better than any on record; None if no bad value is known.
+def worst_values(
+    config: StudyConfig, shape: TrialShape, on_record: Mapping[str, tuple[float, float]]
+) -> dict[str, float]:
+    """For each objective that seeds have, a value no better than any on record; those without a known bad one lack.
 
     A loss is at least that of a uniform guess, and what is maximised at most 0.
 
     Args:
-        on_record: the lowest and the highest value; infinite if there is none.
+        on_record: the lowest and the highest value of each final metric.
     """
-    lowest, highest = on_record
+    worst = {}
+    for objective in config.objectives:
+        metric = schema.OBJECTIVES[objective]
+        if "count" not in metric.recorded:
+            lowest, highest = on_record.get(schema.key_of(metric), (math.inf, -math.inf))
+            worst[objective] = _worst(metric, shape, lowest, highest)
+    return {objective: value for objective, value in worst.items() if value is not None}
+
+
+def _worst(metric: schema.Metric, shape: TrialShape, lowest: float, highest: float) -> float | None:
     if metric.direction == "maximize":
         return min(lowest, 0.0)
     if metric.unit == "nats":

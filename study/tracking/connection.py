@@ -16,6 +16,7 @@ import sqlalchemy.exc
 from analysis.runs.urls import hide_password
 from study.errors import StudyError
 from study.ledger.urls import is_database
+from study.training.files import replacing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -191,12 +192,8 @@ def _make_database(path: Path, artifacts: str) -> None:
     _set_up_mlflow()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    partial = path.with_name(f"{path.name}.partial")
-    for leftover in path.parent.glob(f"{partial.name}*"):
-        leftover.unlink()
-    store = SqlAlchemyStore(f"sqlite:///{partial}", artifacts)
-    store.engine.dispose()
-    partial.replace(path)
+    with replacing(path) as partial:
+        SqlAlchemyStore(f"sqlite:///{partial}", artifacts).engine.dispose()
 
 
 def move_artifacts(uri: str, experiment: str, artifacts: str, *, is_own: bool) -> None:

@@ -25,11 +25,11 @@ def study_record(config: StudyConfig, ledger: Ledger, corpus: Corpus) -> StudyRe
         study_file=dump_config(ledger.config),
         claims=ledger.config.claims.model_dump_json(),
         growths=[
-            {"by": each.command, "seeds": [each.seeds_before, each.seeds_after], "over": ledger.n_over_at(each.made)}
+            {"by": each.command, "seeds": [each.seeds_before, each.seeds_after], "over": _n_over(ledger, each.made)}
             for each in ledger.growths
         ],
-        environment=ledger.first_environment(),
-        n_missing=ledger.n_missing,
+        environment=next(iter(ledger.environments), {}),
+        n_missing=ledger.tally.n_missing,
         created=ledger.created,
         changed=ledger.changed,
         corpus_sha256=corpus.sha256,
@@ -38,6 +38,11 @@ def study_record(config: StudyConfig, ledger: Ledger, corpus: Corpus) -> StudyRe
         tuned_among={arm.name: arm.tuned_among for arm in ledger.config.arms},
         log_weights=config.execution.keep_weights,
     )
+
+
+def _n_over(ledger: Ledger, time: str) -> int:
+    """Number of results on record that had ended at a time."""
+    return sum(result.ended <= time for result in ledger.results.values())
 
 
 def open_tracker(

@@ -8,19 +8,15 @@ wrong the run is deleted, and a new one is written in its place.
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis import run_schema as schema
-from analysis.runs.urls import hide_password
-from study.errors import StudyError
 from study.spec.trial import SeedResult, Trial
-from study.tracking.connection import TrackingAway, error_kind, shown
+from study.tracking.connection import error_kind, shown
 from study.tracking.content import (
     RunContent,
     StudyRecord,
@@ -30,42 +26,14 @@ from study.tracking.content import (
     summary_content,
     trial_content,
 )
+from study.tracking.known_runs import KnownRun, find_runs, id_of_mlflow, is_part, open_experiment
 from study.training.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
-
-_PAGE = 1000
-"""Number of runs per request."""
 
 _DIGEST = 36
 """Longest digest of a data set in MLflow, in characters."""
-
-_OVER = ("FINISHED", "FAILED", "KILLED")
-
-
-@dataclass
-class _KnownRun:
-    """What this writer knows about a run in MLflow."""
-
-    run_id: str
-    started: int
-    status: str
-    ended: int | None = None
-    """Time in milliseconds; None while the run is not over."""
-    digest: str = ""
-    """Digest of its content, see `run_schema.digest`; empty if the run does not have one."""
-    parent: str | None = None
-    lost_weights: bool = False
-    revision: str | None = None
-    """Only for the summary: the revision by which readers know the experiment, see `analysis.run_schema`."""
-    n_missing: str | None = None
-    """Only for the summary: number of runs that the study lacks."""
-    is_checked: bool = False
-    """Whether this writer has written the run, or compared it with its required content."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics found to be correct in the run, kept until the others are written."""
 
 
 class Tracker:
@@ -94,9 +62,8 @@ class Tracker:
     ) -> None:
         self._client, self._record, self._storage = client, record, storage
         self._is_thorough, self._on_sign = is_thorough, on_sign
-        self._experiment_id = self._open_experiment(artifacts)
+        self._experiment_id = open_experiment(client, record, artifacts)
         self._summary_key = f"{record.uuid}/{schema.KIND_SUMMARY}"
-        self._known: dict[str, _KnownRun] = {}
         self._find_runs()
         self._describe()
 
@@ -106,29 +73,6 @@ class Tracker:
             return self._client.get_experiment(self._experiment_id).name == self._record.name
         except Exception:  # MLflow raises whatever its backend raises
             return False
-
-    def _open_experiment(self, artifacts: str | None) -> str:
-        name = self._record.name
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            description = schema.tag_text(self._record.description)
-            tags = {schema.STUDY_UUID: self._record.uuid, "mlflow.note.content": description}
-            return _of_mlflow(self._client.create_experiment(name, artifact_location=artifacts, tags=tags))
-        experiment_id = _of_mlflow(experiment.experiment_id)
-        if experiment.lifecycle_stage == "deleted":
-            raise StudyError(self._how_to_restore(experiment))
-        if experiment.tags.get(schema.STUDY_UUID) != self._record.uuid:
-            raise StudyError(f"the experiment {name} holds another study of that name; give this one another name")
-        return experiment_id
-
-    def _how_to_restore(self, experiment: Experiment) -> str:
-        uri = hide_password(self._client.tracking_uri)
-        store = "the server's database" if uri.startswith("http") else uri
-        return (
-            f"the experiment {experiment.name} was deleted; restore it: MLFLOW_TRACKING_URI={uri} mlflow experiments "
-            f"restore --experiment-id {experiment.experiment_id}; or purge it: mlflow gc --tracking-uri {uri} "
-            f"--backend-store-uri {store!r} --experiment-ids {experiment.experiment_id}"
-        )
 
     @property
     def _writer(self) -> MlflowClient:
@@ -160,7 +104,7 @@ class Tracker:
             self._client.set_tag(summary.run_id, schema.REVISION, revision)
             summary.revision = revision
 
-    def _set_missing(self, summary: _KnownRun, n_missing: int) -> None:
+    def _set_missing(self, summary: KnownRun, n_missing: int) -> None:
         if summary.n_missing != str(n_missing):
             self._writer.set_tag(summary.run_id, schema.MISSING, str(n_missing))
             summary.n_missing = str(n_missing)
@@ -168,44 +112,21 @@ class Tracker:
     # Existing runs ------------------------------------------------------------------------------------------------
 
     def _find_runs(self) -> None:
-        """Read the active runs of this study by key.
-
-        There may be two runs with one key, if a call was repeated because its answer was lost. Then the run with a
-        digest stays, or else the one that is over.
-        """
-        known = self._known
-        doomed: list[_KnownRun] = []  # deleted at the end, since deletions would shift the pages
-        token: str | None = None
-        while True:
-            page = self._client.search_runs(
-                [self._experiment_id],
-                filter_string=f"tags.`{schema.STUDY_UUID}` = '{self._record.uuid}'",
-                max_results=_PAGE,
-                page_token=token,
-            )
-            self._on_sign()
-            for run in page:
-                key, found = run.data.tags.get(schema.KEY, run.info.run_id), _known(run)
-                one, other = sorted((known.get(key, found), found), key=lambda one: (one.digest != "", one.ended or 0))
-                known[key] = other
-                if one is not other:
-                    doomed.append(one)
-            token = page.token
-            if not token:
-                break
-        for run in doomed:
+        """Read the active runs of this study by key, and delete those whose key another run has."""
+        self._known, doomed = find_runs(self._client, self._experiment_id, self._record.uuid, self._on_sign)
+        for run in doomed:  # at the end, since deletions would shift the pages
             self._writer.delete_run(run.run_id)
 
-    def _differ(self, known: _KnownRun, content: RunContent, earlier: Callable[[], list[RunContent]]) -> bool:
+    def _differ(self, known: KnownRun, content: RunContent, earlier: Callable[[], list[RunContent]]) -> bool:
         """Whether a run has wrong content, or lacks content that cannot be added any more; corrects its tags."""
         if known.digest != content.digest:
             run = self._client.get_run(known.run_id)
             params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
             own = {key: value for key, value in metrics.items() if schema.is_own_metric(key)}
             wrong = [key for key in schema.PARAM_KEYS & params.keys() if params[key] != content.params.get(key)]
-            if wrong or not any(_is_part(own, each.metrics) for each in (content, *earlier())):
+            if wrong or not any(is_part(own, each.metrics) for each in (content, *earlier())):
                 return True
-            known.metrics = {key: value for key, value in own.items() if _is_part({key: value}, content.metrics)}
+            known.metrics = {key: value for key, value in own.items() if is_part({key: value}, content.metrics)}
             for tag in filter(schema.is_own_tag, tags.keys() - content.tags.keys()):
                 self._writer.delete_tag(known.run_id, tag)
         return self._is_thorough and any(
@@ -262,7 +183,7 @@ class Tracker:
                 self._write_seed(parent, trial, result)
         self._complete(parent, content)
 
-    def _write_seed(self, parent: _KnownRun, trial: Trial, result: SeedResult) -> None:
+    def _write_seed(self, parent: KnownRun, trial: Trial, result: SeedResult) -> None:
         content = seed_content(self._record, trial, result)
         known = self._ensure(content, parent=parent.run_id)
         if known.parent != parent.run_id:  # somebody deleted its former parent
@@ -272,7 +193,7 @@ class Tracker:
             self._log_weights(known, result.weights)
         self._complete(known, content)
 
-    def _log_weights(self, known: _KnownRun, weights: str) -> None:
+    def _log_weights(self, known: KnownRun, weights: str) -> None:
         name = Path(weights).name
         if known.ended is not None and not known.lost_weights and not (self._is_thorough and self._lacks(known, name)):
             return
@@ -304,7 +225,7 @@ class Tracker:
         content: RunContent,
         earlier: Callable[[], Sequence[RunContent]] = list,
         parent: str | None = None,
-    ) -> _KnownRun:
+    ) -> KnownRun:
         """The run with the key of this content; created if there is none, replaced if its content is wrong.
 
         Args:
@@ -323,13 +244,13 @@ class Tracker:
             run = self._writer.create_run(
                 self._experiment_id, start_time=content.started, tags=tags, run_name=content.name
             )
-            known = _KnownRun(_of_mlflow(run.info.run_id), content.started, "RUNNING", parent=parent, is_checked=True)
+            known = KnownRun(id_of_mlflow(run.info.run_id), content.started, "RUNNING", parent=parent, is_checked=True)
             self._known[content.key] = known
             if parent is None and schema.SKIPPED not in content.tags:
                 self._log_corpus(known)
         return known
 
-    def _complete(self, known: _KnownRun, content: RunContent) -> None:
+    def _complete(self, known: KnownRun, content: RunContent) -> None:
         """Write the missing content of this run, and end it if it is over."""
         if content.ended is None and known.status != "RUNNING":  # the study has grown
             self._writer.update_run(known.run_id, status="RUNNING")
@@ -340,7 +261,7 @@ class Tracker:
             self._writer.set_terminated(known.run_id, content.status, end_time=content.ended)
             known.status, known.ended = content.status, content.ended
 
-    def _log(self, known: _KnownRun, content: RunContent) -> None:
+    def _log(self, known: KnownRun, content: RunContent) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
         metrics = [Metric(*point) for point in content.points if point.key not in known.metrics]
@@ -355,22 +276,22 @@ class Tracker:
 
     # Files --------------------------------------------------------------------------------------------------------
 
-    def _log_file(self, run: _KnownRun, name: str, content: bytes) -> None:
+    def _log_file(self, run: KnownRun, name: str, content: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(content)
             self._writer.log_artifact(run.run_id, str(path))
 
-    def _lacks(self, run: _KnownRun, name: str) -> bool:
+    def _lacks(self, run: KnownRun, name: str) -> bool:
         return name not in {file.path for file in self._client.list_artifacts(run.run_id)}
 
-    def _read(self, run: _KnownRun, name: str) -> bytes | None:
+    def _read(self, run: KnownRun, name: str) -> bytes | None:
         if self._lacks(run, name):
             return None
         with tempfile.TemporaryDirectory() as folder:
             return Path(self._client.download_artifacts(run.run_id, name, folder)).read_bytes()
 
-    def _log_corpus(self, run: _KnownRun) -> None:
+    def _log_corpus(self, run: KnownRun) -> None:
         """Log the corpus as the run's input, for MLflow's column of data sets."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -378,31 +299,3 @@ class Tracker:
         source = json.dumps({"sha256": sha256})
         corpus = Dataset("corpus", sha256[:_DIGEST], source_type="sha256", source=source)  # MLflow takes no more
         self._writer.log_inputs(run.run_id, [DatasetInput(corpus, [InputTag("mlflow.data.context", "training")])])
-
-
-def _known(run: Run) -> _KnownRun:
-    info, tags = run.info, run.data.tags
-    digest = schema.digest(run.data.params, run.data.metrics, tags)
-    return _KnownRun(
-        info.run_id,
-        info.start_time,
-        info.status,
-        info.end_time if info.status in _OVER else None,
-        digest if tags.get(schema.DIGEST) == digest else "",
-        tags.get(schema.PARENT),
-        schema.WEIGHTS_LOST in tags,
-        tags.get(schema.REVISION),
-        tags.get(schema.MISSING),
-    )
-
-
-def _is_part(found: dict[str, float], wanted: dict[str, float]) -> bool:
-    """Whether all metrics found are wanted, up to a backend's rounding."""
-    return all(key in wanted and math.isclose(value, wanted[key], rel_tol=1e-12) for key, value in found.items())
-
-
-def _of_mlflow(given: str) -> str:
-    """Check an id from MLflow, which is never empty; a proxy before it may answer with nothing instead."""
-    if not given:
-        raise TrackingAway("what answers there is not MLflow: it has neither an experiment nor a run to give")
-    return given

@@ -23,6 +23,7 @@ from platformdirs import user_cache_path
 from torch import Tensor
 
 from study.errors import StudyError
+from study.training.files import replace_file
 from study.training.randomness import generator
 
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -218,9 +219,7 @@ def _tiny_shakespeare() -> tuple[bytes, str]:
         corpus_from_bytes(data, where, TINY_SHAKESPEARE_SHA256, 0.1)
         with suppress(OSError):  # without a cache the text is fetched again next time
             cached.parent.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_suffix(f".{os.getpid()}.partial")
-            partial.write_bytes(data)
-            partial.replace(cached)
+            replace_file(cached, data, 0o644, has_other_writers=True)
         return data, where
     raise StudyError(
         f"Tiny Shakespeare is neither in the cache ({cached}) nor can it be fetched ({'; '.join(reasons)}); "

@@ -8,7 +8,6 @@ alone: a batched matrix product may add the same terms in another order.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from study.spec.trial import SeedResult, TrialSpec
 from study.training.captured import DeviceStep, adamw, set_learning_rate
 from study.training.checkpoints import Checkpoints
-from study.training.corpus import Corpus, StackedWindows
+from study.training.corpus import StackedWindows
 from study.training.precision import logits_in, products_in
 from study.training.seeds_as_batch import SeedsAsBatch
-from study.training.train import Diverged, SeedRun, Training, learning_rate_at
+from study.training.train import Diverged, Training, learning_rate_at
 
 
 class StackedTraining:
@@ -222,87 +220,6 @@ class StackedTraining:
                     key: (value if key == "step" else value[row]).to(parameter.device, copy=True)
                     for key, value in self._optimiser.state[stacked].items()
                 }
-
-
-@products_in("float32")
-def train_seeds(
-    spec: TrialSpec,
-    seeds: Sequence[int],
-    corpus: Corpus,
-    *,
-    trial: int = 0,
-    device: torch.device | str = "cpu",
-    start_weights: Mapping[int, dict[str, Tensor]] | None = None,
-    start_tokens: int = 0,
-    rel_error_chis: Sequence[int] = (),
-    checkpoints: Mapping[int, Checkpoints] | None = None,
-    checkpoint_seconds: float = math.inf,
-    capture: bool = True,
-    on_evaluation: Callable[[int, dict[str, float]], None] = lambda seed, row: None,
-) -> list[tuple[SeedResult, dict[str, Tensor]]]:
-    """Train seeds of a trial as one model; seeds whose checkpoints are at different steps get one model for each step.
-
-    Args:
-        start_weights, checkpoints: by seed; for these and all others see `study.training.train.train_seed`.
-        on_evaluation: called with the seed and every row of its learning curve.
-    Returns:
-        The return value of `train_seed` for each seed, in the order of the seeds.
-    """
-
-    def begin(seed: int) -> SeedRun:
-        return SeedRun(
-            spec,
-            seed,
-            corpus,
-            trial=trial,
-            device="cpu",
-            start_weights=start_weights[seed] if start_weights is not None else None,
-            start_tokens=start_tokens,
-            rel_error_chis=rel_error_chis,
-            capture=False,
-        )
-
-    runs = {seed: begin(seed) for seed in seeds}
-    if checkpoints is not None:
-        _restore(runs, begin, checkpoints)
-    groups: dict[tuple[int, bool], dict[int, Training]] = {}
-    for seed, run in runs.items():
-        if run.training.failure is None:
-            groups.setdefault(_place(run.training), {})[seed] = run.training
-    n_stacked = dict.fromkeys(seeds, len(seeds))
-    for group in groups.values():
-        n_stacked |= dict.fromkeys(group, len(group))
-        StackedTraining(group, device, checkpoints or {}, capture).run(checkpoint_seconds, on_evaluation)
-    return [(run.result(device, n_stacked[seed]), run.training.model.state_dict()) for seed, run in runs.items()]
-
-
-def _restore(runs: dict[int, SeedRun], begin: Callable[[int], SeedRun], checkpoints: Mapping[int, Checkpoints]) -> None:
-    """Restore every seed to its newest checkpoint; if these differ, all seeds to the newest step they have in common.
-
-    If a process ends while it writes the checkpoints of a stack, some seeds are one checkpoint ahead.
-    """
-    for seed, run in runs.items():
-        newest = checkpoints[seed].load()
-        if newest is not None:
-            run.training.restore(*newest)
-    going_on = [seed for seed, run in runs.items() if run.training.failure is None]
-    if len({_place(runs[seed].training) for seed in going_on}) < 2:
-        return
-    steps = {seed: checkpoints[seed].steps() for seed in going_on}
-    for step in sorted(set.intersection(*map(set, steps.values())), reverse=True):
-        loaded = ((seed, checkpoints[seed].load(step)) for seed in going_on)
-        older = {seed: checkpoint for seed, checkpoint in loaded if checkpoint is not None}
-        if older.keys() == set(going_on):
-            for seed, checkpoint in older.items():
-                runs[seed].training.restore(*checkpoint)
-            return
-    if all(len(kept) < 2 for kept in steps.values()):  # they have only just begun
-        runs |= {seed: begin(seed) for seed in going_on}
-
-
-def _place(training: Training) -> tuple[int, bool]:
-    """State of a training that must be equal for trainings to be stacked."""
-    return training.step, training.evaluation_is_due
 
 
 def clip_grads_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePosixPath
-from uuid import uuid4
+from pathlib import Path, PurePosixPath
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from analysis.runs.urls import hide_password
 from study.errors import StudyError
+from study.training.files import replace_file
 
 
 class Storage:
@@ -66,17 +66,7 @@ class Storage:
                 self._files.pipe_file(path, data)
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.{uuid4().hex}.partial"
-        try:
-            with open(partial, "wb", opener=_private) as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError:
-            if os.path.exists(partial):
-                os.remove(partial)
-            raise
+        replace_file(Path(path), data, has_other_writers=True)
 
     def read(self, key: str) -> bytes:
         """The object's content.
@@ -137,8 +127,3 @@ class Storage:
 def _first_line(error: Exception, url: str) -> str:
     """The first line of an error's message without the URL's password, or the error's name if it has no message."""
     return hide_password((str(error).splitlines() or [type(error).__name__])[0], url)
-
-
-def _private(path: str, flags: int) -> int:
-    """Open a file that only its owner can access."""
-    return os.open(path, flags, 0o600)

@@ -1,4 +1,4 @@
-"""Train one trial × one seed: pure PyTorch, no Ray, no MLflow. Several seeds as one model: `study.training.stacked`.
+"""The state of one run, and its steps: pure PyTorch, no Ray, no MLflow. Several seeds as one model: `stacked`.
 
 A seed's result depends on the trial's configuration, the corpus and the seed. Its rounding also depends on the kind of
 machine, the number of threads and the version of PyTorch, which every result records. If these are equal, on a CPU, an
@@ -9,10 +9,8 @@ checkpoint holds the rest of the state.
 from __future__ import annotations
 
 import math
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 import mpo_core
-from analysis import run_schema as schema
 from study.spec.config import Protocol
-from study.spec.trial import SeedResult, TrialSpec, evaluation_steps, now
+from study.spec.trial import TrialSpec, evaluation_steps
 from study.training.captured import DeviceStep, adamw, set_learning_rate
 from study.training.checkpoints import Checkpoints
 from study.training.corpus import Corpus, Windows, consecutive_windows
 from study.training.model import build_model
 from study.training.precision import logits_in, products_in
-from study.training.program import this_program
 from study.training.randomness import generator
 
 EVALUATION_TOKENS = 8192
@@ -262,138 +258,3 @@ class Training:
         self._device_step = DeviceStep(self._is_captured)  # moments and rates are new tensors
         for name, value in content.items():
             setattr(self, name, Diverged(*value) if name == "failure" and value else value)
-
-
-@products_in("float32")
-def train_seed(
-    spec: TrialSpec,
-    seed: int,
-    corpus: Corpus,
-    *,
-    trial: int = 0,
-    device: torch.device | str = "cpu",
-    start_weights: dict[str, Tensor] | None = None,
-    start_tokens: int = 0,
-    rel_error_chis: Sequence[int] = (),
-    checkpoints: Checkpoints | None = None,
-    checkpoint_seconds: float = math.inf,
-    capture: bool = True,
-    on_evaluation: Callable[[dict[str, float]], None] = lambda row: None,
-) -> tuple[SeedResult, dict[str, Tensor]]:
-    """Train one seed of a trial from the start, or from its newest checkpoint.
-
-    Before and after the training, and in decompositions of layers, all products are float32.
-
-    Args:
-        start_weights, start_tokens: weights and training tokens of the dense model that a spec with a start begins
-            from.
-        rel_error_chis: caps at which a dense model's layers are decomposed, before and after training.
-        capture: replay the step on a GPU from CUDA graphs (`study.training.captured`).
-        on_evaluation: called with every row of the learning curve.
-    Returns:
-        The result and the trained weights; a run that diverges gives a failed result, with its curve up to that step.
-    """
-    run = SeedRun(
-        spec,
-        seed,
-        corpus,
-        trial=trial,
-        device=device,
-        start_weights=start_weights,
-        start_tokens=start_tokens,
-        rel_error_chis=rel_error_chis,
-        capture=capture,
-    )
-    checkpoint = checkpoints.load() if checkpoints is not None else None
-    if checkpoint is not None:
-        run.training.restore(*checkpoint)
-    try:
-        run.training.run(checkpoints, checkpoint_seconds, on_evaluation)
-    except Diverged as error:
-        run.training.failure = error
-    return run.result(device, 1), run.training.model.state_dict()
-
-
-class SeedRun:
-    """A training, with the other data of its result; for the arguments see `train_seed`."""
-
-    def __init__(
-        self,
-        spec: TrialSpec,
-        seed: int,
-        corpus: Corpus,
-        *,
-        trial: int,
-        device: torch.device | str,
-        start_weights: dict[str, Tensor] | None,
-        start_tokens: int,
-        rel_error_chis: Sequence[int],
-        capture: bool,
-    ) -> None:
-        self.trial, self.seed, self.started = trial, seed, now()
-        self._start_tokens, self._rel_error_chis = start_tokens, rel_error_chis
-        self.training = Training(spec, seed, corpus, device=device, start_weights=start_weights, capture=capture)
-        self._rel_errors = _rel_errors(self.training, rel_error_chis, "init")
-
-    def result(self, device: torch.device | str, n_stacked: int) -> SeedResult:
-        """The run's result, on this device and in a stack of `n_stacked` seeds."""
-        training, failure = self.training, self.training.failure
-        result = SeedResult(
-            trial=self.trial,
-            seed=self.seed,
-            state="complete" if failure is None else "failed",
-            started=self.started,
-            ended=now(),
-            curve=training.curve,
-            rel_errors=self._rel_errors,
-            ran_on=_ran_on(device, n_stacked),
-        )
-        if failure is not None:
-            return replace(result, failure=f"diverged: {failure}", failure_step=failure.step)
-        trained = _rel_errors(training, self._rel_error_chis, "trained")
-        final = _final_metrics(training, self._start_tokens)
-        return replace(result, final=final, rel_errors=self._rel_errors | trained)
-
-
-def _ran_on(device: torch.device | str, n_stacked: int) -> dict[str, str]:
-    """What results depend on besides spec and seed; has the keys of `run_schema.RAN_ON`."""
-    kind = torch.device(device).type
-    return {
-        schema.DEVICE: torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine() or kind,
-        schema.THREADS: str(torch.get_num_threads()),
-        schema.TORCH: torch.__version__,
-        schema.STACKED: str(n_stacked),
-        schema.PROGRAM: this_program()["fingerprint"],
-    }
-
-
-def _final_metrics(training: Training, start_tokens: int) -> dict[str, float]:
-    curve, last = training.curve, training.curve[-1]
-    final = {
-        "best/step": min(curve, key=lambda row: row["val_loss"])["step"],
-        "train_seconds": training.seconds,
-        "train_tokens": training.spec.train_tokens,
-        "total_tokens": training.spec.train_tokens + start_tokens,
-    }
-    for metric in schema.METRICS:
-        if "last" in metric.recorded:
-            final[f"final/{metric.name}"] = last[metric.name]
-        if "best" in metric.recorded:
-            best_of = min if metric.direction == "minimize" else max
-            final[f"best/{metric.name}"] = best_of(row[metric.name] for row in curve)
-    return final
-
-
-def _rel_errors(training: Training, chis: Sequence[int], when: str) -> dict[str, float]:
-    if training.spec.family == "dense":
-        errors = mpo_core.rel_errors(training.model, chis, factorisation="paper") if chis else {}
-        return {schema.rel_error_key(when, chi, layer): error for (chi, layer), error in errors.items()}
-    if when == "init" and training.spec.start is not None and training.compression is not None:
-        chi = training.spec.chi or training.spec.as_chi
-        assert chi is not None
-        return {
-            schema.rel_error_key("compressed", chi, row.name): row.rel_error
-            for row in training.compression.rows
-            if row.rel_error is not None
-        }
-    return {}

@@ -17,9 +17,8 @@ from study.spec.trial import SeedResult, TrialSpec, now
 from study.spec.values import Strict
 from study.training.checkpoints import Checkpoints, Damaged, pack_tensors, unpack_tensors
 from study.training.corpus import Corpus, corpus_from_bytes
-from study.training.stacked import train_seeds
+from study.training.seed_run import train_seed, train_seeds
 from study.training.storage import Storage
-from study.training.train import train_seed
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 """Errors that concern one unit on one machine: the study's other units may fit in memory."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -18,7 +20,8 @@ import yaml
 from rich.console import Console
 
 from analysis import run_schema as schema
-from study.commands.run import Outcome, open_ledger, run_study, study_corpus
+from study.commands.opening import open_ledger, study_corpus
+from study.commands.run import Outcome, run_study
 from study.ledger.checksums import SUM, checksum
 from study.ledger.database import open_database
 from study.ledger.directory import StudyDirectory
@@ -148,6 +151,17 @@ def optuna_states(ledger_url: str) -> list[tuple[str, list[float] | None]]:
         values = connection.execute(sa.text("SELECT trial_id, value FROM trial_values ORDER BY objective")).all()
     engine.dispose()
     return [(state, [value for of, value in values if of == trial] or None) for trial, state in trials]
+
+
+def changed_export(exported: Path, to: Path, change: Callable[[sqlite3.Connection], object]) -> Path:
+    """An exported file with its database changed."""
+    database = to.with_suffix(".db")
+    database.write_bytes(lzma.decompress(exported.read_bytes()))
+    with closing(sqlite3.connect(database)) as connection, connection:
+        change(connection)
+    to.write_bytes(lzma.compress(database.read_bytes(), preset=0))
+    database.unlink()
+    return to
 
 
 # The command line -----------------------------------------------------------------------------------------------------

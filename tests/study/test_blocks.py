@@ -8,15 +8,14 @@ import pytest
 import torch
 from study_fixtures import DENSE, MPO, TUNED, ledger_at, made_up, printed_by_run, results_at, run_at, write_study
 
-from study.commands.run import study_corpus
+from study.commands.opening import study_corpus
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
 from study.spec.study_file import load_config
-from study.training.stacked import train_seeds
+from study.training.seed_run import train_seed, train_seeds
 from study.training.storage import Storage
-from study.training.train import train_seed
 from study.training.unit import Unit, checkpoints_of, run_unit, store_corpus
 
 

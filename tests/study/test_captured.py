@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_iter
 
 from study.training import captured, precision
 from study.training.captured import WARM_UP, DeviceStep
-from study.training.stacked import StackedTraining, train_seeds
-from study.training.train import Diverged, Training, train_seed
+from study.training.seed_run import train_seed, train_seeds
+from study.training.stacked import StackedTraining
+from study.training.train import Diverged, Training
 
 
 class Recording(TorchDispatchMode):

@@ -16,8 +16,9 @@ from study.spec.study_file import load_config
 from study.training.checkpoints import Checkpoints
 from study.training.model import build_model, trial_shape
 from study.training.randomness import generator
+from study.training.seed_run import train_seed
 from study.training.storage import Storage
-from study.training.train import Training, train_seed
+from study.training.train import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

@@ -60,7 +60,7 @@ def test_trial_is_stopped_that_a_rival_beats_on_every_shared_seed(ledger, tmp_pa
         f"trial {small} is better in val_loss by 0.1 or more on every seed shared: "
         "seed 0: 1.0000 against 1.2000, seed 1: 1.0000 against 1.1000"
     )
-    assert ledger.missing_seeds(ledger.trials[large]) == []
+    assert ledger.tally.missing_seeds(ledger.trials[large]) == []
     assert large not in [trial.number for trial in ledger.lacking()]
     state, values = optuna_states(StudyDirectory(tmp_path / "study").ledger_url)[large]
     assert (state, values) == ("COMPLETE", [ledger.trials[large].shape.n_params, pytest.approx(1.15)])
@@ -146,7 +146,7 @@ def test_listed_trial_that_a_study_grows_by_does_not_share_the_fate_of_a_searche
     assert trial.spec.arm == "listed"
     assert (trial.duplicate_of, trial.stop) == (None, None)
     assert trial.shape.identity == grown.trials[large].shape.identity
-    assert grown.missing_seeds(trial) == [0, 1, 2, 3]
+    assert grown.tally.missing_seeds(trial) == [0, 1, 2, 3]
 
 
 def test_accuracy_may_decide(tmp_path):
@@ -169,7 +169,7 @@ def test_decision_is_replayed_not_made_again(ledger, tmp_path):
     again = ledger_at(write(tmp_path), tmp_path / "study")
     assert again.trials == before
     assert again.trials[large].stop.seeds == (0, 1)
-    assert again.missing_seeds(again.trials[large]) == []
+    assert again.tally.missing_seeds(again.trials[large]) == []
     snapshot = read_ledger(StudyDirectory(tmp_path / "study").ledger_url, "search-random")
     assert snapshot.trials == list(before.values())
 

@@ -1,18 +1,17 @@
 from __future__ import annotations
 
-import json
+import lzma
 import shutil
 import sqlite3
+from contextlib import closing
 
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from study_fixtures import (
     DENSE,
     MPO,
     SEARCHED,
     TUNED,
+    changed_export,
     contents,
     mlflow_template,  # noqa: F401 (a fixture)
     optuna_states,
@@ -25,7 +24,7 @@ from study_fixtures import (
 
 from analysis import run_schema as schema
 from study.commands.exchange import export_study, import_study
-from study.commands.run import sync
+from study.commands.sync import sync
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth
@@ -51,15 +50,6 @@ def dump(folder):
     return sorted(line for line in lines if line.startswith("INSERT"))
 
 
-def rewritten(file, change):
-    """The exported file with its header and rows changed."""
-    table = pq.read_table(pa.OSFile(str(file)))
-    header, rows = json.loads(table.schema.metadata[b"mpo-study"]), table.to_pylist()
-    change(header, rows)
-    table = pa.Table.from_pylist(rows).replace_schema_metadata({b"mpo-study": json.dumps(header).encode()})
-    pq.write_table(table, file)
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A small study that was run, and its file."""
@@ -67,19 +57,19 @@ def exported(tmp_path_factory):
     run_at(
         write_study(work, seeds=1, arms=[DENSE, {"name": "wild", "family": "dense", "learning_rate": 1e30}]), work / "a"
     )
-    assert export(work / "a", work / "a.parquet") == 2
+    assert export(work / "a", work / "a.xz") == 2
     return work
 
 
 def test_import_makes_the_ledger_that_was_exported(exported, tmp_path):
-    assert import_study(exported / "a.parquet", StudyDirectory(tmp_path / "b")) == "tiny"
+    assert import_study(exported / "a.xz", StudyDirectory(tmp_path / "b")) == "tiny"
     assert dump(tmp_path / "b") == dump(exported / "a")
     assert len(dump(tmp_path / "b")) > 10
     assert (tmp_path / "b" / "study.yaml").read_bytes() == (exported / "a" / "study.yaml").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
-    export(tmp_path / "b", tmp_path / "again.parquet")
-    one, other = (pd.read_parquet(file) for file in (exported / "a.parquet", tmp_path / "again.parquet"))
-    assert one.equals(other)
+    export(tmp_path / "b", tmp_path / "again.xz")
+    import_study(tmp_path / "again.xz", StudyDirectory(tmp_path / "c"))
+    assert dump(tmp_path / "c") == dump(exported / "a")
 
 
 @pytest.mark.slow
@@ -92,8 +82,8 @@ def test_study_in_the_middle_goes_on_after_an_import_as_it_would_have(tmp_path, 
     with sqlite3.connect(tmp_path / "a" / "ledger.db") as connection:  # as if it had been stopped before these
         connection.execute("DELETE FROM mpo_result WHERE trial = 1 OR (trial = 4 AND seed = 1)")
     connection.close()
-    export(tmp_path / "a", tmp_path / "a.parquet")
-    import_study(tmp_path / "a.parquet", StudyDirectory(tmp_path / "b"))
+    export(tmp_path / "a", tmp_path / "a.xz")
+    import_study(tmp_path / "a.xz", StudyDirectory(tmp_path / "b"))
     shutil.copy(mlflow_template, tmp_path / "b" / "mlflow.db")
     growth = Growth(trials=4)
     one, other = run_at(file, tmp_path / "a", growth=growth), run_at(file, tmp_path / "b", growth=growth)
@@ -115,10 +105,10 @@ def test_import_then_sync_and_analysis_give_what_they_gave(tmp_path, mlflow_temp
         (tmp_path / which).mkdir()
         shutil.copy(mlflow_template, tmp_path / which / "mlflow.db")
     run_at(file, tmp_path / "a", tracking=None)
-    export(tmp_path / "a", tmp_path / "a.parquet")
+    export(tmp_path / "a", tmp_path / "a.xz")
     (tmp_path / "b" / "mlflow.db").rename(tmp_path / "empty.db")
     shutil.rmtree(tmp_path / "work")  # neither study file nor text: what came along must do
-    import_study(tmp_path / "a.parquet", StudyDirectory(tmp_path / "b"))
+    import_study(tmp_path / "a.xz", StudyDirectory(tmp_path / "b"))
     (tmp_path / "empty.db").rename(tmp_path / "b" / "mlflow.db")
     directory = StudyDirectory(tmp_path / "b")
     assert sync(directory.load_config(), directory, None, None) == 4
@@ -156,101 +146,79 @@ def flip_a_byte(file):
     file.write_bytes(data)
 
 
-def change_a_result(file):
-    def change(header, rows):
-        row = next(row for row in rows if row["table"] == "mpo_result")
-        row["row"] = row["row"].replace("complete", "failed")
-
-    rewritten(file, change)
-
-
 def another_file(file):
-    pd.DataFrame({"x": [1]}).to_parquet(file)
+    with closing(sqlite3.connect(file.with_suffix(".db"))) as connection:
+        connection.execute("CREATE TABLE x (y)")
+    file.write_bytes(lzma.compress(file.with_suffix(".db").read_bytes()))
+    file.with_suffix(".db").unlink()
 
 
 def text_file(file):
     file.write_text("name: tiny\n")
 
 
-def newer(**keys):
-    return lambda file: rewritten(file, lambda header, rows: header.update(keys))
+def of_database(*commands):
+    return lambda file: changed_export(file, file, lambda connection: [connection.execute(each) for each in commands])
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (cut_short, "is no whole Parquet file"),
-        (flip_a_byte, r"is damaged|is no whole Parquet file"),
-        (change_a_result, "is damaged; export the study again, or take another copy"),
-        (lambda file: rewritten(file, lambda header, rows: rows.pop()), "is damaged"),
-        (lambda file: rewritten(file, lambda header, rows: header.pop("versions")), "is damaged"),
-        (newer(uuid="another"), "is damaged"),
-        (newer(format=2), r"was written by a newer mpo-study \(.+\); import it with that version"),
-        (newer(ledger_schema=99), "was written by a newer mpo-study"),
+        (cut_short, "is no whole export"),
+        (flip_a_byte, "is no whole export"),
+        (of_database("UPDATE mpo_result SET state = 'failed'"), "is damaged: the ledger is damaged: the row"),
+        (of_database("DELETE FROM mpo_export WHERE name = 'study.yaml'"), "is damaged"),
+        (of_database("PRAGMA user_version = 99"), "was written by a newer mpo-study; import it with that version"),
+        (of_database("UPDATE mpo_study SET schema_version = 99, sha256 = NULL"), "has schema version 99"),
         (another_file, "is no study's export"),
-        (text_file, "is no whole Parquet file"),
+        (text_file, "is no whole export"),
         (lambda file: file.unlink(), "there is no such file"),
+        (of_database("UPDATE alembic_version SET version_num = 'v99'"), "install the former and import it again"),
     ],
 )
 def test_import_refuses_in_one_line_and_leaves_nothing(exported, tmp_path, damage, said):
-    file = tmp_path / "copy.parquet"
-    shutil.copy(exported / "a.parquet", file)
+    file = tmp_path / "copy.xz"
+    shutil.copy(exported / "a.xz", file)
     damage(file)
     with pytest.raises(StudyError, match=said) as error:
         import_study(file, StudyDirectory(tmp_path / "b"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "b").exists()
-    assert {path.name for path in tmp_path.iterdir()} <= {"copy.parquet"}
-
-
-def test_import_refuses_tables_of_another_optuna(exported, tmp_path):
-    from study.commands.exchange import _checksum
-
-    def change(header, rows):
-        row = next(row for row in rows if row["table"] == "alembic_version")
-        row["row"] = json.dumps({"version_num": "v99"})
-        header["sha256"] = _checksum(header, [(row["table"], row["row"]) for row in rows])
-
-    file = tmp_path / "copy.parquet"
-    shutil.copy(exported / "a.parquet", file)
-    rewritten(file, change)
-    with pytest.raises(StudyError, match=r"was written with Optuna .*; install the former and import it again"):
-        import_study(file, StudyDirectory(tmp_path / "b"))
-    assert not (tmp_path / "b").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"copy.xz"}
 
 
 def test_import_refuses_a_folder_that_holds_something(exported, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("mine")
     with pytest.raises(StudyError, match="b: is there already; give a folder that is not"):
-        import_study(exported / "a.parquet", StudyDirectory(tmp_path / "b"))
+        import_study(exported / "a.xz", StudyDirectory(tmp_path / "b"))
     (tmp_path / "b" / "mine.txt").unlink()
-    import_study(exported / "a.parquet", StudyDirectory(tmp_path / "b"))
+    import_study(exported / "a.xz", StudyDirectory(tmp_path / "b"))
     assert len(results_at(tmp_path / "b")) == 2
 
 
 def test_cli_exports_and_imports(exported, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = command("export", exported / "a", "out.parquet")
+    code, out, err = command("export", exported / "a", "out.xz")
     assert (code, err) == (0, "")
-    assert out == "out.parquet: 2 runs. To make a study of it: mpo-study import out.parquet DIR\n"
-    code, out, err = command("import", "out.parquet", "made")
+    assert out == "out.xz: 2 runs. To make a study of it: mpo-study import out.xz DIR\n"
+    code, out, err = command("import", "out.xz", "made")
     assert (code, err) == (0, "")
     assert out.startswith("made: study tiny. To write its runs to MLflow: mpo-study sync made; ")
-    code, out, err = command("import", "out.parquet", "made")
+    code, out, err = command("import", "out.xz", "made")
     assert (code, out) == (2, "")
     assert err == "mpo-study: made: is there already; give a folder that is not, for the study to be made in\n"
     code, out, err = command("export", exported / "a", ".")
     assert (code, out, err) == (2, "", "mpo-study: .: is a folder; give the file to write\n")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    code, out, err = command("import", "../out.parquet", ".")
+    code, out, err = command("import", "../out.xz", ".")
     assert (code, err) == (0, "")
     assert len(results_at(tmp_path / "here")) == 2
-    code, out, err = command("export", exported / "a", "nowhere/out.parquet")
+    code, out, err = command("export", exported / "a", "nowhere/out.xz")
     assert (code, out) == (2, "")
-    assert err == "mpo-study: nowhere/out.parquet: cannot write there: No such file or directory; give another file\n"
-    (tmp_path / "two.parquet.partial").mkdir()
-    code, out, err = command("export", exported / "a", tmp_path / "two.parquet")
+    assert err == "mpo-study: nowhere/out.xz: cannot write there: No such file or directory; give another file\n"
+    (tmp_path / "two.xz.partial").mkdir()
+    code, out, err = command("export", exported / "a", tmp_path / "two.xz")
     assert (code, out) == (2, "")
-    assert err == f"mpo-study: {tmp_path}/two.parquet: cannot write there: Is a directory; give another file\n"
+    assert err == f"mpo-study: {tmp_path}/two.xz: cannot write there: Is a directory; give another file\n"

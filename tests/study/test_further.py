@@ -22,8 +22,7 @@ from study.ledger.growth import Growth
 from study.ledger.snapshot import read_ledger
 from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config, validate
-from study.training.stacked import train_seeds
-from study.training.train import train_seed
+from study.training.seed_run import train_seed, train_seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

@@ -192,7 +192,7 @@ def test_growth_by_seeds_leaves_what_the_sampler_hears_alone(tmp_path, folder):
     assert grow(ledger, Growth(seeds=1), lambda line: None)
     ledger.close()
     ledger = ledger_at(file, folder)
-    assert ledger.missing_seeds(ledger.trials[1]) == [1, 2]
+    assert ledger.tally.missing_seeds(ledger.trials[1]) == [1, 2]
     ledger.record(made_up(1, 1, loss=3.0))
     url = StudyDirectory(folder).ledger_url
     assert optuna_states(url)[1] == ("COMPLETE", [2.0])
@@ -340,7 +340,7 @@ def test_refine_adds_seeds_to_undecided_trials_and_their_starts_alone(tmp_path, 
     few, more = [0, 1, 2], [0, 1, 2, 3, 4]
     assert seeds == {0: few, 1: more, 2: few, 3: few, 4: more, 5: few}
     ledger = ledger_at(file, folder)
-    assert [len(ledger.seeds_of(trial)) for trial in ledger.trials.values()] == [3, 5, 3, 3, 5, 3, 3]
+    assert [len(ledger.tally.seeds_of(trial)) for trial in ledger.trials.values()] == [3, 5, 3, 3, 5, 3, 3]
     assert ledger.config.seeds == 3
     ledger.close()
 

@@ -121,8 +121,8 @@ def test_ledger_resumes_a_running_trial_under_its_number(tmp_path, folder):
 
     ledger = ledger_at(file, folder)
     assert ledger.trials == before
-    assert ledger.missing_seeds(ledger.trials[1]) == [1]
-    assert ledger.missing_seeds(ledger.trials[2]) == [0, 1]
+    assert ledger.tally.missing_seeds(ledger.trials[1]) == [1]
+    assert ledger.tally.missing_seeds(ledger.trials[2]) == [0, 1]
     assert ledger.ask() is None
 
 
@@ -159,7 +159,7 @@ def test_ledger_tells_optuna_what_a_dead_driver_did_not(tmp_path, folder):
 
     ledger = ledger_at(file, folder)
     assert optuna_states(StudyDirectory(folder).ledger_url) == [("COMPLETE", [1.5]), ("RUNNING", None)]
-    assert ledger.missing_seeds(ledger.trials[0]) == []
+    assert ledger.tally.missing_seeds(ledger.trials[0]) == []
     ledger.close()
     ledger_at(file, folder).close()
     assert optuna_states(StudyDirectory(folder).ledger_url) == [("COMPLETE", [1.5]), ("RUNNING", None)]
@@ -201,7 +201,7 @@ def test_ledger_answers_a_duplicate_from_its_original(tmp_path, folder):
     ledger = ledger_at(file, folder)
     ask_all(ledger)
     assert [trial.duplicate_of for trial in ledger.trials.values()] == [None, None, 0]
-    assert ledger.missing_seeds(ledger.trials[2]) == []
+    assert ledger.tally.missing_seeds(ledger.trials[2]) == []
     url = StudyDirectory(folder).ledger_url
     ledger.record(made_up(0, 0, loss=1.0))
     assert optuna_states(url)[2] == ("RUNNING", None)
@@ -321,7 +321,7 @@ def search(file, folder, stop_after=()):
     """Ask and answer to the end, on one worker; reopen the ledger after those numbers of recorded results."""
     ledger, n_recorded = ledger_at(file, folder), 0
     while True:
-        missing = [(t, seed) for t in ledger.trials.values() for seed in ledger.missing_seeds(t)]
+        missing = [(t, seed) for t in ledger.trials.values() for seed in ledger.tally.missing_seeds(t)]
         if not missing:
             if ledger.ask() is None:
                 ledger.close()

@@ -74,7 +74,7 @@ def program(tmp_path_factory):
 
 def test_metric_that_is_added_in_the_schema_and_where_it_is_computed_is_searched_recorded_and_read(program, tmp_path):
     searched = MPO | {"chi": {"low": 2, "high": 8}}
-    settings = {"sampler": {"name": "tpe"}, "budget": {"trials": 3}, "objectives": ["val_bits"]}
+    settings = {"search": {"sampler": "tpe", "trials": 3}, "objectives": ["val_bits"]}
     file, folder = write_study(tmp_path, arms=[searched], **settings), tmp_path / "results"
     command(program, "-m", "study", "run", str(file), "--dir", str(folder), "--executor", "inline")
     seeds, curves = json.loads(command(program, "-c", READ, str(folder)).splitlines()[-1])

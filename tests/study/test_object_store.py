@@ -260,9 +260,9 @@ def test_two_directories_cannot_both_own_a_backup(tmp_path, bucket):  # noqa: F8
 def test_import_is_refused_where_the_storage_has_the_studys_own_backup(tmp_path, bucket):  # noqa: F811
     file = write_study(tmp_path, seeds=1, arms=[DENSE])
     run_at(file, tmp_path / "first", storage_url=bucket)
-    export_study(StudyDirectory(tmp_path / "first"), tmp_path / "study.parquet", print)
+    export_study(StudyDirectory(tmp_path / "first"), tmp_path / "study.xz", print)
     with pytest.raises(StudyError, match="has a backup of study tiny, which needs no import: run the study with that"):
-        import_study(tmp_path / "study.parquet", StudyDirectory(tmp_path / "imported"), bucket)
+        import_study(tmp_path / "study.xz", StudyDirectory(tmp_path / "imported"), bucket)
     assert not (tmp_path / "imported").exists()
 
 

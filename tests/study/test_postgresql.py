@@ -36,7 +36,9 @@ from study_fixtures import (
 from analysis import run_schema as schema
 from analysis.runs.load import StudyAddress, load_study, resolve_study
 from study.commands.exchange import export_study, import_study
-from study.commands.run import run_study, study_corpus, sync
+from study.commands.opening import study_corpus
+from study.commands.run import run_study
+from study.commands.sync import sync
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth
@@ -133,8 +135,8 @@ def test_study_in_postgresql_grows_and_is_exported_to_a_file(tmp_path, new_datab
     there = read_ledger(url, "search-tpe")
     assert {seed for _, seed in ((r.trial, r.seed) for r in there.results)} == {0, 1}
 
-    export_study(kept, tmp_path / "study.parquet", print)
-    import_study(tmp_path / "study.parquet", StudyDirectory(tmp_path / "imported"))
+    export_study(kept, tmp_path / "study.xz", print)
+    import_study(tmp_path / "study.xz", StudyDirectory(tmp_path / "imported"))
     here_url = StudyDirectory(tmp_path / "imported").ledger_url
     assert read_ledger(here_url, "search-tpe") == there
     assert optuna_states(here_url) == optuna_states(url)

@@ -37,12 +37,12 @@ def test_all_that_a_study_writes_is_for_its_user_alone(tmp_path, mlflow_template
     shutil.copy(mlflow_template, tmp_path / "new" / "study" / "mlflow.db")
     (tmp_path / "new" / "study" / "mlflow.db").chmod(0o600)
     run_at(file, tmp_path / "new" / "study", tracking="sqlite:///mlflow.db")
-    export_study(StudyDirectory(tmp_path / "new" / "study"), tmp_path / "study.parquet", print)
-    import_study(tmp_path / "study.parquet", StudyDirectory(tmp_path / "imported"))
+    export_study(StudyDirectory(tmp_path / "new" / "study"), tmp_path / "study.xz", print)
+    import_study(tmp_path / "study.xz", StudyDirectory(tmp_path / "imported"))
     for folder in ("new/study", "storage", "imported"):
         assert open_to_others(tmp_path / folder) == []
         assert len(list((tmp_path / folder).rglob("*"))) > 3
-    assert (tmp_path / "study.parquet").stat().st_mode & OTHERS == 0
+    assert (tmp_path / "study.xz").stat().st_mode & OTHERS == 0
     assert (tmp_path / "new").stat().st_mode & OTHERS != 0  # a folder above it is nobody's secret
     assert os.umask(0o022) == 0o022
 
@@ -79,7 +79,7 @@ def test_command_of_another_user_is_one_line(tmp_path, shut):
     for command in (
         ("status", folder),
         ("sync", folder),
-        ("export", folder, "x.parquet"),
+        ("export", folder, "x.xz"),
         ("run", file, "--dir", folder),
     ):
         code, out, err = as_nobody(*map(str, command), cwd=tmp_path)

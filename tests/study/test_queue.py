@@ -7,7 +7,7 @@ import torch
 from sqlalchemy.exc import OperationalError
 from study_fixtures import DENSE, MPO, SEARCHED, TUNED, ledger_at, made_up, write_search, write_study
 
-from study.commands.run import study_corpus
+from study.commands.opening import study_corpus
 from study.ledger.lock import Hold
 from study.scheduler.queue import Queue, study_chis
 from study.spec.study_file import load_config

@@ -9,7 +9,7 @@ import socket
 import pytest
 from study_fixtures import DENSE, ledger_at, write_study
 
-from study.commands.run import study_corpus
+from study.commands.opening import study_corpus
 from study.ledger.directory import StudyDirectory
 from study.scheduler.queue import Queue
 from study.scheduler.reports import SILENT_SECONDS, Flights, Silence, SilenceWatch, read_reports

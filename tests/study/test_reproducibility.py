@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from study.training.checkpoints import Checkpoints
+from study.training.seed_run import train_seed
 from study.training.storage import Storage
-from study.training.train import Training, train_seed
+from study.training.train import Training
 
 
 def equal_states(one, two):

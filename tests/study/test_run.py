@@ -27,15 +27,16 @@ from study_fixtures import (
 
 from analysis import run_schema as schema
 from analysis.runs.load import load_study, resolve_study
-from study.commands.run import study_corpus, sync
+from study.commands.opening import study_corpus
+from study.commands.sync import sync
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
 from study.spec.study_file import load_config
+from study.training.seed_run import train_seed
 from study.training.storage import Storage
-from study.training.train import train_seed
 from study.training.unit import store_corpus
 
 pytestmark = pytest.mark.filterwarnings(

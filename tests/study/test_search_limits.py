@@ -9,7 +9,7 @@ import optuna
 import pytest
 from study_fixtures import DENSE, SEARCHED, ledger_at, made_up, optuna_states, write_search
 
-from study.commands.run import study_corpus
+from study.commands.opening import study_corpus
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.search.samplers import make_sampler
@@ -62,7 +62,7 @@ def test_trial_beyond_a_limit_is_skipped_and_lacks_nothing(tmp_path, kind):
     own = [trial for trial in trials if trial.duplicate_of is None]
     assert {trial.spec.chi for trial in own if trial.skipped is None} == {None, 2, 4}  # the dense one is listed
     for trial in own:
-        assert ledger.missing_seeds(trial) == ([] if trial.skipped is not None else [0, 1])
+        assert ledger.tally.missing_seeds(trial) == ([] if trial.skipped is not None else [0, 1])
     smallest = next(trial for trial in own if trial.spec.chi == 1)
     of_dense = f" × {n_dense:,}" if kind == "fraction" else ""
     limit = f"search.min_params={limits['min_params']:g}{of_dense}"
@@ -98,7 +98,7 @@ def test_listed_trial_that_a_study_grows_by_has_no_limit(tmp_path):
     ledger = ledger_at(file, folder, extend=True)
     trial = ledger.ask()
     assert (trial.spec.arm, trial.duplicate_of, trial.skipped) == ("listed", None, None)
-    assert ledger.missing_seeds(trial) == list(load_config(file).seed_list)
+    assert ledger.tally.missing_seeds(trial) == list(load_config(file).seed_list)
 
 
 def test_sampler_is_told_that_a_skipped_trial_is_infeasible(tmp_path):
@@ -212,21 +212,23 @@ def test_search_ends_when_it_has_repeated_itself_too_often(tmp_path):
     assert trials[-1].duplicate_of is not None
     n_searched = len(trials) - 1
     assert n_searched < 30
-    assert ledger.search_ended.startswith(f"the search ended after {n_searched} of 30 trials: 4 of them repeat another")
-    assert ledger.n_trials == 1 + n_searched
-    assert ledger.n_missing == 3  # dense, χ = 2, and one that is clipped
+    assert ledger.tally.search_ended.startswith(
+        f"the search ended after {n_searched} of 30 trials: 4 of them repeat another"
+    )
+    assert ledger.tally.n_trials == 1 + n_searched
+    assert ledger.tally.n_missing == 3  # dense, χ = 2, and one that is clipped
     ledger.close()
 
     more = ledger_at(file, folder, "search.max_repeats=6")  # which may change, unlike the search itself
-    assert more.search_ended is None
+    assert more.tally.search_ended is None
     ask_all(more)
     assert sum(trial.duplicate_of is not None for trial in more.trials.values()) == 6
-    assert more.search_ended is not None
+    assert more.tally.search_ended is not None
 
 
 def test_search_that_has_all_its_trials_has_not_ended_early(tmp_path):
     ledger = ledger_at(limited(tmp_path, max_repeats=14), tmp_path / "study")
     trials = ask_all(ledger)
     assert len(trials) == 15
-    assert ledger.search_ended is None
-    assert ledger.n_trials == 15
+    assert ledger.tally.search_ended is None
+    assert ledger.tally.n_trials == 15

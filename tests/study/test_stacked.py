@@ -9,9 +9,10 @@ import torch
 
 from study.training.checkpoints import Checkpoints
 from study.training.corpus import StackedWindows, Windows
-from study.training.stacked import StackedTraining, clip_grads_, train_seeds
+from study.training.seed_run import train_seed, train_seeds
+from study.training.stacked import StackedTraining, clip_grads_
 from study.training.storage import Storage
-from study.training.train import Training, train_seed
+from study.training.train import Training
 
 SEEDS = (0, 1, 5)
 

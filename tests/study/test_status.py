@@ -241,5 +241,5 @@ def test_run_warns_in_one_line_where_it_ran_on_something_else_before(tmp_path, m
         assert len(lines) == n_warnings
         assert all(f"torch was 2.0, is {real['packages']['torch']}; new runs may differ" in line for line in lines)
     ledger = ledger_at(file, folder)
-    assert ledger.first_environment() == old
-    assert ledger.last_environment() == real
+    assert ledger.environments[0] == old
+    assert ledger.environments[-1] == real

@@ -14,7 +14,7 @@ from study.spec.config import StudyConfig
 from study.spec.study_file import dump_config, load_config, parse_yaml, validate
 from study.spec.values import Choices, Range
 
-BAD = sorted((Path(__file__).parent / "bad_study_files").glob("*.yaml"))
+BAD = [part.split("\n", 1) for part in (Path(__file__).parent / "bad_study_files.txt").read_text().split("=== ")[1:]]
 CONFIGS = sorted((Path(study.__file__).parent / "configs").glob("*.yaml"))
 
 ARMS = """\
@@ -36,10 +36,10 @@ def write(tmp_path, text):
 # Defects --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", BAD, ids=lambda path: path.stem)
-def test_bad_file_gives_the_lines_in_its_first_comment(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    expected = list(takewhile(lambda line: line.startswith("# FILE"), lines))
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in BAD])
+def test_bad_file_gives_the_lines_in_its_first_comment(tmp_path, text):
+    path = write(tmp_path, text)
+    expected = list(takewhile(lambda line: line.startswith("# FILE"), text.splitlines()))
     with pytest.raises(StudyError) as caught:
         load_config(path)
     assert str(caught.value).splitlines() == [line.replace("# FILE", str(path), 1) for line in expected] != []

@@ -30,7 +30,8 @@ from analysis.errors import AnalysisError
 from analysis.report.publish import publish
 from analysis.report.report import FOLDER
 from analysis.runs.load import StudyAddress, load_study, resolve_study
-from study.commands.run import study_corpus, sync
+from study.commands.opening import study_corpus
+from study.commands.sync import sync
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.spec.config import Execution
@@ -892,7 +893,7 @@ def test_tracker_keeps_one_of_two_runs_of_one_key(opened, database):  # noqa: F8
 
 @pytest.mark.parametrize("page", [3, 6, 1000])
 def test_tracker_mends_doubled_runs_of_a_study_half_done(opened, database, monkeypatch, page):  # noqa: F811
-    monkeypatch.setattr("study.tracking.tracker._PAGE", page)
+    monkeypatch.setattr("study.tracking.known_runs._PAGE", page)
     ledger, connect = opened
     tracker = connect(database)
     for trial in ledger.trials.values():

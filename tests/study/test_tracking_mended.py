@@ -25,7 +25,8 @@ from study_fixtures import (
 from analysis import run_schema as schema
 from analysis.errors import AnalysisError
 from analysis.runs.load import StudyAddress, load_study
-from study.commands.run import study_corpus, sync
+from study.commands.opening import study_corpus
+from study.commands.sync import sync
 from study.ledger.directory import StudyDirectory
 from study.spec.config import Execution
 from study.spec.study_file import load_config

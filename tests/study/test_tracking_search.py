@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from analysis import run_schema as schema
 from analysis.commands.cli import app
-from study.commands.run import sync
+from study.commands.sync import sync
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import NO_GROWTH, Growth
 from study.ledger.snapshot import read_ledger

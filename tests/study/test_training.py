@@ -13,7 +13,8 @@ from analysis import run_schema
 from study.spec.config import Protocol
 from study.training.corpus import Windows
 from study.training.model import build_model
-from study.training.train import Training, learning_rate_at, train_seed
+from study.training.seed_run import train_seed
+from study.training.train import Training, learning_rate_at
 
 LAYERS = [
     *(

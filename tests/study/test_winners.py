@@ -81,7 +81,7 @@ def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_pa
     (tmp_path / "configs").mkdir()
     code, out, err = command("winners", "results", "configs/final.yaml", "--seeds", "2")
     assert (code, err) == (0, "")
-    assert "configs/final.yaml: 5 arms, 14 runs." in out
+    assert "configs/final.yaml: 7 arms, 14 runs." in out
 
     old, snapshot = load_config(folder / "study.yaml"), read_ledger(StudyDirectory(folder).ledger_url, "tuning")
     losses = {}
@@ -93,17 +93,29 @@ def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_pa
 
     new = load_config(tmp_path / "configs" / "final.yaml")
     specs = listed_specs(new)
-    assert {(spec.arm, spec.chi or spec.as_chi): spec.protocol.learning_rate for spec in specs} == best
+    of_arm = {"mpo-chi2": "mpo", "mpo-chi4": "mpo", "low-rank-as-chi3": "low-rank", "low-rank-as-chi4": "low-rank"}
+    assert {
+        (of_arm.get(spec.arm, spec.arm), spec.chi or spec.as_chi): spec.protocol.learning_rate for spec in specs
+    } == best
     assert len(specs) == len(best) == 7
     assert [(arm.name, arm.tuned_among) for arm in new.arms] == [
         ("dense", 3),
         ("plain", None),
-        ("mpo", 3),
+        ("mpo-chi2", 3),
+        ("mpo-chi4", 3),
         ("tuned", 2),
-        ("low-rank", 3),
+        ("low-rank-as-chi3", 3),
+        ("low-rank-as-chi4", 3),
+    ]
+    assert [(contrast.arm, contrast.against) for contrast in new.claims.contrasts] == [
+        ("mpo-chi2", "dense"),
+        ("mpo-chi4", "dense"),
+        ("mpo-chi2", "low-rank-as-chi3"),
+        ("mpo-chi4", "low-rank-as-chi4"),
     ]
     assert (new.name, new.seed_list, new.arm("plain")) == ("final", (0, 1), old.arm("plain"))
-    kept = ("model", "protocol", "claims", "rel_error_chi", "objectives", "execution", "search")
+    assert new.claims.margins == old.claims.margins
+    kept = ("model", "protocol", "rel_error_chi", "objectives", "execution", "search")
     assert [getattr(new, key) for key in kept] == [getattr(old, key) for key in kept]
     assert load_corpus(new.corpus.path, new.corpus.sha256).sha256 == snapshot.corpus_sha256
     text = (tmp_path / "configs" / "final.yaml").read_text(encoding="utf-8")
@@ -123,21 +135,20 @@ def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_pa
     assert (outcome.n_complete, outcome.n_failed, outcome.n_missing) == (14, 0, 0)
     hashes = {trial.spec.arm: trial.budget_hash for trial in read_ledger(ledger_of(tmp_path / "again"), "final").trials}
     tuned = {trial.spec.arm: trial.budget_hash for trial in snapshot.trials}
-    assert hashes == tuned  # tuning counts, wherever it was done
-    assert hashes["dense"] == hashes["mpo"] == hashes["low-rank"]
+    assert {of_arm.get(arm, arm): budget for arm, budget in hashes.items()} == tuned  # tuning counts, wherever it was
+    assert hashes["dense"] == hashes["mpo-chi2"] == hashes["low-rank-as-chi4"]
 
 
 def ledger_of(folder):
     return StudyDirectory(folder).ledger_url
 
 
-def test_a_rate_that_wins_everywhere_is_one_number_and_of_equal_means_the_first_wins(tmp_path):
+def test_of_equal_means_the_first_rate_wins(tmp_path):
     folder = tuning(tmp_path, arms=[DENSE, MPO | {"learning_rate": RATES}])
     give_losses(folder, lambda spec: 1.0)
-    new = written(folder, tmp_path / "new.yaml")
-    assert new.arm("mpo").learning_rate == RATES[0]
+    assert [arm.learning_rate for arm in written(folder, tmp_path / "new.yaml").arms] == [None, RATES[0], RATES[0]]
     give_losses(folder, lambda spec: abs(spec.protocol.learning_rate - (0.1 if spec.chi == 2 else 0.01)))
-    assert written(folder, tmp_path / "other.yaml").arm("mpo").learning_rate == {2: 0.1, 4: 0.01}
+    assert [arm.learning_rate for arm in written(folder, tmp_path / "other.yaml").arms] == [None, 0.1, 0.01]
 
 
 def test_seeds_that_single_trials_were_given_more_count_in_what_is_selected(tmp_path):
@@ -163,23 +174,23 @@ def test_best_rate_at_an_end_of_those_tried_is_told(tmp_path):
     folder = tuning(tmp_path, arms=[DENSE | {"learning_rate": RATES}, MPO | {"learning_rate": RATES}])
     best = {None: 0.01, 2: 0.001, 4: 0.1}
     give_losses(folder, lambda spec: abs(spec.protocol.learning_rate - best[spec.chi]))
-    told = []
-    written(folder, tmp_path / "new.yaml", say=told.append)
+    lines = []
+    written(folder, tmp_path / "new.yaml", say=lines.append)
     found = [("arm mpo, chi=2", "0.001, is the lowest"), ("arm mpo, chi=4", "0.1, is the highest")]
-    assert [line.partition(" of those tried;")[0] for line in told] == [
+    assert [line.partition(" of those tried;")[0] for line in lines] == [
         f"{where}: the best learning rate, {end}" for where, end in found
     ]
 
 
-def test_arm_is_split_where_more_than_the_rate_depends_on_the_size(tmp_path):
+def test_each_winner_is_an_arm_with_a_name_of_its_own(tmp_path):
     listed = {"chi": [2, 3, 4], "init": ["paper", "variance"], "learning_rate": [0.01, 0.1]}
     arms = [
         DENSE,
         MPO | listed,
-        {"name": "mpo-paper", "family": "mpo", "chi": 2, "decay": "matrix"},
+        {"name": "mpo-chi2-paper", "family": "mpo", "chi": 2, "decay": "matrix"},
         {"name": "low-rank", "family": "low_rank", "as_chi": [3, 4]},
     ]
-    contrasts = [("mpo", "dense"), ("low-rank", "mpo"), ("mpo-paper", "mpo")]
+    contrasts = [("mpo", "dense"), ("low-rank", "mpo"), ("mpo-chi2-paper", "mpo")]
     claims = {"contrasts": [{"arm": arm, "against": against} for arm, against in contrasts]}
     folder = tuning(tmp_path, arms=arms, claims=claims, model={"d_model": 16}, seeds=[100])
     best = {2: ("paper", 0.1), 3: ("variance", 0.1), 4: ("variance", 0.01)}
@@ -188,17 +199,28 @@ def test_arm_is_split_where_more_than_the_rate_depends_on_the_size(tmp_path):
         return 1 if (spec.init, spec.protocol.learning_rate) == best.get(spec.chi) else 2
 
     give_losses(folder, loss)
-    new = written(folder, tmp_path / "new.yaml", name="chosen", seeds=3)
+    new = written(folder, tmp_path / "new.yaml", name="chosen", seeds=range(3))
     assert (new.name, new.seeds) == ("chosen", 3)
-    assert [arm.name for arm in new.arms] == ["dense", "mpo-paper-2", "mpo-variance", "mpo-paper", "low-rank"]
-    one, two = new.arm("mpo-paper-2"), new.arm("mpo-variance")
-    assert (one.chi, one.init, one.learning_rate, one.tuned_among) == (2, "paper", 0.1, 4)
-    assert (two.chi, two.init, two.learning_rate, two.tuned_among) == ((3, 4), "variance", {3: 0.1, 4: 0.01}, 4)
+    assert [
+        (arm.name, getattr(arm, "chi", None) or getattr(arm, "as_chi", None), arm.init, arm.learning_rate)
+        for arm in new.arms
+    ] == [
+        ("dense", None, None, None),
+        ("mpo-chi2-paper-2", 2, "paper", 0.1),
+        ("mpo-chi3-variance", 3, "variance", 0.1),
+        ("mpo-chi4-variance", 4, "variance", 0.01),
+        ("mpo-chi2-paper", 2, None, None),
+        ("low-rank-as-chi3", 3, None, None),
+        ("low-rank-as-chi4", 4, None, None),
+    ]
+    assert [arm.tuned_among for arm in new.arms] == [None, 4, 4, 4, None, None, None]
     assert [(contrast.arm, contrast.against) for contrast in new.claims.contrasts] == [
-        ("mpo-paper-2", "dense"),
-        ("mpo-variance", "dense"),
-        ("low-rank", "mpo-variance"),
-        ("mpo-paper", "mpo-paper-2"),
+        ("mpo-chi2-paper-2", "dense"),
+        ("mpo-chi3-variance", "dense"),
+        ("mpo-chi4-variance", "dense"),
+        ("low-rank-as-chi3", "mpo-chi3-variance"),
+        ("low-rank-as-chi4", "mpo-chi4-variance"),
+        ("mpo-chi2-paper", "mpo-chi2-paper-2"),
     ]
 
 
@@ -218,8 +240,7 @@ def test_rate_of_the_embeddings_is_tuned_with_that_of_the_layers(tmp_path, of_la
     assert {
         spec.chi: (spec.protocol.learning_rate, spec.protocol.embedding_learning_rate) for spec in listed_specs(new)
     } == best
-    assert [(arm.name, arm.tuned_among) for arm in new.arms] == [("dense", 6), ("mpo", 6)]
-    assert new.arm("mpo").embedding_learning_rate == (2.0 if of_larger == 2 else {2: 2.0, 4: 0.2})
+    assert [(arm.name, arm.tuned_among) for arm in new.arms] == [("dense", 6), ("mpo-chi2", 6), ("mpo-chi4", 6)]
     ends = sum("the best embedding learning rate, 2, is the highest of those tried" in line for line in said)
     assert ends == (2 if of_larger == 2 else 1)
 
@@ -228,29 +249,31 @@ def test_rates_of_the_embeddings_that_go_by_size_and_are_not_tuned_stay_as_they_
     given = {"learning_rate": [0.01, 0.1], "embedding_learning_rate": {2: 0.2, 4: 0.3}}
     folder = tuning(tmp_path, arms=[DENSE, MPO | given | {"chi": [2, 4]}], seeds=[100])
     give_losses(folder, lambda spec: spec.protocol.learning_rate)
-    arm = written(folder, tmp_path / "new.yaml").arm("mpo")
-    assert (arm.learning_rate, arm.embedding_learning_rate, arm.tuned_among) == (0.01, {2: 0.2, 4: 0.3}, 2)
+    new = written(folder, tmp_path / "new.yaml")
+    assert [(arm.learning_rate, arm.embedding_learning_rate, arm.tuned_among) for arm in new.arms] == [
+        (None, None, None),
+        (0.01, 0.2, 2),
+        (0.01, 0.3, 2),
+    ]
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_what_is_listed_and_not_tuned_stays_listed_where_the_same_wins(tmp_path, alike):
+def test_each_combination_of_untuned_values_has_its_winner(tmp_path):
     tuned = TUNED | {"chi": [2, 4], "refinement": ["tt_svd", "whitened"], "learning_rate": [0.01, 0.1]}
     folder = tuning(tmp_path, arms=[DENSE, tuned], seeds=[100])
-    best = {("tt_svd", 2): 0.1, ("tt_svd", 4): 0.01, ("whitened", 2): 0.1, ("whitened", 4): 0.01 if alike else 0.1}
+    best = {("tt_svd", 2): 0.1, ("tt_svd", 4): 0.01, ("whitened", 2): 0.1, ("whitened", 4): 0.1}
     give_losses(folder, lambda spec: spec.protocol.learning_rate != best.get((spec.refinement, spec.chi)))
     new = written(folder, tmp_path / "new.yaml")
     rates = {(s.refinement, s.chi): s.protocol.learning_rate for s in listed_specs(new) if s.start is not None}
     assert rates == best
-    names = ["dense", "tuned"] if alike else ["dense", "tuned-tt_svd", "tuned-whitened"]
-    assert [arm.name for arm in new.arms] == names
+    assert [arm.name for arm in new.arms][:3] == ["dense", "tuned-tt_svd-chi2", "tuned-tt_svd-chi4"]
 
 
 def test_feed_forward_sizes_go_with_the_widths_that_won(tmp_path):
     narrow = {"name": "narrow", "family": "dense", "d_model": [4, 8], "d_ff": {4: 10, 8: 20}, "learning_rate": RATES}
     folder = tuning(tmp_path, arms=[narrow | {"init": ["paper", "variance"]}], model={"d_model": 16}, seeds=[100])
     give_losses(folder, lambda spec: (spec.init == "paper") == (spec.model.d_model == 4))
-    new = written(folder, tmp_path / "new.yaml", seeds=2)
-    assert [(arm.init, arm.d_model, arm.d_ff) for arm in new.arms] == [("variance", 4, {4: 10}), ("paper", 8, {8: 20})]
+    new = written(folder, tmp_path / "new.yaml", seeds=range(2))
+    assert [(arm.init, arm.d_model, arm.d_ff) for arm in new.arms] == [("variance", 4, 10), ("paper", 8, 20)]
 
 
 def test_trial_with_a_failed_seed_cannot_win(tmp_path):
@@ -367,11 +390,12 @@ def test_what_a_search_found_is_compared_with_the_nearest_of_listed_rivals_whate
 
     give_losses(folder, loss, "search-random")
     new = written(folder, tmp_path / "new.yaml")
-    assert (new.arm("low-rank-variance").as_chi, new.arm("low-rank-svd_fresh").as_chi) == (2, 8)
+    low, high = "low-rank-as-chi2-variance", "low-rank-as-chi8-svd_fresh"
+    assert (new.arm(low).as_chi, new.arm(high).as_chi) == (2, 8)
     expected = {}
     for arm in new.arms:
         if arm.name.startswith("found"):
-            rivals = {"low-rank-variance": sizes[None, 2], "low-rank-svd_fresh": sizes[None, 8]}
+            rivals = {low: sizes[None, 2], high: sizes[None, 8]}
             expected[arm.name] = min(rivals, key=lambda name: abs(math.log(rivals[name] / sizes[arm.chi, None])))
     assert len(expected) > 1
     assert {contrast.arm: contrast.against for contrast in new.claims.contrasts} == expected
@@ -399,7 +423,7 @@ def refused(tmp_path):
 
 def test_winners_need_seeds_and_a_name_of_their_own_and_a_new_file(tmp_path, refused):
     folder = tuning(tmp_path, arms=[DENSE | {"learning_rate": RATES}])
-    said = refused(folder, seeds=102)
+    said = refused(folder, seeds=range(102))
     assert said.startswith("--seeds: the new study would have 100, 101, on which study tuning selected, ")
     assert "is the name of the study that selected" in refused(folder, tmp_path / "tuning.yaml")
     assert "is the name of the study that selected" in refused(folder, name="tuning")
@@ -421,11 +445,11 @@ def test_winners_of_seeds_from_0_on_get_fresh_ones_or_those_that_are_given(tmp_p
     assert written(folder, tmp_path / "given.yaml", seeds=parse_seeds("100,101")).seeds == (100, 101)
     assert "--seeds 100,101`" in " ".join((tmp_path / "given.yaml").read_text(encoding="utf-8").split("\n# "))
     (tmp_path / "new.yaml").unlink()
-    assert "would have 0, 1, 4, on which study tuning selected" in refused(folder, seeds=5)
+    assert "would have 0, 1, 4, on which study tuning selected" in refused(folder, seeds=range(5))
     assert "more than once" in refused(folder, seeds=[7, 7])
 
 
-@pytest.mark.parametrize(("text", "seeds"), [(None, None), ("5", 5), ("7,", (7,)), ("100,101", (100, 101))])
+@pytest.mark.parametrize(("text", "seeds"), [(None, None), ("3", (0, 1, 2)), ("7,", (7,)), ("100,101", (100, 101))])
 def test_seeds_are_a_number_or_a_list(text, seeds):
     assert parse_seeds(text) == seeds
 

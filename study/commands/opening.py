@@ -1,0 +1,67 @@
+"""Opening the corpus and the ledger of a study in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from study.errors import StudyError
+from study.ledger.directory import StudyDirectory
+from study.ledger.growth import NO_GROWTH, Growth, grow
+from study.ledger.ledger import Ledger
+from study.ledger.snapshot import read_ledger
+from study.spec.config import StudyConfig
+from study.spec.trial import TrialShape, TrialSpec
+from study.training.corpus import Corpus, load_corpus
+from study.training.model import trial_shape
+from study.training.storage import Storage
+from study.training.unit import stored_corpus
+
+
+def study_corpus(config: StudyConfig) -> Corpus:
+    """The study's corpus, checked to be long enough for its context."""
+    corpus = load_corpus(config.corpus.path, config.corpus.sha256, config.corpus.validation_fraction)
+    corpus.check_context(config.model.context)
+    return corpus
+
+
+def open_ledger(
+    config: StudyConfig,
+    corpus: Corpus,
+    directory: StudyDirectory,
+    growth: Growth = NO_GROWTH,
+    say: Callable[[str], None] = lambda line: None,
+) -> Ledger:
+    """The ledger of a study folder; begun if there is none.
+
+    Args:
+        growth: growth to apply first.
+        say: receives one line about that growth.
+    """
+
+    def shape_of(spec: TrialSpec) -> TrialShape:
+        return trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
+
+    uuid = directory.uuid()
+    if uuid is not None:
+        directory.check_ledger()
+    elif growth.command and not directory.has_ledger:
+        raise StudyError(
+            f"{directory.path}: no study here that could grow by {growth.command}; run it without that first"
+        )
+    may_begin = not growth.command
+    ledger = Ledger(
+        directory.ledger_url, config, corpus.sha256, shape_of, uuid, may_begin=may_begin, extend=growth.extend
+    )
+    if grow(ledger, growth, say):
+        ledger.close()
+        ledger = Ledger(directory.ledger_url, ledger.config, corpus.sha256, shape_of, uuid)
+    return ledger
+
+
+def known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
+    """The corpus of a study that was run before: the one stored with its runs, or else the one its file names."""
+    sha256 = read_ledger(directory.ledger_url, config.name).corpus_sha256
+    try:
+        return stored_corpus(storage, sha256, config.corpus.validation_fraction)
+    except OSError:
+        return study_corpus(config)
