@@ -17,7 +17,7 @@ from study_fixtures import DENSE, MPO, ledger_at, made_up, optuna_states, run_at
 from analysis import run_schema as schema
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
-from study.search.telling import what_to_tell, worst_value
+from study.search.telling import what_to_tell, worst_values
 from study.spec.study_file import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ TOY = {
         "METRICS = (\n",
         '    Metric("val_bits", float, "validation loss in bits", ALL, "bits", "minimize"),\n',
     ),
-    "study/training/train.py": (
+    "study/training/seed_run.py": (
         '            "val_loss": val_loss,\n',
         '            "val_bits": val_loss / math.log(2),\n',
     ),
@@ -105,8 +105,8 @@ def test_seed_without_a_value_counts_as_the_worst_on_record_of_any_objective(tmp
     objectives = ["train_seconds", "val_acc", "n_params_compressed"]
     ledger = ledger_at(write_study(tmp_path, arms=[DENSE], objectives=objectives), tmp_path / "results")
     trial = ledger.ask()
-    worst = {name: worst_value(schema.OBJECTIVES[name], trial.shape, (2.0, 7.0)) for name in objectives[:2]}
-    assert worst == {"train_seconds": 7.0, "val_acc": 0.0}
-    assert worst_value(schema.OBJECTIVES["train_seconds"], trial.shape, (math.inf, -math.inf)) is None
+    extremes = {"train_seconds": (2.0, 7.0), "final/val_acc": (2.0, 7.0)}
+    assert worst_values(ledger.config, trial.shape, extremes) == {"train_seconds": 7.0, "val_acc": 0.0}
+    assert worst_values(ledger.config, trial.shape, {}) == {"val_acc": 0.0}
     told = what_to_tell(ledger.config, trial, trial, [made_up(trial.number, seed) for seed in (0, 1)], {})
     assert told.values == [1.0, 0.5, trial.shape.n_params_compressed]
