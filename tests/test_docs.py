@@ -12,7 +12,15 @@ from benchmarks.document import put_table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITHOUT_PYTHON = ("extending.md", "study.md", "cluster.md", "analysis.md", "glossary.md", "performance.md")
+WITHOUT_PYTHON = (
+    "extending.md",
+    "study.md",
+    "cluster.md",
+    "analysis.md",
+    "glossary.md",
+    "performance.md",
+    "private_interfaces.md",
+)
 WITH_PYTHON = [path for path in DOCUMENTS if path.name not in WITHOUT_PYTHON]
 
 
