@@ -23,9 +23,9 @@ from mpo_core.values import check_dtype
 class StructuredLinear(nn.Module):
     """y = x Wᵀ + b with x (..., in_features), y (..., out_features) and W (out_features, in_features) structured.
 
-    A subclass is a kind of layer. Its class holds all that compression, optimisers, studies and reports need to know of
-    the kind, so that a new kind is one file: see docs/extending.md. The class arguments `kind` and `label` are its name
-    in files and its name in figures. Defaults: the name of the class, and `kind` with spaces for underscores.
+    A subclass is a kind of layer. It holds everything that compression, optimisers, studies and reports need to know
+    about the kind, so a new kind is one file: see docs/extending.md. The class arguments `kind` and `label` are its
+    name in files and its name in figures. Defaults: the name of the class, and `kind` with spaces for underscores.
     """
 
     kind: ClassVar[str]
