@@ -57,22 +57,25 @@ class CompressionReport:
         return pd.DataFrame([[getattr(row, name) for name in names] for row in self.rows], columns=names)
 
     def __str__(self) -> str:
-        header = ["layer", "out×in", "d_out", "d_in", "bonds", "before", "after", "rel_error"]
+        has_chains = any(row.bonds for row in self.rows)
+        has_others = any(not row.bonds for row in self.rows)
         calibrated = any(row.output_error is not None for row in self.rows)
         explained = any(row.reason is not None for row in self.rows)
-        header += ["output_error"] * calibrated + ["kFLOP/token", "kB/token"] + ["note"] * explained
-        table = [header]
+        names = ["layer", "out×in", *["d_out", "d_in", "bonds"] * has_chains, *["structure"] * has_others]
+        header = [*names, "before", "after", "rel_error", *["output_error"] * calibrated, "kFLOP/token", "kB/token"]
+        table = [header + ["note"] * explained]
         for row in self.rows:
-            chain = [_join(row.d_out), _join(row.d_in), _join(row.bonds)] if row.bonds else [row.structure, "", ""]
-            cells = [row.name, f"{row.out_features}×{row.in_features}", *chain]
+            cells = [row.name, f"{row.out_features}×{row.in_features}"]
+            cells += [_join(row.d_out), _join(row.d_in), _join(row.bonds)] * has_chains
+            cells += ["" if row.bonds else row.structure] * has_others
             cells += [f"{row.n_params_before:,}", f"{row.n_params_after:,}", _error(row.rel_error)]
             cells += [_error(row.output_error)] * calibrated
             cells += [f"{row.flops_per_token / 1e3:.1f}", f"{row.bytes_per_token / 1e3:.1f}"]
             table.append(cells + [row.reason or ""] * explained)
-        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
         lines = [
             "  ".join(
-                cell.ljust(width) if column < 5 or header[column] == "note" else cell.rjust(width)
+                cell.ljust(width) if column < len(names) or column == len(header) else cell.rjust(width)
                 for column, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in table

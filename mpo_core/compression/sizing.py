@@ -113,6 +113,9 @@ class Sizer:
         generator_for = self.generator_for
         if not linear.weight.is_meta:
             if generator_for is None:
-                raise ValueError(f"init {self.init!r} draws fresh parameters from `generator_for`, but got None")
+                raise ValueError(
+                    f"init {self.init!r} draws fresh parameters: give `generator_for`, a function from the name of a "
+                    "parameter to its torch.Generator"
+                )
             layer.draw(self.init or "", lambda parameter: generator_for(f"{name}.{parameter}"))
         return layer

@@ -16,8 +16,8 @@ from mpo_core.layers.structured import (
     check_init,
     check_one_cap,
     n_needed,
-    rank_within,
     rounding,
+    size_within,
 )
 from mpo_core.tensor_train.contraction import Product, dense_product
 from mpo_core.tensor_train.initialisation import normal_
@@ -56,7 +56,7 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         largest = min(in_features, out_features)
-        self.rank = rank_within(rank, max_params, in_features + out_features, largest)
+        self.rank = size_within("rank", rank, max_params, in_features + out_features, largest)
         self.A = nn.Parameter(torch.empty(out_features, self.rank, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(self.rank, in_features, device=device, dtype=dtype))
         self.draw_unless_meta(init, generator)

@@ -17,8 +17,8 @@ from mpo_core.layers.structured import (
     check_init,
     check_one_cap,
     n_needed,
-    rank_within,
     rounding,
+    size_within,
 )
 from mpo_core.tensor_train.bonds import check_whole
 from mpo_core.tensor_train.contraction import Product
@@ -77,7 +77,7 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
             )
         self.n_blocks = int(down), int(across)
         m, p = out_features // down, in_features // across
-        self.rank = rank_within(rank, max_params, down * across * (m + p), min(m, p))
+        self.rank = size_within("rank", rank, max_params, down * across * (m + p), min(m, p))
         self.L = nn.Parameter(torch.empty(down, m, across, self.rank, device=device, dtype=dtype))
         self.R = nn.Parameter(torch.empty(across, down, self.rank, p, device=device, dtype=dtype))
         self.draw_unless_meta(init, generator)

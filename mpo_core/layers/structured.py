@@ -256,18 +256,23 @@ def check_one_cap(**caps: object) -> None:
         raise ValueError(f"exactly one of {', '.join(first)} and {last} must be given, but got {given}")
 
 
-def rank_within(rank: int | None, max_params: int | None, per_rank: int, largest: int) -> int:
-    check_one_cap(rank=rank, max_params=max_params)
+def size_within(name: str, size: int | None, max_params: int | None, per_unit: int, largest: int) -> int:
+    """The size of that name, which is given or follows from max_params, at most `largest`.
+
+    Args:
+        per_unit: parameters of a layer of size 1.
+    """
+    check_one_cap(**{name: size, "max_params": max_params})
     if max_params is not None:
         check_whole(max_params=max_params)
-        rank = max_params // per_rank
-        if rank < 1:
-            raise ValueError(f"rank 1 needs {per_rank} parameters, but got max_params={max_params}")
-    assert rank is not None
-    check_whole(rank=rank)
-    if rank < 1:
-        raise ValueError(f"`rank >= 1` must hold, but got rank={rank}")
-    return min(int(rank), largest)
+        size = max_params // per_unit
+        if size < 1:
+            raise ValueError(f"{name} 1 needs {per_unit} parameters, but got max_params={max_params}")
+    assert size is not None
+    check_whole(**{name: size})
+    if size < 1:
+        raise ValueError(f"`{name} >= 1` must hold, but got {name}={size}")
+    return min(int(size), largest)
 
 
 def n_needed(squares: Tensor, rel_error: float, negligible: float = 0.0) -> int:

@@ -126,16 +126,19 @@ def _ran_on(device: torch.device | str, n_stacked: int) -> dict[str, str]:
 
 def _final_metrics(training: Training, start_tokens: int) -> dict[str, float]:
     curve, last = training.curve, training.curve[-1]
-    best = min(curve, key=lambda row: row["val_loss"])
-    names = ("val_loss", "val_acc", "val_loss_sampled", "val_acc_sampled", "train_loss")
-    return {f"final/{name}": last[name] for name in names} | {
-        "best/val_loss": best["val_loss"],
-        "best/val_acc": max(row["val_acc"] for row in curve),
-        "best/step": best["step"],
+    final = {
+        "best/step": min(curve, key=lambda row: row["val_loss"])["step"],
         "train_seconds": training.seconds,
         "train_tokens": training.spec.train_tokens,
         "total_tokens": training.spec.train_tokens + start_tokens,
     }
+    for metric in schema.METRICS:
+        if "last" in metric.recorded:
+            final[f"final/{metric.name}"] = last[metric.name]
+        if "best" in metric.recorded:
+            best_of = min if metric.direction == "minimize" else max
+            final[f"best/{metric.name}"] = best_of(row[metric.name] for row in curve)
+    return final
 
 
 def _rel_errors(training: Training, chis: Sequence[int], when: str) -> dict[str, float]:

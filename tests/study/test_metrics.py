@@ -26,7 +26,7 @@ TOY = {
         "METRICS = (\n",
         '    Metric("val_bits", float, "validation loss in bits", ALL, "bits", "minimize"),\n',
     ),
-    "study/training/seed_run.py": (
+    "study/training/train.py": (
         '            "val_loss": val_loss,\n',
         '            "val_bits": val_loss / math.log(2),\n',
     ),
