@@ -153,6 +153,7 @@ def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
     values |= {
         "trial": trial.number,
         "study": study,
+        "family_label": trial.shape.label,
         "start": spec.start or "scratch",
         "n_seeds": states.count("complete"),
         "n_failed": states.count("failed"),

@@ -143,7 +143,7 @@ def _final_metrics(training: Training, start_tokens: int) -> dict[str, float]:
 
 def _rel_errors(training: Training, chis: Sequence[int], when: str) -> dict[str, float]:
     if training.spec.family == "dense":
-        errors = mpo_core.rel_errors(training.model, chis) if chis else {}
+        errors = mpo_core.rel_errors(training.model, chis, factorisation="paper") if chis else {}
         return {schema.rel_error_key(when, chi, layer): error for (chi, layer), error in errors.items()}
     if when == "init" and training.spec.start is not None and training.compression is not None:
         chi = training.spec.chi or training.spec.as_chi

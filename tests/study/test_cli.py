@@ -37,7 +37,7 @@ def test_cli_plans_runs_and_shows_a_study(tmp_path):
     code, out, err = cli("plan", "tiny.yaml", cwd=tmp_path)
     assert (code, err) == (0, "")
     assert re.search(r"dense +d_model=8 +0\.01 +6 +[\d,]+ +100\.0%", out)
-    assert re.search(r"tuned +χ=2 paper, from dense \(tt_svd\) +0\.01 +4 ", out)
+    assert re.search(r"tuned +χ=2 balanced, from dense \(tt_svd\) +0\.01 +4 ", out)
     assert "8 runs listed" in out
     assert "at 0 to" not in " ".join(out.split())  # GFLOP/s
     assert not (tmp_path / "results").exists()
