@@ -176,7 +176,7 @@ PARAMS = (
     Field("sites", "param", str, "numbers of sites the compressed layers really have"),
     Field("largest_bond", "param", int, "largest bond of any layer, after clipping"),
     Field("init", "param", str, "init mode"),
-    Field("refinement", "param", str, "how the start's weights became cores"),
+    Field("refinement", "param", str, "how trained weights became factors"),
     Field("lr_rule", "param", str, "learning rates of the cores: uniform, mup"),
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
     Field("forward", "param", str, "how an MPO layer is applied: reconstruct, chain"),
@@ -228,7 +228,7 @@ OBJECTIVES = {
 }
 """What a sampler can optimise, by the names in study files."""
 MARGINS = {metric.name: metric.margin for metric in METRICS if metric.margin is not None}
-"""How much worse still counts as equal, unless a study file says otherwise. Claims rest on these metrics: a complete
+"""How much worse still counts as equal. A study file may say otherwise. Claims rest on these metrics: a complete
 seed has finite values of them. Any other metric may be absent."""
 CLAIMED = tuple(f"final/{name}" for name in MARGINS)
 

@@ -32,7 +32,7 @@ FIRST_LIMIT, AGAIN_LIMIT = 20.0, 1.0
 """Seconds for params and final metrics."""
 FINALS, CURVES = "params and final metrics", "curves"
 SMALLER = 4
-"""The smaller study has so many times fewer runs."""
+"""How many times fewer runs the smaller study has."""
 STUDY = "large"
 N_EVALUATIONS = 20
 N_CURVES = 40

@@ -149,7 +149,7 @@ def fastest(calls: Mapping[str, Call], rounds: int = 3) -> str:
 
 
 def seconds_of(call: Call, repeats: int = 1) -> float:
-    """Seconds of one call, the mean of so many in a row."""
+    """Mean seconds of one call, over calls in a row."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()

@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def config_of(steps: int, n_rounds: int) -> StudyConfig:
-    """The quick study's model, so many steps long, with little validation: units of a second or more."""
+    """The quick study's model with little validation: units of a second or more."""
     study = {
         "name": "tracking",
         "corpus": {"validation_fraction": 0.01},

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -102,11 +103,12 @@ def compress(
     n_tokens = int(n_tokens)
     if n_tokens < 1:
         raise ValueError(f"`n_tokens >= 1` must hold, but got n_tokens={n_tokens}")
+    kind = kind_called(layer) if isinstance(layer, str) else None
+    if kind is not None:
+        _check_options(kind, options, init)
     _check_size(layer, allow_growth, chi=chi, rel_error=rel_error, keep=keep, max_params=max_params)
     sizer = None
-    if isinstance(layer, str):
-        kind = kind_called(layer)
-        _check_options(kind, options)
+    if kind is not None:
         _check_init(kind, init, calibration, chi is not None or isinstance(max_params, Mapping))
         sizer = Sizer(kind, init, generator_for, allow_growth, options)
     elif options or init is not None:
@@ -116,6 +118,9 @@ def compress(
     grams = _grams(model, targets, calibration, calibration_forward)
     sizes: Mapping[str, int] = {}
     if isinstance(max_params, Mapping):
+        for dense in found:
+            for name in max_params.keys() & set(dense.sharers):
+                raise ValueError(f"`max_params` names {name}, which shares the weight of {dense.name}: name that")
         unknown = set(max_params) - {dense.name for dense in found}
         if unknown:
             raise ValueError(
@@ -126,7 +131,7 @@ def compress(
         if not targets:
             raise ValueError(f"no layer can be replaced, such as {found[0].name}: {found[0].reason}")
         n_dense = sum(dense.linear.weight.numel() for dense in targets)
-        most = int(keep * n_dense) if keep is not None else int(max_params or 0)
+        most = int(float(keep) * n_dense) if keep is not None else int(max_params or 0)
         sizes = sizer.shares({dense.name: dense.linear for dense in targets}, grams, most)
 
     def replacement(dense: DenseLayer) -> tuple[StructuredLinear | None, str | None]:
@@ -266,7 +271,7 @@ def _check_size(layer: str | Layer, allow_growth: bool, **sizes: Any) -> None:
         check_whole(**{f"max_params[{name!r}]": size for name, size in max_params.items()})
     elif max_params is not None:
         check_whole(max_params=max_params)
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < float(keep) <= 1):
         raise ValueError(f"`0 < keep <= 1` must hold, but got keep={keep!r}")
     if allow_growth and sizes["chi"] is None:
         raise ValueError("`allow_growth` goes with `chi` alone: by an error or a number of parameters no layer grows")
@@ -274,8 +279,10 @@ def _check_size(layer: str | Layer, allow_growth: bool, **sizes: Any) -> None:
         check_fraction(rel_error=rel_error)
 
 
-def _check_options(kind: type[StructuredLinear], options: Mapping[str, Any]) -> None:
+def _check_options(kind: type[StructuredLinear], options: Mapping[str, Any], init: str | None) -> None:
     allowed = kind.option_names()
+    if init is not None:  # nothing is fitted
+        allowed = set(kind.of_constructor(dict.fromkeys(allowed)))
     for name in options:
         if name not in allowed:
             raise ValueError(
@@ -306,6 +313,9 @@ def _grams(
     up."""
     if calibration is None:
         return {}
+    for dense in targets:
+        if dense.linear.weight.is_meta:
+            raise ValueError(f"{dense.name}: a weight on the meta device has no values that `calibration` could fit")
     if isinstance(calibration, Tensor):
         raise ValueError("`calibration` must be a sequence of batches, but got one tensor; put it in a list")
     if isinstance(calibration, Mapping):

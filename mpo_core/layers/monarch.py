@@ -68,6 +68,8 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         super().__init__(in_features, out_features, bias, device, dtype)
         if n_blocks is None:
             n_blocks = _most_blocks(out_features, in_features, max_params)
+        if isinstance(n_blocks, tuple | list) and len(n_blocks) != 2:
+            raise ValueError(f"`n_blocks` must be a whole number or two of them, but got {n_blocks}")
         down, across = n_blocks if isinstance(n_blocks, tuple | list) else (n_blocks, n_blocks)
         check_whole(**{"n_blocks[0]": down, "n_blocks[1]": across})
         if down < 1 or across < 1 or out_features % down or in_features % across:

@@ -64,7 +64,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
             factorisation or forward mode, or max_params that χ = 1 exceeds.
     """
 
-    size = "chi"
+    size, other_sizes = "chi", ("bonds",)
     inits = INITS
 
     def __init__(

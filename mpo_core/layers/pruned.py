@@ -34,6 +34,7 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         ValueError: not exactly one size, sparsity outside [0, 1), or max_params below 1.
     """
 
+    other_sizes = ("sparsity",)
     n_sizes = 64
     mask: Tensor
 

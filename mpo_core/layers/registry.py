@@ -30,7 +30,7 @@ def kind_called(name: str) -> type[StructuredLinear]:
     """The kind of layer of that name.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: there is none, or more than one; or a module of an entry point cannot be imported.
     """
     found = [kind for kind in _defined() if kind.kind == name]
     if not found:
@@ -53,7 +53,11 @@ def _import_all() -> None:
     for module in iter_modules(layers.__path__):
         import_module(f"{layers.__name__}.{module.name}")
     for entry_point in entry_points(group=ENTRY_POINTS):
-        entry_point.load()
+        try:
+            entry_point.load()
+        except Exception as error:  # of another package's module, whatever it raises
+            package = entry_point.dist.name if entry_point.dist is not None else "a package"
+            raise ValueError(f"{entry_point.value} of {package} cannot be imported: {error}") from error
 
 
 def _subclasses(kind: type[StructuredLinear]) -> Iterator[type[StructuredLinear]]:

@@ -19,6 +19,8 @@ from mpo_core.tensor_train.bonds import check_fraction, check_whole
 from mpo_core.tensor_train.contraction import Product, cost
 from mpo_core.values import check_dtype
 
+_RESERVED = ("dense", "linear")
+
 
 class StructuredLinear(nn.Module):
     """y = x Wᵀ + b with x (..., in_features), y (..., out_features) and W (out_features, in_features) structured.
@@ -32,6 +34,8 @@ class StructuredLinear(nn.Module):
     label: ClassVar[str]
     size: ClassVar[str | None] = None
     """Name of the constructor's argument that `compress(chi=…)` sets; None if the kind has no such size."""
+    other_sizes: ClassVar[tuple[str, ...]] = ()
+    """Names of the constructor's other arguments that give a size."""
     inits: ClassVar[tuple[str, ...]] = ("variance",)
     """Inits that `draw` takes."""
     n_sizes: ClassVar[int] = 16
@@ -40,6 +44,8 @@ class StructuredLinear(nn.Module):
 
     def __init_subclass__(cls, kind: str | None = None, label: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if kind in _RESERVED:
+            raise ValueError(f"a kind of layer cannot be called {kind!r}, the name of layers without structure")
         cls.kind = kind or cls.__name__  # never inherited: a subclass may be made from other options
         cls.label = label or cls.kind.replace("_", " ")
 
@@ -114,7 +120,7 @@ class StructuredLinear(nn.Module):
     @classmethod
     def sizes(cls, W: Tensor, **options: Any) -> list[int]:
         """Numbers of parameters below W's that a layer can have, ascending: enough of them to choose from."""
-        shape = torch.empty_like(W, device="meta")
+        shape, options = torch.empty_like(W, device="meta"), cls.of_constructor(options)
         cls.empty_for(shape, None, max_params=2 * W.numel(), **options)  # refuses options that no size makes good
         sizes: set[int] = set()
         for step in range(1, cls.n_sizes):
@@ -145,7 +151,7 @@ class StructuredLinear(nn.Module):
     @classmethod
     def option_names(cls) -> set[str]:
         """Options of this kind in `compress`, beside those that `compress` has itself."""
-        return (_keywords(cls.__init__) | _keywords(cls.from_matrix)) - {*_OF_COMPRESS, cls.size}
+        return (_keywords(cls.__init__) | _keywords(cls.from_matrix)) - {*_OF_COMPRESS, *cls.other_sizes, cls.size}
 
     @classmethod
     def of_constructor(cls, options: dict[str, Any]) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def _inner_product(cores_a: Sequence[Tensor], cores_b: Sequence[Tensor]) -> tupl
 def balance_cores(cores: Sequence[Tensor]) -> list[Tensor]:
     """Return cores of the same matrix W with equal Frobenius norms, the geometric mean of the present ones.
 
-    Of all ways to spread factors over the cores, this one has the smallest sum of squares, so weight decay leads to it.
+    No other spread of factors over the cores has a smaller sum of squares, so weight decay leads to this one.
     If a core is zero, W = 0 and the cores are returned unchanged. Differentiable if all cores are non-zero.
 
     Raises:

@@ -246,6 +246,9 @@ def _unpack(file: Path, to: Path) -> Path:
     xz, n_bytes = lzma.LZMADecompressor(lzma.FORMAT_XZ, _MEMORY), 0
     try:
         with file.open("rb") as packed, to.open("wb") as unpacked:
+            if packed.read(4) == b"PAR1":
+                raise StudyError(f"{file}: was written by an older mpo-study; import it with the version that wrote it")
+            packed.seek(0)
             while not xz.eof:
                 data = packed.read(1 << 16) if xz.needs_input else b""
                 if xz.needs_input and not data:

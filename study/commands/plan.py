@@ -258,7 +258,9 @@ def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: flo
         steps = spec.protocol.steps + 6
         harmless = {"steps": steps, "learning_rate": 1e-9, "embedding_learning_rate": None}
         protocol = spec.protocol.model_copy(update=harmless)
-        training = Training(spec.model_copy(update={"start": None, "protocol": protocol}), 0, corpus)
+        training = Training(
+            spec.model_copy(update={"start": None, "refinement": None, "protocol": protocol}), 0, corpus
+        )
         seconds = []
         begun = time.perf_counter()
         while len(seconds) < 6 and (len(seconds) < 2 or time.perf_counter() - begun < 5):

@@ -157,7 +157,7 @@ def _selected(config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None
             trials = [trial for trial in own if trial.number in on_frontier]
             trials = trials or sorted(own, key=lambda trial: losses[trial.number])[:1]
             trials.sort(key=lambda trial: (trial.shape.n_params, trial.number))
-            tuned_among = len(own)  # not the search's budget: a sampler does not try all arms equally often
+            tuned_among = len(own)  # not all trials of the search: a sampler does not try all arms equally often
             if not trials:
                 say(f"arm {arm.name}: none of its trials has all its seeds; it is left out, with its contrasts")
         elif _tuned(arm):

@@ -18,7 +18,7 @@ from study.errors import StudyError
 from study.ledger.database import way_back
 from study.ledger.lock import check_ledger_url
 from study.spec.config import StudyConfig
-from study.spec.study_file import dump_config, load_config
+from study.spec.study_file import dump_config, read_config
 from study.training.files import private_files, replace_file
 from study.training.storage import Storage
 
@@ -96,7 +96,13 @@ class StudyDirectory:
         if not _is_file(self.study_file):
             raise StudyError(f"{self.path}: no study here (no {self.study_file.name}); give a folder that a run made")
         self.check_ledger()
-        return load_config(self.study_file)
+        version = self._manifest().get("schema_version", run_schema.SCHEMA_VERSION)
+        if version != run_schema.SCHEMA_VERSION:
+            raise StudyError(
+                f"{self.path}: a study of schema version {version}, but this mpo-study reads "
+                f"{run_schema.SCHEMA_VERSION}; go on with the version that wrote it"
+            )
+        return read_config(self.study_file)
 
     def check_ledger(self) -> None:
         """Raise a StudyError if the ledger of a study that was run here is gone."""

@@ -34,7 +34,8 @@ def read_study(engine: sa.Engine, name: str) -> dict[str, Any] | None:
         version = connection.execute(versions).scalar_one_or_none()
         if version not in (None, SCHEMA_VERSION):  # check first: all else may differ in that version
             raise StudyError(
-                f"the ledger of study {name} has schema version {version}, this program knows {SCHEMA_VERSION}"
+                f"the ledger of study {name} has schema version {version}, but this mpo-study reads {SCHEMA_VERSION}; "
+                "go on with the version that wrote it"
             )
         rows = read_rows(connection, study_table, study_table.c.name == name)
     return rows[0] if rows else None

@@ -66,9 +66,9 @@ def _stop(
     metric = run_schema.OBJECTIVES[rule.metric]
     key = run_schema.key_of(metric)
     shared = [
-        (result.seed, results[trial.number, result.seed].final[key], result.final[key])
+        (result.seed, own.final[key], result.final[key])
         for result in of_rival
-        if (own := results.get((trial.number, result.seed))) is not None and own.state == "complete"
+        if (own := results.get((trial.number, result.seed))) is not None and key in own.final and key in result.final
     ]
     sign = 1 if metric.direction == "minimize" else -1
     if len(shared) < rule.min_seeds or any(sign * (own - rivals) < rule.margin for _, own, rivals in shared):

@@ -52,7 +52,7 @@ def what_to_tell(
 def worst_values(
     config: StudyConfig, shape: TrialShape, on_record: Mapping[str, tuple[float, float]]
 ) -> dict[str, float]:
-    """For each objective that seeds have, a value no better than any on record; those without a known bad one lack.
+    """For each objective that seeds have: a value no better than any on record, if a bad one is known.
 
     A loss is at least that of a uniform guess, and what is maximised at most 0.
 

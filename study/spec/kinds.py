@@ -21,10 +21,13 @@ def check_kinds(config: StudyConfig) -> None:
 
 def why_no_family(family: str) -> str | None:
     """What is wrong with a family that no arm can have, in one line; None if an arm can have it."""
-    from mpo_core import kinds  # imports torch, which is slow: only a command that trains needs it
+    from mpo_core import kinds  # imports torch, which is slow: only `run` and `plan` need it
 
-    known = ["dense", *kinds()]
-    return None if family in known else _must_be(known, family)
+    try:
+        known = ["dense", *kinds()]
+    except ValueError as error:
+        raise StudyError(str(error)) from None
+    return None if family in known else f"{_must_be(known, family)}; another kind needs the package that defines it"
 
 
 def inits(family: str) -> tuple[str, ...]:

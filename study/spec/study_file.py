@@ -25,6 +25,20 @@ MOST_SHOWN = 20
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """`read_config` of a study that is to be trained: the program must know the kinds of layer and their inits.
+
+    Raises:
+        StudyError: as `read_config`; an arm names an unknown kind of layer or init.
+    """
+    config = read_config(path, overrides)
+    try:
+        check_kinds(config)
+    except StudyError as error:
+        raise StudyError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
+    return config
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study file and apply `key=value` overrides (dotted keys; an arm by its name: `arms.mpo.chi=8`).
 
     Raises:
@@ -38,10 +52,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         _apply_override(data, override)
     config = validate(data, str(path))
     try:
-        check_kinds(config)
         check_trials(config)
     except StudyError as error:
-        raise StudyError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
+        raise StudyError(f"{path}: {error}") from None
     if config.corpus.path is not None and not Path(config.corpus.path).is_absolute():
         try:
             absolute = os.path.realpath(path.parent / config.corpus.path)  # `resolve` raises on circular links

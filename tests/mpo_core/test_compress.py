@@ -179,11 +179,14 @@ def test_compressed_state_dict_round_trips_through_safetensors():
             {"chi": None, "max_params": {"lm_head": 0.5}},
             "must be a whole number, but got 0.5",
         ),
+        ({"budget": 0.5}, "layer='mpo' has no option `budget`; it has d_in, d_out, factorisation"),
+        ({"bonds": [1, 2, 1]}, "layer='mpo' has no option `bonds`"),
+        ({"init": "variance", "method": "als"}, "layer='mpo' has no option `method`"),
         ({"n_tokens": 0}, "`n_tokens >= 1` must hold, but got n_tokens=0"),
         ({"n_tokens": 1.5}, "`n_tokens` must be a whole number, but got 1.5"),
         ({"layer": "low_rank", "method": "als"}, "layer='low_rank' has no option `method`; it has none"),
         ({"layer": "monarch", "forward": "chain"}, "layer='monarch' has no option `forward`; it has n_blocks"),
-        ({"layer": "pruned", "n_sites": 2}, "layer='pruned' has no option `n_sites`; it has sparsity"),
+        ({"layer": "pruned", "n_sites": 2}, "layer='pruned' has no option `n_sites`; it has none"),
         ({"init": "variance", "calibration": [torch.zeros(2, 3)]}, "init 'variance' draws fresh parameters, which"),
         (
             {"chi": None, "layer": lambda name, linear: LowRankLinear(3, 4, rank=1, device="meta")},
@@ -265,3 +268,15 @@ def test_decompress_of_a_layer_itself_is_a_linear_layer():
 def test_bonds_without_any_are_refused_in_words():
     with pytest.raises(ValueError, match=r"`bonds` must be 1, then a cap .*, but got bonds=\[\]"):
         MPOLinear(12, 8, bonds=[], device="meta")
+
+
+def test_compress_refuses_to_fit_a_meta_weight_to_inputs():
+    with pytest.raises(ValueError, match=r"query: a weight on the meta device has no values"):
+        compress(PicoGPT(SMALL, device="meta"), keep=0.5, calibration=[make_tokens(1, 4)])
+
+
+def test_max_params_names_the_first_of_layers_that_share_a_weight():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="`max_params` names 1, which shares the weight of 0"):
+        compress(model, max_params={"1": 30})

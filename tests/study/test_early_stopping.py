@@ -211,3 +211,12 @@ def test_study_with_early_stopping_runs_and_resumes(tmp_path):
     again = run_at(file, tmp_path / "study")
     assert again == outcome
     assert results_at(tmp_path / "study", "search-random") == results
+
+
+def test_a_seed_without_the_metric_decides_nothing(ledger):
+    (small, *_), (large, *_) = of_chi(ledger, 2), of_chi(ledger, 4)
+    record(ledger, small, [1.0, 1.0, 1.0])
+    for key in ledger.results:
+        del ledger.results[key].final["final/val_loss"]
+    record(ledger, large, [1.2, 1.2])
+    assert ledger.trials[large].stop is None

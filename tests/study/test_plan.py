@@ -191,3 +191,10 @@ def test_what_will_not_be_compared_is_told_with_the_reason(small_study, changes,
 def test_search_may_range_over_all_numbers_there_are():
     wide = Range(1e-300, 1e300, log=True)
     assert [_quantile(wide, share) for share in (0.25, 0.5, 0.75)] == pytest.approx([1e-150, 1, 1e150])
+
+
+@pytest.mark.parametrize("arm", [{"family": "mpo", "chi": 2, "refinement": "als"}, {"family": "low_rank", "as_chi": 2}])
+def test_arms_that_are_fitted_to_outputs_are_timed(planned, arm):
+    arm = {"name": "tuned", "start": "dense", "refinement": "outputs"} | arm
+    _, _, made = planned(arms=[{"name": "dense", "family": "dense"}, arm])
+    assert all(trial.seconds > 0 for trial in made.trials)

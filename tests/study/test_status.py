@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 
 import pytest
@@ -243,3 +245,22 @@ def test_run_warns_in_one_line_where_it_ran_on_something_else_before(tmp_path, m
     ledger = ledger_at(file, folder)
     assert ledger.environments[0] == old
     assert ledger.environments[-1] == real
+
+
+def test_status_needs_neither_torch_nor_the_kinds_of_layer_of_the_study(tmp_path):
+    run_at(write_study(tmp_path, arms=[DENSE, {"name": "low", "family": "low_rank", "as_chi": 2}]), tmp_path / "study")
+    text = (tmp_path / "study" / "study.yaml").read_text(encoding="utf-8").replace("low_rank", "of_another_package")
+    (tmp_path / "study" / "study.yaml").write_text(text, encoding="utf-8")
+    script = "import sys; sys.argv[1:] = ['status', 'study']; from study.commands.cli import main\n"
+    script += "try: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.split()[-1]) == (0, "False"), ended.stderr
+
+
+def test_a_study_of_another_schema_version_is_one_line(tmp_path, command):
+    run_at(write_study(tmp_path), tmp_path / "study")
+    manifest = tmp_path / "study" / "study.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    code, _, err = command("status", str(tmp_path / "study"))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "schema version 1, but this mpo-study reads 2" in err
