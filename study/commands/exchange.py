@@ -155,6 +155,8 @@ def _make_ledger(url: str, source: sa.Engine) -> tuple[Snapshot, StudyConfig, di
     with source.connect() as connection:
         texts = dict(map(tuple, connection.exec_driver_sql(f"SELECT name, content FROM {_TEXTS}")))
         [(name, uuid)] = connection.execute(sa.select(study_table.c.name, study_table.c.uuid))
+    if _STUDY_FILE not in texts:
+        raise StudyError("it has no study file")
     copy_study(source, target, name, uuid)
     target.dispose()
     snapshot = read_ledger(url, name)
@@ -258,6 +260,8 @@ def _unpack(file: Path, to: Path) -> Path:
                     raise StudyError(
                         f"{file}: unpacks to more than {limit >> 20} MiB, which no export of its size does"
                     )
+            if xz.unused_data or packed.read(1):
+                raise lzma.LZMAError("something follows its end")
     except (lzma.LZMAError, OSError) as error:
         raise StudyError(f"{file}: is no whole export; export the study again: {error}") from None
     return to
