@@ -304,7 +304,7 @@ def test_ledger_refuses_another_schema_version(tmp_path, folder):
     with sqlite3.connect(folder / "ledger.db") as connection:
         connection.execute("UPDATE mpo_study SET schema_version = 99")
     connection.close()
-    with pytest.raises(StudyError, match="schema version 99, this program knows 2"):
+    with pytest.raises(StudyError, match="schema version 99, but this mpo-study reads 2"):
         ledger_at(file, folder)
 
 
