@@ -25,7 +25,7 @@ from mpo_core.compression.dense_layers import (
 )
 from mpo_core.compression.report import CompressedLayer, CompressionReport
 from mpo_core.compression.sizing import Sizer
-from mpo_core.fitting.calibration import collect_grams, output_error
+from mpo_core.fitting.calibration import collect_grams
 from mpo_core.layers.computed_weights import weight_of
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.registry import kind_called
@@ -196,7 +196,7 @@ def decompress(model: nn.Module) -> nn.Module:
             more = does_more(layer)
             if more is not None:
                 raise ValueError(f"{name or 'the layer'} cannot be replaced: {more}")
-            parameters = [parameter for key, parameter in layer.named_parameters() if key != "bias"]
+            parameters = layer.factors()
             shared = tuple(id(parameter) for parameter in parameters)
             if shared not in weights:
                 trainable = any(parameter.requires_grad for parameter in parameters)
@@ -240,7 +240,7 @@ def n_params(model: nn.Module) -> int:
     absent: dict[tuple[int, ...], int] = {}  # entries that a mask fixes at zero
     for module in model.modules():
         if isinstance(module, StructuredLinear):
-            factors = [parameter for name, parameter in module.named_parameters() if name != "bias"]
+            factors = module.factors()
             if all(id(parameter) in numels for parameter in factors):
                 absent[tuple(map(id, factors))] = sum(p.numel() for p in factors) - module.n_params_matrix
     return sum(numels.values()) - sum(absent.values())
@@ -251,8 +251,7 @@ def n_params_compressed(model: nn.Module) -> int:
     counted: dict[tuple[int, ...], int] = {}
     for module in model.modules():
         if isinstance(module, StructuredLinear):
-            key = tuple(id(parameter) for name, parameter in module.named_parameters() if name != "bias")
-            counted[key] = module.n_params_matrix
+            counted[tuple(map(id, module.factors()))] = module.n_params_matrix
         elif is_dense(module):
             weight = weight_of(module)
             counted[id(module if weight is None else weight),] = math.prod(shape_of(module))
@@ -339,7 +338,7 @@ def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: St
     """Put the new layer wherever `compressed`, a copy of `model`, has the dense one or another one with its weight."""
     first = model.get_submodule(dense.name)
     placed, biases = {id(first): new}, {id(first.bias): new.bias, id(None): None}
-    matrix = [tensor for name, tensor in new.named_parameters() if name != "bias"] + list(new.buffers())
+    matrix = [*new.factors(), *new.buffers()]
     for name in (dense.name, *dense.sharers):
         module = model.get_submodule(name)
         if id(module) not in placed:
@@ -368,8 +367,7 @@ def _row(
         flops, n_bytes = new.flops(n_tokens), new.bytes(n_tokens)
         errors = [None, None]
         if not drawn:
-            W_hat = new.to_matrix()
-            errors = [relative_error(W, W_hat), None if gram is None else output_error(W, W_hat, gram)]
+            errors = [new.error(W), None if gram is None else new.error(W, gram)]
     return CompressedLayer(
         name=dense.name,
         kind="dense" if new is None else new.kind,

@@ -132,7 +132,7 @@ class StructuredLinear(nn.Module):
 
     @classmethod
     def rungs(cls, W: Tensor, gram: Tensor | None = None, **options: Any) -> list[Rung]:
-        """The error at each size, for `allocate`: of W, or of the outputs if a gram is given. Measured by default."""
+        """The squared error at each size, for `allocate`. Under a gram: of the outputs. Default: measured."""
         fitted = (cls.from_matrix(W, max_params=size, gram=gram, **options) for size in cls.sizes(W, **options))
         return [Rung(layer.n_params_matrix, layer.error(W, gram) ** 2) for layer in fitted]
 
@@ -156,7 +156,8 @@ class StructuredLinear(nn.Module):
     @classmethod
     def of_constructor(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Those of the options that the constructor takes; the others are of `from_matrix` alone."""
-        return {name: option for name, option in options.items() if name in _keywords(cls.__init__)}
+        taken = _keywords(cls.__init__)
+        return {name: option for name, option in options.items() if name in taken}
 
     # Making -----------------------------------------------------------------------------------------------------------
 
@@ -189,7 +190,11 @@ class StructuredLinear(nn.Module):
     @property
     def n_params_matrix(self) -> int:
         """Number of parameters of W: all but the bias."""
-        return sum(parameter.numel() for name, parameter in self.named_parameters() if name != "bias")
+        return sum(parameter.numel() for parameter in self.factors())
+
+    def factors(self) -> list[nn.Parameter]:
+        """The parameters of W: all but the bias."""
+        return [parameter for name, parameter in self.named_parameters() if name != "bias"]
 
     def flops(self, n_tokens: int) -> int:
         """Floating-point operations of `products`, a multiply-add counted as two; the bias is left out."""
