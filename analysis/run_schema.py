@@ -226,7 +226,7 @@ CURVES, FINALS, COUNTS = (
 OBJECTIVES = {
     metric.name: metric for metric in METRICS if metric.direction and {"last", "once", "count"} & {*metric.recorded}
 }
-"""What a sampler can optimise, by the names in study files."""
+"""The metrics that a sampler can optimise, by their names in study files."""
 MARGINS = {metric.name: metric.margin for metric in METRICS if metric.margin is not None}
 """How much worse still counts as equal. A study file may say otherwise. Claims rest on these metrics: a complete
 seed has finite values of them. Any other metric may be absent."""
@@ -234,7 +234,7 @@ CLAIMED = tuple(f"final/{name}" for name in MARGINS)
 
 
 def direction_of(objective: str) -> Direction:
-    """What is better in an objective."""
+    """Whether a lower or a higher value of the objective is better."""
     direction = OBJECTIVES[objective].direction
     assert direction is not None
     return direction

@@ -1,4 +1,4 @@
-"""What a driver knows about a study: its trials, the listed specs that are not trials yet, and its results."""
+"""A driver's knowledge of a study: its trials, the listed specs that are not trials yet, and its results."""
 
 from __future__ import annotations
 

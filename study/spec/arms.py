@@ -108,7 +108,7 @@ class DenseArm(_Arm):
     start: Name | None = Field(
         default=None,
         description="A dense arm with one trial. Its trained model of the same seed is trained further with a schedule "
-        "of its own: the control for models that are compressed and fine-tuned. Default: from scratch.",
+        "of its own. It is the control for models that are compressed and fine-tuned. Default: from scratch.",
     )
 
     @model_validator(mode="after")

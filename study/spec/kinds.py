@@ -20,7 +20,7 @@ def check_kinds(config: StudyConfig) -> None:
 
 
 def why_no_family(family: str) -> str | None:
-    """What is wrong with a family that no arm can have, in one line; None if an arm can have it."""
+    """Why no arm can have this family, in one line; None if an arm can."""
     from mpo_core import kinds  # imports torch, which is slow: only `run` and `plan` need it
 
     try:
