@@ -42,6 +42,8 @@ class Cluster:
     def start(self, name: str, *options: str) -> None:
         home = tempfile.mkdtemp(prefix=f"ray-{name}-", dir="/tmp")  # sockets' paths have to be short
         self.homes.append(home)
+        # The default port of a node's agent is fixed: on a machine with another Ray, no agent would take jobs.
+        options = (*options, f"--dashboard-agent-listen-port={free_port()}")
         with (self.folder / f"{name}.log").open("wb") as log:
             self.nodes[name] = subprocess.Popen(
                 [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options],
