@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.document import put_table
 from mpo_core.compression.compress import compress
-from mpo_core.fitting.calibration import collect_grams, output_error
+from mpo_core.compression.statistics import collect_statistics
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.models.picogpt import PicoGPT
 from study.spec.config import Model, Protocol
@@ -34,9 +34,8 @@ def main() -> None:
     corpus = load_corpus()
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 800
     model = train(corpus, steps)
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     calibration = [inputs for inputs, _ in islice(consecutive_windows(corpus.train, CONTEXT, BATCH), N_CALIBRATION)]
-    grams = collect_grams(model, names, calibration)
+    statistics = collect_statistics(model, calibration, held_out=0)
 
     def loss_of(model: PicoGPT) -> float:
         windows = consecutive_windows(corpus.validation, CONTEXT, BATCH)
@@ -57,13 +56,13 @@ def main() -> None:
             ]
             if all(budget[name] >= smallest[name] for name in budget):
                 each = {"layer": "low_rank", "max_params": budget}
-                ways += [("low rank, SVD", {**each, "calibration": None}), ("low rank, whitened", each)]
+                ways += [("low rank, SVD", {**each, "metric": "weights"}), ("low rank, whitened", each)]
             for way, options in ways:
-                compressed, report = compress(model, **{"calibration": grams, **options})
+                compressed, report = compress(model, **{"statistics": statistics, **options})
                 after = sum(row.n_params_after for row in report.rows)
                 before = sum(row.n_params_before for row in report.rows)
                 errors = [
-                    output_error(model.get_parameter(f"{name}.weight"), layer.to_matrix(), grams[name])
+                    layer.error(model.get_parameter(f"{name}.weight"), statistics.metric(name, "outputs"))
                     for name, layer in compressed.named_modules()
                     if isinstance(layer, StructuredLinear)
                 ]

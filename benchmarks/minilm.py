@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.document import put_table
 from mpo_core.compression.compress import compress
-from mpo_core.fitting.calibration import collect_grams, output_error
+from mpo_core.compression.statistics import collect_statistics
 from study.training.corpus import load_corpus
 
 INCLUDE = ("encoder.*",)
@@ -57,7 +57,7 @@ def main() -> None:
     calibration, test = sentences()
     names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear and name.startswith("encoder.")]
     batches = [dict(tokenizer(text, return_tensors="pt")) for text in calibration]
-    grams = collect_grams(model, names, batches)
+    statistics = collect_statistics(model, batches, modules=names, held_out=0)
     dense = {name: model.get_parameter(f"{name}.weight").numel() for name in names}
     before = embed(model, tokenizer, test)
 
@@ -70,15 +70,17 @@ def main() -> None:
                 model,
                 include=INCLUDE,
                 max_params=sum(each.values()) if spread else each,
-                calibration=grams if aware else None,
+                statistics=statistics if aware else None,
                 **options,
             )
             seconds = time.perf_counter() - start
             cosines, similarities = compare(before, embed(compressed, tokenizer, test))
             kept = sum(row.n_params_after for row in report.rows) / sum(dense.values())
             errors = [
-                output_error(model.get_parameter(f"{name}.weight"), matrix_of(compressed.get_submodule(name)), gram)
-                for name, gram in grams.items()
+                statistics.metric(name, "outputs").error(
+                    model.get_parameter(f"{name}.weight"), matrix_of(compressed.get_submodule(name))
+                )
+                for name in names
             ]
             row = [f"{kept:.3f}", method, f"{float(cosines.mean()):.4f}", f"{float(cosines.min()):.4f}"]
             row += [f"{similarities:.4f}", f"{sum(errors) / len(errors):.4f}"]

@@ -7,8 +7,9 @@ Needs only torch, and safetensors to save a model. Names used throughout: `chi` 
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
 from mpo_core.compression.report import CompressionReport
 from mpo_core.compression.saving import load, save
-from mpo_core.fitting.calibration import Gram, collect_grams, output_error
-from mpo_core.fitting.least_squares import als
+from mpo_core.compression.statistics import Statistics, collect_statistics, next_token_losses
+from mpo_core.fitting.alternating import als
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.cost_model import DeviceRates, set_rates
 from mpo_core.layers.low_rank import LowRankLinear
 from mpo_core.layers.monarch import MonarchLinear
@@ -38,17 +39,18 @@ __all__ = [
     "CompressionReport",
     "DeviceRates",
     "GPTConfig",
-    "Gram",
     "LowRankLinear",
     "MPOLinear",
+    "Metric",
     "MonarchLinear",
     "PicoGPT",
     "PrunedLinear",
+    "Statistics",
     "StructuredLinear",
     "als",
     "balance_cores",
     "chain",
-    "collect_grams",
+    "collect_statistics",
     "compress",
     "contract",
     "decompress",
@@ -63,8 +65,8 @@ __all__ = [
     "load",
     "n_params",
     "n_params_compressed",
+    "next_token_losses",
     "orthogonalize",
-    "output_error",
     "param_groups",
     "reconstruct_flops",
     "rel_error",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
+from mpo_core.compression.allocation import allocate
 from mpo_core.compression.dense_layers import (
     DenseLayer,
     Model,
@@ -24,8 +26,9 @@ from mpo_core.compression.dense_layers import (
     shape_of,
 )
 from mpo_core.compression.report import CompressedLayer, CompressionReport
-from mpo_core.compression.sizing import Sizer
-from mpo_core.fitting.calibration import collect_grams
+from mpo_core.compression.sizing import SPREADS, Sizer
+from mpo_core.compression.statistics import METRICS, Statistics
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.computed_weights import weight_of
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.registry import kind_called
@@ -36,6 +39,9 @@ from mpo_core.tensor_train.bonds import check_fraction, check_whole
 from mpo_core.tensor_train.factorisation import factorise
 
 Layer = Callable[[str, nn.Linear], StructuredLinear | None]
+
+PARTED = 1.5
+"""Ratio of held-out to fitted predicted loss from which `compress` warns of too little calibration."""
 
 
 def compress(
@@ -50,8 +56,10 @@ def compress(
     include: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
     init: str | None = None,
-    calibration: Mapping[str, Tensor] | Iterable[Any] | None = None,
-    calibration_forward: Callable[[nn.Module, Any], object] | None = None,
+    statistics: Statistics | None = None,
+    metric: str | None = None,
+    spread: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
     generator_for: Callable[[str], torch.Generator] | None = None,
     n_tokens: int = 256,
     **options: Any,
@@ -74,20 +82,24 @@ def compress(
         chi, rel_error, keep, max_params: how large the layers become; exactly one of them.
             chi: the cap on the bonds of every layer; the rank of "low_rank" and "monarch". A layer that would save
             nothing stays dense, unless `allow_growth`.
-            rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F, or with calibration the largest relative output error. The
-            smallest layers found within it are taken; calibrated chains are within 5 % of the smallest. A layer that
-            would save nothing stays dense.
-            max_params: parameters of all these matrices together. They are spread over the layers by the squared
-            relative errors (`allocate`), and a layer may stay dense. Or a mapping from layer name to the most
-            parameters of each.
+            rel_error: the largest relative error in the metric. The smallest layers found within it are taken; chains
+            are within 5 % of the smallest, except in the metric "weights". A layer that would save nothing stays dense.
+            max_params: parameters of all these matrices together, see `spread`. Or a mapping from layer name to the
+            most parameters of each.
             keep: max_params as a fraction of the parameters that these matrices have.
         allow_growth: whether `chi` also replaces layers that become no smaller; the report then says so.
         include, exclude: patterns (fnmatch, case-sensitive) of module names such as "blocks.0.attention.query"; a
             layer is replaced if it matches one of `include` and none of `exclude`. A string is one pattern.
         init: draws fresh parameters (one of the kind's `inits`) in layers of the size that `chi`, or `max_params` by
             layer, gives. Default: None, the layers approximate the present weights.
-        calibration: batches to run the model on, or Gram matrices by layer name, see `collect_grams`. The layers then
-            approximate the outputs over these inputs, and errors of sizes are those of outputs.
+        statistics: of this model, from `collect_statistics`.
+        metric: in which the layers approximate the present weights, and errors are measured. "weights": the Frobenius
+            norm. "outputs": the change of the layer's outputs over the calibration inputs. "loss": the predicted rise
+            of the loss. Default: the last of these for which there are statistics.
+        spread: how `keep` and `max_params` are spread over the layers. "loss": by the predicted loss, one price per
+            parameter for all layers (`allocate`); a layer may stay dense. "errors": so by the squared relative errors.
+            "even": the same share of every layer. Default: "loss" for the metric "loss", else "errors".
+        progress: called with "sizes" or "fits", the number of layers done and that of all.
         generator_for: function from a parameter's name, such as "blocks.0.attention.query.cores.1", to the generator of
             its values. Needed with `init`, except on the meta device, where there is nothing to draw.
         n_tokens: tokens per forward for which the report gives FLOPs and bytes.
@@ -96,8 +108,10 @@ def compress(
     Raises:
         ValueError: no layer matches; a layer that is named exactly cannot be replaced; with keep or max_params, no
             layer can be replaced; not exactly one size; max_params that even the smallest layers exceed; an unknown
-            kind, init or option; calibration that is empty or not finite; an init without generator_for; or as the
-            kind's constructor and `from_matrix`, with the name of the layer.
+            kind, init, metric, spread or option; a metric without its statistics, or statistics without a layer; an
+            init without generator_for; or as the kind's constructor and `from_matrix`, with the name of the layer.
+    Warns:
+        UserWarning: the predicted loss on held-out batches is more than `PARTED` times that on the fitted ones.
     """
     check_whole(n_tokens=n_tokens)
     n_tokens = int(n_tokens)
@@ -106,16 +120,29 @@ def compress(
     kind = kind_called(layer) if isinstance(layer, str) else None
     if kind is not None:
         _check_options(kind, options, init)
+    metric = _metric(metric, statistics)
+    spread = _spread(spread, metric, keep, max_params)
     _check_size(layer, allow_growth, chi=chi, rel_error=rel_error, keep=keep, max_params=max_params)
     sizer = None
     if kind is not None:
-        _check_init(kind, init, calibration, chi is not None or isinstance(max_params, Mapping))
+        _check_init(kind, init, statistics, chi is not None or isinstance(max_params, Mapping))
         sizer = Sizer(kind, init, generator_for, allow_growth, options)
     elif options or init is not None:
         raise ValueError(f"a function as `layer` makes layers itself, but got {', '.join(options) or 'init'}")
     found = find_dense_layers(model, include, exclude)
     targets = [dense for dense in found if dense.reason is None]
-    grams = _grams(model, targets, calibration, calibration_forward)
+
+    def metric_of(dense: DenseLayer, held_out: bool = False) -> Metric | None:
+        """None for the metric "weights", and for a layer that no held-out batch reached."""
+        if statistics is None or metric == "weights":
+            return None
+        if dense.linear.weight.is_meta:
+            raise ValueError(f"{dense.name}: a weight on the meta device has no values to fit to `statistics`")
+        names = (dense.name, *dense.sharers)
+        if held_out and not any(statistics.n_samples(name, held_out=True) for name in names):
+            return None
+        return statistics.metric(names, metric, held_out=held_out)
+
     sizes: Mapping[str, int] = {}
     if isinstance(max_params, Mapping):
         for dense in found:
@@ -132,10 +159,17 @@ def compress(
             raise ValueError(f"no layer can be replaced, such as {found[0].name}: {found[0].reason}")
         n_dense = sum(dense.linear.weight.numel() for dense in targets)
         most = int(float(keep) * n_dense) if keep is not None else int(max_params or 0)
-        sizes = sizer.shares({dense.name: dense.linear for dense in targets}, grams, most)
+        ladders = {}
+        if spread != "even":
+            for done, dense in enumerate(targets):
+                ladders[dense.name] = sizer.ladder(dense.name, dense.linear, metric_of(dense), spread == "loss")
+                if progress is not None:
+                    progress("sizes", done + 1, len(targets))
+            sizes = {name: rung.n_params for name, rung in allocate(ladders, most).items()}
+        else:
+            sizes = {dense.name: dense.linear.weight.numel() * most // n_dense for dense in targets}
 
-    def replacement(dense: DenseLayer) -> tuple[StructuredLinear | None, str | None]:
-        gram = grams.get(dense.name)
+    def replacement(dense: DenseLayer, fitted: Metric | None) -> tuple[StructuredLinear | None, str | None]:
         if callable(layer):
             new = layer(dense.name, dense.linear)
             if not isinstance(new, StructuredLinear | None):
@@ -146,29 +180,38 @@ def compress(
             return new, None if new is not None else "`layer` left it dense"
         assert sizer is not None
         if chi is not None:
-            return sizer.with_chi(dense.name, dense.linear, chi, gram)
+            return sizer.with_chi(dense.name, dense.linear, chi, fitted)
         if rel_error is not None:
-            return sizer.with_error(dense.linear, rel_error, gram)
+            return sizer.with_error(dense.linear, rel_error, fitted)
         if dense.name not in sizes:
             raise ValueError(f"`max_params` has no entry for it, only for {', '.join(sizes) or 'none'}")
-        return sizer.with_params(dense.name, dense.linear, sizes[dense.name], gram)
+        return sizer.with_params(dense.name, dense.linear, sizes[dense.name], fitted)
 
     compressed = copied(model)
     rows: dict[str, CompressedLayer] = {}
-    for dense in found:
-        new, reason = None, dense.reason
+    for done, dense in enumerate(found):
+        new, fitted, reason = None, None, dense.reason
         if reason is None:
             try:
-                new, reason = replacement(dense)
+                fitted = metric_of(dense)
+                new, reason = replacement(dense, fitted)
             except ValueError as error:
-                raise ValueError(f"{dense.name}: {error}") from error
+                told = str(error)
+                raise ValueError(told if told.startswith(f"{dense.name}: ") else f"{dense.name}: {told}") from error
         if new is not None:
             _replace(model, compressed, dense, new)
-        drawn = new is not None and (init is not None or dense.linear.weight.is_meta)
-        rows[dense.name] = row = _row(dense, new, grams.get(dense.name), drawn, reason, n_tokens)
+        row = _row(dense, new, reason, n_tokens)
+        if new is None or not (init is not None or dense.linear.weight.is_meta):
+            row = replace(
+                row, **_errors(dense, new, metric, fitted, metric_of(dense, held_out=True) if fitted else None)
+            )
+        rows[dense.name] = row
         for name in dense.sharers:
             note = f"shares the parameters of {dense.name}"
             rows[name] = replace(row, name=name, n_params_before=0, n_params_after=0, reason=note)
+        if progress is not None:
+            progress("fits", done + 1, len(found))
+    _warn_where_parted(rows.values())
     in_order = [rows[name] for name, _ in model.named_modules(remove_duplicate=False) if name in rows]
     return compressed, CompressionReport(tuple(in_order), n_params(model), n_params(compressed), n_tokens)
 
@@ -289,7 +332,7 @@ def _check_options(kind: type[StructuredLinear], options: Mapping[str, Any], ini
             )
 
 
-def _check_init(kind: type[StructuredLinear], init: str | None, calibration: object, has_size: bool) -> None:
+def _check_init(kind: type[StructuredLinear], init: str | None, statistics: object, has_size: bool) -> None:
     if init is None:
         return
     if init not in kind.inits:
@@ -298,40 +341,32 @@ def _check_init(kind: type[StructuredLinear], init: str | None, calibration: obj
         raise ValueError(
             f"init {init!r} goes with `chi` or with `max_params` by layer: fresh parameters have no error to go by"
         )
-    if calibration is not None:
-        raise ValueError(f"init {init!r} draws fresh parameters, which `calibration` says nothing of: give it without")
+    if statistics is not None:
+        raise ValueError(f"init {init!r} draws fresh parameters, to which `statistics` do not apply: give it without")
 
 
-def _grams(
-    model: nn.Module,
-    targets: Sequence[DenseLayer],
-    calibration: Mapping[str, Tensor] | Iterable[Any] | None,
-    forward: Callable[[nn.Module, Any], object] | None,
-) -> dict[str, Tensor]:
-    """Return E[x xᵀ] of each target by its name; the sum for layers that share a weight, as their output errors add
-    up."""
-    if calibration is None:
-        return {}
-    for dense in targets:
-        if dense.linear.weight.is_meta:
-            raise ValueError(f"{dense.name}: a weight on the meta device has no values that `calibration` could fit")
-    if isinstance(calibration, Tensor):
-        raise ValueError("`calibration` must be a sequence of batches, but got one tensor; put it in a list")
-    if isinstance(calibration, Mapping):
-        grams = calibration
-        missing = [dense.name for dense in targets if not any(name in grams for name in (dense.name, *dense.sharers))]
-        if missing:
-            raise ValueError(
-                f"`calibration` has no Gram matrix for {', '.join(missing)}; "
-                "a batch of keyword arguments goes in a list"
-            )
-    else:
-        names = [name for dense in targets for name in (dense.name, *dense.sharers)]
-        grams = collect_grams(model, names, calibration, forward=forward)
-    return {
-        dense.name: torch.stack([grams[name] for name in (dense.name, *dense.sharers) if name in grams]).sum(0)
-        for dense in targets
-    }
+def _metric(metric: str | None, statistics: Statistics | None) -> str:
+    if metric is None:
+        return "weights" if statistics is None else "loss" if statistics.has_loss else "outputs"
+    if metric not in METRICS:
+        raise ValueError(f"`metric` must be one of {', '.join(METRICS)}, but got {metric!r}")
+    if metric != "weights" and statistics is None:
+        raise ValueError(f"metric {metric!r} needs `statistics`, from collect_statistics(model, batches)")
+    if metric == "loss" and statistics is not None and not statistics.has_loss:
+        raise ValueError("metric 'loss' needs statistics of a loss: collect_statistics(model, batches, loss=…)")
+    return metric
+
+
+def _spread(spread: str | None, metric: str, keep: float | None, max_params: int | Mapping[str, int] | None) -> str:
+    if spread is None:
+        return "loss" if metric == "loss" else "errors"
+    if spread not in SPREADS:
+        raise ValueError(f"`spread` must be one of {', '.join(SPREADS)}, but got {spread!r}")
+    if spread == "loss" and metric != "loss":
+        raise ValueError(f"spread 'loss' needs the metric 'loss', but the metric is {metric!r}")
+    if keep is None and not isinstance(max_params, int):
+        raise ValueError(f"spread {spread!r} goes with `keep` or one number as `max_params`")
+    return spread
 
 
 def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: StructuredLinear) -> None:
@@ -350,24 +385,13 @@ def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: St
         compressed.set_submodule(name, placed[id(module)])
 
 
-def _row(
-    dense: DenseLayer,
-    new: StructuredLinear | None,
-    gram: Tensor | None,
-    drawn: bool,
-    reason: str | None,
-    n_tokens: int,
-) -> CompressedLayer:
+def _row(dense: DenseLayer, new: StructuredLinear | None, reason: str | None, n_tokens: int) -> CompressedLayer:
     W = dense.linear.weight
     out_features, in_features = W.shape
     chain = new if isinstance(new, MPOLinear) else None
     flops, n_bytes = 2 * W.numel() * n_tokens, (W.numel() + n_tokens * sum(W.shape)) * W.element_size()
-    errors: list[float | None] = [0.0, None if gram is None else 0.0]
     if new is not None:
         flops, n_bytes = new.flops(n_tokens), new.bytes(n_tokens)
-        errors = [None, None]
-        if not drawn:
-            errors = [new.error(W), None if gram is None else new.error(W, gram)]
     return CompressedLayer(
         name=dense.name,
         kind="dense" if new is None else new.kind,
@@ -379,9 +403,35 @@ def _row(
         structure="dense" if new is None else new.structure(),
         n_params_before=W.numel(),
         n_params_after=W.numel() if new is None else new.n_params_matrix,
-        rel_error=errors[0],
-        output_error=errors[1],
         flops_per_token=flops / n_tokens,
         bytes_per_token=n_bytes / n_tokens,
         reason=reason,
     )
+
+
+def _errors(
+    dense: DenseLayer, new: StructuredLinear | None, metric: str, fitted: Metric | None, held_out: Metric | None
+) -> dict[str, float | None]:
+    """Errors of a layer in the report, by field."""
+    W = dense.linear.weight.detach()
+    W_hat = W if new is None else new.to_matrix().detach()
+    errors: dict[str, float | None] = {"rel_error": 0.0 if new is None else relative_error(W, W_hat)}
+    for name, loss, one in (("error", "predicted_loss", fitted), ("held_out_error", "held_out_loss", held_out)):
+        if one is None:
+            continue
+        one = one.on(W)
+        errors[name] = 0.0 if new is None else one.error(W, W_hat)
+        if metric == "loss":
+            errors[loss] = 0.0 if new is None else one.norm(W.double() - W_hat.double()) ** 2 / 2
+    return errors
+
+
+def _warn_where_parted(rows: Iterable[CompressedLayer]) -> None:
+    measured = [(row.predicted_loss, row.held_out_loss) for row in rows if row.n_params_before]
+    fitted, held_out = (sum(loss for loss in losses if loss is not None) for losses in zip(*measured, strict=True))
+    if held_out > PARTED * fitted > 0:
+        warnings.warn(
+            f"the predicted loss is {held_out:.3g} nats on held-out batches, but {fitted:.3g} on the fitted ones: "
+            "more calibration batches would fit the layers better",
+            stacklevel=3,
+        )

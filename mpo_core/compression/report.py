@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_ERRORS = ("rel_error", "error", "held_out_error", "predicted_loss", "held_out_loss")
+
+
 @dataclass(frozen=True)
 class CompressedLayer:
     """The result for one linear layer. Parameters are those of its weight matrix, without the bias."""
@@ -27,14 +30,20 @@ class CompressedLayer:
     """The layer's own short description of what fixes its shape."""
     n_params_before: int
     n_params_after: int
-    rel_error: float | None
-    """‖W − Ŵ‖_F / ‖W‖_F; None for a newly drawn layer."""
-    output_error: float | None
-    """√(E‖(W − Ŵ) x‖² / E‖W x‖²) over the calibration inputs; None without them, or for a newly drawn layer."""
     flops_per_token: float
     """FLOPs per token of a forward pass over `n_tokens` tokens, without the bias; a multiply-add counts as two."""
     bytes_per_token: float
     """Bytes that such a forward pass reads and writes, per token."""
+    rel_error: float | None = None
+    """‖W − Ŵ‖_F / ‖W‖_F. Like all errors, None for a newly drawn layer."""
+    error: float | None = None
+    """‖W − Ŵ‖ / ‖W‖ in the metric, over the batches that the layer is fitted to; None in the metric "weights"."""
+    held_out_error: float | None = None
+    """The same over the held-out batches."""
+    predicted_loss: float | None = None
+    """Predicted rise of the loss in nats per token, over the fitted batches; only in the metric "loss"."""
+    held_out_loss: float | None = None
+    """The same over the held-out batches."""
     reason: str | None = None
     """Why the layer was kept dense, shares its parameters with another, or is no smaller than before."""
 
@@ -59,17 +68,17 @@ class CompressionReport:
     def __str__(self) -> str:
         has_chains = any(row.bonds for row in self.rows)
         has_others = any(not row.bonds for row in self.rows)
-        calibrated = any(row.output_error is not None for row in self.rows)
         explained = any(row.reason is not None for row in self.rows)
+        shown = [name for name in _ERRORS if any(getattr(row, name) is not None for row in self.rows)]
         names = ["layer", "out×in", *["d_out", "d_in", "bonds"] * has_chains, *["structure"] * has_others]
-        header = [*names, "before", "after", "rel_error", *["output_error"] * calibrated, "kFLOP/token", "kB/token"]
+        header = [*names, "before", "after", *shown, "kFLOP/token", "kB/token"]
         table = [header + ["note"] * explained]
         for row in self.rows:
             cells = [row.name, f"{row.out_features}×{row.in_features}"]
             cells += [_join(row.d_out), _join(row.d_in), _join(row.bonds)] * has_chains
             cells += ["" if row.bonds else row.structure] * has_others
-            cells += [f"{row.n_params_before:,}", f"{row.n_params_after:,}", _error(row.rel_error)]
-            cells += [_error(row.output_error)] * calibrated
+            cells += [f"{row.n_params_before:,}", f"{row.n_params_after:,}"]
+            cells += [_error(getattr(row, name)) for name in shown]
             cells += [f"{row.flops_per_token / 1e3:.1f}", f"{row.bytes_per_token / 1e3:.1f}"]
             table.append(cells + [row.reason or ""] * explained)
         widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]

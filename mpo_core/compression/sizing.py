@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mpo_core.compression.allocation import allocate
 from mpo_core.fitting.ladders import Rung
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.structured import StructuredLinear, rounding
 from mpo_core.values import check_matrix
+
+SPREADS = ("loss", "errors", "even")
+"""Ways to spread parameters over layers, see `compress`."""
 
 Outcome = tuple[StructuredLinear | None, str | None]
 """The new layer, or None if the dense one stays; and a note about it."""
@@ -21,7 +24,7 @@ Outcome = tuple[StructuredLinear | None, str | None]
 
 @dataclass(frozen=True)
 class Sizer:
-    """Makes layers of one kind. `gram` is E[x xᵀ] of the layer's inputs, or None; see `compress` for the rest."""
+    """Makes layers of one kind. A metric of None is the Frobenius norm; see `compress` for the rest."""
 
     kind: type[StructuredLinear]
     init: str | None = None
@@ -29,7 +32,7 @@ class Sizer:
     allow_growth: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
-    def with_chi(self, name: str, linear: nn.Linear, chi: int, gram: Tensor | None) -> Outcome:
+    def with_chi(self, name: str, linear: nn.Linear, chi: int, metric: Metric | None) -> Outcome:
         """Return a layer of that cap or rank; keep the dense one if it is no larger and growth is not allowed."""
         if self.kind.size is None:
             raise ValueError(f"`chi` gives a {self.kind.label} layer no size; give `keep`, `max_params` or `rel_error`")
@@ -38,54 +41,52 @@ class Sizer:
         reason = shape.why_no_smaller()
         if reason is not None and not self.allow_growth:
             return None, reason
-        return self._drawn(name, linear, shape) if self.init else self._fitted(linear, gram, **size), reason
+        return self._drawn(name, linear, shape) if self.init else self._fitted(linear, metric, **size), reason
 
-    def with_params(self, name: str, linear: nn.Linear, max_params: int, gram: Tensor | None) -> Outcome:
+    def with_params(self, name: str, linear: nn.Linear, max_params: int, metric: Metric | None) -> Outcome:
         """Return the largest layer with at most max_params parameters; keep the dense one if it has at most that
         many."""
         if max_params >= linear.weight.numel():
             return None, f"its share, {max_params:,} parameters, holds the dense matrix"
         if self.init:
             return self._drawn(name, linear, self._empty(linear, max_params=max_params)), None
-        return self._fitted(linear, gram, max_params=max_params), None
+        return self._fitted(linear, metric, max_params=max_params), None
 
-    def with_error(self, linear: nn.Linear, target: float, gram: Tensor | None) -> Outcome:
+    def with_error(self, linear: nn.Linear, target: float, metric: Metric | None) -> Outcome:
         """Return the smallest layer found within a relative error, or keep the dense one.
 
-        The error is that of the weights, or of the outputs if a gram is given."""
+        The error is that in the metric."""
         check_matrix(linear.weight)
-        if gram is None:
+        if metric is None:
             layer = self._within_weight_error(linear, target)
         else:
-            layer = self._within_output_error(linear, target, gram)
+            layer = self._within_metric_error(linear, target, metric)
         if layer is None or layer.n_params_matrix >= linear.weight.numel():
-            error = "rel_error" if gram is None else "output error"
-            return None, f"no {self.kind.kind} layer with fewer parameters found within {error} {target:g}"
+            return None, f"no {self.kind.kind} layer with fewer parameters found within rel_error {target:g}"
         return layer, None
 
-    def shares(self, targets: Mapping[str, nn.Linear], grams: Mapping[str, Tensor], max_params: int) -> dict[str, int]:
-        """The most parameters that each layer may have, so that all together have at most max_params.
+    def ladder(self, name: str, linear: nn.Linear, metric: Metric | None, as_loss: bool) -> list[Rung]:
+        """The squared relative error at each size, the dense one included; or half the squared error, which is the
+        predicted loss.
 
         Raises:
-            ValueError: max_params is too small for the smallest layers; or as `StructuredLinear.rungs`, with the name
-                of the layer.
+            ValueError: as `StructuredLinear.rungs`, with the name of the layer.
         """
-        ladders: dict[str, list[Rung]] = {}
-        for name, linear in targets.items():
-            W = linear.weight.detach()
-            try:
-                check_matrix(W)
-                ladders[name] = [*self.kind.rungs(W, grams.get(name), **self.options), Rung(W.numel(), 0.0)]
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-        return {name: rung.n_params for name, rung in allocate(ladders, max_params).items()}
+        W = linear.weight.detach()
+        try:
+            check_matrix(W)
+            rungs = [*self.kind.rungs(W, metric, **self.options), Rung(W.numel(), 0.0)]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        unit = metric.on(W).norm(W) ** 2 / 2 if metric is not None and as_loss else 1.0
+        return [Rung(rung.n_params, rung.error * unit) for rung in rungs]
 
-    def _within_output_error(self, linear: nn.Linear, target: float, gram: Tensor) -> StructuredLinear | None:
+    def _within_metric_error(self, linear: nn.Linear, target: float, metric: Metric) -> StructuredLinear | None:
         layers: dict[int, StructuredLinear] = {}
 
         def meets(size: int) -> bool:
-            layer = self._fitted(linear, gram, max_params=size)
-            if not layer.error(linear.weight, gram) <= target:  # the error may be NaN
+            layer = self._fitted(linear, metric, max_params=size)
+            if not layer.error(linear.weight, metric) <= target:  # the error may be NaN
                 return False
             layers[size] = layer
             return True
@@ -103,8 +104,8 @@ class Sizer:
                 return layer
         return None
 
-    def _fitted(self, linear: nn.Linear, gram: Tensor | None, **size: Any) -> StructuredLinear:
-        return self.kind.from_linear(linear, gram=gram, **self.options, **size)
+    def _fitted(self, linear: nn.Linear, metric: Metric | None, **size: Any) -> StructuredLinear:
+        return self.kind.from_linear(linear, metric=metric, **self.options, **size)
 
     def _empty(self, linear: nn.Linear, **size: Any) -> StructuredLinear:
         return self.kind.empty_like(linear, **self.kind.of_constructor(self.options), **size)

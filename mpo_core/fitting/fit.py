@@ -1,8 +1,4 @@
-"""Fitting cores to a dense weight so that its outputs change least, given the Gram matrix G of its inputs.
-
-The objective is ‖(W − Ŵ) G^{1/2}‖_F in place of ‖W − Ŵ‖_F. Everything is computed in float64 and on plain matrices;
-`mpo_core.fitting.calibration` says where G comes from.
-"""
+"""Fitting factors to a dense weight in a metric, on plain matrices; `Metric` says what it measures."""
 
 from __future__ import annotations
 
@@ -12,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_core.fitting.calibration import check_gram, weighted_norm
-from mpo_core.fitting.least_squares import als
-from mpo_core.fitting.whitening import make_whitener, on_inputs, square_root, times_sites
+from mpo_core.fitting.alternating import als
+from mpo_core.fitting.metric import Metric
+from mpo_core.fitting.whitening import Whitened, on_cores
 from mpo_core.tensor_train.algebra import balance_cores, contract, rounded_to, tt_svd
 from mpo_core.tensor_train.bonds import check_sizes, check_whole
 from mpo_core.values import check_matrix, in_range
@@ -30,7 +26,7 @@ def fit_cores(
     *,
     chi: int | None = None,
     bonds: Sequence[int] | None = None,
-    gram: Tensor | None = None,
+    metric: Metric | None = None,
     method: str | None = None,
     max_sweeps: int = 20,
     tolerance: float = 1e-2,
@@ -39,38 +35,45 @@ def fit_cores(
 
     Args:
         W: (out_features, in_features), out_features <= prod(d_out), in_features <= prod(d_in). W is padded with zeros
-            to these sizes; padding columns do not count if `gram` is given.
+            to these sizes; what is added does not count if a metric is given.
         chi, bonds: exactly one of them, see `tt_svd`; both are clipped to the useful bonds.
-        gram: (in_features, in_features), E[x xᵀ] of the layer's inputs.
-        method: "tt_svd": nearest in ‖W − Ŵ‖_F, whatever the inputs. "whitened": `whitened_tt_svd`. "als": the better
-            of those two under `gram`, then `als`. Default: "als" if there is a gram, else "tt_svd".
+        metric: in which the cores are fitted. Default: the Frobenius norm.
+        method: "tt_svd": nearest in ‖W − Ŵ‖_F, whatever the metric. "whitened": `whitened_tt_svd`. "als": the better
+            of those two in the metric, then `als`. Default: "tt_svd" for the Frobenius norm, else "als".
         max_sweeps, tolerance: of `als`.
     Returns:
         Cores in W's dtype, on its device. With "tt_svd", all but the last are left-orthogonal, and the last has W's
         norm. With the other two, all have equal norms (`balance_cores`), which suits an optimiser.
     Raises:
-        ValueError: neither or both of chi and bonds; an unknown method; "whitened" or "als" without a gram; a gram of
-            the wrong shape, not finite, not symmetric or zero; or as `tt_svd`.
+        ValueError: neither or both of chi and bonds; an unknown method; "whitened" or "als" in the Frobenius norm; a
+            metric that does not fit W; or as `tt_svd`.
     """
     if (chi is None) == (bonds is None):
         raise ValueError(f"exactly one of `chi` and `bonds` must be given, but got chi={chi}, bonds={bonds}")
-    method = method or ("tt_svd" if gram is None else "als")
+    metric = metric or Metric()
+    method = method or ("tt_svd" if metric.is_plain else "als")
     if method not in FIT_METHODS:
         raise ValueError(f"`method` must be one of {', '.join(FIT_METHODS)}, but got {method!r}")
-    W, G = _padded(W, gram, d_out, d_in)
+    if W.ndim != 2:
+        raise ValueError(f"`W` must have two dimensions, but got shape {tuple(W.shape)}")
+    metric = metric.on(W)
+    rows, columns = math.prod(d_out), math.prod(d_in)
+    if rows >= W.shape[0] and columns >= W.shape[1] and (rows, columns) != tuple(W.shape):
+        W = torch.nn.functional.pad(W, (0, columns - W.shape[1], 0, rows - W.shape[0]))
+        metric = metric.padded(rows, columns)
     if method == "tt_svd":
         return tt_svd(W, d_out, d_in, chi, bonds=bonds)
-    if G is None:
-        raise ValueError(f"`method` {method!r} needs the Gram matrix of the inputs, but got gram=None")
-    whitened = whitened_tt_svd(W.double(), d_out, d_in, chi, G, bonds=bonds)
+    if metric.is_plain:
+        raise ValueError(f"`method` {method!r} needs a metric other than the Frobenius norm, but got none")
+    whitened = whitened_tt_svd(W.double(), d_out, d_in, chi, metric, bonds=bonds)
     if method == "whitened":
         return [core.to(W.dtype) for core in balance_cores(whitened)]
 
     def error_of(cores: Sequence[Tensor]) -> float:
-        return weighted_norm(W.double() - contract([core.double() for core in cores]), G)
+        return metric.error(W, contract([core.double() for core in cores]))
 
     starts = [whitened, tt_svd(W.double(), d_out, d_in, chi, bonds=bonds)]
-    fitted, _ = als(W.double(), min(starts, key=error_of), G, max_sweeps=max_sweeps, tolerance=tolerance)
+    fitted, _ = als(W, min(starts, key=error_of), metric, max_sweeps=max_sweeps, tolerance=tolerance)
     # Rounded before they are compared: the gain of a fit can be smaller than the cost of rounding.
     balanced = [balance_cores(cores) for cores in (fitted, *starts)]
     return min(([core.to(W.dtype) for core in cores] for cores in balanced), key=error_of)
@@ -82,64 +85,50 @@ def whitened_tt_svd(
     d_out: Sequence[int],
     d_in: Sequence[int],
     chi: int | None,
-    gram: Tensor,
+    metric: Metric,
     *,
     bonds: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """TT-SVD of W K^{1/2}, undone site by site, with K = K_0 ⊗ … ⊗ K_{L-1} the Kronecker product nearest to `gram`.
+    """TT-SVD of the `Whitened` W, undone site by site.
 
-    A dense whitener would mix the sites and leave no chain; a Kronecker one acts on each core's own input index. If
-    `gram` is such a product, this is a TT-SVD in the norm of the output error; otherwise it may not beat `tt_svd`.
+    A dense whitener would mix the sites and leave no chain; a Kronecker one acts on each core's own indices. If the
+    moments of the metric are such products, this is a TT-SVD in the metric; otherwise it may not beat `tt_svd`.
 
     Args and Raises: as `fit_cores`, with prod(d_out), prod(d_in) the shape of W. Cores in W's dtype.
     Source of the nearest Kronecker product: Van Loan & Pitsianis 1993.
     """
     check_sizes(W.shape[0], W.shape[1], d_out, d_in)
-    whitener = make_whitener(check_gram(gram, W.shape[1]).to(W.device), d_in)
+    whitened = Whitened(metric.on(W), d_out, d_in, floor=1e-12)
     scaled, scale = in_range(W.double())
-    cores = tt_svd(times_sites(scaled, whitener.roots), d_out, d_in, chi, bonds=bonds)
-    *others, last = on_inputs(cores, whitener.inverse_roots)
+    cores = tt_svd(whitened.matrix(scaled), d_out, d_in, chi, bonds=bonds)
+    *others, last = on_cores(cores, *whitened.inverse_roots)
     return rounded_to(W.dtype, [*others, last * scale])
 
 
 @torch.no_grad()
-def low_rank_svd(W: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The product A B of that rank nearest to W in ‖(W − A B) G^{1/2}‖_F; without `gram`, in ‖W − A B‖_F.
+def low_rank_svd(W: Tensor, rank: int, metric: Metric | None = None) -> tuple[Tensor, Tensor]:
+    """The product A B of that rank that is nearest to W in the metric. Default: the Frobenius norm.
 
-    Let U be the leading left singular vectors of W G^{1/2}. Then U Uᵀ W is optimal for any G, also a singular one, and
-    nothing is inverted. Each component's norm is shared equally between A and B.
+    With R Rᵀ = S and U the leading left singular vectors of Rᵀ W G^{1/2}, that is R^{-ᵀ} U Uᵀ Rᵀ W for any G, also a
+    singular one. Each component's norm is shared equally between A and B.
 
     Args:
-        W: (out_features, in_features). rank: from 1 to min(W.shape). gram: (in_features, in_features), E[x xᵀ].
+        W: (out_features, in_features). rank: from 1 to min(W.shape).
     Returns:
         A (out_features, rank) and B (rank, in_features), in W's dtype, on its device; computed in float64.
     Raises:
-        ValueError: W is not a finite floating-point matrix, the rank is out of range, or the gram is refused.
-    Source: Eckart & Young 1936; the whitened form is that of SVD-LLM (Wang et al. 2024).
+        ValueError: W is not a finite floating-point matrix, the rank is out of range, or the metric does not fit W.
+    Source: Eckart & Young 1936; with G alone it is SVD-LLM (Wang et al. 2024), with both GFWSVD (2025).
     """
     check_matrix(W)
     check_whole(rank=rank)
     if not 1 <= rank <= min(W.shape):
         raise ValueError(f"`1 <= rank <= {min(W.shape)}` must hold, but got rank={rank}")
+    metric = (metric or Metric()).on(W)
     scaled, scale = in_range(W.double())
-    weighted = scaled
-    if gram is not None:
-        weighted = weighted @ square_root(check_gram(gram, W.shape[1]).to(W.device))
-    U = torch.linalg.svd(weighted, full_matrices=False)[0][:, :rank]
-    B = U.T @ scaled
-    roots = torch.linalg.norm(B, dim=1).sqrt()
-    roots, share = torch.where(roots > 0, roots, 1), math.sqrt(scale)
-    return (U * roots * share).to(W.dtype), (B / roots[:, None] * share).to(W.dtype)
-
-
-def _padded(W: Tensor, gram: Tensor | None, d_out: Sequence[int], d_in: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    if W.ndim != 2:
-        raise ValueError(f"`W` must have two dimensions, but got shape {tuple(W.shape)}")
-    G = None if gram is None else check_gram(gram, W.shape[1]).to(W.device)
-    extra_out, extra_in = math.prod(d_out) - W.shape[0], math.prod(d_in) - W.shape[1]
-    if extra_out < 0 or extra_in < 0 or extra_out == extra_in == 0:
-        return W, G
-    return (
-        torch.nn.functional.pad(W, (0, extra_in, 0, extra_out)),
-        None if G is None else torch.nn.functional.pad(G, (0, extra_in, 0, extra_in)),
-    )
+    U = torch.linalg.svd(metric.weighted(scaled), full_matrices=False)[0][:, :rank]
+    A, B = metric.outputs_unweighted(U), U.T @ metric.outputs_weighted(scaled)
+    A_norms, B_norms = torch.linalg.norm(A, dim=0), torch.linalg.norm(B, dim=1)
+    roots, share = (B_norms / A_norms).sqrt(), math.sqrt(scale)
+    roots = torch.where(torch.isfinite(roots) & (roots > 0), roots, 1)
+    return (A * roots * share).to(W.dtype), (B / roots[:, None] * share).to(W.dtype)

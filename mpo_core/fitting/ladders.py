@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpo_core.fitting.calibration import check_gram
-from mpo_core.fitting.whitening import make_whitener, square_root, times_sites
+from mpo_core.fitting.metric import Metric
+from mpo_core.fitting.whitening import Whitened
 from mpo_core.tensor_train.splitting import Sizes, Split, smaller_shapes
 from mpo_core.values import in_range
 
@@ -25,36 +25,31 @@ class Rung:
 
     n_params: int
     error: float
-    """Squared relative error of the weights or, under a Gram matrix, of the outputs. The function that made the ladder
-    says how exact it is."""
+    """Squared relative error in the metric. The function that made the ladder says how exact it is."""
 
 
-def chain_ladder(W: Tensor, gram: Tensor | None, split: Split) -> list[Rung]:
+def chain_ladder(W: Tensor, metric: Metric, split: Split) -> list[Rung]:
     """Rungs χ = 1, 2, … of a chain of cores, up to the last with fewer parameters than W or the last useful χ.
 
     The error is the sum over the bonds of the squared singular values that are cut off (Oseledets 2011, Theorem 2.2).
-    They are those of W or, under a Gram matrix, of W whitened by its nearest Kronecker product. Without a Gram matrix
-    the error is an upper bound on that of `tt_svd`, exact for two sites. Under a Gram matrix that is not such a product
-    it is no bound, but falls as the errors do.
+    They are those of the `Whitened` W. In the Frobenius norm the error is an upper bound on that of `tt_svd`, exact for
+    two sites. In a metric whose moments are not Kronecker products it is no bound, but falls as the errors do.
     """
-    G = None if gram is None else check_gram(gram, W.shape[1]).to(W.device)
+    metric = metric.on(W)
     tails: dict[tuple[Sizes, Sizes], list[list[float]]] = {}
     ladder: list[Rung] = []
     for shape in smaller_shapes(W.numel(), split):
         sizes = shape.d_out, shape.d_in
         if sizes not in tails:
-            tails[sizes] = _relative_tails(W, G, *sizes)
+            tails[sizes] = _relative_tails(W, metric, *sizes)
         cut = sum(tail[bond] for tail, bond in zip(tails[sizes], shape.bonds[1:-1], strict=True))
         ladder.append(Rung(shape.n_params, min(1.0, cut)))
     return ladder
 
 
-def low_rank_ladder(W: Tensor, gram: Tensor | None) -> list[Rung]:
+def low_rank_ladder(W: Tensor, metric: Metric) -> list[Rung]:
     """Ranks 1, 2, … of a product of two factors with fewer parameters than W; exact (Eckart & Young 1936)."""
-    M = in_range(W.double())[0]
-    if gram is not None:
-        M = M @ square_root(check_gram(gram, W.shape[1]).to(W.device))
-    tail, per_rank = _squared_tail(M), sum(W.shape)
+    tail, per_rank = _squared_tail(metric.on(W).weighted(in_range(W.double())[0])), sum(W.shape)
     return [Rung(rank * per_rank, tail[rank]) for rank in range(1, (W.numel() - 1) // per_rank + 1)]
 
 
@@ -89,15 +84,13 @@ def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     return ys[right - 1] + share * (ys[right] - ys[right - 1])
 
 
-def _relative_tails(W: Tensor, G: Tensor | None, d_out: Sequence[int], d_in: Sequence[int]) -> list[list[float]]:
-    n_sites = len(d_out)
-    extra_out, extra_in = math.prod(d_out) - W.shape[0], math.prod(d_in) - W.shape[1]
-    M = torch.nn.functional.pad(in_range(W.double())[0], (0, extra_in, 0, extra_out))
-    if G is not None:
-        M = times_sites(M, make_whitener(torch.nn.functional.pad(G, (0, extra_in, 0, extra_in)), d_in).roots)
+def _relative_tails(W: Tensor, metric: Metric, d_out: Sequence[int], d_in: Sequence[int]) -> list[list[float]]:
+    n_sites, rows, columns = len(d_out), math.prod(d_out), math.prod(d_in)
+    M = torch.nn.functional.pad(in_range(W.double())[0], (0, columns - W.shape[1], 0, rows - W.shape[0]))
+    M = Whitened(metric.padded(rows, columns), d_out, d_in, floor=1e-12).matrix(M)
     T = M.reshape(*d_out, *d_in).permute([axis for site in range(n_sites) for axis in (site, n_sites + site)])
-    rows = [math.prod(d_out[:site]) * math.prod(d_in[:site]) for site in range(1, n_sites)]
-    return [_squared_tail(T.reshape(n_rows, -1)) for n_rows in rows]
+    heights = [math.prod(d_out[:site]) * math.prod(d_in[:site]) for site in range(1, n_sites)]
+    return [_squared_tail(T.reshape(height, -1)) for height in heights]
 
 
 def _squared_tail(M: Tensor) -> list[float]:

@@ -1,40 +1,66 @@
-"""Kronecker whitening: coordinates of a layer's inputs that keep the sites separate and make G nearly the identity."""
+"""Kronecker whitening: coordinates that keep the sites separate and make a metric nearly the identity."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mpo_core.fitting.metric import Metric
 
-class Whitener(NamedTuple):
-    """Square roots of the factors K_l, their inverses, and (⊗ K^{-1/2}) G (⊗ K^{-1/2})."""
-
-    roots: list[Tensor]
-    inverse_roots: list[Tensor]
-    gram: Tensor
+Roots = list[Tensor] | None
+"""One symmetric matrix per site; None stands for identities."""
 
 
-def make_whitener(G: Tensor, d_in: Sequence[int], floor: float = 1e-12) -> Whitener:
-    """Whitener with eigenvalues within `floor` of the largest in the Kronecker product, and within 1e-8 in each factor.
+class Whitened:
+    """A metric in coordinates in which it is nearly the identity: W becomes (⊗ S_l^{1/2}) W (⊗ K_l^{1/2}).
 
-    With only a floor per factor, the condition number of the product would grow exponentially with the number of sites.
-    Undoing the whitening at the end would then give mostly rounding.
+    The Kronecker products of K_l and of S_l are those nearest to G and to S. Each factor acts on the indices of one
+    site, so a chain of cores stays one.
+
+    Args:
+        floor: eigenvalues within `floor` of the largest in a Kronecker product, and within 1e-8 in each factor. With
+            only a floor per factor, the condition number of the product would grow exponentially with the number of
+            sites. Undoing the whitening at the end would then give mostly rounding.
     """
-    lowest = max(1e-8, floor ** (1 / len(d_in)))
+
+    def __init__(self, metric: Metric, d_out: Sequence[int], d_in: Sequence[int], floor: float = 1e-8) -> None:
+        of_out, of_in = _roots(metric.sensitivity, d_out, floor), _roots(metric.gram, d_in, floor)
+        self.roots, self.inverse_roots = (of_out[0], of_in[0]), (of_out[1], of_in[1])
+        self.metric = Metric.of_checked(
+            _conjugated(metric.input_root, of_in[1]), _conjugated(metric.output_root, of_out[1])
+        )
+
+    def matrix(self, W: Tensor) -> Tensor:
+        """W (prod(d_out), prod(d_in)) in these coordinates."""
+        of_out, of_in = self.roots
+        W = W if of_in is None else times_sites(W, of_in)
+        return W if of_out is None else times_sites(W.T, of_out).T
+
+
+def _roots(moment: Tensor | None, sizes: Sequence[int], floor: float) -> tuple[Roots, Roots]:
+    """Square roots of the Kronecker factors, and their inverses."""
+    if moment is None:
+        return None, None
+    lowest = max(1e-8, floor ** (1 / len(sizes)))
     roots, inverse_roots = [], []
-    for K in kronecker_factors(G, d_in):
+    for K in kronecker_factors(moment, sizes):
         values, vectors = torch.linalg.eigh(K)
         # Any definite K is only a change of coordinates; the floor makes sure that it can be undone.
         values = values.clamp(min=lowest * float(values[-1]))
         roots.append(vectors * values.sqrt() @ vectors.T)
         inverse_roots.append(vectors * values.rsqrt() @ vectors.T)
+    return roots, inverse_roots
+
+
+def _conjugated(root: Tensor | None, inverse_roots: Roots) -> Tensor | None:
+    if root is None or inverse_roots is None:
+        return None
     # By a square root, because rounding in G itself would cause negative directions if G is singular.
-    half = times_sites(square_root(G).T.contiguous(), inverse_roots)
-    return Whitener(roots, inverse_roots, half.T @ half)
+    half = times_sites(root.T.contiguous(), inverse_roots)
+    return half.T @ half
 
 
 @torch.no_grad()
@@ -72,12 +98,11 @@ def times_sites(M: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return M.reshape(rows, -1)
 
 
-def on_inputs(cores: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.einsum("aoib,ij->aojb", core, factor) for core, factor in zip(cores, factors, strict=True)]
-
-
-def square_root(G: Tensor) -> Tensor:
-    """S with S Sᵀ = G, for G symmetric and positive semi-definite; eigenvalues at rounding level become 0."""
-    values, vectors = torch.linalg.eigh(G)
-    negligible = 1e-14 * len(values) * float(values[-1])
-    return vectors * torch.where(values > negligible, values, 0).sqrt()
+def on_cores(cores: Sequence[Tensor], of_out: Roots, of_in: Roots) -> list[Tensor]:
+    """The cores with a symmetric factor per site applied to their output and to their input indices."""
+    changed = list(cores)
+    if of_out is not None:
+        changed = [torch.einsum("aoib,oj->ajib", core, factor) for core, factor in zip(changed, of_out, strict=True)]
+    if of_in is not None:
+        changed = [torch.einsum("aoib,ij->aojb", core, factor) for core, factor in zip(changed, of_in, strict=True)]
+    return changed

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpo_core.fitting.fit import low_rank_svd
 from mpo_core.fitting.ladders import Rung, low_rank_ladder
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.structured import (
     StructuredLinear,
     check_error,
@@ -70,22 +71,22 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         rank: int | None = None,
         max_params: int | None = None,
         rel_error: float | None = None,
-        gram: Tensor | None = None,
+        metric: Metric | None = None,
         **options: Any,
     ) -> Self:
-        """Return the nearest product of that rank; in the norm of the outputs if `gram` is given (`low_rank_svd`).
+        """Return the nearest product of that rank in the metric (`low_rank_svd`).
 
         Raises:
-            ValueError: as the constructor and `low_rank_svd`; `rel_error`, an error of W, together with a gram.
+            ValueError: as the constructor and `low_rank_svd`; `rel_error` together with a metric.
         """
         check_matrix(W)
-        check_error(rel_error, gram)
+        check_error(rel_error, metric)
         if rel_error is not None:
             check_one_cap(rank=rank, max_params=max_params, rel_error=rel_error)
             s = torch.linalg.svdvals(in_range(W.double())[0])
             rank = max(1, n_needed(s.square(), rel_error, rounding(W)))
         layer = cls.empty_for(W, bias, rank=rank, max_params=max_params, **options)
-        A, B = low_rank_svd(W, layer.rank, gram)
+        A, B = low_rank_svd(W, layer.rank, metric)
         layer.A.data.copy_(A)
         layer.B.data.copy_(B)
         return layer
@@ -97,9 +98,9 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         return [per_rank * rank for rank in range(1, (W.numel() - 1) // per_rank + 1)]
 
     @classmethod
-    def rungs(cls, W: Tensor, gram: Tensor | None = None, **options: Any) -> list[Rung]:
+    def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:
         """`low_rank_ladder`: the exact error of every rank."""
-        return low_rank_ladder(W, gram)
+        return low_rank_ladder(W, metric or Metric())
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
         """Draw new values for the parameters of W, each from the generator of its name.

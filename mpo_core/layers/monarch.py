@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.calibration import check_gram
-from mpo_core.fitting.whitening import square_root
+from mpo_core.fitting.alternating import improved
+from mpo_core.fitting.ladders import Rung
+from mpo_core.fitting.metric import Metric, roots
 from mpo_core.layers.structured import (
     StructuredLinear,
     check_error,
@@ -93,21 +94,22 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         rank: int | None = None,
         max_params: int | None = None,
         rel_error: float | None = None,
-        gram: Tensor | None = None,
+        metric: Metric | None = None,
         n_blocks: int | tuple[int, int] | None = None,
+        max_sweeps: int = 4,
         **options: Any,
     ) -> Self:
         """Return the layer of the nearest such matrix: each block is a truncated SVD.
 
-        With `gram`, each block is first fitted under the block of `gram` for its own inputs. Then all of L is fitted
-        exactly under the whole `gram`, given R. The result is no worse than after the first step, but not optimal over
-        both factors.
+        In a metric, each block is first fitted in the blocks of the metric for its own inputs and outputs. Then all of
+        L is fitted exactly to the outputs, given R, and both in turn by at most `max_sweeps` sweeps (`improved`). No
+        sweep raises the error, but the result need not be the best.
 
         Raises:
-            ValueError: as the constructor; a gram that `check_gram` refuses; `rel_error` together with a gram.
+            ValueError: as the constructor; a metric that does not fit W; `rel_error` together with a metric.
         """
         check_matrix(W)
-        check_error(rel_error, gram)
+        check_error(rel_error, metric)
         if rel_error is not None:
             check_one_cap(rank=rank, max_params=max_params, rel_error=rel_error)
             down, across = cls(W.shape[1], W.shape[0], rank=1, n_blocks=n_blocks, device="meta").n_blocks
@@ -116,16 +118,23 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         layer = cls.empty_for(W, bias, rank=rank, max_params=max_params, n_blocks=n_blocks, **options)
         scaled, scale = in_range(W.double())
         blocks = _blocks(scaled, *layer.n_blocks)  # (down, across, m, p)
-        weighted, G = blocks, None
-        if gram is not None:
-            G = check_gram(gram, W.shape[1]).to(W.device)
-            p = blocks.shape[3]
-            weighted = blocks @ torch.stack([square_root(g) for g in _diagonal_blocks(G, p)])
-        U, s, _ = torch.linalg.svd(weighted, full_matrices=False)
-        L = U[..., : layer.rank]  # (down, across, m, r)
-        R = L.mT @ blocks  # (down, across, r, p)
-        if G is not None:
-            L = _fit_left(scaled, R, G)
+        m, p = blocks.shape[2:]
+        metric = (metric or Metric()).on(W)
+        weighted, unweight = blocks, None
+        if metric.sensitivity is not None:
+            of_rows = [roots(part) for part in _diagonal_blocks(metric.sensitivity, m)]
+            weighted = torch.stack([root for root, _ in of_rows]).mT[:, None] @ blocks
+            unweight = torch.stack([inverse for _, inverse in of_rows]).mT[:, None]
+        seen = weighted
+        if metric.gram is not None:
+            seen = weighted @ torch.stack([roots(part)[0] for part in _diagonal_blocks(metric.gram, p)])
+        L = torch.linalg.svd(seen, full_matrices=False)[0][..., : layer.rank]  # (down, across, m, r)
+        R = L.mT @ weighted  # (down, across, r, p)
+        L = L if unweight is None else unweight @ L
+        if metric.gram is not None:
+            L = _fit_left(scaled, R, metric.gram)
+        if not metric.is_plain:
+            L, R = improved(scaled, [L, R], _matrix, metric, max_sweeps=max_sweeps)
         # The factors share each component's norm equally, which suits an optimiser.
         norms = (torch.linalg.norm(R, dim=3, keepdim=True) / torch.linalg.norm(L, dim=2)[..., None]).sqrt()
         norms = torch.where(torch.isfinite(norms) & (norms > 0), norms, 1)
@@ -133,6 +142,11 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         layer.L.data.copy_((L * norms.mT * share).permute(0, 2, 1, 3))
         layer.R.data.copy_((R / norms * share).transpose(0, 1))
         return layer
+
+    @classmethod
+    def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:
+        """The errors before the sweeps, which lower them further."""
+        return super().rungs(W, metric, **{"max_sweeps": 0, **options})
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
         """Draw new values for the parameters of W, each from the generator of its name; `init` is "variance".
@@ -148,8 +162,7 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
     def to_matrix(self) -> Tensor:
         """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
         with self.no_autocast(self.L):
-            blocks = self.L.transpose(1, 2) @ self.R.transpose(0, 1)  # (down, across, m, p)
-        return blocks.transpose(1, 2).reshape(self.out_features, self.in_features)
+            return _matrix(self.L.transpose(1, 2), self.R.transpose(0, 1))
 
     @property
     def weight(self) -> Tensor:
@@ -203,6 +216,12 @@ def _most_blocks(out_features: int, in_features: int, max_params: int | None) ->
 def _blocks(W: Tensor, down: int, across: int) -> Tensor:
     """(out_features, in_features) -> (down, across, m, p)."""
     return W.reshape(down, W.shape[0] // down, across, W.shape[1] // across).transpose(1, 2)
+
+
+def _matrix(L: Tensor, R: Tensor) -> Tensor:
+    """L (down, across, m, r), R (down, across, r, p) -> (out_features, in_features)."""
+    blocks = (L @ R).transpose(1, 2)
+    return blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
 
 
 def _diagonal_blocks(G: Tensor, p: int) -> list[Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mpo_core.fitting.fit import fit_cores
 from mpo_core.fitting.ladders import Rung, chain_ladder, corrected
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.cached_matrix import CachedMatrix
 from mpo_core.layers.cost_model import choose, rates_of
-from mpo_core.layers.structured import StructuredLinear, check_one_cap
+from mpo_core.layers.structured import StructuredLinear, check_error, check_one_cap
 from mpo_core.tensor_train.algebra import bonds_and_sizes, contract, tt_svd
 from mpo_core.tensor_train.bonds import check_whole, clip_bonds
 from mpo_core.tensor_train.chain_steps import is_traced
@@ -129,7 +130,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         bonds: Sequence[int] | None = None,
         rel_error: float | None = None,
         max_params: int | None = None,
-        gram: Tensor | None = None,
+        metric: Metric | None = None,
         method: str | None = None,
         max_sweeps: int = 20,
         **options: Any,
@@ -139,26 +140,26 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         Args:
             chi, bonds, max_params: as the constructor; chi may also cap the bonds that `rel_error` leads to.
             rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F allowed; the bonds follow from W.
-            gram, method, max_sweeps: see `fitting.fit.fit_cores`. Default method: "als" if a gram is given, else
-                "tt_svd".
+            metric, method, max_sweeps: see `fitting.fit.fit_cores`. Default method: "als" in a metric, else "tt_svd".
             options: n_sites, d_out, d_in, factorisation, padding and forward, as the constructor.
         Raises:
-            ValueError: as the constructor and `fit_cores`; `rel_error` together with a gram, whose error is another.
+            ValueError: as the constructor and `fit_cores`; `rel_error` together with a metric.
         """
         check_matrix(W)
         if rel_error is None:
             layer = cls.empty_for(W, bias, chi=chi, bonds=bonds, max_params=max_params, **options)
-            how = {"gram": gram, "method": method, "max_sweeps": max_sweeps}
+            how = {"metric": metric, "method": method, "max_sweeps": max_sweeps}
             cores = fit_cores(W, layer.d_out, layer.d_in, bonds=layer.bonds, **how)
         else:
-            if gram is not None or method not in (None, "tt_svd"):
-                raise ValueError("`rel_error` is an error of W, not of outputs: give it without `gram` and `method`")
+            check_error(rel_error, metric)
+            if method not in (None, "tt_svd"):
+                raise ValueError(f"`rel_error` goes with the method 'tt_svd' alone, but got method={method!r}")
             if bonds is not None or max_params is not None:
                 raise ValueError("`rel_error` goes with no cap but `chi`; the bonds follow from W")
             at = chi
             if at is None and options.get("factorisation") == "min_params":
                 # This split counts parameters at a cap: at the smallest that the singular values call enough.
-                ladder = chain_ladder(W, None, splitter(*W.shape, **_splitting(options)))
+                ladder = chain_ladder(W, Metric(), splitter(*W.shape, **_splitting(options)))
                 at = next((chi for chi, rung in enumerate(ladder, 1) if rung.error <= rel_error**2), None)
             cap = cls(W.shape[1], W.shape[0], chi=at or min(W.shape), device="meta", **options)
             cores = tt_svd(cap.pad_matrix(W), cap.d_out, cap.d_in, chi, rel_error=rel_error)
@@ -178,15 +179,17 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         return sizes
 
     @classmethod
-    def rungs(cls, W: Tensor, gram: Tensor | None = None, **options: Any) -> list[Rung]:
-        """`chain_ladder`: a bound on the error at every cap; under a gram `corrected` by fits at some of them."""
-        ladder = chain_ladder(W, gram, splitter(*W.shape, **_splitting(options)))
+    def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:
+        """`chain_ladder`: a bound on the error at every cap; in a metric `corrected` by fits at some of them."""
+        ladder = chain_ladder(W, metric or Metric(), splitter(*W.shape, **_splitting(options)))
         quick = {"max_sweeps": QUICK_SWEEPS} if W.numel() > QUICK_ABOVE else {}
 
         def measure(max_params: int) -> float:
-            return cls.from_matrix(W, gram=gram, max_params=max_params, **{**quick, **options}).error(W, gram) ** 2
+            return (
+                cls.from_matrix(W, metric=metric, max_params=max_params, **{**quick, **options}).error(W, metric) ** 2
+            )
 
-        return ladder if gram is None else corrected(ladder, measure)
+        return ladder if metric is None else corrected(ladder, measure)
 
     def why_no_smaller(self) -> str | None:
         """Why the chain has no fewer parameters than W, and which cap χ would have fewer (`why_not`)."""

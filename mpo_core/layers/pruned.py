@@ -8,7 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.calibration import check_gram
+from mpo_core.fitting.ladders import Rung
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.structured import StructuredLinear, check_error, check_init, check_one_cap, n_needed
 from mpo_core.tensor_train.bonds import check_fraction, check_whole
 from mpo_core.tensor_train.contraction import Product, dense_product
@@ -75,23 +76,23 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         sparsity: float | None = None,
         max_params: int | None = None,
         rel_error: float | None = None,
-        gram: Tensor | None = None,
+        metric: Metric | None = None,
         **options: Any,
     ) -> Self:
-        """Return W with its largest entries kept; with `gram`, those with the largest |W_ij| G_jj^{1/2}.
+        """Return W with its largest entries kept; in a metric, those with the largest |W_ij| (S_ii G_jj)^{1/2}.
 
-        The latter is Wanda (Sun et al. 2024), but over the whole matrix. Of equal entries the first in row-major order
-        is kept.
+        With G alone that is Wanda (Sun et al. 2024), but over the whole matrix; with S it is the diagonal of the Fisher
+        information (LeCun et al. 1989). Of equal entries the first in row-major order is kept.
 
         Raises:
-            ValueError: as the constructor; a gram that `check_gram` refuses; `rel_error` together with a gram.
+            ValueError: as the constructor; a metric that does not fit W; `rel_error` together with a metric.
         """
         check_matrix(W)
-        check_error(rel_error, gram)
+        check_error(rel_error, metric)
         scaled = in_range(W.double())[0]
         score = scaled.abs()
-        if gram is not None:
-            score = score * check_gram(gram, W.shape[1]).to(W.device).diagonal().sqrt()
+        if metric is not None:
+            score = score * metric.on(W).diagonal(W)
         order = torch.sort(score.flatten(), descending=True, stable=True).indices
         if rel_error is not None:
             check_one_cap(sparsity=sparsity, max_params=max_params, rel_error=rel_error)
@@ -100,6 +101,15 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         layer._set_mask(order)
         layer.weight.data.copy_(torch.where(layer.mask, W, 0))
         return layer
+
+    @classmethod
+    def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:
+        """The share of the score's square that is dropped: exact in a metric with diagonal moments."""
+        metric = (metric or Metric()).on(W)
+        scaled = in_range(W.double())[0]
+        kept = torch.sort((scaled * metric.diagonal(W)).square().flatten(), descending=True).values.cumsum(0)
+        total = metric.norm(scaled) ** 2 or 1.0
+        return [Rung(size, float(kept[-1] - kept[size - 1]) / total) for size in cls.sizes(W, **options)]
 
     @property
     def n_params_matrix(self) -> int:

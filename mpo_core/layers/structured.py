@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.calibration import output_error
 from mpo_core.fitting.ladders import Rung
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.computed_weights import why_computed
 from mpo_core.tensor_train.algebra import rel_error
 from mpo_core.tensor_train.bonds import check_fraction, check_whole
@@ -110,8 +110,8 @@ class StructuredLinear(nn.Module):
     def from_matrix(cls, W: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
         """The layer nearest to W (out_features, in_features), in W's dtype and on its device.
 
-        Options: exactly one of `max_params`, `rel_error` and the kind's own size; `gram`, E[x xᵀ] of the inputs, under
-        which the outputs are nearest; and the kind's own.
+        Options: exactly one of `max_params`, `rel_error` and the kind's own size; `metric`, in which it is nearest
+        (default: the Frobenius norm); and the kind's own.
         """
         raise NotImplementedError
 
@@ -131,15 +131,15 @@ class StructuredLinear(nn.Module):
         return sorted(size for size in sizes if size < W.numel())
 
     @classmethod
-    def rungs(cls, W: Tensor, gram: Tensor | None = None, **options: Any) -> list[Rung]:
-        """The squared error at each size, for `allocate`. Under a gram: of the outputs. Default: measured."""
-        fitted = (cls.from_matrix(W, max_params=size, gram=gram, **options) for size in cls.sizes(W, **options))
-        return [Rung(layer.n_params_matrix, layer.error(W, gram) ** 2) for layer in fitted]
+    def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:
+        """The squared relative error in the metric at each size, for `allocate`. Default: measured."""
+        fitted = (cls.from_matrix(W, max_params=size, metric=metric, **options) for size in cls.sizes(W, **options))
+        return [Rung(layer.n_params_matrix, layer.error(W, metric) ** 2) for layer in fitted]
 
-    def error(self, W: Tensor, gram: Tensor | None = None) -> float:
-        """Relative error of this layer's matrix; that of its outputs if a gram is given."""
+    def error(self, W: Tensor, metric: Metric | None = None) -> float:
+        """‖W − Ŵ‖ / ‖W‖ in the metric. Default: the Frobenius norm."""
         W_hat = self.to_matrix()
-        return rel_error(W, W_hat) if gram is None else output_error(W, W_hat, gram)
+        return rel_error(W, W_hat) if metric is None else metric.error(W, W_hat)
 
     def why_no_smaller(self) -> str | None:
         """Why the layer has no fewer parameters than a dense one, in one line; None if it has fewer."""
@@ -240,7 +240,7 @@ class StructuredLinear(nn.Module):
         return self.train(linear.training)
 
 
-_OF_COMPRESS = {"bias", "init", "generator", "device", "dtype", "gram", "max_params", "rel_error"}
+_OF_COMPRESS = {"bias", "init", "generator", "device", "dtype", "metric", "max_params", "rel_error"}
 
 
 def _keywords(function: Callable[..., Any]) -> set[str]:
@@ -300,9 +300,9 @@ def rounding(W: Tensor) -> float:
     return 16 * max(W.shape) ** 0.5 * torch.finfo(torch.promote_types(W.dtype, torch.float32)).eps
 
 
-def check_error(rel_error: float | None, gram: Tensor | None) -> None:
-    if rel_error is not None and gram is not None:
-        raise ValueError("`rel_error` is an error of W, not of outputs: give it without `gram`")
+def check_error(rel_error: float | None, metric: Metric | None) -> None:
+    if rel_error is not None and metric is not None:
+        raise ValueError("`rel_error` is an error in the Frobenius norm: give it without `metric`")
     if rel_error is not None:
         check_fraction(rel_error=rel_error)
 

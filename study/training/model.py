@@ -41,6 +41,7 @@ def build_model(
     starts_fresh = start_weights is None and spec.init != DECOMPOSED
     # Without values there is nothing to decompose, and shapes do not depend on the initial values.
     init = (spec.init or "variance") if starts_fresh else None if generator_for is not None else "variance"
+    statistics = mpo_core.collect_statistics(model, calibration, held_out=0) if calibration else None
     if spec.family != "mpo":
         return mpo_core.compress(
             model,
@@ -48,7 +49,7 @@ def build_model(
             max_params=_sizes_as_mpo(spec, vocab_size),
             init=init,
             generator_for=generator_for,
-            calibration=calibration or None,
+            statistics=statistics,
         )
     return mpo_core.compress(
         model,
@@ -59,7 +60,7 @@ def build_model(
         init=init,
         generator_for=generator_for,
         forward=spec.forward or "reconstruct",
-        **({"calibration": calibration, "method": spec.refinement} if calibration else {}),
+        **({"statistics": statistics, "method": spec.refinement} if calibration else {}),
     )
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpo_core.compression.allocation import allocate
-from mpo_core.fitting.calibration import output_error
 from mpo_core.fitting.fit import fit_cores, low_rank_svd
 from mpo_core.fitting.ladders import N_MEASURED, Rung, chain_ladder, low_rank_ladder
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
 from mpo_core.tensor_train.factorisation import factorise
@@ -84,7 +84,7 @@ def test_allocate_refuses():
 
 def test_chain_ladder_of_two_sites_holds_the_errors_of_tt_svd():
     W = normal(12, 12) ** 3
-    ladder = chain_ladder(W, None, lambda chi: ((3, 4), (4, 3)))
+    ladder = chain_ladder(W, Metric(), lambda chi: ((3, 4), (4, 3)))
     assert [rung.n_params for rung in ladder] == [24, 48, 72, 96, 120]
     for chi, rung in enumerate(ladder, start=1):
         assert rung.error == pytest.approx(rel_error(W, contract(tt_svd(W, [3, 4], [4, 3], chi))) ** 2, abs=1e-12)
@@ -93,7 +93,7 @@ def test_chain_ladder_of_two_sites_holds_the_errors_of_tt_svd():
 def test_chain_ladder_bounds_the_errors_of_three_sites():
     W = normal(24, 16) ** 3
     split = (2, 4, 3), (4, 2, 2)
-    ladder = chain_ladder(W, None, lambda chi: split)
+    ladder = chain_ladder(W, Metric(), lambda chi: split)
     errors = [rel_error(W, contract(tt_svd(W, *split, chi))) ** 2 for chi in range(1, len(ladder) + 1)]
     assert all(rung.error >= error - 1e-12 for rung, error in zip(ladder, errors, strict=True))
     assert ladder[-1].n_params < 24 * 16 <= ladder[-1].n_params * 2
@@ -102,32 +102,33 @@ def test_chain_ladder_bounds_the_errors_of_three_sites():
 
 def test_chain_ladder_holds_output_errors_under_a_kronecker_gram():
     W, gram = normal(12, 12), torch.kron(make_gram(4, 1), make_gram(3, 2))
-    for chi, rung in enumerate(chain_ladder(W, gram, lambda chi: ((3, 4), (4, 3))), start=1):
-        cores = fit_cores(W, [3, 4], [4, 3], chi=chi, gram=gram, method="whitened")
-        assert rung.error == pytest.approx(output_error(W, contract(cores), gram) ** 2, abs=1e-9)
+    for chi, rung in enumerate(chain_ladder(W, Metric(gram), lambda chi: ((3, 4), (4, 3))), start=1):
+        cores = fit_cores(W, [3, 4], [4, 3], chi=chi, metric=Metric(gram), method="whitened")
+        assert rung.error == pytest.approx(Metric(gram).error(W, contract(cores)) ** 2, abs=1e-9)
 
 
 def test_chain_ladder_follows_a_split_that_depends_on_chi_and_pads():
     W = normal(13, 11)
     splits = [factorise(13, 11, method="min_params", chi=chi, padding=True) for chi in range(1, 20)]
-    ladder = chain_ladder(W, make_gram(11), lambda chi: splits[chi - 1])
+    ladder = chain_ladder(W, Metric(make_gram(11)), lambda chi: splits[chi - 1])
     assert 0 < len(ladder) < 19
     assert all(0 <= rung.error <= 1 for rung in ladder)
     assert ladder[-1].error < ladder[0].error
 
 
 def test_chain_ladder_of_zero_costs_nothing_to_represent():
-    assert {rung.error for rung in chain_ladder(torch.zeros(12, 12), None, lambda chi: ((3, 4), (4, 3)))} == {0.0}
+    ladder = chain_ladder(torch.zeros(12, 12), Metric(), lambda chi: ((3, 4), (4, 3)))
+    assert {rung.error for rung in ladder} == {0.0}
 
 
-@pytest.mark.parametrize("gram", [None, make_gram(9)])
-def test_low_rank_ladder_is_exact(gram):
+@pytest.mark.parametrize("metric", [Metric(), Metric(make_gram(9))])
+def test_low_rank_ladder_is_exact(metric):
     W = normal(12, 9)
-    ladder = low_rank_ladder(W, gram)
+    ladder = low_rank_ladder(W, metric)
     assert [rung.n_params for rung in ladder] == [21, 42, 63, 84, 105]
     for rank, rung in enumerate(ladder, start=1):
-        W_hat = torch.matmul(*low_rank_svd(W, rank, gram))
-        error = rel_error(W, W_hat) if gram is None else output_error(W, W_hat, gram)
+        W_hat = torch.matmul(*low_rank_svd(W, rank, metric))
+        error = metric.error(W, W_hat)
         assert rung.error == pytest.approx(error**2, abs=1e-10)
 
 
@@ -138,14 +139,14 @@ def test_a_calibrated_ladder_of_chains_holds_the_errors_of_fits(n_sites):
         linear = torch.nn.Linear(32, 24, bias=False, dtype=torch.float64, device="meta").to_empty(device="cpu")
         linear.weight.data = normal(24, 32)
         inputs = normal(32, 32, seed=1) * torch.logspace(0, -spread, 32, dtype=torch.float64)
-        gram = inputs @ inputs.T
-        ladder = MPOLinear.rungs(linear.weight.detach(), gram, n_sites=n_sites)
+        metric = Metric(inputs @ inputs.T)
+        ladder = MPOLinear.rungs(linear.weight.detach(), metric, n_sites=n_sites)
         assert len(ladder) > N_MEASURED
         ratios = []
         for rung in ladder:
-            layer = MPOLinear.from_linear(linear, max_params=rung.n_params, n_sites=n_sites, gram=gram)
+            layer = MPOLinear.from_linear(linear, max_params=rung.n_params, n_sites=n_sites, metric=metric)
             assert layer.n_params_matrix == rung.n_params
-            ratios.append(output_error(linear.weight, layer.to_matrix(), gram) ** 2 / rung.error)
+            ratios.append(layer.error(linear.weight, metric) ** 2 / rung.error)
         assert ratios[0] == pytest.approx(1)
         assert ratios[-1] == pytest.approx(1)
         assert sum(ratio == pytest.approx(1) for ratio in ratios) >= N_MEASURED - 1

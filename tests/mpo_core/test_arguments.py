@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from mpo_core.compression.compress import compress, rel_errors
+from mpo_core.fitting.alternating import als
 from mpo_core.fitting.fit import fit_cores, low_rank_svd
-from mpo_core.fitting.least_squares import als
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.low_rank import LowRankLinear
 from mpo_core.layers.monarch import MonarchLinear
 from mpo_core.layers.mpo import MPOLinear
@@ -75,8 +76,8 @@ CALLS = {
     "chi     ": lambda n: round_cores(CORES, n),
     "site": lambda n: orthogonalize(CORES, n),
     "chi      ": lambda n: fit_cores(W, [2, 4], [3, 4], chi=n),
-    "max_sweeps": lambda n: als(W, CORES, EYE, max_sweeps=n),
-    "max_sweeps ": lambda n: fit_cores(W, [2, 4], [3, 4], chi=2, gram=EYE, max_sweeps=n),
+    "max_sweeps": lambda n: als(W, CORES, Metric(EYE), max_sweeps=n),
+    "max_sweeps ": lambda n: fit_cores(W, [2, 4], [3, 4], chi=2, metric=Metric(EYE), max_sweeps=n),
     "rank ": lambda n: low_rank_svd(W, n),
     "chi       ": lambda n: clip_bonds(n, [2, 4], [3, 4]),
     "max_params   ": lambda n: largest_chi(n, [2, 4], [3, 4]),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from structured_linear_case import StructuredLinearTestCase, gram_of, make_linear, normal, seeded
 from torch import nn
 
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.low_rank import LowRankLinear
 from mpo_core.layers.monarch import MonarchLinear
 from mpo_core.layers.mpo import MPOLinear
@@ -149,7 +150,7 @@ def test_pruned_keeps_the_first_of_equal_entries():
 
 def test_monarch_under_a_gram_has_the_best_left_factor():
     linear, gram = make_linear(), gram_of(20)
-    layer = MonarchLinear.from_linear(linear, rank=1, n_blocks=(3, 4), gram=gram)
+    layer = MonarchLinear.from_linear(linear, rank=1, n_blocks=(3, 4), metric=Metric(gram), max_sweeps=0)
     layer.L.requires_grad_()
     difference = layer.to_matrix() - linear.weight.detach()
     (gradient,) = torch.autograd.grad((difference @ gram * difference).sum(), layer.L)
@@ -228,8 +229,14 @@ def test_structures_say_what_they_are():
         (lambda: PrunedLinear.from_matrix(torch.full((2, 2), math.nan), sparsity=0.5), "4 entries are not"),
         (lambda: LowRankLinear.from_matrix(torch.ones(2, 2), rel_error=1.0), "`0 <= rel_error < 1` must hold"),
         (lambda: LowRankLinear.from_matrix(torch.ones(2, 2), rank=1, rel_error=0.5), "exactly one of `rank`, `max_par"),
-        (lambda: LowRankLinear.from_matrix(torch.ones(2, 2), rel_error=0.5, gram=torch.eye(2)), "not of outputs"),
-        (lambda: MonarchLinear.from_matrix(torch.ones(2, 2), rank=1, gram=torch.eye(3)), r"`gram` must have shape \(2"),
+        (
+            lambda: LowRankLinear.from_matrix(torch.ones(2, 2), rel_error=0.5, metric=Metric(torch.eye(2))),
+            "without `metric`",
+        ),
+        (
+            lambda: MonarchLinear.from_matrix(torch.ones(2, 2), rank=1, metric=Metric(torch.eye(3))),
+            r"`gram` must have shape \(2",
+        ),
         (lambda: LowRankLinear.from_linear(nn.Linear(4, 4, device="meta"), rank=1), "on the meta device has no values"),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
+from structured_linear_case import statistics_of
 
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
 from mpo_core.layers.low_rank import LowRankLinear
@@ -167,10 +168,14 @@ def test_compressed_state_dict_round_trips_through_safetensors():
         ),
         ({"layer": lambda name, linear: None}, "none beside a function as `layer`, but got chi"),
         ({"layer": "pruned"}, "blocks.0.attention.query: `chi` gives a pruned layer no size"),
-        ({"method": "als"}, "blocks.0.attention.query: `method` 'als' needs the Gram matrix"),
-        ({"calibration": []}, "calibration needs at least one batch, but got none"),
-        ({"calibration": torch.zeros(2, 10)}, "`calibration` must be a sequence of batches, but got one tensor"),
-        ({"calibration": {"lm_head": torch.eye(12)}}, "`calibration` has no Gram matrix for blocks.0.attention.query"),
+        ({"method": "als"}, "blocks.0.attention.query: `method` 'als' needs a metric"),
+        ({"statistics": statistics_of({"lm_head": torch.eye(12)})}, "blocks.0.attention.query: no calibration batch"),
+        ({"metric": "best"}, "`metric` must be one of weights, outputs, loss, but got 'best'"),
+        ({"metric": "outputs"}, "metric 'outputs' needs `statistics`"),
+        ({"metric": "loss", "statistics": statistics_of({})}, "metric 'loss' needs statistics of a loss"),
+        ({"chi": None, "keep": 0.5, "spread": "best"}, "`spread` must be one of loss, errors, even, but got 'best'"),
+        ({"chi": None, "keep": 0.5, "spread": "loss"}, "spread 'loss' needs the metric 'loss'"),
+        ({"spread": "even"}, "spread 'even' goes with `keep` or one number"),
         ({"chi": 2.5}, "blocks.0.attention.query: `chi` must be a whole number, but got 2.5"),
         ({"chi": 2.0, "layer": "low_rank"}, "blocks.0.attention.query: `rank` must be a whole number, but got 2.0"),
         ({"chi": None, "keep": "half"}, "`0 < keep <= 1` must hold, but got keep='half'"),
@@ -185,9 +190,12 @@ def test_compressed_state_dict_round_trips_through_safetensors():
         ({"n_tokens": 0}, "`n_tokens >= 1` must hold, but got n_tokens=0"),
         ({"n_tokens": 1.5}, "`n_tokens` must be a whole number, but got 1.5"),
         ({"layer": "low_rank", "method": "als"}, "layer='low_rank' has no option `method`; it has none"),
-        ({"layer": "monarch", "forward": "chain"}, "layer='monarch' has no option `forward`; it has n_blocks"),
+        (
+            {"layer": "monarch", "forward": "chain"},
+            "layer='monarch' has no option `forward`; it has max_sweeps, n_blocks",
+        ),
         ({"layer": "pruned", "n_sites": 2}, "layer='pruned' has no option `n_sites`; it has none"),
-        ({"init": "variance", "calibration": [torch.zeros(2, 3)]}, "init 'variance' draws fresh parameters, which"),
+        ({"init": "variance", "statistics": statistics_of({})}, "init 'variance' draws fresh parameters, to which"),
         (
             {"chi": None, "layer": lambda name, linear: LowRankLinear(3, 4, rank=1, device="meta")},
             r"blocks.0.attention.query: `layer` must return one of shape \(12, 12\), but LowRankLinear is .*=3",
@@ -272,7 +280,7 @@ def test_bonds_without_any_are_refused_in_words():
 
 def test_compress_refuses_to_fit_a_meta_weight_to_inputs():
     with pytest.raises(ValueError, match=r"query: a weight on the meta device has no values"):
-        compress(PicoGPT(SMALL, device="meta"), keep=0.5, calibration=[make_tokens(1, 4)])
+        compress(PicoGPT(SMALL, device="meta"), keep=0.5, statistics=statistics_of({}))
 
 
 def test_max_params_names_the_first_of_layers_that_share_a_weight():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from mpo_core.fitting.metric import Metric
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.tensor_train.algebra import rel_error, tt_svd
 
@@ -61,10 +62,10 @@ def test_from_linear_refuses_a_weight_without_values():
     [
         ({"chi": 2, "bonds": [1, 2, 1]}, "exactly one of"),
         ({"rel_error": 0.1, "max_params": 50}, "`rel_error` goes with no cap but `chi`"),
-        ({"rel_error": 0.1, "gram": torch.eye(18, dtype=torch.float64)}, "an error of W, not of outputs"),
+        ({"rel_error": 0.1, "metric": Metric(torch.eye(18))}, "without `metric`"),
         ({"rel_error": -0.1}, "`0 <= rel_error < 1` must hold, but got rel_error=-0.1"),
         ({"chi": 2, "method": "best"}, "`method` must be one of"),
-        ({"chi": 2, "method": "als"}, "needs the Gram matrix"),
+        ({"chi": 2, "method": "als"}, "needs a metric other than"),
     ],
 )
 def test_from_linear_says_what_is_allowed(options, message):
@@ -117,16 +118,16 @@ def test_max_params_takes_the_largest_chi_that_fits(factorisation, max_params):
     assert MPOLinear(36, 24, max_params=max_params, device="meta", **options).bonds == layer.bonds
 
 
-def test_from_linear_under_a_gram_is_better_for_those_inputs():
+def test_from_linear_in_a_metric_is_better_for_those_inputs():
     linear = make_linear(12, 18)
     x = torch.randn(200, 18, generator=seeded(6), dtype=torch.float64) * torch.logspace(0, -2, 18).double()
-    gram = x.T @ x / len(x)
+    metric = Metric(x.T @ x / len(x))
 
     def output_error(layer):
         return torch.linalg.norm(x @ (layer.to_matrix() - linear.weight).T)
 
     plain, whitened, als = (
-        MPOLinear.from_linear(linear, chi=3, gram=gram, method=method) for method in ("tt_svd", "whitened", None)
+        MPOLinear.from_linear(linear, chi=3, metric=metric, method=method) for method in ("tt_svd", "whitened", None)
     )
     assert output_error(als) < output_error(plain) * 0.9
     assert output_error(als) <= output_error(whitened)

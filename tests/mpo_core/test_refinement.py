@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mpo_core.fitting.least_squares
-from mpo_core.fitting.calibration import output_error
+import mpo_core.fitting.alternating
+from mpo_core.fitting.alternating import als
 from mpo_core.fitting.fit import FIT_METHODS, fit_cores, low_rank_svd, whitened_tt_svd
-from mpo_core.fitting.least_squares import MAX_ENTRIES, als
+from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.whitening import kronecker_factors
 from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
 from mpo_core.tensor_train.bonds import clip_bonds
@@ -32,6 +32,10 @@ def make_gram(size, seed, n_samples=None, decades=2):
     rotation = torch.linalg.qr(normal(size, size, seed=seed))[0]
     x = normal(n_samples or 4 * size, size, seed=seed + 1) * scales @ rotation
     return x.T @ x / len(x)
+
+
+def output_error(W, W_hat, gram):
+    return Metric(gram).error(W, W_hat)
 
 
 def kronecker(factors):
@@ -62,7 +66,7 @@ def test_low_rank_svd_reaches_the_bound_of_eckart_and_young(rows, columns, data)
     """In coordinates where the Gram matrix is 1, by Cholesky where the code takes eigenvalues."""
     seed, rank = data.draw(seeds), data.draw(st.integers(1, min(rows, columns)))
     W, gram = normal(rows, columns, seed=seed), make_gram(columns, seed)
-    A, B = low_rank_svd(W, rank, gram)
+    A, B = low_rank_svd(W, rank, Metric(gram))
     assert (A.shape, B.shape) == ((rows, rank), (rank, columns))
     L = torch.linalg.cholesky(gram)
     s = torch.linalg.svdvals(W @ L)
@@ -76,7 +80,7 @@ def test_low_rank_svd_reaches_the_bound_of_eckart_and_young(rows, columns, data)
 def test_low_rank_svd_is_not_beaten_by_alternating_least_squares(n_samples):
     """From many starts; and with fewer samples than inputs, where no whitener has an inverse."""
     W, gram = normal(5, 6, seed=0), make_gram(6, 1, n_samples)
-    best = output_error(W, torch.matmul(*low_rank_svd(W, 2, gram)), gram)
+    best = output_error(W, torch.matmul(*low_rank_svd(W, 2, Metric(gram))), gram)
     for seed in range(20):
         A = normal(5, 2, seed=seed)
         for _ in range(200):
@@ -140,7 +144,7 @@ def test_whitened_tt_svd_of_two_sites_is_optimal_for_a_kronecker_gram(seed, chi)
     d_out, d_in = [2, 3], [4, 3]
     factors = [make_gram(size, seed + size) for size in d_in]
     W, gram = normal(6, 12, seed=seed), kronecker(factors)
-    error = output_error(W, contract(whitened_tt_svd(W, d_out, d_in, chi, gram)), gram)
+    error = output_error(W, contract(whitened_tt_svd(W, d_out, d_in, chi, Metric(gram))), gram)
     weighted = W @ kronecker([torch.linalg.cholesky(factor) for factor in factors])
     s = torch.linalg.svdvals(weighted.reshape(2, 3, 4, 3).transpose(1, 2).reshape(8, 9))
     assert error == pytest.approx(float(torch.linalg.norm(s[chi:]) / torch.linalg.norm(s)), abs=1e-8)
@@ -150,7 +154,7 @@ def test_whitened_tt_svd_of_two_sites_is_optimal_for_a_kronecker_gram(seed, chi)
 @given(problems())
 def test_whitened_tt_svd_is_exact_at_full_chi(problem):
     W, d_out, d_in, _, gram = problem
-    assert rel_error(W, contract(whitened_tt_svd(W, d_out, d_in, 64, gram))) < 1e-7
+    assert rel_error(W, contract(whitened_tt_svd(W, d_out, d_in, 64, Metric(gram)))) < 1e-7
 
 
 # Alternating least squares --------------------------------------------------------------------------------------------
@@ -166,22 +170,20 @@ def objective(W, cores, gram):
 def test_als_never_raises_the_error_and_keeps_the_bonds(problem):
     W, d_out, d_in, chi, gram = problem
     start = tt_svd(W, d_out, d_in, chi)
-    cores, history = als(W, start, gram, max_sweeps=4, tolerance=0)
+    cores, history = als(W, start, Metric(gram), max_sweeps=4, tolerance=0)
     assert [core.shape for core in cores] == [core.shape for core in start]
     assert history[0] == pytest.approx(output_error(W, contract(start), gram), abs=1e-6)
     assert history[-1] == pytest.approx(output_error(W, contract(cores), gram), abs=1e-6)
     assert all(later <= earlier for earlier, later in pairwise(history))
 
 
-@pytest.mark.parametrize("entries", [MAX_ENTRIES, 0], ids=["normal_equations", "conjugate_gradients"])
 @pytest.mark.parametrize(("d_out", "d_in", "chi"), [([3, 4], [4, 3], 3), ([2, 3, 2], [3, 2, 2], 3)])
-def test_als_ends_where_no_core_has_a_gradient(monkeypatch, entries, d_out, d_in, chi):
-    """Autograd of the objective is the oracle for both ways to solve for a core."""
-    monkeypatch.setattr(mpo_core.fitting.least_squares, "MAX_ENTRIES", entries)
-    monkeypatch.setattr(mpo_core.fitting.least_squares, "CG_STEPS", 60)
+def test_als_ends_where_no_core_has_a_gradient(monkeypatch, d_out, d_in, chi):
+    """Autograd of the objective is the oracle."""
+    monkeypatch.setattr(mpo_core.fitting.alternating, "CG_STEPS", 60)
     W, gram = normal(12, 12, seed=0), make_gram(12, 1, decades=0.5)
     start = tt_svd(W, d_out, d_in, chi)
-    cores, history = als(W, start, gram, max_sweeps=200, tolerance=1e-12)
+    cores, history = als(W, start, Metric(gram), max_sweeps=200, tolerance=1e-12)
     assert history[-1] < 0.97 * history[0]
     cores = [core.requires_grad_() for core in cores]
     slopes = torch.autograd.grad(objective(W, cores, gram), cores)
@@ -194,7 +196,7 @@ def test_als_step_is_the_least_squares_solution_of_each_core():
     x = normal(40, 6, seed=3)
     W = normal(4, 6, seed=0)
     cores = [normal(1, 4, 1, 2, seed=1), normal(2, 1, 6, 1, seed=2)]  # W = A B with A (4, 2), B (2, 6)
-    fitted, _ = als(W, cores, x.T @ x / 40, max_sweeps=200, tolerance=0)
+    fitted, _ = als(W, cores, Metric(x.T @ x / 40), max_sweeps=200, tolerance=0)
     s = torch.linalg.svdvals(x @ W.T)
     best = torch.linalg.norm(s[2:]) / torch.linalg.norm(s)
     assert output_error(W, contract(fitted), x.T @ x) == pytest.approx(float(best), rel=1e-6)
@@ -208,7 +210,7 @@ def test_als_recovers_a_chain_from_a_distance(n_sites):
     cores = [normal(*shape, seed=site) for site, shape in enumerate(shapes)]
     W, gram = contract(cores), make_gram(math.prod(d_in), 7, decades=0)
     far = [core + 0.3 * normal(*core.shape, seed=9) for core in cores]
-    fitted, history = als(W, far, gram, max_sweeps=300, tolerance=1e-9)
+    fitted, history = als(W, far, Metric(gram), max_sweeps=300, tolerance=1e-9)
     assert history[0] > 0.1
     assert rel_error(W, contract(fitted)) < 1e-3 * history[0]
 
@@ -227,7 +229,7 @@ def test_als_holds_what_it_says_for_inputs_near_one_direction(n_sites, spread):
     d_in, d_out = [4, 4, 2, 2, 2, 2][:n_sites], [2] * n_sites
     W, gram = normal(2**n_sites, math.prod(d_in), seed=0), of_a_mean(math.prod(d_in), spread)
     start = tt_svd(W, d_out, d_in, 3)
-    cores, history = als(W, start, gram, max_sweeps=3, tolerance=0)
+    cores, history = als(W, start, Metric(gram), max_sweeps=3, tolerance=0)
     assert history[0] == pytest.approx(output_error(W, contract(start), gram), rel=1e-9)
     assert history[-1] == pytest.approx(output_error(W, contract(cores), gram), rel=1e-9)
     assert history[-1] < 0.1 * history[0]
@@ -246,26 +248,28 @@ def test_fits_rounded_to_low_precision_are_never_worse_than_their_starts(dtype):
         # At full bonds TT-SVD is as good as the dtype allows, and a fit can only lose.
         for chi in (3, 64):
             start = tt_svd(W, d_out, d_in, chi)
-            assert error_of(als(W, start, gram)[0]) <= error_of(start)
-            fits = [fit_cores(W, d_out, d_in, chi=chi, gram=gram, method=method) for method in FIT_METHODS]
+            assert error_of(als(W, start, Metric(gram))[0]) <= error_of(start)
+            fits = [fit_cores(W, d_out, d_in, chi=chi, metric=Metric(gram), method=method) for method in FIT_METHODS]
             assert error_of(fits[2]) <= error_of(fits[1])
 
 
 def test_als_stops_on_tolerance():
     W, gram = normal(12, 12, seed=0), make_gram(12, 1)
     start = tt_svd(W, [3, 4], [4, 3], 2)
-    lengths = [len(als(W, start, gram, max_sweeps=50, tolerance=tolerance)[1]) for tolerance in (0.5, 1e-2, 1e-4)]
+    lengths = [
+        len(als(W, start, Metric(gram), max_sweeps=50, tolerance=tolerance)[1]) for tolerance in (0.5, 1e-2, 1e-4)
+    ]
     assert lengths[0] == 2
     assert lengths == sorted(lengths)
     assert lengths[-1] > lengths[0]
-    assert len(als(W, start, gram, max_sweeps=0)[1]) == 1
+    assert len(als(W, start, Metric(gram), max_sweeps=0)[1]) == 1
 
 
 def test_als_leaves_what_the_inputs_never_show():
     """A column that no input reaches neither disturbs the fit nor becomes infinite."""
     W, gram = normal(6, 6, seed=0), make_gram(6, 1)
     gram[:, 2] = gram[2] = 0
-    cores, history = als(W, tt_svd(W, [2, 3], [3, 2], 2), gram, tolerance=0)
+    cores, history = als(W, tt_svd(W, [2, 3], [3, 2], 2), Metric(gram), tolerance=0)
     assert history[-1] < history[0]
     assert all(torch.isfinite(core).all() for core in cores)
     assert contract(cores).abs().max() < 100 * W.abs().max()
@@ -275,13 +279,13 @@ def test_als_refuses():
     W, gram = normal(6, 6, seed=0), make_gram(6, 1)
     start = tt_svd(W, [2, 3], [3, 2], 2)
     with pytest.raises(ValueError, match="must not be negative, but got max_sweeps=-1"):
-        als(W, start, gram, max_sweeps=-1)
+        als(W, start, Metric(gram), max_sweeps=-1)
     with pytest.raises(ValueError, match=r"`prod\(d_out\) == out_features` must hold"):
-        als(W[:5], start, gram)
+        als(W[:5], start, Metric(gram))
     with pytest.raises(ValueError, match=r"`gram` must have shape \(6, 6\)"):
-        als(W, start, gram[:5, :5])
+        als(W, start, Metric(gram[:5, :5]))
     with pytest.raises(ValueError, match=r"`W` must be finite .* 36 entries"):
-        als(W / 0, start, gram)
+        als(W / 0, start, Metric(gram))
 
 
 # All of it ------------------------------------------------------------------------------------------------------------
@@ -293,7 +297,9 @@ def test_fit_cores_by_als_is_never_worse_than_by_the_others(problem, max_sweeps)
     W, d_out, d_in, chi, gram = problem
     errors = {
         method: output_error(
-            W, contract(fit_cores(W, d_out, d_in, chi=chi, gram=gram, method=method, max_sweeps=max_sweeps)), gram
+            W,
+            contract(fit_cores(W, d_out, d_in, chi=chi, metric=Metric(gram), method=method, max_sweeps=max_sweeps)),
+            gram,
         )
         for method in FIT_METHODS
     }
@@ -304,7 +310,7 @@ def test_fit_cores_by_als_is_far_better_on_a_gram_without_structure():
     """research/structured_layers.md, D: TT-SVD .870, whitened .858, ALS .661 on one such problem."""
     W, gram = normal(64, 64, seed=0), make_gram(64, 1)
     errors = [
-        output_error(W, contract(fit_cores(W, [8, 8], [8, 8], chi=10, gram=gram, method=method)), gram)
+        output_error(W, contract(fit_cores(W, [8, 8], [8, 8], chi=10, metric=Metric(gram), method=method)), gram)
         for method in ("tt_svd", "whitened", "als")
     ]
     assert errors[2] < 0.8 * min(errors[:2])
@@ -315,7 +321,7 @@ def test_fit_cores_defaults_to_tt_svd_without_a_gram_and_to_als_with_one():
     for ours, theirs in zip(fit_cores(W, [2, 3], [3, 2], chi=2), tt_svd(W, [2, 3], [3, 2], 2), strict=True):
         assert torch.equal(ours, theirs)
     default, by_als = (
-        fit_cores(W, [2, 3], [3, 2], bonds=(1, 2, 1), gram=gram, method=method) for method in (None, "als")
+        fit_cores(W, [2, 3], [3, 2], bonds=(1, 2, 1), metric=Metric(gram), method=method) for method in (None, "als")
     )
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(default, by_als, strict=True))
 
@@ -324,14 +330,14 @@ def test_fit_cores_defaults_to_tt_svd_without_a_gram_and_to_als_with_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fit_cores_keeps_the_dtype_and_takes_a_cap_per_bond(method, dtype):
     W, gram = normal(8, 8, seed=0).to(dtype), make_gram(8, 1)
-    cores = fit_cores(W, [2, 2, 2], [2, 2, 2], bonds=(1, 2, 3, 1), gram=gram, method=method)
+    cores = fit_cores(W, [2, 2, 2], [2, 2, 2], bonds=(1, 2, 3, 1), metric=Metric(gram), method=method)
     assert {core.dtype for core in cores} == {dtype}
     assert [core.shape[3] for core in cores] == [2, 3, 1]
 
 
 @pytest.mark.parametrize("method", ["whitened", "als"])
 def test_fit_cores_under_a_gram_have_equal_norms(method):
-    cores = fit_cores(normal(8, 8, seed=0), [2, 2, 2], [2, 2, 2], chi=3, gram=make_gram(8, 1), method=method)
+    cores = fit_cores(normal(8, 8, seed=0), [2, 2, 2], [2, 2, 2], chi=3, metric=Metric(make_gram(8, 1)), method=method)
     norms = torch.stack([torch.linalg.norm(core) for core in cores])
     torch.testing.assert_close(norms, norms.mean().expand(3))
 
@@ -339,7 +345,7 @@ def test_fit_cores_under_a_gram_have_equal_norms(method):
 @pytest.mark.parametrize("method", FIT_METHODS)
 def test_fit_cores_pads_with_rows_and_columns_that_do_not_count(method):
     W, gram = normal(5, 7, seed=0), make_gram(7, 1)
-    W_hat = contract(fit_cores(W, [2, 3], [2, 4], chi=64, gram=gram, method=method))
+    W_hat = contract(fit_cores(W, [2, 3], [2, 4], chi=64, metric=Metric(gram), method=method))
     assert W_hat.shape == (6, 8)
     assert output_error(W, W_hat[:5, :7], gram) < 1e-6
 
@@ -350,8 +356,8 @@ def test_fit_cores_pads_with_rows_and_columns_that_do_not_count(method):
         ({}, "exactly one of `chi` and `bonds` must be given, but got chi=None, bonds=None"),
         ({"chi": 2, "bonds": (1, 2, 1)}, "exactly one of `chi` and `bonds`"),
         ({"chi": 2, "method": "best"}, "`method` must be one of tt_svd, whitened, als, but got 'best'"),
-        ({"chi": 2, "method": "als"}, "`method` 'als' needs the Gram matrix of the inputs, but got gram=None"),
-        ({"chi": 2, "gram": torch.eye(5)}, r"`gram` must have shape \(6, 6\), but got \(5, 5\)"),
+        ({"chi": 2, "method": "als"}, "`method` 'als' needs a metric other than the Frobenius norm"),
+        ({"chi": 2, "metric": Metric(torch.eye(5))}, r"`gram` must have shape \(6, 6\), but got \(5, 5\)"),
         ({"chi": 0}, "`chi >= 1` must hold"),
     ],
 )
@@ -375,10 +381,12 @@ def test_a_gram_with_a_negative_eigenvalue_is_refused_and_rounding_is_not():
 @pytest.mark.parametrize("method", FIT_METHODS)
 def test_the_scale_of_a_gram_changes_nothing(method, scale):
     W, gram = normal(6, 6, seed=0), make_gram(6, 1)
-    both = [contract(fit_cores(W, [2, 3], [3, 2], chi=2, gram=G, method=method)) for G in (gram, scale * gram)]
+    both = [
+        contract(fit_cores(W, [2, 3], [3, 2], chi=2, metric=Metric(G), method=method)) for G in (gram, scale * gram)
+    ]
     torch.testing.assert_close(*both)
     assert output_error(W, both[0], scale * gram) == pytest.approx(output_error(W, both[0], gram))
-    torch.testing.assert_close(*[torch.matmul(*low_rank_svd(W, 2, G)) for G in (gram, scale * gram)])
+    torch.testing.assert_close(*[torch.matmul(*low_rank_svd(W, 2, Metric(G))) for G in (gram, scale * gram)])
 
 
 def test_fit_cores_refuses_sizes_below_the_matrix():

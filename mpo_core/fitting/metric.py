@@ -1,0 +1,166 @@
+"""The metric in which a layer is fitted: how much a change of its matrix matters."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpo_core.values import error_ratio, in_range
+
+EXTREME = (1e-60, 1e60)
+"""A moment whose largest entry is not between these is scaled to 1, because its products would over- or underflow."""
+
+
+class Metric:
+    """‖E‖² = tr(S E G Eᵀ) for a change E (out_features, in_features) of a layer's matrix.
+
+    With neither moment it is the squared Frobenius norm. With G alone it is the mean square of the change of the
+    outputs. With G and S, ‖E‖² / 2 predicts the rise of the loss: the Fisher information of the matrix, with its
+    Kronecker factors (K-FAC).
+
+    Args:
+        gram: G = E[x xᵀ] (in_features, in_features) of the layer's inputs x. Default: the identity.
+        sensitivity: S = E[g gᵀ] (out_features, out_features), with g the gradient of the loss at the layer's output.
+            Default: the identity.
+    Raises:
+        ValueError: a moment is not square, finite, symmetric, non-zero and positive semi-definite.
+    Source: Martens & Grosse 2015.
+    """
+
+    def __init__(self, gram: Tensor | None = None, sensitivity: Tensor | None = None) -> None:
+        self.gram = None if gram is None else _checked("gram", gram)
+        self.sensitivity = None if sensitivity is None else _checked("sensitivity", sensitivity)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the Frobenius norm."""
+        return self.gram is None and self.sensitivity is None
+
+    def on(self, W: Tensor) -> Metric:
+        """The metric on W's device.
+
+        Raises:
+            ValueError: it is not one for W (out_features, in_features).
+        """
+        for name, moment, size in (("gram", self.gram, W.shape[1]), ("sensitivity", self.sensitivity, W.shape[0])):
+            if moment is not None and len(moment) != size:
+                raise ValueError(f"`{name}` must have shape ({size}, {size}), but got {tuple(moment.shape)}")
+        if all(moment is None or moment.device == W.device for moment in (self.gram, self.sensitivity)):
+            return self
+        return self.to(device=W.device)
+
+    def to(self, **where: Any) -> Metric:
+        """The metric with its moments on another device or of another dtype."""
+        gram, sensitivity = (None if moment is None else moment.to(**where) for moment in (self.gram, self.sensitivity))
+        return Metric.of_checked(gram, sensitivity)
+
+    @classmethod
+    def of_checked(cls, gram: Tensor | None, sensitivity: Tensor | None) -> Metric:
+        """The metric of moments that follow from checked ones."""
+        metric = object.__new__(cls)
+        metric.gram, metric.sensitivity = gram, sensitivity
+        return metric
+
+    def padded(self, out_features: int, in_features: int) -> Metric:
+        """The metric of a matrix that is padded to this shape; what is added does not count."""
+        return Metric.of_checked(_padded(self.gram, in_features), _padded(self.sensitivity, out_features))
+
+    @cached_property
+    def input_root(self) -> Tensor | None:
+        """R with R Rᵀ = G."""
+        return None if self.gram is None else roots(self.gram)[0]
+
+    @property
+    def output_root(self) -> Tensor | None:
+        """R with R Rᵀ = S."""
+        return self._output_roots[0]
+
+    @cached_property
+    def _output_roots(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.sensitivity is None else roots(self.sensitivity)
+
+    def weighted(self, W: Tensor) -> Tensor:
+        """M with ‖M‖_F = ‖W‖, of W's shape, float64."""
+        M = self.outputs_weighted(W.double())
+        return M if self.input_root is None else M @ self.input_root
+
+    def outputs_weighted(self, W: Tensor) -> Tensor:
+        """Rᵀ W with R Rᵀ = S."""
+        R = self.output_root
+        return W if R is None else R.T @ W
+
+    def outputs_unweighted(self, M: Tensor) -> Tensor:
+        """The smallest W with Rᵀ W = M."""
+        inverse = self._output_roots[1]
+        return M if inverse is None else inverse.T @ M
+
+    def gradient(self, E: Tensor) -> Tensor:
+        """S E G, half the gradient of ‖E‖², for E in the dtype of the moments."""
+        E = E if self.gram is None else E @ self.gram
+        return E if self.sensitivity is None else self.sensitivity @ E
+
+    def norm(self, E: Tensor) -> float:
+        """‖E‖, computed in float64; a square below zero by rounding counts as zero."""
+        E, scale = in_range(E.detach().double())
+        return scale * math.sqrt(max(float(torch.sum(self.gradient(E) * E)), 0.0))  # in this order NaN stays NaN
+
+    def error(self, W: Tensor, W_hat: Tensor) -> float:
+        """‖W − Ŵ‖ / ‖W‖. If ‖W‖ is zero: 0 for a zero error, infinity otherwise."""
+        metric = self.on(W)
+        W, scale = in_range(W.detach().double())
+        return error_ratio(metric.norm(W - W_hat.detach().double() / scale), metric.norm(W))
+
+    def diagonal(self, W: Tensor) -> Tensor:
+        """The metric's diagonal at the square root, in W's shape: √(S_ii G_jj), float64."""
+        weights = torch.ones_like(W, dtype=torch.float64)
+        if self.gram is not None:
+            weights = weights * self.gram.diagonal().sqrt()
+        return weights if self.sensitivity is None else weights * self.sensitivity.diagonal().sqrt()[:, None]
+
+
+def roots(G: Tensor) -> tuple[Tensor, Tensor]:
+    """R with R Rᵀ = G, for G symmetric and positive semi-definite, and R's pseudo-inverse.
+
+    The Cholesky factor if G is definite. Otherwise from the eigenvalues, of which those at rounding level become 0.
+    """
+    lower, failed = torch.linalg.cholesky_ex(G)
+    if not failed and float(lower.diagonal().min()) > 1e-6 * float(lower.diagonal().max()):
+        unit = torch.eye(len(G), dtype=G.dtype, device=G.device)
+        return lower, torch.linalg.solve_triangular(lower, unit, upper=False)
+    values, vectors = torch.linalg.eigh(G)
+    negligible = 1e-14 * len(values) * float(values[-1])
+    is_kept = values > negligible
+    return vectors * torch.where(is_kept, values, 0).sqrt(), (vectors * torch.where(is_kept, values.rsqrt(), 0)).T
+
+
+def _checked(name: str, moment: Tensor) -> Tensor:
+    """The moment in float64, exactly symmetric."""
+    if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
+        raise ValueError(f"`{name}` must be a square matrix, but got shape {tuple(moment.shape)}")
+    G = moment.detach().double()
+    if not torch.isfinite(G).all():
+        raise ValueError(f"`{name}` must be finite, but {int((~torch.isfinite(G)).sum())} entries are not")
+    largest = float(G.abs().max())
+    if largest == 0:
+        raise ValueError(f"`{name}` must not be zero, but all of its entries are")
+    if not EXTREME[0] < largest < EXTREME[1]:
+        G, largest = G / largest, 1.0
+    if float((G - G.T).abs().max()) > 1e-5 * largest or float(G.diagonal().min()) < 0:
+        raise ValueError(f"`{name}` must be symmetric with no negative entry on its diagonal, as Σ x xᵀ is")
+    G = (G + G.T) / 2
+    # Eigenvalues below zero that float32 rounding can cause are accepted.
+    shift = 1e-6 * float(G.diagonal().sum()) + 1e-6 * largest
+    if torch.linalg.cholesky_ex(G + shift * torch.eye(len(G), dtype=G.dtype, device=G.device))[1]:
+        raise ValueError(f"`{name}` must be positive semi-definite, as Σ x xᵀ is, but has a negative eigenvalue")
+    return G
+
+
+def _padded(moment: Tensor | None, size: int) -> Tensor | None:
+    if moment is None:
+        return None
+    extra = size - len(moment)
+    return torch.nn.functional.pad(moment, (0, extra, 0, extra))

@@ -1,0 +1,346 @@
+"""Second moments over calibration batches, and the metrics that they define."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from structured_linear_case import make_linear, metric_of, normal, square_losses
+from torch import nn
+
+from mpo_core.compression.compress import compress
+from mpo_core.compression.statistics import (
+    DAMPING,
+    RIDGE,
+    Moment,
+    Statistics,
+    collect_statistics,
+    next_token_losses,
+)
+from mpo_core.fitting.metric import Metric
+from mpo_core.layers.low_rank import LowRankLinear
+from mpo_core.models.picogpt import GPTConfig, PicoGPT
+
+
+def mean_square(x):
+    flat = x.reshape(-1, x.shape[-1])
+    return flat.T @ flat / len(flat)
+
+
+def with_ridge(G, ridge):
+    return G + ridge * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype)
+
+
+class Branches(nn.Module):
+    """Two layers that get the same inputs, and one that gets what they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.last = make_linear(4, 3), make_linear(4, 3), make_linear(2, 4)
+
+    def forward(self, x, *, scale=1.0):
+        h = torch.tanh(self.one(x * scale)) if scale != 1.0 else torch.tanh(self.one(x)) + self.other(x)
+        return self.last(h)
+
+
+# Moments --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_moment_is_the_mean_outer_product_over_all_batches():
+    x, moment = normal(7, 5, 3), Moment()
+    for part in (x[:2], x[2:3], x[3:]):
+        moment.add(part)
+    assert moment.n_samples == 35
+    torch.testing.assert_close(moment.mean(), sum(torch.outer(row, row) for row in x.reshape(-1, 3)) / 35)
+    torch.testing.assert_close(moment.mean(0.1), with_ridge(mean_square(x), 0.1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, 1e-6), (torch.float32, 1e-6), (torch.float64, 1e-14)]
+)
+def test_a_moment_of_many_batches_is_as_exact_as_its_dtype_allows(dtype, precision):
+    x, moment = (100 * normal(4000, 6) + 30).to(dtype), Moment()
+    for batch in x.split(8):
+        moment.add(batch)
+    torch.testing.assert_close(moment.mean(), mean_square(x.double()), rtol=precision, atol=1000 * precision)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (torch.zeros(0, 2), "there are no samples"),
+        (torch.zeros(4, 2), "all 4 samples are zero"),
+        (torch.tensor([[1.0, math.nan]]), "values must be finite, but 1 are not"),
+        (torch.tensor([[1e18, 1.0]]), r"at most 1e\+15, but got one of 1e\+18"),
+        (torch.tensor(1.0), r"shape \(..., size\), but got \(\)"),
+    ],
+)
+def test_a_moment_refuses(samples, message):
+    moment = Moment()
+
+    def mean():
+        moment.add(samples)
+        return moment.mean()
+
+    with pytest.raises(ValueError, match=message):
+        mean()
+
+
+# Collecting -----------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_are_those_of_each_layer_and_the_model_is_left_as_it_was():
+    model = nn.Sequential(make_linear(4, 3), nn.Dropout(0.5), make_linear(2, 4), nn.Dropout(0.5))
+    model[3].eval()
+    model[2].weight.requires_grad_(False)
+    x = normal(5, 6, 3)
+    statistics = collect_statistics(model, [x[:2], x[2:]], held_out=0)
+    hidden = model[0](x).detach()
+    for name, inputs in (("0", x), ("2", hidden)):
+        gram = statistics.metric(name, "outputs").gram
+        torch.testing.assert_close(gram, with_ridge(mean_square(inputs), RIDGE))
+        assert statistics.n_samples(name) == 30
+    assert (model.training, model[1].training, model[3].training) == (True, True, False)
+    assert (model[0].weight.requires_grad, model[2].weight.requires_grad) == (True, False)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert model[0].weight.grad is None
+
+
+def test_gradients_are_those_of_the_summed_losses_at_each_output():
+    model, x = Branches(), normal(9, 3)
+    statistics = collect_statistics(model, [x[:4], x[4:]], loss=square_losses, held_out=0)
+    h = (torch.tanh(model.one(x)) + model.other(x)).detach().requires_grad_()
+    scale = torch.linspace(0.1, 2, 2, dtype=torch.float64).square()
+    of_last = 2 * scale * model.last(h)
+    of_hidden = of_last @ model.last.weight
+    of_one = of_hidden * (1 - torch.tanh(model.one(x)).square())
+    for name, g in (("last", of_last), ("other", of_hidden), ("one", of_one)):
+        metric = statistics.metric(name, "loss")
+        torch.testing.assert_close(metric.sensitivity, with_ridge(mean_square(g.detach()), DAMPING))
+        torch.testing.assert_close(metric.gram, statistics.metric(name, "outputs").gram)
+
+
+def test_half_the_squared_change_predicts_the_rise_of_a_quadratic_loss():
+    """Where the gradient at an output does not depend on its input, the Fisher information is the Kronecker product."""
+    W, x, n = normal(4, 3), normal(2000, 3, seed=1), 2000
+    noise = normal(n, 4, seed=2)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False, dtype=torch.float64))
+    model[0].weight.data = W
+    targets = x @ W.T + noise  # so that the gradient of half the square is the noise, with E[g gᵀ] = 1 = the Hessian
+
+    def losses(model, batch):
+        inputs, target = batch
+        return (model(inputs) - target).square().sum(-1) / 2
+
+    statistics = collect_statistics(model, [(x, targets)], loss=losses, held_out=0)
+    W_hat = W + 0.3 * normal(4, 3, seed=5)
+    predicted = statistics.metric("0", "loss").norm(W_hat - W) ** 2 / 2
+    rise = ((x @ W_hat.T - targets).square() - noise.square()).sum(-1).mean() / 2
+    assert predicted == pytest.approx(float(rise), rel=0.1)
+
+
+def test_layers_with_the_same_inputs_share_one_moment():
+    model, x = Branches(), normal(9, 3)
+    statistics = collect_statistics(model, [x], loss=square_losses, held_out=0)
+    part = statistics._parts[False]
+    assert part.inputs["one"] is part.inputs["other"]
+    assert part.inputs["one"] is not part.inputs["last"]
+    assert part.inputs["one"].n_samples == 9
+
+
+@pytest.mark.parametrize("scales", [(1.0, 2.0), (2.0, 1.0)])
+def test_layers_that_share_their_inputs_in_some_batches_only_are_named(scales):
+    model, x = Branches(), normal(9, 3)
+    batches = [{"x": x, "scale": scale} for scale in scales]
+    with pytest.raises(ValueError, match=r"^(one|other) .*`modules`"):
+        collect_statistics(model, batches, held_out=0)
+    for name in ("one", "other"):
+        assert collect_statistics(model, batches, modules=[name], held_out=0).names == [name]
+
+
+def test_every_kth_batch_is_held_out():
+    model, x = nn.Sequential(make_linear(4, 3)), normal(10, 2, 3)
+    seen = []
+    statistics = collect_statistics(model, list(x), held_out=0.2, progress=seen.append)
+    assert seen == list(range(1, 11))
+    held_out, fitted = x[[4, 9]], x[[0, 1, 2, 3, 5, 6, 7, 8]]
+    torch.testing.assert_close(statistics.metric("0", "outputs").gram, with_ridge(mean_square(fitted), RIDGE))
+    torch.testing.assert_close(statistics.metric("0", "outputs", held_out=True).gram, mean_square(held_out))
+    assert (statistics.n_samples("0"), statistics.n_samples("0", held_out=True)) == (16, 4)
+    assert not collect_statistics(model, list(x[:1]), held_out=0.5).has_held_out
+
+
+def test_a_forward_and_batches_of_every_form():
+    model, x = Branches(), normal(4, 3)
+    expected = with_ridge(mean_square(x), RIDGE)
+    for batch in (x, (x,), {"x": x}):
+        torch.testing.assert_close(collect_statistics(model, [batch]).metric("one", "outputs").gram, expected)
+    statistics = collect_statistics(model, [x], modules=["one"], forward=lambda model, x: model.one(input=x[:1]))
+    torch.testing.assert_close(statistics.metric("one", "outputs").gram, with_ridge(mean_square(x[:1]), RIDGE))
+
+
+def test_an_owner_may_write_into_an_output():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = make_linear(3, 3), make_linear(2, 3)
+
+        def forward(self, x):
+            y = self.a(x)
+            y += x
+            return self.b(y.relu_())
+
+    model = InPlace()
+    statistics = collect_statistics(model, [normal(20, 3)], loss=square_losses, held_out=0)
+    x = normal(20, 3)
+    hidden = (model.a(x) + x).detach()
+    of_last = 2 * torch.linspace(0.1, 2, 2, dtype=torch.float64).square() * model.b(hidden.relu())
+    g = (of_last @ model.b.weight * (hidden > 0)).detach()
+    torch.testing.assert_close(statistics.metric("a", "loss").sensitivity, with_ridge(mean_square(g), DAMPING))
+
+
+def test_next_token_losses_of_a_picogpt():
+    model = PicoGPT(GPTConfig(vocab_size=11, context=8, d_model=8, n_layers=1, n_heads=2, d_ff=16))
+    model.init_parameters(lambda name: torch.Generator().manual_seed(len(name)), "paper")
+    tokens = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(0))
+    losses = next_token_losses(model, tokens)
+    assert losses.shape == (3, 7)
+    logp = torch.log_softmax(model(tokens)[1, 4], -1)
+    torch.testing.assert_close(losses[1, 4], -logp[tokens[1, 5]])
+    statistics = collect_statistics(model, [tokens], loss=next_token_losses, held_out=0)
+    assert statistics.has_loss
+    _, report = compress(model, layer="low_rank", keep=0.5, statistics=statistics)
+    assert sum(row.predicted_loss for row in report.rows) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": []}, "at least one batch, but got none"),
+        ({"batches": torch.zeros(2, 3)}, "must be a sequence of batches, but got one tensor"),
+        ({"held_out": 1}, "`0 <= held_out < 1` must hold, but got held_out=1"),
+        ({"batches": [normal(2, 3) / 0]}, "^one: of its calibration inputs, values must be finite"),
+        ({"loss": lambda model, x: model(x).sum()}, "one loss per predicted token"),
+        ({"loss": lambda model, x: model(x).detach()}, "does not depend on the outputs"),
+        ({"loss": lambda model, x: model(x) * math.inf}, "^last: of its calibration gradients, values must be finite"),
+    ],
+)
+def test_collect_statistics_says_what_is_wrong(options, message):
+    model = Branches()
+    with pytest.raises(ValueError, match=message):
+        collect_statistics(model, **{"batches": [normal(2, 3)], **options})
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("batches", "loss", "message"),
+    [
+        ([torch.zeros(2, 3).double()], square_losses, "one: its calibration inputs give no metric: all 2 samples"),
+        ([{"x": normal(2, 3), "scale": 2.0}], None, "other: no calibration batch reached it"),
+        ([normal(2, 3)], lambda model, x: model(x).sum(-1) * 0, "one: its output does not change the loss"),
+    ],
+)
+def test_a_layer_without_a_metric_is_named(batches, loss, message):
+    model = Branches()
+    statistics = collect_statistics(model, batches, loss=loss)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        compress(model, layer="low_rank", keep=0.5, include=["one", "other"], statistics=statistics)
+
+
+def test_statistics_are_written_and_read_again(tmp_path):
+    model = Branches()
+    statistics = collect_statistics(model, list(normal(4, 9, 3)), loss=square_losses, held_out=0.25)
+    statistics.save(tmp_path / "statistics.safetensors")
+    again = Statistics.load(tmp_path / "statistics.safetensors")
+    assert sorted(again.names) == sorted(statistics.names)
+    assert again._parts[False].inputs["one"] is again._parts[False].inputs["other"]
+    for name in statistics.names:
+        for held_out in (False, True):
+            one, other = (each.metric(name, "loss", held_out=held_out) for each in (statistics, again))
+            assert torch.equal(one.gram, other.gram)
+            assert torch.equal(one.sensitivity, other.sensitivity)
+            assert again.n_samples(name, held_out=held_out) == statistics.n_samples(name, held_out=held_out)
+    (tmp_path / "other").write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match="other is not a file of statistics"):
+        Statistics.load(tmp_path / "other")
+
+
+def test_held_out_errors_are_reported_and_too_little_calibration_is_warned_of():
+    model = nn.Sequential(make_linear(20, 30), nn.Tanh(), make_linear(4, 20))
+    batches = list(normal(4, 8, 30))
+    statistics = collect_statistics(model, batches, loss=square_losses, held_out=0.5)
+    with pytest.warns(UserWarning, match="nats on held-out batches, but .* on the fitted ones: more calibration"):
+        compressed, report = compress(model, layer="low_rank", keep=0.5, statistics=statistics)
+    for row in report.rows:
+        W, W_hat = (each.get_submodule(row.name).weight.detach() for each in (model, compressed))
+        metric, held_out = (statistics.metric(row.name, "loss", held_out=each) for each in (False, True))
+        assert row.error == pytest.approx(metric.error(W, W_hat))
+        assert row.held_out_error == pytest.approx(held_out.error(W, W_hat))
+        assert row.predicted_loss == pytest.approx(metric.norm(W - W_hat) ** 2 / 2)
+        assert row.held_out_loss == pytest.approx(held_out.norm(W - W_hat) ** 2 / 2)
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_metric_is_the_trace_that_it_says():
+    metric, E = metric_of(4, 6), normal(4, 6)
+    G, S = metric.gram, metric.sensitivity
+    assert metric.norm(E) ** 2 == pytest.approx(float(torch.trace(S @ E @ G @ E.T)))
+    assert Metric().norm(E) == pytest.approx(float(torch.linalg.norm(E)))
+    assert Metric(G).norm(E) ** 2 == pytest.approx(float(torch.trace(E @ G @ E.T)))
+    torch.testing.assert_close(torch.linalg.norm(metric.weighted(E)), torch.tensor(metric.norm(E)).double())
+    torch.testing.assert_close(metric.gradient(E), S @ E @ G)
+    W = normal(4, 6, seed=3)
+    assert metric.error(W, W - E) == pytest.approx(metric.norm(E) / metric.norm(W))
+    assert (metric.error(W, W), metric.error(0 * W, W)) == (0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        (torch.eye(3)[:2], r"must be a square matrix, but got shape \(2, 3\)"),
+        (torch.eye(3) / 0, "must be finite, but 9 entries are not"),
+        (torch.zeros(3, 3), "must not be zero"),
+        (torch.arange(9.0).reshape(3, 3), "must be symmetric"),
+        (-torch.eye(3), "must be symmetric with no negative entry on its diagonal"),
+        (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "must be positive semi-definite"),
+    ],
+)
+def test_a_metric_refuses(moment, message):
+    with pytest.raises(ValueError, match=f"`gram` {message}"):
+        Metric(moment)
+    with pytest.raises(ValueError, match=f"`sensitivity` {message}"):
+        Metric(sensitivity=moment)
+
+
+def test_a_metric_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"`sensitivity` must have shape \(4, 4\), but got \(3, 3\)"):
+        Metric(sensitivity=torch.eye(3)).error(normal(4, 6), normal(4, 6))
+
+
+@pytest.mark.parametrize("n_samples", [50, 3])
+def test_low_rank_is_the_closed_form_optimum_under_both_moments(n_samples):
+    """The oracle takes symmetric square roots; and gradient descent from the result would gain nothing.
+
+    With 3 samples both moments are singular.
+    """
+    W, x, g = normal(5, 7), normal(n_samples, 7, seed=1), normal(n_samples, 5, seed=2)
+    G, S = mean_square(x), mean_square(g)
+
+    def half(M):
+        values, vectors = torch.linalg.eigh(M)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+    s = torch.linalg.svdvals(half(S) @ W @ half(G))
+    metric = Metric(G, S)
+    for rank in (1, 2):
+        layer = LowRankLinear.from_matrix(W, rank=rank, metric=metric)
+        expected = torch.linalg.norm(s[rank:]) / torch.linalg.norm(s)
+        assert layer.error(W, metric) == pytest.approx(float(expected), abs=1e-8)
+    A, B = layer.A.detach().clone().requires_grad_(), layer.B.detach().clone().requires_grad_()
+    loss = torch.trace(S @ (W - A @ B) @ G @ (W - A @ B).T)
+    for gradient in torch.autograd.grad(loss, (A, B)):
+        assert gradient.abs().max() < 1e-8
