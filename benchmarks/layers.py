@@ -1,11 +1,11 @@
 """MPOLinear against tensorly-torch on the same cores, and its mode `auto` against the best of our own modes.
 
 Layers are square, in float32, with two balanced sites. Width, tokens and χ vary. There are three uses: a forward that
-keeps nothing; a forward in evaluation, where ours may keep W; and forward and backward, with the gradients of the input
-and all cores. The rival is the faster of tensorly-torch's two implementations in each cell: "factorized" is one einsum,
-"reconstructed" forms W. Values and gradients of both must agree. The target is the rival's time, or 1.03 times that if
-at least 80 % of it is dense matrix products. "factorized" is left out if its states between the sites would need more
-than MOST_BYTES (4 GiB).
+keeps nothing; a forward in evaluation, where ours may keep W; and forward and backward. Gradients are those of the
+input and all cores. The rival is the faster of tensorly-torch's two implementations in each cell: "factorized" is one
+einsum, "reconstructed" forms W. Values and gradients of both must agree. The target is the rival's time, or 1.03 times
+that if at least 80 % of it is dense matrix products. "factorized" is left out if its states between the sites would
+need more than MOST_BYTES (4 GiB).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LIMITS = {
     ),
     **dict.fromkeys(
         (f"MPOLinear against tensorly-torch: {use}" for use in USES),
-        f"Both form W and multiply by it; or `auto` takes the slower of two modes; or the times vary: {CHANGING}",
+        f"Both form W and multiply by it. Or `auto` takes the slower of two modes. Or {CHANGING}",
     ),
 }
 

@@ -1,10 +1,10 @@
 """One optimiser step of PicoGPT at the paper's sizes, 32 sequences of 256 tokens, in float32, and its parts.
 
 The dense step is compared with a plain eager loop (`benchmarks.plain_gpt`) that trains the same model on the same
-windows; losses of the first steps must agree. It is also compared with this machine's own float32 matrix products: the
-FLOPs of the step's matrix products over its time, against the rate of the fastest square product. A backward pass
-counts as two forward passes; other operations than matrix products count no FLOPs. A step with MPO layers is compared
-with the dense step.
+windows. Losses of the first steps must agree. It is also compared with this machine's own float32 matrix products. Its
+rate is the FLOPs of the step's matrix products over its time; the rival is the rate of the fastest square product. A
+backward pass counts as two forward passes; other operations than matrix products count no FLOPs. A step with MPO layers
+is compared with the dense step.
 """
 
 from __future__ import annotations
