@@ -116,7 +116,7 @@ def _write_explore(findings: Findings, environment: jinja2.Environment, folder: 
     charts.append(
         {
             "title": "All configurations",
-            "text": "Each line is a configuration. Drag along an axis to select some; drag an axis name to move the axis.",
+            "text": "Each line is a configuration. Drag along an axis to select some; drag its name to move it.",
             "html": Markup(interactive.parallel_chart(runs, summary)),
         }
     )
