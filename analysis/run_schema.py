@@ -45,7 +45,7 @@ DUPLICATE_OF = "mpo.duplicate_of"
 SKIPPED = "mpo.skipped"
 """On a trial that was never trained because its parameters break a limit of the search: the limit, in one line."""
 STOPPED = "mpo.stopped"
-"""On a trial that was given up before it had all its seeds: the rival that beat it, by how much, and on which seeds."""
+"""On a trial that was stopped early: the rival that beat it, by how much, and on which seeds."""
 DEVICE, THREADS, TORCH, STACKED = "mpo.device", "mpo.threads", "mpo.torch", "mpo.stacked"
 PROGRAM = "mpo.program"
 RAN_ON = (DEVICE, THREADS, TORCH, STACKED, PROGRAM)
@@ -170,10 +170,10 @@ PARAMS = (
     Field("family_label", "param", str, "name of the family in figures and tables"),
     Field("start", "param", str, "scratch, or the arm whose trained model the trial began from"),
     Field("chi", "param", int, "bond-dimension cap χ"),
-    Field("as_chi", "param", int, "χ of the MPO that the layers of a control are no larger than"),
-    Field("n_sites", "param", int, "number of sites L asked for"),
+    Field("as_chi", "param", int, "χ of the MPO whose layers limit the size of a control's layers"),
+    Field("n_sites", "param", int, "requested number of sites L"),
     Field("factorisation", "param", str, "how sizes split over sites"),
-    Field("sites", "param", str, "numbers of sites the compressed layers really have"),
+    Field("sites", "param", str, "actual numbers of sites of the compressed layers"),
     Field("largest_bond", "param", int, "largest bond of any layer, after clipping"),
     Field("init", "param", str, "init mode"),
     Field("refinement", "param", str, "how trained weights became factors"),
@@ -181,7 +181,7 @@ PARAMS = (
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
     Field("forward", "param", str, "how an MPO layer is applied: reconstruct, chain"),
     Field("learning_rate", "param", float, "peak learning rate"),
-    Field("embedding_learning_rate", "param", float, "peak learning rate of the embeddings, where it is their own"),
+    Field("embedding_learning_rate", "param", float, "peak learning rate of the embeddings, if they have their own"),
     Field("steps", "param", int, "optimiser steps"),
     Field("warmup_steps", "param", int, "warm-up steps"),
     Field("batch_size", "param", int, "sequences per step"),
@@ -193,8 +193,8 @@ PARAMS = (
     Field("n_layers", "param", int, "transformer layers"),
     Field("d_ff", "param", int, "feed-forward dimension"),
     Field("weight_decay", "param", float, "weight decay"),
-    Field("tuning_trials", "param", int, "trials among which init, learning rate and the like are chosen; 1: none is"),
-    Field("tuned_among", "param", int, "of these, per trial of this study, those of the study that chose its values"),
+    Field("tuning_trials", "param", int, "number of trials among which init, rates and decay are chosen; 1: no choice"),
+    Field("tuned_among", "param", int, "the part of tuning_trials in an earlier study, per trial of this study"),
     Field("budget_hash", "param", str, "hash of corpus, evaluation, tokens, schedule, tuning trials, precision"),
     Field("corpus_sha256", "param", str, "SHA-256 of the corpus"),
 )
@@ -206,15 +206,15 @@ METRICS = (
     Metric("val_acc", float, "validation token accuracy, full validation split", ALL, "fraction", "maximize", 0.005),
     Metric("val_loss_sampled", float, "validation loss, random batches as in the paper", LAST, "nats", "minimize"),
     Metric("val_acc_sampled", float, "validation accuracy, batches as in the paper", LAST, "fraction", "maximize"),
-    Metric("train_loss", float, "training loss, mean since the evaluation before", LAST, "nats", "minimize"),
+    Metric("train_loss", float, "training loss, mean since the last evaluation", LAST, "nats", "minimize"),
     Metric("learning_rate", float, "learning rate", ("curve",)),
     Metric("tokens", int, "training tokens so far", ("curve",), "tokens"),
     Metric("best/step", int, "step of the lowest validation loss", ("once",), "steps"),
     Metric("train_seconds", float, "wall time of training, a seed's share of its block's", ("once",), "s", "minimize"),
     Metric("train_tokens", int, "tokens this run trained on", ("once",), "tokens"),
-    Metric("total_tokens", int, "tokens trained on, the start's included", ("once",), "tokens"),
+    Metric("total_tokens", int, "tokens trained on, including the start's", ("once",), "tokens"),
     Metric("n_params", int, "trainable parameters", ("count",), "parameters", "minimize"),
-    Metric("n_params_compressed", int, "parameters of the compressed matrices alone", ("count",), "", "minimize"),
+    Metric("n_params_compressed", int, "parameters of the compressed matrices only", ("count",), "", "minimize"),
     Metric("n_params_dense", int, "parameters of the study's dense reference model", ("count",)),
 )
 

@@ -1,1 +1,1 @@
-"""What is claimed about speed, measured: `python -m benchmarks`."""
+"""Measures the claims about speed: `python -m benchmarks`."""

@@ -1,8 +1,8 @@
 """Run every benchmark, print one table, and write docs/performance.json and .md: `make bench`.
 
-    python -m benchmarks [NAME ...]    (all, or those named, whose old figures in the JSON are then replaced)
+    python -m benchmarks [NAME ...]    (default: all; the figures of the others stay in the JSON)
 
-The JSON is written after each of them, so that one that fails costs no other its figures.
+The JSON is written after each benchmark. So a benchmark that fails does not lose the figures of another.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from benchmarks import report
 from benchmarks.measurement import THREADS, machine, print_table
 
 NAMES = ("training_step", "layers", "large_layer", "growth", "decompositions", "decoding", "engine", "analysis", "gpu")
-"""Modules with `rows() -> list[Row]`; a docstring that says what is measured; and maybe `LIMITS`, from a section's name
-to why a target is missed there."""
+"""Modules with `rows() -> list[Row]`, a docstring that says what is measured, and possibly `LIMITS`: by a section's
+name, the reason why a target is missed there."""
 ON_GPU = ("gpu",)
 
 
@@ -33,11 +33,11 @@ def main() -> None:
     asked = parser.parse_args().names or NAMES
     unknown = sorted(set(asked) - set(NAMES))
     if unknown:
-        parser.error(f"there is no {', '.join(unknown)}, only {', '.join(NAMES)}")
+        parser.error(f"there is no benchmark {', '.join(unknown)}; choose among {', '.join(NAMES)}")
     console = Console()
     names = [name for name in asked if name not in ON_GPU or torch.cuda.is_available()]
     if len(names) < len(asked):
-        console.print(f"left out: {', '.join(ON_GPU)}, since PyTorch finds no CUDA device")
+        console.print(f"left out: {', '.join(ON_GPU)}, because PyTorch finds no CUDA device")
     if not names:
         return
     failed, rows = [], []
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def write(path: Path, name: str, entry: dict) -> None:
-    """Put the entry of one benchmark beside those of the others, in their order."""
+    """Add or replace the entry of one benchmark; the entries keep the order of `NAMES`."""
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     entries[name] = entry
     in_order = {known: entries[known] for known in NAMES if known in entries}

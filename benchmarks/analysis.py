@@ -1,10 +1,11 @@
-"""What a report of 10,000 runs costs: reading them from MLflow, statistics and frontier, and each part of the latter.
+"""Cost of a report on 10,000 runs: reading them from MLflow, statistics and frontier, and each part of the frontier.
 
-Statistics and frontier are `Findings.of`, all that report and command compute before they draw
-or print: means and intervals, every comparison with the dense model and with controls of equal parameters (declared
-in the study file or not), support, band, hypervolume and size needed of both frontiers, and the sentences. The study is
-made up: a dense model, and as many MPOs from scratch as controls, of low rank and narrower dense ones, with losses that
-fall with the logarithm of the parameters.
+"Statistics and frontier" is `Findings.of`: all that the report and the command compute before they draw or print. These
+are means and intervals, all comparisons with the dense model and with controls of equal parameters (declared or not),
+and the sentences. They are also support, band, hypervolume and size needed of both frontiers.
+
+The study is invented. It has a dense model, MPOs from scratch, and as many controls: low rank and narrower dense
+models. Losses fall with the logarithm of the parameters.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ def rows() -> list[Row]:
 
 
 def findings() -> list[Row]:
-    """Of the whole study, against the limit and against one of a quarter of its trials, in turns first."""
+    """The whole study, against the limit and against a study with a quarter of its trials. Each is first in turn."""
     sizes = (N_TRIALS // 4, N_TRIALS)
     studies = {size: study_of(size) for size in sizes}
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     for number in range(TIMES):
-        for size in sizes[:: 1 if number % 2 else -1]:  # the very first is the large one: what it pays once counts
+        for size in sizes[:: 1 if number % 2 else -1]:  # large first: costs paid only once count
             begun = time.perf_counter()
             found = Findings.of(studies[size])
             seconds[size].append(time.perf_counter() - begun)
@@ -59,7 +60,7 @@ def findings() -> list[Row]:
 
 
 def study_of(n_trials: int, n_seeds: int = N_SEEDS) -> StudyRuns:
-    """A finished study with a dense reference, MPOs, controls, and what its file declared."""
+    """A finished study with a dense reference, MPOs, controls, and declared contrasts."""
     rng = np.random.default_rng(0)
     families = ["dense", *np.resize(["mpo", "low_rank", "mpo", "dense"], n_trials - 1)]
     sizes = [N_PARAMS_DENSE, *np.sort((10 ** rng.uniform(4.3, 5.8, n_trials - 1)).astype(int))]
@@ -89,7 +90,7 @@ def study_of(n_trials: int, n_seeds: int = N_SEEDS) -> StudyRuns:
 
 
 def params_of(trial: int, family: str) -> dict[str, str]:
-    """All that every run must have, and an arm for each family; a narrower dense model has an arm of its own."""
+    """The params that every run must have. Each family has an arm, and so have the narrower dense models."""
     arm = "narrow" if family == "dense" and trial else family
     width = 128 if arm != "narrow" else 8 + trial % 120
     values = {field.key: {int: "2", float: "0.1", str: "text"}[field.dtype] for field in schema.PARAMS}

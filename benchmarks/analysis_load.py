@@ -1,7 +1,7 @@
-"""How long does it take to read a study of 10,000 runs from MLflow, at first and again?
+"""Time to read a study of 10,000 runs from MLflow, the first time and from the cache.
 
-The study is made in a real SQLite database of MLflow's, by inserting rows into its tables as its store does: through
-`log_batch` it would take many minutes. Each reading is checked against what was written.
+The study is a real SQLite database of MLflow. Its rows are inserted into the tables as MLflow's store does, because
+`log_batch` would take many minutes. Each reading is checked against what was written.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ FIRST_LIMIT, AGAIN_LIMIT = 20.0, 1.0
 """Seconds for params and final metrics."""
 FINALS, CURVES = "params and final metrics", "curves"
 SMALLER = 4
-"""How many times fewer runs the smaller study has."""
+"""The larger study has this many times the runs of the smaller one."""
 STUDY = "large"
 N_EVALUATIONS = 20
 N_CURVES = 40
-"""Trials whose learning curves are asked for: about as many as a figure can show."""
+"""Trials whose learning curves are read: about as many as a figure can show."""
 BEGUN = 1_790_000_000_000
 ROWS_AT_ONCE = 50_000
 LATEST = models.SqlLatestMetric
 
 
 def rows(n_trials: int = 2_000, n_seeds: int = 5, times: int = 3) -> list[Row]:
-    """Params and final metrics, and some curves, the first time and from the cache, of this study and a smaller one.
+    """Reading params, final metrics and some curves of this study and a smaller one, the first time and from the cache.
 
     Raises:
         RuntimeError: what was read is not what was written.
@@ -81,16 +81,16 @@ def check(runs: StudyRuns, curves: pd.DataFrame, finals: np.ndarray) -> None:
     if not np.array_equal(runs.seeds["final/val_loss"].to_numpy(), finals.ravel()):
         raise RuntimeError("what was read is not what was written")
     if len(curves) != N_CURVES * finals.shape[1] * N_EVALUATIONS:
-        raise RuntimeError("there are learning curves missing")
+        raise RuntimeError("some learning curves are missing")
 
 
 def write_study(uri: str, n_trials: int, n_seeds: int) -> np.ndarray:
-    """A finished study as the tracker would leave it; the final losses, (n_trials, n_seeds)."""
+    """Write a finished study as the tracker leaves it, and return its final losses, (n_trials, n_seeds)."""
     store = SqlAlchemyStore(uri, "mlartifacts")
     experiment_id = int(store.create_experiment(STUDY))
     finals = np.random.default_rng(0).normal(1.7, 0.1, (n_trials, n_seeds))
     study_uuid = uuid.uuid4().hex
-    # The others refer to runs, which come first therefore.
+    # The other tables refer to runs, so runs come first.
     tables = {table: [] for table in (models.SqlRun, models.SqlTag, models.SqlParam, models.SqlMetric, LATEST)}
 
     def flush() -> None:
@@ -161,7 +161,7 @@ def rows_of(study_uuid: str, experiment_id: int, finals: np.ndarray) -> Iterator
 
 
 def params_of(trial: int) -> dict[str, str]:
-    """Params of an MPO, of the types of the schema."""
+    """Params of an MPO, with the schema's types."""
     absent = ("seed", "as_chi", "refinement")
     values = {field.key: {int: "2", float: "0.0003", str: "text"}[field.dtype] for field in schema.PARAMS}
     values |= {"trial": str(trial), "arm": "mpo", "family": "mpo", "family_label": "MPO", "start": "scratch"}
@@ -176,7 +176,7 @@ def metric_of(run_id: str, key: str, values: Any, is_curve: bool) -> Iterator[tu
             "key": key, "value": float(value), "timestamp": BEGUN, "step": 100 * number, "is_nan": False,
             "run_uuid": run_id,
         }  # fmt: skip
-        if not is_curve or key in ("val_loss", "tokens"):  # no reader asks for the history of others here
+        if not is_curve or key in ("val_loss", "tokens"):  # only the history of curves is read here
             yield models.SqlMetric, row
     yield LATEST, row
 

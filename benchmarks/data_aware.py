@@ -1,10 +1,10 @@
-"""A PicoGPT trained on the spot and compressed without fine-tuning: plain, whitened and ALS chains against low rank.
+"""A PicoGPT is trained, then compressed without fine-tuning: plain, whitened and ALS chains against low rank.
 
     python -m benchmarks.data_aware [steps]    (writes its table into docs/mpo_core.md)
 
-The model has the paper's widths; by default it is trained for 800 steps of 16 × 64 tokens, a minute or two. At every χ
-each layer of the other methods gets at most as many parameters as the chain of that χ has. Calibration takes windows of
-the training split; the loss is that of the validation split.
+The model has the paper's widths. Default: 800 steps of 16 × 64 tokens, a minute or two. At every χ each layer of the
+other methods has at most as many parameters as the chain of that χ. Calibration uses windows of the training split; the
+loss is that of the validation split.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
         for chi in CHIS:
             size = {"chi": chi, "allow_growth": True}
             _, shape = compress(model, **size, factorisation=factorisation)
-            # Low rank needs at least rank 1, which the smallest chains of three sites undercut.
+            # The smallest chains of three sites have fewer parameters than low rank with rank 1.
             budget = {row.name: row.n_params_after for row in shape.rows}
             smallest = {name: sum(model.get_parameter(f"{name}.weight").shape) for name in budget}
             ways = [

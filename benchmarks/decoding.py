@@ -1,8 +1,8 @@
-"""Decoding with PicoGPT, token by token: MPO against dense, cached keys and values against none, and how both grow.
+"""Decoding with PicoGPT, token by token: MPO against dense, cached keys and values against none, and growth of both.
 
-Every call is `mpo_core.generate` from one token on, greedily, which needs no random numbers; so the first pass, the
-choice of each token and the forming of W are in all figures. The paper's model, float32, weights as drawn: what a
-matrix product costs does not depend on what is in it.
+Every call is `mpo_core.generate`, greedily, from one token on. So all figures include the first pass, the choice of
+each token and the forming of W. The model is the paper's, in float32, with untrained weights: the cost of a matrix
+product does not depend on its values.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from mpo_core.models import generation
 SECTION = "decoding"
 CHI = 8
 N_NEW = 255
-"""From one token up to a full context of 256."""
+"""New tokens, after one, that fill the context of 256."""
 BATCHES = (1, 16)
 
 LIMITS = {
-    SECTION: "Once W is formed, an MPO layer does what a dense one does; forming it, once for all tokens, is what it "
-    "takes more. The fewer tokens, the larger that share."
+    SECTION: "Once W is formed, an MPO layer computes what a dense one does. Forming W, once for all tokens, is extra. "
+    "With fewer tokens its share is larger."
 }
 
 
 def rows() -> list[Row]:
-    """MPO against dense is the one with a target: no slower."""
+    """Only MPO against dense has a target: not slower."""
     dense, twin = model_of(None), model_of(None)
     mpo = model_of(CHI)
     found = []
@@ -54,7 +54,7 @@ def rows() -> list[Row]:
 
 
 def growth(dense: PicoGPT) -> list[Row]:
-    """Twice the tokens: as the exponent of the tokens that the ratio stands for."""
+    """Twice the tokens; the note has the exponent of the tokens that corresponds to the ratio."""
     found = []
     for n_new in (64, 128):
         for use_cache in (True, False):
@@ -85,7 +85,7 @@ def decoding(model: PicoGPT, batch: int = 1, n_new: int = N_NEW, use_cache: bool
 
 
 def unheld(model: PicoGPT) -> Callable[[], object]:
-    """Decoding in which each MPO layer does at every token what its forward mode says."""
+    """Decoding in which W is not held: each MPO layer applies its forward mode at every token."""
     call = decoding(model)
 
     def run() -> None:

@@ -1,10 +1,10 @@
-"""TT-SVD of a 4096 × 4096 matrix at χ = 64 against tensorly's, in float32, as one calls either.
+"""TT-SVD of a 4096 × 4096 matrix at χ = 64 against tensorly's, in float32, each as a user calls it.
 
-Two matrices: independent normal entries, whose singular values hardly fall, and one whose k-th singular value over the
-first bond falls about as 1 / k. tensorly's default is a full SVD of each unfolding, ours a subspace iteration or the
-eigenvectors of a Gram matrix (`leading_subspace.py`); tensorly's two other ways are measured beside it. A row
-with a target counts as met only where our relative error ‖W − Ŵ‖ / ‖W‖ is at most 1.001 times the rival's: both errors
-are in the note.
+There are two matrices. One has independent normal entries: its singular values hardly fall. In the other, the k-th
+singular value over the first bond falls about as 1 / k. tensorly's default is a full SVD of each unfolding. Ours is a
+subspace iteration or the eigenvectors of a Gram matrix (`leading_subspace.py`). tensorly's two other methods are
+measured too. A target is met only if our relative error ‖W − Ŵ‖ / ‖W‖ is at most 1.001 times the rival's; the note has
+both errors.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PAIRS = 3
 EQUAL = 1.001
 
 LIMITS = {
-    SECTION: "The flatter the singular values, the more iterations the leading ones take: the stopping rule takes none "
-    "on trust."
+    SECTION: "The more slowly the singular values fall, the more iterations the leading ones need: the stopping rule "
+    "checks each of them."
 }
 
 

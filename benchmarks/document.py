@@ -1,4 +1,4 @@
-"""Tables of measured numbers, put where a document has their name: no figure there is typed."""
+"""Puts tables of measured numbers into documents, at the places with their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def put_table(document: str, name: str, caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Replace what stands at the place `name` (see `analysis.report.places`) by a table and its caption.
+    """Replace the text at the place `name` (see `analysis.report.places`) by a table and its caption.
 
     Args:
         document: path from the project's root.

@@ -1,18 +1,20 @@
-"""What the engine takes beside training: units that do nothing, and the quick study against a bare loop.
+"""Cost of the engine beside training: units that do nothing, and the quick study against a bare loop.
 
     python -m benchmarks.engine [--pairs 3] [--override protocol.steps=100 ...]
     python -m benchmarks.engine --results 500 50000    (the driver alone, once a study has that many results)
 
-Both run a whole study as `mpo-study run` does, with Ray, ledger and MLflow in the study's folder, two units at once.
+Both parts run a whole study as `mpo-study run` does: with Ray, ledger and MLflow in the study's folder, two units at
+once.
 
-The units that do nothing report all that a unit of the quick study does, but train nothing. Their time runs from the
-call, all modules imported, so that Ray's start is in it, to the last write of the ledger, and to the end of the call,
-when MLflow has all.
+The units that do nothing report as much as a unit of the quick study, but train nothing. All modules are imported
+before their time begins, with the call; Ray's start is included. One time ends with the last write of the ledger, the
+other with the call, when MLflow has everything.
 
-The bare loop trains what the quick study trained, in the same order, in two processes of a pool, and does nothing else:
-no ledger, no Ray, no MLflow, no file. Its losses must be the study's to the last bit. Starting up is left out of both:
-the pool's processes are up before its time begins, and the study's begins with its first training. It ends with the
-last write of the ledger: what MLflow's writer and Ray take after that is in the figures of the units that do nothing.
+The bare loop trains what the quick study trained, in the same order, in two processes of a pool. It does nothing else:
+no ledger, no Ray, no MLflow, no file. Its losses must equal the study's to the last bit. Start-up is left out of both.
+The pool's processes are up before the loop's time begins; the study's time begins with its first training. The study's
+time ends with the last write of the ledger. What MLflow's writer and Ray do after that is in the figures of the units
+that do nothing.
 """
 
 from __future__ import annotations
@@ -63,16 +65,16 @@ QUICK = Path(study.__file__).parent / "configs" / "quick.yaml"
 PROCESSES = 2
 N_SEEDS = 5
 N_UNITS = (50, 200)
-"""The limits are for the last; the first shows how much of it is starting up."""
+"""The limits hold for the larger number; the smaller one shows the share of start-up."""
 LEDGER_LIMIT, MLFLOW_LIMIT = 0.150, 0.250
-"""Seconds for each unit."""
+"""Seconds per unit."""
 QUICK_LIMIT = 1.05
 START_UP = 300.0
-"""Seconds after which processes that have not come up are given up."""
+"""Seconds that processes have to come up."""
 
 
 def rows(pairs: int = 3, overrides: Sequence[str] = ()) -> list[Row]:
-    """All parts; `overrides` of the quick study's file, for a shorter one."""
+    """All parts; `overrides` change the quick study's file, for a shorter study."""
     return [*units_that_do_nothing(), *driver_alone(), quick_study(pairs, overrides)]
 
 
@@ -132,8 +134,8 @@ def study_of(n_units: int) -> StudyConfig:
 
 
 def nothing(config: dict[str, str], driver: dict[str, str], storage: str) -> None:
-    """In place of `study.scheduler.worker.work`: all that a worker reports of a unit, and no training."""
-    import ray  # not before `run_study` has set what it reads then
+    """Replaces `study.scheduler.worker.work`: reports as much as a worker does for a unit, without training."""
+    import ray  # only after `run_study` has set the environment that Ray reads at import
     from ray import tune
 
     unit = Unit.model_validate_json(json.dumps(json.loads(config["unit"]) | {"storage": storage}))
@@ -162,7 +164,7 @@ GROWTH_LIMIT = 1.5
 
 
 def driver_alone(sizes: Sequence[int] = N_RESULTS) -> list[Row]:
-    """What ledger, queue and progress take for a unit, without Ray and MLflow, once a study has that many results."""
+    """Time of ledger, queue and progress per unit, without Ray and MLflow, when a study has that many results."""
     config, corpus = study_of(sizes[-1] + N_MEASURED * N_SEEDS), load_corpus()
     measured: dict[int, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +204,7 @@ def seconds_of_unit(queue: Queue) -> float:
 
 
 def quick_study(pairs: int, overrides: Sequence[str] = ()) -> Row:
-    """The study and the bare loop in turns first."""
+    """The study and the bare loop; each is timed first in turn."""
     config = load_config(QUICK, [*overrides, f"execution.max_units={PROCESSES}"])
     corpus = load_corpus()
     of_study, of_loop = [], []
@@ -240,7 +242,7 @@ def bare_loop(config: StudyConfig, corpus: Corpus, trained: Snapshot) -> float:
     context = multiprocessing.get_context("spawn")
     up = context.Barrier(PROCESSES + 1)
     with ProcessPoolExecutor(PROCESSES, context, _begin, (corpus.sha256, corpus.validation_fraction, up)) as pool:
-        for _ in range(PROCESSES):  # each brings a process up
+        for _ in range(PROCESSES):  # each call starts a process
             pool.submit(int)
         up.wait(START_UP)
         begun = time.perf_counter()
@@ -249,7 +251,7 @@ def bare_loop(config: StudyConfig, corpus: Corpus, trained: Snapshot) -> float:
             for number, seed in keys
             if specs[number].start is None
         }
-        # Starts come first, so that others are still to be trained when these wait for them.
+        # Starts come first, so that other trainings remain while fine-tuned ones wait for their starts.
         weights: dict[tuple[str | None, int], dict[str, np.ndarray]] = {
             (specs[number].arm, seed): futures[number, seed].result()[1]
             for number, seed in futures
@@ -294,7 +296,7 @@ def train(
 
 
 def run_whole(config: StudyConfig, folder: str, n_units: int | None = None) -> Snapshot:
-    """Run a study in an empty folder; what its ledger has then.
+    """Run a study in an empty folder, and return the content of its ledger.
 
     Raises:
         RuntimeError: something failed or is missing.
@@ -302,13 +304,13 @@ def run_whole(config: StudyConfig, folder: str, n_units: int | None = None) -> S
     directory = StudyDirectory(folder)
     outcome = run_study(config, directory, Console(file=io.StringIO()))
     if outcome.n_failed or outcome.n_missing or outcome.tracking_trouble or n_units not in (None, outcome.n_complete):
-        raise RuntimeError(f"a study for a benchmark went wrong: {outcome}")
+        raise RuntimeError(f"a benchmark's study has failed or missing runs: {outcome}")
     return read_ledger(directory.ledger_url, config.name)
 
 
 @contextmanager
 def ledger_writes(clock: Callable[[], float] = time.perf_counter) -> Iterator[list[float]]:
-    """When each write of results in it was done."""
+    """The times at which writes of results end inside the block."""
     record, times = Ledger.record, []
 
     def noted(ledger: Ledger, *results: SeedResult) -> list[Trial]:
@@ -322,8 +324,8 @@ def ledger_writes(clock: Callable[[], float] = time.perf_counter) -> Iterator[li
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=3, help="of the quick study and the bare loop")
-    parser.add_argument("--override", nargs="*", default=[], help="of the quick study's file")
+    parser.add_argument("--pairs", type=int, default=3, help="number of pairs of the quick study and the bare loop")
+    parser.add_argument("--override", nargs="*", default=[], help="changes of the quick study's file")
     parser.add_argument(
         "--results", nargs="*", type=int, help="numbers of results at which the driver alone is measured"
     )

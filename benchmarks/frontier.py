@@ -1,7 +1,7 @@
 """The frontier's support and hypervolume, against moocore draw by draw.
 
-Both ways get the same draws and pay for drawing them, and must agree. What moocore does not have is timed against our
-own support, so that its cost can be seen beside it.
+Both get the same draws, include the time for drawing them, and must agree. What moocore does not have is timed against
+our own support.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MAXIMISE = [False, True]
 
 
 def rows(n_configurations: int = 2_000, n_seeds: int = 5, n_draws: int = 10_000) -> list[Row]:
-    """Each part of the frontier's uncertainty that moocore has too, and the two that it has not.
+    """The two parts of the frontier's uncertainty that moocore has too, and the two that it does not have.
 
     Raises:
-        AssertionError: moocore and we do not agree.
+        AssertionError: moocore's result differs from ours.
     """
     rng = np.random.default_rng(0)
     # Ascending and mostly distinct, some tied, as counts of parameters are.

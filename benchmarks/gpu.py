@@ -1,11 +1,11 @@
-"""What a GPU makes of the studies: seeds stacked, steps captured, number formats, large layers, and the `paper` study.
+"""Studies on a GPU: stacked seeds, captured steps, number formats, large layers, and the time of the `paper` study.
 
-Runs where PyTorch finds a CUDA device, with neither Ray, MLflow nor Optuna: `python -m benchmarks gpu`. Every timing
-ends with the device's work. Steps are of the paper's model and batch, on a text of random characters as long as Tiny
-Shakespeare, stacked or alone, and captured as CUDA graphs unless it says otherwise. Where two ways train the same
-seeds, the losses of the first steps must agree. Layers are in bfloat16, weights included, without a graph. The `paper`
-study is counted, not run: for each trial its steps and its evaluations times what one of them takes here; start-up,
-checkpoints and relative errors are left out.
+It runs if PyTorch finds a CUDA device, and needs no Ray, MLflow or Optuna: `python -m benchmarks gpu`. Every timing
+ends when the device has finished. Steps are those of the paper's model and batch, stacked or alone. They are captured
+as CUDA graphs unless the row says otherwise. The text has random characters and the length of Tiny Shakespeare. If two
+methods train the same seeds, the losses of the first steps must agree. Layers are in bfloat16, weights included,
+without a graph. The `paper` study is not run. Its time is the number of steps and evaluations of each trial, times the
+time of one of them here. Start-up, checkpoints and relative errors are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PAPER = "The whole paper study"
 
 N_SEEDS = 8
 CHARACTERS, VOCABULARY = 1_115_394, 65
-"""Of Tiny Shakespeare."""
+"""Numbers of Tiny Shakespeare."""
 PAPER_FILE = Path(__file__).parents[1] / "study/configs/paper.yaml"
 PAPER_ROUNDS = 5
 
@@ -84,7 +84,7 @@ def alone(spec: TrialSpec, n_seeds: int, corpus: Corpus, device: torch.device, *
 
 
 def steps_of(trainings: Iterable[Training | StackedTraining], spec: TrialSpec, device: torch.device) -> Call:
-    """One step of each, to the end of the device's work; whatever a first step does beside is done."""
+    """One step of each, until the device has finished; the extra work of a first step is done before."""
     trainings = list(trainings)
 
     def steps() -> None:
@@ -104,16 +104,16 @@ def wait(device: torch.device) -> None:
 
 
 def losses_of(training: Training | StackedTraining) -> list[float]:
-    """Each seed's mean training loss since the last look."""
+    """Each seed's mean training loss since the last call."""
     trainings = [training] if isinstance(training, Training) else training._trainings.values()
     return [each.row((0.0, 0.0), (0.0, 0.0))["train_loss"] for each in trainings]
 
 
 def check(ours: Sequence[float], theirs: Sequence[float], tolerance: float = 1e-3) -> None:
-    """Raise where losses of the same seeds differ by more than rounding."""
+    """Raise an error if losses of the same seeds differ by more than rounding."""
     for seed, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if not abs(a - b) <= tolerance:
-            raise ValueError(f"seed {seed}: the two ways train differently: losses of {a:.6g} and {b:.6g}")
+            raise ValueError(f"seed {seed}: the two methods train differently: losses {a:.6g} and {b:.6g}")
 
 
 def stacked(name: str, spec: TrialSpec, corpus: Corpus, device: torch.device, n_seeds: int = N_SEEDS) -> Row:
@@ -185,10 +185,10 @@ def layer(width: int, n_tokens: int, chi: int, device: torch.device) -> Row:
 
 
 def paper(study: dict[str, Any], corpus: Corpus, device: torch.device, rounds: int = PAPER_ROUNDS) -> Row:
-    """Seconds of all its trials: seeds stacked and captured, against one after another and eager.
+    """Seconds of all its trials: seeds stacked and captured, against seeds one after another and eager.
 
     Args:
-        study: the content of the study file, whose arms are a dense and an MPO one of several χ.
+        study: the content of the study file; its arms are a dense one and an MPO one with several χ.
     """
     model, protocol = Model(**study["model"]), Protocol(**study["protocol"])
     n_seeds, [_, arm] = study["seeds"], study["arms"]
@@ -199,7 +199,7 @@ def paper(study: dict[str, Any], corpus: Corpus, device: torch.device, rounds: i
         spec = spec_of(family, model, protocol)
         stack = stack_of(spec, n_seeds, corpus, device)
         [single] = alone(spec, 1, corpus, device, capture=False)
-        # An untrained model is evaluated: it is so only at steps that are to be evaluated, of which 0 is one.
+        # The model is evaluated untrained, at step 0, because it is evaluated only at planned steps.
         evaluations = [
             [seconds_of(call) for _ in range(rounds + 1)][1:]
             for call in (lambda stack=stack: stack._evaluate(lambda seed, row: None), single._evaluation)

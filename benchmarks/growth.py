@@ -1,7 +1,7 @@
-"""How time grows with tokens, width, χ and the number of sites L, for both modes that hold no W between two calls.
+"""Growth of time with tokens, width, χ and the number of sites L, for both modes that hold no W between two calls.
 
-One of the sizes varies, the others stay: 256 tokens, 4096 × 4096, χ = 8, L = 2, balanced sites, in float32, forward and
-backward with the gradients of the input and of all cores. The rival is the dense layer of that width.
+One size varies. The others are 256 tokens, 4096 × 4096, χ = 8, L = 2 and balanced sites. All is in float32: forward and
+backward, with the gradients of the input and of all cores. The rival is the dense layer of that width.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """One large layer, 4096 × 4096 with two sites of 64, applied by the chain, against the dense layer in float32.
 
 Forward and backward include the gradients of the input and of the weight or the cores. For one token the dense layer
-has its weight ready. Memory is what inference adds to a process of its own, weights included: the peak of its resident
-memory over what it was before the layer was made, after small layers of both kinds have warmed it up.
+has its weight ready. Memory is what inference adds to a process of its own, weights included. It is the peak of
+resident memory minus the memory before the layer was made. Small layers of both kinds have warmed up the process
+before.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ FORWARD = "4096 × 4096, chain against dense: forward"
 MEMORY = "4096 × 4096, peak memory of inference, chain against dense"
 
 LIMITS = {
-    MEMORY: "What is left for 256 tokens are x and y themselves, 4 MiB each, of which the dense layer has as much: the "
-    "chain's state is bounded, as tokens are contracted a few at a time."
+    MEMORY: "For 256 tokens x and y take 4 MiB each, and the dense layer has them too. The chain's state is bounded, "
+    "because a few tokens are contracted at a time."
 }
 
 
@@ -81,7 +82,7 @@ def memory() -> list[Row]:
         peaks: dict[str, list[float]] = {"chain": [], "dense": []}
         for pair in range(MEMORY_PAIRS):
             for kind in ("chain", "dense") if pair % 2 else ("dense", "chain"):
-                # Memory that one inference gave back, the next would use again: each has a process of its own.
+                # Each inference has a process of its own: it would use memory that an earlier one gave back.
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                     peaks[kind].append(pool.submit(peak_bytes, kind, n_tokens).result())
         found.append(
@@ -105,7 +106,7 @@ def peak_bytes(kind: str, n_tokens: int) -> float:
     small = chain_layer(4, 64, (8, 8))
     linear(small(torch.zeros(4, 64)), torch.zeros(64, 64))
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     x = torch.zeros(n_tokens, WIDTH).fill_(1.0)
     if kind == "chain":
         chain_layer(16)(x)
@@ -115,7 +116,7 @@ def peak_bytes(kind: str, n_tokens: int) -> float:
 
 
 def _status(name: str) -> int:
-    """Bytes, as Linux tells them of this process."""
+    """Bytes that Linux reports for this process."""
     text = Path("/proc/self/status").read_text(encoding="utf-8")
     found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
     assert found is not None

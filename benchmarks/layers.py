@@ -1,11 +1,11 @@
 """MPOLinear against tensorly-torch on the same cores, and its mode `auto` against the best of our own modes.
 
-Square layers with two balanced sites in float32, over width, tokens and χ, in three uses: a forward that keeps nothing,
-a forward in evaluation, where ours may keep W, and forward and backward with the gradients of the input and all cores.
-The rival is the faster of tensorly-torch's two implementations in that cell ("factorized" is one einsum,
-"reconstructed" forms W); values and gradients of both must agree. The target is 1.03 times its time where dense matrix
-products are 80 % of that or more, and its time otherwise. "factorized" is left out where it would need more than
-MOST_BYTES for its states between the sites.
+Layers are square, in float32, with two balanced sites. Width, tokens and χ vary. There are three uses: a forward that
+keeps nothing; a forward in evaluation, where ours may keep W; and forward and backward. Gradients are those of the
+input and all cores. The rival is the faster of tensorly-torch's two implementations in each cell: "factorized" is one
+einsum, "reconstructed" forms W. Values and gradients of both must agree. The target is the rival's time, or 1.03 times
+that if at least 80 % of it is dense matrix products. "factorized" is left out if its states between the sites would
+need more than MOST_BYTES (4 GiB).
 """
 
 from __future__ import annotations
@@ -35,19 +35,17 @@ MOST_BYTES = 4 * 2**30
 DENSE_SHARE = 0.8
 
 CHANGING = (
-    "the speed of a chain of many tokens changes, from one pairing to the next as well, with what else uses the "
-    "machine's caches."
+    "the speed of a chain of many tokens depends on other use of the machine's caches, so it varies between pairs."
 )
 LIMITS = {
     **dict.fromkeys(
         (f"auto against our best mode: {use}" for use in USES),
-        "`auto` predicts times from rates that are measured once in a process; thin products and memory that has to be "
-        f"mapped first are predicted worst, and {CHANGING} For one token, deciding takes some microseconds itself.",
+        "`auto` predicts times from rates that are measured once in a process. Thin products, and memory that must be "
+        f"mapped first, are predicted worst. Also, {CHANGING} For one token, the choice itself takes microseconds.",
     ),
     **dict.fromkeys(
         (f"MPOLinear against tensorly-torch: {use}" for use in USES),
-        "Both form W and multiply by it, or `auto` takes the slower of two ways, or what is compared changes: "
-        f"{CHANGING}",
+        f"Both form W and multiply by it. Or `auto` takes the slower of two modes. Or {CHANGING}",
     ),
 }
 
@@ -116,7 +114,7 @@ def layer_of(width: int, chi: int, mode: str, use: str) -> MPOLinear:
 
 
 def peer_of(layer: MPOLinear, cores: Sequence[nn.Parameter], implementation: str) -> Callable[[Tensor], Tensor]:
-    """tensorly-torch's layer on cores that are given."""
+    """tensorly-torch's layer on given cores."""
     sizes = (layer.d_out, layer.d_in)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -127,7 +125,7 @@ def peer_of(layer: MPOLinear, cores: Sequence[nn.Parameter], implementation: str
 
 
 def check(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    """Raise where values or gradients differ by more than rounding in float32."""
+    """Raise an error if values or gradients differ by more than rounding in float32."""
     for a, b in zip(ours, theirs, strict=True):
         error, scale = float((a - b).norm()), float(b.norm())
         if error > 1e-4 * scale:

@@ -1,7 +1,7 @@
 """How every benchmark measures: two things alternately in one run, the ratio of each pair, and its spread.
 
-A figure is the median of the pairs' ratios; its spread is the range of their middle half. What else runs on the machine
-then slows both alike. A call shorter than a clock can tell is repeated within one timing.
+A figure is the median of the pairs' ratios; its spread is the range of their middle half. Other programs on the machine
+then slow both alike. A call that is too short for the clock is repeated within one timing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 
 PAIRS = 15
 MIN_PAIRS = 3
-"""Pairs that are timed however long they take, unless fewer are asked for."""
+"""Minimum number of pairs, however long they take, if the caller does not ask for fewer."""
 PATIENCE = 15.0
-"""Seconds after which no further pair is begun."""
+"""Seconds after which no further pair starts."""
 SHORTEST = 2e-3
-"""Seconds: a shorter call is repeated until a timing takes about so long."""
+"""Seconds: a shorter call is repeated until a timing takes about this long."""
 THREADS = 2
 
 PACKAGES = (
@@ -47,13 +47,13 @@ Call = Callable[[], Any]
 
 
 class Row(NamedTuple):
-    """One comparison. Where nothing is a rival, the rival is the limit itself."""
+    """One comparison. If there is no rival, the limit takes its place."""
 
     section: str
     what: str
     against: str
     seconds: float
-    """Median of ours; of another unit than seconds where `unit` says so."""
+    """Median of ours, in `unit`."""
     rival_seconds: float
     ratio: float
     """Median of the pairs' ratios, ours over the rival's."""
@@ -61,16 +61,16 @@ class Row(NamedTuple):
     high: float
     """The middle half of the pairs' ratios."""
     target: float | None
-    """The limit on the ratio; None: there is none."""
+    """The limit on the ratio; None if there is none."""
     is_met: bool | None
     note: str = ""
     unit: str = "s"
-    """Of `seconds` and `rival_seconds`: "s", "bytes" or "FLOP/s"."""
+    """Unit of `seconds` and `rival_seconds`: "s", "bytes" or "FLOP/s"."""
     n_pairs: int = PAIRS
     at_most: bool = True
-    """Whether the target is the most that the ratio may be, or the least."""
+    """Whether the target is the maximum of the ratio (or else its minimum)."""
     sizes: Mapping[str, int] | None = None
-    """What a table of many such rows is over, such as {"width": 128, "tokens": 1, "χ": 4}."""
+    """The place of the row in a table of many such rows, such as {"width": 128, "tokens": 1, "χ": 4}."""
 
 
 def paired(
@@ -86,11 +86,11 @@ def paired(
     note: str = "",
     sizes: Mapping[str, int] | None = None,
 ) -> Row:
-    """Time two calls alternately, in both orders, after one call of each; ratio = seconds / rival_seconds.
+    """Time two calls alternately, in both orders, after a warm-up call of each; ratio = seconds / rival_seconds.
 
     Args:
-        target, at_most: met when ratio <= target, or without `at_most` when ratio >= target.
-        pairs: fewer are timed, but at least MIN_PAIRS of them, when they take longer than PATIENCE.
+        target, at_most: the target is met if ratio <= target, or without `at_most` if ratio >= target.
+        pairs: number of pairs. After PATIENCE fewer are timed, but at least MIN_PAIRS.
     """
     calls = (run, rival)
     repeats = [repeats_of(call) for call in calls]
@@ -117,9 +117,9 @@ def rate(
     note: str = "",
     sizes: Mapping[str, int] | None = None,
 ) -> Row:
-    """The row of values already measured in pairs, in any unit; see `paired`. Of two the spread is their range."""
+    """The row of values that were measured in pairs, in any unit; see `paired`. The spread of two is their range."""
     ratios = [ours / theirs for ours, theirs in zip(values, rival_values, strict=True)]
-    # Quartiles of two would lie outside of them.
+    # The quartiles of two values would be outside their range.
     low, ratio, high = quantiles(ratios, n=4) if len(ratios) > 2 else (min(ratios), median(ratios), max(ratios))
     is_met = None if target is None else ratio <= target if at_most else ratio >= target
     medians = median(values), median(rival_values)
@@ -131,13 +131,13 @@ def rate(
 def within(
     section: str, what: str, values: Sequence[float], limit: float, *, unit: str = "s", note: str = "", **options: Any
 ) -> Row:
-    """The row of values that have a limit and no rival: met when their median is at most the limit."""
+    """The row of values with a limit and no rival: the target is met if their median is at most the limit."""
     limits = [limit] * len(values)
     return rate(section, what, values, "limit", limits, unit=unit, target=1.0, note=note, **options)
 
 
 def fastest(calls: Mapping[str, Call], rounds: int = 3) -> str:
-    """The name of the fastest call: the least of a few timings each, of one only where it is twice the least."""
+    """The name of the fastest call, by its minimum of a few timings; a call that takes twice as long is timed once."""
     repeats = {name: repeats_of(call) for name, call in calls.items()}
     least = {name: seconds_of(call, repeats[name]) for name, call in calls.items()}
     close = [name for name, seconds in least.items() if seconds < 2 * min(least.values())]
@@ -149,7 +149,7 @@ def fastest(calls: Mapping[str, Call], rounds: int = 3) -> str:
 
 
 def seconds_of(call: Call, repeats: int = 1) -> float:
-    """Mean seconds of one call, over calls in a row."""
+    """Mean seconds of one call, over `repeats` calls in a row."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -157,17 +157,17 @@ def seconds_of(call: Call, repeats: int = 1) -> float:
 
 
 def repeats_of(call: Call) -> int:
-    """How many calls make a timing; calls it once or twice, which warms it up."""
-    seconds = seconds_of(call)  # the first also chooses kernels and maps memory
+    """Number of calls in one timing. It calls once or twice, as a warm-up."""
+    seconds = seconds_of(call)  # the first call also chooses kernels and maps memory
     if seconds < 50 * SHORTEST:
         seconds = seconds_of(call)
     return max(1, math.ceil(SHORTEST / max(seconds, 1e-7)))
 
 
 def call_of(layer: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], dy: Tensor | None) -> Call:
-    """A forward without gradients; or, given dy, a forward and the gradients of x and the weights.
+    """A forward without gradients, or, with dy, a forward and the gradients of x and the weights.
 
-    It returns what it computed: y, or y and the gradients.
+    The call returns y, or y and the gradients.
     """
     if dy is None:
 
@@ -190,7 +190,7 @@ def call_of(layer: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tens
 
 
 def machine() -> dict[str, Any]:
-    """CPU, GPU if any, cores, threads of PyTorch, load of the last minute, and versions of what is installed."""
+    """CPU, GPU if any, cores, PyTorch's threads, load of the last minute, and versions of installed packages."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -210,7 +210,7 @@ def machine() -> dict[str, Any]:
 
 
 def run_alone(rows: Callable[[], list[Row]]) -> None:
-    """What `python -m benchmarks.NAME` does: measure, and print the table; nothing is written."""
+    """`python -m benchmarks.NAME`: measure, and print the table without writing a file."""
     torch.set_num_threads(THREADS)
     measured = rows()
     print_table(measured)
@@ -237,7 +237,7 @@ def cells_of(row: Row) -> list[str]:
 
 
 def quantity(value: float, unit: str) -> str:
-    """A value with three digits and a unit that suits its size."""
+    """A value with three digits, and a unit for its size."""
     scales = {
         "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
         "bytes": ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),

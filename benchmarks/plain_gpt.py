@@ -1,8 +1,8 @@
-"""PicoGPT as one would first write it in eager PyTorch: the rival of `benchmarks.training_step`.
+"""A first version of PicoGPT in eager PyTorch, as many would write it: the rival of `benchmarks.training_step`.
 
-Attention is a softmax of masked scores that are written out, every parameter is updated on its own, and a batch is
-gathered window by window in Python. Names and values of the parameters are `mpo_core.PicoGPT`'s, so that both
-train the same model on the same windows. Shapes: B sequences, T tokens, C = d_model, H heads, V vocabulary.
+Attention is an explicit softmax of masked scores. Every parameter is updated by itself. A batch is collected window by
+window in Python. Names and values of the parameters are those of `mpo_core.PicoGPT`, so that both train the same model
+on the same windows. Shapes: B sequences, T tokens, C = d_model, H heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """The model of a dense `PicoGPT`, whose values it takes."""
+    """A dense `PicoGPT` as a plain model with the same values."""
 
     positions: Tensor
 
@@ -83,14 +83,14 @@ class PlainGPT(nn.Module):
 
 
 class PlainTraining:
-    """Steps of a plain loop over the same windows, with the same schedule, as a dense `Training`'s."""
+    """Steps of a plain loop, with the windows and the schedule of a dense `Training`."""
 
     def __init__(self, like: Training) -> None:
         assert isinstance(like.model, PicoGPT)
         self.protocol, self.context = like.spec.protocol, like.spec.model.context
         self.model = PlainGPT(like.model)
         self.tokens, self.starts = like.corpus.train, like.training_windows._starts
-        # One parameter after the other: neither fused nor as lists.
+        # Parameters are updated one by one, neither fused nor in lists.
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), betas=self.protocol.betas, weight_decay=self.protocol.weight_decay, foreach=False
         )
@@ -114,5 +114,5 @@ class PlainTraining:
 
 
 def _linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    # On the meta device first, as its constructor draws from the global generator.
+    # On the meta device first, because the constructor draws from the global generator.
     return nn.Linear(in_features, out_features, bias=bias, device="meta").to_empty(device="cpu")

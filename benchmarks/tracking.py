@@ -2,10 +2,10 @@
 
     python -m benchmarks.tracking [steps] [rounds]    (writes results/tracking.json)
 
-As in a study on one machine there are as many units at once as cores, each in a process of its own, and the writer in
-the driver's: what it takes is taken from them. The same units are trained twice, back to back: once while the results
-of the units before them are written to SQLite, as a study does, and once with nothing to write, in turns first. Each is
-compared with itself, by its training time. How much a unit is slowed depends on how long it takes, so the writer's CPU
+As in a study on one machine, there is one unit per core, each in a process of its own. The writer is in the driver's
+process, so its CPU time is taken from the units. The same units are trained twice, back to back. Once the results of
+the units before them are written to SQLite, as a study does; once there is nothing to write. Each order comes in turn.
+A unit's training times are compared with each other. The slowdown depends on the length of a unit, so the writer's CPU
 time is measured too.
 """
 
@@ -68,10 +68,10 @@ def main() -> None:
     RESULTS.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     console = Console()
     console.print(
-        f"{len(ratios)} units of {figures['unit_seconds']:.2f} s: with tracking on they take {median(ratios):.3f} "
+        f"{len(ratios)} units of {figures['unit_seconds']:.2f} s: with tracking they take {median(ratios):.3f} "
         f"times as long (middle half {lower:.3f} to {upper:.3f}, mean {fmean(ratios):.3f})"
     )
-    console.print(f"the writer takes {cpu / len(ratios):.3f} s of CPU for a run; written to {RESULTS}")
+    console.print(f"the writer takes {cpu / len(ratios):.3f} s of CPU time per run; written to {RESULTS}")
 
 
 def config_of(steps: int, n_rounds: int) -> StudyConfig:
@@ -88,12 +88,12 @@ def config_of(steps: int, n_rounds: int) -> StudyConfig:
 
 
 def measure(queue: Queue, tracker: Tracker, n_rounds: int) -> tuple[dict[str, list[float]], float]:
-    """Training times, in seconds, of the same units with tracking on and off, and CPU time of what was written."""
+    """Training times, in seconds, of the same units with tracking on and off, and the writer's CPU time."""
     times: dict[str, list[float]] = {"on": [], "off": []}
     written, writer_cpu = [], 0.0
     background = BackgroundTracker(lambda sign: tracker, print)
     with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as pool:
-        for number in range(n_rounds + 1):  # the first one only to come up, and to have something to write
+        for number in range(n_rounds + 1):  # the first round starts the processes and makes results to write
             units = [unit for _ in range(CORES) if isinstance(unit := queue.next_unit(), Unit)]
             results: Sequence[SeedResult] = ()
             for mode in ("off", "on") if number % 2 else ("on", "off"):
@@ -115,13 +115,13 @@ def measure(queue: Queue, tracker: Tracker, n_rounds: int) -> tuple[dict[str, li
 
 
 def put(background: BackgroundTracker, ledger: Ledger, numbers: Sequence[int]) -> None:
-    """Ask for the runs of these trials to be brought up to date."""
+    """Queue these trials, so that their runs in MLflow are brought up to date."""
     for number in numbers:
         background.put(ledger.trials[number], ledger.on_record(ledger.trials[number]), 5)
 
 
 def train(unit: Unit) -> SeedResult:
-    """In a process of its own; without checkpoints, from which the second training would go on."""
+    """Train a unit in a process of its own, without checkpoints: the second training would continue from them."""
     [result] = run_unit(unit.model_copy(update={"checkpoint_seconds": 1e9}), lambda seed, row: None)
     return result
 

@@ -1,10 +1,10 @@
-"""One optimiser step of PicoGPT at the paper's sizes, 32 sequences of 256 tokens, in float32: what it is made of.
+"""One optimiser step of PicoGPT at the paper's sizes, 32 sequences of 256 tokens, in float32, and its parts.
 
 The dense step is compared with a plain eager loop (`benchmarks.plain_gpt`) that trains the same model on the same
-windows: losses of the first steps must agree. It is compared with this machine's own float32 matrix products, too: the
-FLOPs of the step's matrix products over its time, against the rate of the square product that is fastest. A backward
-pass counts as two forward passes, what is no matrix product counts nothing. And a step with MPO layers is compared with
-the dense one.
+windows. Losses of the first steps must agree. It is also compared with this machine's own float32 matrix products. Its
+rate is the FLOPs of the step's matrix products over its time; the rival is the rate of the fastest square product. A
+backward pass counts as two forward passes; other operations than matrix products count no FLOPs. A step with MPO layers
+is compared with the dense step.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ REST = "all else"
 N_PROFILED = 5
 
 LIMITS = {
-    PLAIN: "The profile below says where our step's time goes: most of it is in matrix products, which the plain loop "
-    "has to compute as well; attention is left to PyTorch's fused kernel.",
-    RATE: "The profile below says where the rest goes: attention's fused kernel has products with sides of 32, far "
-    "from the rate of large ones; LayerNorm, ReLU, residual sums, cross-entropy and optimiser count no FLOPs.",
-    MPO: "Every layer's W is formed anew in each step and its gradient is taken back to the cores, which does not "
+    PLAIN: "The profile below shows the parts of our step's time. Most of it is in matrix products, which the plain "
+    "loop has to compute as well. Attention is PyTorch's fused kernel.",
+    RATE: "The profile below shows the rest. Attention's fused kernel has products with sides of 32, far from the rate "
+    "of large ones. LayerNorm, ReLU, residual sums, cross-entropy and optimiser count no FLOPs.",
+    MPO: "In each step every layer's W is formed, and its gradient is taken back to the cores. This time does not "
     "depend on the number of tokens and grows with χ.",
 }
 
@@ -80,14 +80,14 @@ def against_plain(corpus: Corpus) -> Row:
 
 
 def against_the_machine(dense: Training) -> list[Row]:
-    """The step's FLOPs a second, attention counted as far as it is causal, and counted in full."""
+    """The step's FLOPs per second, with only the causal half of attention, and with all of attention."""
     assert isinstance(dense.model, PicoGPT)
     config, batch_size = dense.model.config, dense.spec.protocol.batch_size
     matrices = {n: torch.ones(n, n) for n in SQUARES}
     size = fastest_size(matrices)
     A = matrices[size]
     full = flops_per_token(dense.model, config.context)
-    # Token t attends to t + 1 tokens, on average to half of the context and a half.
+    # Token t attends to t + 1 tokens: on average, to half of the context plus 1/2.
     causal = full - 4 * config.n_layers * config.d_model * (config.context - (config.context + 1) / 2)
     n_tokens = batch_size * config.context
     step_seconds, product_rates = [], []
@@ -136,7 +136,7 @@ def fastest_size(matrices: dict[int, torch.Tensor]) -> int:
 
 
 def shares(dense: Training) -> list[Row]:
-    """Seconds of each kind of operation in a step, against those of all, by PyTorch's profiler."""
+    """Seconds of each kind of operation in a step, against those of the step, by PyTorch's profiler."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(N_PROFILED):
         with profile(activities=[ProfilerActivity.CPU]) as found:

@@ -39,15 +39,15 @@ CacheFolder = Annotated[
     typer.Option(
         "--cache",
         metavar="FOLDER",
-        help="Keeps what was read of each finished study until it changes. Default: DIR/cache. May be removed.",
+        help="Cache of the runs of finished studies. Default: DIR/cache. You may remove it.",
     ),
 ]
 
 
 @contextmanager
 def _one_line_for_errors() -> Iterator[None]:
-    """A user's error is one line and exit code 2; MLflow's settings are made before it is first imported."""
-    # A server that is away is said to be so within seconds, not minutes.
+    """A user's error gives one line and exit code 2. MLflow's settings are made before its first import."""
+    # A server that cannot be reached is reported within seconds, not minutes.
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("DO_NOT_TRACK", "true"),
@@ -75,32 +75,33 @@ def report(
     experiment: Experiment = None,
     cache: CacheFolder = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the report; by default DIR/report.", metavar="OUT")
+        Path | None, typer.Option("--out", "-o", help="Folder for the report. Default: DIR/report.", metavar="OUT")
     ] = None,
     is_published: Annotated[
         bool,
-        typer.Option("--publish", help="Its figures and tables go to the experiment's summary run in MLflow, too."),
+        typer.Option("--publish", help="Also copy figures and tables to the experiment's summary run in MLflow."),
     ] = False,
     is_light: Annotated[
-        bool, typer.Option("--light", help="For a repository: figures as SVG alone, no page to explore, no address.")
+        bool,
+        typer.Option("--light", help="For a repository: figures only as SVG, no interactive page, no MLflow address."),
     ] = False,
 ) -> None:
-    """Write a report: a page, figures with the data they show, tables.
+    """Write a report: a page, figures with their data, tables.
 
     Name the study by its directory, or by --tracking-uri and --experiment (then --out is needed). Several directories
-    make one report on all of them, where their runs may be compared (then --out is needed, too). A report written again
-    replaces the files of the last one and leaves others alone.
+    give one report on all of them, if their runs may be compared (then --out is needed too). A new report replaces the
+    files of the last one and leaves other files alone.
     """
     from analysis.report.answers import answers
     from analysis.report.publish import publish
     from analysis.report.report import INDEX, write_report
 
     if is_published and len(studies or []) > 1:
-        raise AnalysisError("a report on several studies has no experiment of its own; publish one on each")
+        raise AnalysisError("a report on several studies cannot be published; publish a report on each study")
     runs, out = _read(studies or [], tracking_uri, experiment, cache, out, "report")
     findings = write_report(runs, out, light=is_light)
     console = Console(markup=False)  # names are free text
-    for answer in answers(findings)[1:]:  # what was run its user knows
+    for answer in answers(findings)[1:]:  # the user knows what was run
         shown, title = answer.rows, answer.question
         if "verdict" in shown:
             shown, title = shown.loc[shown["measure"].str.startswith("loss"), _PRINTED], f"{title} (validation loss)"
@@ -128,12 +129,12 @@ def paper(
     experiment: Experiment = None,
     cache: CacheFolder = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the tables; by default DIR/paper.", metavar="OUT")
+        Path | None, typer.Option("--out", "-o", help="Folder for the tables. Default: DIR/paper.", metavar="OUT")
     ] = None,
 ) -> None:
-    """Set the paper's Tables 2 to 4 and Figures 2 to 4 beside what its definitions and this study's runs give.
+    """Set the paper's Tables 2 to 4 and Figures 2 to 4 beside its own definitions and this study's runs.
 
-    Measured are runs of the paper's own model under its own protocol; what the study lacks is said, and left open.
+    Only runs of the paper's own model under its own protocol are used. The output names missing runs.
     """
     from analysis.paper.trials import missing, remarks
     from analysis.paper.write import write_comparison
@@ -183,7 +184,7 @@ def _read(
     out: Path | None,
     folder: str,
 ) -> tuple[StudyRuns, Path]:
-    """The runs, and where to write: by default a folder of the study's own."""
+    """The runs, and the folder to write to. Default: a folder inside the study's."""
     from analysis.runs.load import load_study, resolve_study
     from analysis.runs.studies import join_studies
     from analysis.runs.study_runs import StudyAddress

@@ -31,7 +31,7 @@ class Dot:
 def dots_figure(
     dots: Sequence[Dot], title: str, beside_head: str, foot: str, legend: Sequence[Line2D] = ()
 ) -> tuple[Figure, Axes]:
-    """The figure, and its axes, to which the limits and the label of x are still to be given.
+    """The figure and its axes; the limits and the label of x are still to be set.
 
     Args:
         beside_head: heading of the texts at the right.

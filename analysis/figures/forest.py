@@ -210,13 +210,13 @@ def _foot(pairs: pd.DataFrame, first: pd.DataFrame, n_pairs: int | None) -> str:
         f"Better and worse: p adjusted after {', '.join(tests)}."
         if pairs["verdict"].isin([BETTER, WORSE, UNDECIDED]).any()
         else "",
-        "Not inferior: worse by less than the margin, one-sided at .025, from an arm's largest χ to the first failure."
+        "Not inferior: worse by less than the margin, one-sided at .025, from a group's largest χ to the first failure."
         if (pairs["margin"] > 0).any()
         else "",
         "The block model pools the variance of all configurations: too short where these differ."
         if pairs["block_half_width"].notna().any()
         else "",
-        "Arrows go on beyond the axis." if _beyond(pairs) else "",
+        "Arrows: the interval goes beyond the axis." if _beyond(pairs) else "",
         "* Declared in the study file." if some_declared else "",
         f"Shown: {len(first)} of {len(first) + left_out} pairs, those declared first, then the largest in parameters."
         if left_out

@@ -25,7 +25,7 @@ _LABELLED = 20
 """Up to this number of configurations, each gets a label; beyond it, only those on the frontier and the reference."""
 _BAND = "#dbe9f6"
 _WORTH_SAYING = 0.05
-"""Least support that is written in the label of a configuration off the frontier."""
+"""Minimum support that is written in the label of a configuration off the frontier."""
 _SEEDS_BESIDE = 3.7
 """Points between a mean and the dots of its seeds, which it would hide; other configurations may be close by."""
 
@@ -53,9 +53,9 @@ def frontier_figure(
         statement += f" No frontier: {NO_FRONTIER}."
     redrawn = (
         f"In brackets: support, the share of {N_DRAWS:,} redraws of the means, with the noise of the "
-        f"{uncertainty.rests_on}, in which one is on the frontier; not said of one off it below "
-        f"{percent(_WORTH_SAYING)}. "
-        "Band: 95 %, pointwise, for the frontier of the true means, which the observed one tends to flatter."
+        f"{uncertainty.rests_on}, in which a configuration is on the frontier; off the frontier, only from "
+        f"{percent(_WORTH_SAYING)} up. "
+        "Band: 95 %, pointwise, for the frontier of the true means; the observed one tends to look too good."
         if len(band)
         else ""
     )
@@ -77,7 +77,7 @@ def frontier_figure(
         shown = [("the frontier", points["on_frontier"]), ("dense", points["is_reference"])]
         named = " and ".join(word for word, which in shown if which.any())
         only = f"Labelled: {named or 'none, for lack of room'}." if len(points) > _LABELLED else ""
-        but = "the frontier's steps keep to the sizes" if points["on_frontier"].any() else ""
+        but = "the frontier's steps are at the true sizes" if points["on_frontier"].any() else ""
         text = style.footer(statement, redrawn, panels.moved_statement(points, but), only, missing, note)
         below = 0.46 + 0.155 * -(-len(legend) // 3) + style.footer_height(text)
         _lay_out(figure, axes, below)
@@ -254,7 +254,7 @@ def _legend(points: pd.DataFrame, measure: Measure, has_band: bool) -> list[Line
         # A hollow one that nothing on the frontier dominates is not sound.
         shown = points[enough]
         best = frontier_mask(shown["n_params"], shown["mean"], ("minimize", measure.direction))
-        not_sound = ", with a failed seed or given up" if (best & ~shown["on_frontier"]).any() else ""
+        not_sound = ", with a failed seed or stopped early" if (best & ~shown["on_frontier"]).any() else ""
         handles.append(marker("o", style.GREY, False, f"hollow: dominated{not_sound}"))
     if not enough.all():
         handles.append(marker("o", style.FEW, False, f"grey: fewer than {MIN_SEEDS} seeds"))

@@ -32,7 +32,7 @@ def importance_figure(shares: pd.DataFrame, measure: Measure) -> Figure:
         f"{rest}; bars: 2.5 to 97.5 % of the shares over redrawn means, with the noise pooled over trials.",
         "The noise of the seeds is taken out of every share"
         + (
-            ", and a forest's bars hold the range without this too; it gives small effects less than theirs."
+            ", but a forest's bars include the range without this; it gives small effects less than their share."
             if forest
             else "."
         ),

@@ -82,7 +82,7 @@ def moved_statement(drawn: pd.DataFrame, but: str = "") -> str:
     away = float(np.abs(np.log(drawn["x"].astype("float64") / drawn["n_params"].astype("float64"))).max())
     if away == 0:
         return ""
-    return f"Configurations of about one size stand side by side, moved by up to {percent(np.expm1(away))}" + (
+    return f"Configurations of about one size are drawn side by side, moved by up to {percent(np.expm1(away))}" + (
         f"; {but}." if but else "."
     )
 

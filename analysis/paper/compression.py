@@ -95,7 +95,7 @@ def _std_row(layer: PublishedLayer, chi: int) -> Row:
     follows = _same(1.0, ours)
     why = f"section 3.3 gives Var(W) = 1 / N_in for L = {layer.n_sites}"
     if follows == NO:
-        why = f"section 3.3 is right for L = 2 alone; for L = {layer.n_sites}, N_in = {n_in} the std is too low"
+        why = f"section 3.3 is right only for L = 2; for L = {layer.n_sites}, N_in = {n_in} the std is too low"
     return row("Text", layer.name, "initial std × √N_in", 1.0, Value(ours), (follows, why), said=DERIVED)
 
 

@@ -1,4 +1,4 @@
-"""Results of the paper's own definitions alone: parameter counts, and the scale of its initial weights."""
+"""Results of the paper's own definitions: parameter counts, and the scale of its initial weights."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ def published_curves_figure(points: pd.DataFrame, note: str = "") -> Figure:
     """
     counts = points.loc[points["n_seeds"] > 0, "n_seeds"]
     text = style.footer(
-        f"Hollow, right of step {_LAST:,.0f}: Table 4 as published, of one seed, uncertainty not reported; of other "
-        "steps and of the training loss no number is published.",
+        f"Hollow, right of step {_LAST:,.0f}: Table 4 as published, of one seed, uncertainty not reported; no number "
+        "is published for other steps or for the training loss.",
         *measured_here(
             counts, "Lines: means over the seeds of this study, validation over the whole split", "bands",
             "the axes leave out the start",

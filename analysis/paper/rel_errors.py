@@ -53,7 +53,7 @@ def summary_rows(model: PublishedModel, random: pd.DataFrame, trained: pd.DataFr
         conclusion = one_more_seed(number, ours, 5e-4, "random weights give")
         rows.append(row("Table 3", model.name, f"{short} rel_error, random", number, ours, conclusion))
         ours = over_seeds(of_seeds(trained, model.chi, name))
-        conclusion = (UNPUBLISHED, "published for random weights alone")
+        conclusion = (UNPUBLISHED, "published only for random weights")
         rows.append(row("Table 3", model.name, f"{short} rel_error, trained", np.nan, ours, conclusion))
     return rows
 

@@ -73,7 +73,7 @@ def remarks(trials: PaperTrials) -> list[str]:
         if lost:
             said.append(f"{name}: its seeds are {row['n_seeds']} complete, {', '.join(lost)}; only the complete count")
         if pd.notna(row["stopped"]):
-            said.append(f"{name}: given up early, {row['stopped']}")
+            said.append(f"{name}: stopped early, {row['stopped']}")
     return said
 
 

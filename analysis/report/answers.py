@@ -72,7 +72,7 @@ def _what_was_run(findings: Findings) -> pd.DataFrame:
 def _on_frontier(findings: Findings) -> pd.DataFrame:
     shown = frontier_table(findings.summary, findings.uncertainties).shown
     if shown.empty:
-        return _only(f"none, since {NO_FRONTIER}")
+        return _only(f"none, because {NO_FRONTIER}")
     return shown[[*_FRONTIER, *(column for column in shown.columns[shown.columns.str.startswith("support")])]]
 
 
@@ -97,7 +97,7 @@ def _against_dense(findings: Findings) -> pd.DataFrame:
         return _only("there is no MPO")
     is_complete = summary["trial"].isin(mpo) & (summary["n_seeds"] > 0) & summary["stopped"].isna()
     if not is_complete.any():
-        return _only("cannot be told: no MPO has a complete seed and was not given up")
+        return _only("cannot be told: no MPO has a complete seed and was not stopped early")
     return _only("no MPO has the budget of the dense model, and no contrast across budgets is declared")
 
 
@@ -150,10 +150,10 @@ def _how_sure(findings: Findings) -> pd.DataFrame:
     pairs = compared.drop_duplicates(["trial", "against"])["declared"].astype(bool)
     when = "in the study file" if runs.growths else "before the study ran"
     declared = f"{pairs.sum()} comparisons, {when}; a family for each measure (Holm, {LEVEL:g})"
-    explored = f"{(~pairs).sum()} comparisons (Benjamini and Hochberg); confirm on fresh seeds what they find"
+    explored = f"{(~pairs).sum()} comparisons (Benjamini and Hochberg); confirm findings on fresh seeds"
     rows += [("declared", declared)] * bool(pairs.any()) + [("exploration", explored)] * bool((~pairs).any())
     tested = "95 % t intervals of the paired differences of each pair's own seeds"
-    nothing = f"nothing was compared on {MIN_SEEDS} seeds or more"
+    nothing = f"no pair has {MIN_SEEDS} common seeds or more"
     rows.append(("intervals", tested if compared["p"].notna().any() else nothing))
     noise = seed_noise(runs, findings.summary, VAL_LOSS)
     if noise is not None:

@@ -79,7 +79,7 @@ class OutputFolder:
                 raise self._foreign(out / name)
             for parent in PurePosixPath(name).parents:
                 if os.path.lexists(out / parent) and not (out / parent).is_dir():
-                    raise AnalysisError(f"{out / parent} exists and is no folder; choose another folder")
+                    raise AnalysisError(f"{out / parent} exists and is not a folder; choose another folder")
         # Until all files are in place, the list names those of both outputs: an interrupted output can be replaced too.
         self._list_written(new, out, both)
         for name in [*(name for name in made if name != self.main), self.main]:
@@ -99,7 +99,7 @@ class OutputFolder:
         for name in names:
             for path in (out / name, *(out / parent for parent in PurePosixPath(name).parents)):
                 if path.is_symlink():
-                    raise AnalysisError(f"{path} is a symbolic link, and no {self.what} is written there; remove it")
+                    raise AnalysisError(f"{path} is a symbolic link, where no {self.what} may be written; remove it")
 
     def _written_before(self, out: Path) -> list[str]:
         listed = out / self.listed

@@ -28,7 +28,7 @@ def publish(runs: StudyRuns, report: Path) -> int:
         AnalysisError: MLflow does not accept them or has no summary run of this study, or a file is a symbolic link.
     """
     if runs.parts:
-        raise AnalysisError("a report on several studies has no experiment of its own to be published to")
+        raise AnalysisError("a report on several studies cannot be published; publish a report on each study")
     names = FOLDER.check(report)
     chosen = [name for name in names if Path(name).parts[0] in PARTS]
     with connect(runs.address.tracking_uri) as client, tempfile.TemporaryDirectory() as scratch:
@@ -37,7 +37,7 @@ def publish(runs: StudyRuns, report: Path) -> int:
         if len(summaries) != 1:
             raise AnalysisError(f"study {runs.name!r} has no summary run; `mpo-study sync DIR` writes it")
         _check_place(client.get_run(summaries[0].run_id).info.artifact_uri or "")
-        for name in chosen:  # other people's files in the report folder are not published
+        for name in chosen:  # other files in the report folder are not published
             target = Path(scratch) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(report / name, target)
@@ -53,6 +53,6 @@ def _check_place(artifacts: str) -> None:
     parts = urlsplit(artifacts)
     if parts.scheme == "file" and not Path(unquote(parts.path)).is_dir():
         raise AnalysisError(
-            f"MLflow has the artifacts at {unquote(parts.path)}, where nothing is: the study's folder was moved; "
-            "`mpo-study sync DIR` tells MLflow where it is now"
+            f"MLflow expects the artifacts at {unquote(parts.path)}, which does not exist: the study's folder was "
+            "moved; `mpo-study sync DIR` tells MLflow where it is now"
         )

@@ -109,14 +109,14 @@ def _write_explore(findings: Findings, environment: jinja2.Environment, folder: 
             {
                 "title": f"{measure.title} against parameters",
                 "text": "Filled: on the frontier of the means. Bars: 95 % t intervals. Point at a configuration to see "
-                "what it is; a click opens its run in MLflow, where that is running.",
+                "what it is; a click opens its run in MLflow, if MLflow is running.",
                 "html": Markup(interactive.frontier_chart(runs, points, measure)),
             }
         )
     charts.append(
         {
             "title": "All configurations",
-            "text": "A line is a configuration; drag along an axis to pick some out, drag its name to move it.",
+            "text": "Each line is a configuration. Drag along an axis to select some; drag its name to move it.",
             "html": Markup(interactive.parallel_chart(runs, summary)),
         }
     )

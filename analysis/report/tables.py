@@ -166,7 +166,7 @@ def _both(count: int, against: int) -> str:
 
 def run_tables(runs: StudyRuns) -> list[Table]:
     """Every failed seed with its step and reason; every seed that was neither complete nor failed; every trial that was
-    given up, with the evidence; every trial that was never trained because it breaks a limit of the search."""
+    stopped early, with the evidence; every trial that was never trained because it breaks a limit of the search."""
     columns = ["trial", "arm", "n_params", "n_seeds", "stopped"]
     if runs.parts:  # a reason names a rival by its number in its own study
         columns += ["study", "study_trial"]

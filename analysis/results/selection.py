@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
-INCOMPLETE = f"with a failed seed, given up or of fewer than {MIN_SEEDS} seeds"
+INCOMPLETE = f"with a failed seed, stopped early or with fewer than {MIN_SEEDS} seeds"
 OTHER_BUDGET = "of another budget"
 
 
@@ -53,7 +53,7 @@ def seeds_stated(values: pd.DataFrame) -> str:
 
 
 def is_sound(trials: pd.DataFrame) -> pd.Series:
-    """Return whether the mean of a trial is over all planned seeds: no seed failed, and the trial was not given up."""
+    """Return whether a trial's mean is over all planned seeds: no seed failed, and the trial was not stopped early."""
     return (trials["n_failed"] == 0) & trials["stopped"].isna()
 
 

@@ -21,7 +21,10 @@ def study_of(runs: list[RunRecord], where: str, uuid: str | None) -> tuple[str, 
         raise AnalysisError(f"{where} holds several studies: {listed}; report on one through its study directory")
     versions = {tag_of(run, schema.SCHEMA) for run in runs}
     if versions != {str(schema.SCHEMA_VERSION)}:
-        raise AnalysisError(f"{where} has runs of schema versions {sorted(versions)}, not {schema.SCHEMA_VERSION} only")
+        found = ", ".join(sorted(versions))
+        raise AnalysisError(
+            f"{where} has runs of schema version {found}, but this program reads version {schema.SCHEMA_VERSION}"
+        )
     return studies[0]
 
 

@@ -50,7 +50,9 @@ def resolve_study(path: Path) -> StudyAddress:
     except (ValueError, KeyError, TypeError) as error:
         raise AnalysisError(f"{manifest_path} is not a study manifest: {error!r}") from error
     if version != schema.SCHEMA_VERSION:
-        raise AnalysisError(f"{manifest_path} has schema version {version}, but {schema.SCHEMA_VERSION} is read here")
+        raise AnalysisError(
+            f"{manifest_path} has schema version {version}, but this program reads version {schema.SCHEMA_VERSION}"
+        )
     if tracking_uri is None:
         raise AnalysisError(
             f"{path} was run with tracking off, so there are no MLflow runs to read; "

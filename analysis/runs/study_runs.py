@@ -86,8 +86,8 @@ class StudyRuns:
 
     trials: one row per configuration that was trained: trial, the params of the schema except the seed, its counts, and
         how many of its seeds are complete (n_seeds), failed (n_failed) and not finished yet (n_unfinished). stopped:
-        the reason why a trial was given up before it had all its seeds; missing for all others. study: the study's
-        name. validation_fraction: the fraction of the corpus, at its end, used for validation.
+        the reason why a trial was stopped early; missing for all others. study: the study's name. validation_fraction:
+        the fraction of the corpus, at its end, used for validation.
     seeds: one row per complete seed: trial, seed, run_id, the final metrics of the schema and its tags `RAN_ON`, under
         their own keys.
     failures: trial, arm, seed, step, reason; a failure of a whole trial has no seed.

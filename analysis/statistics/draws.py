@@ -55,7 +55,7 @@ class SeedMeans:
         if not is_complete(values):
             return cls._of_uneven(uneven_two_way(values.T))
         if not np.isfinite(values).all():
-            raise ValueError("`values` must be finite, but got an infinity: give complete seeds alone")
+            raise ValueError("`values` must be finite, but got an infinity: give only complete seeds")
         model, n = two_way(values.T), values.shape[0]
         residual_se = float(np.sqrt(model.residual_variance / n)) if model.df else 0.0
         grand_se = float(model.seed_means.std(ddof=1) / np.sqrt(n))

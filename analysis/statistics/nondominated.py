@@ -44,13 +44,13 @@ def on_frontier(
     """The configurations of a study that are on its frontier, wherever it is shown.
 
     Among the sound configurations with enough seeds, those are on the frontier that no other dominates. A configuration
-    with a failed seed, or one that was given up, may owe its mean to the seeds that are missing. With fewer than
+    with a failed seed, or one that was stopped early, may owe its mean to the seeds that are missing. With fewer than
     `MIN_SEEDS` nothing is claimed.
 
     Args:
         sizes, means: (C,), over complete seeds; may be NaN for a configuration that is not considered.
         n_seeds: (C,), number of complete seeds of each.
-        is_sound: (C,), whether no seed failed and the configuration was not given up.
+        is_sound: (C,), whether no seed failed and the configuration was not stopped early.
         direction: what is better in the means.
         fewest: number of seeds that is enough.
     Returns:

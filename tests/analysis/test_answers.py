@@ -202,9 +202,9 @@ def test_first_screen_names_the_tokens_where_budgets_differ():
         ([DENSE, mpo(8, 1.8, stopped="trial 0 is better")], "dense", "no MPO has a complete seed"),
         ([DENSE, mpo(8, 1.8, failed=(9,))], "dense", "failed seeds"),
         ([replace(DENSE, seeds=(7, 8)), mpo(8, 1.8)], "dense", "too few seeds"),
-        ([DENSE], "certainty", "nothing was compared"),
-        ([replace(DENSE, failed=(9,)), mpo(8, 1.8, failed=(9,))], "frontier", "none, since"),
-        ([replace(DENSE, seeds=(0,))], "frontier", "none, since"),
+        ([DENSE], "certainty", "no pair has 3 common seeds"),
+        ([replace(DENSE, failed=(9,)), mpo(8, 1.8, failed=(9,))], "frontier", "none, because"),
+        ([replace(DENSE, seeds=(0,))], "frontier", "none, because"),
     ],
 )
 def test_first_screen_says_what_it_cannot_say(found, name, text):

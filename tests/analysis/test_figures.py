@@ -219,7 +219,7 @@ def test_frontier_figure_says_when_there_is_no_frontier():
 def test_frontier_figure_says_why_what_nothing_dominates_is_hollow():
     found = [replace(c, failed=()) for c in STUDIES["usual"][:4]]
     best = replace(found[0], n_params=found[0].n_params - 1, val_loss=1.0)
-    for failed, stated in (((), "hollow: dominated"), ((9,), "hollow: dominated, with a failed seed or given up")):
+    for failed, stated in (((), "hollow: dominated"), ((9,), "hollow: dominated, with a failed seed or stopped early")):
         runs, _ = simulated_study.simulated_runs([*found, replace(best, failed=failed)])
         figure, _ = drawn_frontier(runs, summarise(runs), VAL_LOSS)
         said = [text.get_text() for text in figure.legends[0].get_texts() if text.get_text().startswith("hollow")]

@@ -157,7 +157,9 @@ def test_a_grid_with_a_hole_goes_to_the_forest(monkeypatch):
     shares = shares_of([*found[:5], replace(found[5], seeds=(0,)), *found[6:]])
     assert set(shares["evaluator"]) == {FANOVA}
     assert set(shares["n_trials"]) == {23}
-    assert set(shares["left_out"]) == {"Left out: 1 trial with a failed seed, given up or of fewer than 3 seeds."}
+    assert set(shares["left_out"]) == {
+        "Left out: 1 trial with a failed seed, stopped early or with fewer than 3 seeds."
+    }
 
 
 def test_factors_that_go_together_are_one_and_those_that_do_not_vary_are_none():

@@ -196,7 +196,7 @@ def test_resolve_study_refuses_what_is_not_there(tmp_path):
         ('{"schema_version": 2}', "is not a study manifest: KeyError"),
         (
             json.dumps({"schema_version": 99, "name": "", "uuid": "", "tracking_uri": "", "experiment": ""}),
-            "has schema version 99, but 2 is read here",
+            "has schema version 99, but this program reads version 2",
         ),
         (
             json.dumps({"schema_version": 2, "name": "", "uuid": "", "tracking_uri": None, "experiment": "tiny"}),

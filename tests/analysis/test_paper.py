@@ -449,7 +449,7 @@ def test_failed_unfinished_and_stopped_seeds_are_said():
     assert said == [
         "dense is trial 0 (dense): its seeds are 3 complete, 2 failed; only the complete count",
         "MPO χ = 16 is trial 3 (mpo): its seeds are 3 complete, 1 unfinished; only the complete count",
-        "MPO χ = 32 is trial 4 (mpo): given up early, trial 2 is better",
+        "MPO χ = 32 is trial 4 (mpo): stopped early, trial 2 is better",
     ]
 
 

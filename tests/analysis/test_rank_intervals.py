@@ -98,7 +98,7 @@ def test_incomplete_trials_and_other_budgets_are_left_out_and_counted():
     found = [*usual[:4], replace(usual[4], seeds=(0, 1)), replace(usual[5], failed=(3,)), *usual[6:]]
     rows = rows_of(found)
     assert sorted(rows["trial"]) == [0, 1, 2, 3, 6]
-    said = "Left out: 4 trials of another budget; 2 with a failed seed, given up or of fewer than 3 seeds."
+    said = "Left out: 4 trials of another budget; 2 with a failed seed, stopped early or with fewer than 3 seeds."
     assert set(rows["left_out"]) == {said}
 
 

@@ -204,7 +204,7 @@ def test_report_overwrites_nothing_it_did_not_write(runs, tmp_path):
 
 def test_report_names_a_file_where_its_folder_must_be(runs, tmp_path):
     (tmp_path / "figures").write_text("mine")
-    with pytest.raises(AnalysisError, match=r"figures exists and is no folder"):
+    with pytest.raises(AnalysisError, match=r"figures exists and is not a folder"):
         write_report(runs, tmp_path, light=True)
     assert files(tmp_path) == {"figures": b"mine"}
 

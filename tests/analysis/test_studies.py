@@ -235,7 +235,7 @@ def test_report_on_studies_begun_on_different_code_says_so_of_each(directories, 
     ("arguments", "message"),
     [
         ([], "give the folder for the report with --out"),
-        (["--out", "o", "--publish"], "a report on several studies has no experiment of its own"),
+        (["--out", "o", "--publish"], "a report on several studies cannot be published"),
     ],
 )
 def test_report_command_refuses_of_several_studies_what_it_can_do_of_one(directories, arguments, message):

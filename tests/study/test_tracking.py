@@ -512,7 +512,7 @@ def test_artifacts_open_where_a_moved_folder_is_now(tmp_path, mlflow_template, m
     moved = Path(shutil.move(folder, tmp_path / "moved"))
     _artifact_repos_cache.clear()  # a process that begins now knows nothing of where they were
     (tmp_path / FOLDER.listed).write_text('{"written": []}')
-    with pytest.raises(AnalysisError, match="where nothing is: the study's folder was moved; `mpo-study sync"):
+    with pytest.raises(AnalysisError, match="which does not exist: the study's folder was moved; `mpo-study sync"):
         publish(load_study(resolve_study(moved)), tmp_path)
     if means == "run":
         assert run_at(file, moved, tracking=None).tracking_trouble is None
