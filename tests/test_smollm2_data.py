@@ -153,7 +153,7 @@ def test_windows_start_anew(model, texts):
     assert result.nats.tolist() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_standard_error_of_equal_documents_is_that_of_a_mean(monkeypatch, model):
+def test_standard_error_of_equal_documents_is_that_of_a_mean(model):
     torch.manual_seed(2)
     result = perplexity(model, [Tokens("a", str(i), torch.randint(30, (11,))) for i in range(6)])
     means = result.nats / 10
