@@ -31,7 +31,7 @@ def open_ledger(
     growth: Growth = NO_GROWTH,
     say: Callable[[str], None] = lambda line: None,
 ) -> Ledger:
-    """The ledger of a study folder; begun if there is none.
+    """The ledger of a study folder; created if there is none.
 
     Args:
         growth: growth to apply first.
@@ -46,7 +46,7 @@ def open_ledger(
         directory.check_ledger()
     elif growth.command and not directory.has_ledger:
         raise StudyError(
-            f"{directory.path}: no study here that could grow by {growth.command}; run it without that first"
+            f"{directory.path}: no study here that could grow by {growth.command}; run it without that option first"
         )
     may_begin = not growth.command
     ledger = Ledger(
@@ -59,7 +59,7 @@ def open_ledger(
 
 
 def known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
-    """The corpus of a study that was run before: the one stored with its runs, or else the one its file names."""
+    """The corpus of a study that was run before: the stored one, otherwise the one that the study file names."""
     sha256 = read_ledger(directory.ledger_url, config.name).corpus_sha256
     try:
         return stored_corpus(storage, sha256, config.corpus.validation_fraction)

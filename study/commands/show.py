@@ -32,7 +32,7 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         slots: number of runs at a time.
     """
     table = _table(
-        f"{config.name}: {plan.n_seeds} seeds for each trial; FLOPs and time are one seed's",
+        f"{config.name}: {plan.n_seeds} seeds for each trial; FLOPs and time are for one seed",
         left=("arm", "what"),
         right=("rate", "steps", "parameters", "of dense", "TFLOP", "time"),
     )
@@ -52,11 +52,11 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         )
     console.print(table)
     if plan.n_searched:
-        say(console, f"and {plan.n_searched} trials that sampler {config.search.sampler} will choose")
+        say(console, f"and {plan.n_searched} searched trials, chosen by sampler {config.search.sampler}")
     for search in plan.searches:
-        said = f"arm {search.arm}: about {search.larger_than_dense:.0%} of its space has more parameters than dense"
+        said = f"arm {search.arm}: about {search.larger_than_dense:.0%} of its space is larger than the dense model"
         if search.beyond_limits:
-            said += f"; about {search.beyond_limits:.0%} is beyond the limits of `search` and is never trained"
+            said += f"; about {search.beyond_limits:.0%} is outside the limits of `search` and is never trained"
         say(console, said)
     runs = f"{len(plan.trials) * plan.n_seeds} runs listed: {plan.listed_seconds / 3600:.3g} hours"
     if plan.searches:
@@ -64,7 +64,7 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
             f", and at most {plan.n_searched * plan.n_seeds} searched: about {plan.searched_seconds / 3600:.3g} hours"
         )
     console.print(
-        f"{runs}, one after another; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
+        f"{runs}, one run at a time; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
         f"(at {min(plan.rates) / 1e9:.3g} to {max(plan.rates) / 1e9:.3g} GFLOP/s each, measured on the CPU just now)."
     )
     say_not_compared(partial(say, console), config)
@@ -89,15 +89,15 @@ def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder
         say(console, outcome.search_ended)
     if outcome.aborted is not None:
         missing = f"stopped early with {outcome.n_missing} runs missing"
-        say(console, f"{missing}: {outcome.aborted}; mend it, then give the same command again", is_trouble=True)
+        say(console, f"{missing}: {outcome.aborted}; fix this, then give the same command again", is_trouble=True)
     if outcome.tracking_trouble is not None:
-        mended = f"once that is mended: mpo-study sync {folder.path}"
-        say(console, f"MLflow lacks some runs: {outcome.tracking_trouble}; {mended}", is_trouble=True)
+        what_next = f"fix this, then: mpo-study sync {folder.path}"
+        say(console, f"some runs are not in MLflow: {outcome.tracking_trouble}; {what_next}", is_trouble=True)
     if outcome.backup_trouble is not None:
         say(
             console,
-            f"the last backup of the study's databases failed: {outcome.backup_trouble}; once that is mended: the same "
-            "command again",
+            f"the last backup of the study's databases failed: {outcome.backup_trouble}; fix this, then give the "
+            "same command again",
             is_trouble=True,
         )
     nothing_succeeded = not outcome.n_complete and not outcome.n_missing
@@ -106,17 +106,17 @@ def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder
         say(console, f"tracking is off; to write the runs to MLflow: mpo-study sync {folder.path}")
     elif uri is not None:
         where = folder.mlflow_database if uri == DEFAULT_TRACKING_URI else hide_password(uri)
-        say(console, f"MLflow:  {where}  (browse: mpo-study ui {folder.path})")
+        say(console, f"MLflow:  {where}  (to view it: mpo-study ui {folder.path})")
     if nothing_succeeded:
         why = f"all {outcome.n_failed} runs failed" if outcome.n_failed else "every trial was skipped"
-        what_next = f"why, and what to do: mpo-study status {folder.path}"
-        say(console, f"nothing succeeded: {why}, so there is nothing to report on; {what_next}", is_trouble=True)
+        what_next = f"for the reasons: mpo-study status {folder.path}"
+        say(console, f"nothing succeeded: {why}, so there is nothing to report; {what_next}", is_trouble=True)
     elif uri is not None:
         say(console, f"report:  mpo-analysis report {folder.path}")
 
 
 def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> None:
-    """Print every trial, what failed and why, the frontier so far, and what is left."""
+    """Print every trial, the failures with their reasons, the frontier so far, and the missing work."""
     table = _table(
         f"{now.name}: {len(now.seeds)} seeds for each trial",
         left=("trial", "arm", "what"),
@@ -137,11 +137,11 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
         )
     console.print(table)
     if now.frontier:
-        say(console, "* on the frontier so far: no trial has a lower mean loss with no more parameters")
+        say(console, "* on the frontier so far: no trial with as many or fewer parameters has a lower mean loss")
     elif now.n_complete:
-        say(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds without a failed one")
+        say(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds and no failed seed")
     if now.n_unasked:
-        say(console, f"and {now.n_unasked} trials that are still to come")
+        say(console, f"and {now.n_unasked} trials that have not begun")
     if now.search_ended is not None:
         say(console, now.search_ended)
     for result in now.failures:
@@ -152,7 +152,7 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
             say(console, str(silence), is_trouble=True)
     again = f"mpo-study run {folder.study_file} --dir {folder.path}"
     if any(result.failure_step is None for result in now.failures):
-        say(console, f"to try again what did not diverge: {again} --retry-failed")
+        say(console, f"to train failed runs again, except diverged ones: {again} --retry-failed")
     then = f"report: mpo-analysis report {folder.path}"
     if folder.tracking_uri() is None:
         then = f"to write its runs to MLflow: mpo-study sync {folder.path}"
@@ -162,13 +162,13 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
 def _what_is_left(now: StudyStatus, again: str, then: str) -> str:
     if not now.n_missing:
         return f"complete; {then}" if now.n_complete else _nothing_succeeded(now)
-    over = f"{now.n_complete + now.n_failed} runs over, {now.n_missing} left"
+    over = f"{now.n_complete + now.n_failed} runs done, {now.n_missing} missing"
     work = f", {_duration(now.run_seconds_left)} one after another" if now.run_seconds_left is not None else ""
     if now.driver is None:
-        return f"{over}{work}; nobody is at them. To go on: {again}"
+        return f"{over}{work}; no driver is running. To continue: {again}"
     who = f"process {now.driver.get('pid', 'unknown')} on {now.driver.get('host', 'some host')}"
-    left = f"about {_duration(now.seconds_left)} left" if now.seconds_left is not None else "time left not known yet"
-    return f"{over}{work}; {who} is at them: {left}"
+    left = f"about {_duration(now.seconds_left)} left" if now.seconds_left is not None else "time left unknown"
+    return f"{over}{work}; {who} is running the study: {left}"
 
 
 def _nothing_succeeded(now: StudyStatus) -> str:
@@ -176,10 +176,10 @@ def _nothing_succeeded(now: StudyStatus) -> str:
     if not now.n_failed:
         why, what_next = "every trial was skipped", "widen the limits of the search in the study file"
     elif any(result.failure_step is None for result in now.failures):
-        return f"nothing succeeded: all {now.n_failed} runs failed; mend the cause, then give the command above"
+        return f"nothing succeeded: all {now.n_failed} runs failed; fix the cause, then give the command above"
     else:
         why, what_next = f"all {now.n_failed} runs diverged", "lower the learning rates in the study file"
-    return f"nothing succeeded: {why}; {what_next}, and run that in a new folder (--dir)"
+    return f"nothing succeeded: {why}; {what_next}, and run it in a new folder (--dir)"
 
 
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:

@@ -33,7 +33,7 @@ def check_ledger_url(url: str) -> str:
     if not is_postgresql:
         raise StudyError(
             f"--ledger {hide_password(url)}: must be a PostgreSQL database, postgresql://USER@HOST/DATABASE; without "
-            "it the ledger is a SQLite file in the study's folder"
+            "--ledger, the ledger is a SQLite file in the study's folder"
         )
     return url
 

@@ -140,7 +140,7 @@ class Tally:
             return None
         return (
             f"the search ended after {self._n_searched} of {self._config.search.trials} trials: {self._n_repeats} of "
-            f"them repeat another (search.max_repeats={cap}; more of them, or a wider space, and it goes on)"
+            f"them repeat another (search.max_repeats={cap}); to continue it, raise that limit or widen its space"
         )
 
 

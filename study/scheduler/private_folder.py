@@ -52,7 +52,7 @@ def private_folder(study: Path) -> Iterator[Path]:
         except OSError as error:
             reasons.append(f"{place}: {error.strerror or error}")
     if made is None:
-        raise StudyError(f"Ray needs a folder for its sockets, and none suits: {'; '.join(reasons)}; set TMPDIR")
+        raise StudyError(f"Ray needs a folder for its sockets, but found none: {'; '.join(reasons)}; set TMPDIR")
     try:
         yield Path(made)
     finally:

@@ -171,7 +171,7 @@ def _start_weights(storage: Storage, key: str) -> dict[str, torch.Tensor]:
         return unpack_tensors(storage.read(key))[0]
     except Damaged as damage:
         storage.delete(key)  # the next run of the study finds it missing, and trains that model again
-        raise OSError(f"{storage.shown}/{key}: {damage}; it was removed, to be trained again") from None
+        raise OSError(f"{storage.shown}/{key}: {damage}; it was removed and will be trained again") from None
 
 
 def _device(unit: Unit) -> str:

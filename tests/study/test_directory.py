@@ -63,7 +63,7 @@ def test_locked_ignores_what_a_dead_driver_left(directory):
 def test_locked_refuses_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     below = StudyDirectory(tmp_path / "file" / "x")
-    with pytest.raises(StudyError, match=r"--dir .*cannot make the folder"), below.locked():
+    with pytest.raises(StudyError, match=r"--dir .*cannot create the folder"), below.locked():
         pass
 
 
@@ -84,7 +84,7 @@ def test_load_config_refuses_a_folder_without_its_ledger(tmp_path, directory):
     directory.write(load_config(file), ledger.uuid, None, directory.storage_url())
     ledger.close()
     (directory.path / "ledger.db").unlink()
-    with pytest.raises(StudyError, match="ledger is gone"):
+    with pytest.raises(StudyError, match="ledger is missing"):
         directory.load_config()
     assert not (directory.path / "ledger.db").exists()
 

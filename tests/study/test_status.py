@@ -38,7 +38,7 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     folder = tmp_path / "study"
     file = write_study(tmp_path, seeds=2, arms=[DENSE, WILD, MPO | {"chi": [1, 500, 1000]}])
     run_at(file, folder)
-    assert "no frontier yet: no trial has 3 complete seeds without a failed one" in command("status", folder)[1]
+    assert "no frontier yet: no trial has 3 complete seeds and no failed seed" in command("status", folder)[1]
     assert json.loads(command("status", folder, "--json")[1])["frontier"] == []
     run_at(file, folder, growth=Growth(seeds=1))
     code, out, err = command("status", folder, "--json")
@@ -79,7 +79,7 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
 @pytest.mark.parametrize(
     ("arm", "failure", "search", "why", "what_next"),
     [
-        (DENSE, "lost its process", {}, "all 2 runs failed", "mend the cause, then give the command above"),
+        (DENSE, "lost its process", {}, "all 2 runs failed", "fix the cause, then give the command above"),
         (WILD, None, {}, "all 2 runs diverged", "lower the learning rates"),
         (
             SEARCHED,
@@ -128,7 +128,7 @@ def test_ledger_whose_trials_are_gone_is_said_to_be_damaged(tmp_path, command, w
     code, _, err = command(*words, "kept")
     assert code == 2
     assert err.startswith(
-        "mpo-study: the ledger is damaged: it has results of trial 0, but not the trial; to go back to "
+        "mpo-study: the ledger is damaged: it has results of trial 0, but the trial is missing; to restore the copy of "
     )
     assert len(err.splitlines()) == 1
 
@@ -154,11 +154,11 @@ def test_status_in_the_middle_of_a_search_says_what_is_left_and_how_to_go_on(tmp
     again = f"mpo-study run {folder}/study.yaml --dir {folder}"
     assert code == 0
     assert "failed: trial 1 seed 1: its worker died 3 times without progress: killed" in out
-    assert f"to try again what did not diverge: {again} --retry-failed" in out
-    assert "and 2 trials that are still to come" in out
+    assert f"to train failed runs again, except diverged ones: {again} --retry-failed" in out
+    assert "and 2 trials that have not begun" in out
     last = out.splitlines()[-1]
-    assert last.startswith("2 runs over, 7 left, ")
-    assert last.endswith(f"; nobody is at them. To go on: {again}")
+    assert last.startswith("2 runs done, 7 missing, ")
+    assert last.endswith(f"; no driver is running. To continue: {again}")
 
 
 @pytest.mark.fault
@@ -239,9 +239,13 @@ def test_run_warns_in_one_line_where_it_ran_on_something_else_before(tmp_path, m
     monkeypatch.setattr("study.commands.run.environment", lambda: real)
     for n_warnings in (1, 0):  # once for each change
         _, printed = printed_by_run(file, folder, tracking="off", growth=Growth(trials=1))
-        lines = [line for line in printed.splitlines() if line.startswith("warning: since this study ran last, ")]
+        lines = [
+            line for line in printed.splitlines() if line.startswith("warning: since the last run of this study, ")
+        ]
         assert len(lines) == n_warnings
-        assert all(f"torch was 2.0, is {real['packages']['torch']}; new runs may differ" in line for line in lines)
+        assert all(
+            f"torch was 2.0, is {real['packages']['torch']}; this may change the results" in line for line in lines
+        )
     ledger = ledger_at(file, folder)
     assert ledger.environments[0] == old
     assert ledger.environments[-1] == real
