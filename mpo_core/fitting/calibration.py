@@ -13,7 +13,7 @@ from mpo_core.evaluating import evaluating
 from mpo_core.values import error_ratio, in_range
 
 SQUARABLE = (1e-140, 1e140)
-"""The largest input has to be between these, because sums of squares are formed."""
+"""Range that the largest input must be in, so that sums of squares neither overflow nor underflow."""
 
 
 class Gram:

@@ -143,7 +143,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
                 "tt_svd".
             options: n_sites, d_out, d_in, factorisation, padding and forward, as the constructor.
         Raises:
-            ValueError: as the constructor and `fit_cores`; `rel_error` together with a gram, whose error is another.
+            ValueError: as the constructor and `fit_cores`; `rel_error` together with a gram, which has another error.
         """
         check_matrix(W)
         if rel_error is None:
@@ -154,7 +154,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
             if gram is not None or method not in (None, "tt_svd"):
                 raise ValueError("`rel_error` is an error of W, not of outputs: give it without `gram` and `method`")
             if bonds is not None or max_params is not None:
-                raise ValueError("`rel_error` goes with no cap but `chi`; the bonds follow from W")
+                raise ValueError("`rel_error` allows no other cap than `chi`; the bonds follow from W")
             at = chi
             if at is None and options.get("factorisation") == "min_params":
                 # This split counts parameters at a cap: at the smallest that the singular values call enough.

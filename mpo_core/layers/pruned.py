@@ -80,8 +80,8 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
     ) -> Self:
         """Return W with its largest entries kept; with `gram`, those with the largest |W_ij| G_jj^{1/2}.
 
-        The latter is Wanda (Sun et al. 2024), but over the whole matrix. Of equal entries the first in row-major order
-        is kept.
+        The latter is Wanda (Sun et al. 2024), but over the whole matrix. In a tie, the first entries in row-major order
+        are kept.
 
         Raises:
             ValueError: as the constructor; a gram that `check_gram` refuses; `rel_error` together with a gram.

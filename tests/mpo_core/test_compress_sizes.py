@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from own_kinds import OWN_KINDS
 from torch import nn
 
 from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed
@@ -14,8 +15,6 @@ from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.registry import kind_called
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.tensor_train.algebra import rel_error
-
-KIND_NAMES = ("mpo", "low_rank", "monarch", "pruned")
 
 
 def normal(*shape, seed=0):
@@ -121,7 +120,7 @@ def test_compress_draws_fresh_parameters_of_every_kind_by_name(kind):
 # By error -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_compress_by_error_meets_it_or_leaves_the_layer_dense(kind):
     model = make_model()
     compressed, report = compress(model, layer=kind, rel_error=0.3)
@@ -152,7 +151,7 @@ def test_compress_by_error_of_a_chain_finds_few_parameters(factorisation):
     assert report.rows[0].rel_error <= 0.01
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_compress_by_error_is_about_outputs_where_calibrated(kind):
     model, batches = make_model(), make_batches()
     grams = collect_grams(model, ["0"], batches)
@@ -166,7 +165,7 @@ def test_compress_by_error_is_about_outputs_where_calibrated(kind):
         assert row.n_params_after <= by_weights.rows[0].n_params_after
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 @pytest.mark.parametrize("target", [0.005, 0.003, 0.001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compress_by_error_holds_after_rounding_to_low_precision(kind, target, dtype):
@@ -193,7 +192,7 @@ def test_compress_by_output_error_finds_a_size_within_a_step_of_the_smallest():
 # By budget ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_compress_spreads_a_budget(kind, calibrated):
     calibration = make_batches() if calibrated else None
@@ -292,7 +291,7 @@ def test_compress_takes_a_function_as_layer():
     assert isinstance(compressed[2], StructuredLinear)
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_decompress_brings_dense_layers_back(kind):
     model = make_model(torch.float32).eval()
     model[0].weight.requires_grad_(False)
@@ -311,7 +310,7 @@ def test_decompress_brings_dense_layers_back(kind):
     assert {p.data_ptr() for p in dense.parameters()}.isdisjoint(p.data_ptr() for p in compressed.parameters())
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_compress_takes_bfloat16(kind):
     compressed, report = compress(
         make_model(torch.bfloat16), layer=kind, keep=0.5, calibration=[normal(8, 24).bfloat16()]

@@ -60,7 +60,7 @@ def test_from_linear_refuses_a_weight_without_values():
     ("options", "message"),
     [
         ({"chi": 2, "bonds": [1, 2, 1]}, "exactly one of"),
-        ({"rel_error": 0.1, "max_params": 50}, "`rel_error` goes with no cap but `chi`"),
+        ({"rel_error": 0.1, "max_params": 50}, "`rel_error` allows no other cap than `chi`"),
         ({"rel_error": 0.1, "gram": torch.eye(18, dtype=torch.float64)}, "an error of W, not of outputs"),
         ({"rel_error": -0.1}, "`0 <= rel_error < 1` must hold, but got rel_error=-0.1"),
         ({"chi": 2, "method": "best"}, "`method` must be one of"),
