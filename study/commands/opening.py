@@ -24,6 +24,14 @@ def study_corpus(config: StudyConfig) -> Corpus:
     return corpus
 
 
+def check_may_grow(directory: StudyDirectory, growth: Growth) -> None:
+    """Raise a StudyError if the folder surely has no study that could grow."""
+    if growth.command and directory.uuid() is None and not directory.has_ledger:
+        raise StudyError(
+            f"{directory.path}: no study here that could grow by {growth.command}; run it without that option first"
+        )
+
+
 def open_ledger(
     config: StudyConfig,
     corpus: Corpus,
@@ -44,10 +52,7 @@ def open_ledger(
     uuid = directory.uuid()
     if uuid is not None:
         directory.check_ledger()
-    elif growth.command and not directory.has_ledger:
-        raise StudyError(
-            f"{directory.path}: no study here that could grow by {growth.command}; run it without that option first"
-        )
+    check_may_grow(directory, growth)
     may_begin = not growth.command
     ledger = Ledger(
         directory.ledger_url, config, corpus.sha256, shape_of, uuid, may_begin=may_begin, extend=growth.extend

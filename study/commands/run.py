@@ -12,7 +12,7 @@ from rich.console import Console
 
 from study.commands.backup import BackgroundBackup, Backup, open_backup
 from study.commands.mirrors import Mirrors
-from study.commands.opening import open_ledger, study_corpus
+from study.commands.opening import check_may_grow, open_ledger, study_corpus
 from study.commands.progress import StudyProgress, say
 from study.commands.show import say_not_compared
 from study.errors import StudyError
@@ -84,7 +84,7 @@ def run_study(
     with directory.locked(), hold_ledger(directory.ledger_url, config.name) as hold:
         directory.check_is_for(config)
         storage = directory.storage(storage_url)
-        backup = _open_backup(storage, directory, config.name, corpus, tell)
+        backup = _open_storage(storage, directory, config.name, corpus, growth, tell)
         ledger = open_ledger(config, corpus, directory, growth, tell)
         config = ledger.config
         _note_start(ledger, tell)
@@ -120,13 +120,20 @@ def run_study(
         return outcome
 
 
-def _open_backup(
-    storage: Storage, directory: StudyDirectory, name: str, corpus: Corpus, tell: Callable[[str], None]
+def _open_storage(
+    storage: Storage,
+    directory: StudyDirectory,
+    name: str,
+    corpus: Corpus,
+    growth: Growth,
+    tell: Callable[[str], None],
 ) -> Backup | None:
-    """Store the corpus, and open the study's backup; see `open_backup`."""
+    """Open the study's backup, see `open_backup`, and store the corpus unless the growth has to be refused."""
     try:
+        backup = open_backup(storage, directory, name, tell)
+        check_may_grow(directory, growth)
         store_corpus(storage, corpus)
-        return open_backup(storage, directory, name, tell)
+        return backup
     except OSError as error:
         raise StudyError(f"--storage {storage.shown}: cannot write there: {error.strerror or error}") from None
 

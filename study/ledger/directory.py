@@ -122,9 +122,12 @@ class StudyDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the study's lock: one driver at a time.
 
+        An error before a study is begun leaves no lock file, and no folder that was created here.
+
         Raises:
             StudyError: another driver holds it; the message names that driver.
         """
+        file, is_new = self.path / "driver.lock", not self.path.exists()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir(mode=0o700, exist_ok=True)
@@ -132,7 +135,7 @@ class StudyDirectory:
             raise StudyError(f"--dir {self.path}: cannot create the folder: {error.strerror}") from None
         holder = self.path / "driver.json"
         with private_files():
-            lock = FileLock(self.path / "driver.lock", mode=0o600)
+            lock = FileLock(file, mode=0o600)
             try:
                 with self._writing():
                     lock.acquire(timeout=0)
@@ -142,10 +145,17 @@ class StudyDirectory:
                 with self._writing():
                     holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
                 yield
+            except StudyError:
+                if self.has_no_study:
+                    file.unlink(missing_ok=True)  # while it is held, so that no other driver has it
+                raise
             finally:
                 with suppress(OSError):
                     holder.unlink(missing_ok=True)
                 lock.release()
+                if is_new:
+                    with suppress(OSError):  # it is not empty
+                        self.path.rmdir()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -52,6 +52,21 @@ def test_locked_is_free_after_its_holder_failed(directory):
         assert directory.path.is_dir()
 
 
+def test_locked_leaves_nothing_if_it_is_refused_before_a_study_is_begun(directory):
+    with pytest.raises(StudyError, match="refused"), directory.locked():
+        raise StudyError("refused")
+    assert not directory.path.exists()
+    directory.path.mkdir()
+    (directory.path / "mine.txt").touch()
+    with pytest.raises(StudyError, match="refused"), directory.locked():
+        raise StudyError("refused")
+    assert [path.name for path in directory.path.iterdir()] == ["mine.txt"]
+    directory.ledger_file.touch()
+    with pytest.raises(StudyError, match="refused"), directory.locked():
+        raise StudyError("refused")
+    assert (directory.path / "driver.lock").exists()
+
+
 def test_locked_ignores_what_a_dead_driver_left(directory):
     directory.path.mkdir()
     (directory.path / "driver.lock").touch()

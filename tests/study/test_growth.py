@@ -125,7 +125,11 @@ def test_growth_is_refused_where_nothing_is_searched_or_nothing_was_begun(tmp_pa
         StudyError, match=r"no study here that could grow by --trials \+5; run it without that option first"
     ):
         run_at(file, folder, growth=Growth(trials=5))
-    assert not (folder / "ledger.db").exists()
+    assert not folder.exists()
+    folder.mkdir()
+    with pytest.raises(StudyError, match="no study here that could grow"):
+        run_at(file, folder, growth=Growth(seeds=1))
+    assert not list(folder.iterdir())
     run_at(file, folder)
     with pytest.raises(StudyError, match=r"--trials \+5: no arm of study tiny has searched values; add listed values"):
         run_at(file, folder, growth=Growth(trials=5))
@@ -336,7 +340,7 @@ def test_refine_adds_seeds_to_undecided_trials_and_their_starts_alone(tmp_path, 
     with_losses(folder, [(n, n + 0.01, n) for n in (9.0, 4.0, 3.0, 5.0)] + [(2.5, 3.6, 3.0), (8.0, 8.01, 8.0)])
     growth = Growth(refine=2)
     interrupted(3, file, folder, growth=growth)
-    with pytest.raises(StudyError, match=r"study tiny lacks \d runs; .*: run it again first"):
+    with pytest.raises(StudyError, match=r"study tiny is not finished: \d runs are missing, .*; run it again first"):
         run_at(file, folder, growth=Growth(refine=3))
     outcome, printed = printed_by_run(file, folder, tracking="off", growth=growth)
     assert "continuing: this study has already grown by refine --seeds +2" in printed
