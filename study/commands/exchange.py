@@ -226,14 +226,14 @@ _DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeEr
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Convert every error about a file's content to one line that names the file."""
+    """Convert every error about a file's content to lines that name the file, one for each defect."""
     try:
         yield
     except _Refused as refusal:
         raise StudyError(f"{file}: {refusal}") from None
     except (StudyError, *LEDGER_ERRORS, *_DEFECTS) as error:
         said = str(error) if isinstance(error, StudyError) else first_defect(error)
-        raise StudyError(f"{file}: is damaged: {said}") from None
+        raise StudyError("\n".join(f"{file}: is damaged: {line}" for line in said.splitlines())) from None
 
 
 def _unpack(file: Path, to: Path) -> Path:

@@ -192,6 +192,17 @@ def test_import_refuses_in_one_line_and_leaves_nothing(exported, tmp_path, damag
     assert {path.name for path in tmp_path.iterdir()} <= {"copy.xz"}
 
 
+def test_import_names_the_file_with_every_defect_of_its_study_file(exported, tmp_path):
+    file = tmp_path / "copy.xz"
+    shutil.copy(exported / "a.xz", file)
+    of_database("UPDATE mpo_export SET content = 'name: no name\nseeds: 0\narms: []\n' WHERE name = 'study.yaml'")(file)
+    with pytest.raises(StudyError) as error:
+        import_study(file, StudyDirectory(tmp_path / "b"))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(f"{file}: is damaged: its study file: ") for line in lines)
+
+
 def test_import_refuses_a_folder_that_holds_something(exported, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("mine")
