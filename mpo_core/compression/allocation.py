@@ -56,7 +56,7 @@ def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int) -> dict[str
 
 
 def _undominated(name: str, ladder: Sequence[Rung]) -> list[Rung]:
-    """Rungs in the order of their parameters, without those that cost more and are no better."""
+    """Rungs in the order of their parameters, without those that have more parameters but no smaller error."""
     if not ladder:
         raise ValueError(f"{name} has no size to choose from")
     kept: list[Rung] = []

@@ -157,7 +157,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
                 raise ValueError("`rel_error` allows no other cap than `chi`; the bonds follow from W")
             at = chi
             if at is None and options.get("factorisation") == "min_params":
-                # This split counts parameters at a cap: at the smallest that the singular values call enough.
+                # This split counts parameters at a cap: the smallest one that is enough by the singular values.
                 ladder = chain_ladder(W, None, splitter(*W.shape, **_splitting(options)))
                 at = next((chi for chi, rung in enumerate(ladder, 1) if rung.error <= rel_error**2), None)
             cap = cls(W.shape[1], W.shape[0], chi=at or min(W.shape), device="meta", **options)

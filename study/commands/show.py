@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from analysis.runs.urls import hide_password
 from analysis.statistics.seed_blocks import MIN_SEEDS
@@ -32,6 +33,7 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         slots: number of runs at a time.
     """
     table = _table(
+        console,
         f"{config.name}: {plan.n_seeds} seeds for each trial; FLOPs and time are for one seed",
         left=("arm", "what"),
         right=("rate", "steps", "parameters", "of dense", "TFLOP", "time"),
@@ -41,8 +43,8 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
     for trial, drawn in rows:
         spec, shape = trial.spec, trial.shape
         table.add_row(
-            spec.arm,
-            drawn + _what(spec),
+            _cut(console, spec.arm),
+            _cut(console, drawn + _what(spec)),
             "searched" if drawn else f"{spec.protocol.learning_rate:g}",
             f"{spec.protocol.steps:,}",
             f"{shape.n_params:,}",
@@ -118,6 +120,7 @@ def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder
 def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> None:
     """Print every trial, the failures with their reasons, the frontier so far, and the missing work."""
     table = _table(
+        console,
         f"{now.name}: {len(now.seeds)} seeds for each trial",
         left=("trial", "arm", "what"),
         right=("rate", "parameters", "complete", "failed", "left", "val loss"),
@@ -126,8 +129,8 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
         trial = row.trial
         table.add_row(
             str(trial.number),
-            trial.spec.arm,
-            _what(trial.spec) + _note(trial),
+            _cut(console, trial.spec.arm),
+            _cut(console, _what(trial.spec) + _note(trial)),
             f"{trial.spec.protocol.learning_rate:.3g}",
             f"{trial.shape.n_params:,}",
             str(len(row.complete)),
@@ -137,38 +140,55 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
         )
     console.print(table)
     if now.frontier:
-        say(console, "* on the frontier so far: no trial with as many or fewer parameters has a lower mean loss")
+        _say_words(console, "* on the frontier so far: no trial with as many or fewer parameters has a lower mean loss")
     elif now.n_complete:
-        say(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds and no failed seed")
+        _say_words(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds and no failed seed")
     if now.n_unasked:
-        say(console, f"and {now.n_unasked} trials that have not begun")
+        _say_words(console, f"and {now.n_unasked} trials that have not begun")
     if now.search_ended is not None:
-        say(console, now.search_ended)
+        _say_words(console, now.search_ended)
     for result in now.failures:
         step = f" (step {result.failure_step})" if result.failure_step is not None else ""
-        say(console, f"failed: trial {result.trial} seed {result.seed}{step}: {result.failure}")
+        _say_words(console, f"failed: trial {result.trial} seed {result.seed}{step}: {result.failure}")
     for silence in now.running:
         if silence.is_long:
-            say(console, str(silence), is_trouble=True)
+            _say_words(console, str(silence), style="red")
     again = f"mpo-study run {folder.study_file} --dir {folder.path}"
     if any(result.failure_step is None for result in now.failures):
-        say(console, f"to train failed runs again, except diverged ones: {again} --retry-failed")
-    then = f"report: mpo-analysis report {folder.path}"
-    if folder.tracking_uri() is None:
-        then = f"to write its runs to MLflow: mpo-study sync {folder.path}"
-    say(console, _what_is_left(now, again, then))
+        _say_command(console, "to train failed runs again, except diverged ones", f"{again} --retry-failed")
+    if now.n_missing:
+        _say_what_is_left(console, now, again)
+    elif not now.n_complete:
+        _say_words(console, _nothing_succeeded(now))
+    elif folder.tracking_uri() is None:
+        _say_command(console, "complete; to write its runs to MLflow", f"mpo-study sync {folder.path}")
+    else:
+        _say_command(console, "complete; report", f"mpo-analysis report {folder.path}")
 
 
-def _what_is_left(now: StudyStatus, again: str, then: str) -> str:
-    if not now.n_missing:
-        return f"complete; {then}" if now.n_complete else _nothing_succeeded(now)
+def _say_what_is_left(console: Console, now: StudyStatus, again: str) -> None:
     over = f"{now.n_complete + now.n_failed} runs done, {now.n_missing} missing"
     work = f", {_duration(now.run_seconds_left)} one after another" if now.run_seconds_left is not None else ""
     if now.driver is None:
-        return f"{over}{work}; no driver is running. To continue: {again}"
+        _say_command(console, f"{over}{work}; no driver is running. To continue", again)
+        return
     who = f"process {now.driver.get('pid', 'unknown')} on {now.driver.get('host', 'some host')}"
     left = f"about {_duration(now.seconds_left)} left" if now.seconds_left is not None else "time left unknown"
-    return f"{over}{work}; {who} is running the study: {left}"
+    _say_words(console, f"{over}{work}; {who} is running the study: {left}")
+
+
+def _say_words(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line, which a terminal gets wrapped between words."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _say_command(console: Console, words: str, command: str) -> None:
+    """Print what a command is for, and the command; the command gets its own line if a terminal is too narrow."""
+    if console.is_terminal and len(words) + len(command) + 2 > console.width:
+        _say_words(console, f"{words}:")
+        say(console, f"  {command}")
+    else:
+        say(console, f"{words}: {command}")
 
 
 def _nothing_succeeded(now: StudyStatus) -> str:
@@ -182,13 +202,25 @@ def _nothing_succeeded(now: StudyStatus) -> str:
     return f"nothing succeeded: {why}; {what_next}, and run it in a new folder (--dir)"
 
 
-def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(console: Console, title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 0 if console.width < 110 else 1),
+    )
     for heading in left:
         table.add_column(heading, overflow="fold")
     for heading in right:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
+
+
+def _cut(console: Console, text: str) -> str | Text:
+    """A cell that a terminal cuts to fit the row; elsewhere it is printed in full."""
+    return Text(text, no_wrap=True, overflow="ellipsis") if console.is_terminal else text
 
 
 def _what(spec: TrialSpec) -> str:

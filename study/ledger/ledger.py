@@ -306,10 +306,10 @@ class Ledger:
             del self._to_tell[0]
 
     def _tell_if_over(self, number: int) -> None:
-        """Tell Optuna about a trial (or the one it repeats) when no result of its first seeds is missing any more.
+        """Tell Optuna about a trial (or the one it repeats) once all its first seeds have results.
 
         First seeds are those that the study was begun with, the same for every trial. So the sampler compares equal
-        seeds, and it makes no difference to the search whether a study grows while it runs or when it is over.
+        seeds. The search is the same whether a study grows while it runs or when it is over.
         """
         if number not in self._untold:
             return

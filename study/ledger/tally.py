@@ -78,7 +78,7 @@ class Tally:
     # Counts -------------------------------------------------------------------------------------------------------
 
     def seeds_of(self, trial: Trial) -> list[int]:
-        """All seeds planned for a trial (or the one it repeats): the study's, and those added to this trial alone."""
+        """All seeds planned for a trial (or the one it repeats): the study's, and those added only to this trial."""
         return seeds_of(self._config, self._more_seeds, trial)
 
     def missing_seeds(self, trial: Trial) -> list[int]:

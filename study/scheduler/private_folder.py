@@ -34,13 +34,13 @@ def remove_leftovers(study: Path) -> None:
 
 @contextmanager
 def private_folder(study: Path) -> Iterator[Path]:
-    """A new folder, mode 0700, in the first place that suits: $RAY_TMPDIR, $TMPDIR, /tmp, /var/tmp, /dev/shm.
+    """A new folder, mode 0700, in the first usable place: $RAY_TMPDIR, $TMPDIR, /tmp, /var/tmp, /dev/shm.
 
     Args:
         study: the study's folder.
 
     Raises:
-        StudyError: no place suits; the message gives the reason for each.
+        StudyError: no place can be used; the message gives the reason for each.
     """
     reasons, made = [], None
     for place in _places():

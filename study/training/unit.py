@@ -186,7 +186,7 @@ def _device(unit: Unit) -> str:
         raise OSError(f"the study file asks for execution.gpus={unit.gpus:g}, but PyTorch finds no CUDA device")
     if precision == "tf32" and not torch.cuda.is_tf32_supported():
         name = torch.cuda.get_device_name()
-        raise OSError(f"the study file asks for protocol.precision=tf32, which the GPU here ({name}) lacks")
+        raise OSError(f"the study file asks for protocol.precision=tf32, which this GPU ({name}) does not have")
     return "cuda"
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import sqlite3
@@ -8,6 +9,7 @@ import sys
 from contextlib import closing
 
 import pytest
+from rich.console import Console
 from study_fixtures import (
     DENSE,
     MPO,
@@ -23,6 +25,7 @@ from study_fixtures import (
     write_study,
 )
 
+from study.commands.show import show_status
 from study.commands.status import study_status
 from study.ledger.directory import StudyDirectory
 from study.ledger.environment import environment, what_changed
@@ -74,6 +77,20 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     starred = {int(row) for row in re.findall(r"^ (\d) .* \* *$", out, flags=re.MULTILINE)}
     assert starred == {point["trial"] for point in status["frontier"]}
     assert out.splitlines()[-1] == f"complete; to write its runs to MLflow: mpo-study sync {folder}"
+
+
+def test_status_fits_a_terminal_of_80_columns(tmp_path):
+    folder = StudyDirectory(tmp_path / "study")
+    arms = [DENSE, WILD, {"name": "small-by-rank", "family": "low_rank", "as_chi": [2, 3]}, MPO | {"chi": [1, 500]}]
+    run_at(write_study(tmp_path, seeds=3, arms=arms), folder.path)
+    screen = io.StringIO()
+    show_status(Console(file=screen, width=80, force_terminal=True, color_system=None), study_status(folder), folder)
+    lines = screen.getvalue().splitlines()
+    commands = [line for line in lines if "mpo-study" in line]
+    assert [line.strip() for line in commands] == [f"mpo-study sync {folder.path}"]
+    assert all(len(line) <= 80 for line in lines if line not in commands)
+    assert [line.split()[0] for line in lines if line[1:2].isdigit()] == list("012345")
+    assert "mean loss" in " ".join(lines)
 
 
 @pytest.mark.parametrize(
