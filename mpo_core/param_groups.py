@@ -49,7 +49,7 @@ def param_groups(
         raise ValueError(f"`lr` and `weight_decay` must be at least 0, but got lr={lr}, weight_decay={weight_decay}")
     if embedding_lr is not None and not (embedding_lr >= 0 and lr > 0):
         raise ValueError(
-            "`embedding_lr` must be at least 0, and `lr` beside it above 0, "
+            "`embedding_lr` must be at least 0, and needs an `lr` above 0, "
             f"but got embedding_lr={embedding_lr}, lr={lr}"
         )
     multiplier: dict[int, float] = {}

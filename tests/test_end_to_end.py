@@ -41,7 +41,7 @@ def finished(tmp_path_factory, mlflow_template):  # noqa: F811
 def test_study_on_ray_leaves_nothing_but_its_folder(finished):
     file, folder, out = finished
     assert "tiny: 4 trials, 8 runs complete" in out
-    assert "MLflow:  kept/mlflow.db  (browse: mpo-study ui kept)" in out
+    assert "MLflow:  kept/mlflow.db  (to view it: mpo-study ui kept)" in out
     assert sorted(path.name for path in file.parent.iterdir()) == ["kept", "text.txt", "tiny.yaml"]
     assert sorted(path.name for path in folder.iterdir()) == [
         "driver.lock",

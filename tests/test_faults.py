@@ -103,7 +103,7 @@ def test_driver_that_is_stopped_goes_on_later(work, undisturbed, send):
     send(driver)
     out, err = driver.communicate(timeout=300)
     assert driver.returncode == 130
-    assert "stopped; what is done is kept. To go on: the same command again (kept)" in out
+    assert "stopped; finished runs are kept. To continue, give the same command again (kept)" in out
     assert "Traceback" not in out + err
     assert len(results_at(work / "kept")) < 8
     code, _, err = cli("run", "tiny.yaml", "--dir", "kept", cwd=work)
@@ -259,5 +259,5 @@ def test_damaged_checkpoints_are_said_on_the_drivers_display_and_passed_over(wor
     for path in newest:
         key = f"{path.parent.name}/{path.name}"  # both runs may have been at the same step
         [line] = [line for line in out.splitlines() if line.startswith("damaged checkpoint") and key in line]
-        assert line.endswith("; starting again") or "; going on from an older one, " in line
+        assert line.endswith("; training from the beginning") or "; continuing from the older one " in line
     check_whole(work, undisturbed)

@@ -64,7 +64,7 @@ def check_goes_on(work, done, folder="kept"):
 def test_storage_that_is_full_stops_the_study(work):
     code, out, err = run_with(work, of_size("8k", "kept/storage"))
     assert (code, err) == (1, "")
-    assert "stopped early with 4 runs missing: [Errno 28] No space left on device; mend it" in out
+    assert "stopped early with 4 runs missing: [Errno 28] No space left on device; fix this" in out
     done = results_at(work / "kept")
     assert sorted(done) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(result.state == "complete" for result in done.values())
@@ -90,7 +90,7 @@ def test_study_folder_that_is_full_stops_the_study(work):
     options = (*OPTIONS, "--storage", str(work / "elsewhere"))
     code, out, err = run_with(work, of_size("180k", "kept"), options=options, after="cp -a kept saved")
     assert (code, err) == (1, "")
-    assert "the ledger cannot be written: (sqlite3.OperationalError) database or disk is full; mend it" in out
+    assert "the ledger cannot be written: (sqlite3.OperationalError) database or disk is full; fix this" in out
     done = results_at(work / "saved")
     assert 0 < len(done) < 32
     assert f"{len(done)} runs complete" in out

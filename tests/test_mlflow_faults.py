@@ -107,7 +107,7 @@ def test_mlflow_away_at_the_start_and_killed_in_the_middle_has_every_run_in_the_
     assert "Traceback" not in out + err
     assert "4 trials, 8 runs complete" in out
     # Whether its last attempt came before or after the server was up again is a matter of moments.
-    assert driver.returncode == (1 if "MLflow lacks some runs" in out else 0), err
+    assert driver.returncode == (1 if "some runs are not in MLflow" in out else 0), err
     code, out, err = cli("sync", "kept", cwd=work)
     assert (code, err) == (0, "")
     assert out.startswith("MLflow has all 4 trials of tiny.")
@@ -121,9 +121,9 @@ def test_study_ends_without_its_server_and_says_what_to_do(work, undisturbed, se
     server.kill()
     out, err = driver.communicate(timeout=600)
     assert driver.returncode == 1, err
-    assert "MLflow lacks some runs: " in out
+    assert "some runs are not in MLflow: " in out
     assert "4 trials, 8 runs complete" in out
-    assert "once that is mended: mpo-study sync kept" in out
+    assert "fix this, then: mpo-study sync kept" in out
     server.start()
     code, _, err = cli("sync", "kept", cwd=work)
     assert (code, err) == (0, "")
@@ -138,11 +138,11 @@ def test_second_ctrl_c_does_not_wait_for_an_mlflow_that_hangs(work, undisturbed,
     wait_for_results(driver, 3)
     driver.send_signal(signal.SIGINT)
     line = next(line for line in driver.stdout if line.startswith("stopping; "))
-    assert line == "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)\n"
+    assert line == "stopping; finished runs are written to MLflow first (press Ctrl-C again to skip that)\n"
     driver.send_signal(signal.SIGINT)
     out, err = driver.communicate(timeout=20)
     assert driver.returncode == 130
-    assert "stopped; what is done is kept. To go on: the same command again (kept)" in out
+    assert "stopped; finished runs are kept. To continue, give the same command again (kept)" in out
     assert "Traceback" not in out + err
     assert 3 <= len(results_at(work / "kept")) < 8
     server.signal(signal.SIGCONT)
@@ -239,12 +239,12 @@ def test_whatever_answers_instead_of_mlflow_it_is_back_without_sync(work, undist
         n_said, between.mode = len(said), mode
         background.put(trial, ledger.on_record(trial), n_seeds)
         wait_until(lambda: len(said) > n_said)
-        assert said[-1] != "MLflow is back"
+        assert said[-1] != "MLflow is reachable again"
         if mode == "pass":
             server.start()
         between.mode = "pass"
         wait_until(lambda: not background.n_pending)
-        assert said[-1] == "MLflow is back"
+        assert said[-1] == "MLflow is reachable again"
 
     trials = list(ledger.trials.values())
     background.put(trials[0], ledger.on_record(trials[0]), 2)
@@ -273,7 +273,10 @@ def test_server_that_drips_holds_up_neither_the_start_nor_the_end(work, undistur
     monkeypatch.setattr("study.tracking.background.BackgroundTracker.__init__.__defaults__", (0.0, 1.0, 2.0))
     outcome, printed = printed_by_run(work / "tiny.yaml", work / "kept", tracking=between.url)
     assert (outcome.n_complete, outcome.n_missing) == (8, 0)
-    assert "MLflow is away, the study goes on and catches up later: it has not answered within 2 seconds" in printed
+    assert (
+        "MLflow is unreachable, the study continues and will write to it later: it has not answered within 2 seconds"
+        in printed
+    )
     assert outcome.tracking_trouble == "it has not answered within 2 seconds"
     between.mode = "pass"
     code, _, err = cli("sync", "kept", cwd=work)

@@ -148,7 +148,7 @@ def test_study_grown_from_two_checkouts_says_so_as_it_grows_and_in_its_report(tm
     other = tenfold(tmp_path / "other")
     code, out, err = installed("run", file, *options, "--seeds", "+2", cwd=tmp_path, PYTHONPATH=str(other))
     assert code == 0, out + err
-    [line] = [line for line in out.splitlines() if line.startswith("warning: since this study ran last")]
+    [line] = [line for line in out.splitlines() if line.startswith("warning: since the last run of this study")]
     assert f"the fingerprint of this program was {this_program()['fingerprint']}, is " in line
     runs = load_study(resolve_study(kept))
     assert sorted(runs.programs.values()) == [1, 2]

@@ -20,14 +20,15 @@ def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int) -> dict[str
         ValueError: no layers, a layer without rungs, or the smallest rungs together exceed max_params.
     """
     if not ladders:
-        raise ValueError("parameters are allocated to at least one layer, but got none")
+        raise ValueError("`ladders` must contain at least one layer, but got none")
     hulls: dict[str, list[Rung]] = {}
     rungs = {name: _undominated(name, ladder) for name, ladder in ladders.items()}
     chosen = {name: ladder[0] for name, ladder in rungs.items()}
     left = max_params - sum(rung.n_params for rung in chosen.values())
     if left < 0:
         raise ValueError(
-            f"the layers at their smallest have {max_params - left:,} parameters, but got max_params={max_params:,}"
+            f"the smallest sizes of all layers have {max_params - left:,} parameters together, "
+            f"but got max_params={max_params:,}"
         )
 
     steps: list[tuple[float, str]] = []
@@ -55,7 +56,7 @@ def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int) -> dict[str
 
 
 def _undominated(name: str, ladder: Sequence[Rung]) -> list[Rung]:
-    """Rungs in the order of their parameters, without those that cost more and are no better."""
+    """Rungs in the order of their parameters, without those that have more parameters but no smaller error."""
     if not ladder:
         raise ValueError(f"{name} has no size to choose from")
     kept: list[Rung] = []

@@ -76,7 +76,7 @@ def compress(
     - Subclasses of nn.Linear, and so the projections of nn.MultiheadAttention, which uses their weights itself.
 
     Args:
-        layer: the kind of layer: "mpo", "low_rank", "monarch", "pruned" or another of `kinds()`. Or a function from a
+        layer: the kind of layer, such as "mpo" or "low_rank": one of `kinds()`. Or a function from a
             layer's name and its weight as an nn.Linear to a StructuredLinear, or to None to leave it dense; no size is
             given then.
         chi, rel_error, keep, max_params: how large the layers become; exactly one of them.
@@ -91,7 +91,7 @@ def compress(
         include, exclude: patterns (fnmatch, case-sensitive) of module names such as "blocks.0.attention.query"; a
             layer is replaced if it matches one of `include` and none of `exclude`. A string is one pattern.
         init: draws fresh parameters (one of the kind's `inits`) in layers of the size that `chi`, or `max_params` by
-            layer, gives. Default: None, the layers approximate the present weights.
+            layer, gives. Default: None: the layers approximate the present weights.
         statistics: of this model, from `collect_statistics`.
         metric: in which the layers approximate the present weights, and errors are measured. "weights": the Frobenius
             norm. "outputs": the change of the layer's outputs over the calibration inputs. "loss": the predicted rise
@@ -128,7 +128,7 @@ def compress(
         _check_init(kind, init, statistics, chi is not None or isinstance(max_params, Mapping))
         sizer = Sizer(kind, init, generator_for, allow_growth, options)
     elif options or init is not None:
-        raise ValueError(f"a function as `layer` makes layers itself, but got {', '.join(options) or 'init'}")
+        raise ValueError(f"with a function as `layer`, no options are allowed, but got {', '.join(options) or 'init'}")
     found = find_dense_layers(model, include, exclude)
     targets = [dense for dense in found if dense.reason is None]
 
@@ -147,16 +147,18 @@ def compress(
     if isinstance(max_params, Mapping):
         for dense in found:
             for name in max_params.keys() & set(dense.sharers):
-                raise ValueError(f"`max_params` names {name}, which shares the weight of {dense.name}: name that")
+                raise ValueError(
+                    f"`max_params` names {name}, which shares the weight of {dense.name}: name {dense.name}"
+                )
         unknown = set(max_params) - {dense.name for dense in found}
         if unknown:
             raise ValueError(
-                f"`max_params` names {', '.join(sorted(unknown))}, but no layer to be replaced is so called"
+                f"`max_params` names {', '.join(sorted(unknown))}, but no layer to be replaced has that name"
             )
         sizes = max_params
     elif sizer is not None and (keep is not None or max_params is not None):
         if not targets:
-            raise ValueError(f"no layer can be replaced, such as {found[0].name}: {found[0].reason}")
+            raise ValueError(f"no layer can be replaced; for example {found[0].name}: {found[0].reason}")
         n_dense = sum(dense.linear.weight.numel() for dense in targets)
         most = int(float(keep) * n_dense) if keep is not None else int(max_params or 0)
         ladders = {}
@@ -176,7 +178,7 @@ def compress(
                 raise ValueError(f"`layer` must return a StructuredLinear or None, but returned {type(new).__name__}")
             if new is not None and (new.out_features, new.in_features) != tuple(dense.linear.weight.shape):
                 shape = tuple(dense.linear.weight.shape)
-                raise ValueError(f"`layer` must return one of shape {shape}, but {type(new).__name__} is {new}")
+                raise ValueError(f"`layer` must return a layer of shape {shape}, but {type(new).__name__} has {new}")
             return new, None if new is not None else "`layer` left it dense"
         assert sizer is not None
         if chi is not None:
@@ -278,7 +280,7 @@ def rel_errors(
 
 
 def n_params(model: nn.Module) -> int:
-    """Number of trainable parameters that have a shape, shared ones once; of a pruned matrix, those kept."""
+    """Number of trainable parameters that have a shape, shared ones once; for a pruned matrix, only kept entries."""
     numels = {id(p): p.numel() for p in model.parameters() if p.requires_grad and not is_lazy(p)}
     absent: dict[tuple[int, ...], int] = {}  # entries that a mask fixes at zero
     for module in model.modules():
@@ -306,7 +308,7 @@ def _check_size(layer: str | Layer, allow_growth: bool, **sizes: Any) -> None:
     given = [name for name, size in sizes.items() if size is not None]
     if len(given) != (1 if isinstance(layer, str) else 0):
         raise ValueError(
-            "exactly one of `chi`, `rel_error`, `keep` and `max_params` must be given, none beside a function as "
+            "exactly one of `chi`, `rel_error`, `keep` and `max_params` must be given, and none with a function as "
             f"`layer`, but got {' and '.join(given) or 'none'}"
         )
     if isinstance(max_params, Mapping):
@@ -316,7 +318,7 @@ def _check_size(layer: str | Layer, allow_growth: bool, **sizes: Any) -> None:
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < float(keep) <= 1):
         raise ValueError(f"`0 < keep <= 1` must hold, but got keep={keep!r}")
     if allow_growth and sizes["chi"] is None:
-        raise ValueError("`allow_growth` goes with `chi` alone: by an error or a number of parameters no layer grows")
+        raise ValueError("`allow_growth` is allowed only with `chi`, because with the other sizes no layer grows")
     if rel_error is not None:
         check_fraction(rel_error=rel_error)
 
@@ -338,11 +340,9 @@ def _check_init(kind: type[StructuredLinear], init: str | None, statistics: obje
     if init not in kind.inits:
         raise ValueError(f"`init` of layer={kind.kind!r} must be one of {', '.join(kind.inits)}, but got {init!r}")
     if not has_size:
-        raise ValueError(
-            f"init {init!r} goes with `chi` or with `max_params` by layer: fresh parameters have no error to go by"
-        )
+        raise ValueError(f"init {init!r} needs `chi` or `max_params` by layer, because fresh parameters have no error")
     if statistics is not None:
-        raise ValueError(f"init {init!r} draws fresh parameters, to which `statistics` do not apply: give it without")
+        raise ValueError(f"init {init!r} draws fresh parameters, so `statistics` are not allowed with it")
 
 
 def _metric(metric: str | None, statistics: Statistics | None) -> str:

@@ -126,10 +126,10 @@ def copied(model: Model) -> Model:
 def does_more(module: nn.Module) -> str | None:
     """Why a layer in its place would not do all that the module does; None if it would."""
     if "forward" in vars(module):
-        return "its forward has been replaced: put its own back before"
+        return "its forward has been replaced: restore its own forward first"
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     if any(getattr(module, kind) for kind in kinds):
-        return "it has hooks, which another layer would not run: remove them before, and register them again after"
+        return "it has hooks, which another layer would not run: remove them first, and register them again afterwards"
     return None
 
 
@@ -153,13 +153,13 @@ def _stays(module: nn.Module) -> str | None:
 def _holds_more(module: nn.Module) -> str | None:
     held = (dict(named) for named in (module.named_children(), module.named_buffers(), module.named_parameters()))
     more = [name for names in held for name in names if name not in ("weight", "bias")]
-    return f"it holds {more[0]} too, which another layer would not" if more else None
+    return f"it also holds {more[0]}, which another layer would not" if more else None
 
 
 def _no_weight(module: nn.Module) -> str | None:
     """Why it may compute something other than x Wᵀ + b, or use a W other than the stored one; None if it does not."""
     if isinstance(weight_of(module), UninitializedParameter):
-        return "its weight has no shape yet: run the model once before"
+        return "its weight has no shape yet: run the model once first"
     computed = why_computed(module)
     if computed is None and isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         # The out_proj of nn.MultiheadAttention, for example, is never called.

@@ -138,7 +138,7 @@ def check_plain_tensors(model: nn.Module) -> None:
             for tensor in tensors_in(held):
                 if tensor.is_meta and id(tensor) not in known:
                     where = f"{name}.{key}" if name else key
-                    raise ValueError(f"{where} holds a tensor without values, which is no parameter or buffer")
+                    raise ValueError(f"{where} holds a tensor without values, which is not a parameter or buffer")
 
 
 def set_modes(model: nn.Module, description: Mapping[str, Any]) -> None:
@@ -234,11 +234,13 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _check_tensors(model: nn.Module, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
     lost = [name for name in model.state_dict() if name not in tensors]
     if lost:
-        raise ValueError(f"{lost[0]} is in the model's state_dict, but is no parameter or buffer, so would be lost")
+        raise ValueError(
+            f"{lost[0]} is in the model's state_dict, but is not a parameter or buffer, so it would be lost"
+        )
     starts: dict[tuple[torch.device, int], str] = {}
     for name, tensor in tensors.items():
         if is_lazy(tensor):
-            raise ValueError(f"{name} has no shape yet: run the model once before")
+            raise ValueError(f"{name} has no shape yet: run the model once first")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device, so has no values to save")
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:

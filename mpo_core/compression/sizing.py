@@ -35,7 +35,9 @@ class Sizer:
     def with_chi(self, name: str, linear: nn.Linear, chi: int, metric: Metric | None) -> Outcome:
         """Return a layer of that cap or rank; keep the dense one if it is no larger and growth is not allowed."""
         if self.kind.size is None:
-            raise ValueError(f"`chi` gives a {self.kind.label} layer no size; give `keep`, `max_params` or `rel_error`")
+            raise ValueError(
+                f"a {self.kind.label} layer cannot be sized by `chi`; give `keep`, `max_params` or `rel_error`"
+            )
         size = {self.kind.size: chi}
         shape = self._empty(linear, **size)
         reason = shape.why_no_smaller()
@@ -115,7 +117,7 @@ class Sizer:
         if not linear.weight.is_meta:
             if generator_for is None:
                 raise ValueError(
-                    f"init {self.init!r} draws fresh parameters: give `generator_for`, a function from the name of a "
+                    f"init {self.init!r} needs `generator_for`, a function from the name of a "
                     "parameter to its torch.Generator"
                 )
             layer.draw(self.init or "", lambda parameter: generator_for(f"{name}.{parameter}"))

@@ -24,7 +24,7 @@ def why_computed(module: nn.Module) -> str | None:
     for name in ("weight", "bias"):
         if parametrize.is_parametrized(module, name):
             call = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
-            return f"its {name} is computed from other parameters: call {call} before"
+            return f"its {name} is computed from other parameters: call {call} first"
         if name not in own and getattr(module, name, None) is not None:
             return f"its {name} is computed from other parameters{_by_hook(module, name)}"
     return None
@@ -55,8 +55,8 @@ def _by_hook(module: nn.Module, name: str) -> str:
     """How to make the tensor of that name a parameter again."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod):
-            return f": call torch.nn.utils.prune.remove(layer, {name!r}) before"
+            return f": call torch.nn.utils.prune.remove(layer, {name!r}) first"
         if isinstance(hook, WeightNorm | SpectralNorm):
             kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
-            return f": call torch.nn.utils.remove_{kind}(layer, {name!r}) before"
-    return ", or is a buffer: make it a parameter before"
+            return f": call torch.nn.utils.remove_{kind}(layer, {name!r}) first"
+    return ", or is a buffer: make it a parameter first"

@@ -155,10 +155,10 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
             if method not in (None, "tt_svd"):
                 raise ValueError(f"`rel_error` goes with the method 'tt_svd' alone, but got method={method!r}")
             if bonds is not None or max_params is not None:
-                raise ValueError("`rel_error` goes with no cap but `chi`; the bonds follow from W")
+                raise ValueError("`rel_error` allows no other cap than `chi`; the bonds follow from W")
             at = chi
             if at is None and options.get("factorisation") == "min_params":
-                # This split counts parameters at a cap: at the smallest that the singular values call enough.
+                # This split counts parameters at a cap: the smallest one that is enough by the singular values.
                 ladder = chain_ladder(W, Metric(), splitter(*W.shape, **_splitting(options)))
                 at = next((chi for chi, rung in enumerate(ladder, 1) if rung.error <= rel_error**2), None)
             cap = cls(W.shape[1], W.shape[0], chi=at or min(W.shape), device="meta", **options)

@@ -82,7 +82,7 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         """Return W with its largest entries kept; in a metric, those with the largest |W_ij| (S_ii G_jj)^{1/2}.
 
         With G alone that is Wanda (Sun et al. 2024), but over the whole matrix; with S it is the diagonal of the Fisher
-        information (LeCun et al. 1989). Of equal entries the first in row-major order is kept.
+        information (LeCun et al. 1989). In a tie, the first entries in row-major order are kept.
 
         Raises:
             ValueError: as the constructor; a metric that does not fit W; `rel_error` together with a metric.

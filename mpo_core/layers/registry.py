@@ -18,7 +18,7 @@ ENTRY_POINTS = "mpo_core.layers"
 def kinds() -> dict[str, type[StructuredLinear]]:
     """Every kind of layer by its name: those of `mpo_core.layers`, of other packages' entry points, and of the program.
 
-    If two kinds have one name, the one that was defined first.
+    If two kinds have one name, the one that was defined first. A class with abstract methods is not a kind.
     """
     named: dict[str, type[StructuredLinear]] = {}
     for kind in _defined():
@@ -34,8 +34,14 @@ def kind_called(name: str) -> type[StructuredLinear]:
     """
     found = [kind for kind in _defined() if kind.kind == name]
     if not found:
+        for unfinished in _subclasses(StructuredLinear):
+            lacking = ", ".join(_abstract_methods(unfinished))
+            if unfinished.kind == name and lacking:
+                raise ValueError(f"{unfinished.__qualname__} is not a kind of layer yet: it does not define {lacking}")
         known = ", ".join(kinds())
-        raise ValueError(f"no kind of layer is called {name!r}, only {known}; import the module that defines it")
+        raise ValueError(
+            f"no kind of layer is called {name!r}, only {known}; for another kind, import its module first"
+        )
     if len(found) > 1:
         places = ", ".join(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in found))
         raise ValueError(f"more than one kind of layer is called {name!r}: {places}")
@@ -45,7 +51,8 @@ def kind_called(name: str) -> type[StructuredLinear]:
 def _defined() -> list[type[StructuredLinear]]:
     _import_all()
     # A class that is defined again, as in a notebook, replaces the first one.
-    return list({f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(StructuredLinear)}.values())
+    last = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(StructuredLinear)}
+    return [kind for kind in last.values() if not _abstract_methods(kind)]
 
 
 @cache
@@ -64,3 +71,8 @@ def _subclasses(kind: type[StructuredLinear]) -> Iterator[type[StructuredLinear]
     for subclass in kind.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
+
+
+def _abstract_methods(kind: type[StructuredLinear]) -> list[str]:
+    """Names of the methods that the class still has to define; Python does not compute this for an nn.Module."""
+    return [name for name in vars(StructuredLinear) if getattr(getattr(kind, name), "__isabstractmethod__", False)]

@@ -150,12 +150,12 @@ class StructuredLinear(nn.Module):
 
     @classmethod
     def option_names(cls) -> set[str]:
-        """Options of this kind in `compress`, beside those that `compress` has itself."""
+        """Options of this kind in `compress`, in addition to those that every kind has."""
         return (_keywords(cls.__init__) | _keywords(cls.from_matrix)) - {*_OF_COMPRESS, *cls.other_sizes, cls.size}
 
     @classmethod
     def of_constructor(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Those of the options that the constructor takes; the others are of `from_matrix` alone."""
+        """The options that the constructor takes; only `from_matrix` takes the others."""
         taken = _keywords(cls.__init__)
         return {name: option for name, option in options.items() if name in taken}
 

@@ -24,7 +24,7 @@ def generate(
 ) -> Tensor:
     """Continue each row of tokens by `n_new` tokens; the model sees at most its last `context` of them.
 
-    No core changes meanwhile, so MPO layers in the modes "reconstruct" and "cached" form W once and hold it.
+    No core changes in the meantime, so MPO layers in the modes "reconstruct" and "cached" form W once and hold it.
 
     Args:
         tokens: (B, T) int64, T >= 1.

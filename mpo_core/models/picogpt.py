@@ -173,7 +173,7 @@ class PicoGPT(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, MPOLinear):
-                raise ValueError(f"a dense PicoGPT is drawn before it is compressed, but {name} is an MPOLinear")
+                raise ValueError(f"only a dense PicoGPT can be drawn, but {name} is an MPOLinear")
 
 
 class LayerCache:

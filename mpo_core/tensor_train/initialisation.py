@@ -57,14 +57,14 @@ def init_cores_(
         raise ValueError(f"one generator per core must be given, but got {len(generators)} for {n_sites} cores")
     if not 1 <= out_features <= padded_out or not 1 <= in_features <= padded_in:
         raise ValueError(
-            f"cores of a {padded_out}×{padded_in} matrix do not hold out_features={out_features}, "
+            f"cores of a {padded_out}×{padded_in} matrix are too small for out_features={out_features}, "
             f"in_features={in_features}"
         )
     if clip_bonds(bonds, d_out, d_in) != bonds:
         raise ValueError(f"every bond must be within reach of its neighbours (`clip_bonds`), but got {list(bonds)}")
     if init == "paper":
         if chi is None:
-            raise ValueError("init 'paper' needs the `chi` asked for, but got None")
+            raise ValueError("init 'paper' needs `chi`, the requested cap, but got None")
         normal_cores_(cores, paper_std(in_features, chi, n_sites), generators)
     elif init == "variance":
         filled = [(core, generator) for core, generator in zip(cores, generators, strict=True) if core.numel() > 1]
@@ -91,7 +91,7 @@ def init_cores_(
     else:
         raise ValueError(
             f"`init` of fresh cores must be one of {', '.join(INITS)}, but got {init!r}; "
-            "for those that take a weight use MPOLinear.from_linear"
+            "to approximate a weight, use MPOLinear.from_linear"
         )
 
 

@@ -2,7 +2,7 @@
 
 Each copy is a whole SQLite file under a new name, with its number and its checksum. The newest undamaged copy is used;
 two are kept. MLflow's files lie next to them. A driver that finds a copy by another driver stops: if two drivers ran at
-once, each would restore its own past.
+once, each would restore its own older state.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Backup:
         self._files: dict[str, int] = {}
         """Size of each of MLflow's files in the storage."""
 
-    # Bringing back ------------------------------------------------------------------------------------------------
+    # Restoring -----------------------------------------------------------------------------------------------------
 
     def bring_back(self) -> bool:
         """Restore the databases into a folder that has no study yet; False if there is no backup.
@@ -61,7 +61,7 @@ class Backup:
         if ledger is None and (damaged := self._copies("ledger")):
             raise StudyError(
                 f"--storage {self._storage.shown}: every copy of the study's ledger there is damaged "
-                f"({', '.join(damaged)}); begin it anew with another name or --storage"
+                f"({', '.join(damaged)}); begin a new study with another name or --storage"
             )
         for key in self._storage.keys_below(f"{self._folder}/files"):
             data = self._storage.read(key)
@@ -82,9 +82,10 @@ class Backup:
         copies = self._copies("ledger")
         if copies and copies[-1] not in self._read_note():
             raise AnotherDriver(
-                f"--storage {self._storage.shown} has a newer backup of study {self._folder.removeprefix('backup/')} "
-                f"than {self._directory.path}, from a driver elsewhere; go on there, or in an empty --dir, into which "
-                "it is brought back, or give a new study another name or --storage"
+                f"--storage {self._storage.shown}: another driver wrote a newer backup of study "
+                f"{self._folder.removeprefix('backup/')} than the one of {self._directory.path}; continue on that "
+                "driver's machine, or restore the backup into an empty --dir, or give a new study another name or "
+                "--storage"
             )
 
     # Backing up ---------------------------------------------------------------------------------------------------
@@ -93,12 +94,12 @@ class Backup:
         """Copy everything that has changed since the last time.
 
         Raises:
-            AnotherDriver: another driver made a copy meanwhile.
+            AnotherDriver: another driver has made a copy in the meantime.
             Damaged: the ledger is damaged, so that no new copy is made.
             OSError, sqlite3.Error: the storage cannot be written, or a database cannot be read.
         """
         self.check_is_ours()
-        # Files first, the ledger last, so that everything that a copy refers to exists.
+        # Files first, the ledger last: then everything that a copy refers to exists.
         for path in sorted((self._directory.path / "mlartifacts").rglob("*")):
             if path.is_file() and self._files.get(str(path)) != path.stat().st_size:
                 data = path.read_bytes()
@@ -116,7 +117,7 @@ class Backup:
             return
         number = 1 + (int(Path(copies[-1]).name.partition("-")[0]) if copies else 0)
         key = f"{self._folder}/{kind}/{number:09d}-{checksum}.db"
-        if kind == "ledger":  # noted before it is written, in case this process ends in between
+        if kind == "ledger":  # noted first, in case this process ends before the write
             self._write_note([*copies[-1:], key])
         self._storage.write(key, data)
         self._copied[kind] = checksum
@@ -136,7 +137,7 @@ class Backup:
             if hashlib.sha256(data).hexdigest() == _checksum_of(key):
                 for worse in damaged:
                     self._storage.delete(worse)
-                    self._say(f"damaged backup {worse}: removed; an older one, {key}, is brought back")
+                    self._say(f"damaged backup {worse}: removed; the older one {key} is restored")
                 return key, data
             damaged.append(key)
         return None
@@ -181,7 +182,7 @@ def open_backup(storage: Storage, directory: StudyDirectory, name: str, say: Cal
     if not directory.has_no_study:
         backup.check_is_ours()
     elif backup.bring_back():
-        say(f"study {name} was brought back from its backup in {storage.shown}")
+        say(f"study {name} was restored from its backup in {storage.shown}")
     return backup
 
 
@@ -199,7 +200,7 @@ class BackgroundBackup:
         self._is_over = threading.Event()
         self._changed = threading.Event()
         self.trouble: str | None = None
-        """Why the last attempt failed; None if it did not."""
+        """Why the last attempt failed; None if it succeeded."""
         self._thread = threading.Thread(target=self._run, name="backup", daemon=True)
         self._thread.start()
 
@@ -208,7 +209,7 @@ class BackgroundBackup:
         self._changed.set()
 
     def close(self) -> str | None:
-        """Make a last copy; returns why that was not possible, or None."""
+        """Make a last copy; returns the reason if that failed, otherwise None."""
         self._is_over.set()
         self._changed.set()
         self._thread.join()
@@ -231,11 +232,11 @@ class BackgroundBackup:
             self._stop(str(error))
         except (OSError, sqlite3.Error) as error:
             if self.trouble is None:
-                self._tell(f"the study's databases cannot be backed up, which is tried again: {error}")
+                self._tell(f"cannot back up the study's databases, will try again: {error}")
             self.trouble = str(error)
         else:
             if self.trouble is not None:
-                self._tell("the study's databases are backed up again")
+                self._tell("the backup of the study's databases works again")
             self.trouble = None
 
     def _tell(self, line: str) -> None:
@@ -248,7 +249,7 @@ def _checksum_of(key: str) -> str:
 
 
 def _snapshot(path: Path, check: Callable[[Path], None] | None) -> bytes:
-    """A SQLite database's file as of a moment between two transactions, after a check of it."""
+    """The content of a SQLite database's file at one moment between two transactions, after a check."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
         copy_database(path, copy)

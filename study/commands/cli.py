@@ -55,7 +55,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run studies of compressed transformers over many trials and seeds.",
 )
-console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 140, markup=False)  # a log has room
+console = Console(
+    width=None if sys.stdout is not None and sys.stdout.isatty() else 140, markup=False
+)  # wide lines suit a log file
 
 
 def _show_version(is_asked: bool) -> None:
@@ -77,11 +79,13 @@ def _options(
 def plan(
     file: StudyFile,
     as_json: AsJSON = False,
-    overrides: Overrides = [],  # noqa: B006 (typer reads the default, nobody writes it)
+    overrides: Overrides = [],  # noqa: B006 (typer only reads the default)
 ) -> None:
     """Show every trial with its parameters, FLOPs and time on this machine, without training."""
     from study.commands.opening import study_corpus
-    from study.commands.plan import as_json as plan_as_json  # here and below: PyTorch takes seconds to import
+    from study.commands.plan import (
+        as_json as plan_as_json,
+    )  # imported late, here and below: PyTorch takes seconds to import
     from study.commands.plan import plan as make_plan
 
     config = load_config(file, overrides)
@@ -113,16 +117,18 @@ def run(
         typer.Option(metavar="+N", help="Add N seeds to every trial, once."),
     ] = None,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Add the trials and seeds that the file has now and the study lacks.")
+        bool, typer.Option("--extend", help="Add the trials and seeds that are in the file but not yet in the study.")
     ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Run a study. The same command resumes it; a complete study stays as it is."""
+    """Run a study. The same command resumes it; a complete study does not change."""
     config = load_config(file, overrides)
     folder = StudyDirectory(directory if directory is not None else Path("results") / config.name, ledger)
     growth = Growth(parse_more("--trials", trials), parse_more("--seeds", seeds), extend=extend)
     if extend and growth.command:
-        raise StudyError(f"--extend and {growth.command}: give one of them, and then the other")
+        raise StudyError(
+            f"--extend and {growth.command}: not allowed in one command; give one, then the other in a second run"
+        )
     _run(
         config,
         folder,
@@ -138,16 +144,17 @@ def run(
 @app.command()
 def refine(
     directory: Folder,
-    seeds: Annotated[str, typer.Option(metavar="+N", help="Add N seeds to each of these trials.")],
+    seeds: Annotated[str, typer.Option(metavar="+N", help="Add N seeds to each selected trial.")],
     on: Annotated[
-        Where, typer.Option(help="Trials whose place on the frontier of n_params and val_loss is undecided.")
+        Where,
+        typer.Option(help="Selects trials that are perhaps on the frontier of n_params and val_loss."),
     ] = Where.frontier,
     storage: StorageOption = None,
     executor: ExecutorOption = Executor.ray,
     address: AddressOption = None,
     tracking: TrackingOption = None,
 ) -> None:
-    """Add seeds to the trials whose place on the frontier is undecided, and run them."""
+    """Add seeds to the trials for which it is undecided whether they are on the frontier, and run them."""
     folder = StudyDirectory(directory)
     _run(
         folder.load_config(),
@@ -169,16 +176,16 @@ def winners(
         typer.Option(
             metavar="N|LIST",
             help="The new study's seeds: 0 to N - 1, or a list such as 100,101,102. "
-            "Default: the first that the old study did not use, as many as it has and at least 5.",
+            "Default: as many as the old study has, at least 5; the smallest numbers that it did not use.",
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the new study. Default: the name of FILE.")] = None,
 ) -> None:
-    """Write a study file that measures what a finished study selected again, on fresh seeds."""
+    """Write a study file that measures the winners of a finished study again, on fresh seeds."""
     new = write_winners(StudyDirectory(directory), file, parse_seeds(seeds), name, partial(say, console))
     say_not_compared(partial(say, console), new)
     n_runs = len(listed_specs(new)) * len(new.seed_list)
-    say(console, f"{file}: {len(new.arms)} arms, {n_runs} runs. To see what they cost: mpo-study plan {file}")
+    say(console, f"{file}: {len(new.arms)} arms, {n_runs} runs. To see the cost: mpo-study plan {file}")
 
 
 def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
@@ -187,8 +194,8 @@ def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
     try:
         outcome = run_study(config, folder, console, **options)
     except KeyboardInterrupt:  # or SIGTERM
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that another one could end now is this line
-        say(console, f"stopped; what is done is kept. To go on: the same command again ({folder.path})")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C could only cut off the next line
+        say(console, f"stopped; finished runs are kept. To continue, give the same command again ({folder.path})")
         _end(130)
     show_outcome(console, outcome, config, folder)
     nothing_succeeded = outcome.n_failed > 0 and outcome.n_complete == 0
@@ -197,7 +204,7 @@ def _run(config: StudyConfig, folder: StudyDirectory, **options: Any) -> None:
 
 
 def _end(code: int) -> NoReturn:
-    """End with this code, also where a writer hangs in a call of MLflow, for which the interpreter might wait."""
+    """Exit with this code, even if a writer hangs in a call of MLflow, for which the interpreter might wait."""
     if is_left_writing():
         sys.stdout.flush()
         os._exit(code)
@@ -206,7 +213,7 @@ def _end(code: int) -> NoReturn:
 
 @app.command()
 def status(directory: Folder, as_json: AsJSON = False) -> None:
-    """Show the trials of a study, its failures, its frontier so far, and the runs that are left."""
+    """Show the trials of a study, its failures, its frontier so far, and the number of missing runs."""
     folder = StudyDirectory(directory)
     now = study_status(folder)
     if as_json:
@@ -222,12 +229,12 @@ def export_(directory: Folder, file: Export) -> None:
 
     folder = StudyDirectory(directory)
     n_runs = export_study(folder, file, partial(say, console))
-    say(console, f"{file}: {n_runs} runs. To make a study of it: mpo-study import {file} DIR")
+    say(console, f"{file}: {n_runs} runs. To create a study from it: mpo-study import {file} DIR")
 
 
 @app.command(name="import")
 def import_(file: Export, directory: Folder, storage: StorageOption = None) -> None:
-    """Make a study's folder from a file that `export` wrote, without checkpoints and weights."""
+    """Create a study's folder from a file that `export` wrote. It has no checkpoints and no weights."""
     from study.commands.exchange import import_study
 
     folder = StudyDirectory(directory)
@@ -236,7 +243,7 @@ def import_(file: Export, directory: Folder, storage: StorageOption = None) -> N
     say(
         console,
         f"{shown}: study {name}. To write its runs to MLflow: mpo-study sync {shown}; "
-        f"to see what is left of it: mpo-study status {shown}",
+        f"to see its status: mpo-study status {shown}",
     )
 
 
@@ -250,16 +257,19 @@ def ui(
     config = folder.load_config()
     recorded = folder.tracking_uri()
     if recorded is None:
-        raise StudyError(f"{folder.path}: no runs in MLflow yet; write them: mpo-study sync {folder.path}")
+        raise StudyError(f"{folder.path}: no runs in MLflow yet; to write them: mpo-study sync {folder.path}")
     uri = folder.resolve_tracking_uri(recorded)
     if not is_database(uri):
-        console.print(f"this study's runs are at {hide_password(uri)}: open that in a browser", markup=False)
+        console.print(f"this study's runs are at {hide_password(uri)}; open that address in a browser", markup=False)
         return
     page = runs_page(uri, config.name)
     try:
         move_artifacts(uri, config.name, folder.artifacts, is_own=recorded == DEFAULT_TRACKING_URI)
     except SQLAlchemyError as error:
-        say(console, f"artifacts will not open, since the study's folder was moved: {shown(error, uri)}")
+        say(
+            console,
+            f"artifacts will not open, because their addresses cannot be updated: {shown(error, uri)}",
+        )
 
     def on_ready() -> None:
         console.print(f"MLflow: http://127.0.0.1:{port}{page}", highlight=False, soft_wrap=True)
@@ -277,16 +287,16 @@ def sync(
     ] = None,
     storage: StorageOption = None,
 ) -> None:
-    """Write to MLflow what the ledger has and MLflow lacks or has otherwise."""
+    """Write to MLflow everything that is missing there or differs from the ledger."""
     from study.commands.run import TRACKING_OFF
     from study.commands.sync import sync as sync_study
 
     folder = StudyDirectory(directory)
     config = folder.load_config()
     if tracking == TRACKING_OFF:
-        raise StudyError("--tracking off: sync writes to MLflow, it needs a tracking URI")
+        raise StudyError("--tracking off: sync writes to MLflow, so it needs a tracking URI")
     n_trials = sync_study(config, folder, storage, tracking, partial(say, console))
-    console.print(f"MLflow has all {n_trials} trials of {config.name}. To browse them: mpo-study ui {folder.path}")
+    console.print(f"MLflow has all {n_trials} trials of {config.name}. To view them: mpo-study ui {folder.path}")
 
 
 @app.command()
@@ -298,7 +308,9 @@ def sample(
     seed: Annotated[int | None, typer.Option(help="Seed of the run. Default: the seed with the lowest loss.")] = None,
     prompt: Annotated[str, typer.Option(help="Text that the model continues.")] = "\n",
     tokens: Annotated[int, typer.Option(help="Number of characters to draw.", min=1)] = 400,
-    temperature: Annotated[float, typer.Option(help="Temperature. 0: always the most likely character.", min=0)] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature. 0: always take the most likely character.", min=0)
+    ] = 0.8,
     top_k: Annotated[
         int | None, typer.Option(help="Draw from the K most likely characters only. Default: all.", min=1)
     ] = None,
@@ -322,7 +334,7 @@ def sample(
 
 
 def main() -> None:
-    """Entry point: a user's error is one line for each, and exit code 2."""
+    """Entry point: an error that the user can correct prints one line for each defect and exits with code 2."""
     with lasting_streams("mpo-study"):
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         optuna.logging.set_verbosity(optuna.logging.WARNING)

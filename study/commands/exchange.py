@@ -42,14 +42,14 @@ from study.training.unit import store_corpus
 FORMAT = 1
 """Version of the file format, SQLite's `user_version`; a reader refuses newer ones."""
 _APPLICATION = int.from_bytes(b"mpo1", "big")
-"""SQLite's `application_id`, by which a reader knows an export."""
+"""SQLite's `application_id`, by which a reader recognises an export."""
 _TEXTS, _STUDY_FILE, _CORPUS = "mpo_export", "study.yaml", "corpus.txt"
 """Table of the texts, and the names of its rows."""
 _LARGEST_RATIO, _ALWAYS = 100, 1 << 26
-"""Largest ratio of an unpacked file to the file (usually about 5), and bytes that every file may unpack to. A file with
-more was made to fill a machine's disk."""
+"""Largest ratio of the unpacked size to the file's size (usually about 5), and bytes that any file may unpack to. A
+file above both limits was made to fill a disk."""
 _MEMORY = 1 << 27
-"""Largest memory of the decompressor in bytes; a file that `export` wrote needs less than a tenth."""
+"""Largest memory of the decompressor in bytes; a file that `export` wrote needs less than a tenth of it."""
 
 
 class _Refused(StudyError):
@@ -60,7 +60,7 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
     """Write the study's current ledger to a file, also while a driver works.
 
     Args:
-        say: receives one line that says what the file lacks.
+        say: receives one line that says what is missing in the file.
     Returns:
         Number of results in the file.
 
@@ -70,13 +70,13 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
     config = directory.load_config()
     uuid = read_ledger(directory.ledger_url, config.name).uuid
     if file.is_dir():
-        raise StudyError(f"{file}: is a folder; give the file to write")
+        raise StudyError(f"{file}: is a folder; give a path for the new file")
     texts = {_STUDY_FILE: dump_config(config)}
     if config.corpus.path is not None:  # every machine has the default corpus
         try:
             texts[_CORPUS] = known_corpus(config, directory, Storage(directory.storage_url())).text
         except (OSError, StudyError) as error:
-            say(f"the file lacks the corpus, without which `sync` and `run` need it where the study file says: {error}")
+            say(f"the export has no corpus, so `sync` and `run` will read it from the path in the study file: {error}")
     try:
         with private_files(), tempfile.TemporaryDirectory() as scratch, replacing(file) as partial:
             database = Path(scratch) / "ledger.db"
@@ -121,7 +121,7 @@ def import_study(file: Path, directory: StudyDirectory, storage_url: str | None 
     path = directory.path
     storage = directory.storage(storage_url) if storage_url is not None else None
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StudyError(f"{path}: is there already; give a folder that is not, for the study to be made in")
+        raise StudyError(f"{path}: exists already; give a new or an empty folder")
     with private_files(), tempfile.TemporaryDirectory() as scratch:
         source = _open_untrusted(_unpack(file, Path(scratch) / "export.db"))
         with _new_folder(path.resolve()) as folder:
@@ -140,7 +140,9 @@ def _make_study(folder: Path, path: Path, source: sa.Engine, storage: Storage | 
     if _CORPUS in texts:
         fraction = config.corpus.validation_fraction
         store_corpus(own, corpus_from_bytes(texts[_CORPUS].encode(), _CORPUS, snapshot.corpus_sha256, fraction))
-        if config.corpus.path is not None and not Path(config.corpus.path).is_file():  # it is on another machine
+        if (
+            config.corpus.path is not None and not Path(config.corpus.path).is_file()
+        ):  # the path is one on another machine
             [key] = own.keys("corpus")
             here = config.corpus.model_copy(update={"path": f"{StudyDirectory(path).storage_url()}/{key}"})
             config = config.model_copy(update={"corpus": here})
@@ -156,18 +158,18 @@ def _make_ledger(url: str, source: sa.Engine) -> tuple[Snapshot, StudyConfig, di
         texts = dict(map(tuple, connection.exec_driver_sql(f"SELECT name, content FROM {_TEXTS}")))
         [(name, uuid)] = connection.execute(sa.select(study_table.c.name, study_table.c.uuid))
     if _STUDY_FILE not in texts:
-        raise StudyError("it has no study file")
+        raise StudyError("it contains no study file")
     copy_study(source, target, name, uuid)
     target.dispose()
     snapshot = read_ledger(url, name)
     history = snapshot.growths.history
     config = validate(parse_yaml(texts[_STUDY_FILE], "its study file"), "its study file")
     if {name, config.name, *(one.name for one in history)} != {config.name}:
-        raise StudyError("it holds studies of several names")
+        raise StudyError("it contains studies with different names")
     if not re.fullmatch("[0-9a-f]{32}", uuid):
-        raise StudyError("its study has no valid UUID")
+        raise StudyError("the UUID of its study is not valid")
     if definition(settled(config, history)) != definition(history[-1]):
-        raise StudyError("its study file is another study's")
+        raise StudyError("its study file belongs to another study")
     return snapshot, config, texts
 
 
@@ -175,8 +177,8 @@ def _check_has_no_backup(storage: Storage, name: str) -> None:
     try:
         if has_backup(storage, name):
             raise StudyError(
-                f"--storage {storage.shown}: has a backup of study {name}, which needs no import: run the study with "
-                "that --storage in an empty --dir, and it is brought back"
+                f"--storage {storage.shown}: has a backup of study {name}, so no import is needed: run the study with "
+                "that --storage in an empty --dir to restore it"
             )
     except OSError as error:
         raise StudyError(f"--storage {storage.shown}: cannot read there: {error.strerror or error}") from None
@@ -192,7 +194,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
     prefix = f".{path.name}-import-{socket.gethostname()}-"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{glob.escape(prefix)}*"):  # by a killed import
+        for left in path.parent.glob(f"{glob.escape(prefix)}*"):  # left by a killed import
             pid = left.name.removeprefix(prefix).partition("-")[0]
             if pid.isdecimal() and not is_alive(int(pid)):
                 shutil.rmtree(left, ignore_errors=True)
@@ -203,11 +205,11 @@ def _new_folder(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise StudyError(f"{path}: cannot make the study there: {error.strerror or error}") from None
+        raise StudyError(f"{path}: cannot create the study: {error.strerror or error}") from None
 
 
 def _move(folder: Path, path: Path) -> None:
-    """Move a folder to a path, or its content into an empty folder there, which may be somebody's working folder."""
+    """Move a folder to a path, or its content into an empty folder there, which may be a shell's working folder."""
     if not path.exists():
         os.replace(folder, path)
         return
@@ -224,14 +226,14 @@ _DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeEr
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Convert every error about a file's content to one line that names the file."""
+    """Convert every error about a file's content to lines that name the file, one for each defect."""
     try:
         yield
     except _Refused as refusal:
         raise StudyError(f"{file}: {refusal}") from None
     except (StudyError, *LEDGER_ERRORS, *_DEFECTS) as error:
         said = str(error) if isinstance(error, StudyError) else first_defect(error)
-        raise StudyError(f"{file}: is damaged: {said}") from None
+        raise StudyError("\n".join(f"{file}: is damaged: {line}" for line in said.splitlines())) from None
 
 
 def _unpack(file: Path, to: Path) -> Path:
@@ -241,9 +243,9 @@ def _unpack(file: Path, to: Path) -> Path:
         StudyError: the file is larger, or not compressed by `export`.
     """
     if not file.exists():
-        raise StudyError(f"{file}: there is no such file; `mpo-study export DIR FILE` writes one")
+        raise StudyError(f"{file}: no such file; `mpo-study export DIR FILE` writes one")
     if not file.is_file():
-        raise StudyError(f"{file}: is no file; give one that `mpo-study export DIR FILE` wrote")
+        raise StudyError(f"{file}: is not a file; give a file that `mpo-study export DIR FILE` wrote")
     limit = max(_ALWAYS, _LARGEST_RATIO * file.stat().st_size)
     xz, n_bytes = lzma.LZMADecompressor(lzma.FORMAT_XZ, _MEMORY), 0
     try:
@@ -254,16 +256,16 @@ def _unpack(file: Path, to: Path) -> Path:
             while not xz.eof:
                 data = packed.read(1 << 16) if xz.needs_input else b""
                 if xz.needs_input and not data:
-                    raise lzma.LZMAError("it is cut short")
+                    raise lzma.LZMAError("it is truncated")
                 n_bytes += unpacked.write(xz.decompress(data, 1 << 20))
                 if n_bytes > limit:
                     raise StudyError(
-                        f"{file}: unpacks to more than {limit >> 20} MiB, which no export of its size does"
+                        f"{file}: unpacks to more than {limit >> 20} MiB, too much for an export of its size"
                     )
             if xz.unused_data or packed.read(1):
-                raise lzma.LZMAError("something follows its end")
+                raise lzma.LZMAError("it has extra bytes after its end")
     except (lzma.LZMAError, OSError) as error:
-        raise StudyError(f"{file}: is no whole export; export the study again: {error}") from None
+        raise StudyError(f"{file}: is not a complete export: {error}; export the study again") from None
     return to
 
 
@@ -283,26 +285,26 @@ _PLAIN = {"table": ("CREATE TABLE ",), "index": ("CREATE INDEX ", "CREATE UNIQUE
 
 
 def _check_tables(source: sa.Engine, ledger: sa.Engine) -> None:
-    """Raise a StudyError if a database is no export, or has other tables or columns than a ledger."""
+    """Raise a StudyError if a database is not an export, or its tables or columns differ from a ledger's."""
     with source.connect() as connection:
         if connection.exec_driver_sql("PRAGMA application_id").scalar() != _APPLICATION:
-            raise _Refused("is no study's export; `mpo-study export DIR FILE` writes one")
+            raise _Refused("is not an export of a study; `mpo-study export DIR FILE` writes one")
         if connection.exec_driver_sql("PRAGMA user_version").scalar_one() > FORMAT:
             raise _Refused("was written by a newer mpo-study; import it with that version or later")
         for kind, sql in connection.exec_driver_sql("SELECT type, sql FROM sqlite_master"):
             if kind not in _PLAIN or not (sql or _PLAIN[kind][0]).startswith(_PLAIN[kind]):
-                raise StudyError(f"it has a {kind} that no export has")
+                raise StudyError(f"it contains a {kind}, which an export never does")
     check_file(source)
     tables, own = _columns(source), _columns(ledger) | {_TEXTS: {"name", "content"}}
     for name in sorted(tables.keys() | own.keys()):
         if tables.get(name) != own.get(name):
-            raise _Refused(f"has another table {name} than this version writes; import it with the one that wrote it")
+            raise _Refused(f"table {name} differs from this version's; import it with the version that wrote it")
     alembic = sa.text("SELECT version_num FROM alembic_version")
     with source.connect() as connection, ledger.connect() as other:
         if (there := connection.scalar(alembic)) != (here := other.scalar(alembic)):
             raise _Refused(
-                f"has Optuna's tables of version {there}, but those of Optuna {optuna.__version__} here are {here}; "
-                "install the former and import it again"
+                f"has version {there} of Optuna's tables, but Optuna {optuna.__version__} here has version {here}; "
+                "install an Optuna with the file's version, and import it again"
             )
 
 

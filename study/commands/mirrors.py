@@ -66,25 +66,27 @@ class Mirrors:
     def complete(self) -> None:
         """Bring the copies up to date when no more units are issued."""
         for trial in self._ledger.trials.values():
-            if trial.duplicate_of is not None or trial.skipped is not None:  # its original had results before
+            if (
+                trial.duplicate_of is not None or trial.skipped is not None
+            ):  # it got its results before, from the trial that it repeats
                 self._track(trial)
         self._keep(self._copies.keep)
 
     def leave(self) -> None:
-        """After an interrupt: write to MLflow what is done, until a second interrupt."""
+        """After an interrupt: write finished runs to MLflow, until a second interrupt."""
         if self._tracker is None:
             return
-        # The second Ctrl-C sets a flag: an exception could come before the wait begins, and be lost.
+        # The second Ctrl-C sets a flag: an exception before the wait begins would be lost.
         with suppress(KeyboardInterrupt), interrupts(self._tracker.leave):
             if self._tracker.n_pending:
                 self._progress.say(
-                    "stopping; what is done is written to MLflow first (Ctrl-C again: leave that for later)"
+                    "stopping; finished runs are written to MLflow first (press Ctrl-C again to skip that)"
                 )
             self._tracker.close(self._ledger.tally.n_missing)
         self._tracker.leave()
 
     def close(self) -> tuple[str | None, str | None]:
-        """End the writers; returns why MLflow does not have everything, and why the backup has not. None: it has."""
+        """End the writers; returns why MLflow is incomplete, and why the backup is incomplete. None: it is complete."""
         lost = None
         try:
             trouble = self._tracker.close(self._ledger.tally.n_missing) if self._tracker is not None else None

@@ -24,6 +24,14 @@ def study_corpus(config: StudyConfig) -> Corpus:
     return corpus
 
 
+def check_may_grow(directory: StudyDirectory, growth: Growth) -> None:
+    """Raise a StudyError if the folder surely has no study that could grow."""
+    if growth.command and directory.uuid() is None and not directory.has_ledger:
+        raise StudyError(
+            f"{directory.path}: no study here that could grow by {growth.command}; run it without that option first"
+        )
+
+
 def open_ledger(
     config: StudyConfig,
     corpus: Corpus,
@@ -31,7 +39,7 @@ def open_ledger(
     growth: Growth = NO_GROWTH,
     say: Callable[[str], None] = lambda line: None,
 ) -> Ledger:
-    """The ledger of a study folder; begun if there is none.
+    """The ledger of a study folder; created if there is none.
 
     Args:
         growth: growth to apply first.
@@ -44,10 +52,7 @@ def open_ledger(
     uuid = directory.uuid()
     if uuid is not None:
         directory.check_ledger()
-    elif growth.command and not directory.has_ledger:
-        raise StudyError(
-            f"{directory.path}: no study here that could grow by {growth.command}; run it without that first"
-        )
+    check_may_grow(directory, growth)
     may_begin = not growth.command
     ledger = Ledger(
         directory.ledger_url, config, corpus.sha256, shape_of, uuid, may_begin=may_begin, extend=growth.extend
@@ -59,7 +64,7 @@ def open_ledger(
 
 
 def known_corpus(config: StudyConfig, directory: StudyDirectory, storage: Storage) -> Corpus:
-    """The corpus of a study that was run before: the one stored with its runs, or else the one its file names."""
+    """The corpus of a study that was run before: the stored one, otherwise the one that the study file names."""
     sha256 = read_ledger(directory.ledger_url, config.name).corpus_sha256
     try:
         return stored_corpus(storage, sha256, config.corpus.validation_fraction)

@@ -40,7 +40,7 @@ class PlannedSearch:
     """What the sampler may choose for one arm, from trials drawn over its whole space.
 
     rows: "least", "median" and "largest" by parameters, among draws within the limits of the search if there are any.
-    larger_than_dense, beyond_limits: shares of the draws; one beyond the search's limits is never trained.
+    larger_than_dense, beyond_limits: shares of the draws; a draw beyond the search's limits is never trained.
     seconds: time of one seed, the mean over the draws, with 0 for those beyond the limits.
     """
 
@@ -60,9 +60,9 @@ class Plan:
     n_searched: int
     n_seeds: int
     rates: list[float]
-    """FLOP/s that one unit reaches on this machine, for each kind of model in the study."""
+    """FLOP/s of one unit on this machine, for each kind of model in the study."""
     n_different: float = math.inf
-    """Number of different configurations that may be searched; a repeated one is not trained."""
+    """Number of different configurations in the searched space; a repeated one is not trained again."""
 
     @property
     def listed_seconds(self) -> float:
@@ -154,7 +154,7 @@ def _plain(trial: PlannedTrial) -> dict[str, Any]:
 # Searches -------------------------------------------------------------------------------------------------------------
 
 N_DRAWS = 64
-"""Number of trials that are drawn of a searched arm."""
+"""Number of trials that are drawn for each searched arm."""
 _SIZING = ("d_model", "chi", "n_sites", "factorisation", "forward")
 """Fields of an arm on which its parameters and FLOPs depend."""
 
@@ -204,7 +204,7 @@ def _n_params(draw: tuple[TrialSpec, TrialShape]) -> int:
 
 
 def _draws(arm: Arm) -> Iterator[dict[str, Any]]:
-    """Values of an arm as the random sampler may draw them, always the same.
+    """Values of an arm as the random sampler may draw them; the same in every call.
 
     Every part of a value's range is drawn equally often (a Latin hypercube).
     """
@@ -254,7 +254,7 @@ def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: flo
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(cpus)))
     try:
-        # Enough steps to time, even for a short trial, at a rate that cannot diverge: the values do not matter here.
+        # Enough steps to time, even for a short trial, at a rate that cannot diverge; the weights are not used.
         steps = spec.protocol.steps + 6
         harmless = {"steps": steps, "learning_rate": 1e-9, "embedding_learning_rate": None}
         protocol = spec.protocol.model_copy(update=harmless)

@@ -61,12 +61,12 @@ class StudyProgress:
     # Events -------------------------------------------------------------------------------------------------------
 
     def on_evaluation(self, unit: Unit, seed: int, row: dict[str, float]) -> None:
-        """Note an evaluation of a run."""
+        """Show an evaluation of a run."""
         step = f"step {row['step']:.0f}/{unit.spec.protocol.steps}"
         self._latest.plain = f"{self._name(unit.trial, seed)}: {step}, val loss {row['val_loss']:.3f}"
 
     def on_result(self, result: SeedResult) -> None:
-        """Note the end of a run."""
+        """Show the end of a run."""
         name = self._name(result.trial, result.seed)
         if result.state == "failed":
             self.say(f"failed: {name}: {result.failure}")
@@ -77,20 +77,20 @@ class StudyProgress:
         self.refresh()
 
     def on_silence(self, lines: list[str], anew: list[str]) -> None:
-        """Show lines for runs that have not reported for long, and those of them that a log must print again."""
+        """Show lines for runs that have not reported for long; a log prints only those in `anew`."""
         self._silent = lines
         if not self._console.is_terminal:
             for line in anew:
                 self.say(line)
 
     def on_answered(self, trial: Trial) -> None:
-        """Note a new trial that needs no training."""
+        """Show a new trial that needs no training."""
         if trial.skipped is not None and trial.duplicate_of is None:
             self.say(f"skipped: trial {trial.number} ({trial.spec.arm}): {trial.skipped.reason}")
         self.refresh()
 
     def on_stop(self, trial: Trial) -> None:
-        """Note a stopped trial."""
+        """Show a stopped trial."""
         if trial.stop is not None and trial.duplicate_of is None:
             self.say(f"stopped: trial {trial.number} ({trial.spec.arm}): {trial.stop.reason}")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from study.commands.backup import BackgroundBackup, Backup, open_backup
 from study.commands.mirrors import Mirrors
-from study.commands.opening import open_ledger, study_corpus
+from study.commands.opening import check_may_grow, open_ledger, study_corpus
 from study.commands.progress import StudyProgress, say
 from study.commands.show import say_not_compared
 from study.errors import StudyError
@@ -37,7 +37,7 @@ from study.training.unit import store_corpus
 TRACKING_OFF = "off"
 
 _OPENING_SECONDS = 60.0
-"""How long MLflow may delay a study's start; a very slow server may take hours to answer."""
+"""Longest time that MLflow may delay a study's start; a very slow server may take hours to answer."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run_study(
     """Run the missing work of a study, from its beginning or from where it stopped.
 
     Args:
-        storage_url: path or URL of checkpoints and weights. Default: that of the last run, at first the study's folder.
+        storage_url: path or URL of checkpoints and weights. Default: that of the last run, at first DIR/storage.
         address: address of a Ray cluster.
         tracking: an MLflow tracking URI or "off". Default: that of the last run, at first the folder's own database.
         retry_failed: train failed runs again, except for seeds that diverged, which would diverge again.
@@ -84,7 +84,7 @@ def run_study(
     with directory.locked(), hold_ledger(directory.ledger_url, config.name) as hold:
         directory.check_is_for(config)
         storage = directory.storage(storage_url)
-        backup = _open_backup(storage, directory, config.name, corpus, tell)
+        backup = _open_storage(storage, directory, config.name, corpus, growth, tell)
         ledger = open_ledger(config, corpus, directory, growth, tell)
         config = ledger.config
         _note_start(ledger, tell)
@@ -101,7 +101,7 @@ def run_study(
             directory.write(config, ledger.uuid, directory.tracking_uri() if uri == TRACKING_OFF else uri, storage.url)
             _reopen(config, ledger, storage, retry_failed, progress.say)
             copies = Copies(directory.ledger_url, progress.say)
-            copies.keep()  # the whole ledger has just been read, and is undamaged
+            copies.keep()  # the whole ledger has just been read, so it is undamaged
             queue = Queue(config, ledger, storage, corpus.sha256, say=progress.say, hold=hold)
             if growth.extend or not ledger.results:
                 say_not_compared(progress.say, config)
@@ -120,13 +120,20 @@ def run_study(
         return outcome
 
 
-def _open_backup(
-    storage: Storage, directory: StudyDirectory, name: str, corpus: Corpus, tell: Callable[[str], None]
+def _open_storage(
+    storage: Storage,
+    directory: StudyDirectory,
+    name: str,
+    corpus: Corpus,
+    growth: Growth,
+    tell: Callable[[str], None],
 ) -> Backup | None:
-    """Store the corpus, and open the study's backup; see `open_backup`."""
+    """Open the study's backup, see `open_backup`, and store the corpus unless the growth has to be refused."""
     try:
+        backup = open_backup(storage, directory, name, tell)
+        check_may_grow(directory, growth)
         store_corpus(storage, corpus)
-        return open_backup(storage, directory, name, tell)
+        return backup
     except OSError as error:
         raise StudyError(f"--storage {storage.shown}: cannot write there: {error.strerror or error}") from None
 
@@ -146,19 +153,19 @@ def _note_start(ledger: Ledger, say: Callable[[str], None]) -> None:
     ledger.record_driver(now)
     if changed and ledger.results:
         say(
-            f"warning: since this study ran last, {', '.join(changed)}; new runs may differ from old ones in more than "
-            "their seeds. To be sure they do not, stop, go back to what it ran on, and run it again"
+            f"warning: since the last run of this study, {', '.join(changed)}; this may change the results of new "
+            "runs. To exclude that, stop, restore the former environment and run the study again"
         )
 
 
 def _reopen(
     config: StudyConfig, ledger: Ledger, storage: Storage, retry_failed: bool, say: Callable[[str], None]
 ) -> None:
-    """Mark runs that must be trained again as missing: failures if requested, and starts whose weights are gone."""
+    """Mark runs that must be trained again as missing: failures if requested, and starts whose weights are missing."""
     if retry_failed:
         failed = _to_retry(ledger)
         ledger.reopen(failed)
-        say(f"{len(failed)} failed runs are trained again")
+        say(f"{len(failed)} failed runs will be trained again")
     # A trial that has not been asked yet lacks all its seeds.
     starts = {spec.start for spec in ledger.trials.unasked()}
     if ledger.tally.is_searching:
@@ -170,8 +177,8 @@ def _reopen(
         arm = ledger.trials[result.trial].spec.arm
         if (arm, result.seed) not in needed or result.state != "complete":
             continue
-        if result.weights is None or not storage.exists(result.weights):  # None if it became a start later
-            say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.shown}; it is trained again")
+        if result.weights is None or not storage.exists(result.weights):  # None if it became a start after its training
+            say(f"arm {arm}, seed {result.seed}: its weights are not in {storage.shown}; it will be trained again")
             gone.append(result)
     ledger.reopen(gone)
 
@@ -197,7 +204,7 @@ def _execute(
     queue: Queue, progress: StudyProgress, executor: str, directory: StudyDirectory, address: str | None
 ) -> None:
     remove_leftovers(directory.path)
-    first = queue.next_unit()  # a study that lacks nothing needs no Ray
+    first = queue.next_unit()  # a complete study needs no Ray
     if isinstance(first, str) or first is None:
         return
     queue.put_back(first)

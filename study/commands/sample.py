@@ -32,7 +32,7 @@ def sample(
         n_new: characters to add.
         trial, seed: the run. Default: the run with the lowest final loss among those whose weights are kept.
         temperature, top_k: see `mpo_core.generate`.
-        draw: names the random stream; equal values give equal text.
+        draw: seed of the random numbers; equal values give equal text.
     Returns:
         The run, and the prompt with its continuation.
     Raises:

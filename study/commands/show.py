@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from analysis.runs.urls import hide_password
 from analysis.statistics.seed_blocks import MIN_SEEDS
@@ -32,7 +33,8 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         slots: number of runs at a time.
     """
     table = _table(
-        f"{config.name}: {plan.n_seeds} seeds for each trial; FLOPs and time are one seed's",
+        console,
+        f"{config.name}: {plan.n_seeds} seeds for each trial; FLOPs and time are for one seed",
         left=("arm", "what"),
         right=("rate", "steps", "parameters", "of dense", "TFLOP", "time"),
     )
@@ -41,8 +43,8 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
     for trial, drawn in rows:
         spec, shape = trial.spec, trial.shape
         table.add_row(
-            spec.arm,
-            drawn + _what(spec),
+            _cut(console, spec.arm),
+            _cut(console, drawn + _what(spec)),
             "searched" if drawn else f"{spec.protocol.learning_rate:g}",
             f"{spec.protocol.steps:,}",
             f"{shape.n_params:,}",
@@ -52,11 +54,11 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         )
     console.print(table)
     if plan.n_searched:
-        say(console, f"and {plan.n_searched} trials that sampler {config.search.sampler} will choose")
+        say(console, f"and {plan.n_searched} searched trials, chosen by sampler {config.search.sampler}")
     for search in plan.searches:
-        said = f"arm {search.arm}: about {search.larger_than_dense:.0%} of its space has more parameters than dense"
+        said = f"arm {search.arm}: about {search.larger_than_dense:.0%} of its space is larger than the dense model"
         if search.beyond_limits:
-            said += f"; about {search.beyond_limits:.0%} is beyond the limits of `search` and is never trained"
+            said += f"; about {search.beyond_limits:.0%} is outside the limits of `search` and is never trained"
         say(console, said)
     runs = f"{len(plan.trials) * plan.n_seeds} runs listed: {plan.listed_seconds / 3600:.3g} hours"
     if plan.searches:
@@ -64,7 +66,7 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
             f", and at most {plan.n_searched * plan.n_seeds} searched: about {plan.searched_seconds / 3600:.3g} hours"
         )
     console.print(
-        f"{runs}, one after another; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
+        f"{runs}, one run at a time; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
         f"(at {min(plan.rates) / 1e9:.3g} to {max(plan.rates) / 1e9:.3g} GFLOP/s each, measured on the CPU just now)."
     )
     say_not_compared(partial(say, console), config)
@@ -89,15 +91,15 @@ def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder
         say(console, outcome.search_ended)
     if outcome.aborted is not None:
         missing = f"stopped early with {outcome.n_missing} runs missing"
-        say(console, f"{missing}: {outcome.aborted}; mend it, then give the same command again", is_trouble=True)
+        say(console, f"{missing}: {outcome.aborted}; fix this, then give the same command again", is_trouble=True)
     if outcome.tracking_trouble is not None:
-        mended = f"once that is mended: mpo-study sync {folder.path}"
-        say(console, f"MLflow lacks some runs: {outcome.tracking_trouble}; {mended}", is_trouble=True)
+        what_next = f"fix this, then: mpo-study sync {folder.path}"
+        say(console, f"some runs are not in MLflow: {outcome.tracking_trouble}; {what_next}", is_trouble=True)
     if outcome.backup_trouble is not None:
         say(
             console,
-            f"the last backup of the study's databases failed: {outcome.backup_trouble}; once that is mended: the same "
-            "command again",
+            f"the last backup of the study's databases failed: {outcome.backup_trouble}; fix this, then give the "
+            "same command again",
             is_trouble=True,
         )
     nothing_succeeded = not outcome.n_complete and not outcome.n_missing
@@ -106,18 +108,19 @@ def show_outcome(console: Console, outcome: Outcome, config: StudyConfig, folder
         say(console, f"tracking is off; to write the runs to MLflow: mpo-study sync {folder.path}")
     elif uri is not None:
         where = folder.mlflow_database if uri == DEFAULT_TRACKING_URI else hide_password(uri)
-        say(console, f"MLflow:  {where}  (browse: mpo-study ui {folder.path})")
+        say(console, f"MLflow:  {where}  (to view it: mpo-study ui {folder.path})")
     if nothing_succeeded:
         why = f"all {outcome.n_failed} runs failed" if outcome.n_failed else "every trial was skipped"
-        what_next = f"why, and what to do: mpo-study status {folder.path}"
-        say(console, f"nothing succeeded: {why}, so there is nothing to report on; {what_next}", is_trouble=True)
+        what_next = f"for the reasons: mpo-study status {folder.path}"
+        say(console, f"nothing succeeded: {why}, so there is nothing to report; {what_next}", is_trouble=True)
     elif uri is not None:
         say(console, f"report:  mpo-analysis report {folder.path}")
 
 
 def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> None:
-    """Print every trial, what failed and why, the frontier so far, and what is left."""
+    """Print every trial, the failures with their reasons, the frontier so far, and the missing work."""
     table = _table(
+        console,
         f"{now.name}: {len(now.seeds)} seeds for each trial",
         left=("trial", "arm", "what"),
         right=("rate", "parameters", "complete", "failed", "left", "val loss"),
@@ -126,8 +129,8 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
         trial = row.trial
         table.add_row(
             str(trial.number),
-            trial.spec.arm,
-            _what(trial.spec) + _note(trial),
+            _cut(console, trial.spec.arm),
+            _cut(console, _what(trial.spec) + _note(trial)),
             f"{trial.spec.protocol.learning_rate:.3g}",
             f"{trial.shape.n_params:,}",
             str(len(row.complete)),
@@ -137,38 +140,55 @@ def show_status(console: Console, now: StudyStatus, folder: StudyDirectory) -> N
         )
     console.print(table)
     if now.frontier:
-        say(console, "* on the frontier so far: no trial has a lower mean loss with no more parameters")
+        _say_words(console, "* on the frontier so far: no trial with as many or fewer parameters has a lower mean loss")
     elif now.n_complete:
-        say(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds without a failed one")
+        _say_words(console, f"no frontier yet: no trial has {MIN_SEEDS} complete seeds and no failed seed")
     if now.n_unasked:
-        say(console, f"and {now.n_unasked} trials that are still to come")
+        _say_words(console, f"and {now.n_unasked} trials that have not begun")
     if now.search_ended is not None:
-        say(console, now.search_ended)
+        _say_words(console, now.search_ended)
     for result in now.failures:
         step = f" (step {result.failure_step})" if result.failure_step is not None else ""
-        say(console, f"failed: trial {result.trial} seed {result.seed}{step}: {result.failure}")
+        _say_words(console, f"failed: trial {result.trial} seed {result.seed}{step}: {result.failure}")
     for silence in now.running:
         if silence.is_long:
-            say(console, str(silence), is_trouble=True)
+            _say_words(console, str(silence), style="red")
     again = f"mpo-study run {folder.study_file} --dir {folder.path}"
     if any(result.failure_step is None for result in now.failures):
-        say(console, f"to try again what did not diverge: {again} --retry-failed")
-    then = f"report: mpo-analysis report {folder.path}"
-    if folder.tracking_uri() is None:
-        then = f"to write its runs to MLflow: mpo-study sync {folder.path}"
-    say(console, _what_is_left(now, again, then))
+        _say_command(console, "to train failed runs again, except diverged ones", f"{again} --retry-failed")
+    if now.n_missing:
+        _say_what_is_left(console, now, again)
+    elif not now.n_complete:
+        _say_words(console, _nothing_succeeded(now))
+    elif folder.tracking_uri() is None:
+        _say_command(console, "complete; to write its runs to MLflow", f"mpo-study sync {folder.path}")
+    else:
+        _say_command(console, "complete; report", f"mpo-analysis report {folder.path}")
 
 
-def _what_is_left(now: StudyStatus, again: str, then: str) -> str:
-    if not now.n_missing:
-        return f"complete; {then}" if now.n_complete else _nothing_succeeded(now)
-    over = f"{now.n_complete + now.n_failed} runs over, {now.n_missing} left"
+def _say_what_is_left(console: Console, now: StudyStatus, again: str) -> None:
+    over = f"{now.n_complete + now.n_failed} runs done, {now.n_missing} missing"
     work = f", {_duration(now.run_seconds_left)} one after another" if now.run_seconds_left is not None else ""
     if now.driver is None:
-        return f"{over}{work}; nobody is at them. To go on: {again}"
+        _say_command(console, f"{over}{work}; no driver is running. To continue", again)
+        return
     who = f"process {now.driver.get('pid', 'unknown')} on {now.driver.get('host', 'some host')}"
-    left = f"about {_duration(now.seconds_left)} left" if now.seconds_left is not None else "time left not known yet"
-    return f"{over}{work}; {who} is at them: {left}"
+    left = f"about {_duration(now.seconds_left)} left" if now.seconds_left is not None else "time left unknown"
+    _say_words(console, f"{over}{work}; {who} is running the study: {left}")
+
+
+def _say_words(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line, which a terminal gets wrapped between words."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _say_command(console: Console, words: str, command: str) -> None:
+    """Print what a command is for, and the command; the command gets its own line if a terminal is too narrow."""
+    if console.is_terminal and len(words) + len(command) + 2 > console.width:
+        _say_words(console, f"{words}:")
+        say(console, f"  {command}")
+    else:
+        say(console, f"{words}: {command}")
 
 
 def _nothing_succeeded(now: StudyStatus) -> str:
@@ -176,19 +196,31 @@ def _nothing_succeeded(now: StudyStatus) -> str:
     if not now.n_failed:
         why, what_next = "every trial was skipped", "widen the limits of the search in the study file"
     elif any(result.failure_step is None for result in now.failures):
-        return f"nothing succeeded: all {now.n_failed} runs failed; mend the cause, then give the command above"
+        return f"nothing succeeded: all {now.n_failed} runs failed; fix the cause, then give the command above"
     else:
         why, what_next = f"all {now.n_failed} runs diverged", "lower the learning rates in the study file"
-    return f"nothing succeeded: {why}; {what_next}, and run that in a new folder (--dir)"
+    return f"nothing succeeded: {why}; {what_next}, and run it in a new folder (--dir)"
 
 
-def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(console: Console, title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 0 if console.width < 110 else 1),
+    )
     for heading in left:
         table.add_column(heading, overflow="fold")
     for heading in right:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
+
+
+def _cut(console: Console, text: str) -> str | Text:
+    """A cell that a terminal cuts to fit the row; elsewhere it is printed in full."""
+    return Text(text, no_wrap=True, overflow="ellipsis") if console.is_terminal else text
 
 
 def _what(spec: TrialSpec) -> str:

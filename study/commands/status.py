@@ -35,8 +35,8 @@ class TrialStatus:
 class StudyStatus:
     """The current state of a study in its ledger.
 
-    n_unasked: number of trials that are still to come; the ledger knows only their number. driver: host and process of
-    the driver that has the study now. run_seconds_left: time of the remaining runs one after another, at the speed of
+    n_unasked: number of trials that have not begun; the ledger knows only their number. driver: host and process of
+    the driver that runs the study now. run_seconds_left: time of the remaining runs one after another, at the speed of
     finished runs. seconds_left: time until the driver is done, at the rate of the runs that ended since its start.
     Either is None if it is not known. search_ended: why the sampler is no longer asked although trials are missing.
     running: time since the last report of each run that a worker has now.

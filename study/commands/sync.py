@@ -1,4 +1,4 @@
-"""Mending of a study's runs in MLflow."""
+"""Repair of a study's runs in MLflow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sync(
     """Compare MLflow with the ledger, and write what is missing or different in MLflow; returns the number of trials.
 
     Raises:
-        StudyError: MLflow cannot be reached, or does not take a trial; all other trials are still written.
+        StudyError: MLflow cannot be reached, or refuses a trial; all other trials are still written.
     """
     with directory.locked(), hold_ledger(directory.ledger_url, config.name):
         storage = directory.storage(storage_url)
@@ -44,7 +44,10 @@ def sync(
                 refused[trial.number] = error
         if refused:
             number, error = next(iter(refused.items()))
-            raise StudyError(f"MLflow lacks {len(refused)} trials; it did not take trial {number}: {first_line(error)}")
+            raise StudyError(
+                f"MLflow refused {len(refused)} trial{'s' * (len(refused) != 1)}; "
+                f"the first is trial {number}: {first_line(error)}"
+            )
         try:
             tracker.settle(ledger.tally.n_missing)
         except Exception as error:  # MLflow raises whatever its backend raises

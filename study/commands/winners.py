@@ -1,4 +1,4 @@
-"""A new study of a finished study's winners: they become fixed values, to be measured again on fresh seeds."""
+"""A new study of a finished study's winners: it fixes their values and measures them again on fresh seeds."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from study.spec.trial import TUNED_FIELDS, SeedResult, Trial, TrialSpec, tuning_
 from study.training.files import replace_file
 
 Content = dict[str, Any]
-"""An arm in the form of a study file."""
+"""An arm as a mapping, as in a study file."""
 Winners = list[tuple[Content, Trial]]
 """New arms, each with the trial whose values it fixes."""
 
 FEWEST = 5
-"""Smallest default number of seeds in a study that is to decide."""
+"""Smallest default number of seeds of the new study."""
 _WORDS = {"chi": "chi{}", "as_chi": "as-chi{}", "d_model": "d{}", "n_sites": "L{}"}
-"""Forms of a value in an arm's name; other fields use the value itself."""
+"""How a value is written in an arm's name; other fields use the value itself."""
 
 
 def write_winners(
@@ -48,14 +48,14 @@ def write_winners(
     """Write a study file of a finished study's winners, by the mean of the final validation loss over seeds.
 
     Each winner becomes an arm of fixed values. For a listed arm, each combination of its untuned values gets the tuned
-    values (`TUNED_FIELDS`) with the best mean; of equal means the first. For a search, the trials on the frontier are
+    values (`TUNED_FIELDS`) with the best mean; in a tie, the first. For a search, the trials on the frontier are
     selected; an arm without a trial on it gets its trial of lowest mean. Trials with a failed seed are not selected.
 
     Args:
-        seeds: seeds of the new study. Default: the first that the old study did not use, as many as it has and at
-            least FEWEST.
+        seeds: seeds of the new study. Default: as many as the old study has, at least FEWEST; the smallest numbers that
+            it did not use.
         name: name of the new study. Default: the file's.
-        say: receives one line about what could not be selected, or a best learning rate at an end of those tried.
+        say: receives one line if an arm has no winner, or if its best learning rate is the lowest or highest one tried.
     Returns:
         The new study.
 
@@ -64,7 +64,7 @@ def write_winners(
             the file exists already or cannot be written.
     """
     if file.exists():
-        raise StudyError(f"{file}: is there already; give another file, or remove it")
+        raise StudyError(f"{file}: exists already; give another file, or remove it")
     own = directory.load_config()
     snapshot = read_ledger(directory.ledger_url, own.name)
     config = settled(own, snapshot.growths.history)
@@ -75,9 +75,11 @@ def write_winners(
     _check_fresh(config.name, seeds, used)
     name = file.stem if name is None else name
     if name == config.name:
-        raise StudyError(f"--name {name}: is the name of the study that selected; give the new one another")
+        raise StudyError(f"--name {name}: is the name of the finished study; give the new study another name")
     if not any(arm.is_searched or _tuned(arm) for arm in config.arms):
-        raise StudyError(f"{directory.path}: study {config.name} tuned nothing: no arm has listed or searched values")
+        raise StudyError(
+            f"{directory.path}: study {config.name} has nothing to select: no arm has listed or searched values"
+        )
     command = ["mpo-study", "winners", str(directory.path), str(file)]
     command += ["--seeds", _as_option(seeds)] if seeds != usual else []
     command += ["--name", name] if name != file.stem else []
@@ -97,11 +99,11 @@ def _check_finished(directory: StudyDirectory) -> None:
     if not now.n_missing:
         return
     lacking = [_missing(row) for row in now.trials if row.missing]
-    lacking += [f"{now.n_unasked} trials that are still to come"] if now.n_unasked else []
+    lacking += [f"{now.n_unasked} trials that have not begun"] if now.n_unasked else []
     shown = "; ".join(lacking[:4] + ["..."] * (len(lacking) > 4))
     raise StudyError(
-        f"{directory.path}: study {now.name} is not finished, so what it selects is not known: it lacks "
-        f"{now.n_missing} runs ({shown}); run it again first"
+        f"{directory.path}: study {now.name} is not finished: {now.n_missing} runs are missing ({shown}); "
+        "run it again first"
     )
 
 
@@ -134,8 +136,8 @@ def _check_fresh(name: str, seeds: Sequence[int], used: Collection[int]) -> None
     if stale:
         shown = shorten(_listed(stale), 60, placeholder=" ...")
         raise StudyError(
-            f"--seeds: the new study would have {shown}, on which study {name} selected, and what is selected counts "
-            "on fresh seeds alone; give others, or leave --seeds out: then it has fresh ones"
+            f"--seeds: study {name} already used the seeds {shown}, but winners count only on fresh seeds; give other "
+            "seeds, or omit --seeds for fresh ones"
         )
 
 
@@ -145,7 +147,8 @@ def _check_fresh(name: str, seeds: Sequence[int], used: Collection[int]) -> None
 def _selected(config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None]) -> dict[str, Winners]:
     """The new study's arms, by the arm that each comes from."""
     losses = _mean_losses(snapshot.trials, snapshot.results)
-    found = frontier(points(snapshot.trials, snapshot.results), fewest=1)  # a selection for fresh seeds, not a claim
+    # One seed is enough for a selection, because fresh seeds test it.
+    found = frontier(points(snapshot.trials, snapshot.results), fewest=1)
     on_frontier = {point.trial for point in found}
     taken = {arm.name for arm in config.arms}
     selected = {}
@@ -159,7 +162,7 @@ def _selected(config: StudyConfig, snapshot: Snapshot, say: Callable[[str], None
             trials.sort(key=lambda trial: (trial.shape.n_params, trial.number))
             tuned_among = len(own)  # not all trials of the search: a sampler does not try all arms equally often
             if not trials:
-                say(f"arm {arm.name}: none of its trials has all its seeds; it is left out, with its contrasts")
+                say(f"arm {arm.name}: no trial has all its seeds; the new study omits this arm and its contrasts")
         elif _tuned(arm):
             trials = _best_of_listed(arm, trials, losses, say)
         taken.discard(arm.name)  # the first new arm may keep the name
@@ -199,8 +202,8 @@ def _best_of_listed(
         where = "".join(f", {key}={value}" for key, value in zip(kept, at, strict=True))
         if not sound:
             raise StudyError(
-                f"arm {arm.name}{where}: a seed of every trial failed, so that none of them can win; "
-                "list other values, or take this out of the study"
+                f"arm {arm.name}{where}: each trial has a failed seed, so none can win; "
+                "list other values, or remove these from the study"
             )
         winners.append(min(sound, key=lambda trial: losses[trial.number]))
         for key in (key for key in RATES if key in tuned):
@@ -209,7 +212,7 @@ def _best_of_listed(
             if end is not None and len(rates) > 1:
                 say(
                     f"arm {arm.name}{where}: the best {key.replace('_', ' ')}, {rate:g}, is the {end} of those tried; "
-                    "a better one may lie beyond: list it and `mpo-study run` with --extend, then select again"
+                    "a better one may lie beyond: list more values, run the study with --extend, and select again"
                 )
     return winners
 
@@ -219,7 +222,7 @@ def _fixed(
 ) -> Iterator[tuple[Content, Trial]]:
     """An arm of fixed values for each winner, under names that are not taken yet.
 
-    A name is the old arm's, and the values in which its winners differ, except for learning rates.
+    A name is the old arm's name, then the values in which its winners differ, except for learning rates.
     """
     given = arm.model_dump(mode="json", exclude_defaults=True)
     keys = [key for key in arm.values() if key in given]
@@ -261,7 +264,7 @@ def _sections(
     claims = {"margins": config.claims.margins.model_dump(), "contrasts": list(_contrasts(config, arms))}
     sections = {
         "name": name,
-        "description": f"What study {config.name} selected, on seeds that it did not have.",
+        "description": f"Winners of study {config.name}, measured on fresh seeds.",
         "corpus": corpus,
         "model": config.model.model_dump(mode="json", exclude_none=True),
         "protocol": config.protocol.model_dump(mode="json", exclude_none=True),
@@ -276,10 +279,10 @@ def _sections(
 
 
 def _contrasts(config: StudyConfig, arms: Mapping[str, Winners]) -> Iterator[Content]:
-    """Each declared contrast, for each new arm that comes from an arm it names.
+    """Each declared contrast, for each new arm that comes from one of its arms.
 
-    The rivals are those of the same χ, or else those nearest in parameters. For a searched arm always the nearest are
-    taken: a trial found by a search may have another number of sites than the control of its χ is meant for.
+    The rivals are those of the same χ, otherwise those nearest in parameters. For a searched arm, always the
+    nearest: a trial found by a search may have another number of sites than the control of its χ is meant for.
     """
     for contrast in config.claims.contrasts:
         rivals = arms[contrast.against]
@@ -300,8 +303,8 @@ def _chi(trial: Trial) -> int | None:
 def _head(command: Sequence[str], config: StudyConfig, snapshot: Snapshot, used: Iterable[int]) -> str:
     """The comment that says where the file comes from."""
     said = (
-        f"Written by `{shlex.join(command)}`: what study {config.name} (UUID {snapshot.uuid}) selected on the seeds "
-        f"{_listed(sorted(used))}, to be measured again on others."
+        f"Written by `{shlex.join(command)}`: the winners of study {config.name} (UUID {snapshot.uuid}) on the "
+        f"seeds {_listed(sorted(used))}, to be measured again on fresh seeds."
     )
     lines = wrap(said, 118, break_long_words=False, break_on_hyphens=False)
     return "".join(f"# {line}\n" for line in lines)

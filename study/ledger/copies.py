@@ -1,4 +1,4 @@
-"""The last undamaged copy of a ledger's file, next to it: used to go back if the file is damaged."""
+"""The last undamaged copy of a ledger's file, kept beside it in case the file is damaged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LEAST_SECONDS = 600.0
 """Shortest time between two copies of a ledger that changes."""
 
 _SHARE = 50
-"""At most one in this many seconds is spent on copies, however large the ledger is."""
+"""Copies take at most one in this many seconds, for a ledger of any size."""
 
 _BUSY_SECONDS = 60
 """How long a copy waits for the writer of a database."""
@@ -47,7 +47,7 @@ class Copies:
             self.keep()
 
     def keep(self) -> None:
-        """Replace the last copy by a new one, if that is undamaged.
+        """Replace the last copy by a new one if the new one is undamaged.
 
         Raises:
             StudyError: the new copy is damaged, and so is the ledger.
@@ -60,13 +60,13 @@ class Copies:
                 copy_database(self._file, partial)
                 check_whole(partial)
         except (OSError, sqlite3.Error) as error:
-            self._say(f"the ledger cannot be copied to {copy_of(self._file)}, which is tried again later: {error}")
+            self._say(f"cannot copy the ledger to {copy_of(self._file)}, will try again later: {error}")
         now = time.monotonic()
         self._due = now + max(_LEAST_SECONDS, _SHARE * (now - begun))
 
 
 def copy_database(path: Path, to: Path) -> None:
-    """Copy a SQLite database as of a moment between two transactions, while others write to it."""
+    """Copy the state of a SQLite database between two transactions, also while others write to it."""
     with (
         closing(sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True, timeout=_BUSY_SECONDS)) as source,
         closing(sqlite3.connect(to)) as target,

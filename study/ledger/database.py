@@ -1,4 +1,4 @@
-"""The database of a ledger: opening it, its errors, and how to go back if it is damaged."""
+"""The database of a ledger: opening it, its errors, and how to restore it after damage."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def is_away(error: Exception) -> bool:
 
 @contextmanager
 def in_one_line(url: str) -> Iterator[None]:
-    """Convert a database's errors to one line, which also says how to go back if it is damaged.
+    """Convert a database's errors to one line, which also says how to restore a damaged database.
 
     Raises:
         StudyError: the database raised an error, or is damaged.
@@ -90,7 +90,7 @@ def copy_of(file: Path) -> Path:
 
 
 def way_back(url: str, before: str) -> str:
-    """How to go back to the last undamaged copy of a SQLite ledger, with the command; empty if there is no copy."""
+    """How to restore the last undamaged copy of a SQLite ledger, with the command; empty if there is no copy."""
     database = sa.make_url(url).database
     if sa.make_url(url).get_backend_name() != "sqlite" or not database or not copy_of(Path(database)).is_file():
         return ""
@@ -98,13 +98,13 @@ def way_back(url: str, before: str) -> str:
     when = datetime.fromtimestamp(copy_of(file).stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
     beside = shlex.join(f"{file}-{what}" for what in ("journal", "wal", "shm"))  # SQLite would apply them to the copy
     return (
-        f"{before}to go back to the copy of {when}, and train again what came later: "
+        f"{before}to restore the copy of {when} and train later runs again: "
         f"rm -f {beside} && {shlex.join(['cp', str(copy_of(file)), str(file)])}"
     )
 
 
 def _if_damaged(error: Exception, url: str) -> str:
-    """How to go back if a SQLite file may be damaged; empty for other errors, since going back loses results."""
+    """How to restore the copy if a SQLite file may be damaged; empty for other errors, since later results are lost."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     code = getattr(getattr(cause, "orig", None), "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     return "" if code & 0xFF in _NO_DAMAGE else way_back(url, "; if it is damaged: ")
@@ -135,7 +135,7 @@ def check_file(engine: sa.Engine) -> None:
 
 
 def check_tables(engine: sa.Engine, first: sa.Table, other: sa.Table) -> None:
-    """Raise a Damaged if the first table has a row, and the other one, which is made before any row, is missing."""
+    """Raise a Damaged if the first table has a row but the other table, which is created earlier, is missing."""
     found = sa.inspect(engine).get_table_names()
     if first.name not in found or other.name in found:
         return

@@ -84,7 +84,7 @@ class StudyDirectory:
 
     @property
     def artifacts(self) -> str:
-        """Place of MLflow's artifacts if its database is the one in this folder."""
+        """Place of MLflow's artifacts, if MLflow uses the database in this folder."""
         return (self.path / "mlartifacts").resolve().as_uri()
 
     def load_config(self) -> StudyConfig:
@@ -94,21 +94,21 @@ class StudyDirectory:
             StudyError: there is no study.
         """
         if not _is_file(self.study_file):
-            raise StudyError(f"{self.path}: no study here (no {self.study_file.name}); give a folder that a run made")
+            raise StudyError(f"{self.path}: no study here (no {self.study_file.name}); give the folder of a study")
         self.check_ledger()
         version = self._manifest().get("schema_version", run_schema.SCHEMA_VERSION)
         if version != run_schema.SCHEMA_VERSION:
             raise StudyError(
-                f"{self.path}: a study of schema version {version}, but this mpo-study reads "
-                f"{run_schema.SCHEMA_VERSION}; go on with the version that wrote it"
+                f"{self.path}: the study has schema version {version}, but this mpo-study reads "
+                f"{run_schema.SCHEMA_VERSION}; use the version that wrote it"
             )
         return read_config(self.study_file)
 
     def check_ledger(self) -> None:
-        """Raise a StudyError if the ledger of a study that was run here is gone."""
+        """Raise a StudyError if the ledger of a study that was run here is missing."""
         if not self.has_ledger:
             raise StudyError(
-                f"{self.path}: the study's ledger is gone (no {self.ledger_file.name}); put it back, or begin a new "
+                f"{self.path}: the study's ledger is missing (no {self.ledger_file.name}); restore it, or begin a new "
                 f"study with another --dir{way_back(self.ledger_url, '; ')}"
             )
 
@@ -122,17 +122,20 @@ class StudyDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the study's lock: one driver at a time.
 
+        An error before a study is begun leaves no lock file, and no folder that was created here.
+
         Raises:
             StudyError: another driver holds it; the message names that driver.
         """
+        file, is_new = self.path / "driver.lock", not self.path.exists()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise StudyError(f"--dir {self.path}: cannot make the folder: {error.strerror}") from None
+            raise StudyError(f"--dir {self.path}: cannot create the folder: {error.strerror}") from None
         holder = self.path / "driver.json"
         with private_files():
-            lock = FileLock(self.path / "driver.lock", mode=0o600)
+            lock = FileLock(file, mode=0o600)
             try:
                 with self._writing():
                     lock.acquire(timeout=0)
@@ -142,10 +145,17 @@ class StudyDirectory:
                 with self._writing():
                     holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
                 yield
+            except StudyError:
+                if self.has_no_study:
+                    file.unlink(missing_ok=True)  # while it is held, so that no other driver has it
+                raise
             finally:
                 with suppress(OSError):
                     holder.unlink(missing_ok=True)
                 lock.release()
+                if is_new:
+                    with suppress(OSError):  # it is not empty
+                        self.path.rmdir()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -192,7 +202,7 @@ class StudyDirectory:
         """The storage at a path or URL that the user gave, or that of the last run.
 
         Raises:
-            StudyError: the storage would be the root, the user's home or this folder, and mix with other files.
+            StudyError: the storage is the root, the user's home or this folder, where it would mix with other files.
         """
         storage = Storage(url if url is not None else self.storage_url())
         if not storage.is_remote:
@@ -204,8 +214,8 @@ class StudyDirectory:
         elif storage.has_folder:
             return storage
         raise StudyError(
-            f"--storage {storage.shown if url != '' else repr(url)}: must be a folder of its own, not the root, your "
-            "home or a folder above it, or the study's folder; give a folder in there"
+            f"--storage {storage.shown if url != '' else repr(url)}: must be a separate folder, not the root, your "
+            "home, a folder above your home, or the study's folder; give a folder inside one of these"
         )
 
     def storage_url(self) -> str:
@@ -231,7 +241,7 @@ class StudyDirectory:
             raise StudyError(f"{self._manifest_path} is damaged: {error}") from None
         for key in ("name", "uuid", "tracking_uri", "storage", "ledger"):
             if not isinstance(manifest.get(key), str | None):
-                raise StudyError(f"{self._manifest_path} is damaged: {key} must be a text, but is {manifest[key]!r}")
+                raise StudyError(f"{self._manifest_path} is damaged: {key} must be a string, but is {manifest[key]!r}")
         return manifest
 
     def resolve_tracking_uri(self, uri: str) -> str:
@@ -275,7 +285,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _unreadable(path: Path, error: OSError) -> StudyError:
-    return StudyError(f"{path}: cannot read it: {error.strerror}; a study is for the user who ran it alone")
+    return StudyError(f"{path}: cannot read it: {error.strerror}; only the user who ran a study can read it")
 
 
 def _describe_holder(holder: Path) -> str:
@@ -283,4 +293,4 @@ def _describe_holder(holder: Path) -> str:
         content = json.loads(holder.read_text(encoding="utf-8"))
         return f"process {content['pid']} on {content['host']}"
     except (OSError, ValueError, KeyError):
-        return "its name is not on record yet"
+        return "its name is not recorded yet"

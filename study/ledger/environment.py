@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
     try:
         fingerprint = this_program()["fingerprint"]
     except (ImportError, OSError) as error:
-        raise StudyError(f"this program cannot read its own code: {error}") from None
+        raise StudyError(f"cannot read the code of this program: {error}") from None
     top = _git("rev-parse", "--show-toplevel")
     is_checkout = top is not None and Path(top) == Path(__file__).resolve().parents[2]  # not a .venv in another
     return {

@@ -32,7 +32,7 @@ class Point:
 
 
 def points(trials: Iterable[Trial], results: Iterable[SeedResult]) -> list[Point]:
-    """Every trial that may be on the frontier: at least one complete seed, no failed seed, not stopped, no repeat."""
+    """Every trial that may be on the frontier: a complete seed, no failed seed, not stopped, not a repeat."""
     of_trial: dict[int, list[SeedResult]] = defaultdict(list)
     for result in sorted(results, key=lambda result: result.seed):  # so that a mean does not depend on their order
         of_trial[result.trial].append(result)
@@ -46,7 +46,7 @@ def points(trials: Iterable[Trial], results: Iterable[SeedResult]) -> list[Point
 
 
 def frontier(among: Sequence[Point], fewest: int = MIN_SEEDS) -> list[Point]:
-    """The points on the frontier as `on_frontier` has it, from the smallest to the one of lowest mean.
+    """The points on the frontier as `on_frontier` defines it, from the smallest to the one of lowest mean.
 
     Args:
         fewest: smallest number of seeds that a point needs.

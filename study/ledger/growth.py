@@ -23,7 +23,7 @@ class Growth:
 
     trials: number of further searched trials. seeds: further seeds for every trial. refine: further seeds for every
     trial whose place on the frontier is undecided, and for the trials that it is compared with. extend: whether to add
-    everything that the study file has beyond the study on record.
+    everything in the study file that the recorded study does not have yet.
     """
 
     trials: int = 0
@@ -33,7 +33,7 @@ class Growth:
 
     @property
     def command(self) -> str:
-        """The options as they are put on record."""
+        """The options as the ledger records them."""
         asked = [("--trials", self.trials), ("--seeds", self.seeds), ("refine --seeds", self.refine)]
         return " ".join(f"{option} +{number}" for option, number in asked if number)
 
@@ -50,7 +50,7 @@ def parse_more(option: str, text: str | None) -> int:
     if text is None:
         return 0
     if not re.fullmatch(r"\+[1-9][0-9]{0,8}", text):
-        raise StudyError(f"{option} {text}: must be + and how many more, for example {option} +5")
+        raise StudyError(f"{option} {text}: must be + and a whole number, for example {option} +5")
     return int(text[1:])
 
 
@@ -67,14 +67,14 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
     if not command:
         return False
     if ledger.growths and ledger.growths[-1].command == command and ledger.tally.n_missing:
-        say(f"going on: this study has grown by {command} already, and lacks {ledger.tally.n_missing} runs of that")
+        say(f"continuing: this study has already grown by {command}; {ledger.tally.n_missing} runs are missing")
         return False
     if growth.refine:
         return _refine(ledger, growth, say)
     if growth.trials and config.search.trials == 0:
         raise StudyError(
             f"--trials +{growth.trials}: no arm of study {config.name} has searched values; add listed values or arms "
-            "to its file, and run that with --extend"
+            "to its file, and run it with --extend"
         )
     if growth.trials and ledger.tally.search_ended is not None:
         raise StudyError(f"--trials +{growth.trials}: {ledger.tally.search_ended}")
@@ -85,22 +85,22 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
             config.model_copy(update={"seeds": seeds, "search": search}).model_dump_json()
         )
     except ValidationError as error:
-        raise StudyError(f"{command}: the study cannot grow so: {error.errors()[0]['msg']}") from None
+        raise StudyError(f"{command}: the study cannot grow this way: {error.errors()[0]['msg']}") from None
     ledger.record_growth(command, grown)
-    say(f"grown by {command}: {_size(grown)}, was {_size(config)}; the same command without that goes on with it")
+    say(f"grown by {command}: {_size(grown)}, was {_size(config)}; to resume, omit this option")
     return True
 
 
 def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
     if ledger.tally.n_missing:
         raise StudyError(
-            f"study {ledger.config.name} lacks {ledger.tally.n_missing} runs; where its frontier is undecided can be "
-            "said when it is finished: run it again first"
+            f"study {ledger.config.name} is not finished: {ledger.tally.n_missing} runs are missing, so it is unknown "
+            "which trials are undecided; run it again first"
         )
     asked = points(ledger.trials.values(), ledger.results.values())
     chosen = {point.trial for point in undecided(asked)}
     if not chosen:
-        say("every trial's place on the frontier is decided by the seeds it has: there is nothing to refine")
+        say("nothing to refine: the present seeds decide for every trial whether it is on the frontier")
         return False
     wanted = {n: list(_more(tuple(ledger.tally.seeds_of(ledger.trials[n])), growth.refine)) for n in sorted(chosen)}
     for trial, rival in _compared_with(ledger, chosen):  # they are compared on shared seeds
@@ -115,10 +115,10 @@ def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
     more = {number: seeds for number, seeds in more.items() if seeds}
     ledger.record_growth(growth.command, more_seeds=more)
     others = more.keys() - chosen
-    too = f"; more seeds, too, for {_trials(others)}, which these are compared with or start from" if others else ""
+    too = f"; also for {_trials(others)}, which these are compared with or start from" if others else ""
     n_runs = sum(map(len, more.values()))
     say(
-        f"undecided: {_trials(chosen)}, of {len(asked)}; more seeds for each: {growth.refine}{too}: "
+        f"undecided: {_trials(chosen)}, of {len(asked)}; new seeds for each: {growth.refine}{too}; in total "
         f"{n_runs} run{'s' * (n_runs != 1)}"
     )
     return True

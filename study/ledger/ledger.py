@@ -110,7 +110,7 @@ class Ledger:
     def record_growth(
         self, command: str, config: StudyConfig | None = None, more_seeds: Mapping[int, Sequence[int]] | None = None
     ) -> None:
-        """Put a growth on record; it takes effect when the ledger is next opened.
+        """Record a growth; it takes effect when the ledger is next opened.
 
         Args:
             command: what the user asked for.
@@ -154,10 +154,10 @@ class Ledger:
             self._optuna.fail(frozen.number)
 
     def catch_up(self) -> None:
-        """Take in trials that were asked for when the connection was lost, so that the answer never came.
+        """Read trials that were created just before the connection was lost, so that this driver never got the answer.
 
         Raises:
-            StudyError: another driver has started meanwhile.
+            StudyError: another driver has started in the meantime.
         """
         self._optuna.refresh()
         drivers = sa.select(sa.func.max(driver_table.c.id)).where(driver_table.c.study_uuid == self.uuid)
@@ -306,10 +306,10 @@ class Ledger:
             del self._to_tell[0]
 
     def _tell_if_over(self, number: int) -> None:
-        """Tell Optuna about a trial (or the one it repeats) when no result of its first seeds is missing any more.
+        """Tell Optuna about a trial (or the one it repeats) once all its first seeds have results.
 
         First seeds are those that the study was begun with, the same for every trial. So the sampler compares equal
-        seeds, and it makes no difference to the search whether a study grows while it runs or when it is over.
+        seeds. The search is the same whether a study grows while it runs or when it is over.
         """
         if number not in self._untold:
             return

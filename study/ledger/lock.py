@@ -33,13 +33,13 @@ def check_ledger_url(url: str) -> str:
     if not is_postgresql:
         raise StudyError(
             f"--ledger {hide_password(url)}: must be a PostgreSQL database, postgresql://USER@HOST/DATABASE; without "
-            "it the ledger is a SQLite file in the study's folder"
+            "--ledger, the ledger is a SQLite file in the study's folder"
         )
     return url
 
 
 class Hold:
-    """A driver's hold on a study whose ledger is a file; there the lock of the study's folder suffices."""
+    """A driver's hold on a study whose ledger is a file; there the lock of the study's folder is enough."""
 
     may_be_lost = False
     """Whether its connection, and with it the hold, may be lost and taken again."""
@@ -108,7 +108,7 @@ class _PostgreSQLHold(Hold):
 
 @contextmanager
 def hold_ledger(url: str, name: str) -> Iterator[Hold]:
-    """Hold a study in a PostgreSQL database; for SQLite the lock of the study's folder suffices.
+    """Hold a study in a PostgreSQL database; for SQLite the lock of the study's folder is enough.
 
     Raises:
         StudyError: another driver has it, and is named in the message; or the database cannot be reached.

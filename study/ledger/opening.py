@@ -34,11 +34,11 @@ def open_study(
     name, row = config.name, read_study(engine, config.name)
     if expected is not None and (row is None or row["uuid"] != expected):
         raise StudyError(
-            f"the ledger does not hold study {name} ({expected}), which was run here before; "
-            f"put its ledger.db back, or begin a new study with another --dir{way_back(url, '; ')}"
+            f"the ledger does not contain study {name} ({expected}), which was run here before; "
+            f"restore its ledger.db, or begin a new study with another --dir{way_back(url, '; ')}"
         )
     if row is None and not may_begin:
-        raise StudyError(f"no study {name} here that could grow; run it without that first")
+        raise StudyError(f"no study {name} here that could grow; run it without that option first")
     if row is None:
         uuid, created = uuid_module.uuid4().hex, now()
         with engine.begin() as connection:
@@ -73,7 +73,7 @@ def adds_to(growths: Growths, config: StudyConfig, extend: bool) -> bool:
         return False
     adds = only_adds(newest, config)
     if not (adds and extend):
-        hint = "it only adds to the study: give --extend too to let it grow by that, or undo the change"
+        hint = "the file only adds to the study: give --extend to add that, or undo the change"
         raise StudyError(
             f"study {newest.name} was begun with another study file; it differs in {', '.join(changed)}; "
             f"{hint if adds else _UNDO}"

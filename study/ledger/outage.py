@@ -12,7 +12,7 @@ from study.ledger.ledger import Ledger
 from study.ledger.lock import Hold
 
 PATIENCE_SECONDS = 900.0
-"""How long the study waits for an unreachable ledger; workers' reports wait, too."""
+"""Longest time that the study waits for an unreachable ledger; workers' reports wait too."""
 
 _PAUSE_SECONDS = 1.0
 
@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 
 class LedgerGone(StudyError):
-    """The ledger did not come back, or belongs to another driver now."""
+    """The ledger stayed unreachable, or belongs to another driver now."""
 
 
 class Patience:
-    """Acts on a ledger while its hold is held, and waits while it is unreachable; a ledger in a file never is.
+    """Acts on a ledger while its hold is held, and waits while it is unreachable, which a ledger in a file never is.
 
     Args:
-        say: receives one line when the ledger becomes unreachable, and when it is back.
+        say: receives one line when the ledger becomes unreachable, and when it is reachable again.
     """
 
     def __init__(self, ledger: Ledger, hold: Hold, say: Callable[[str], None]) -> None:
@@ -56,13 +56,13 @@ class Patience:
                         raise LedgerGone(f"the ledger cannot be written: {why}") from None
                 else:
                     if deadline is not None:
-                        self._say("the ledger is back")
+                        self._say("the ledger is reachable again")
                     return done
             if deadline is None:
                 deadline = time.monotonic() + PATIENCE_SECONDS
-                self._say(f"the ledger is away, and waited for, {PATIENCE_SECONDS / 60:g} minutes at most: {why}")
+                self._say(f"the ledger is unreachable, waiting at most {PATIENCE_SECONDS / 60:g} minutes: {why}")
             if self.is_over or time.monotonic() > deadline:
-                self._give_up(f"the ledger is away: {why}")
+                self._give_up(f"the ledger is unreachable: {why}")
             time.sleep(_PAUSE_SECONDS)
             why = self._regain()
 
@@ -75,7 +75,7 @@ class Patience:
         except LEDGER_ERRORS as error:
             return reason(error)
         except StudyError as refusal:
-            self._give_up(f"the ledger was away, and meanwhile: {refusal}")
+            self._give_up(f"the ledger was unreachable for a while, and now: {refusal}")
         return None
 
     def _give_up(self, why: str) -> NoReturn:

@@ -35,7 +35,7 @@ def read_study(engine: sa.Engine, name: str) -> dict[str, Any] | None:
         if version not in (None, SCHEMA_VERSION):  # check first: all else may differ in that version
             raise StudyError(
                 f"the ledger of study {name} has schema version {version}, but this mpo-study reads {SCHEMA_VERSION}; "
-                "go on with the version that wrote it"
+                "use the version that wrote it"
             )
         rows = read_rows(connection, study_table, study_table.c.name == name)
     return rows[0] if rows else None
@@ -58,13 +58,15 @@ def _result(row: Mapping[str, Any]) -> SeedResult:
     is_whole = result.state == "failed" or result.final.keys() >= _NEEDED
     key = (result.trial, result.seed, result.state)
     if key != (row["trial"], row["seed"], row["state"]) or not is_whole:
-        raise Damaged(f"the result of trial {row['trial']}, seed {row['seed']}, is another's or lacks something")
+        raise Damaged(
+            f"the result of trial {row['trial']}, seed {row['seed']}, belongs to another run or is incomplete"
+        )
     return result
 
 
 def _check_time(time: str) -> None:
     if datetime.fromisoformat(time).tzinfo is None:
-        raise ValueError(f"a time without its zone: {time}")
+        raise ValueError(f"a time without a time zone: {time}")
 
 
 _NEEDED = {*run_schema.CLAIMED, "train_seconds"}
@@ -78,11 +80,13 @@ def check_results(
     for result in results:
         trial = trials.get(result.trial)
         if trial is None:
-            raise Damaged(f"it has results of trial {result.trial}, but not the trial")
+            raise Damaged(f"it has results of trial {result.trial}, but the trial is missing")
         if of_study is None or trial.number != of_study[0]:
             of_study = trial.number, set(seeds_of(trial))
         if result.seed not in of_study[1]:
-            raise Damaged(f"it has a result of trial {result.trial} for seed {result.seed}, which the study has not")
+            raise Damaged(
+                f"it has a result of trial {result.trial} for seed {result.seed}, which the trial does not have"
+            )
 
 
 def read_drivers(engine: sa.Engine, study_uuid: str) -> list[tuple[str, dict[str, Any]]]:
@@ -94,7 +98,7 @@ def read_drivers(engine: sa.Engine, study_uuid: str) -> list[tuple[str, dict[str
             _check_time(row["started"])
         return [(row["started"], dict(json.loads(row["environment"]))) for row in rows]
     except (ValueError, TypeError) as error:
-        raise Damaged(f"what a driver ran on: {first_defect(error)}") from None
+        raise Damaged(f"the environment of a driver: {first_defect(error)}") from None
 
 
 def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
@@ -150,8 +154,8 @@ def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
             records.append(GrowthRecord(row["made"], row["command"], before, len(history[-1].seed_list)))
     except ValidationError as error:
         raise StudyError(
-            f"study {name} was begun by another version, whose study file this one does not understand: "
-            f"{error.errors()[0]['msg']}; go on with that version, or begin a new study with another --dir"
+            f"study {name} was begun by another version of mpo-study, whose study file this version cannot read: "
+            f"{error.errors()[0]['msg']}; use that version, or begin a new study with another --dir"
         ) from None
     more_seeds: dict[int, list[int]] = {}
     try:

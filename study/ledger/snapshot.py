@@ -57,7 +57,7 @@ def _read(url: str, engine: sa.Engine, name: str) -> Snapshot:
     check_file(engine)
     row = read_study(engine, name) if sa.inspect(engine).has_table(study_table.name) else None
     if row is None:
-        raise StudyError(f"the ledger holds no study {name}{way_back(url, '; ')}")
+        raise StudyError(f"the ledger contains no study {name}{way_back(url, '; ')}")
     uuid, growths, stops = row["uuid"], read_growths(engine, row["uuid"], name), read_stops(engine, row["uuid"])
     results, trials = read_results(engine, uuid), _read_trials(url, name, uuid, stops)
     config, by_number = growths.history[-1], {trial.number: trial for trial in trials}

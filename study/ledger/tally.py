@@ -78,7 +78,7 @@ class Tally:
     # Counts -------------------------------------------------------------------------------------------------------
 
     def seeds_of(self, trial: Trial) -> list[int]:
-        """All seeds planned for a trial (or the one it repeats): the study's, and those added to this trial alone."""
+        """All seeds planned for a trial (or the one it repeats): the study's, and those added only to this trial."""
         return seeds_of(self._config, self._more_seeds, trial)
 
     def missing_seeds(self, trial: Trial) -> list[int]:
@@ -140,7 +140,7 @@ class Tally:
             return None
         return (
             f"the search ended after {self._n_searched} of {self._config.search.trials} trials: {self._n_repeats} of "
-            f"them repeat another (search.max_repeats={cap}; more of them, or a wider space, and it goes on)"
+            f"them repeat another (search.max_repeats={cap}); to continue it, raise that limit or widen its space"
         )
 
 

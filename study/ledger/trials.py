@@ -48,7 +48,7 @@ def read_frozen(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     if [frozen.number for frozen in found] != list(range(len(found))):
         raise Damaged("the trials in Optuna's tables are not numbered one after another")
     if not all(isinstance(value, float | int) for frozen in found for value in frozen.values or ()):
-        raise Damaged("a value in Optuna's tables is no number")
+        raise Damaged("a value in Optuna's tables is not a number")
     return found
 
 
@@ -76,10 +76,10 @@ def check_trials(trials: Mapping[int, Trial], arms: Container[str], stops: Itera
     for trial in trials.values():
         original = trials.get(trial.source)
         if trial.spec.arm not in arms or original is None or original.source != original.number:
-            raise Damaged(f"trial {trial.number} is of no arm of the study, or repeats no other trial")
+            raise Damaged(f"trial {trial.number} has an unknown arm, or repeats an unknown trial")
     unknown = next((number for number in stops if number not in trials), None)
     if unknown is not None:
-        raise Damaged(f"it has a decision to stop trial {unknown}, but not the trial")
+        raise Damaged(f"it has a decision to stop trial {unknown}, but the trial is missing")
 
 
 def first_defect(error: Exception) -> str:

@@ -34,13 +34,13 @@ def remove_leftovers(study: Path) -> None:
 
 @contextmanager
 def private_folder(study: Path) -> Iterator[Path]:
-    """A new folder, mode 0700, in the first place that suits: $RAY_TMPDIR, $TMPDIR, /tmp, /var/tmp, /dev/shm.
+    """A new folder, mode 0700, in the first usable place: $RAY_TMPDIR, $TMPDIR, /tmp, /var/tmp, /dev/shm.
 
     Args:
         study: the study's folder.
 
     Raises:
-        StudyError: no place suits; the message gives the reason for each.
+        StudyError: no place can be used; the message gives the reason for each.
     """
     reasons, made = [], None
     for place in _places():
@@ -52,7 +52,7 @@ def private_folder(study: Path) -> Iterator[Path]:
         except OSError as error:
             reasons.append(f"{place}: {error.strerror or error}")
     if made is None:
-        raise StudyError(f"Ray needs a folder for its sockets, and none suits: {'; '.join(reasons)}; set TMPDIR")
+        raise StudyError(f"Ray needs a folder for its sockets, but found none: {'; '.join(reasons)}; set TMPDIR")
     try:
         yield Path(made)
     finally:

@@ -22,7 +22,7 @@ MAX_DEATHS = 3
 with the unit, it is left for the next run of the study instead."""
 
 MAX_STILLBORN = 10
-"""If this many workers in a row die before they begin, it is no accident: the study stops."""
+"""If this many workers in a row die before they begin, the study stops."""
 
 Finished = Literal["finished"]
 
@@ -55,7 +55,7 @@ class Queue:
     _n_stillborn: Counter[Key] = field(default_factory=Counter)
     _n_stillborn_in_a_row: int = 0
     _given_up: dict[Key, str] = field(default_factory=dict)
-    """Runs that were given up because no worker began them; how the last worker ended."""
+    """Runs that were given up because no worker began them, with the reason for the last worker's death."""
     _block_that_fits: dict[int, int] = field(default_factory=dict)
     """For a trial that ran out of memory: the number of seeds to try."""
     _furthest_step: dict[Key, float] = field(default_factory=dict)
@@ -72,7 +72,9 @@ class Queue:
             return unit
         if self.aborted is None and self._given_up:
             n, why = len(self._given_up), next(iter(self._given_up.values()))
-            self.aborted = f"for {n} of the runs {MAX_DEATHS} workers died before they began: {why}"
+            self.aborted = (
+                f"{n} run{'s' * (n != 1)} given up after {MAX_DEATHS} workers for each died before they began: {why}"
+            )
         return "finished"
 
     def _issue(self) -> Unit | None:
@@ -164,7 +166,7 @@ class Queue:
         self._n_stillborn_in_a_row = 0
 
     def note_progress(self, unit: Unit, seed: int, step: float) -> None:
-        """Note an evaluation of a run; if the run is further than ever, its unit's earlier deaths no longer count."""
+        """Note an evaluation of a run; at a new furthest step, the unit's earlier deaths no longer count."""
         self.in_flight.note(_keys(unit))
         if step > self._furthest_step.get((unit.trial, seed), -1):
             self._furthest_step[unit.trial, seed] = step
@@ -203,7 +205,7 @@ class Queue:
         """Do not count a death caused by the loss of a node, such as a spot machine: it says nothing about the unit."""
         for key in _keys(unit):
             self._n_deaths[key] = max(0, self._n_deaths[key] - 1)
-        self.say(f"a node of Ray is gone; what it had of trial {unit.trial} goes on elsewhere, from its checkpoint")
+        self.say(f"Ray lost a node; its runs of trial {unit.trial} continue elsewhere from their checkpoints")
 
     def _note_stillborn(self, unit: Unit, why: str) -> None:
         """Take back a unit whose worker did not start up: that says nothing about the unit."""
@@ -212,7 +214,7 @@ class Queue:
         self.put_back(unit)
         self._given_up |= {key: why for key in _keys(unit) if self._n_stillborn[key] == MAX_DEATHS}
         if self._n_stillborn_in_a_row == MAX_STILLBORN:
-            self.aborted = f"{MAX_STILLBORN} workers in a row died before they began with a run: {why}"
+            self.aborted = f"{MAX_STILLBORN} workers in a row died before they began a run: {why}"
 
     def stop_waiting(self) -> None:
         """Stop waiting for an unreachable ledger: the study is interrupted."""
@@ -244,7 +246,7 @@ class Queue:
         return start is not None and any((start.number, seed) in self.ledger.results for seed in self.config.seed_list)
 
     def _result_of_start(self, trial: Trial, seed: int) -> SeedResult | Literal["waits"] | None:
-        """The result of the start that a run begins from; "waits" if it is not there yet; None from scratch."""
+        """The result of the start that a run begins from; "waits" if there is none yet; None if from scratch."""
         if trial.spec.start is None:
             return None
         start = self.ledger.trials.first_of(trial.spec.start)

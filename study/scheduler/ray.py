@@ -74,12 +74,12 @@ def _run(queue: Queue, on_evaluation: OnEvaluation, folder: Path) -> None:
     execution = queue.config.execution
     slots = execution.max_units or n_slots(execution.cpus, execution.gpus)
     if execution.max_units is not None and n_slots(execution.cpus, execution.gpus) == 0:
-        queue.say("no node of this Ray can hold a unit yet; waiting for its autoscaler")
+        queue.say("no node of this Ray cluster can hold a unit yet; waiting for its autoscaler")
     if slots == 0:
         there = ray.cluster_resources()
         raise StudyError(
             f"no node of this Ray can hold a unit of execution.cpus={execution.cpus:g}, "
-            f"execution.gpus={execution.gpus:g}; in all it has {there.get('CPU', 0):g} CPUs and "
+            f"execution.gpus={execution.gpus:g}; in total it has {there.get('CPU', 0):g} CPUs and "
             f"{there.get('GPU', 0):g} GPUs"
         )
     _fit(queue, on_evaluation, folder, slots)
@@ -165,7 +165,7 @@ def _connect(address: str, folder: Path) -> None:
     shown = hide_password(address)
     if address.startswith("ray://"):
         raise StudyError(
-            f"--address {shown}: the Ray client cannot carry a study; run the driver on the cluster, with "
+            f"--address {shown}: the Ray client cannot run a study; run the driver on the cluster, with "
             "--address auto or HOST:6379"
         )
     host, _, port = address.rpartition(":")

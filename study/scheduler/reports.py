@@ -18,7 +18,7 @@ from pathlib import Path
 from study.training.files import replace_file
 
 SILENT_SECONDS = 600
-"""A run that has not reported for this long is named, and again after each further period of this length."""
+"""A run that has not reported for this long is shown, and again after each further period of this length."""
 
 LOOK_SECONDS = 5
 """Time between two checks, and so the shortest time between two writes of the file."""

@@ -45,7 +45,7 @@ class _Stateless:
 
 
 class NodeWatch(_Stateless, tune.Callback):
-    """Ends a run that is interrupted, or whose last node is gone: Tune would wait for ever without a message.
+    """Ends a run that is interrupted, or whose last node is gone: Tune would wait forever without a message.
 
     Args:
         has_nodes: whether any node is left that can hold a unit.

@@ -58,14 +58,14 @@ def why_refused(driver: Mapping[str, str]) -> str | None:
         own = program()
     except (Exception, SystemExit) as error:
         said = (str(error).splitlines() or [""])[0]
-        return f"{here} cannot import this program, which the driver has from {driver['study']}: {said or error!r}"
+        return f"{here} cannot import this program, which the driver imports from {driver['study']}: {said or error!r}"
     if own["fingerprint"] != driver["fingerprint"]:
         places = [
             f"{', '.join(sorted({one[name] for name in PACKAGES}))} (code {one['code'][:12]}, torch {one['torch']}, "
             f"numpy {one['numpy']})"
             for one in (own, driver)
         ]
-        return f"{here} has another program, {places[0]}, than this driver, {places[1]}"
+        return f"{here} has another program than this driver: {places[0]} instead of {places[1]}"
     from study.training.program import this_program  # this process's program, which its results name
 
     this_program()
@@ -91,7 +91,7 @@ def work(config: dict[str, str], driver: Mapping[str, str], storage_key: str) ->
 
     storage = _internal_kv_get(storage_key)
     if storage is None:
-        raise ConnectionError("Ray has lost what its driver told it")
+        raise ConnectionError("Ray has lost the storage's URL, which the driver stored in it")
     unit = Unit.model_validate_json(json.dumps(json.loads(config["unit"]) | {"storage": storage.decode()}))
     tune.report({"begin": ray.get_runtime_context().get_node_id()})
 

@@ -184,8 +184,8 @@ class ControlArm(CompressedArm):
     """Every linear layer is of another kind, with at most as many parameters as an MPO in its place."""
 
     family: Name = Field(
-        description="Kind of layer: `low_rank` has two factors, `monarch` two block-diagonal factors, `pruned` a "
-        "sparse weight with a fixed mask. docs/extending.md says how to add one."
+        description="Kind of layer: the name of any kind that `mpo_core` knows, except `mpo`. docs/glossary.md "
+        "describes them, and docs/extending.md says how to add one."
     )
     as_chi: FixedOrListed[PositiveInt] = Field(
         description="χ of that MPO. A layer stays dense if the MPO would not be smaller."

@@ -16,14 +16,14 @@ from study.spec.arms import BY_SIZE_FIELDS, Arm, DenseArm, MPOArm
 from study.spec.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Steps, Strict, WideInt, Width
 
 MAX_PARAMS = 1_000_000_000
-"""Of a dense model without its vocabulary: with its gradients and moments it takes 16 GB."""
+"""Largest dense model, without its vocabulary; with gradients and moments it takes 16 GB."""
 MAX_SEQUENCES = 500_000_000
-"""Of all steps of a run: where each begins in the text is drawn beforehand, 8 bytes for each."""
+"""Largest number of sequences in a run; the place of each in the text is drawn before training and takes 8 bytes."""
 MAX_BATCH_TOKENS = 10_000_000
 LEAST_SHARE = 0.0001
-"""Of a core or a GPU; Ray takes no less."""
+"""Smallest share of a core or a GPU that Ray accepts."""
 RESERVED = ("scratch", "pretrained")
-"""Starts that are no arms; an arm has another name."""
+"""Names of starts that are not arms; no arm may have one of these names."""
 
 
 class Corpus(Strict):
@@ -347,7 +347,7 @@ class StudyConfig(Strict):
             )
         if name in ("nsga2", "nsga3") and 0 < n_trials <= self.search.population_size:
             yield (
-                f"`search.trials` must exceed `search.population_size`, or {name} draws all at random, but got "
+                f"`search.trials` must exceed `search.population_size`, otherwise {name} draws all at random, but got "
                 f"{n_trials} and {self.search.population_size}"
             )
 
@@ -376,7 +376,7 @@ class StudyConfig(Strict):
             yield f"`search.early_stopping.metric` must be a metric of each seed, but got {stopping.metric}"
         if stopping.min_seeds >= len(self.seed_list):
             yield (
-                "`search.early_stopping.min_seeds` must be below the number of seeds, or there is none to spare, "
+                "`search.early_stopping.min_seeds` must be below the number of seeds, otherwise no seed is saved, "
                 f"but got {stopping.min_seeds} and {len(self.seed_list)}"
             )
 

@@ -51,7 +51,7 @@ class _StrictLoader(yaml.SafeLoader):
         if depth > MAX_DEPTH:
             problem = f"nested more than {MAX_DEPTH} levels deep"
         elif self._n_nodes > MAX_NODES:
-            problem = f"more than {MAX_NODES:,} keys and values, those that aliases repeat included"
+            problem = f"more than {MAX_NODES:,} keys and values, counting each use of an alias"
         if problem is not None:
             raise ComposerError(None, None, problem, mark)
 
@@ -108,7 +108,7 @@ def parse_yaml(text: str, where: str) -> Any:
         StudyError: the text is not valid YAML, or exceeds a limit.
     """
     if len(text) > MAX_BYTES:
-        raise StudyError(f"{where}: has more than {MAX_BYTES:,} bytes, which are allowed")
+        raise StudyError(f"{where}: has more than the allowed {MAX_BYTES:,} bytes")
     try:
         return _unshared(yaml.load(text, Loader=_StrictLoader))
     except yaml.YAMLError as error:

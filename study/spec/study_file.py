@@ -67,7 +67,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 def _read(path: Path) -> str:
     if path.is_dir():
         own = path / "study.yaml"
-        there = f"its study file is {own} (to go on with it: mpo-study run {own} --dir {path})"
+        there = f"its study file is {own} (to continue it: mpo-study run {own} --dir {path})"
         raise StudyError(f"{path}: is a folder; {there if own.is_file() else 'give a study file'}")
     try:
         with path.open("rb") as file:
@@ -133,7 +133,7 @@ def _child(node: Any, key: str, path: str, override: str) -> Any:
         return node[_index(node, key, path, override)]
     child = node.setdefault(key, {})
     if not isinstance(child, dict | list):
-        raise StudyError(f"--set {override}: {path} is a single value, it has no keys")
+        raise StudyError(f"--set {override}: {path} is a single value, so it has no keys")
     return child
 
 
@@ -145,4 +145,4 @@ def _index(items: list[Any], key: str, path: str, override: str) -> int:
     if key in places:
         return int(key)
     known = [str(name) for name in names if name is not None] or places
-    raise StudyError(f"--set {override}: {path} is not there{did_you_mean(key, known)}; allowed: {', '.join(known)}")
+    raise StudyError(f"--set {override}: {path} does not exist{did_you_mean(key, known)}; allowed: {', '.join(known)}")

@@ -22,7 +22,7 @@ _LONGEST_SILENCE = 600.0
 _LOOK_SECONDS = 0.1
 """Interval at which `close` checks whether it should stop waiting."""
 
-_AWAY = "is away, the study goes on and catches up later"
+_AWAY = "is unreachable, the study continues and will write to it later"
 
 _THREAD = "tracking"
 
@@ -40,7 +40,7 @@ class BackgroundTracker:
     Args:
         connect: opens a `Tracker`; called in the thread, and again after each failure. Its argument must be called
             whenever MLflow has answered.
-        say: receives one line when MLflow becomes unreachable, is back, or does not take a trial.
+        say: receives one line when MLflow becomes unreachable, is reachable again, or refuses a trial.
         patience: seconds to wait for the first attempt: a refusal should be known before anything is trained.
         pause: seconds before the second attempt; each further one waits twice as long.
         silence: seconds without an answer after which `close` stops waiting.
@@ -62,9 +62,9 @@ class BackgroundTracker:
         self._inbox: SimpleQueue[_Job | None] = SimpleQueue()
         self._pending: dict[int, _Job] = {}
         self._deferred: dict[int, _Job] = {}
-        """Trials that MLflow did not take, by number; they are tried again when all others are written."""
+        """Trials that MLflow refused, by number; they are written again after all others."""
         self._written: dict[int, _Job] = {}
-        """Trials that MLflow took, by number; checked again after an outage, in which MLflow may have lost them."""
+        """Written trials, by number; checked again after an outage, in which MLflow may have lost them."""
         self._refused: dict[int, str] = {}
         self._suspects: set[int] = set()
         """Trials whose last write failed, perhaps because MLflow was unreachable for a moment."""
@@ -92,13 +92,13 @@ class BackgroundTracker:
 
     @property
     def trouble(self) -> str | None:
-        """Why MLflow does not have everything; None if it has."""
+        """Why MLflow is incomplete; None if it is complete."""
         if self._away is not None:
             return self._away
         if self._refused:
             number, why = next(iter(self._refused.items()))
             return f"trial {number}: {why}"
-        return "its writer ended before its time" if self._pending and not self._thread.is_alive() else None
+        return "its writer ended unexpectedly" if self._pending and not self._thread.is_alive() else None
 
     @property
     def n_pending(self) -> int:
@@ -115,7 +115,7 @@ class BackgroundTracker:
         self._is_left = True
 
     def close(self, n_missing: int) -> str | None:
-        """Write pending trials and end; returns why that was not possible, or None.
+        """Write pending trials and end; returns the reason if that failed, otherwise None.
 
         Args:
             n_missing: number of runs that the study still lacks.
@@ -224,19 +224,19 @@ class BackgroundTracker:
         is_first = number not in self._refused
         self._refused[number] = why
         if is_first:
-            self._tell(f"MLflow did not take trial {number}, which is tried again later: {why}")
+            self._tell(f"MLflow refused trial {number}, will try again later: {why}")
 
     def _note_away(self, error: Exception) -> None:
         was_away, self._away = self._away is not None, first_line(error)
         if not was_away:
             is_refusal = isinstance(error, StudyError) and not isinstance(error, TrackingAway)
-            what = "does not take this study, which goes on and tries again" if is_refusal else _AWAY
+            what = "refuses this study, which continues and will try again" if is_refusal else _AWAY
             self._tell(f"MLflow {what}: {self._away}")
 
     def _note_back(self) -> None:
         if self._away is not None:
             self._away = None
-            self._tell("MLflow is back")
+            self._tell("MLflow is reachable again")
 
     def _note_sign(self) -> None:
         self._last_sign = time.monotonic()

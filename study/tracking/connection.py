@@ -138,7 +138,7 @@ def runs_page(uri: str, name: str) -> str:
 
 
 def prepare_own_database(path: Path, artifacts: str) -> str | None:
-    """Ensure that there is an undamaged MLflow database at the path, even after damage or an interrupted creation.
+    """Ensure that there is an undamaged MLflow database at the path, also after damage or an interrupted creation.
 
     Its content is also in the ledger. So a damaged database is set aside, and a new one is written from the ledger.
 
@@ -151,7 +151,7 @@ def prepare_own_database(path: Path, artifacts: str) -> str | None:
     why = _what_is_wrong(path) if path.exists() else None
     if why is not None:
         aside = _set_aside(path)
-        said = f"{path.name} {why}; it is now {aside.name}, and MLflow is written again from the ledger"
+        said = f"{path.name} {why}; renamed it to {aside.name}, and a new one is written from the ledger"
     if not path.exists():
         _make_database(path, artifacts)
     return said
@@ -165,7 +165,7 @@ def _what_is_wrong(path: Path) -> str | None:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             is_whole = {"alembic_version", "experiments", "runs"} <= tables
             if not is_whole or any(name.startswith("_alembic_tmp") for name in tables):
-                return "was never completely made"
+                return "is incomplete"
             return None
     except sqlite3.OperationalError:  # locked: MLflow will report it
         return None

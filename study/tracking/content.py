@@ -51,7 +51,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class RunContent:
-    """The content that one run must have; times in milliseconds, `ended` is None while more is to come."""
+    """The content that one run must have; times in milliseconds, `ended` is None while results are missing."""
 
     key: str
     name: str

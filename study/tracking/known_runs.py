@@ -57,7 +57,9 @@ def open_experiment(client: MlflowClient, record: StudyRecord, artifacts: str | 
     if experiment.lifecycle_stage == "deleted":
         raise StudyError(_how_to_restore(client, experiment))
     if experiment.tags.get(schema.STUDY_UUID) != record.uuid:
-        raise StudyError(f"the experiment {name} holds another study of that name; give this one another name")
+        raise StudyError(
+            f"experiment {name} in MLflow belongs to another study of that name; give this one another name"
+        )
     return experiment_id
 
 
@@ -122,7 +124,7 @@ def is_part(found: dict[str, float], wanted: dict[str, float]) -> bool:
 
 
 def id_of_mlflow(given: str) -> str:
-    """Check an id from MLflow, which is never empty; a proxy before it may answer with nothing instead."""
+    """Check an id from MLflow, which is never empty; a proxy in front of MLflow may give an empty answer."""
     if not given:
-        raise TrackingAway("what answers there is not MLflow: it has neither an experiment nor a run to give")
+        raise TrackingAway("the server there is not MLflow: its answer contains no experiment and no run")
     return given

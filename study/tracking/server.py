@@ -96,11 +96,11 @@ class _Log:
         self._is_shown = True
 
     def error(self) -> str:
-        """The last line that names an error, or else the last that is not empty, after the server has ended."""
+        """The last line that names an error, otherwise the last line with text, after the server has ended."""
         self._thread.join(timeout=5)  # a child process of the server may keep its output open
         lines = [line.strip() for line in reversed(self._lines) if line.strip()]
         errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        return [*errors, *lines, "it says nothing"][0]
+        return [*errors, *lines, "it printed nothing"][0]
 
     def _read(self) -> None:
         assert self._server.stdout is not None

@@ -1,4 +1,4 @@
-"""The bigram baseline: the loss and accuracy of a model that knows the last character alone.
+"""The bigram baseline: the loss and accuracy of a model that knows only the last character.
 
 python -m study.training.bigram [TEXT]     Default: Tiny Shakespeare
 """

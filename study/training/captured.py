@@ -102,5 +102,7 @@ def record(body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise RuntimeError(f"no CUDA graph of the step (`execution.capture: false` does without): {error}") from error
+        raise RuntimeError(
+            f"cannot record the step as CUDA graphs (`execution.capture: false` avoids this): {error}"
+        ) from error
     return graph.replay, result

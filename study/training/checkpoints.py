@@ -98,10 +98,10 @@ class Checkpoints:
                 continue
             else:
                 if content.pop("of", "") == self._of:
-                    self._tell(damaged, f"going on from an older one, {key}")
+                    self._tell(damaged, f"continuing from the older one {key}")
                     return tensors, content
                 self._storage.delete(key)
-        self._tell(damaged, "starting again")
+        self._tell(damaged, "training from the beginning")
         return None
 
     def _tell(self, damaged: list[str], instead: str) -> None:

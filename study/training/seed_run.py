@@ -113,7 +113,7 @@ class SeedRun:
 
 
 def _ran_on(device: torch.device | str, n_stacked: int) -> dict[str, str]:
-    """What results depend on besides spec and seed; has the keys of `run_schema.RAN_ON`."""
+    """Everything except spec and seed that results depend on, with the keys of `run_schema.RAN_ON`."""
     kind = torch.device(device).type
     return {
         schema.DEVICE: torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine() or kind,

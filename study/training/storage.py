@@ -25,7 +25,7 @@ class Storage:
     def __init__(self, url: str) -> None:
         try:
             if "::" in url:
-                raise ValueError("it may not hold ::, by which fsspec chains file systems")
+                raise ValueError("it may not contain ::, with which fsspec chains file systems")
             self._files, self._root = fsspec.core.url_to_fs(url)
         except Exception as error:  # each library has its own errors; some connect at once
             raise StudyError(f"--storage {hide_password(url)}: {_first_line(error, url)}") from None
@@ -55,7 +55,7 @@ class Storage:
 
     def _path(self, key: str) -> str:
         if key.startswith("/") or ".." in PurePosixPath(key).parts:
-            raise ValueError(f"a key stays inside its storage, but got {key!r}")
+            raise ValueError(f"a key must stay inside its storage, but got {key!r}")
         return f"{self._root}/{key}"
 
     def write(self, key: str, data: bytes) -> None:

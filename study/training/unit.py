@@ -171,7 +171,7 @@ def _start_weights(storage: Storage, key: str) -> dict[str, torch.Tensor]:
         return unpack_tensors(storage.read(key))[0]
     except Damaged as damage:
         storage.delete(key)  # the next run of the study finds it missing, and trains that model again
-        raise OSError(f"{storage.shown}/{key}: {damage}; it was removed, to be trained again") from None
+        raise OSError(f"{storage.shown}/{key}: {damage}; it was removed and will be trained again") from None
 
 
 def _device(unit: Unit) -> str:
@@ -186,7 +186,7 @@ def _device(unit: Unit) -> str:
         raise OSError(f"the study file asks for execution.gpus={unit.gpus:g}, but PyTorch finds no CUDA device")
     if precision == "tf32" and not torch.cuda.is_tf32_supported():
         name = torch.cuda.get_device_name()
-        raise OSError(f"the study file asks for protocol.precision=tf32, which the GPU here ({name}) lacks")
+        raise OSError(f"the study file asks for protocol.precision=tf32, which this GPU ({name}) does not have")
     return "cuda"
 
 

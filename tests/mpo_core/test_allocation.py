@@ -74,7 +74,9 @@ def test_allocate_looks_beyond_a_shallow_step_to_a_steep_one():
 
 
 def test_allocate_refuses():
-    with pytest.raises(ValueError, match="the layers at their smallest have 30 parameters, but got max_params=29"):
+    with pytest.raises(
+        ValueError, match="the smallest sizes of all layers have 30 parameters together, but got max_params=29"
+    ):
         allocate({"a": [Rung(10, 1)], "b": [Rung(20, 1)]}, 29)
     with pytest.raises(ValueError, match="at least one layer"):
         allocate({}, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from own_kinds import OWN_KINDS
 from torch import nn
 
 from mpo_core.compression.compress import compress, rel_errors
@@ -128,7 +129,7 @@ def test_other_arguments_are_named(call, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64])
-@pytest.mark.parametrize("layer", ["mpo", "low_rank", "monarch", "pruned"])
+@pytest.mark.parametrize("layer", OWN_KINDS)
 @pytest.mark.parametrize("size", [{"rel_error": 0.1}, {"keep": 0.5}, {"max_params": {"0": 60}}])
 def test_a_weight_that_is_no_number_to_decompose_is_named(dtype, layer, size):
     dense = model()

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from own_kinds import OWN_KINDS
 from structured_linear_case import statistics_of
 from torch import nn
 
@@ -15,8 +16,6 @@ from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.registry import kind_called
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.tensor_train.algebra import rel_error
-
-KIND_NAMES = ("mpo", "low_rank", "monarch", "pruned")
 
 
 def normal(*shape, seed=0):
@@ -122,7 +121,7 @@ def test_compress_draws_fresh_parameters_of_every_kind_by_name(kind):
 # By error -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_compress_by_error_meets_it_or_leaves_the_layer_dense(kind):
     model = make_model()
     compressed, report = compress(model, layer=kind, rel_error=0.3)
@@ -153,7 +152,7 @@ def test_compress_by_error_of_a_chain_finds_few_parameters(factorisation):
     assert report.rows[0].rel_error <= 0.01
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_compress_by_error_is_about_outputs_where_calibrated(kind):
     model, batches = make_model(), make_batches()
     statistics = collect_statistics(model, batches)
@@ -168,7 +167,7 @@ def test_compress_by_error_is_about_outputs_where_calibrated(kind):
         assert row.n_params_after <= by_weights.rows[0].n_params_after
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 @pytest.mark.parametrize("target", [0.005, 0.003, 0.001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compress_by_error_holds_after_rounding_to_low_precision(kind, target, dtype):
@@ -195,7 +194,7 @@ def test_compress_by_output_error_finds_a_size_within_a_step_of_the_smallest():
 # By budget ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_compress_spreads_a_budget(kind, calibrated):
     model, budget = make_model(), 1500
@@ -292,7 +291,7 @@ def test_compress_takes_a_function_as_layer():
     assert isinstance(compressed[2], StructuredLinear)
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_decompress_brings_dense_layers_back(kind):
     model = make_model(torch.float32).eval()
     model[0].weight.requires_grad_(False)
@@ -311,7 +310,7 @@ def test_decompress_brings_dense_layers_back(kind):
     assert {p.data_ptr() for p in dense.parameters()}.isdisjoint(p.data_ptr() for p in compressed.parameters())
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_compress_takes_bfloat16(kind):
     model = make_model(torch.bfloat16)
     statistics = collect_statistics(model, [normal(8, 24).bfloat16()])

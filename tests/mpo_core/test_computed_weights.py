@@ -156,7 +156,7 @@ def test_a_layer_that_does_more_stays(change):
     change(model[4])
     compressed, report = compress(model, chi=64, allow_growth=True)
     assert [row.kind for row in report.rows] == ["mpo", "mpo", "dense"]
-    assert "before" in report.rows[2].reason
+    assert "first" in report.rows[2].reason
     x = normal(3, 8)
     torch.testing.assert_close(compressed(x), model(x))
 
@@ -174,7 +174,7 @@ def test_a_layer_that_holds_more_stays(add, name):
     add(model[4])
     compressed, report = compress(model, chi=64, allow_growth=True)
     assert [row.kind for row in report.rows[:3]] == ["mpo", "mpo", "dense"]
-    assert report.rows[2].reason == f"it holds {name} too, which another layer would not"
+    assert report.rows[2].reason == f"it also holds {name}, which another layer would not"
     assert hasattr(compressed[4], name)
 
 
@@ -182,7 +182,7 @@ def test_a_budget_that_no_layer_can_take_says_why():
     model = nn.Sequential(nn.Linear(8, 8))
     model[0].register_forward_pre_hook(halve)
     for size in ({"keep": 0.5}, {"max_params": 40}):
-        with pytest.raises(ValueError, match=r"^no layer can be replaced, such as 0: it has hooks"):
+        with pytest.raises(ValueError, match=r"^no layer can be replaced; for example 0: it has hooks"):
             compress(model, **size)
 
 

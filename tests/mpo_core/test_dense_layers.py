@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from own_kinds import OWN_KINDS
 from structured_linear_case import statistics_of
 from torch import nn
 
@@ -43,7 +44,7 @@ def tied_pair():
     return model
 
 
-@pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch", "pruned"])
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_layers_that_share_a_weight_share_its_structure(kind):
     model = tied_pair()
     compressed, report = compress(model, layer=kind, max_params={"0": 40})
@@ -137,7 +138,7 @@ def test_attention_of_pytorch_is_left_alone():
         compress(model, chi=2, include=["attention.out_proj"])
 
 
-@pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch", "pruned"])
+@pytest.mark.parametrize("kind", OWN_KINDS)
 @pytest.mark.parametrize("training", [True, False])
 def test_transformer_encoder_of_pytorch_still_runs(training, kind):
     """In evaluation it reads the weights of its two layers and hands them to a kernel of its own."""
@@ -166,7 +167,7 @@ def test_a_lazy_layer_that_has_no_weight_yet_is_left_with_a_reason():
     model = nn.Sequential(fill(linear(8, 8)), nn.LazyLinear(4))
     compressed, report = compress(model, chi=2)
     assert mpo_names(compressed) == ["0"]
-    assert report.rows[1].reason == "its weight has no shape yet: run the model once before"
+    assert report.rows[1].reason == "its weight has no shape yet: run the model once first"
     assert (report.rows[1].n_params_before, report.rows[1].out_features) == (0, 4)
     assert "no shape yet" in str(report)
 

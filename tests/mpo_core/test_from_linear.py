@@ -61,7 +61,7 @@ def test_from_linear_refuses_a_weight_without_values():
     ("options", "message"),
     [
         ({"chi": 2, "bonds": [1, 2, 1]}, "exactly one of"),
-        ({"rel_error": 0.1, "max_params": 50}, "`rel_error` goes with no cap but `chi`"),
+        ({"rel_error": 0.1, "max_params": 50}, "`rel_error` allows no other cap than `chi`"),
         ({"rel_error": 0.1, "metric": Metric(torch.eye(18))}, "without `metric`"),
         ({"rel_error": -0.1}, "`0 <= rel_error < 1` must hold, but got rel_error=-0.1"),
         ({"chi": 2, "method": "best"}, "`method` must be one of"),

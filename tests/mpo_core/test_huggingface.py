@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from own_kinds import OWN_KINDS
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -161,7 +162,7 @@ def test_llama_at_full_chi_gives_the_same_logits(tie):
     assert kept == (["lm_head"] if tie else [])
 
 
-@pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch", "pruned"])
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_llama_in_bfloat16_takes_every_kind_of_layer(kind):
     model = make_llama(tie=False, dtype=torch.bfloat16)
     statistics = collect_statistics(model, [make_tokens(4, 12)], loss=next_token_losses)
@@ -188,7 +189,7 @@ def test_llama_reports_the_output_error_of_what_it_holds():
 
 
 @pytest.mark.parametrize("activation", ["relu", "gated-gelu"])
-@pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch", "pruned"])
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_t5_reads_the_weight_of_a_layer_and_runs(activation, kind):
     """T5 asks `wo.weight` for its dtype in every forward."""
     config = T5Config(

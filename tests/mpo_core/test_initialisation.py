@@ -169,7 +169,7 @@ def test_inits_with_padding_aim_at_the_true_sizes():
     assert float(W.square().mean()) == pytest.approx(1 / 11)
     squares = torch.stack([contract(fresh_cores(split, 3, "variance", seed=s, **true)).square() for s in range(2000)])
     assert float(squares.mean()) == pytest.approx(1 / 11, rel=0.1)
-    with pytest.raises(ValueError, match=r"cores of a 10×12 matrix do not hold out_features=11, in_features=11"):
+    with pytest.raises(ValueError, match=r"cores of a 10×12 matrix are too small for out_features=11, in_features=11"):
         fresh_cores(split, 3, "variance", out_features=11, in_features=11)
 
 
@@ -234,7 +234,7 @@ def test_mpo_linear_takes_every_fresh_init(init):
     ("arguments", "message"),
     [
         ({"init": "tt_svd"}, "must be one of paper, variance, .*, but got 'tt_svd'"),
-        ({"init": "paper", "chi": None}, "init 'paper' needs the `chi` asked for, but got None"),
+        ({"init": "paper", "chi": None}, "init 'paper' needs `chi`, the requested cap, but got None"),
         ({"generators": generators(1)}, "one generator per core must be given, but got 1 for 2 cores"),
     ],
 )

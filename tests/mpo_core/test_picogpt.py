@@ -202,7 +202,7 @@ def test_d_ff_defaults_to_four_times_d_model():
 
 def test_init_parameters_refuses_a_compressed_model():
     compressed, _ = compress(make_model(), chi=2, include=["lm_head"])
-    with pytest.raises(ValueError, match="before it is compressed, but lm_head is an MPOLinear"):
+    with pytest.raises(ValueError, match="only a dense PicoGPT can be drawn, but lm_head is an MPOLinear"):
         compressed.init_parameters(generators())
 
 

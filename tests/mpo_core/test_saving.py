@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
+from own_kinds import OWN_KINDS
 from saved_models import assert_same, change, fill, linear, make_net, make_odd, normal, round_trip, shrink
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import mpo_core
 
-kinds = pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch", "pruned"])
+kinds = pytest.mark.parametrize("kind", OWN_KINDS)
 
 
 # Kinds of layers ------------------------------------------------------------------------------------------------------

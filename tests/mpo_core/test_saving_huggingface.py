@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from own_kinds import OWN_KINDS
 from saved_models import change, shrink
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -90,7 +91,7 @@ def assert_same(loaded, model):
     assert torch.equal(logits(loaded), logits(model))
 
 
-@pytest.mark.parametrize("kind", ["mpo", "low_rank", "monarch", "pruned"])
+@pytest.mark.parametrize("kind", OWN_KINDS)
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("family", [gpt2, llama, t5])
 def test_a_folder_alone_gives_the_model_again(tmp_path, family, tie, kind):

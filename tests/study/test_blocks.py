@@ -191,7 +191,7 @@ def test_queue_leaves_a_block_that_no_worker_begins(tmp_path, open_queue):
     for _ in range(3):
         queue.note_death(queue.next_unit(), "no module named study")
     assert queue.next_unit() == "finished"
-    assert queue.aborted == "for 2 of the runs 3 workers died before they began: no module named study"
+    assert queue.aborted == "2 runs given up after 3 workers for each died before they began: no module named study"
     assert queue.ledger.results == {}
 
 

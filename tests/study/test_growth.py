@@ -79,7 +79,7 @@ def ledger_of(folder, name="tiny"):
 
 @pytest.mark.parametrize("text", ["5", "+0", "-5", "+", "+five", "+5.0", "", "++5"])
 def test_parse_more_refuses_what_is_not_plus_and_a_number(text):
-    with pytest.raises(StudyError, match=r"--seeds .*: must be \+ and how many more"):
+    with pytest.raises(StudyError, match=r"--seeds .*: must be \+ and a whole number"):
         parse_more("--seeds", text)
 
 
@@ -98,7 +98,7 @@ def test_search_grown_is_the_search_begun_larger(tmp_path, folder, interrupted, 
     interrupted(9, small, folder, growth=growth)
     interrupted(6, small, folder)  # the same command without the option keeps the grown size
     outcome, printed = printed_by_run(small, folder, tracking="off", growth=growth)
-    assert "going on: this study has grown by --trials +7 already, and lacks " in printed
+    assert "continuing: this study has already grown by --trials +7; " in printed
     assert (outcome.n_trials, outcome.n_missing) == (14, 0)
 
     run_at(large, tmp_path / "whole")
@@ -121,9 +121,15 @@ def test_growth_by_trials_again_when_it_is_over_grows_again(tmp_path, folder):
 
 def test_growth_is_refused_where_nothing_is_searched_or_nothing_was_begun(tmp_path, folder):
     file = write_study(tmp_path, seeds=1, arms=[DENSE])
-    with pytest.raises(StudyError, match=r"no study here that could grow by --trials \+5; run it without that first"):
+    with pytest.raises(
+        StudyError, match=r"no study here that could grow by --trials \+5; run it without that option first"
+    ):
         run_at(file, folder, growth=Growth(trials=5))
-    assert not (folder / "ledger.db").exists()
+    assert not folder.exists()
+    folder.mkdir()
+    with pytest.raises(StudyError, match="no study here that could grow"):
+        run_at(file, folder, growth=Growth(seeds=1))
+    assert not list(folder.iterdir())
     run_at(file, folder)
     with pytest.raises(StudyError, match=r"--trials \+5: no arm of study tiny has searched values; add listed values"):
         run_at(file, folder, growth=Growth(trials=5))
@@ -213,7 +219,7 @@ def test_growth_by_seeds_goes_on_after_the_largest_of_a_list(tmp_path, folder):
 def test_growth_beyond_what_a_study_file_may_say_is_refused_and_not_recorded(tmp_path, folder):
     file = write_study(tmp_path, seeds=[2147483646], arms=[DENSE])
     run_at(file, folder)
-    with pytest.raises(StudyError, match=r"--seeds \+5: the study cannot grow so: Input should be less than"):
+    with pytest.raises(StudyError, match=r"--seeds \+5: the study cannot grow this way: Input should be less than"):
         run_at(file, folder, growth=Growth(seeds=5))
     assert run_at(file, folder).n_complete == 1
 
@@ -232,7 +238,10 @@ def test_cli_takes_one_way_to_grow_at_a_time(tmp_path, command, monkeypatch):
     file = write_study(tmp_path)
     code, out, err = command("run", file, "--dir", "kept", "--extend", "--seeds", "+1")
     assert (code, out) == (2, "")
-    assert err == "mpo-study: --extend and --seeds +1: give one of them, and then the other\n"
+    assert (
+        err
+        == "mpo-study: --extend and --seeds +1: not allowed in one command; give one, then the other in a second run\n"
+    )
 
 
 # By what the file adds ------------------------------------------------------------------------------------------------
@@ -248,7 +257,7 @@ def test_study_file_that_only_adds_extends_a_study_when_told_to(tmp_path, folder
     with pytest.raises(StudyError) as error:
         run_at(file, folder)
     assert "it differs in arms.mpo.chi (was [2, 4], now [2, 3, 4]), arms.narrow (was null, now {" in str(error.value)
-    assert "it only adds to the study: give --extend too to let it grow by that" in str(error.value)
+    assert "the file only adds to the study: give --extend to add that" in str(error.value)
     assert "\n" not in str(error.value)
     assert results_at(folder) == before
 
@@ -331,10 +340,10 @@ def test_refine_adds_seeds_to_undecided_trials_and_their_starts_alone(tmp_path, 
     with_losses(folder, [(n, n + 0.01, n) for n in (9.0, 4.0, 3.0, 5.0)] + [(2.5, 3.6, 3.0), (8.0, 8.01, 8.0)])
     growth = Growth(refine=2)
     interrupted(3, file, folder, growth=growth)
-    with pytest.raises(StudyError, match=r"study tiny lacks \d runs; .*: run it again first"):
+    with pytest.raises(StudyError, match=r"study tiny is not finished: \d runs are missing, .*; run it again first"):
         run_at(file, folder, growth=Growth(refine=3))
     outcome, printed = printed_by_run(file, folder, tracking="off", growth=growth)
-    assert "going on: this study has grown by refine --seeds +2 already" in printed
+    assert "continuing: this study has already grown by refine --seeds +2" in printed
     assert (outcome.n_complete, outcome.n_missing) == (18 + 4, 0)
     seeds = {number: sorted(seed for n, seed in results_at(folder) if n == number) for number in range(6)}
     few, more = [0, 1, 2], [0, 1, 2, 3, 4]
@@ -400,7 +409,7 @@ def test_refine_has_nothing_to_do_where_all_is_decided(tmp_path, folder):
     file = write_study(tmp_path, arms=[MPO], seeds=3)
     decide(file, folder, [(3.0, 3.001, 3.0), (1.0, 1.001, 1.0)])
     outcome, printed = printed_by_run(file, folder, tracking="off", growth=Growth(refine=5))
-    assert "there is nothing to refine" in printed
+    assert "nothing to refine" in printed
     assert (outcome.n_complete, outcome.n_missing) == (6, 0)
     assert ledger_of(folder).growths.more_seeds == {}
 
@@ -454,7 +463,7 @@ def test_cli_grows_a_study(tmp_path, command, monkeypatch):
     assert (code, err) == (0, "")
     code, _, err = command("refine", "kept", "--seeds", "3")
     assert code == 2
-    assert err == "mpo-study: --seeds 3: must be + and how many more, for example --seeds +5\n"
+    assert err == "mpo-study: --seeds 3: must be + and a whole number, for example --seeds +5\n"
 
 
 @pytest.mark.fault
@@ -470,7 +479,7 @@ def test_growth_of_a_killed_driver_goes_on_with_the_same_command(tmp_path):
     assert lines[0].startswith("grown by --trials +4")
     code, out, err = cli(*grown, cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert "going on" in out
+    assert "continuing" in out
     assert "7 trials, 7 runs complete" in out
     run_at(write_search(tmp_path / "large", trials=6, seeds=1), tmp_path / "whole")
     assert substance(tmp_path / "kept", "search-random") == substance(tmp_path / "whole", "search-random")

@@ -413,7 +413,7 @@ def test_read_ledger_while_it_is_open_changes_nothing(tmp_path, folder):
 
 def test_read_ledger_refuses_an_unknown_study(tmp_path, folder):
     ledger_at(write_study(tmp_path), folder).close()
-    with pytest.raises(StudyError, match="holds no study other"):
+    with pytest.raises(StudyError, match="contains no study other"):
         read_ledger(StudyDirectory(folder).ledger_url, "other")
 
 

@@ -153,7 +153,7 @@ def test_damaged_checkpoint_in_s3_is_said_and_an_older_one_used(tmp_path, bucket
     _, printed = printed_by_run(file, tmp_path / "kept", tracking="off")
     [said] = [line for line in printed.splitlines() if "damaged checkpoint" in line]
     assert newest in said
-    assert "going on from an older one" in said
+    assert "continuing from the older one" in said
     run_at(file, tmp_path / "local")
     assert substance(tmp_path / "kept") == substance(tmp_path / "local")
 
@@ -185,7 +185,7 @@ def test_finished_study_is_brought_back_into_an_empty_directory(tmp_path, bucket
     files = everything_in(tmp_path / "kept" / "mlartifacts")
     shutil.rmtree(tmp_path / "kept")
     again, printed = printed_by_run(file, tmp_path / "kept", storage_url=bucket)
-    assert printed.strip() == f"study tiny was brought back from its backup in {bucket}"
+    assert printed.strip() == f"study tiny was restored from its backup in {bucket}"
     assert again == first
     assert results_at(tmp_path / "kept") == before  # with their times: nothing was trained
     assert contents(tmp_path / "kept" / "mlflow.db") == runs
@@ -220,7 +220,7 @@ def test_study_outlives_its_head_node(tmp_path, bucket, undisturbed):  # noqa: F
         shutil.rmtree(tmp_path / "kept")
     code, out, err = cli(*command, cwd=tmp_path)
     assert code == 0, out + err
-    assert "study tiny was brought back from its backup" in out
+    assert "study tiny was restored from its backup" in out
     assert substance(tmp_path / "kept") == undisturbed
     ended = {key: result.ended for key, result in results_at(tmp_path / "kept").items()}
     assert kept.items() <= ended.items()  # what was copied was not trained again
@@ -238,7 +238,7 @@ def test_damaged_copy_of_the_ledger_is_passed_over(tmp_path, bucket):  # noqa: F
     shutil.rmtree(tmp_path / "kept")
     outcome, printed = printed_by_run(file, tmp_path / "kept", storage_url=bucket, tracking="off")
     assert outcome.n_complete == 1
-    assert f"damaged backup {newest}: removed; an older one, {older}, is brought back" in printed
+    assert f"damaged backup {newest}: removed; the older one {older} is restored" in printed
     for key in storage.keys("backup/tiny/ledger"):
         storage.write(key, b"damaged")
     shutil.rmtree(tmp_path / "kept")
@@ -251,8 +251,8 @@ def test_two_directories_cannot_both_own_a_backup(tmp_path, bucket):  # noqa: F8
     file = write_study(tmp_path, seeds=1, arms=[DENSE])
     run_at(file, tmp_path / "first", storage_url=bucket)
     run_at(file, tmp_path / "first")
-    run_at(file, tmp_path / "second", storage_url=bucket)  # brought back
-    with pytest.raises(StudyError, match=r"has a newer backup of study tiny than .*first, from a driver elsewhere"):
+    run_at(file, tmp_path / "second", storage_url=bucket)  # restored
+    with pytest.raises(StudyError, match=r"another driver wrote a newer backup of study tiny than the one of .*first"):
         run_at(file, tmp_path / "first")
     assert run_at(file, tmp_path / "second").n_complete == 1
 
@@ -261,7 +261,7 @@ def test_import_is_refused_where_the_storage_has_the_studys_own_backup(tmp_path,
     file = write_study(tmp_path, seeds=1, arms=[DENSE])
     run_at(file, tmp_path / "first", storage_url=bucket)
     export_study(StudyDirectory(tmp_path / "first"), tmp_path / "study.xz", print)
-    with pytest.raises(StudyError, match="has a backup of study tiny, which needs no import: run the study with that"):
+    with pytest.raises(StudyError, match="has a backup of study tiny, so no import is needed: run the study with that"):
         import_study(tmp_path / "study.xz", StudyDirectory(tmp_path / "imported"), bucket)
     assert not (tmp_path / "imported").exists()
 
@@ -286,7 +286,7 @@ def test_study_goes_on_while_its_backup_cannot_be_written(tmp_path, bucket, monk
     outcome, printed = printed_by_run(file, tmp_path / "kept", tracking="off", storage_url=bucket)
     assert dataclasses.replace(outcome, backup_trouble=None) == run_at(file, tmp_path / "local")
     assert outcome.backup_trouble == "Access Denied"
-    assert printed.count("the study's databases cannot be backed up, which is tried again: Access Denied") == 1
+    assert printed.count("cannot back up the study's databases, will try again: Access Denied") == 1
     broken[0] = False
     assert run_at(file, tmp_path / "kept").backup_trouble is None
     before = results_at(tmp_path / "kept")

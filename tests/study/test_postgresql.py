@@ -240,7 +240,7 @@ def test_lost_connections_are_made_anew_and_the_study_goes_on(tmp_path, new_data
     outcome = run_printing_to(stream, StudyDirectory(tmp_path / "kept", url), file)
     assert (outcome.aborted, outcome.n_complete, outcome.n_missing) == (None, 8, 0)
     said = stream.getvalue()
-    assert said.count("the ledger is away, and waited for") == said.count("the ledger is back") == 1
+    assert said.count("the ledger is unreachable, waiting at most") == said.count("the ledger is reachable again") == 1
     run_at(file, tmp_path / "local")
     assert substance_of(url) == substance_of(StudyDirectory(tmp_path / "local").ledger_url)
     assert optuna_states(url) == optuna_states(StudyDirectory(tmp_path / "local").ledger_url)
@@ -255,7 +255,7 @@ def test_results_wait_while_the_ledger_is_away(tmp_path, new_database, monkeypat
         drop_connections(url)
 
     after_records(monkeypatch, 2, go_away)
-    stream = OnLine("the ledger is away", lambda: allow_connections(url, allowed=True))
+    stream = OnLine("the ledger is unreachable", lambda: allow_connections(url, allowed=True))
     outcome = run_printing_to(stream, StudyDirectory(tmp_path / "kept", url), file)
     assert stream.is_done
     assert (outcome.aborted, outcome.n_complete, outcome.n_missing) == (None, 5, 0)
@@ -276,7 +276,7 @@ def test_ledger_that_stays_away_stops_the_study_in_one_line(tmp_path, new_databa
         patch.setattr("study.ledger.outage.PATIENCE_SECONDS", 0.0)
         after_records(patch, 2, go_away)
         outcome = run_printing_to(io.StringIO(), StudyDirectory(tmp_path / "kept", url), file)
-    assert outcome.aborted.startswith("the ledger is away: ")
+    assert outcome.aborted.startswith("the ledger is unreachable: ")
     assert "\n" not in outcome.aborted
     assert POSTGRESQL_PASSWORD not in outcome.aborted
     assert (outcome.n_complete, outcome.n_missing) == (2, 6)
@@ -294,7 +294,8 @@ def test_hold_that_another_driver_took_meanwhile_stops_the_study(tmp_path, new_d
 
         after_records(patch, 2, take)
         outcome = run_printing_to(io.StringIO(), StudyDirectory(tmp_path / "kept", url), file)
-    said = r"the ledger was away, and meanwhile: study tiny: another driver runs it in this ledger: process \d+@"
+    said = r"the ledger was unreachable for a while, and now: "
+    said += r"study tiny: another driver runs it in this ledger: process \d+@"
     assert re.match(said, outcome.aborted)
     assert (outcome.n_complete, outcome.n_missing) == (2, 6)
     assert run_in(StudyDirectory(tmp_path / "kept", url), file).n_missing == 0
@@ -312,7 +313,7 @@ def test_study_that_another_driver_finished_meanwhile_is_not_gone_on_with(tmp_pa
     with monkeypatch.context() as patch:
         after_records(patch, 2, finish)
         outcome = run_printing_to(io.StringIO(), StudyDirectory(tmp_path / "kept", url), file)
-    assert outcome.aborted == "the ledger was away, and meanwhile: another driver has worked on this study"
+    assert outcome.aborted == "the ledger was unreachable for a while, and now: another driver has worked on this study"
     assert len(read_ledger(url, "tiny").results) == 8
     assert len(read_ledger(url, "tiny").trials) == 4
 
@@ -431,8 +432,8 @@ def test_mlflow_is_back_after_its_database_was_restarted(tmp_path, _postgresql, 
     _postgresql.ensure_postgres_running()
     put(*others)
     assert background.close(0) is None
-    assert said[0].startswith("MLflow is away, the study goes on and catches up later: ")
-    assert (len(said), said[1]) == (2, "MLflow is back")
+    assert said[0].startswith("MLflow is unreachable, the study continues and will write to it later: ")
+    assert (len(said), said[1]) == (2, "MLflow is reachable again")
     runs = load_study(StudyAddress(url, "tiny", ledger.uuid))
     assert (len(runs.seeds), len(runs.claims.contrasts), runs.n_missing) == (8, 100, 0)
     ledger.close()

@@ -97,7 +97,7 @@ def test_storage_that_is_no_folder_of_its_own_is_refused(tmp_path, monkeypatch, 
     monkeypatch.setenv("HOME", str(home))
     given = place.format(home=home, above=home.parent, study=folder)
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(StudyError, match=r"--storage .*: must be a folder of its own") as error:
+    with pytest.raises(StudyError, match=r"--storage .*: must be a separate folder") as error:
         StudyDirectory(folder).storage(given)
     assert "\n" not in str(error.value)
     assert set(tmp_path.rglob("*")) == before
@@ -117,5 +117,5 @@ def test_cli_refuses_the_root_for_a_storage(tmp_path):
     code, out, err = cli("run", "tiny.yaml", "--dir", "kept", "--storage", "/", "--executor", "inline", cwd=tmp_path)
     assert code == 2
     assert all(line.startswith("note: ") for line in out.splitlines())
-    assert err.startswith("mpo-study: --storage /: must be a folder of its own")
+    assert err.startswith("mpo-study: --storage /: must be a separate folder")
     assert set(Path("/").iterdir()) == before

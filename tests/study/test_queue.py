@@ -173,7 +173,7 @@ def test_queue_leaves_a_unit_that_no_worker_begins_for_the_next_run(tmp_path, op
     assert queue.next_unit() is None
     finish(queue, second)
     assert queue.next_unit() == "finished"
-    assert queue.aborted == "for 1 of the runs 3 workers died before they began: no module named study"
+    assert queue.aborted == "1 run given up after 3 workers for each died before they began: no module named study"
     assert list(queue.ledger.results) == [(1, 0)]
     queue.ledger.close()
     assert open_queue(file).next_unit() == first
@@ -185,7 +185,7 @@ def test_queue_stops_where_no_worker_comes_up_and_fails_nothing(tmp_path, open_q
         queue.note_death(queue.next_unit(), "no module named study")
     assert queue.aborted is None
     queue.note_death(queue.next_unit(), "no module named study")
-    assert queue.aborted == "10 workers in a row died before they began with a run: no module named study"
+    assert queue.aborted == "10 workers in a row died before they began a run: no module named study"
     assert queue.next_unit() == "finished"
     assert queue.ledger.results == {}
 

@@ -268,12 +268,12 @@ def test_run_study_refuses_a_folder_whose_ledger_is_gone(tmp_path, folder):
     file = write_study(tmp_path, seeds=1, arms=[DENSE])
     run_at(file, folder)
     shutil.move(folder / "ledger.db", tmp_path / "ledger.db")
-    with pytest.raises(StudyError, match="the study's ledger is gone"):
+    with pytest.raises(StudyError, match="the study's ledger is missing"):
         run_at(file, folder)
     assert not (folder / "ledger.db").exists()
     ledger_at(write_study(tmp_path / "other", seeds=1, arms=[DENSE]), tmp_path / "other" / "study").close()
     shutil.copy(tmp_path / "other" / "study" / "ledger.db", folder / "ledger.db")
-    with pytest.raises(StudyError, match=r"the ledger does not hold study tiny .* which was run here before"):
+    with pytest.raises(StudyError, match=r"the ledger does not contain study tiny .* which was run here before"):
         run_at(file, folder)
     shutil.move(tmp_path / "ledger.db", folder / "ledger.db")
     assert run_at(file, folder).n_complete == 1
@@ -306,7 +306,7 @@ def test_run_study_with_a_damaged_start_stops_once_and_then_goes_on(tmp_path, fo
     interrupt(file, folder, after=17)  # all that needs no start is trained
     weights = sorted(folder.glob("storage/*/weights/*"))
     weights[0].write_bytes(weights[0].read_bytes()[:-10])
-    assert "it was removed, to be trained again" in str(run_at(file, folder).aborted)
+    assert "it was removed and will be trained again" in str(run_at(file, folder).aborted)
     outcome = run_at(file, folder)
     assert (outcome.n_complete, outcome.aborted) == (8, None)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import sqlite3
@@ -8,6 +9,7 @@ import sys
 from contextlib import closing
 
 import pytest
+from rich.console import Console
 from study_fixtures import (
     DENSE,
     MPO,
@@ -23,6 +25,7 @@ from study_fixtures import (
     write_study,
 )
 
+from study.commands.show import show_status
 from study.commands.status import study_status
 from study.ledger.directory import StudyDirectory
 from study.ledger.environment import environment, what_changed
@@ -38,7 +41,7 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     folder = tmp_path / "study"
     file = write_study(tmp_path, seeds=2, arms=[DENSE, WILD, MPO | {"chi": [1, 500, 1000]}])
     run_at(file, folder)
-    assert "no frontier yet: no trial has 3 complete seeds without a failed one" in command("status", folder)[1]
+    assert "no frontier yet: no trial has 3 complete seeds and no failed seed" in command("status", folder)[1]
     assert json.loads(command("status", folder, "--json")[1])["frontier"] == []
     run_at(file, folder, growth=Growth(seeds=1))
     code, out, err = command("status", folder, "--json")
@@ -76,10 +79,24 @@ def test_status_of_a_study_that_is_over_says_what_failed_and_what_is_on_the_fron
     assert out.splitlines()[-1] == f"complete; to write its runs to MLflow: mpo-study sync {folder}"
 
 
+def test_status_fits_a_terminal_of_80_columns(tmp_path):
+    folder = StudyDirectory(tmp_path / "study")
+    arms = [DENSE, WILD, {"name": "small-by-rank", "family": "low_rank", "as_chi": [2, 3]}, MPO | {"chi": [1, 500]}]
+    run_at(write_study(tmp_path, seeds=3, arms=arms), folder.path)
+    screen = io.StringIO()
+    show_status(Console(file=screen, width=80, force_terminal=True, color_system=None), study_status(folder), folder)
+    lines = screen.getvalue().splitlines()
+    commands = [line for line in lines if "mpo-study" in line]
+    assert [line.strip() for line in commands] == [f"mpo-study sync {folder.path}"]
+    assert all(len(line) <= 80 for line in lines if line not in commands)
+    assert [line.split()[0] for line in lines if line[1:2].isdigit()] == list("012345")
+    assert "mean loss" in " ".join(lines)
+
+
 @pytest.mark.parametrize(
     ("arm", "failure", "search", "why", "what_next"),
     [
-        (DENSE, "lost its process", {}, "all 2 runs failed", "mend the cause, then give the command above"),
+        (DENSE, "lost its process", {}, "all 2 runs failed", "fix the cause, then give the command above"),
         (WILD, None, {}, "all 2 runs diverged", "lower the learning rates"),
         (
             SEARCHED,
@@ -128,7 +145,7 @@ def test_ledger_whose_trials_are_gone_is_said_to_be_damaged(tmp_path, command, w
     code, _, err = command(*words, "kept")
     assert code == 2
     assert err.startswith(
-        "mpo-study: the ledger is damaged: it has results of trial 0, but not the trial; to go back to "
+        "mpo-study: the ledger is damaged: it has results of trial 0, but the trial is missing; to restore the copy of "
     )
     assert len(err.splitlines()) == 1
 
@@ -154,11 +171,11 @@ def test_status_in_the_middle_of_a_search_says_what_is_left_and_how_to_go_on(tmp
     again = f"mpo-study run {folder}/study.yaml --dir {folder}"
     assert code == 0
     assert "failed: trial 1 seed 1: its worker died 3 times without progress: killed" in out
-    assert f"to try again what did not diverge: {again} --retry-failed" in out
-    assert "and 2 trials that are still to come" in out
+    assert f"to train failed runs again, except diverged ones: {again} --retry-failed" in out
+    assert "and 2 trials that have not begun" in out
     last = out.splitlines()[-1]
-    assert last.startswith("2 runs over, 7 left, ")
-    assert last.endswith(f"; nobody is at them. To go on: {again}")
+    assert last.startswith("2 runs done, 7 missing, ")
+    assert last.endswith(f"; no driver is running. To continue: {again}")
 
 
 @pytest.mark.fault
@@ -239,9 +256,13 @@ def test_run_warns_in_one_line_where_it_ran_on_something_else_before(tmp_path, m
     monkeypatch.setattr("study.commands.run.environment", lambda: real)
     for n_warnings in (1, 0):  # once for each change
         _, printed = printed_by_run(file, folder, tracking="off", growth=Growth(trials=1))
-        lines = [line for line in printed.splitlines() if line.startswith("warning: since this study ran last, ")]
+        lines = [
+            line for line in printed.splitlines() if line.startswith("warning: since the last run of this study, ")
+        ]
         assert len(lines) == n_warnings
-        assert all(f"torch was 2.0, is {real['packages']['torch']}; new runs may differ" in line for line in lines)
+        assert all(
+            f"torch was 2.0, is {real['packages']['torch']}; this may change the results" in line for line in lines
+        )
     ledger = ledger_at(file, folder)
     assert ledger.environments[0] == old
     assert ledger.environments[-1] == real

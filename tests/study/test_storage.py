@@ -55,7 +55,7 @@ def test_absent_object_and_folder(storage):
 @pytest.mark.parametrize("key", ["/etc/passwd", "../x", "a/../../x", "a/..", ".."])
 def test_key_cannot_leave_its_storage(storage, key):
     for act in (storage.read, storage.delete, storage.exists, storage.keys, lambda key: storage.write(key, b"x")):
-        with pytest.raises(ValueError, match="a key stays inside its storage"):
+        with pytest.raises(ValueError, match="a key must stay inside its storage"):
             act(key)
 
 

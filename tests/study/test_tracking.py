@@ -410,7 +410,7 @@ def test_tracker_refuses_the_experiment_of_another_study(opened, database, tmp_p
     ledger = ledger_at(other / "tiny.yaml", other / "study")
     before = contents(database)
     record = study_record(config, ledger, study_corpus(config))
-    with pytest.raises(StudyError, match="the experiment tiny holds another study of that name"):
+    with pytest.raises(StudyError, match="experiment tiny in MLflow belongs to another study of that name"):
         open_tracker(f"sqlite:///{database}", directory, Storage(str(other)), record)
     ledger.close()
     assert contents(database) == before
@@ -487,7 +487,7 @@ def test_own_database_that_is_damaged_is_set_aside(tmp_path, mlflow_template, ow
     (tmp_path / "mlflow.db").write_bytes(damaged)
     said = own()
     assert said is not None
-    assert "it is now mlflow.db.old-1, and MLflow is written again from the ledger" in said
+    assert "renamed it to mlflow.db.old-1, and a new one is written from the ledger" in said
     assert (tmp_path / "mlflow.db.old-1").read_bytes() == damaged
     assert mlflow_client(tmp_path / "mlflow.db").search_experiments()
 
@@ -497,7 +497,7 @@ def test_own_database_that_was_half_made_is_set_aside(tmp_path, mlflow_template,
     with sqlite3.connect(tmp_path / "mlflow.db") as half:
         half.execute("CREATE TABLE _alembic_tmp_metrics (key TEXT)")
     half.close()
-    assert str(own()).startswith("mlflow.db was never completely made; it is now mlflow.db.old-1")
+    assert str(own()).startswith("mlflow.db is incomplete; renamed it to mlflow.db.old-1")
 
 
 @pytest.mark.parametrize("means", [pytest.param("run", marks=pytest.mark.fault), "sync"])
@@ -588,7 +588,7 @@ def test_run_study_refuses_a_wrong_place_for_mlflow_before_it_trains(tmp_path, d
     )
     for uri, why in (
         ("redis://host", "unsupported URI"),
-        (f"sqlite:///{database}", "holds another study of that name"),
+        (f"sqlite:///{database}", "belongs to another study of that name"),
     ):
         with pytest.raises(StudyError, match=why):
             run_at(file, folder, tracking=uri)
@@ -607,7 +607,7 @@ def test_sync_writes_the_other_trials_where_mlflow_does_not_take_one(tmp_path, d
         write(self, trial, *args)
 
     monkeypatch.setattr(Tracker, "write", refuse)
-    with pytest.raises(StudyError, match="MLflow lacks 1 trials; it did not take trial 0: no"):
+    with pytest.raises(StudyError, match="MLflow refused 1 trial; the first is trial 0: no"):
         sync(load_config(file), StudyDirectory(folder), None, f"sqlite:///{database}")
     assert len(runs_in(database)) == 1 + 2 * 2
     assert revision_of(database) is None
@@ -623,7 +623,7 @@ def test_run_study_goes_on_without_mlflow_and_sync_catches_up(tmp_path, database
     outcome, printed = printed_by_run(file, folder, tracking=nobody)
     assert (outcome.n_complete, outcome.n_missing) == (6, 0)
     assert f"cannot reach MLflow at {nobody}" in str(outcome.tracking_trouble)
-    assert printed.count("MLflow is away, the study goes on") == 1
+    assert printed.count("MLflow is unreachable, the study continues") == 1
     with pytest.raises(StudyError, match="cannot reach MLflow"):
         sync(load_config(file), StudyDirectory(folder), None, None)
     assert sync(load_config(file), StudyDirectory(folder), None, f"sqlite:///{database}") == 3
@@ -645,10 +645,13 @@ def test_background_tracker_catches_up_once_mlflow_is_back(opened, database):  #
     for trial in ledger.trials.values():
         background.put(trial, ledger.on_record(trial), 2)
     deadline = time.monotonic() + 300
-    while "MLflow is back" not in said and time.monotonic() < deadline:
+    while "MLflow is reachable again" not in said and time.monotonic() < deadline:
         time.sleep(0.05)
     assert background.close(0) is None
-    assert said == ["MLflow is away, the study goes on and catches up later: nobody there", "MLflow is back"]
+    assert said == [
+        "MLflow is unreachable, the study continues and will write to it later: nobody there",
+        "MLflow is reachable again",
+    ]
     assert sorted(runs_in(database)) == keys_of(ledger)
 
 
@@ -677,7 +680,7 @@ def test_background_tracker_writes_the_other_trials_where_mlflow_does_not_take_o
     for trial in ledger.trials.values():
         background.put(trial, ledger.on_record(trial), 2)
     assert background.close(0) == "trial 0: a metric that MLflow does not take"
-    assert said == ["MLflow did not take trial 0, which is tried again later: a metric that MLflow does not take"]
+    assert said == ["MLflow refused trial 0, will try again later: a metric that MLflow does not take"]
     of_first = [schema.run_key(ledger.uuid, 0, seed) for seed in (None, 0, 7)]
     assert sorted(runs_in(database)) == sorted(set(keys_of(ledger)) - set(of_first))
     assert revision_of(database) is None
@@ -777,8 +780,8 @@ def test_background_tracker_goes_on_where_it_is_refused_for_a_while(opened, data
         background.put(trial, ledger.on_record(trial), 2)
     wait_until(lambda: not background.n_pending)
     assert background.close(0) is None
-    why = "does not take this study, which goes on and tries again: the experiment tiny was deleted"
-    assert said == [f"MLflow {why}", "MLflow is back"]
+    why = "refuses this study, which continues and will try again: the experiment tiny was deleted"
+    assert said == [f"MLflow {why}", "MLflow is reachable again"]
     assert sorted(runs_in(database)) == keys_of(ledger)
 
 
@@ -801,11 +804,13 @@ def test_background_tracker_waits_no_longer_than_it_has_patience(opened, databas
         return connect(database)
 
     background = BackgroundTracker(slow, said.append, patience=0.01)
-    assert said == ["MLflow is away, the study goes on and catches up later: it has not answered within 0.01 seconds"]
+    assert said == [
+        "MLflow is unreachable, the study continues and will write to it later: it has not answered within 0.01 seconds"
+    ]
     may_answer.set()
     background.put(ledger.trials[0], ledger.on_record(ledger.trials[0]), 2)
     assert background.close(0) is None
-    assert said[1:] == ["MLflow is back"]
+    assert said[1:] == ["MLflow is reachable again"]
 
 
 def test_background_tracker_does_not_wait_at_the_end_for_a_server_that_hangs(opened):
@@ -851,8 +856,8 @@ def test_background_tracker_takes_no_outage_for_the_end(opened, database, monkey
     is_up.set()
     wait_until(lambda: not background.n_pending)
     assert background.close(0) is None
-    assert said[0] == "MLflow is away, the study goes on and catches up later: connection refused"
-    assert "MLflow is back" in said
+    assert said[0] == "MLflow is unreachable, the study continues and will write to it later: connection refused"
+    assert "MLflow is reachable again" in said
     assert sorted(runs_in(database)) == keys_of(ledger)
     assert revision_of(database) is not None
 

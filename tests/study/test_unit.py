@@ -55,7 +55,7 @@ def test_run_unit_with_a_damaged_start_is_no_failure_of_the_seed(unit_of, spec_o
     spec = spec_of(chi=2, start="dense")
     unit = unit_of(spec=spec, starts=Starts(weights={0: "start", 1: "start"}, tokens=5))
     with pytest.raises(
-        OSError, match=r"storage/start: not a whole safetensors file: .*it was removed, to be trained again"
+        OSError, match=r"storage/start: not a whole safetensors file: .*it was removed and will be trained again"
     ):
         run_unit(unit, lambda seed, row: None)
 

@@ -1,4 +1,4 @@
-"""`mpo-study winners`: what a finished study selected becomes a study file, to be measured again on fresh seeds."""
+"""`mpo-study winners`: the winners of a finished study become a study file, to be measured again on fresh seeds."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_rates_with_the_best_mean_win_at_each_size_and_the_new_study_runs(tmp_pa
     text = (tmp_path / "configs" / "final.yaml").read_text(encoding="utf-8")
     comment = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
     assert comment.startswith(
-        "Written by `mpo-study winners results configs/final.yaml --seeds 2`: what study tuning (UUID "
+        "Written by `mpo-study winners results configs/final.yaml --seeds 2`: the winners of study tuning (UUID "
     )
     assert snapshot.uuid in comment
     assert "on the seeds 100, 101, to" in comment
@@ -286,7 +286,7 @@ def test_trial_with_a_failed_seed_cannot_win(tmp_path):
     assert written(folder, tmp_path / "new.yaml").arm("dense").learning_rate in rates[1:]
 
     run_at(file, tmp_path / "all", "protocol.grad_clip=1e30", "arms.dense.learning_rate=[1e30, 1e31]")
-    with pytest.raises(StudyError, match=r"^arm dense: a seed of every trial failed, so that none of them can win"):
+    with pytest.raises(StudyError, match=r"^arm dense: each trial has a failed seed, so none can win"):
         write_winners(StudyDirectory(tmp_path / "all"), tmp_path / "none.yaml")
     assert not (tmp_path / "none.yaml").exists()
 
@@ -424,18 +424,18 @@ def refused(tmp_path):
 def test_winners_need_seeds_and_a_name_of_their_own_and_a_new_file(tmp_path, refused):
     folder = tuning(tmp_path, arms=[DENSE | {"learning_rate": RATES}])
     said = refused(folder, seeds=range(102))
-    assert said.startswith("--seeds: the new study would have 100, 101, on which study tuning selected, ")
-    assert "is the name of the study that selected" in refused(folder, tmp_path / "tuning.yaml")
-    assert "is the name of the study that selected" in refused(folder, name="tuning")
+    assert said.startswith("--seeds: study tuning already used the seeds 100, 101, ")
+    assert "is the name of the finished study" in refused(folder, tmp_path / "tuning.yaml")
+    assert "is the name of the finished study" in refused(folder, name="tuning")
     assert "name: must match" in refused(folder, name="no name")
     file = tmp_path / "there.yaml"
     file.write_text("mine", encoding="utf-8")
-    assert refused(folder, file) == f"{file}: is there already; give another file, or remove it"
+    assert refused(folder, file) == f"{file}: exists already; give another file, or remove it"
     assert "cannot write there: No such file or directory" in refused(folder, tmp_path / "no" / "folder.yaml")
     written(folder, tmp_path / "new.yaml")
     run_at(tmp_path / "files" / "tuning.yaml", folder, growth=Growth(seeds=1))
     (tmp_path / "new.yaml").unlink()
-    assert "would have 102, " in refused(folder, seeds=[102, 7])
+    assert "used the seeds 102, " in refused(folder, seeds=[102, 7])
 
 
 def test_winners_of_seeds_from_0_on_get_fresh_ones_or_those_that_are_given(tmp_path, refused):
@@ -445,7 +445,7 @@ def test_winners_of_seeds_from_0_on_get_fresh_ones_or_those_that_are_given(tmp_p
     assert written(folder, tmp_path / "given.yaml", seeds=parse_seeds("100,101")).seeds == (100, 101)
     assert "--seeds 100,101`" in " ".join((tmp_path / "given.yaml").read_text(encoding="utf-8").split("\n# "))
     (tmp_path / "new.yaml").unlink()
-    assert "would have 0, 1, 4, on which study tuning selected" in refused(folder, seeds=range(5))
+    assert "study tuning already used the seeds 0, 1, 4, " in refused(folder, seeds=range(5))
     assert "more than once" in refused(folder, seeds=[7, 7])
 
 
@@ -461,7 +461,7 @@ def test_seeds_that_are_neither_are_refused(text):
 
 
 def test_study_that_tuned_nothing_has_no_winners(tmp_path, refused):
-    assert "study tuning tuned nothing" in refused(tuning(tmp_path))
+    assert "study tuning has nothing to select" in refused(tuning(tmp_path))
 
 
 def test_unfinished_study_is_refused_with_what_it_lacks(tmp_path, refused):
@@ -470,4 +470,4 @@ def test_unfinished_study_is_refused_with_what_it_lacks(tmp_path, refused):
         connection.execute("DELETE FROM mpo_result WHERE trial = 2 OR (trial = 0 AND seed = 101)")
     connection.close()
     lacking = "trial 0 (dense) seeds 101; trial 2 (dense) seeds 100, 101"
-    assert f"it lacks 3 runs ({lacking}); run it again first" in refused(folder)
+    assert f"3 runs are missing ({lacking}); run it again first" in refused(folder)
