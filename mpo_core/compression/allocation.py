@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from mpo_core.fitting.ladders import Rung
 
 
-def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int) -> dict[str, Rung]:
-    """One rung per layer, together at most `max_params` parameters, with a small sum of errors.
+def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int, bits: int = 32) -> dict[str, Rung]:
+    """One rung per layer, together at most `max_params` parameters of `bits` bits, with a small sum of errors.
+
+    Indices and masks count as parameters of as many bits (`Rung.cost`).
 
     Greedy: every layer starts at its smallest rung. Then the step along the convex hull of a ladder with the largest
     fall of error per parameter is taken, until nothing more fits. If a step does not fit, the layer takes the best rung
@@ -22,9 +24,9 @@ def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int) -> dict[str
     if not ladders:
         raise ValueError("`ladders` must contain at least one layer, but got none")
     hulls: dict[str, list[Rung]] = {}
-    rungs = {name: _undominated(name, ladder) for name, ladder in ladders.items()}
+    rungs = {name: _undominated(name, ladder, bits) for name, ladder in ladders.items()}
     chosen = {name: ladder[0] for name, ladder in rungs.items()}
-    left = max_params - sum(rung.n_params for rung in chosen.values())
+    left = max_params - sum(rung.cost(bits) for rung in chosen.values())
     if left < 0:
         raise ValueError(
             f"the smallest sizes of all layers have {max_params - left:,} parameters together, "
@@ -36,44 +38,44 @@ def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int) -> dict[str
     def offer(name: str) -> None:
         hull = hulls[name]
         if len(hull) > 1:
-            heapq.heappush(steps, (-_slope(hull[0], hull[1]), name))
+            heapq.heappush(steps, (-_slope(hull[0], hull[1], bits), name))
 
     for name, ladder in rungs.items():
-        hulls[name] = _hull(ladder)
+        hulls[name] = _hull(ladder, bits)
         offer(name)
     while steps:
         _, name = heapq.heappop(steps)
         now, then = hulls[name][:2]
-        if then.n_params - now.n_params <= left:
+        if then.cost(bits) - now.cost(bits) <= left:
             hulls[name].pop(0)
             offer(name)
         else:
-            sizes = [rung.n_params for rung in rungs[name]]
-            then = rungs[name][bisect_right(sizes, now.n_params + left) - 1]
-        left -= then.n_params - now.n_params
+            sizes = [rung.cost(bits) for rung in rungs[name]]
+            then = rungs[name][bisect_right(sizes, now.cost(bits) + left) - 1]
+        left -= then.cost(bits) - now.cost(bits)
         chosen[name] = then
     return chosen
 
 
-def _undominated(name: str, ladder: Sequence[Rung]) -> list[Rung]:
-    """Rungs in the order of their parameters, without those that have more parameters but no smaller error."""
+def _undominated(name: str, ladder: Sequence[Rung], bits: int) -> list[Rung]:
+    """Rungs in the order of their cost, without those that have more parameters but no smaller error."""
     if not ladder:
         raise ValueError(f"{name} has no size to choose from")
     kept: list[Rung] = []
-    for rung in sorted(ladder, key=lambda rung: (rung.n_params, rung.error)):
+    for rung in sorted(ladder, key=lambda rung: (rung.cost(bits), rung.error)):
         if not kept or rung.error < kept[-1].error:
             kept.append(rung)
     return kept
 
 
-def _hull(ladder: Sequence[Rung]) -> list[Rung]:
+def _hull(ladder: Sequence[Rung], bits: int) -> list[Rung]:
     hull: list[Rung] = []
     for rung in ladder:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], rung):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1], bits) <= _slope(hull[-1], rung, bits):
             hull.pop()
         hull.append(rung)
     return hull
 
 
-def _slope(now: Rung, then: Rung) -> float:
-    return (now.error - then.error) / (then.n_params - now.n_params)
+def _slope(now: Rung, then: Rung, bits: int) -> float:
+    return (now.error - then.error) / (then.cost(bits) - now.cost(bits))

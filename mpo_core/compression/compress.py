@@ -86,7 +86,8 @@ def compress(
             are within 5 % of the smallest, except in the metric "weights". A layer that would save nothing stays dense.
             max_params: parameters of all these matrices together, see `spread`. Or a mapping from layer name to the
             most parameters of each.
-            keep: max_params as a fraction of the parameters that these matrices have.
+            keep: max_params as a fraction of the parameters that these matrices have. In both, masks and indices count
+            as parameters of as many bits.
         allow_growth: whether `chi` also replaces layers that become no smaller; the report then says so.
         include, exclude: patterns (fnmatch, case-sensitive) of module names such as "blocks.0.attention.query"; a
             layer is replaced if it matches one of `include` and none of `exclude`. A string is one pattern.
@@ -167,9 +168,10 @@ def compress(
                 ladders[dense.name] = sizer.ladder(dense.name, dense.linear, metric_of(dense), spread == "loss")
                 if progress is not None:
                     progress("sizes", done + 1, len(targets))
-            sizes = {name: rung.n_params for name, rung in allocate(ladders, most).items()}
+            sizes = {name: rung.n_params for name, rung in allocate(ladders, most, _bits(targets[0])).items()}
         else:
-            sizes = {dense.name: dense.linear.weight.numel() * most // n_dense for dense in targets}
+            shares = {dense.name: dense.linear.weight.numel() * most // n_dense for dense in targets}
+            sizes = {dense.name: sizer.parameters_within(dense.linear, shares[dense.name]) for dense in targets}
 
     def replacement(dense: DenseLayer, fitted: Metric | None) -> tuple[StructuredLinear | None, str | None]:
         if callable(layer):
@@ -210,7 +212,7 @@ def compress(
         rows[dense.name] = row
         for name in dense.sharers:
             note = f"shares the parameters of {dense.name}"
-            rows[name] = replace(row, name=name, n_params_before=0, n_params_after=0, reason=note)
+            rows[name] = replace(row, name=name, n_params_before=0, n_params_after=0, n_counted=0, reason=note)
         if progress is not None:
             progress("fits", done + 1, len(found))
     _warn_where_parted(rows.values())
@@ -403,10 +405,15 @@ def _row(dense: DenseLayer, new: StructuredLinear | None, reason: str | None, n_
         structure="dense" if new is None else new.structure(),
         n_params_before=W.numel(),
         n_params_after=W.numel() if new is None else new.n_params_matrix,
+        n_counted=W.numel() if new is None else new.n_params_matrix + -(-new.n_index_bits // _bits(dense)),
         flops_per_token=flops / n_tokens,
         bytes_per_token=n_bytes / n_tokens,
         reason=reason,
     )
+
+
+def _bits(dense: DenseLayer) -> int:
+    return 8 * dense.linear.weight.element_size()
 
 
 def _errors(

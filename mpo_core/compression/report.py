@@ -30,6 +30,8 @@ class CompressedLayer:
     """The layer's own short description of what fixes its shape."""
     n_params_before: int
     n_params_after: int
+    n_counted: int
+    """n_params_after, and masks and indices as parameters of as many bits; this is what a budget limits."""
     flops_per_token: float
     """FLOPs per token of a forward pass over `n_tokens` tokens, without the bias; a multiply-add counts as two."""
     bytes_per_token: float
@@ -57,6 +59,11 @@ class CompressionReport:
     n_params_after: int
     n_tokens: int = 1
     """Tokens per forward for which FLOPs and bytes are given."""
+
+    @property
+    def kept(self) -> float:
+        """Share of the parameters of all these matrices that is left, with masks and indices counted."""
+        return sum(row.n_counted for row in self.rows) / max(1, sum(row.n_params_before for row in self.rows))
 
     def to_frame(self) -> pd.DataFrame:
         """One line per row, one column per field; needs pandas."""

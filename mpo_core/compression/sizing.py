@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,7 +81,12 @@ class Sizer:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         unit = metric.on(W).norm(W) ** 2 / 2 if metric is not None and as_loss else 1.0
-        return [Rung(rung.n_params, rung.error * unit) for rung in rungs]
+        return [replace(rung, error=rung.error * unit) for rung in rungs]
+
+    def parameters_within(self, linear: nn.Linear, share: int) -> int:
+        """The parameters of a layer that costs at most this share, with its mask or indices."""
+        n_index_bits = self._empty(linear, max_params=share).n_index_bits
+        return share - -(-n_index_bits // (8 * linear.weight.element_size()))
 
     def _within_metric_error(self, linear: nn.Linear, target: float, metric: Metric) -> StructuredLinear | None:
         layers: dict[int, StructuredLinear] = {}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.whitening import Whitened
+from mpo_core.tensor_train.gauge import n_fixed_bits
 from mpo_core.tensor_train.splitting import Sizes, Split, smaller_shapes
 from mpo_core.values import in_range
 
@@ -26,9 +27,15 @@ class Rung:
     n_params: int
     error: float
     """Squared relative error in the metric. The function that made the ladder says how exact it is."""
+    n_index_bits: int = 0
+    """See `StructuredLinear.n_index_bits`."""
+
+    def cost(self, bits: int) -> int:
+        """What it counts in a budget: its parameters, of so many bits each, and its indices at the same price."""
+        return self.n_params + -(-self.n_index_bits // bits)
 
 
-def chain_ladder(W: Tensor, metric: Metric, split: Split) -> list[Rung]:
+def chain_ladder(W: Tensor, metric: Metric, split: Split, gauge: str = "free") -> list[Rung]:
     """Rungs χ = 1, 2, … of a chain of cores, up to the last with fewer parameters than W or the last useful χ.
 
     The error is the sum over the bonds of the squared singular values that are cut off (Oseledets 2011, Theorem 2.2).
@@ -38,19 +45,19 @@ def chain_ladder(W: Tensor, metric: Metric, split: Split) -> list[Rung]:
     metric = metric.on(W)
     tails: dict[tuple[Sizes, Sizes], list[list[float]]] = {}
     ladder: list[Rung] = []
-    for shape in smaller_shapes(W.numel(), split):
+    for shape in smaller_shapes(W.numel(), split, gauge):
         sizes = shape.d_out, shape.d_in
         if sizes not in tails:
             tails[sizes] = _relative_tails(W, metric, *sizes)
         cut = sum(tail[bond] for tail, bond in zip(tails[sizes], shape.bonds[1:-1], strict=True))
-        ladder.append(Rung(shape.n_params, min(1.0, cut)))
+        n_index_bits = n_fixed_bits(shape.bonds, *sizes) if gauge == "fixed" else 0
+        ladder.append(Rung(shape.n_params, min(1.0, cut), n_index_bits))
     return ladder
 
 
-def low_rank_ladder(W: Tensor, metric: Metric) -> list[Rung]:
-    """Ranks 1, 2, … of a product of two factors with fewer parameters than W; exact (Eckart & Young 1936)."""
-    tail, per_rank = _squared_tail(metric.on(W).weighted(in_range(W.double())[0])), sum(W.shape)
-    return [Rung(rank * per_rank, tail[rank]) for rank in range(1, (W.numel() - 1) // per_rank + 1)]
+def low_rank_errors(W: Tensor, metric: Metric) -> list[float]:
+    """Entry r: the squared relative error in the metric of the best matrix of rank r (Eckart & Young 1936)."""
+    return _squared_tail(metric.on(W).weighted(in_range(W.double())[0]))
 
 
 def corrected(ladder: list[Rung], measure: Callable[[int], float]) -> list[Rung]:
@@ -70,7 +77,7 @@ def corrected(ladder: list[Rung], measure: Callable[[int], float]) -> list[Rung]
     logs = [math.log((measure(ladder[place].n_params) + tiny) / (ladder[place].error + tiny)) for place in places]
     at = [math.log(ladder[place].n_params) for place in places]
     return [
-        Rung(rung.n_params, (rung.error + tiny) * math.exp(_between(math.log(rung.n_params), at, logs)) - tiny)
+        replace(rung, error=(rung.error + tiny) * math.exp(_between(math.log(rung.n_params), at, logs)) - tiny)
         for rung in ladder
     ]
 

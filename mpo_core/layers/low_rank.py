@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from mpo_core.fitting.fit import low_rank_svd
-from mpo_core.fitting.ladders import Rung, low_rank_ladder
+from mpo_core.fitting.ladders import Rung, low_rank_errors
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.structured import (
     StructuredLinear,
@@ -21,6 +24,7 @@ from mpo_core.layers.structured import (
     size_within,
 )
 from mpo_core.tensor_train.contraction import Product, dense_product
+from mpo_core.tensor_train.gauge import check_gauge, fix_rows, place_rows
 from mpo_core.tensor_train.initialisation import normal_
 from mpo_core.values import check_matrix, in_range
 
@@ -28,19 +32,26 @@ from mpo_core.values import check_matrix, in_range
 class LowRankLinear(StructuredLinear, kind="low_rank"):
     """y = x (A B)ᵀ + b with A (out_features, rank) and B (rank, in_features).
 
+    In the fixed gauge `rank` rows of A are those of the identity. The parameter A then has only the others,
+    (out_features − rank, rank), and the buffer `order` says where each row belongs. This saves rank² numbers, and
+    2 rank² FLOPs per token.
+
     Args:
         rank, max_params: exactly one of them. The attribute `rank` holds the actual rank, at most min(in_features,
             out_features).
+        gauge: "free" or "fixed", see above.
         init: "variance": Var(B) = 1 / in_features and Var(A) = 1 / rank, so that Var(W) = 1 / in_features. All of W's
             norm then lies in a few directions. "svd_fresh": the truncated SVD of a dense W with entries
             N(0, 1 / in_features). W has the spectral norm of a dense draw, and less variance (Khodak et al. 2021).
         generator: source of the random factors. Default: torch's own, as for nn.Linear.
     Raises:
-        ValueError: not exactly one size, a rank below 1, or max_params below the parameters of rank 1.
+        ValueError: not exactly one size, a rank below 1, max_params below the parameters of rank 1, or an unknown
+            gauge.
     """
 
     size = "rank"
     inits = ("variance", "svd_fresh")
+    order: Tensor | None
 
     def __init__(
         self,
@@ -49,6 +60,7 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         *,
         rank: int | None = None,
         max_params: int | None = None,
+        gauge: str = "free",
         bias: bool = True,
         init: str = "variance",
         generator: torch.Generator | None = None,
@@ -57,9 +69,15 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         largest = min(in_features, out_features)
-        self.rank = size_within("rank", rank, max_params, in_features + out_features, largest)
-        self.A = nn.Parameter(torch.empty(out_features, self.rank, device=device, dtype=dtype))
+        check_gauge(gauge)
+        self.gauge = gauge
+        self.rank = size_within(
+            "rank", rank, max_params, partial(_n_params, in_features + out_features, gauge), largest
+        )
+        stored = out_features - self.rank if gauge == "fixed" else out_features
+        self.A = nn.Parameter(torch.empty(stored, self.rank, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(self.rank, in_features, device=device, dtype=dtype))
+        self.register_buffer("order", torch.arange(out_features, device=device) if gauge == "fixed" else None)
         self.draw_unless_meta(init, generator)
 
     @classmethod
@@ -86,21 +104,21 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
             s = torch.linalg.svdvals(in_range(W.double())[0])
             rank = max(1, n_needed(s.square(), rel_error, rounding(W)))
         layer = cls.empty_for(W, bias, rank=rank, max_params=max_params, **options)
-        A, B = low_rank_svd(W, layer.rank, metric)
-        layer.A.data.copy_(A)
-        layer.B.data.copy_(B)
+        layer._fill(*low_rank_svd(W, layer.rank, metric))
         return layer
 
     @classmethod
     def sizes(cls, W: Tensor, **options: Any) -> list[int]:
         """The parameters of every rank that has fewer than W."""
-        per_rank = sum(W.shape)
-        return [per_rank * rank for rank in range(1, (W.numel() - 1) // per_rank + 1)]
+        sizes = (_n_params(sum(W.shape), options.get("gauge", "free"), rank) for rank in range(1, min(W.shape) + 1))
+        return [size for size in sizes if size < W.numel()]
 
     @classmethod
     def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:
-        """`low_rank_ladder`: the exact error of every rank."""
-        return low_rank_ladder(W, metric or Metric())
+        """The exact error of every rank (Eckart & Young 1936)."""
+        errors = low_rank_errors(W, metric or Metric())
+        bits = _n_index_bits(W.shape[0], options.get("gauge", "free"))
+        return [Rung(size, errors[rank], bits * rank) for rank, size in enumerate(cls.sizes(W, **options), 1)]
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
         """Draw new values for the parameters of W, each from the generator of its name.
@@ -115,16 +133,17 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
             generator = generator_for("A")
             W = torch.empty(self.out_features, self.in_features, dtype=self.A.dtype, device=generator.device)
             normal_(W, self.in_features**-0.5, generator)
-            for factor, values in zip((self.A, self.B), low_rank_svd(W, self.rank), strict=True):
-                factor.data.copy_(values)
+            self._fill(*low_rank_svd(W, self.rank))
             return
-        normal_(self.A, self.rank**-0.5, generator_for("A"))
-        normal_(self.B, self.in_features**-0.5, generator_for("B"))
+        A, B = self.A.new_empty(self.out_features, self.rank), torch.empty_like(self.B)
+        normal_(A, self.rank**-0.5, generator_for("A"))
+        normal_(B, self.in_features**-0.5, generator_for("B"))
+        self._fill(A, B)
 
     def to_matrix(self) -> Tensor:
         """W (out_features, in_features), differentiable, in the dtype of the parameters even under autocast."""
         with self.no_autocast(self.A):
-            return self.A @ self.B
+            return self._whole(self.A) @ self.B
 
     @property
     def weight(self) -> Tensor:
@@ -133,23 +152,66 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), by the factors: W is not formed."""
-        return nn.functional.linear(nn.functional.linear(x, self.B), self.A, self.bias)
+        z = nn.functional.linear(x, self.B)
+        if self.order is None:
+            return nn.functional.linear(z, self.A, self.bias)
+        y = torch.cat([z, nn.functional.linear(z, self.A)], dim=-1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def products(self, n_tokens: int) -> list[Product]:
         """The matrix products of a forward pass over n_tokens tokens."""
         return [
             dense_product(self.rank, self.in_features, n_tokens),
-            dense_product(self.out_features, self.rank, n_tokens),
+            dense_product(len(self.A), self.rank, n_tokens)._replace(
+                copied=0 if self.order is None else n_tokens * self.out_features
+            ),
         ]
 
     def structure(self) -> str:
         """Short description of what fixes the shape of the parameters."""
-        return f"rank={self.rank}"
+        return f"rank={self.rank}" + ("" if self.gauge == "free" else f", gauge={self.gauge}")
 
     def options(self) -> dict[str, Any]:
-        """The rank."""
-        return {"rank": self.rank}
+        """The rank and the gauge."""
+        return {"rank": self.rank, "gauge": self.gauge}
+
+    @property
+    def n_index_bits(self) -> int:
+        """In the fixed gauge, a row number for each row of the identity."""
+        return self.rank * _n_index_bits(self.out_features, self.gauge)
+
+    def with_gauge(self, gauge: str) -> Self:
+        """A layer of the same matrix, up to rounding, in that gauge."""
+        check_gauge(gauge)
+        options = {"rank": self.rank, "gauge": gauge, "bias": self.bias is not None, "device": "meta"}
+        layer = type(self)(self.in_features, self.out_features, dtype=self.A.dtype, **options)
+        layer = layer.to_empty(device=self.A.device)
+        layer._fill(self._whole(self.A).detach(), self.B.detach())
+        layer.bias = copy.deepcopy(self.bias)
+        return layer.requires_grad_(self.A.requires_grad).train(self.training)
+
+    def _fill(self, A: Tensor, B: Tensor) -> None:
+        """Take over factors in the free gauge."""
+        if self.order is not None:
+            C, order, R = fix_rows(A.double())
+            self.order.copy_(order)
+            A, B = C, R @ B.double()
+        self.A.data.copy_(A)
+        self.B.data.copy_(B)
+
+    def _whole(self, A: Tensor) -> Tensor:
+        """All rows of A."""
+        return A if self.order is None else place_rows(A, self.order)
 
     def fan_ins(self) -> dict[str, int]:
         """A sums over the rank, B over the inputs."""
         return {"A": self.rank, "B": self.in_features}
+
+
+def _n_params(per_rank: int, gauge: str, rank: int) -> int:
+    return rank * (per_rank - rank if gauge == "fixed" else per_rank)
+
+
+def _n_index_bits(out_features: int, gauge: str) -> int:
+    """For each rank."""
+    return math.ceil(math.log2(out_features)) if gauge == "fixed" else 0

@@ -80,7 +80,7 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
             )
         self.n_blocks = int(down), int(across)
         m, p = out_features // down, in_features // across
-        self.rank = size_within("rank", rank, max_params, down * across * (m + p), min(m, p))
+        self.rank = size_within("rank", rank, max_params, lambda rank: rank * down * across * (m + p), min(m, p))
         self.L = nn.Parameter(torch.empty(down, m, across, self.rank, device=device, dtype=dtype))
         self.R = nn.Parameter(torch.empty(across, down, self.rank, p, device=device, dtype=dtype))
         self.draw_unless_meta(init, generator)

@@ -109,12 +109,17 @@ class PrunedLinear(StructuredLinear, kind="pruned"):
         scaled = in_range(W.double())[0]
         kept = torch.sort((scaled * metric.diagonal(W)).square().flatten(), descending=True).values.cumsum(0)
         total = metric.norm(scaled) ** 2 or 1.0
-        return [Rung(size, float(kept[-1] - kept[size - 1]) / total) for size in cls.sizes(W, **options)]
+        return [Rung(size, float(kept[-1] - kept[size - 1]) / total, W.numel()) for size in cls.sizes(W, **options)]
 
     @property
     def n_params_matrix(self) -> int:
         """Number of entries of W that are kept; on the meta device, the requested number."""
         return self._n_kept if self.mask.is_meta else int(self.mask.sum())
+
+    @property
+    def n_index_bits(self) -> int:
+        """The mask: a bit for each entry of W."""
+        return self.weight.numel()
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
         """Draw new values for the parameters of W, each from the generator of its name; `init` is "variance".

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, ClassVar, Self
@@ -134,7 +135,7 @@ class StructuredLinear(nn.Module):
     def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:
         """The squared relative error in the metric at each size, for `allocate`. Default: measured."""
         fitted = (cls.from_matrix(W, max_params=size, metric=metric, **options) for size in cls.sizes(W, **options))
-        return [Rung(layer.n_params_matrix, layer.error(W, metric) ** 2) for layer in fitted]
+        return [Rung(layer.n_params_matrix, layer.error(W, metric) ** 2, layer.n_index_bits) for layer in fitted]
 
     def error(self, W: Tensor, metric: Metric | None = None) -> float:
         """‖W − Ŵ‖ / ‖W‖ in the metric. Default: the Frobenius norm."""
@@ -191,6 +192,11 @@ class StructuredLinear(nn.Module):
     def n_params_matrix(self) -> int:
         """Number of parameters of W: all but the bias."""
         return sum(parameter.numel() for parameter in self.factors())
+
+    @property
+    def n_index_bits(self) -> int:
+        """Bits that say where the parameters of W belong, such as a mask; they count in a budget."""
+        return 0
 
     def factors(self) -> list[nn.Parameter]:
         """The parameters of W: all but the bias."""
@@ -267,18 +273,20 @@ def check_one_cap(**caps: object) -> None:
         raise ValueError(f"exactly one of {', '.join(first)} and {last} must be given, but got {given}")
 
 
-def size_within(name: str, size: int | None, max_params: int | None, per_unit: int, largest: int) -> int:
+def size_within(
+    name: str, size: int | None, max_params: int | None, n_params: Callable[[int], int], largest: int
+) -> int:
     """The size of that name, which is given or follows from max_params, at most `largest`.
 
     Args:
-        per_unit: parameters of a layer of size 1.
+        n_params: function from a size to the parameters of the layer, which rise with it.
     """
     check_one_cap(**{name: size, "max_params": max_params})
     if max_params is not None:
         check_whole(max_params=max_params)
-        size = max_params // per_unit
+        size = bisect_right(range(1, largest + 1), max_params, key=n_params)
         if size < 1:
-            raise ValueError(f"{name} 1 needs {per_unit} parameters, but got max_params={max_params}")
+            raise ValueError(f"{name} 1 needs {n_params(1)} parameters, but got max_params={max_params}")
     assert size is not None
     check_whole(**{name: size})
     if size < 1:

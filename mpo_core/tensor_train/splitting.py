@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mpo_core.tensor_train.bonds import clip_bonds, given_sizes, largest_bonds, n_params
 from mpo_core.tensor_train.factorisation import factorise
+from mpo_core.tensor_train.gauge import n_fixed
 
 Sizes = tuple[int, ...]
 Split = Callable[[int], tuple[Sizes, Sizes]]
@@ -24,11 +25,12 @@ class Shape:
     n_params: int
 
     @classmethod
-    def at(cls, chi: int, split: Split) -> Shape:
-        """The chain with every bond at most chi."""
+    def at(cls, chi: int, split: Split, gauge: str = "free") -> Shape:
+        """The chain with every bond at most chi, in this gauge."""
         d_out, d_in = split(chi)
         bonds = clip_bonds(chi, d_out, d_in)
-        return cls(d_out, d_in, bonds, n_params(bonds, d_out, d_in))
+        saved = n_fixed(bonds) if gauge == "fixed" else 0
+        return cls(d_out, d_in, bonds, n_params(bonds, d_out, d_in) - saved)
 
 
 def splitter(
@@ -51,28 +53,28 @@ def splitter(
     return split
 
 
-def smaller_shapes(n_dense: int, split: Split) -> Iterator[Shape]:
+def smaller_shapes(n_dense: int, split: Split, gauge: str = "free") -> Iterator[Shape]:
     """The chains of χ = 1, 2, … up to the last with fewer than n_dense parameters, or the last useful χ."""
     chi = 1
-    shape = Shape.at(chi, split)
+    shape = Shape.at(chi, split, gauge)
     while shape.n_params < n_dense and max(shape.bonds) == chi:
         yield shape
         chi += 1
-        shape = Shape.at(chi, split)
+        shape = Shape.at(chi, split, gauge)
 
 
-def chi_within(max_params: int, split: Split, limit: int) -> int:
+def chi_within(max_params: int, split: Split, limit: int, gauge: str = "free") -> int:
     """The largest useful χ up to `limit` with at most max_params parameters; the split may depend on χ.
 
     Raises:
         ValueError: χ = 1 has more.
     """
-    smallest = Shape.at(1, split)
+    smallest = Shape.at(1, split, gauge)
     if smallest.n_params > max_params:
         raise ValueError(
             f"chi=1 needs {smallest.n_params} parameters with d_out={list(smallest.d_out)}, "
             f"d_in={list(smallest.d_in)}, but got max_params={max_params}"
         )
-    chi = bisect_right(range(1, limit + 1), max_params, key=lambda chi: Shape.at(chi, split).n_params)
+    chi = bisect_right(range(1, limit + 1), max_params, key=lambda chi: Shape.at(chi, split, gauge).n_params)
     useful = min(chi, max(largest_bonds(*split(chi))))
     return useful if split(useful) == split(chi) else chi

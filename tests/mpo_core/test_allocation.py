@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from mpo_core.compression.allocation import allocate
 from mpo_core.fitting.fit import fit_cores, low_rank_svd
-from mpo_core.fitting.ladders import N_MEASURED, Rung, chain_ladder, low_rank_ladder
+from mpo_core.fitting.ladders import N_MEASURED, Rung, chain_ladder
 from mpo_core.fitting.metric import Metric
+from mpo_core.layers.low_rank import LowRankLinear
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
 from mpo_core.tensor_train.factorisation import factorise
@@ -126,7 +127,7 @@ def test_chain_ladder_of_zero_costs_nothing_to_represent():
 @pytest.mark.parametrize("metric", [Metric(), Metric(make_gram(9))])
 def test_low_rank_ladder_is_exact(metric):
     W = normal(12, 9)
-    ladder = low_rank_ladder(W, metric)
+    ladder = LowRankLinear.rungs(W, metric)
     assert [rung.n_params for rung in ladder] == [21, 42, 63, 84, 105]
     for rank, rung in enumerate(ladder, start=1):
         W_hat = torch.matmul(*low_rank_svd(W, rank, metric))

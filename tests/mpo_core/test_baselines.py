@@ -44,6 +44,14 @@ class TestLowRank(StructuredLinearTestCase):
     kind, size = KINDS["low_rank"]
 
 
+class TestLowRankInTheFixedGauge(StructuredLinearTestCase):
+    kind, size = LowRankLinear, {"rank": 3, "gauge": "fixed"}
+
+
+class TestMPOInTheFixedGauge(StructuredLinearTestCase):
+    kind, size = MPOLinear, {"chi": 3, "n_sites": 3, "gauge": "fixed"}
+
+
 class TestMonarch(StructuredLinearTestCase):
     kind, size = KINDS["monarch"]
 

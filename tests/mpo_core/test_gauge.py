@@ -1,0 +1,163 @@
+"""The fixed gauge of bonds: the same matrices with fewer numbers, and none of them large."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structured_linear_case import make_linear, metric_of, normal, seeded
+from torch import nn
+
+import mpo_core
+from mpo_core.compression.compress import compress
+from mpo_core.layers.low_rank import LowRankLinear
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.tensor_train.algebra import contract, tt_svd
+from mpo_core.tensor_train.bonds import n_params
+from mpo_core.tensor_train.gauge import LARGEST, fix_cores, fix_rows, free_cores, n_fixed, place_rows
+
+shapes = st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(0, 2**32 - 1))
+def test_rows_are_found_again_and_none_is_large(shape, seed):
+    M = normal(*shape, seed=seed)
+    C, order, R = fix_rows(M)
+    n, r = shape
+    assert C.shape == (n - r, r)
+    assert sorted(order.tolist()) == list(range(n))
+    assert C.numel() == 0 or C.abs().max() <= LARGEST
+    torch.testing.assert_close(place_rows(C, order) @ R, M)
+
+
+@pytest.mark.parametrize("decay", [0, 3, 12])
+def test_rows_of_badly_conditioned_matrices_stay_small(decay):
+    scales = torch.logspace(0, -decay, 60, dtype=torch.float64)
+    M = normal(200, 60) * scales @ normal(60, 60, seed=1)
+    C, order, R = fix_rows(M)
+    assert C.abs().max() <= LARGEST
+    torch.testing.assert_close(place_rows(C, order) @ R, M)
+
+
+def test_rows_of_a_matrix_without_full_rank():
+    for M in (torch.zeros(6, 3), torch.outer(normal(6), normal(3, seed=1)).float()):
+        C, order, R = fix_rows(M)
+        assert torch.isfinite(C).all()
+        torch.testing.assert_close(place_rows(C, order) @ R, M)
+
+
+@pytest.mark.parametrize("n_sites", [1, 2, 3, 4])
+def test_a_chain_is_found_again_with_chi_squared_numbers_less_for_each_bond(n_sites):
+    d_out, d_in = [2, 3, 2, 2][:n_sites], [3, 2, 2, 3][:n_sites]
+    cores = tt_svd(normal(math.prod(d_out), math.prod(d_in)), d_out, d_in, 4)
+    stored, orders = fix_cores(cores)
+    bonds = (1, *(core.shape[3] for core in cores))
+    assert sum(core.numel() for core in stored) == n_params(bonds, d_out, d_in) - n_fixed(bonds)
+    again = free_cores(stored, orders, [core.shape for core in cores])
+    torch.testing.assert_close(contract(again), contract(cores))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [(LowRankLinear, {"rank": 5}), (MPOLinear, {"chi": 5}), (MPOLinear, {"chi": 5, "n_sites": 3})]
+)
+def test_the_gauge_is_changed_both_ways_without_a_change_of_the_matrix(kind, size):
+    free = kind.from_linear(make_linear(), **size).eval().requires_grad_(False)
+    fixed = free.with_gauge("fixed")
+    bonds = [free.rank] if kind is LowRankLinear else free.bonds[1:-1]
+    assert free.n_params_matrix - fixed.n_params_matrix == sum(bond**2 for bond in bonds)
+    assert fixed.n_params_matrix == sum(p.numel() for p in fixed.parameters()) - 12
+    for layer in (fixed, fixed.with_gauge("free"), fixed.with_gauge("fixed")):
+        torch.testing.assert_close(layer.to_matrix(), free.to_matrix())
+        assert torch.equal(layer.bias, free.bias)
+        assert not layer.training
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_fewer_parameters_are_counted_flops_and_indices_too():
+    layer = LowRankLinear(20, 12, rank=5, gauge="fixed", device="meta")
+    assert layer.n_params_matrix == 5 * (20 + 12 - 5)
+    assert layer.n_index_bits == 5 * 4
+    assert layer.flops(1) == 2 * 5 * (20 + 12 - 5)
+    chain = MPOLinear(16, 16, chi=3, n_sites=2, gauge="fixed", device="meta")
+    assert chain.n_params_matrix == 2 * 16 * 3 - 9
+    assert chain.n_index_bits == 3 * 4
+
+
+@pytest.mark.parametrize("max_params", [60, 107, 108, 135, 500])
+def test_max_params_gives_the_largest_layer_within_it(max_params):
+    layer = LowRankLinear(20, 12, max_params=max_params, gauge="fixed", device="meta")
+    assert layer.n_params_matrix <= max_params
+    assert layer.rank == 12 or (layer.rank + 1) * (32 - layer.rank - 1) > max_params
+    chain = MPOLinear(20, 12, max_params=max_params, gauge="fixed", device="meta")
+    assert chain.n_params_matrix <= max_params
+    larger = MPOLinear(20, 12, chi=chain.chi + 1, gauge="fixed", device="meta")
+    assert larger.n_params_matrix > max_params or larger.bonds == chain.bonds
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "mpo"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_at_equal_parameters_the_fixed_gauge_has_the_lower_error(kind, calibrated):
+    model = nn.Sequential(make_linear(48, 64), nn.Tanh(), make_linear(40, 48))
+    batches = [normal(60, 64, seed=seed) for seed in range(2)]
+    statistics = mpo_core.collect_statistics(model, batches, held_out=0) if calibrated else None
+    errors = []
+    for gauge in ("free", "fixed"):
+        _, report = compress(model, layer=kind, keep=0.5, gauge=gauge, statistics=statistics)
+        assert 0.45 < report.kept <= 0.5
+        errors.append(sum((row.error if calibrated else row.rel_error) ** 2 for row in report.rows))
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "mpo"])
+def test_bfloat16_adds_little_error_in_the_fixed_gauge(kind):
+    W, metric = make_linear(48, 64).weight.detach(), metric_of(48, 64)
+    errors = []
+    for gauge in ("free", "fixed"):
+        layer = mpo_core.kind_called(kind).from_matrix(W, max_params=1500, gauge=gauge, metric=metric)
+        exact, rounded = layer.to_matrix(), layer.bfloat16().to_matrix().double()
+        errors.append(metric.norm(rounded - exact) / metric.norm(W))
+    assert errors[1] < 3 * errors[0] + 1e-3
+
+
+def test_a_fresh_layer_in_the_fixed_gauge_has_the_matrix_of_one_in_the_free_gauge():
+    for kind, size in ((LowRankLinear, {"rank": 5}), (MPOLinear, {"chi": 4, "n_sites": 3})):
+        for init in kind.inits:
+            free, fixed = (
+                kind(20, 12, generator=seeded(3), init=init, gauge=gauge, dtype=torch.float64, **size)
+                for gauge in ("free", "fixed")
+            )
+            torch.testing.assert_close(fixed.to_matrix(), free.to_matrix())
+
+
+def test_an_optimiser_trains_what_is_stored():
+    layer = MPOLinear(20, 12, chi=4, generator=seeded(), gauge="fixed", dtype=torch.float64)
+    x, y = normal(200, 20), normal(200, 20) @ normal(20, 12, seed=1)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.02)
+    losses = []
+    for _ in range(100):
+        loss = (layer(x) - y).square().mean()
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("kind", [LowRankLinear, MPOLinear])
+def test_an_unknown_gauge_is_refused(kind):
+    with pytest.raises(ValueError, match="`gauge` must be one of free, fixed, but got 'loose'"):
+        kind(20, 12, max_params=200, gauge="loose", device="meta")
+
+
+def test_masks_count_in_a_budget():
+    model = nn.Sequential(make_linear(48, 64, dtype=torch.float32), make_linear(40, 48, dtype=torch.float32))
+    n_dense = 48 * 64 + 40 * 48
+    for spread in ("errors", "even"):
+        compressed, report = compress(model, layer="pruned", keep=0.5, spread=spread)
+        assert report.kept <= 0.5
+        assert sum(row.n_params_after for row in report.rows) == pytest.approx((0.5 - 1 / 32) * n_dense, rel=0.05)
+        assert mpo_core.n_params_compressed(compressed) == sum(row.n_params_after for row in report.rows)
