@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from mpo_core.fitting.ladders import Rung
 
 
-def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int, bits: int = 32) -> dict[str, Rung]:
-    """One rung per layer, together at most `max_params` parameters of `bits` bits, with a small sum of errors.
-
-    Indices and masks count as parameters of as many bits (`Rung.cost`).
+def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int) -> dict[str, Rung]:
+    """One rung per layer, together at most `max_params` parameters (`Rung.cost`), with a small sum of errors.
 
     Greedy: every layer starts at its smallest rung. Then the step along the convex hull of a ladder with the largest
     fall of error per parameter is taken, until nothing more fits. If a step does not fit, the layer takes the best rung
@@ -24,9 +22,9 @@ def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int, bits: int =
     if not ladders:
         raise ValueError("`ladders` must contain at least one layer, but got none")
     hulls: dict[str, list[Rung]] = {}
-    rungs = {name: _undominated(name, ladder, bits) for name, ladder in ladders.items()}
+    rungs = {name: _undominated(name, ladder) for name, ladder in ladders.items()}
     chosen = {name: ladder[0] for name, ladder in rungs.items()}
-    left = max_params - sum(rung.cost(bits) for rung in chosen.values())
+    left = max_params - sum(rung.cost for rung in chosen.values())
     if left < 0:
         raise ValueError(
             f"the smallest sizes of all layers have {max_params - left:,} parameters together, "
@@ -38,44 +36,44 @@ def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int, bits: int =
     def offer(name: str) -> None:
         hull = hulls[name]
         if len(hull) > 1:
-            heapq.heappush(steps, (-_slope(hull[0], hull[1], bits), name))
+            heapq.heappush(steps, (-_slope(hull[0], hull[1]), name))
 
     for name, ladder in rungs.items():
-        hulls[name] = _hull(ladder, bits)
+        hulls[name] = _hull(ladder)
         offer(name)
     while steps:
         _, name = heapq.heappop(steps)
         now, then = hulls[name][:2]
-        if then.cost(bits) - now.cost(bits) <= left:
+        if then.cost - now.cost <= left:
             hulls[name].pop(0)
             offer(name)
         else:
-            sizes = [rung.cost(bits) for rung in rungs[name]]
-            then = rungs[name][bisect_right(sizes, now.cost(bits) + left) - 1]
-        left -= then.cost(bits) - now.cost(bits)
+            sizes = [rung.cost for rung in rungs[name]]
+            then = rungs[name][bisect_right(sizes, now.cost + left) - 1]
+        left -= then.cost - now.cost
         chosen[name] = then
     return chosen
 
 
-def _undominated(name: str, ladder: Sequence[Rung], bits: int) -> list[Rung]:
+def _undominated(name: str, ladder: Sequence[Rung]) -> list[Rung]:
     """Rungs in the order of their cost, without those that have more parameters but no smaller error."""
     if not ladder:
         raise ValueError(f"{name} has no size to choose from")
     kept: list[Rung] = []
-    for rung in sorted(ladder, key=lambda rung: (rung.cost(bits), rung.error)):
+    for rung in sorted(ladder, key=lambda rung: (rung.cost, rung.error)):
         if not kept or rung.error < kept[-1].error:
             kept.append(rung)
     return kept
 
 
-def _hull(ladder: Sequence[Rung], bits: int) -> list[Rung]:
+def _hull(ladder: Sequence[Rung]) -> list[Rung]:
     hull: list[Rung] = []
     for rung in ladder:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1], bits) <= _slope(hull[-1], rung, bits):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], rung):
             hull.pop()
         hull.append(rung)
     return hull
 
 
-def _slope(now: Rung, then: Rung, bits: int) -> float:
-    return (now.error - then.error) / (then.cost(bits) - now.cost(bits))
+def _slope(now: Rung, then: Rung) -> float:
+    return (now.error - then.error) / (then.cost - now.cost)

@@ -86,8 +86,8 @@ def compress(
             are within 5 % of the smallest, except in the metric "weights". A layer that would save nothing stays dense.
             max_params: parameters of all these matrices together, see `spread`. Or a mapping from layer name to the
             most parameters of each.
-            keep: max_params as a fraction of the parameters that these matrices have. In both, masks and indices count
-            as parameters of as many bits.
+            keep: max_params as a fraction of the parameters that these matrices have. Here and in one number
+            as max_params, masks and indices count: as many bits as a parameter has count as one.
         allow_growth: whether `chi` also replaces layers that become no smaller; the report then says so.
         include, exclude: patterns (fnmatch, case-sensitive) of module names such as "blocks.0.attention.query"; a
             layer is replaced if it matches one of `include` and none of `exclude`. A string is one pattern.
@@ -132,15 +132,21 @@ def compress(
         raise ValueError(f"with a function as `layer`, no options are allowed, but got {', '.join(options) or 'init'}")
     found = find_dense_layers(model, include, exclude)
     targets = [dense for dense in found if dense.reason is None]
+    if statistics is not None and targets:
+        found = [_measured(dense, statistics, metric) for dense in found]
+        first, targets = targets[0].name, [dense for dense in found if dense.reason is None]
+        if not targets:
+            why = next(dense.reason for dense in found if dense.name == first)
+            raise ValueError(f"`statistics` measure no layer that can be replaced; for example {first}: {why}")
 
     def metric_of(dense: DenseLayer, held_out: bool = False) -> Metric | None:
-        """None for the metric "weights", and for a layer that no held-out batch reached."""
+        """None for the metric "weights", and for a layer that the held-out batches do not measure."""
         if statistics is None or metric == "weights":
             return None
         if dense.linear.weight.is_meta:
             raise ValueError(f"{dense.name}: a weight on the meta device has no values to fit to `statistics`")
         names = (dense.name, *dense.sharers)
-        if held_out and not any(statistics.n_samples(name, held_out=True) for name in names):
+        if held_out and statistics.why_not(names, metric, held_out=True) is not None:
             return None
         return statistics.metric(names, metric, held_out=held_out)
 
@@ -168,10 +174,10 @@ def compress(
                 ladders[dense.name] = sizer.ladder(dense.name, dense.linear, metric_of(dense), spread == "loss")
                 if progress is not None:
                     progress("sizes", done + 1, len(targets))
-            sizes = {name: rung.n_params for name, rung in allocate(ladders, most, _bits(targets[0])).items()}
+            sizes = {name: rung.n_params for name, rung in allocate(ladders, most).items()}
         else:
             shares = {dense.name: dense.linear.weight.numel() * most // n_dense for dense in targets}
-            sizes = {dense.name: sizer.parameters_within(dense.linear, shares[dense.name]) for dense in targets}
+            sizes = {each.name: sizer.parameters_within(each.name, each.linear, shares[each.name]) for each in targets}
 
     def replacement(dense: DenseLayer, fitted: Metric | None) -> tuple[StructuredLinear | None, str | None]:
         if callable(layer):
@@ -366,7 +372,7 @@ def _spread(spread: str | None, metric: str, keep: float | None, max_params: int
         raise ValueError(f"`spread` must be one of {', '.join(SPREADS)}, but got {spread!r}")
     if spread == "loss" and metric != "loss":
         raise ValueError(f"spread 'loss' needs the metric 'loss', but the metric is {metric!r}")
-    if keep is None and not isinstance(max_params, int):
+    if keep is None and (max_params is None or isinstance(max_params, Mapping)):
         raise ValueError(f"spread {spread!r} goes with `keep` or one number as `max_params`")
     return spread
 
@@ -405,15 +411,18 @@ def _row(dense: DenseLayer, new: StructuredLinear | None, reason: str | None, n_
         structure="dense" if new is None else new.structure(),
         n_params_before=W.numel(),
         n_params_after=W.numel() if new is None else new.n_params_matrix,
-        n_counted=W.numel() if new is None else new.n_params_matrix + -(-new.n_index_bits // _bits(dense)),
+        n_counted=W.numel() if new is None else new.n_params_matrix + -(-new.n_index_bits // (8 * W.element_size())),
         flops_per_token=flops / n_tokens,
         bytes_per_token=n_bytes / n_tokens,
         reason=reason,
     )
 
 
-def _bits(dense: DenseLayer) -> int:
-    return 8 * dense.linear.weight.element_size()
+def _measured(dense: DenseLayer, statistics: Statistics, metric: str) -> DenseLayer:
+    """With the reason to stay dense if the statistics give no metric for it."""
+    if dense.reason is not None or dense.linear.weight.is_meta:
+        return dense
+    return replace(dense, reason=statistics.why_not((dense.name, *dense.sharers), metric))
 
 
 def _errors(

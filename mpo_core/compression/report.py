@@ -31,7 +31,7 @@ class CompressedLayer:
     n_params_before: int
     n_params_after: int
     n_counted: int
-    """n_params_after, and masks and indices as parameters of as many bits; this is what a budget limits."""
+    """n_params_after, and one for as many bits of a mask or of indices as a parameter has; `keep` limits these."""
     flops_per_token: float
     """FLOPs per token of a forward pass over `n_tokens` tokens, without the bias; a multiply-add counts as two."""
     bytes_per_token: float

@@ -81,12 +81,25 @@ class Sizer:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         unit = metric.on(W).norm(W) ** 2 / 2 if metric is not None and as_loss else 1.0
-        return [replace(rung, error=rung.error * unit) for rung in rungs]
+        bits = 8 * W.element_size()
+        return [replace(rung, error=rung.error * unit, bits=bits) for rung in rungs]
 
-    def parameters_within(self, linear: nn.Linear, share: int) -> int:
-        """The parameters of a layer that costs at most this share, with its mask or indices."""
-        n_index_bits = self._empty(linear, max_params=share).n_index_bits
-        return share - -(-n_index_bits // (8 * linear.weight.element_size()))
+    def parameters_within(self, name: str, linear: nn.Linear, share: int) -> int:
+        """The parameters of a layer that costs at most this share, with its mask or indices.
+
+        Raises:
+            ValueError: even the smallest layer costs more, with the name of the layer.
+        """
+        if share >= linear.weight.numel():
+            return share
+        try:
+            n_index_bits = self._empty(linear, max_params=share).n_index_bits
+        except ValueError as error:
+            raise ValueError(f"{name}: its share is too small: {error}") from error
+        size = share - -(-n_index_bits // (8 * linear.weight.element_size()))
+        if size < 1:
+            raise ValueError(f"{name}: its share, {share:,} parameters, does not hold the mask or indices alone")
+        return size
 
     def _within_metric_error(self, linear: nn.Linear, target: float, metric: Metric) -> StructuredLinear | None:
         layers: dict[int, StructuredLinear] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpo_core.compression.dense_layers import is_dense
+from mpo_core.compression.dense_layers import find_dense_layers
 from mpo_core.evaluating import evaluating
-from mpo_core.fitting.metric import Metric
+from mpo_core.fitting.metric import EXTREME, Metric
 
 METRICS = ("weights", "outputs", "loss")
 """Metrics in which a layer can be fitted: ‖W − Ŵ‖, the change of its outputs, or the predicted rise of the loss."""
@@ -23,8 +24,8 @@ RIDGE = 1e-4
 DAMPING = 1e-2
 """Share of the mean of S's diagonal that is added to the diagonal: gradients are noisier than inputs."""
 
-_RANGE = {torch.float64: (1e-140, 1e140), torch.float32: (1e-15, 1e15)}
-"""The largest entry has to be between these, because sums of squares are formed."""
+_LARGEST = {torch.float64: 1e140, torch.float32: 1e15}
+"""Entries must not be larger, because sums of their squares are formed."""
 
 
 class Moment:
@@ -38,6 +39,11 @@ class Moment:
         self.total: Tensor | None = None
         self.n_samples = 0
         self._largest = 0.0
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there are samples, and not only zeros."""
+        return self.total is not None and bool(self.total.diagonal().any())
 
     @torch.no_grad()
     def add(self, vectors: Tensor) -> None:
@@ -55,12 +61,18 @@ class Moment:
             raise ValueError(f"values must be finite, but {int((~torch.isfinite(samples)).sum())} are not")
         if samples.numel():
             self._largest = max(self._largest, float(samples.abs().amax()))
-        if self._largest > _RANGE[dtype][1]:
-            raise ValueError(f"values must be at most {_RANGE[dtype][1]:g}, but got one of {self._largest:.3g}")
+        if self._largest > _LARGEST[dtype]:
+            raise ValueError(f"values must be at most {_LARGEST[dtype]:g}, but got one of {self._largest:.3g}")
         if self.total is None:
             self.total = torch.zeros(samples.shape[1], samples.shape[1], dtype=dtype, device=samples.device)
         self.total.addmm_(samples.T, samples)
         self.n_samples += len(samples)
+
+    def merge(self, other: Moment) -> None:
+        """Add the vectors of another moment of the same size."""
+        if other.total is not None:
+            self.total = other.total if self.total is None else self.total + other.total
+            self.n_samples += other.n_samples
 
     def mean(self, ridge: float = 0.0) -> Tensor:
         """E[v vᵀ] + ridge · (mean of its diagonal) · 1, float64.
@@ -78,17 +90,34 @@ class Moment:
 
 
 class Part:
-    """Sums over one part of the batches: of the inputs, and of the gradients at the outputs, by layer."""
+    """Sums over one part of the batches: of the inputs, and of the gradients at the outputs."""
 
     def __init__(self) -> None:
-        self.inputs: dict[str, Moment] = {}
-        """By layer; layers that are called with the same tensors, such as query, key and value, share one moment."""
+        self.inputs: dict[tuple[str, ...], Moment] = {}
+        """By the names of the layers that got the same tensors, such as query, key and value of a block."""
         self.gradients: dict[str, Moment] = {}
-        self.first_with: dict[str, str] = {}
-        """The layer in whose moment the inputs of a layer are summed: itself, or the first that got the same."""
-        self.n_inputs: dict[str, int] = {}
+        """By layer."""
         self.n_losses = 0
         """Number of losses, one for each predicted token."""
+
+    def inputs_of(self, name: str) -> Moment:
+        """Of one layer."""
+        found = [moment for names, moment in self.inputs.items() if name in names]
+        if len(found) == 1:
+            return found[0]
+        summed = Moment()
+        for moment in found:
+            summed.merge(moment)
+        return summed
+
+    def holders(self, names: Sequence[str], with_gradients: bool) -> list[str]:
+        """Those of the layers that got inputs and, if asked for, whose outputs changed a loss."""
+        return [
+            name
+            for name in names
+            if self.inputs_of(name).has_values
+            and (not with_gradients or (name in self.gradients and self.gradients[name].has_values))
+        ]
 
 
 class Statistics:
@@ -100,21 +129,27 @@ class Statistics:
     @property
     def names(self) -> list[str]:
         """Names of the layers."""
-        return list(self._parts[False].inputs)
+        return list(dict.fromkeys(name for names in self._parts[False].inputs for name in names))
 
     @property
     def has_loss(self) -> bool:
         """Whether gradients of a loss were collected, as the metric "loss" needs."""
         return bool(self._parts[False].gradients)
 
-    @property
-    def has_held_out(self) -> bool:
-        return bool(self._parts[True].inputs)
-
     def n_samples(self, name: str, *, held_out: bool = False) -> int:
         """Number of inputs of a layer, usually tokens."""
-        part = self._parts[held_out]
-        return part.inputs[name].n_samples if name in part.inputs else 0
+        return self._parts[held_out].inputs_of(name).n_samples
+
+    def why_not(self, names: Sequence[str], metric: str, *, held_out: bool = False) -> str | None:
+        """Why there is no metric of a weight that these layers hold; None if there is one."""
+        part, which = self._parts[held_out], "held-out" if held_out else "calibration"
+        if metric == "weights" or part.holders(names, metric == "loss"):
+            return None
+        if all(part.inputs_of(name).n_samples == 0 for name in names):
+            return f"no {which} input reached it"
+        if not part.holders(names, False):
+            return f"its {which} inputs are all zero, or too small to be squared"
+        return f"its output does not change the loss of any {which} batch"
 
     def metric(self, names: str | Sequence[str], metric: str, *, held_out: bool = False) -> Metric:
         """The metric of a weight; `names` are the layers that hold it.
@@ -123,49 +158,43 @@ class Statistics:
         errors. S is per predicted token, so that ‖E‖² / 2 is in nats per token.
 
         Raises:
-            ValueError: the layer got no inputs, or only zeros; its output never changed the loss; or an unknown metric.
+            ValueError: there is none (`why_not`); or an unknown metric.
         """
         names = [names] if isinstance(names, str) else names
         if metric not in METRICS:
             raise ValueError(f"`metric` must be one of {', '.join(METRICS)}, but got {metric!r}")
         if metric == "weights":
             return Metric()
+        why = self.why_not(names, metric, held_out=held_out)
+        if why is not None:
+            raise ValueError(f"{names[0]}: {why}")
         part = self._parts[held_out]
         ridge, damping = (0.0, 0.0) if held_out else (RIDGE, DAMPING)
-        held = [name for name in names if name in part.inputs]
-        if not held:
-            which = "held-out" if held_out else "calibration"
-            raise ValueError(f"{names[0]}: no {which} batch reached it")
-        try:
-            # The changes of the outputs of layers that share a weight add up.
-            gram = torch.stack([part.inputs[name].mean(ridge) for name in held]).sum(0)
-        except ValueError as error:
-            raise ValueError(f"{held[0]}: its calibration inputs give no metric: {error}") from error
+        held = part.holders(names, metric == "loss")
+        # The changes of the outputs of layers that share a weight add up.
+        gram = torch.stack([part.inputs_of(name).mean(ridge) for name in held]).sum(0)
         if metric == "outputs":
-            return Metric(gram)
-        try:
-            per_token = [part.gradients[name].n_samples / part.n_losses for name in held]
-            grads = [part.gradients[name].mean(damping) * share for name, share in zip(held, per_token, strict=True)]
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{held[0]}: its output does not change the loss: {error}") from error
-        return Metric(gram, torch.stack(grads).mean(0))
+            return _metric_of(gram)
+        gradients = [part.gradients[name] for name in held]
+        per_token = [moment.mean(damping) * (moment.n_samples / part.n_losses) for moment in gradients]
+        return _metric_of(gram, torch.stack(per_token).mean(0))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file."""
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
-        counts: dict[str, str] = {}
-        for which, part in (("fitted", self._parts[False]), ("held_out", self._parts[True])):
-            counts[f"{which}.n_losses"] = str(part.n_losses)
-            for kind, moments in (("inputs", part.inputs), ("gradients", part.gradients)):
-                leaders: dict[int, str] = {}
-                for name, moment in moments.items():
-                    leader = leaders.setdefault(id(moment), name)
-                    counts[f"{which}.{kind}.{name}"] = f"{moment.n_samples} {leader}"
-                    if leader == name and moment.total is not None:
-                        tensors[f"{which}.{kind}.{name}"] = moment.total
-        save_file(tensors, path, metadata=counts)
+        counts: list[Any] = []
+        for which, part in self._parts.items():
+            named = [(list(names), moment) for names, moment in part.inputs.items()]
+            rows = [("inputs", *each) for each in named]
+            rows += [("gradients", [name], moment) for name, moment in part.gradients.items()]
+            for kind, names, moment in rows:
+                if moment.total is not None:
+                    tensors[str(len(counts))] = moment.total
+                    counts.append([which, kind, names, moment.n_samples])
+            counts.append([which, "losses", [], part.n_losses])
+        save_file(tensors, path, metadata={"statistics": json.dumps(counts)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
@@ -176,27 +205,22 @@ class Statistics:
         """
         from safetensors import SafetensorError, safe_open
 
-        parts = {"fitted": Part(), "held_out": Part()}
+        parts = {False: Part(), True: Part()}
         try:
             with safe_open(path, "pt") as file:
-                for key, value in (file.metadata() or {}).items():
-                    which, kind, *name = key.split(".", 2)
-                    if not name:
-                        parts[which].n_losses = int(value)
+                for index, (which, kind, names, n) in enumerate(json.loads(file.metadata()["statistics"])):
+                    if kind == "losses":
+                        parts[which].n_losses = n
                         continue
-                    moments = getattr(parts[which], kind)
-                    n_samples, leader = value.split(" ", 1)
-                    if leader == name[0]:
-                        moments[leader] = Moment()
-                        moments[leader].n_samples, moments[leader].total = int(n_samples), file.get_tensor(key)
+                    moment = Moment()
+                    moment.total, moment.n_samples = file.get_tensor(str(index)), n
+                    if kind == "inputs":
+                        parts[which].inputs[tuple(names)] = moment
                     else:
-                        moments[name[0]] = leader
-        except (SafetensorError, KeyError, ValueError, AttributeError) as error:
+                        parts[which].gradients[names[0]] = moment
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{os.fspath(path)} is not a file of statistics: {error}") from error
-        for part in parts.values():
-            for moments in (part.inputs, part.gradients):
-                moments.update({name: moments[other] for name, other in moments.items() if isinstance(other, str)})
-        return cls(parts["fitted"], parts["held_out"])
+        return cls(parts[False], parts[True])
 
 
 def next_token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -205,7 +229,10 @@ def next_token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
     The model returns logits (B, T, V), or an object with the attribute `logits` as those of Hugging Face do.
     """
     outputs = model(tokens)
-    logits = getattr(outputs, "logits", outputs)[:, :-1]
+    logits = getattr(outputs, "logits", outputs)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model must return logits, or an object with `logits`, but got {type(outputs).__name__}")
+    logits = logits[:, :-1]
     losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
     return losses.reshape(tokens.shape[0], -1)
 
@@ -230,10 +257,11 @@ def collect_statistics(
         loss: called as loss(model, batch) instead of the model; returns one loss per predicted token, of any shape,
             such as `next_token_losses`. Its gradients at the outputs of the layers give S. Default: G alone.
         modules: names of modules that are called with one tensor (..., in_features) as their first argument. Default:
-            every nn.Linear and Conv1D.
+            every layer that `compress` can replace. Gradients take out_features² numbers for each layer, so leave out
+            large ones that stay dense.
         forward: called as forward(model, batch) instead of the model itself, if there is no loss.
-        held_out: share of the batches that no layer is fitted to, and on which errors are measured as well. Every k-th
-            batch is one. At least one batch is fitted to.
+        held_out: share of the batches that no layer is fitted to, and on which errors are measured as well: of ten
+            batches and 0.2 the fifth and the tenth. The first batch is never one.
         progress: called after each batch with the number of batches that are done.
     Raises:
         ValueError: no batches; inputs or gradients that are not finite, with the layer's name; a loss that is not one
@@ -244,12 +272,14 @@ def collect_statistics(
         raise ValueError(f"`0 <= held_out < 1` must hold, but got held_out={held_out}")
     if isinstance(batches, Tensor):
         raise ValueError("`batches` must be a sequence of batches, but got one tensor; put it in a list")
-    names = list(_every_dense(model)) if modules is None else list(modules)
+    names = _replaceable(model) if modules is None else list(modules)
+    # A module under two names is called once.
+    names = list({id(model.get_submodule(name)): name for name in reversed(names)}.values())[::-1]
     parts = Part(), Part()
     n_batches = 0
     with evaluating(model), torch.set_grad_enabled(loss is not None), _without_gradients(model):
         for batch in batches:
-            is_held_out = int((n_batches + 1) * held_out + 1e-9) > int(n_batches * held_out + 1e-9)
+            is_held_out = n_batches > 0 and int((n_batches + 1) * held_out + 1e-9) > int(n_batches * held_out + 1e-9)
             part = parts[is_held_out]
             with _recorded(model, names, part, loss is not None):
                 if loss is None:
@@ -259,10 +289,6 @@ def collect_statistics(
             n_batches += 1
             if progress is not None:
                 progress(n_batches)
-    for part in parts:
-        for name, n_inputs in part.n_inputs.items():
-            if n_inputs != part.inputs[name].n_samples:
-                raise ValueError(f"{name} got only some of the inputs that {part.first_with[name]} got: see `modules`")
     if n_batches == 0:
         raise ValueError("calibration needs at least one batch, but got none")
     return Statistics(*parts)
@@ -280,30 +306,28 @@ def _backward(losses: Tensor, part: Part) -> None:
 @contextmanager
 def _recorded(model: nn.Module, names: Sequence[str], part: Part, with_gradients: bool) -> Iterator[None]:
     """Inside, the inputs of the named layers, and the gradients at their outputs, are added to the sums."""
-    seen: list[tuple[weakref.ref[Tensor], str]] = []  # inputs of this batch, and the layer whose moment they are in
+    seen: list[tuple[weakref.ref[Tensor], int, list[str], Moment]] = []  # distinct inputs of this batch
 
     def before(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            same = next((first for ref, first in seen if ref() is x), name)
-            first = part.first_with.setdefault(name, same)
-            if first != same:
-                raise ValueError(
-                    f"{name} and {first if first != name else same} share their inputs in some batches only: collect "
-                    "their statistics in two calls, each with one of them in `modules`"
-                )
-            part.n_inputs[name] = part.n_inputs.get(name, 0) + x.numel() // x.shape[-1]
-            if same == name:
-                seen.append((weakref.ref(x), name))
-                with _named(name, "input"):
-                    part.inputs.setdefault(name, Moment()).add(x)
-            else:
-                part.inputs[name] = part.inputs[same]
+            # A tensor that was written into has another version; those of inference mode have none.
+            version = -1 if x.is_inference() else x._version
+            for ref, known, names, _ in seen:
+                if ref() is x and known == version >= 0 and name not in names:
+                    names.append(name)
+                    return
+            moment = Moment()
+            with _named(name, "input"):
+                moment.add(x)
+            seen.append((weakref.ref(x), version, [name], moment))
 
         return hook
 
-    def after(name: str) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, _args: object, y: Tensor) -> Tensor:
+    def after(name: str) -> Callable[..., Tensor | None]:
+        def hook(_module: nn.Module, _args: object, y: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():  # the model itself stops gradients here
+                return None
             if not y.requires_grad:
                 y = y.detach().requires_grad_().clone()  # no leaf, because owners may write into it
 
@@ -324,9 +348,17 @@ def _recorded(model: nn.Module, names: Sequence[str], part: Part, with_gradients
             if with_gradients:
                 hooks.append(module.register_forward_hook(after(name)))
         yield
+        for _, _, names, moment in seen:
+            part.inputs.setdefault(tuple(names), Moment()).merge(moment)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _metric_of(*moments: Tensor) -> Metric:
+    """Without the checks, which take as long as a fit, unless the products of the moments would be out of range."""
+    is_in_range = all(EXTREME[0] < float(moment.diagonal().max()) < EXTREME[1] for moment in moments)
+    return Metric.of_checked(*moments, *[None] * (2 - len(moments))) if is_in_range else Metric(*moments)
 
 
 @contextmanager
@@ -350,8 +382,9 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _every_dense(model: nn.Module) -> Iterator[str]:
-    return (name for name, module in model.named_modules() if name and is_dense(module))
+def _replaceable(model: nn.Module) -> list[str]:
+    found = [dense for dense in find_dense_layers(model, "*", ()) if dense.reason is None]
+    return [name for dense in found for name in (dense.name, *dense.sharers)]
 
 
 def _call(model: nn.Module, batch: Any) -> object:

@@ -11,7 +11,7 @@ from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.whitening import Whitened, on_cores
 from mpo_core.tensor_train.algebra import balance_cores, contract, merge_cores
 from mpo_core.tensor_train.bonds import check_sizes, check_whole
-from mpo_core.values import check_cores_finite, check_matrix, in_range
+from mpo_core.values import check_cores_finite, check_matrix, error_ratio, in_range
 
 CG_STEPS = 8
 """Conjugate-gradient steps per visit of a core. The start is the core's present value, so few are enough."""
@@ -59,8 +59,10 @@ def als(
     ):  # parts of a chain may then be out of range even if W is not
         start = balance_cores(start)
 
+    norm = metric.norm(W)
+
     def error_of(cores: Sequence[Tensor]) -> float:
-        return metric.error(W, contract([core.to(W) for core in cores]) / scale)
+        return error_ratio(metric.norm(W - contract([core.to(W) for core in cores]) / scale), norm)
 
     whitened = Whitened(metric, d_out, d_in)
     problem, target = whitened.metric.to(dtype=precision), whitened.matrix(W)

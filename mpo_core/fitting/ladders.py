@@ -16,8 +16,12 @@ from mpo_core.tensor_train.gauge import n_fixed_bits
 from mpo_core.tensor_train.splitting import Sizes, Split, smaller_shapes
 from mpo_core.values import in_range
 
-N_MEASURED = 6
+N_MEASURED = 4
 """Number of sizes at which `corrected` measures the error of a fit; it interpolates between them."""
+
+QUICK_ABOVE = 2**16
+"""Where errors of sizes are measured, a matrix with more entries is fitted by one sweep. It gives most of the gain, and
+the full fit that follows is no worse."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,13 @@ class Rung:
     """Squared relative error in the metric. The function that made the ladder says how exact it is."""
     n_index_bits: int = 0
     """See `StructuredLinear.n_index_bits`."""
+    bits: int = 32
+    """Bits of a parameter."""
 
-    def cost(self, bits: int) -> int:
-        """What it counts in a budget: its parameters, of so many bits each, and its indices at the same price."""
-        return self.n_params + -(-self.n_index_bits // bits)
+    @property
+    def cost(self) -> int:
+        """What it counts in a budget: its parameters, and one for as many bits of indices as a parameter has."""
+        return self.n_params + -(-self.n_index_bits // self.bits)
 
 
 def chain_ladder(W: Tensor, metric: Metric, split: Split, gauge: str = "free") -> list[Rung]:

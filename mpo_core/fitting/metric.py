@@ -60,7 +60,8 @@ class Metric:
 
     @classmethod
     def of_checked(cls, gram: Tensor | None, sensitivity: Tensor | None) -> Metric:
-        """The metric of moments that follow from checked ones."""
+        """The metric of moments that are known to be sound: means of x xᵀ in float64, or what follows from checked
+        ones."""
         metric = object.__new__(cls)
         metric.gram, metric.sensitivity = gram, sensitivity
         return metric
@@ -72,16 +73,12 @@ class Metric:
     @cached_property
     def input_root(self) -> Tensor | None:
         """R with R Rᵀ = G."""
-        return None if self.gram is None else roots(self.gram)[0]
-
-    @property
-    def output_root(self) -> Tensor | None:
-        """R with R Rᵀ = S."""
-        return self._output_roots[0]
+        return None if self.gram is None else root(self.gram)
 
     @cached_property
-    def _output_roots(self) -> tuple[Tensor | None, Tensor | None]:
-        return (None, None) if self.sensitivity is None else roots(self.sensitivity)
+    def output_root(self) -> Tensor | None:
+        """R with R Rᵀ = S."""
+        return None if self.sensitivity is None else root(self.sensitivity)
 
     def weighted(self, W: Tensor) -> Tensor:
         """M with ‖M‖_F = ‖W‖, of W's shape, float64."""
@@ -95,8 +92,7 @@ class Metric:
 
     def outputs_unweighted(self, M: Tensor) -> Tensor:
         """The smallest W with Rᵀ W = M."""
-        inverse = self._output_roots[1]
-        return M if inverse is None else inverse.T @ M
+        return M if self.output_root is None else solve_root(self.output_root, M)
 
     def gradient(self, E: Tensor) -> Tensor:
         """S E G, half the gradient of ‖E‖², for E in the dtype of the moments."""
@@ -122,19 +118,25 @@ class Metric:
         return weights if self.sensitivity is None else weights * self.sensitivity.diagonal().sqrt()[:, None]
 
 
-def roots(G: Tensor) -> tuple[Tensor, Tensor]:
-    """R with R Rᵀ = G, for G symmetric and positive semi-definite, and R's pseudo-inverse.
+def root(G: Tensor) -> Tensor:
+    """R with R Rᵀ = G, for G symmetric and positive semi-definite.
 
-    The Cholesky factor if G is definite. Otherwise from the eigenvalues, of which those at rounding level become 0.
+    The Cholesky factor if G is definite. Otherwise the symmetric root from the eigenvalues, of which those at rounding
+    level become 0.
     """
     lower, failed = torch.linalg.cholesky_ex(G)
     if not failed and float(lower.diagonal().min()) > 1e-6 * float(lower.diagonal().max()):
-        unit = torch.eye(len(G), dtype=G.dtype, device=G.device)
-        return lower, torch.linalg.solve_triangular(lower, unit, upper=False)
+        return lower
     values, vectors = torch.linalg.eigh(G)
     negligible = 1e-14 * len(values) * float(values[-1])
-    is_kept = values > negligible
-    return vectors * torch.where(is_kept, values, 0).sqrt(), (vectors * torch.where(is_kept, values.rsqrt(), 0)).T
+    return vectors * torch.where(values > negligible, values, 0).sqrt() @ vectors.T
+
+
+def solve_root(R: Tensor, M: Tensor) -> Tensor:
+    """The smallest X with Rᵀ X = M, for an R of `root`."""
+    if not R.triu(1).any():
+        return torch.linalg.solve_triangular(R.T, M, upper=True)
+    return torch.linalg.pinv(R, hermitian=True, rtol=1e-9) @ M
 
 
 def _checked(name: str, moment: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -180,15 +179,19 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         """In the fixed gauge, a row number for each row of the identity."""
         return self.rank * _n_index_bits(self.out_features, self.gauge)
 
+    def decayed_factors(self) -> list[str]:
+        """Both; in the fixed gauge B, which alone scales W."""
+        return ["A", "B"] if self.gauge == "free" else ["B"]
+
     def with_gauge(self, gauge: str) -> Self:
         """A layer of the same matrix, up to rounding, in that gauge."""
         check_gauge(gauge)
         options = {"rank": self.rank, "gauge": gauge, "bias": self.bias is not None, "device": "meta"}
         layer = type(self)(self.in_features, self.out_features, dtype=self.A.dtype, **options)
         layer = layer.to_empty(device=self.A.device)
-        layer._fill(self._whole(self.A).detach(), self.B.detach())
-        layer.bias = copy.deepcopy(self.bias)
-        return layer.requires_grad_(self.A.requires_grad).train(self.training)
+        if not self.A.is_meta:
+            layer._fill(self._whole(self.A).detach(), self.B.detach())
+        return layer.taking_over(self)
 
     def _fill(self, A: Tensor, B: Tensor) -> None:
         """Take over factors in the free gauge."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mpo_core.fitting.alternating import improved
-from mpo_core.fitting.ladders import Rung
-from mpo_core.fitting.metric import Metric, roots
+from mpo_core.fitting.ladders import QUICK_ABOVE, Rung, corrected
+from mpo_core.fitting.metric import Metric, root, solve_root
 from mpo_core.layers.structured import (
     StructuredLinear,
     check_error,
@@ -120,17 +120,19 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         blocks = _blocks(scaled, *layer.n_blocks)  # (down, across, m, p)
         m, p = blocks.shape[2:]
         metric = (metric or Metric()).on(W)
-        weighted, unweight = blocks, None
+        weighted, of_rows = blocks, []
         if metric.sensitivity is not None:
-            of_rows = [roots(part) for part in _diagonal_blocks(metric.sensitivity, m)]
-            weighted = torch.stack([root for root, _ in of_rows]).mT[:, None] @ blocks
-            unweight = torch.stack([inverse for _, inverse in of_rows]).mT[:, None]
+            of_rows = [root(part) for part in _diagonal_blocks(metric.sensitivity, m)]
+            weighted = torch.stack(of_rows).mT[:, None] @ blocks
         seen = weighted
         if metric.gram is not None:
-            seen = weighted @ torch.stack([roots(part)[0] for part in _diagonal_blocks(metric.gram, p)])
+            seen = weighted @ torch.stack([root(part) for part in _diagonal_blocks(metric.gram, p)])
         L = torch.linalg.svd(seen, full_matrices=False)[0][..., : layer.rank]  # (down, across, m, r)
         R = L.mT @ weighted  # (down, across, r, p)
-        L = L if unweight is None else unweight @ L
+        if of_rows:
+            # The columns of all blocks side by side, because `solve_root` takes a matrix.
+            solved = [solve_root(R, row.transpose(0, 1).reshape(m, -1)) for R, row in zip(of_rows, L, strict=True)]
+            L = torch.stack([row.reshape(m, L.shape[1], -1).transpose(0, 1) for row in solved])
         if metric.gram is not None:
             L = _fit_left(scaled, R, metric.gram)
         if not metric.is_plain:
@@ -145,8 +147,15 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
 
     @classmethod
     def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:
-        """The errors before the sweeps, which lower them further."""
-        return super().rungs(W, metric, **{"max_sweeps": 0, **options})
+        """The errors before the sweeps; in a metric `corrected` by the errors after them at some sizes."""
+        ladder = super().rungs(W, metric, **{"max_sweeps": 0, **options})
+        quick = {"max_sweeps": 1} if W.numel() > QUICK_ABOVE else {}
+
+        def measure(max_params: int) -> float:
+            layer = cls.from_matrix(W, metric=metric, max_params=max_params, **{**quick, **options})
+            return layer.error(W, metric) ** 2
+
+        return ladder if metric is None else corrected(ladder, measure)
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
         """Draw new values for the parameters of W, each from the generator of its name; `init` is "variance".

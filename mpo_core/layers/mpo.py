@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpo_core.fitting.fit import fit_cores
-from mpo_core.fitting.ladders import Rung, chain_ladder, corrected
+from mpo_core.fitting.ladders import QUICK_ABOVE, Rung, chain_ladder, corrected
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.cached_matrix import CachedMatrix
 from mpo_core.layers.cost_model import choose, rates_of
@@ -32,10 +31,6 @@ _CACHED_OR_CHAIN, _RECONSTRUCT_OR_CHAIN = ("cached", "chain"), ("reconstruct", "
 
 STEP = 1.05
 """Smallest ratio between the sizes at which a chain is fitted to meet an output error, because each fit takes time."""
-
-QUICK_ABOVE, QUICK_SWEEPS = 2**16, 2
-"""When errors of sizes are measured, chains for matrices with more than QUICK_ABOVE entries are fitted by QUICK_SWEEPS
-sweeps. These give most of the gain, and the full fit that follows is no worse."""
 
 
 class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
@@ -155,7 +150,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
             chi, bonds, max_params: as the constructor; chi may also cap the bonds that `rel_error` leads to.
             rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F allowed; the bonds follow from W.
             metric, method, max_sweeps: see `fitting.fit.fit_cores`. Default method: "als" in a metric, else "tt_svd".
-            options: n_sites, d_out, d_in, factorisation, padding and forward, as the constructor.
+            options: n_sites, d_out, d_in, factorisation, padding, forward and gauge, as the constructor.
         Raises:
             ValueError: as the constructor and `fit_cores`; `rel_error` together with a metric.
         """
@@ -173,7 +168,8 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
             at = chi
             if at is None and options.get("factorisation") == "min_params":
                 # This split counts parameters at a cap: the smallest one that is enough by the singular values.
-                ladder = chain_ladder(W, Metric(), splitter(*W.shape, **_splitting(options)))
+                split = splitter(*W.shape, **_splitting(options))
+                ladder = chain_ladder(W, Metric(), split, options.get("gauge", "free"))
                 at = next((chi for chi, rung in enumerate(ladder, 1) if rung.error <= rel_error**2), None)
             cap = cls(W.shape[1], W.shape[0], chi=at or min(W.shape), device="meta", **options)
             cores = tt_svd(cap.pad_matrix(W), cap.d_out, cap.d_in, chi, rel_error=rel_error)
@@ -196,7 +192,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         """`chain_ladder`: a bound on the error at every cap; in a metric `corrected` by fits at some of them."""
         split = splitter(*W.shape, **_splitting(options))
         ladder = chain_ladder(W, metric or Metric(), split, options.get("gauge", "free"))
-        quick = {"max_sweeps": QUICK_SWEEPS} if W.numel() > QUICK_ABOVE else {}
+        quick = {"max_sweeps": 1} if W.numel() > QUICK_ABOVE else {}
 
         def measure(max_params: int) -> float:
             return (
@@ -307,9 +303,9 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         options = {**self.options(), "gauge": gauge, "bias": self.bias is not None, "dtype": self.cores[0].dtype}
         layer = type(self)(self.in_features, self.out_features, device="meta", **options)
         layer = layer.to_empty(device=self.cores[0].device)
-        layer._fill([core.detach() for core in self._whole(list(self.cores))])
-        layer.bias = copy.deepcopy(self.bias)
-        return layer.requires_grad_(self.cores[0].requires_grad).train(self.training)
+        if not self.cores[0].is_meta:
+            layer._fill([core.detach() for core in self._whole(list(self.cores))])
+        return layer.taking_over(self)
 
     def _orders(self) -> list[Tensor]:
         return [self.get_buffer(f"order_{site}") for site in range(self.n_sites - 1)]
@@ -330,6 +326,10 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
     def fan_ins(self) -> dict[str, int]:
         """Core l sums over its left bond and its inputs, bonds[l] · d_in[l]."""
         return {f"cores.{site}": self.bonds[site] * self.d_in[site] for site in range(self.n_sites)}
+
+    def decayed_factors(self) -> list[str]:
+        """All cores; in the fixed gauge the last, which alone scales W."""
+        return list(self.fan_ins()) if self.gauge == "free" else [f"cores.{self.n_sites - 1}"]
 
     def _mode(self, cores: Sequence[Tensor], n_tokens: int, x_has_grad: bool) -> str:
         """The mode of this call: "reconstruct", "chain" or "cached"."""
@@ -369,11 +369,12 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
 
     def _kept_matrix(self, cores: Sequence[Tensor]) -> Tensor:
         dtype = _compute_dtype(cores[0])
-        if self._cache is None or not self._cache.holds_for(cores, dtype):
+        orders = [] if self.gauge == "free" else self._orders()
+        if self._cache is None or not self._cache.holds_for([*cores, *orders], dtype):
             self._cache = None
             # Outside inference mode, so that W can be used with an input that needs a gradient.
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = CachedMatrix(cores, self._matrix(cores).to(dtype))
+                self._cache = CachedMatrix([*cores, *orders], self._matrix(cores).to(dtype))
         return self._cache.W
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import abstractmethod
 from bisect import bisect_right
@@ -79,6 +80,10 @@ class StructuredLinear(nn.Module):
     def products(self, n_tokens: int) -> list[Product]:
         """The matrix products of a forward pass over n_tokens tokens, in evaluation mode without gradients."""
         raise NotImplementedError
+
+    def decayed_factors(self) -> list[str]:
+        """Names of the factors that shrink if W is to shrink: by the product of their shrinkages. Default: all."""
+        return list(self.fan_ins())
 
     @abstractmethod
     def structure(self) -> str:
@@ -224,6 +229,13 @@ class StructuredLinear(nn.Module):
                 raise ValueError(f"`bias` must have shape ({layer.out_features},), but got {tuple(bias.shape)}")
             layer.bias.data.copy_(bias)
         return layer
+
+    def taking_over(self, other: StructuredLinear) -> Self:
+        """This layer, with the bias, requires_grad and training mode of a layer with as many factors."""
+        self.bias = copy.deepcopy(other.bias)
+        for ours, theirs in zip(self.factors(), other.factors(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)
+        return self.train(other.training)
 
     def draw_unless_meta(self, init: str, generator: torch.Generator | None) -> None:
         if next(self.parameters()).is_meta:

@@ -51,8 +51,8 @@ def statistics_of(grams):
     """Statistics of these second moments of the inputs, by name of the layer."""
     part = Part()
     for name, gram in grams.items():
-        part.inputs[name] = Moment()
-        part.inputs[name].total, part.inputs[name].n_samples = gram, 1
+        part.inputs[name,] = moment = Moment()
+        moment.total, moment.n_samples = gram, 1
     return Statistics(part, Part())
 
 

@@ -147,6 +147,65 @@ def test_an_optimiser_trains_what_is_stored():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("size", [{"layer": "low_rank", "chi": 4}, {"chi": 4}])
+def test_decay_of_the_matrix_shrinks_it_as_a_dense_one_in_the_fixed_gauge_too(size):
+    model = nn.Sequential(make_linear(48, 64, bias=False))
+    for gauge in ("free", "fixed"):
+        compressed, _ = compress(model, gauge=gauge, **size)
+        before = compressed[0].to_matrix().detach()
+        groups = mpo_core.param_groups(compressed, 0.01, weight_decay=0.1, decay="matrix")
+        optimiser = torch.optim.AdamW(groups)
+        for parameter in compressed.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        torch.testing.assert_close(compressed[0].to_matrix(), (1 - 0.01 * 0.1) * before, rtol=0, atol=1e-6)
+
+
+def test_a_kept_matrix_follows_the_places_of_the_rows():
+    layer = MPOLinear(20, 12, chi=3, generator=seeded(), gauge="fixed", forward="cached").eval()
+    x = torch.ones(2, 20)
+    with torch.no_grad():
+        layer(x)
+        layer.order_0.copy_(layer.order_0.flip(0))
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
+
+
+def test_the_gauge_of_a_frozen_bias_and_of_shapes_alone():
+    layer = LowRankLinear(20, 12, rank=3, generator=seeded())
+    layer.bias.requires_grad_(False)
+    fixed = layer.with_gauge("fixed")
+    assert [parameter.requires_grad for parameter in (fixed.A, fixed.B, fixed.bias)] == [True, True, False]
+    for kind, size in ((LowRankLinear, {"rank": 3}), (MPOLinear, {"chi": 3})):
+        shapes = kind(20, 12, device="meta", **size).with_gauge("fixed")
+        assert next(shapes.parameters()).is_meta
+        assert shapes.gauge == "fixed"
+
+
+def test_an_error_is_met_by_chains_of_the_fewest_parameters_in_the_fixed_gauge():
+    linear = make_linear(96, 64)
+    for target in (0.5, 0.3):
+        layer = MPOLinear.from_linear(linear, rel_error=target, factorisation="min_params", gauge="fixed")
+        assert layer.error(linear.weight) <= target
+    _, report = compress(nn.Sequential(linear), rel_error=0.5, factorisation="min_params", gauge="fixed")
+    assert report.rows[0].kind == "mpo"
+
+
+def test_budgets_hold_for_layers_of_different_dtypes():
+    layers = [make_linear(40, 48, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.float16)]
+    _, report = compress(nn.ModuleList(layers), layer="pruned", keep=0.3)
+    assert report.kept <= 0.3
+
+
+def test_even_shares_that_hold_everything_or_nothing():
+    model = nn.Sequential(make_linear(48, 64, dtype=torch.float16))
+    _, report = compress(model, layer="pruned", keep=1.0, spread="even")
+    assert report.rows[0].kind == "dense"
+    with pytest.raises(ValueError, match=r"^0: its share, 184 parameters, does not hold the mask or indices alone"):
+        compress(model, layer="pruned", keep=0.06, spread="even")
+    with pytest.raises(ValueError, match=r"^0: its share is too small: rank 1 needs 112 parameters"):
+        compress(model, layer="low_rank", keep=0.01, spread="even")
+
+
 @pytest.mark.parametrize("kind", [LowRankLinear, MPOLinear])
 def test_an_unknown_gauge_is_refused(kind):
     with pytest.raises(ValueError, match="`gauge` must be one of free, fixed, but got 'loose'"):

@@ -83,7 +83,7 @@ def test_code_changes_with_any_file_of_a_package(copy, alter):
 def test_folder_without_code_has_no_fingerprint(tmp_path):
     for name in PACKAGES:
         (tmp_path / name).mkdir()
-    with pytest.raises(FileNotFoundError, match="no folder of the package"):
+    with pytest.raises(FileNotFoundError, match="is not the folder of package"):
         code_in(folders_in(tmp_path))
 
 
