@@ -40,7 +40,7 @@ METHODS = (
     ("low rank, SVD", {"layer": "low_rank"}, False, False),
     ("low rank, whitened", {"layer": "low_rank"}, True, False),
     ("Monarch", {"layer": "monarch"}, False, False),
-    ("Monarch, under Gram", {"layer": "monarch"}, True, False),
+    ("Monarch, to outputs", {"layer": "monarch"}, True, False),
     ("pruned by magnitude", {"layer": "pruned"}, False, False),
     ("pruned by Wanda's score", {"layer": "pruned"}, True, False),
     ("low rank, whitened, spread", {"layer": "low_rank"}, True, True),

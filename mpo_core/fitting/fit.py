@@ -109,8 +109,8 @@ def whitened_tt_svd(
 def low_rank_svd(W: Tensor, rank: int, metric: Metric | None = None) -> tuple[Tensor, Tensor]:
     """The product A B of that rank that is nearest to W in the metric. Default: the Frobenius norm.
 
-    With R Rᵀ = S and U the leading left singular vectors of Rᵀ W G^{1/2}, that is R^{-ᵀ} U Uᵀ Rᵀ W for any G, also a
-    singular one. Each component's norm is shared equally between A and B.
+    Let R Rᵀ = S, and U the leading left singular vectors of Rᵀ W G^{1/2}. Then R^{-ᵀ} U Uᵀ Rᵀ W is optimal for any G,
+    also a singular one. Each component's norm is shared equally between A and B.
 
     Args:
         W: (out_features, in_features). rank: from 1 to min(W.shape).

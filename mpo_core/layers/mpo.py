@@ -37,8 +37,8 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
     """y = x Wᵀ + b with W the contraction of `cores` (paper, Eq. 6 and 7).
 
     Args:
-        chi, bonds, max_params: exactly one of them: one cap for all bonds; one cap for each, (1, χ_1, …, 1); or the
-            most parameters the cores may have, which gives the largest χ. The attribute `bonds` holds the actual bonds,
+        chi, bonds, max_params: exactly one of them. One cap for all bonds; one for each, (1, χ_1, …, 1); or the most
+            parameters that the cores may have, which gives the largest χ. The attribute `bonds` holds the actual bonds,
             clipped to the largest useful ones. The attribute `chi` holds the cap, which is the largest of the requested
             bonds.
         d_out, d_in: local sizes, one per site. Default: chosen by `factorise` with the method `factorisation` and
@@ -62,7 +62,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         cores[l]: (bonds[l], d_out[l], d_in[l], bonds[l+1]); bias: (out_features,) or None.
     Raises:
         ValueError: not exactly one cap, a cap below 1, sizes that do not multiply to the features, an unknown init,
-            factorisation or forward mode, or max_params that χ = 1 exceeds.
+            factorisation, forward mode or gauge, or max_params that χ = 1 exceeds.
     """
 
     size, other_sizes = "chi", ("bonds",)

@@ -77,8 +77,8 @@ def fix_cores(cores: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The chain in the fixed gauge, from the first site on.
 
     Returns:
-        The stored part of every core: C (rows − bond, bond) of the core as a matrix with `rows` = left bond · outputs ·
-        inputs; the last core is whole. And the orders of the rows of all but the last.
+        The stored part of every core: C (rows − bond, bond), with `rows` = left bond · outputs · inputs. The last core
+        is whole. And the orders of the rows of all cores but the last.
     """
     stored, orders = [], []
     core = cores[0]
