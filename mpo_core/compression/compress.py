@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import copy
-import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from mpo_core.compression.allocation import allocate
+from mpo_core.compression.counting import n_params
 from mpo_core.compression.dense_layers import (
     DenseLayer,
     Model,
     copied,
-    does_more,
     find_dense_layers,
-    is_dense,
-    linear_layers,
-    shape_of,
 )
+from mpo_core.compression.measuring import errors_of, row_of, warn_where_parted
 from mpo_core.compression.report import CompressedLayer, CompressionReport
 from mpo_core.compression.sizing import SPREADS, Sizer
 from mpo_core.compression.statistics import METRICS, Statistics
 from mpo_core.fitting.metric import Metric
-from mpo_core.layers.computed_weights import weight_of
-from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.registry import kind_called
 from mpo_core.layers.structured import StructuredLinear
-from mpo_core.tensor_train.algebra import contract, tt_svd
-from mpo_core.tensor_train.algebra import rel_error as relative_error
 from mpo_core.tensor_train.bonds import check_fraction, check_whole
-from mpo_core.tensor_train.factorisation import factorise
 
 Layer = Callable[[str, nn.Linear], StructuredLinear | None]
-
-PARTED = 1.5
-"""Ratio of held-out to fitted predicted loss from which `compress` warns of too little calibration."""
 
 
 def compress(
@@ -210,10 +197,10 @@ def compress(
                 raise ValueError(told if told.startswith(f"{dense.name}: ") else f"{dense.name}: {told}") from error
         if new is not None:
             _replace(model, compressed, dense, new)
-        row = _row(dense, new, reason, n_tokens)
+        row = row_of(dense, new, reason, n_tokens)
         if new is None or not (init is not None or dense.linear.weight.is_meta):
             row = replace(
-                row, **_errors(dense, new, metric, fitted, metric_of(dense, held_out=True) if fitted else None)
+                row, **errors_of(dense, new, metric, fitted, metric_of(dense, held_out=True) if fitted else None)
             )
         rows[dense.name] = row
         for name in dense.sharers:
@@ -221,94 +208,9 @@ def compress(
             rows[name] = replace(row, name=name, n_params_before=0, n_params_after=0, n_counted=0, reason=note)
         if progress is not None:
             progress("fits", done + 1, len(found))
-    _warn_where_parted(rows.values())
+    warn_where_parted(rows.values())
     in_order = [rows[name] for name, _ in model.named_modules(remove_duplicate=False) if name in rows]
     return compressed, CompressionReport(tuple(in_order), n_params(model), n_params(compressed), n_tokens)
-
-
-@overload
-def decompress(model: StructuredLinear) -> nn.Linear: ...
-@overload
-def decompress(model: Model) -> Model: ...
-def decompress(model: nn.Module) -> nn.Module:
-    """Return a copy of the model with every structured layer, itself included, as an nn.Linear of the same matrix.
-
-    Layers that share their parameters share the weight; dtype, device, bias, requires_grad and training mode stay.
-    A Conv1D that was compressed becomes an nn.Linear too.
-
-    Raises:
-        ValueError: a structured layer has a forward of its own, or hooks, some of which compute its parameters.
-    """
-    dense = copied(model)
-    made: dict[int, nn.Linear] = {}
-    weights: dict[tuple[int, ...], nn.Parameter] = {}
-    for name, layer in list(dense.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, StructuredLinear):
-            continue
-        if id(layer) not in made:
-            more = does_more(layer)
-            if more is not None:
-                raise ValueError(f"{name or 'the layer'} cannot be replaced: {more}")
-            parameters = layer.factors()
-            shared = tuple(id(parameter) for parameter in parameters)
-            if shared not in weights:
-                trainable = any(parameter.requires_grad for parameter in parameters)
-                weights[shared] = nn.Parameter(layer.to_matrix().detach().clone(), requires_grad=trainable)
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight = weights[shared]
-            linear.register_parameter("bias", layer.bias)
-            made[id(layer)] = linear.train(layer.training)
-        if not name:
-            return made[id(layer)]
-        dense.set_submodule(name, made[id(layer)])
-    return dense
-
-
-def rel_errors(
-    model: nn.Module, chis: Sequence[int], *, factorisation: str = "balanced", n_sites: int | None = None
-) -> dict[tuple[int, str], float]:
-    """‖W − Ŵ‖_F / ‖W‖_F of the TT-SVD of every nn.Linear and Conv1D at every cap: {(chi, layer name): rel_error}.
-
-    Computed in the dtype and on the device of the weights; the model is left as it is. Subclasses of nn.Linear, and
-    layers whose weight is computed from other parameters, have no entry.
-
-    Raises:
-        ValueError: as `factorise` and `tt_svd`, with the name of the layer.
-    """
-    errors: dict[tuple[int, str], float] = {}
-    for name, linear in linear_layers(model).items():
-        W = linear.weight.detach()
-        for chi in chis:
-            try:
-                d_out, d_in = factorise(*W.shape, method=factorisation, n_sites=n_sites, chi=chi)
-                errors[chi, name] = relative_error(W, contract(tt_svd(W, d_out, d_in, chi)))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-    return errors
-
-
-def n_params(model: nn.Module) -> int:
-    """Number of trainable parameters that have a shape, shared ones once; for a pruned matrix, only kept entries."""
-    numels = {id(p): p.numel() for p in model.parameters() if p.requires_grad and not is_lazy(p)}
-    absent: dict[tuple[int, ...], int] = {}  # entries that a mask fixes at zero
-    for module in model.modules():
-        if isinstance(module, StructuredLinear):
-            factors = module.factors()
-            if all(id(parameter) in numels for parameter in factors):
-                absent[tuple(map(id, factors))] = sum(p.numel() for p in factors) - module.n_params_matrix
-    return sum(numels.values()) - sum(absent.values())
-
-
-def n_params_compressed(model: nn.Module) -> int:
-    """Number of parameters of all linear layers' matrices, dense and structured, without biases, shared ones once."""
-    counted: dict[tuple[int, ...], int] = {}
-    for module in model.modules():
-        if isinstance(module, StructuredLinear):
-            counted[tuple(map(id, module.factors()))] = module.n_params_matrix
-        elif is_dense(module):
-            weight = weight_of(module)
-            counted[id(module if weight is None else weight),] = math.prod(shape_of(module))
-    return sum(counted.values())
 
 
 def _check_size(layer: str | Layer, allow_growth: bool, **sizes: Any) -> None:
@@ -393,61 +295,8 @@ def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: St
         compressed.set_submodule(name, placed[id(module)])
 
 
-def _row(dense: DenseLayer, new: StructuredLinear | None, reason: str | None, n_tokens: int) -> CompressedLayer:
-    W = dense.linear.weight
-    out_features, in_features = W.shape
-    chain = new if isinstance(new, MPOLinear) else None
-    flops, n_bytes = 2 * W.numel() * n_tokens, (W.numel() + n_tokens * sum(W.shape)) * W.element_size()
-    if new is not None:
-        flops, n_bytes = new.flops(n_tokens), new.bytes(n_tokens)
-    return CompressedLayer(
-        name=dense.name,
-        kind="dense" if new is None else new.kind,
-        out_features=out_features,
-        in_features=in_features,
-        d_out=() if chain is None else chain.d_out,
-        d_in=() if chain is None else chain.d_in,
-        bonds=() if chain is None else chain.bonds,
-        structure="dense" if new is None else new.structure(),
-        n_params_before=W.numel(),
-        n_params_after=W.numel() if new is None else new.n_params_matrix,
-        n_counted=W.numel() if new is None else new.n_params_matrix + -(-new.n_index_bits // (8 * W.element_size())),
-        flops_per_token=flops / n_tokens,
-        bytes_per_token=n_bytes / n_tokens,
-        reason=reason,
-    )
-
-
 def _measured(dense: DenseLayer, statistics: Statistics, metric: str) -> DenseLayer:
     """With the reason to stay dense if the statistics give no metric for it."""
     if dense.reason is not None or dense.linear.weight.is_meta:
         return dense
     return replace(dense, reason=statistics.why_not((dense.name, *dense.sharers), metric))
-
-
-def _errors(
-    dense: DenseLayer, new: StructuredLinear | None, metric: str, fitted: Metric | None, held_out: Metric | None
-) -> dict[str, float | None]:
-    """Errors of a layer in the report, by field."""
-    W = dense.linear.weight.detach()
-    W_hat = W if new is None else new.to_matrix().detach()
-    errors: dict[str, float | None] = {"rel_error": 0.0 if new is None else relative_error(W, W_hat)}
-    for name, loss, one in (("error", "predicted_loss", fitted), ("held_out_error", "held_out_loss", held_out)):
-        if one is None:
-            continue
-        one = one.on(W)
-        errors[name] = 0.0 if new is None else one.error(W, W_hat)
-        if metric == "loss":
-            errors[loss] = 0.0 if new is None else one.norm(W.double() - W_hat.double()) ** 2 / 2
-    return errors
-
-
-def _warn_where_parted(rows: Iterable[CompressedLayer]) -> None:
-    measured = [(row.predicted_loss, row.held_out_loss) for row in rows if row.n_params_before]
-    fitted, held_out = (sum(loss for loss in losses if loss is not None) for losses in zip(*measured, strict=True))
-    if held_out > PARTED * fitted > 0:
-        warnings.warn(
-            f"the predicted loss is {held_out:.3g} nats on held-out batches, but {fitted:.3g} on the fitted ones: "
-            "more calibration batches would fit the layers better",
-            stacklevel=3,
-        )

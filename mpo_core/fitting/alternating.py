@@ -23,8 +23,9 @@ def als(
 ) -> tuple[list[Tensor], list[float]]:
     """Alternating least squares: each core in turn comes nearer to the best one given the others, in the metric.
 
-    Sites are visited from left to right and back. The other cores are orthogonal after whitening (`Whitened`). There the normal equations of a core are nearly the identity, and a few steps of conjugate gradients nearly solve them.
-    They are computed in float32, or in float64 for a W in float64. A sweep that does not lower the error, measured in
+    Sites are visited from left to right and back. The other cores are orthogonal after whitening (`Whitened`). There
+    the normal equations of a core are nearly the identity, and a few steps of conjugate gradients nearly solve them.
+    The steps are in float32, or in float64 for a W in float64. A sweep that does not lower the error, measured in
     float64, is undone and is the last one. The result is therefore never worse than the start.
 
     Args:

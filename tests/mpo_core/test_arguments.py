@@ -8,7 +8,8 @@ import torch
 from own_kinds import OWN_KINDS
 from torch import nn
 
-from mpo_core.compression.compress import compress, rel_errors
+from mpo_core.compression.compress import compress
+from mpo_core.compression.rel_errors import rel_errors
 from mpo_core.fitting.alternating import als
 from mpo_core.fitting.fit import fit_cores, low_rank_svd
 from mpo_core.fitting.metric import Metric

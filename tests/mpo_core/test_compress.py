@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load, save
 from structured_linear_case import statistics_of
 
-from mpo_core.compression.compress import compress, decompress, n_params, n_params_compressed, rel_errors
+from mpo_core.compression.compress import compress
+from mpo_core.compression.counting import n_params, n_params_compressed
+from mpo_core.compression.decompress import decompress
+from mpo_core.compression.rel_errors import rel_errors
 from mpo_core.layers.low_rank import LowRankLinear
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.models.picogpt import GPTConfig, PicoGPT

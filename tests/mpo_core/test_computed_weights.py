@@ -11,7 +11,10 @@ from torch.nn.utils import parametrizations, parametrize, prune, remove_spectral
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils.weight_norm import weight_norm as old_weight_norm
 
-from mpo_core.compression.compress import compress, decompress, n_params_compressed, rel_errors
+from mpo_core.compression.compress import compress
+from mpo_core.compression.counting import n_params_compressed
+from mpo_core.compression.decompress import decompress
+from mpo_core.compression.rel_errors import rel_errors
 from mpo_core.layers.low_rank import LowRankLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")

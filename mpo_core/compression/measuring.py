@@ -1,0 +1,69 @@
+"""The rows of the report of `compress`: sizes, costs and errors of each layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from mpo_core.compression.dense_layers import DenseLayer
+from mpo_core.compression.report import CompressedLayer
+from mpo_core.fitting.metric import Metric
+from mpo_core.layers.mpo import MPOLinear
+from mpo_core.layers.structured import StructuredLinear
+from mpo_core.tensor_train.algebra import rel_error as relative_error
+
+PARTED = 1.5
+"""Ratio of held-out to fitted predicted loss from which `compress` warns of too little calibration."""
+
+
+def row_of(dense: DenseLayer, new: StructuredLinear | None, reason: str | None, n_tokens: int) -> CompressedLayer:
+    W = dense.linear.weight
+    out_features, in_features = W.shape
+    chain = new if isinstance(new, MPOLinear) else None
+    flops, n_bytes = 2 * W.numel() * n_tokens, (W.numel() + n_tokens * sum(W.shape)) * W.element_size()
+    if new is not None:
+        flops, n_bytes = new.flops(n_tokens), new.bytes(n_tokens)
+    return CompressedLayer(
+        name=dense.name,
+        kind="dense" if new is None else new.kind,
+        out_features=out_features,
+        in_features=in_features,
+        d_out=() if chain is None else chain.d_out,
+        d_in=() if chain is None else chain.d_in,
+        bonds=() if chain is None else chain.bonds,
+        structure="dense" if new is None else new.structure(),
+        n_params_before=W.numel(),
+        n_params_after=W.numel() if new is None else new.n_params_matrix,
+        n_counted=W.numel() if new is None else new.n_params_matrix + -(-new.n_index_bits // (8 * W.element_size())),
+        flops_per_token=flops / n_tokens,
+        bytes_per_token=n_bytes / n_tokens,
+        reason=reason,
+    )
+
+
+def errors_of(
+    dense: DenseLayer, new: StructuredLinear | None, metric: str, fitted: Metric | None, held_out: Metric | None
+) -> dict[str, float | None]:
+    """Errors of a layer in the report, by field."""
+    W = dense.linear.weight.detach()
+    W_hat = W if new is None else new.to_matrix().detach()
+    errors: dict[str, float | None] = {"rel_error": 0.0 if new is None else relative_error(W, W_hat)}
+    for name, loss, one in (("error", "predicted_loss", fitted), ("held_out_error", "held_out_loss", held_out)):
+        if one is None:
+            continue
+        one = one.on(W)
+        errors[name] = 0.0 if new is None else one.error(W, W_hat)
+        if metric == "loss":
+            errors[loss] = 0.0 if new is None else one.norm(W.double() - W_hat.double()) ** 2 / 2
+    return errors
+
+
+def warn_where_parted(rows: Iterable[CompressedLayer]) -> None:
+    measured = [(row.predicted_loss, row.held_out_loss) for row in rows if row.n_params_before]
+    fitted, held_out = (sum(loss for loss in losses if loss is not None) for losses in zip(*measured, strict=True))
+    if held_out > PARTED * fitted > 0:
+        warnings.warn(
+            f"the predicted loss is {held_out:.3g} nats on held-out batches, but {fitted:.3g} on the fitted ones: "
+            "more calibration batches would fit the layers better",
+            stacklevel=3,
+        )
