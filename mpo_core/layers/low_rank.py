@@ -207,6 +207,10 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         """A sums over the rank, B over the inputs."""
         return {"A": self.rank, "B": self.in_features}
 
+    def proportional_to(self) -> list[str]:
+        """A and B; in the fixed gauge B alone."""
+        return ["A", "B"] if self.gauge == "free" else ["B"]
+
 
 def _n_params(per_rank: int, gauge: str, rank: int) -> int:
     return rank * (per_rank - rank if gauge == "fixed" else per_rank)

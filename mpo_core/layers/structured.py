@@ -106,6 +106,13 @@ class StructuredLinear(nn.Module):
         """
         raise NotImplementedError
 
+    def proportional_to(self) -> list[str]:
+        """Names of the parameters of W to each of which W is proportional. Default: all factors in `fan_ins`.
+
+        `param_groups` spreads the weight decay of W over them.
+        """
+        return list(self.fan_ins())
+
     @classmethod
     @abstractmethod
     def from_matrix(cls, W: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
