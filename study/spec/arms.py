@@ -148,8 +148,9 @@ class CompressedArm(_Arm):
     gauge: Value[Literal["free", "fixed"]] | None = Field(
         default=None,
         description="`fixed`: χ rows of every factor but the last are those of the identity; they are neither stored "
-        "nor trained. This saves χ² parameters for each bond (χ is the rank in low_rank). A fresh layer has the same W "
-        "in both gauges up to rounding. Default: `free`. Only some families have it, see [below](#inits-and-gauges).",
+        "nor trained. This saves χ² parameters for each bond (χ is the rank in low_rank). A fresh layer of the same χ "
+        "has the same W in both gauges, up to rounding. Default: `free`. Only some families have it, see "
+        "[below](#inits-and-gauges).",
         exclude_if=lambda value: value is None,  # a file without it is recorded as it was before there were gauges
     )
     refinement: Any = None

@@ -117,7 +117,7 @@ def interrupt(spec, corpus, checkpoints, step, start_weights):
 
 @pytest.mark.parametrize(
     "arm",
-    [{}, {"chi": 3}, {"chi": 3, "start": "dense"}, {"chi": 3, "start": "dense", "gauge": "fixed"}],
+    [{}, {"chi": 3}, {"chi": 3, "start": "dense"}, {"chi": 8, "n_sites": 3, "start": "dense", "gauge": "fixed"}],
     ids=["dense", "mpo", "fine-tune", "fixed-gauge"],
 )
 def test_run_interrupted_at_any_step_ends_bit_identical(spec_of, corpus, tmp_path, arm):

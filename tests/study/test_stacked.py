@@ -258,7 +258,7 @@ def end_after(n_saved, spec, corpus, folder, **options):
 
 @pytest.mark.parametrize(
     "arm",
-    [{}, {"chi": 3}, {"chi": 3, "start": "dense"}, {"chi": 3, "start": "dense", "gauge": "fixed"}],
+    [{}, {"chi": 3}, {"chi": 3, "start": "dense"}, {"chi": 8, "n_sites": 3, "start": "dense", "gauge": "fixed"}],
     ids=["dense", "mpo", "fine-tune", "fixed-gauge"],
 )
 def test_stack_interrupted_at_any_checkpoint_ends_bit_identical(spec_of, corpus, tmp_path, arm):
