@@ -179,6 +179,7 @@ PARAMS = (
     Field("refinement", "param", str, "how trained weights became factors"),
     Field("lr_rule", "param", str, "learning rates of the cores: uniform, mup"),
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
+    Field("gauge", "param", str, "gauge of the factors: free, fixed"),
     Field("forward", "param", str, "how an MPO layer is applied: reconstruct, chain"),
     Field("learning_rate", "param", float, "peak learning rate"),
     Field("embedding_learning_rate", "param", float, "peak learning rate of the embeddings, if they have their own"),

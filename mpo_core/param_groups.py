@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -31,8 +32,8 @@ def param_groups(
         weight_decay: λ; one step of AdamW multiplies a parameter by 1 − lr · λ.
         decay: what λ applies to. "parameter": each parameter. A product of L factors then shrinks by (1 − lr · λ)^L per
             step, L times as fast as a dense weight. "matrix": W. Each factor then decays by λ / (L · its multiplier),
-            so that W shrinks as a dense weight would, to first order in lr · λ. In the fixed gauge only the last factor
-            scales W, so only it decays.
+            so that W shrinks as a dense weight would, to first order in lr · λ. L counts only the factors that W is
+            proportional to; other factors, as all but the last in the fixed gauge, do not decay.
         embedding_lr: learning rate of the weights of every nn.Embedding, including learned positions and weights tied
             to them (a head). Default: `lr`.
     Returns:
@@ -54,16 +55,14 @@ def param_groups(
             f"but got embedding_lr={embedding_lr}, lr={lr}"
         )
     multiplier: dict[int, float] = {}
-    n_decayed: dict[int, int] = {}
-    """By factor: number of factors of its layer that decay, or 0 if it does not."""
+    share: dict[int, float] = {}
     for layer in model.modules():
         if isinstance(layer, StructuredLinear):
-            fan_ins = layer.fan_ins()
+            fan_ins, proportional = layer.fan_ins(), layer.proportional_to()
             for name, fan_in in fan_ins.items():
                 key = id(layer.get_parameter(name))
-                decayed = layer.decayed_factors()
-                n_decayed[key] = len(decayed) if name in decayed else 0
                 multiplier[key] = layer.in_features / fan_in / len(fan_ins) if rule == "mup" else 1.0
+                share[key] = len(proportional) * multiplier[key] if name in proportional else math.inf
         elif isinstance(layer, nn.Embedding) and embedding_lr is not None:
             multiplier[id(layer.weight)] = embedding_lr / lr
 
@@ -73,9 +72,7 @@ def param_groups(
             continue
         key = id(parameter)
         lr_mult = multiplier.get(key, 1.0)
-        own_decay = weight_decay
-        if decay == "matrix" and key in n_decayed:
-            own_decay = weight_decay / (n_decayed[key] * lr_mult) if n_decayed[key] else 0.0
-        group = {"params": [], "lr": lr * lr_mult, "weight_decay": own_decay, "lr_mult": lr_mult}
-        groups.setdefault((lr_mult, own_decay), group)["params"].append(parameter)
+        divisor = share.get(key, 1.0) if decay == "matrix" else 1.0
+        group = {"params": [], "lr": lr * lr_mult, "weight_decay": weight_decay / divisor, "lr_mult": lr_mult}
+        groups.setdefault((lr_mult, divisor), group)["params"].append(parameter)
     return list(groups.values())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
-from functools import cache
+from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,9 @@ from study.commands.sync import sync
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
 from study.spec.definition import definition, differences
+from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config
+from study.training.model import trial_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 
@@ -99,6 +104,21 @@ def test_command_in_the_documents_is_that_of_the_study_that_was_run(study):
     [config] = [config for config in shipped_commands() if config.name == name]
     ledger = read_ledger(folder.ledger_url, name)
     assert list(differences(definition(ledger.growths.history[-1]), definition(config))) == []
+
+
+def test_trials_of_the_ledger_are_those_that_the_study_lists_now(study):
+    """A study that is continued finds its trials again: specs and identities are what they were."""
+    name, folder, _, _ = study
+    ledger = read_ledger(folder.ledger_url, name)
+    assert set(listed_specs(ledger.growths.history[-1])) <= {trial.spec for trial in ledger.trials}
+    with closing(sqlite3.connect(folder.path / "ledger.db")) as connection:
+        query = "SELECT value_json FROM trial_user_attributes WHERE key = 'trial'"
+        written = [json.loads(content)["spec"] for (content,) in connection.execute(query)]
+    key = partial(json.dumps, sort_keys=True)
+    assert sorted(map(key, written)) == sorted(key(trial.spec.model_dump(mode="json")) for trial in ledger.trials)
+    for trial in {trial.spec.arm: trial for trial in ledger.trials}.values():
+        now = trial_shape(trial.spec, trial.shape.vocab_size, 1000, trial.spec.model)
+        assert now.identity == trial.shape.identity
 
 
 def test_make_results_writes_reports_and_fills_documents(tmp_path):

@@ -38,6 +38,7 @@ def paper_trials(runs: StudyRuns) -> PaperTrials:
     """The first trial, by number, of each of the paper's models: choosing by results would flatter them."""
     trials = runs.trials.sort_values("trial")
     usual = trials["lr_rule"].fillna("uniform").eq("uniform") & trials["decay"].fillna("parameter").eq("parameter")
+    usual &= trials["gauge"].fillna("free").eq("free")
     usual &= trials["precision"].eq("float32")
     usual &= trials["embedding_learning_rate"].fillna(trials["learning_rate"]).eq(trials["learning_rate"])
     trials = trials[usual & trials["corpus_sha256"].eq(published.CORPUS_SHA256) & _has(trials, published.SIZES)]

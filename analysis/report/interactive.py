@@ -33,7 +33,7 @@ _SYMBOLS = {
 }  # fmt: skip
 _FACTORS = (
     *("family", "start", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
-    *("forward", "precision", "d_model", "learning_rate", "embedding_learning_rate", "steps"),
+    *("gauge", "forward", "precision", "d_model", "learning_rate", "embedding_learning_rate", "steps"),
 )
 _LOGARITHMIC = ("learning_rate", "embedding_learning_rate", "n_params")
 _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, sans-serif"

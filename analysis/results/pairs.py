@@ -24,7 +24,9 @@ REFERENCE, EQUAL_PARAMETERS, DECLARED = "reference", "equal parameters", "declar
 
 Known = dict[str, Any]
 """A trial: a dict with the keys `KNOWN`."""
-_TRAINED = (*("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "factorisation", "n_sites"),)
+_TRAINED = (
+    *("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "gauge", "factorisation", "n_sites"),
+)
 KNOWN = (
     *(
         "trial",
@@ -40,7 +42,7 @@ KNOWN = (
         "n_seeds",
     ),
     *("n_failed", "stopped", "budget_hash", "learning_rate", "embedding_learning_rate", "lr_rule", "decay"),
-    *("factorisation", "n_sites"),
+    *("gauge", "factorisation", "n_sites"),
 )
 """Properties of a trial that determine its pairs, by their names in runs."""
 
@@ -116,6 +118,7 @@ def _described(trial: Known) -> Known:
         "group": group_of(trial["family"], trial["family_label"], trial["start"], percent),
         "cap": trial["as_chi"] if trial["chi"] is None else trial["chi"],
         "embedding_learning_rate": embeddings,
+        "gauge": trial["gauge"] or "free",
         # A rate that equals the layers' is not a rate of its own.
         "own_embedding_rate": embeddings if embeddings != layers else None,
     }

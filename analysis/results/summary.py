@@ -189,7 +189,8 @@ _NAMED = {
     "n_sites": "L={}".format, "factorisation": str, "init": str,
     "refinement": str, "learning_rate": lambda value: f"lr {_scientific(value)}", "lr_rule": "{} rates".format,
     "embedding_learning_rate": lambda value: f"embeddings {_scientific(value)}",
-    "decay": "decay of each {}".format, "forward": "by {}".format, "precision": "in {}".format,
+    "decay": "decay of each {}".format, "gauge": "{} gauge".format, "forward": "by {}".format,
+    "precision": "in {}".format,
     "steps": "{} steps".format, "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format,
     "arm": str, "study": str, "trial": "#{}".format,
 }  # fmt: skip

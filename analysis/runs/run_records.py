@@ -14,7 +14,7 @@ from analysis.errors import AnalysisError
 
 OPTIONAL_PARAMS = (
     *("seed", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
-    *("forward", "sites", "largest_bond", "tuned_among", "embedding_learning_rate"),
+    *("gauge", "forward", "sites", "largest_bond", "tuned_among", "embedding_learning_rate"),
 )
 """Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"

@@ -179,10 +179,6 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         """In the fixed gauge, a row number for each row of the identity."""
         return self.rank * _n_index_bits(self.out_features, self.gauge)
 
-    def decayed_factors(self) -> list[str]:
-        """Both; in the fixed gauge B, which alone scales W."""
-        return ["A", "B"] if self.gauge == "free" else ["B"]
-
     def with_gauge(self, gauge: str) -> Self:
         """A layer of the same matrix, up to rounding, in that gauge."""
         check_gauge(gauge)
@@ -209,6 +205,10 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
     def fan_ins(self) -> dict[str, int]:
         """A sums over the rank, B over the inputs."""
         return {"A": self.rank, "B": self.in_features}
+
+    def proportional_to(self) -> list[str]:
+        """A and B; in the fixed gauge B alone."""
+        return ["A", "B"] if self.gauge == "free" else ["B"]
 
 
 def _n_params(per_rank: int, gauge: str, rank: int) -> int:

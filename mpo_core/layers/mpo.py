@@ -327,9 +327,10 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         """Core l sums over its left bond and its inputs, bonds[l] · d_in[l]."""
         return {f"cores.{site}": self.bonds[site] * self.d_in[site] for site in range(self.n_sites)}
 
-    def decayed_factors(self) -> list[str]:
-        """All cores; in the fixed gauge the last, which alone scales W."""
-        return list(self.fan_ins()) if self.gauge == "free" else [f"cores.{self.n_sites - 1}"]
+    def proportional_to(self) -> list[str]:
+        """All cores; in the fixed gauge the last one alone."""
+        first = 0 if self.gauge == "free" else self.n_sites - 1
+        return [f"cores.{site}" for site in range(first, self.n_sites)]
 
     def _mode(self, cores: Sequence[Tensor], n_tokens: int, x_has_grad: bool) -> str:
         """The mode of this call: "reconstruct", "chain" or "cached"."""

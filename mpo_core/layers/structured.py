@@ -81,10 +81,6 @@ class StructuredLinear(nn.Module):
         """The matrix products of a forward pass over n_tokens tokens, in evaluation mode without gradients."""
         raise NotImplementedError
 
-    def decayed_factors(self) -> list[str]:
-        """Names of the factors that shrink if W is to shrink: by the product of their shrinkages. Default: all."""
-        return list(self.fan_ins())
-
     @abstractmethod
     def structure(self) -> str:
         """Short description of what fixes the shape of the parameters."""
@@ -110,6 +106,13 @@ class StructuredLinear(nn.Module):
         `param_groups` derives learning rates and weight decay from it.
         """
         raise NotImplementedError
+
+    def proportional_to(self) -> list[str]:
+        """Names of the parameters of W to each of which W is proportional. Default: all factors in `fan_ins`.
+
+        `param_groups` spreads the weight decay of W over them.
+        """
+        return list(self.fan_ins())
 
     @classmethod
     @abstractmethod

@@ -155,7 +155,7 @@ def _plain(trial: PlannedTrial) -> dict[str, Any]:
 
 N_DRAWS = 64
 """Number of trials that are drawn for each searched arm."""
-_SIZING = ("d_model", "chi", "n_sites", "factorisation", "forward")
+_SIZING = ("d_model", "chi", "n_sites", "factorisation", "gauge", "forward")
 """Fields of an arm on which its parameters and FLOPs depend."""
 
 

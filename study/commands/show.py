@@ -234,7 +234,8 @@ def _shape(spec: TrialSpec) -> str:
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
     size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
     start = f"from {spec.start} ({spec.refinement})" if spec.start is not None else spec.init
-    return f"{size} {spec.factorisation}{sites}, {start}"
+    gauge = " fixed gauge" if spec.gauge == "fixed" else ""
+    return f"{size} {spec.factorisation}{sites}{gauge}, {start}"
 
 
 def _note(trial: Trial) -> str:

@@ -136,11 +136,22 @@ class CompressedArm(_Arm):
         "Default: from scratch.",
     )
     lr_rule: Value[Literal["uniform", "mup"]] | None = Field(
-        default=None, description="Learning rates of the factors: `uniform`, or `mup` by fan-in. Default: `uniform`."
+        default=None,
+        description="Learning rates of the factors: `uniform`, or `mup` by fan-in. Default: `uniform`. Rates are the "
+        "same in both gauges.",
     )
     decay: Value[Literal["parameter", "matrix"]] | None = Field(
         default=None,
-        description="Weight decay acts on each factor (`parameter`) or on W (`matrix`). Default: `parameter`.",
+        description="Weight decay acts on each factor (`parameter`) or on W (`matrix`). Default: `parameter`. In the "
+        "fixed gauge W is proportional to its last factor alone; `matrix` then acts on that factor alone.",
+    )
+    gauge: Value[Literal["free", "fixed"]] | None = Field(
+        default=None,
+        description="`fixed`: χ rows of every factor but the last are those of the identity; they are neither stored "
+        "nor trained. This saves χ² parameters for each bond (χ is the rank in low_rank). A fresh layer of the same χ "
+        "has the same W in both gauges, up to rounding. Default: `free`. Only some families have it, see "
+        "[below](#inits-and-gauges).",
+        exclude_if=lambda value: value is None,  # a file without it is recorded as it was before there were gauges
     )
     refinement: Any = None
 
@@ -188,7 +199,8 @@ class ControlArm(CompressedArm):
         "describes them, and docs/extending.md says how to add one."
     )
     as_chi: FixedOrListed[PositiveInt] = Field(
-        description="χ of that MPO. A layer stays dense if the MPO would not be smaller."
+        description="χ of that MPO, which is counted in the free gauge. A layer stays dense if the MPO would not be "
+        "smaller."
     )
     init: Value[Name] | None = Field(
         default=None,
@@ -228,6 +240,6 @@ RATES = ("learning_rate", "embedding_learning_rate")
 BY_SIZE_FIELDS = (*RATES, "d_ff")
 VALUE_FIELDS = (
     *(*RATES, "d_model", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule"),
-    *("decay", "forward"),
+    *("decay", "gauge", "forward"),
 )
 SIZE_FIELDS = ("d_model", "chi", "as_chi")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from study.errors import StudyError, did_you_mean
+from study.spec.arms import CompressedArm
 from study.spec.config import StudyConfig
 from study.spec.values import options
 
@@ -38,16 +39,29 @@ def inits(family: str) -> tuple[str, ...]:
     return (*own, DECOMPOSED) if family == "mpo" else own
 
 
+def families_with_gauge() -> list[str]:
+    """The families whose kind of layer has the option `gauge`."""
+    from mpo_core import kinds
+
+    return [name for name, kind in kinds().items() if "gauge" in kind.option_names()]
+
+
 def _problems(config: StudyConfig) -> Iterator[str]:
     for arm in config.arms:
         problem = why_no_family(arm.family)
         if problem is not None:
             yield f"arms[{arm.name}].family: {problem}"
-        elif arm.family != "dense" and arm.init is not None:
-            allowed = inits(arm.family)
-            for init in options(arm.init):
-                if init not in allowed:
-                    yield f"arms[{arm.name}].init: {_must_be(allowed, init)}"
+        elif isinstance(arm, CompressedArm):
+            yield from _problems_of_options(arm)
+
+
+def _problems_of_options(arm: CompressedArm) -> Iterator[str]:
+    allowed = inits(arm.family)
+    for init in () if arm.init is None else options(arm.init):
+        if init not in allowed:
+            yield f"arms[{arm.name}].init: {_must_be(allowed, init)}"
+    if arm.gauge is not None and arm.family not in (families := families_with_gauge()):
+        yield f"arms[{arm.name}].gauge: family {arm.family} does not have it; families that do: {', '.join(families)}"
 
 
 def _must_be(allowed: Sequence[str], given: str) -> str:

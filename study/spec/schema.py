@@ -15,7 +15,7 @@ from analysis.report.places import fill_place
 from mpo_core import kinds
 from study.spec.arms import ARMS
 from study.spec.config import StudyConfig
-from study.spec.kinds import inits
+from study.spec.kinds import families_with_gauge, inits
 from study.spec.values import Choices, Range
 
 SCHEMA, DOCUMENT = "study.schema.json", "study.md"
@@ -41,8 +41,13 @@ def keys() -> str:
     for name, arm in ARMS.items():
         families = [name] if name != "control" else [kind for kind in shipped if kind != "mpo"]
         lines += ["", f"### `family: {'`, `'.join(families)}`", "", _summary(arm), "", *_table(arm)]
-    lines += ["", "### Inits", "", "| family | `init` of an arm from scratch |", "| --- | --- |"]
-    lines += [f"| `{family}` | {', '.join(f'`{init}`' for init in inits(family))} |" for family in shipped]
+    lines += ["", "### Inits and gauges", "", "| family | `init` of an arm from scratch | `gauge` |"]
+    lines.append("| --- | --- | --- |")
+    gauges = dict.fromkeys(families_with_gauge(), "`free`, `fixed`")
+    lines += [
+        f"| `{family}` | {', '.join(f'`{init}`' for init in inits(family))} | {gauges.get(family, '–')} |"
+        for family in shipped
+    ]
     return "\n".join(lines) + "\n"
 
 

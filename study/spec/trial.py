@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import FiniteFloat
+from pydantic import Field, FiniteFloat
 
 from study.spec.config import Model, Protocol, StudyConfig
 from study.spec.values import Name, Strict
@@ -34,6 +34,8 @@ class TrialSpec(Strict):
     decay: Literal["parameter", "matrix"] | None = None
     forward: Literal["reconstruct", "chain"] | None = None
     """None means `reconstruct`."""
+    gauge: Literal["free", "fixed"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """None means `free`, and is not written: a spec and its hash are then what they were before there were gauges."""
 
     @property
     def train_tokens(self) -> int:

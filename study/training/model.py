@@ -41,6 +41,7 @@ def build_model(
     starts_fresh = start_weights is None and spec.init != DECOMPOSED
     # Without values there is nothing to decompose, and shapes do not depend on the initial values.
     init = (spec.init or "variance") if starts_fresh else None if generator_for is not None else "variance"
+    gauge = {} if spec.gauge is None else {"gauge": spec.gauge}  # not every kind of layer has this option
     statistics = mpo_core.collect_statistics(model, calibration, held_out=0) if calibration else None
     if spec.family != "mpo":
         return mpo_core.compress(
@@ -50,6 +51,7 @@ def build_model(
             init=init,
             generator_for=generator_for,
             statistics=statistics,
+            **gauge,
         )
     return mpo_core.compress(
         model,
@@ -60,13 +62,18 @@ def build_model(
         init=init,
         generator_for=generator_for,
         forward=spec.forward or "reconstruct",
+        **gauge,
         **({"statistics": statistics, "method": spec.refinement} if calibration else {}),
     )
 
 
 def _sizes_as_mpo(spec: TrialSpec, vocab_size: int) -> dict[str, int]:
-    """For each layer, the number of parameters that it has in an MPO model of χ = `as_chi`."""
-    as_mpo = spec.model_copy(update={"family": "mpo", "chi": spec.as_chi, "init": "variance", "start": None})
+    """For each layer, the number of parameters that it has in an MPO model of χ = `as_chi`.
+
+    The MPO is in the free gauge, whatever the spec's own gauge, so that controls of both gauges have the same limit.
+    """
+    changes = {"family": "mpo", "chi": spec.as_chi, "init": "variance", "start": None, "gauge": None}
+    as_mpo = spec.model_copy(update=changes)
     _, report = build_model(as_mpo, vocab_size, None)
     assert report is not None
     return {row.name: row.n_params_after for row in report.rows}
@@ -89,6 +96,7 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
     dense, _ = build_model(spec.model_copy(update={"family": "dense", "model": reference}), vocab_size, None)
     rows = [] if report is None else report.rows
     is_mpo = spec.family == "mpo"
+    has_gauge = any(len(row.bonds) > 2 if is_mpo else row.kind != "dense" for row in rows)
     layers = [(row.name, row.d_out, row.d_in, row.bonds) if is_mpo else (row.name, row.structure) for row in rows]
     return TrialShape(
         n_params=mpo_core.n_params(model),
@@ -96,16 +104,22 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         n_params_dense=mpo_core.n_params(dense),
         bonds={row.name: row.bonds for row in rows if is_mpo},
         label="dense" if spec.family == "dense" else mpo_core.kind_called(spec.family).label,
-        identity=_identity(spec, layers),
+        identity=_identity(spec, layers, has_gauge),
         step_flops=_step_flops(spec, model),
         flops=_flops(spec, model, n_validation),
         vocab_size=vocab_size,
     )
 
 
-def _identity(spec: TrialSpec, layers: list[Any]) -> str:
-    """Hash, equal for two specs exactly if they train the same model in the same way."""
-    essence = spec.model_dump(mode="json", exclude={"arm", "chi", "as_chi", "n_sites", "factorisation"})
+def _identity(spec: TrialSpec, layers: list[Any], has_gauge: bool) -> str:
+    """Hash, equal for two specs exactly if they train the same model in the same way.
+
+    Args:
+        has_gauge: whether the gauge changes any layer.
+    """
+    essence = spec.model_dump(mode="json", exclude={"arm", "chi", "as_chi", "n_sites", "factorisation", "gauge"})
+    if has_gauge and spec.gauge == "fixed":  # the free gauge is left out: it was the only one at first
+        essence["gauge"] = spec.gauge
     essence["layers"] = layers
     essence["forward"] = spec.forward or "reconstruct"
     essence["protocol"]["embedding_learning_rate"] = (

@@ -140,6 +140,16 @@ def test_control_whose_embeddings_have_the_nearest_rate_is_taken():
     assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
 
 
+def test_control_of_the_own_gauge_is_taken():
+    def of(gauge):
+        return replace(control(16, 1.8), extra={"as_chi": 16, "gauge": gauge})
+
+    fixed, free = mpo(16, 1.7, extra={"gauge": "fixed"}), mpo(16, 1.7, arm="free")  # the free gauge is the default
+    frame, _ = compared([DENSE, fixed, free, of("free"), of("fixed")])
+    alike = frame[frame["relation"] == EQUAL_PARAMETERS]
+    assert set(zip(alike["trial"], alike["against"], strict=True)) == {(1, 4), (2, 3)}
+
+
 def test_rate_of_the_embeddings_named_as_that_of_the_layers_is_no_difference():
     alike = replace(control(16, 1.8, learning_rate=3e-2), extra={"embedding_learning_rate": 3e-2})
     frame, _ = compared([DENSE, mpo(16, 1.7, learning_rate=3e-2), control(16, 1.8, learning_rate=2.9e-2), alike])

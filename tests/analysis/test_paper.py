@@ -393,6 +393,7 @@ def test_embeddings_at_the_rate_of_the_layers_are_the_papers():
         {"extra": {"factorisation": "paper", "init": "variance"}},
         {"extra": PAPER | {"lr_rule": "mup"}},
         {"extra": PAPER | {"decay": "matrix"}},
+        {"extra": PAPER | {"gauge": "fixed"}},
         {"extra": PAPER | {"precision": "bfloat16"}},
         {"extra": PAPER | {"embedding_learning_rate": 0.3}},
         {"extra": PAPER | {"corpus_sha256": "0" * 64}},

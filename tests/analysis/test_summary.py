@@ -131,6 +131,12 @@ def test_labels_tell_rates_of_the_embeddings_apart():
     assert summary_of([DENSE, *found])["label"].tolist()[1:] == ["χ=8", "χ=8, embeddings 3e-2"]
 
 
+def test_labels_tell_gauges_apart():
+    found = [replace(USUAL[3], chi=8, extra={"gauge": gauge}) for gauge in ("free", "fixed")]
+    labels = summary_of(found).sort_values("trial")["label"].tolist()
+    assert labels == ["χ=8, free gauge", "χ=8, fixed gauge"]
+
+
 def test_labels_tell_precisions_apart():
     found = [
         replace(USUAL[3], chi=8, extra={"precision": precision} if precision else {}) for precision in (None, "tf32")

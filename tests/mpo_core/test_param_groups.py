@@ -96,6 +96,21 @@ def test_param_groups_decay_of_the_matrix_is_that_of_a_dense_weight(layer, rule)
     assert shrinkage["parameter"] == pytest.approx(lr * weight_decay * sum(factors), rel=2e-3)
 
 
+@pytest.mark.parametrize("rule", ["uniform", "mup"])
+@pytest.mark.parametrize("layer", ["mpo", "mpo3", "low_rank"])
+def test_in_the_fixed_gauge_decay_of_the_matrix_is_exact_and_rates_are_those_of_the_free_gauge(layer, rule):
+    free = LAYERS[layer]()
+    fixed = free.with_gauge("fixed")
+    own = {name: mult for name, (mult, _) in multipliers(fixed, rule=rule).items()}
+    assert own == {name: mult for name, (mult, _) in multipliers(free, rule=rule).items()}
+    before = fixed.to_matrix().detach()
+    optimiser = torch.optim.AdamW(param_groups(fixed, 0.1, rule=rule, weight_decay=0.5, decay="matrix"))
+    for parameter in fixed.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # only the decay acts
+    optimiser.step()
+    torch.testing.assert_close(fixed.to_matrix().detach(), (1 - 0.1 * 0.5) * before, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -84,7 +84,10 @@ ARMS = {
     "dense": {},
     "mpo": {"chi": 3, "lr_rule": "mup"},
     "chain": {"chi": 3, "forward": "chain"},
+    "fixed-gauge": {"chi": 8, "n_sites": 3, "gauge": "fixed", "decay": "matrix"},
+    "fixed-gauge-chain": {"chi": 3, "forward": "chain", "gauge": "fixed"},
     "low-rank": {"family": "low_rank", "as_chi": 2},
+    "low-rank-fixed-gauge": {"family": "low_rank", "as_chi": 4, "gauge": "fixed"},
     "monarch": {"family": "monarch", "as_chi": 4},
     "pruned": {"family": "pruned", "as_chi": 2},
 }

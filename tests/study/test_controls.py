@@ -7,9 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from study_fixtures import DENSE, cli, results_at, run_at, write_study
+from study_fixtures import DENSE, cli, ledger_at, results_at, run_at, write_study
 
 import mpo_core
+from analysis.results.summary import summarise
+from analysis.runs.load import load_study, resolve_study
 from study.errors import StudyError
 from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config
@@ -65,6 +67,22 @@ def test_no_layer_is_larger_than_the_mpos(spec_of, corpus, family, chi):
         if family == "low_rank":  # one rank more would be larger
             assert n_params + layer.in_features + layer.out_features > as_mpo[name]
     assert any(type(model.get_submodule(name)) is LAYERS[family] for name in own) == (chi < 16)
+
+
+def test_fixed_gauge_gives_more_rank_within_the_same_limit(spec_of, corpus):
+    as_mpo = matrices(built(spec_of(model=WIDE, chi=6), corpus))
+    free, fixed = (
+        built(spec_of(model=WIDE, family="low_rank", as_chi=6, **gauge), corpus) for gauge in ({}, {"gauge": "fixed"})
+    )
+    ranks = []
+    for name, layer in fixed.named_modules():
+        if isinstance(layer, mpo_core.LowRankLinear):
+            assert layer.gauge == "fixed"
+            ranks.append((free.get_submodule(name).rank, layer.rank))
+            more = (layer.rank + 1) * (layer.in_features + layer.out_features - layer.rank - 1)
+            assert layer.n_params_matrix <= as_mpo[name] < more
+    assert all(rank <= larger for rank, larger in ranks)
+    assert any(rank < larger for rank, larger in ranks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -180,6 +198,27 @@ def test_study_with_controls_runs_to_its_end(tmp_path):
     assert "monarch as χ=2 balanced, from dense (outputs)" in out
 
 
+@pytest.mark.slow
+def test_study_of_both_gauges_runs_to_its_end(tmp_path):
+    arms = [DENSE]
+    arms += [{"name": "mpo", "family": "mpo", "chi": [2, 3], "gauge": ["free", "fixed"]}]
+    arms += [{"name": "low", "family": "low_rank", "as_chi": 6, "gauge": ["free", "fixed"], "decay": "matrix"}]
+    tuned = {"start": "dense", "gauge": "fixed", "steps": 4}
+    arms += [{"name": "tuned", "family": "mpo", "chi": 2, "refinement": "als"} | tuned]
+    arms += [{"name": "tuned-low", "family": "low_rank", "as_chi": 6, "refinement": "outputs"} | tuned]
+    file = write_study(tmp_path, model=WIDE, arms=arms, execution={"seeds_per_unit": 2, "keep_weights": True})
+    outcome = run_at(file, tmp_path / "kept", tracking=None)
+    assert (outcome.n_failed, outcome.n_missing, outcome.tracking_trouble) == (0, 0, None)
+    trials = [trial.spec.gauge for trial in ledger_at(file, tmp_path / "kept").trials.values()]
+    assert trials == [None, "free", "free", "fixed", "fixed", "free", "fixed", "fixed", "fixed"]
+    code, out, err = cli("status", "kept", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "χ=2 balanced, variance" in out
+    assert "χ=2 balanced fixed gauge, variance" in out
+    labels = summarise(load_study(resolve_study(tmp_path / "kept")))["label"]
+    assert {"χ=2, free gauge", "χ=2, fixed gauge"} <= set(labels)
+
+
 @pytest.mark.parametrize(
     ("arm", "said"),
     [
@@ -192,6 +231,12 @@ def test_study_with_controls_runs_to_its_end(tmp_path):
             "`n_sites` is not allowed with `factorisation: paper`",
         ),
         ({"family": "sparse", "as_chi": 2}, "family: must be 'dense', 'mpo'"),
+        (
+            {"family": "monarch", "as_chi": 2, "gauge": ["free", "fixed"]},
+            "arms[control].gauge: family monarch does not have it; families that do: mpo, low_rank",
+        ),
+        ({"family": "dense", "gauge": "fixed"}, "arms[control].gauge: unknown key; allowed: "),
+        ({"family": "low_rank", "as_chi": 2, "gauge": "loose"}, "gauge: must be 'free' or 'fixed', but got \"loose\""),
     ],
 )
 def test_wrong_control_is_one_line(tmp_path, arm, said):

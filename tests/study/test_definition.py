@@ -20,6 +20,8 @@ from study.spec.study_file import load_config
         ({"arms": [{"name": "new", "family": "mpo", "chi": 3}, DENSE, TUNED, MPO]}, True),
         ({"arms": [DENSE, MPO | {"name": "renamed"}, TUNED]}, False),
         ({"arms": [DENSE, TUNED]}, False),
+        ({"arms": [DENSE, MPO, MPO | {"name": "fixed", "gauge": "fixed"}, TUNED]}, True),
+        ({"arms": [DENSE, MPO | {"gauge": "fixed"}, TUNED]}, False),
         ({"arms": [DENSE, MPO, TUNED | {"steps": 5}]}, False),
         ({"arms": [DENSE, MPO | {"decay": ["parameter", "matrix"]}, TUNED]}, True),
         ({"arms": [DENSE, MPO, TUNED, TUNED | {"name": "again", "start": "dense", "chi": 3}]}, True),

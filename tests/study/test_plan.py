@@ -113,6 +113,14 @@ def test_space_smaller_than_the_budget_trains_each_configuration_once(planned):
     assert made.searched_seconds == pytest.approx(2 * 2 * made.searches[0].seconds)
 
 
+def test_gauges_of_a_search_have_their_own_sizes(planned):
+    arms = [{"name": "mpo", "family": "mpo", "chi": 4, "gauge": {"choices": ["free", "fixed"]}}]
+    _, _, made = planned(arms=arms, search={"sampler": "random", "trials": 7})
+    rows = made.searches[0].rows
+    assert (rows["least"].spec.gauge, rows["largest"].spec.gauge) == ("fixed", "free")
+    assert rows["least"].shape.n_params < rows["largest"].shape.n_params
+
+
 @pytest.mark.parametrize(
     "protocol", [{"steps": 1, "warmup_steps": 0}, {"learning_rate": 1e30}, {"embedding_learning_rate": 1e30}]
 )

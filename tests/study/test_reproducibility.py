@@ -115,7 +115,11 @@ def interrupt(spec, corpus, checkpoints, step, start_weights):
         training.run(checkpoints, checkpoint_seconds=0)
 
 
-@pytest.mark.parametrize("arm", [{}, {"chi": 3}, {"chi": 3, "start": "dense"}], ids=["dense", "mpo", "fine-tune"])
+@pytest.mark.parametrize(
+    "arm",
+    [{}, {"chi": 3}, {"chi": 3, "start": "dense"}, {"chi": 8, "n_sites": 3, "start": "dense", "gauge": "fixed"}],
+    ids=["dense", "mpo", "fine-tune", "fixed-gauge"],
+)
 def test_run_interrupted_at_any_step_ends_bit_identical(spec_of, corpus, tmp_path, arm):
     spec = spec_of(**arm)
     start = train_seed(spec_of(), 0, corpus)[1] if "start" in arm else None

@@ -179,6 +179,13 @@ def test_suggestions_lie_within_the_space(search, sampler):
     assert len({spec.chi for spec in specs}) > 5
 
 
+def test_gauge_is_listed_or_searched(search, small_study):
+    arms = [{"name": "a", "family": "low_rank", "as_chi": 4, "gauge": ["free", "fixed"]}]
+    assert [spec.gauge for spec in listed_specs(validate(small_study(arms=arms), "here"))] == ["free", "fixed"]
+    _, specs = run_study(search("random", arms=[SEARCHED | {"gauge": {"choices": ["free", "fixed"]}}]), 10, distance)
+    assert {spec.gauge for spec in specs} == {"free", "fixed"}
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_several_arms_are_chosen_between(search, sampler):
     other = {"name": "narrow", "family": "dense", "d_model": {"choices": [2, 4, 6]}}

@@ -26,7 +26,11 @@ ARMS = {
     "chi-1": {"chi": 1},
     "fine-tune": {"chi": 2, "start": "dense"},
     "als": {"chi": 3, "start": "dense", "refinement": "als"},
+    "fixed-gauge": {"chi": 8, "n_sites": 3, "gauge": "fixed", "lr_rule": "mup", "decay": "matrix"},
+    "fixed-gauge-chain": {"chi": 3, "gauge": "fixed", "forward": "chain"},
+    "fixed-gauge-als": {"chi": 3, "gauge": "fixed", "start": "dense", "refinement": "als"},
     "low-rank": {"family": "low_rank", "as_chi": 2, "lr_rule": "mup"},
+    "low-rank-fixed-gauge": {"family": "low_rank", "as_chi": 4, "gauge": "fixed", "decay": "matrix"},
     "monarch": {"family": "monarch", "as_chi": 4},
     "pruned": {"family": "pruned", "as_chi": 2},
     "pruned-fine-tune": {"family": "pruned", "as_chi": 2, "start": "dense", "refinement": "outputs"},
@@ -252,7 +256,11 @@ def end_after(n_saved, spec, corpus, folder, **options):
         train_seeds(spec, SEEDS, corpus, checkpoints=checkpoints_in(folder, Ending), checkpoint_seconds=0, **options)
 
 
-@pytest.mark.parametrize("arm", [{}, {"chi": 3}, {"chi": 3, "start": "dense"}], ids=["dense", "mpo", "fine-tune"])
+@pytest.mark.parametrize(
+    "arm",
+    [{}, {"chi": 3}, {"chi": 3, "start": "dense"}, {"chi": 8, "n_sites": 3, "start": "dense", "gauge": "fixed"}],
+    ids=["dense", "mpo", "fine-tune", "fixed-gauge"],
+)
 def test_stack_interrupted_at_any_checkpoint_ends_bit_identical(spec_of, corpus, tmp_path, arm):
     spec = spec_of(**arm)
     options = {"start_weights": starts_of(spec_of, corpus) if "start" in arm else None}
@@ -337,7 +345,11 @@ def test_stack_passes_over_a_damaged_checkpoint(spec_of, corpus, tmp_path):
 # One block size, then another -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arm", [{}, {"chi": 3, "lr_rule": "mup"}], ids=["dense", "mpo"])
+@pytest.mark.parametrize(
+    "arm",
+    [{}, {"chi": 3, "lr_rule": "mup"}, {"family": "low_rank", "as_chi": 4, "gauge": "fixed"}],
+    ids=["dense", "mpo", "fixed-gauge"],
+)
 def test_seeds_begun_stacked_can_be_finished_alone(spec_of, corpus, tmp_path, float64, arm):
     spec = spec_of(**arm)
     end_after(3 * 6 + 1, spec, corpus, tmp_path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 
 import pytest
 import torch
 
 from study.spec.config import Model, Protocol
+from study.spec.search_space import listed_specs
 from study.spec.study_file import validate
-from study.spec.trial import TrialSpec, budget_hash, evaluation_steps
+from study.spec.trial import TrialSpec, budget_hash, evaluation_steps, json_hash
 from study.training.model import build_model, trial_shape
 from study.training.randomness import generator
 
@@ -24,6 +26,10 @@ def mpo(**changes):
 
 def dense(**changes):
     return TrialSpec(**{"arm": "dense", "family": "dense", "model": PAPER, "protocol": Protocol()} | changes)
+
+
+def low_rank(**changes):
+    return mpo(**{"arm": "low", "family": "low_rank", "chi": None, "as_chi": 8, "factorisation": "balanced"} | changes)
 
 
 def shape(spec):
@@ -70,6 +76,8 @@ def test_narrow_model_is_counted_against_the_studys_own():
         dense(),
         mpo(),
         *(mpo(chi=3, factorisation="balanced", n_sites=3, init=init) for init in ("tt_svd", "tt_svd_fresh")),
+        *(mpo(chi=3, gauge="fixed", init=init) for init in ("paper", "tt_svd")),
+        low_rank(as_chi=3, gauge="fixed"),
     ],
 )
 def test_shapes_are_those_of_the_built_model(spec):
@@ -109,6 +117,10 @@ def test_train_tokens_are_steps_times_batch_times_context():
         (mpo(factorisation="balanced", n_sites=1, chi=1), mpo(factorisation="balanced", n_sites=1, chi=7)),
         (mpo(chi=64, init="tt_svd"), mpo(chi=65, init="tt_svd")),
         (mpo(chi=64, init=None, start="dense"), mpo(chi=999, init=None, start="dense")),
+        (mpo(), mpo(gauge="free")),
+        (low_rank(), low_rank(gauge="free")),
+        (mpo(factorisation="balanced", n_sites=1), mpo(factorisation="balanced", n_sites=1, gauge="fixed")),
+        (low_rank(as_chi=1000), low_rank(as_chi=1000, gauge="fixed")),  # every layer stays dense
     ],
 )
 def test_same_run_under_other_words_is_the_same_configuration(one, two):
@@ -121,6 +133,8 @@ def test_same_run_under_other_words_is_the_same_configuration(one, two):
         (mpo(chi=63), mpo(chi=64)),
         (mpo(chi=64, init="paper"), mpo(chi=1000, init="paper")),  # its deviation depends on the cap asked for
         (mpo(), mpo(init="paper")),
+        (mpo(), mpo(gauge="fixed")),
+        (low_rank(), low_rank(gauge="fixed")),
         (mpo(), mpo(init="tt_svd")),
         (mpo(init="tt_svd"), mpo(init="tt_svd_fresh")),
         (mpo(), mpo(init=None, start="dense")),
@@ -156,6 +170,46 @@ def test_identity_and_budget_are_those_on_record():
     study = validate({"name": "a", "arms": [{"name": "mpo", "family": "mpo", "chi": 8}]}, "here")
     assert shape(mpo()).identity == "41b37fdfe26769a826a68976235d030db1772a919068d73466cba31b4e238b33"
     assert budget_hash(mpo(), study, "a" * 64, None) == "b289f18ef6bf"
+
+
+RECORDED = [
+    ("dense", "5da5747a706d", "f4ef681b75f3", "94eb9d5ab70e"),
+    ("mpo", "3ae84639a2c8", "6fd9f1d4e26e", "736c7279b2ec"),
+    ("tuned", "474e7635e74e", "290b15c05db2", "2ea9bc85f0ae"),
+    ("low", "2cb4526fee3e", "81e341d5cb92", "c0c89ed1d980"),
+]
+"""Identity of a trial, hash of its spec in checkpoints, and hash of what the ledger holds, from before there were
+gauges."""
+
+
+def test_trials_without_a_gauge_are_those_on_record():
+    arms = [
+        {"name": "dense", "family": "dense"},
+        {"name": "mpo", "family": "mpo", "chi": 8},
+        {"name": "tuned", "family": "mpo", "chi": 8, "start": "dense", "forward": "chain"},
+        {"name": "low", "family": "low_rank", "as_chi": 8},
+    ]
+    config = validate({"name": "a", "arms": arms}, "here")
+    assert "gauge" not in config.model_dump_json()
+    found = []
+    for spec in listed_specs(config):
+        written = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+        hashes = (shape(spec).identity, written, json_hash(spec.model_dump(mode="json")))
+        found.append((spec.arm, *(each[:12] for each in hashes)))
+    assert found == RECORDED
+
+
+def test_gauge_of_a_spec_is_written_and_read():
+    spec = mpo(gauge="fixed")
+    assert TrialSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert TrialSpec.model_validate_json(mpo().model_dump_json()) == mpo() != spec
+
+
+def test_fixed_gauge_saves_the_square_of_each_bond_and_no_flops():
+    free, fixed = shape(mpo()), shape(mpo(gauge="fixed"))
+    assert fixed.bonds == free.bonds
+    assert free.n_params - fixed.n_params == sum(bond**2 for bonds in free.bonds.values() for bond in bonds[1:-1])
+    assert (fixed.flops, fixed.step_flops) == (free.flops, free.step_flops)
 
 
 # Budget ---------------------------------------------------------------------------------------------------------------

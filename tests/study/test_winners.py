@@ -268,6 +268,16 @@ def test_each_combination_of_untuned_values_has_its_winner(tmp_path):
     assert [arm.name for arm in new.arms][:3] == ["dense", "tuned-tt_svd-chi2", "tuned-tt_svd-chi4"]
 
 
+def test_each_gauge_has_its_winner(tmp_path):
+    arm = {"name": "mpo", "family": "mpo", "chi": 4, "gauge": ["free", "fixed"], "learning_rate": [0.01, 0.1]}
+    folder = tuning(tmp_path, arms=[arm], seeds=[100])
+    best = {"free": 0.01, "fixed": 0.1}
+    give_losses(folder, lambda spec: spec.protocol.learning_rate != best[spec.gauge])
+    new = written(folder, tmp_path / "new.yaml")
+    assert {spec.gauge: spec.protocol.learning_rate for spec in listed_specs(new)} == best
+    assert [arm.name for arm in new.arms] == ["mpo-free", "mpo-fixed"]
+
+
 def test_feed_forward_sizes_go_with_the_widths_that_won(tmp_path):
     narrow = {"name": "narrow", "family": "dense", "d_model": [4, 8], "d_ff": {4: 10, 8: 20}, "learning_rate": RATES}
     folder = tuning(tmp_path, arms=[narrow | {"init": ["paper", "variance"]}], model={"d_model": 16}, seeds=[100])
