@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from study.errors import StudyError, did_you_mean
-from study.spec.arms import CompressedArm
+from study.spec.arms import ControlArm, MPOArm
 from study.spec.config import StudyConfig
 from study.spec.values import options
 
@@ -51,11 +51,11 @@ def _problems(config: StudyConfig) -> Iterator[str]:
         problem = why_no_family(arm.family)
         if problem is not None:
             yield f"arms[{arm.name}].family: {problem}"
-        elif isinstance(arm, CompressedArm):
+        elif isinstance(arm, MPOArm | ControlArm):
             yield from _problems_of_options(arm)
 
 
-def _problems_of_options(arm: CompressedArm) -> Iterator[str]:
+def _problems_of_options(arm: MPOArm | ControlArm) -> Iterator[str]:
     allowed = inits(arm.family)
     for init in () if arm.init is None else options(arm.init):
         if init not in allowed:
