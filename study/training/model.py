@@ -41,7 +41,8 @@ def build_model(
     starts_fresh = start_weights is None and spec.init != DECOMPOSED
     # Without values there is nothing to decompose, and shapes do not depend on the initial values.
     init = (spec.init or "variance") if starts_fresh else None if generator_for is not None else "variance"
-    gauge: dict[str, Any] = {} if spec.gauge is None else {"gauge": spec.gauge}  # not every kind of layer has this option
+    # Not every kind of layer has this option.
+    gauge: dict[str, Any] = {} if spec.gauge is None else {"gauge": spec.gauge}
     statistics = mpo_core.collect_statistics(model, calibration, held_out=0) if calibration else None
     if spec.family != "mpo":
         return mpo_core.compress(
