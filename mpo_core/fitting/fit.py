@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_core.fitting.alternating import als
+from mpo_core.fitting.alternating import MAX_SWEEPS, TOLERANCE, als
 from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.whitening import Whitened, on_cores
 from mpo_core.tensor_train.algebra import balance_cores, contract, rounded_to, tt_svd
@@ -28,8 +28,8 @@ def fit_cores(
     bonds: Sequence[int] | None = None,
     metric: Metric | None = None,
     method: str | None = None,
-    max_sweeps: int = 20,
-    tolerance: float = 1e-2,
+    max_sweeps: int = MAX_SWEEPS,
+    tolerance: float = TOLERANCE,
 ) -> list[Tensor]:
     """Return cores with the requested bonds that approximate W as well as `method` can.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpo_core.values import error_ratio, in_range
 
 EXTREME = (1e-60, 1e60)
-"""A moment whose largest entry is not between these is scaled to 1, because its products would over- or underflow."""
+"""A moment whose largest entry is not between these is scaled to about 1, because its products would over- or underflow."""
 
 
 class Metric:
@@ -150,7 +150,10 @@ def _checked(name: str, moment: Tensor) -> Tensor:
     if largest == 0:
         raise ValueError(f"`{name}` must not be zero, but all of its entries are")
     if not EXTREME[0] < largest < EXTREME[1]:
-        G, largest = G / largest, 1.0
+        # A power of two changes no digit; in two steps, because the power alone may be out of range.
+        half = math.frexp(largest)[1] // 2
+        G = G / 2.0**half / 2.0 ** (math.frexp(largest)[1] - half)
+        largest = float(G.abs().max())
     if float((G - G.T).abs().max()) > 1e-5 * largest or float(G.diagonal().min()) < 0:
         raise ValueError(f"`{name}` must be symmetric with no negative entry on its diagonal, as Σ x xᵀ is")
     G = (G + G.T) / 2

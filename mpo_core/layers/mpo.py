@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mpo_core.fitting.alternating import MAX_SWEEPS
 from mpo_core.fitting.fit import fit_cores
 from mpo_core.fitting.ladders import QUICK_ABOVE, Rung, chain_ladder, corrected
 from mpo_core.fitting.metric import Metric
@@ -141,7 +142,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         max_params: int | None = None,
         metric: Metric | None = None,
         method: str | None = None,
-        max_sweeps: int = 20,
+        max_sweeps: int = MAX_SWEEPS,
         **options: Any,
     ) -> Self:
         """Return the layer whose cores approximate W (out_features, in_features) as well as `method` can.
