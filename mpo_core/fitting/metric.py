@@ -12,7 +12,7 @@ from torch import Tensor
 from mpo_core.values import error_ratio, in_range
 
 EXTREME = (1e-60, 1e60)
-"""A moment whose largest entry is not between these is scaled to about 1, because its products would over- or underflow."""
+"""A moment whose largest entry is not between these is scaled to about 1: its products would be out of range."""
 
 
 class Metric:
