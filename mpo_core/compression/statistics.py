@@ -21,9 +21,8 @@ METRICS = ("weights", "outputs", "loss")
 
 RIDGE = 1e-4
 """Share of the mean of G's diagonal that is added to the diagonal: the inputs may span a subspace."""
-DAMPING = 0.1
-"""Share of the mean of S's diagonal that is added to the diagonal: gradients are noisier than inputs. From 8,192 tokens
-of SmolLM2, 0.1 and 0.3 give a predicted loss on held-out text that is 12 % below that of 0.01, for low rank at 0.6."""
+DAMPING = 1e-2
+"""Share of the mean of S's diagonal that is added to the diagonal: gradients are noisier than inputs."""
 
 _LARGEST = {torch.float64: 1e140, torch.float32: 1e15}
 """Entries must not be larger, because sums of their squares are formed."""
