@@ -52,7 +52,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "pruned, loss (Fisher)": (0, {"layer": "pruned"}),
     "pruned, loss (Fisher), mask not counted": (MASK, {"layer": "pruned"}),
 }
-"""What is added to `keep`, and options of `compress`."""
+"""By name: a number to add to `keep`, and the options of `compress`."""
 
 
 def main() -> None:
@@ -143,7 +143,7 @@ _LOSSES = ("predicted", "held_out")
 
 
 def _statistics(model: nn.Module, cut: Split, path: Path) -> tuple[Statistics, float]:
-    """Of a seed; and the CPU seconds that they took, kept beside them."""
+    """The statistics of a seed, and their CPU seconds. Both are read from files if they are there."""
     took = path.with_suffix(".seconds")
     if not took.exists():
         names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "layers" in name]

@@ -155,8 +155,8 @@ def compress(
             raise ValueError(f"no layer can be replaced; for example {found[0].name}: {found[0].reason}")
         n_dense = sum(dense.linear.weight.numel() for dense in targets)
         most = int(float(keep) * n_dense) if keep is not None else int(max_params or 0)
-        ladders = {}
         if spread != "even":
+            ladders = {}
             for done, dense in enumerate(targets):
                 ladders[dense.name] = sizer.ladder(dense.name, dense.linear, metric_of(dense), spread == "loss")
                 if progress is not None:

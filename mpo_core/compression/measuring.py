@@ -11,6 +11,7 @@ from mpo_core.fitting.metric import Metric
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.tensor_train.algebra import rel_error as relative_error
+from mpo_core.values import error_ratio
 
 PARTED = 1.5
 """Ratio of held-out to fitted predicted loss from which `compress` warns of too little calibration."""
@@ -52,9 +53,10 @@ def errors_of(
         if one is None:
             continue
         one = one.on(W)
-        errors[name] = 0.0 if new is None else one.error(W, W_hat)
+        change = 0.0 if new is None else one.norm(W.double() - W_hat.double())
+        errors[name] = 0.0 if new is None else error_ratio(change, one.norm(W))
         if metric == "loss":
-            errors[loss] = 0.0 if new is None else one.norm(W.double() - W_hat.double()) ** 2 / 2
+            errors[loss] = change**2 / 2
     return errors
 
 

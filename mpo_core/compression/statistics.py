@@ -38,7 +38,6 @@ class Moment:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.n_samples = 0
-        self._largest = 0.0
 
     @property
     def has_values(self) -> bool:
@@ -59,10 +58,9 @@ class Moment:
         samples = vectors.reshape(-1, vectors.shape[-1]).to(dtype)
         if not torch.isfinite(samples).all():
             raise ValueError(f"values must be finite, but {int((~torch.isfinite(samples)).sum())} are not")
-        if samples.numel():
-            self._largest = max(self._largest, float(samples.abs().amax()))
-        if self._largest > _LARGEST[dtype]:
-            raise ValueError(f"values must be at most {_LARGEST[dtype]:g}, but got one of {self._largest:.3g}")
+        largest = float(samples.abs().amax()) if samples.numel() else 0.0
+        if largest > _LARGEST[dtype]:
+            raise ValueError(f"values must be at most {_LARGEST[dtype]:g}, but got one of {largest:.3g}")
         if self.total is None:
             self.total = torch.zeros(samples.shape[1], samples.shape[1], dtype=dtype, device=samples.device)
         self.total.addmm_(samples.T, samples)
@@ -90,7 +88,7 @@ class Moment:
 
 
 class Part:
-    """Sums over one part of the batches: of the inputs, and of the gradients at the outputs."""
+    """The moments over one part of the batches."""
 
     def __init__(self) -> None:
         self.inputs: dict[tuple[str, ...], Moment] = {}
@@ -101,7 +99,7 @@ class Part:
         """Number of losses, one for each predicted token."""
 
     def inputs_of(self, name: str) -> Moment:
-        """Of one layer."""
+        """The moment of one layer's inputs."""
         found = [moment for names, moment in self.inputs.items() if name in names]
         if len(found) == 1:
             return found[0]
@@ -121,7 +119,7 @@ class Part:
 
 
 class Statistics:
-    """What `collect_statistics` returns."""
+    """The second moments that `collect_statistics` collects."""
 
     def __init__(self, fitted: Part, held_out: Part) -> None:
         self._parts = {False: fitted, True: held_out}
@@ -165,12 +163,11 @@ class Statistics:
             raise ValueError(f"`metric` must be one of {', '.join(METRICS)}, but got {metric!r}")
         if metric == "weights":
             return Metric()
-        why = self.why_not(names, metric, held_out=held_out)
-        if why is not None:
-            raise ValueError(f"{names[0]}: {why}")
         part = self._parts[held_out]
         ridge, damping = (0.0, 0.0) if held_out else (RIDGE, DAMPING)
         held = part.holders(names, metric == "loss")
+        if not held:
+            raise ValueError(f"{names[0]}: {self.why_not(names, metric, held_out=held_out)}")
         # The changes of the outputs of layers that share a weight add up.
         gram = torch.stack([part.inputs_of(name).mean(ridge) for name in held]).sum(0)
         if metric == "outputs":

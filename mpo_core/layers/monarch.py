@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpo_core.fitting.alternating import improved
-from mpo_core.fitting.ladders import QUICK_ABOVE, Rung, corrected
+from mpo_core.fitting.ladders import Rung
 from mpo_core.fitting.metric import Metric, root, solve_root
 from mpo_core.layers.structured import (
     StructuredLinear,
@@ -149,13 +149,7 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
     def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:
         """The errors before the sweeps; in a metric `corrected` by the errors after them at some sizes."""
         ladder = super().rungs(W, metric, **{"max_sweeps": 0, **options})
-        quick = {"max_sweeps": 1} if W.numel() > QUICK_ABOVE else {}
-
-        def measure(max_params: int) -> float:
-            layer = cls.from_matrix(W, metric=metric, max_params=max_params, **{**quick, **options})
-            return layer.error(W, metric) ** 2
-
-        return ladder if metric is None else corrected(ladder, measure)
+        return cls.corrected_rungs(W, metric, ladder, options)
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
         """Draw new values for the parameters of W, each from the generator of its name; `init` is "variance".

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mpo_core.fitting.alternating import MAX_SWEEPS
 from mpo_core.fitting.fit import fit_cores
-from mpo_core.fitting.ladders import QUICK_ABOVE, Rung, chain_ladder, corrected
+from mpo_core.fitting.ladders import Rung, chain_ladder
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.cached_matrix import CachedMatrix
 from mpo_core.layers.cost_model import choose, rates_of
@@ -193,14 +193,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         """`chain_ladder`: a bound on the error at every cap; in a metric `corrected` by fits at some of them."""
         split = splitter(*W.shape, **_splitting(options))
         ladder = chain_ladder(W, metric or Metric(), split, options.get("gauge", "free"))
-        quick = {"max_sweeps": 1} if W.numel() > QUICK_ABOVE else {}
-
-        def measure(max_params: int) -> float:
-            return (
-                cls.from_matrix(W, metric=metric, max_params=max_params, **{**quick, **options}).error(W, metric) ** 2
-            )
-
-        return ladder if metric is None else corrected(ladder, measure)
+        return cls.corrected_rungs(W, metric, ladder, options)
 
     def why_no_smaller(self) -> str | None:
         """Why the chain has no fewer parameters than W, and which cap χ would have fewer (`why_not`)."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.ladders import Rung
+from mpo_core.fitting.ladders import QUICK_ABOVE, Rung, corrected
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.computed_weights import why_computed
 from mpo_core.tensor_train.algebra import rel_error
@@ -144,6 +144,21 @@ class StructuredLinear(nn.Module):
         """The squared relative error in the metric at each size, for `allocate`. Default: measured."""
         fitted = (cls.from_matrix(W, max_params=size, metric=metric, **options) for size in cls.sizes(W, **options))
         return [Rung(layer.n_params_matrix, layer.error(W, metric) ** 2, layer.n_index_bits) for layer in fitted]
+
+    @classmethod
+    def corrected_rungs(
+        cls, W: Tensor, metric: Metric | None, ladder: list[Rung], options: dict[str, Any]
+    ) -> list[Rung]:
+        """In a metric, the ladder `corrected` by fits at some sizes; for a kind that is fitted by sweeps."""
+        if metric is None:
+            return ladder
+        quick = {"max_sweeps": 1} if W.numel() > QUICK_ABOVE else {}
+
+        def measure(max_params: int) -> float:
+            layer = cls.from_matrix(W, metric=metric, max_params=max_params, **{**quick, **options})
+            return layer.error(W, metric) ** 2
+
+        return corrected(ladder, measure)
 
     def error(self, W: Tensor, metric: Metric | None = None) -> float:
         """‖W − Ŵ‖ / ‖W‖ in the metric. Default: the Frobenius norm."""
