@@ -52,7 +52,7 @@ def main() -> None:
             smallest = {name: sum(model.get_parameter(f"{name}.weight").shape) for name in budget}
             ways = [
                 (f"MPO, {method}", {**size, "factorisation": factorisation, "method": method})
-                for method in ("tt_svd", "whitened", "als")
+                for method in ("tt_svd", "whitened", "lbfgs")
             ]
             if all(budget[name] >= smallest[name] for name in budget):
                 each = {"layer": "low_rank", "max_params": budget}

@@ -11,7 +11,7 @@ from mpo_core.compression.rel_errors import rel_errors
 from mpo_core.compression.report import CompressionReport
 from mpo_core.compression.saving import load, save
 from mpo_core.compression.statistics import Statistics, collect_statistics, next_token_losses
-from mpo_core.fitting.alternating import als
+from mpo_core.fitting.chain_fit import improve_cores
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.cost_model import DeviceRates, set_rates
 from mpo_core.layers.low_rank import LowRankLinear
@@ -50,7 +50,6 @@ __all__ = [
     "PrunedLinear",
     "Statistics",
     "StructuredLinear",
-    "als",
     "balance_cores",
     "chain",
     "collect_statistics",
@@ -62,6 +61,7 @@ __all__ = [
     "flops_per_token",
     "frobenius_norm",
     "generate",
+    "improve_cores",
     "inner_product",
     "kind_called",
     "kinds",

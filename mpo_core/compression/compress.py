@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mpo_core.compression.allocation import allocate
+from mpo_core.compression.candidates import Candidates, Layer
 from mpo_core.compression.counting import n_params
 from mpo_core.compression.dense_layers import (
     DenseLayer,
@@ -21,20 +22,17 @@ from mpo_core.compression.dense_layers import (
 )
 from mpo_core.compression.measuring import errors_of, row_of, warn_where_parted
 from mpo_core.compression.report import CompressedLayer, CompressionReport
-from mpo_core.compression.sizing import SPREADS, Sizer
+from mpo_core.compression.sizing import SPREADS, best_of, ladder_of
 from mpo_core.compression.statistics import METRICS, Statistics
 from mpo_core.fitting.metric import Metric
-from mpo_core.layers.registry import kind_called
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.tensor_train.bonds import check_fraction, check_whole
-
-Layer = Callable[[str, nn.Linear], StructuredLinear | None]
 
 
 def compress(
     model: Model,
     *,
-    layer: str | Layer = "mpo",
+    layer: Layer = "mpo",
     chi: int | None = None,
     rel_error: float | None = None,
     keep: float | None = None,
@@ -63,9 +61,12 @@ def compress(
     - Subclasses of nn.Linear, and so the projections of nn.MultiheadAttention, which uses their weights itself.
 
     Args:
-        layer: the kind of layer, such as "mpo" or "low_rank": one of `kinds()`. Or a function from a
-            layer's name and its weight as an nn.Linear to a StructuredLinear, or to None to leave it dense; no size is
-            given then.
+        layer: the kind of layer, such as "mpo" or "low_rank": one of `kinds()`; or a pair of it and options of its own,
+            such as ("mpo", {"d_out": (64, 8), "d_in": (8, 64)}). A list of these, or "auto": each matrix takes what has
+            the least error at its size. "auto" tries low rank, MPO of several splits and Monarch. A mapping gives all
+            this by pattern of module names: the first that matches counts, and without one a layer stays dense. Or a
+            function from a layer's name and its weight as an nn.Linear to a StructuredLinear, or to None to leave it
+            dense; no size is given then.
         chi, rel_error, keep, max_params: how large the layers become; exactly one of them.
             chi: the cap on the bonds of every layer; the rank of "low_rank" and "monarch". A layer that would save
             nothing stays dense, unless `allow_growth`.
@@ -92,7 +93,8 @@ def compress(
             its values. Needed with `init`, except on the meta device, where there is nothing to draw.
         n_tokens: tokens per forward for which the report gives FLOPs and bytes.
         options: those of the kind's constructor and `from_matrix`. For "mpo": factorisation, n_sites, padding, d_out,
-            d_in, forward (see MPOLinear), and the `method` of `fit_cores`.
+            d_in, forward, gauge (see MPOLinear), and the `method` of `fit_cores`. With several kinds, each gets those
+            that it has.
     Raises:
         ValueError: no layer matches; a layer that is named exactly cannot be replaced; with keep or max_params, no
             layer can be replaced; not exactly one size; max_params that even the smallest layers exceed; an unknown
@@ -105,19 +107,26 @@ def compress(
     n_tokens = int(n_tokens)
     if n_tokens < 1:
         raise ValueError(f"`n_tokens >= 1` must hold, but got n_tokens={n_tokens}")
-    kind = kind_called(layer) if isinstance(layer, str) else None
-    if kind is not None:
-        _check_options(kind, options, init)
     metric = _metric(metric, statistics)
     spread = _spread(spread, metric, keep, max_params)
     _check_size(layer, allow_growth, chi=chi, rel_error=rel_error, keep=keep, max_params=max_params)
-    sizer = None
-    if kind is not None:
-        _check_init(kind, init, statistics, chi is not None or isinstance(max_params, Mapping))
-        sizer = Sizer(kind, init, generator_for, allow_growth, options)
+    candidates = None
+    if not callable(layer):
+        made = {"init": init, "generator_for": generator_for, "allow_growth": allow_growth}
+        candidates = Candidates(layer, options, **made)
+        _check_init(init, statistics, chi is not None or isinstance(max_params, Mapping))
+        if not candidates.is_one and (init is not None or chi is not None or rel_error is not None):
+            raise ValueError("with several kinds in `layer`, the size must be `keep` or `max_params`, without `init`")
     elif options or init is not None:
         raise ValueError(f"with a function as `layer`, no options are allowed, but got {', '.join(options) or 'init'}")
     found = find_dense_layers(model, include, exclude)
+    sizers = {dense.name: candidates.of(dense.name, dense.linear) for dense in found} if candidates is not None else {}
+    found = [
+        replace(dense, reason="no pattern of `layer` matches it")
+        if candidates is not None and dense.reason is None and not sizers[dense.name]
+        else dense
+        for dense in found
+    ]
     targets = [dense for dense in found if dense.reason is None]
     if statistics is not None and targets:
         found = [_measured(dense, statistics, metric) for dense in found]
@@ -137,34 +146,32 @@ def compress(
             return None
         return statistics.metric(names, metric, held_out=held_out)
 
-    sizes: Mapping[str, int] = {}
+    sizes: dict[str, int] = {}
+    chosen: dict[str, int] = {}
     if isinstance(max_params, Mapping):
-        for dense in found:
-            for name in max_params.keys() & set(dense.sharers):
-                raise ValueError(
-                    f"`max_params` names {name}, which shares the weight of {dense.name}: name {dense.name}"
-                )
-        unknown = set(max_params) - {dense.name for dense in found}
-        if unknown:
-            raise ValueError(
-                f"`max_params` names {', '.join(sorted(unknown))}, but no layer to be replaced has that name"
-            )
-        sizes = max_params
-    elif sizer is not None and (keep is not None or max_params is not None):
+        _check_names(max_params, found)
+        sizes = dict(max_params)
+    elif candidates is not None and (keep is not None or max_params is not None):
         if not targets:
             raise ValueError(f"no layer can be replaced; for example {found[0].name}: {found[0].reason}")
         n_dense = sum(dense.linear.weight.numel() for dense in targets)
         most = int(float(keep) * n_dense) if keep is not None else int(max_params or 0)
+        shares = {dense.name: dense.linear.weight.numel() * most // n_dense for dense in targets}
         if spread != "even":
             ladders = {}
             for done, dense in enumerate(targets):
-                ladders[dense.name] = sizer.ladder(dense.name, dense.linear, metric_of(dense), spread == "loss")
+                of, share = sizers[dense.name], shares[dense.name]
+                ladders[dense.name] = ladder_of(of, dense, share, metric_of(dense), spread == "loss")
                 if progress is not None:
                     progress("sizes", done + 1, len(targets))
-            sizes = {name: rung.n_params for name, rung in allocate(ladders, most).items()}
+            rungs = allocate(ladders, most)
+            sizes = {name: rung.n_params for name, rung in rungs.items()}
+            chosen = {name: rung.candidate for name, rung in rungs.items()}
         else:
-            shares = {dense.name: dense.linear.weight.numel() * most // n_dense for dense in targets}
-            sizes = {each.name: sizer.parameters_within(each.name, each.linear, shares[each.name]) for each in targets}
+            for dense in targets:
+                name, share = dense.name, shares[dense.name]
+                chosen[name] = best_of(sizers[name], dense, share, metric_of(dense))[0]
+                sizes[name] = sizers[name][chosen[name]].parameters_within(name, dense.linear, share)
 
     def replacement(dense: DenseLayer, fitted: Metric | None) -> tuple[StructuredLinear | None, str | None]:
         if callable(layer):
@@ -175,13 +182,15 @@ def compress(
                 shape = tuple(dense.linear.weight.shape)
                 raise ValueError(f"`layer` must return a layer of shape {shape}, but {type(new).__name__} has {new}")
             return new, None if new is not None else "`layer` left it dense"
-        assert sizer is not None
+        sizer = sizers[dense.name][chosen.get(dense.name, 0)]
         if chi is not None:
             return sizer.with_chi(dense.name, dense.linear, chi, fitted)
         if rel_error is not None:
             return sizer.with_error(dense.linear, rel_error, fitted)
         if dense.name not in sizes:
             raise ValueError(f"`max_params` has no entry for it, only for {', '.join(sizes) or 'none'}")
+        if dense.name not in chosen:
+            sizer = sizers[dense.name][best_of(sizers[dense.name], dense, sizes[dense.name], fitted)[0]]
         return sizer.with_params(dense.name, dense.linear, sizes[dense.name], fitted)
 
     compressed = copied(model)
@@ -213,10 +222,10 @@ def compress(
     return compressed, CompressionReport(tuple(in_order), n_params(model), n_params(compressed), n_tokens)
 
 
-def _check_size(layer: str | Layer, allow_growth: bool, **sizes: Any) -> None:
+def _check_size(layer: Layer, allow_growth: bool, **sizes: Any) -> None:
     keep, max_params, rel_error = sizes["keep"], sizes["max_params"], sizes["rel_error"]
     given = [name for name, size in sizes.items() if size is not None]
-    if len(given) != (1 if isinstance(layer, str) else 0):
+    if len(given) != (0 if callable(layer) else 1):
         raise ValueError(
             "exactly one of `chi`, `rel_error`, `keep` and `max_params` must be given, and none with a function as "
             f"`layer`, but got {' and '.join(given) or 'none'}"
@@ -233,22 +242,18 @@ def _check_size(layer: str | Layer, allow_growth: bool, **sizes: Any) -> None:
         check_fraction(rel_error=rel_error)
 
 
-def _check_options(kind: type[StructuredLinear], options: Mapping[str, Any], init: str | None) -> None:
-    allowed = kind.option_names()
-    if init is not None:  # nothing is fitted
-        allowed = set(kind.of_constructor(dict.fromkeys(allowed)))
-    for name in options:
-        if name not in allowed:
-            raise ValueError(
-                f"layer={kind.kind!r} has no option `{name}`; it has {', '.join(sorted(allowed)) or 'none'}"
-            )
+def _check_names(max_params: Mapping[str, int], found: Sequence[DenseLayer]) -> None:
+    for dense in found:
+        for name in max_params.keys() & set(dense.sharers):
+            raise ValueError(f"`max_params` names {name}, which shares the weight of {dense.name}: name {dense.name}")
+    unknown = set(max_params) - {dense.name for dense in found}
+    if unknown:
+        raise ValueError(f"`max_params` names {', '.join(sorted(unknown))}, but no layer to be replaced has that name")
 
 
-def _check_init(kind: type[StructuredLinear], init: str | None, statistics: object, has_size: bool) -> None:
+def _check_init(init: str | None, statistics: object, has_size: bool) -> None:
     if init is None:
         return
-    if init not in kind.inits:
-        raise ValueError(f"`init` of layer={kind.kind!r} must be one of {', '.join(kind.inits)}, but got {init!r}")
     if not has_size:
         raise ValueError(f"init {init!r} needs `chi` or `max_params` by layer, because fresh parameters have no error")
     if statistics is not None:

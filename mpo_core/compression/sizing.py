@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpo_core.fitting.ladders import Rung
+from mpo_core.compression.dense_layers import DenseLayer
+from mpo_core.fitting.ladders import QUICK_STEPS, Rung
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.structured import StructuredLinear, rounding
 from mpo_core.values import check_matrix
@@ -31,6 +32,11 @@ class Sizer:
     generator_for: Callable[[str], torch.Generator] | None = None
     allow_growth: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether a layer is fitted by steps."""
+        return "max_steps" in self.kind.option_names()
 
     def with_chi(self, name: str, linear: nn.Linear, chi: int, metric: Metric | None) -> Outcome:
         """Return a layer of that cap or rank; keep the dense one if it is no larger and growth is not allowed."""
@@ -83,6 +89,16 @@ class Sizer:
         unit = metric.on(W).norm(W) ** 2 / 2 if metric is not None and as_loss else 1.0
         bits = 8 * W.element_size()
         return [replace(rung, error=rung.error * unit, bits=bits) for rung in rungs]
+
+    def quick_error(self, linear: nn.Linear, max_params: int, metric: Metric | None) -> float:
+        """The relative error of a quick fit of that size, to choose between kinds.
+
+        Raises:
+            ValueError: the kind has no layer of that size or shape.
+        """
+        quick = {"max_steps": QUICK_STEPS} if self.takes_steps else {}
+        layer = self.kind.from_linear(linear, metric=metric, max_params=max_params, **{**quick, **self.options})
+        return layer.error(linear.weight, metric)
 
     def parameters_within(self, name: str, linear: nn.Linear, share: int) -> int:
         """The parameters of a layer that costs at most this share, with its mask or indices.
@@ -140,3 +156,47 @@ class Sizer:
                 )
             layer.draw(self.init or "", lambda parameter: generator_for(f"{name}.{parameter}"))
         return layer
+
+
+def best_of(sizers: Sequence[Sizer], dense: DenseLayer, max_params: int, metric: Metric | None) -> list[int]:
+    """Which of these have the least error at that size, best first; those that cannot have it are left out.
+
+    Raises:
+        ValueError: none can, with the name of the layer and the reason of the first.
+    """
+    if len(sizers) == 1:
+        return [0]
+    name, linear = dense.name, dense.linear
+    errors: dict[int, float] = {}
+    why = ""
+    for index, sizer in enumerate(sizers):
+        try:
+            size = sizer.parameters_within(name, linear, max_params)
+            errors[index] = sizer.quick_error(linear, size, metric)
+        except ValueError as error:
+            why = why or str(error)
+    if not errors:
+        raise ValueError(f"{name}: {why.removeprefix(f'{name}: ')}")
+    return sorted(errors, key=errors.__getitem__)
+
+
+def ladder_of(
+    sizers: Sequence[Sizer], dense: DenseLayer, share: int, metric: Metric | None, as_loss: bool
+) -> list[Rung]:
+    """The sizes of all kinds that may replace a matrix. Of the kinds fitted by steps, only the one with the least
+    error at an equal share of the parameters counts.
+
+    Raises:
+        ValueError: as `Sizer.ladder` and `best_of`.
+    """
+    # Ladders that need fits take long.
+    by_fits = [index for index, sizer in enumerate(sizers) if sizer.takes_steps]
+    compared = [index for index in range(len(sizers)) if index not in by_fits]
+    if by_fits:
+        best = best_of([sizers[index] for index in by_fits], dense, share, metric)[0]
+        compared.append(by_fits[best])
+    return [
+        replace(rung, candidate=index)
+        for index in compared
+        for rung in sizers[index].ladder(dense.name, dense.linear, metric, as_loss)
+    ]

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_core.fitting.alternating import MAX_SWEEPS, TOLERANCE, als
+from mpo_core.fitting.chain_fit import improve_cores
+from mpo_core.fitting.descent import MAX_STEPS, TOLERANCE
 from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.whitening import Whitened, on_cores
-from mpo_core.tensor_train.algebra import balance_cores, contract, rounded_to, tt_svd
+from mpo_core.tensor_train.algebra import balance_cores, rounded_to, tt_svd
 from mpo_core.tensor_train.bonds import check_sizes, check_whole
 from mpo_core.values import check_matrix, in_range
 
-FIT_METHODS = ("tt_svd", "whitened", "als")
+FIT_METHODS = ("tt_svd", "whitened", "lbfgs")
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def fit_cores(
     bonds: Sequence[int] | None = None,
     metric: Metric | None = None,
     method: str | None = None,
-    max_sweeps: int = MAX_SWEEPS,
+    max_steps: int = MAX_STEPS,
     tolerance: float = TOLERANCE,
 ) -> list[Tensor]:
     """Return cores with the requested bonds that approximate W as well as `method` can.
@@ -38,20 +39,20 @@ def fit_cores(
             to these sizes; what is added does not count if a metric is given.
         chi, bonds: exactly one of them, see `tt_svd`; both are clipped to the useful bonds.
         metric: in which the cores are fitted. Default: the Frobenius norm.
-        method: "tt_svd": nearest in ‖W − Ŵ‖_F, whatever the metric. "whitened": `whitened_tt_svd`. "als": the better
-            of those two in the metric, then `als`. Default: "tt_svd" for the Frobenius norm, else "als".
-        max_sweeps, tolerance: of `als`.
+        method: "tt_svd": nearest in ‖W − Ŵ‖_F, whatever the metric. "whitened": `whitened_tt_svd`. "lbfgs": the
+            latter, then `improve_cores`. Default: "tt_svd" for the Frobenius norm, else "lbfgs".
+        max_steps, tolerance: of `improve_cores`.
     Returns:
         Cores in W's dtype, on its device. With "tt_svd", all but the last are left-orthogonal, and the last has W's
         norm. With the other two, all have equal norms (`balance_cores`), which suits an optimiser.
     Raises:
-        ValueError: neither or both of chi and bonds; an unknown method; "whitened" or "als" in the Frobenius norm; a
+        ValueError: neither or both of chi and bonds; an unknown method; "whitened" or "lbfgs" in the Frobenius norm; a
             metric that does not fit W; or as `tt_svd`.
     """
     if (chi is None) == (bonds is None):
         raise ValueError(f"exactly one of `chi` and `bonds` must be given, but got chi={chi}, bonds={bonds}")
     metric = metric or Metric()
-    method = method or ("tt_svd" if metric.is_plain else "als")
+    method = method or ("tt_svd" if metric.is_plain else "lbfgs")
     if method not in FIT_METHODS:
         raise ValueError(f"`method` must be one of {', '.join(FIT_METHODS)}, but got {method!r}")
     if W.ndim != 2:
@@ -65,18 +66,10 @@ def fit_cores(
         return tt_svd(W, d_out, d_in, chi, bonds=bonds)
     if metric.is_plain:
         raise ValueError(f"`method` {method!r} needs a metric other than the Frobenius norm, but got none")
-    whitened = whitened_tt_svd(W.double(), d_out, d_in, chi, metric, bonds=bonds)
-    if method == "whitened":
-        return [core.to(W.dtype) for core in balance_cores(whitened)]
-
-    def error_of(cores: Sequence[Tensor]) -> float:
-        return metric.error(W, contract([core.double() for core in cores]))
-
-    starts = [whitened, tt_svd(W.double(), d_out, d_in, chi, bonds=bonds)]
-    fitted, _ = als(W, min(starts, key=error_of), metric, max_sweeps=max_sweeps, tolerance=tolerance)
-    # Rounded before they are compared: the gain of a fit can be smaller than the cost of rounding.
-    balanced = [balance_cores(cores) for cores in (fitted, *starts)]
-    return min(([core.to(W.dtype) for core in cores] for cores in balanced), key=error_of)
+    cores = balance_cores(whitened_tt_svd(W.double(), d_out, d_in, chi, metric, bonds=bonds))
+    if method == "lbfgs":
+        cores = improve_cores(W, cores, metric, max_steps=max_steps, tolerance=tolerance)
+    return [core.to(W.dtype) for core in cores]
 
 
 @torch.no_grad()
@@ -95,10 +88,9 @@ def whitened_tt_svd(
     moments of the metric are such products, this is a TT-SVD in the metric; otherwise it may not beat `tt_svd`.
 
     Args and Raises: as `fit_cores`, with prod(d_out), prod(d_in) the shape of W. Cores in W's dtype.
-    Source of the nearest Kronecker product: Van Loan & Pitsianis 1993.
     """
     check_sizes(W.shape[0], W.shape[1], d_out, d_in)
-    whitened = Whitened(metric.on(W), d_out, d_in, floor=1e-12)
+    whitened = Whitened.of(metric.on(W), d_out, d_in)
     scaled, scale = in_range(W.double())
     cores = tt_svd(whitened.matrix(scaled), d_out, d_in, chi, bonds=bonds)
     *others, last = on_cores(cores, *whitened.inverse_roots)

@@ -19,9 +19,9 @@ from mpo_core.values import in_range
 N_MEASURED = 4
 """Number of sizes at which `corrected` measures the error of a fit; it interpolates between them."""
 
-QUICK_ABOVE = 2**16
-"""Where errors of sizes are measured, a matrix with more entries is fitted by one sweep. It gives most of the gain, and
-the full fit that follows is no worse."""
+QUICK_ABOVE, QUICK_STEPS = 2**16, 8
+"""Where errors of sizes are measured, a matrix with more entries is fitted by that many steps. They give most of the
+gain, and the full fit that follows is no worse."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Rung:
     """See `StructuredLinear.n_index_bits`."""
     bits: int = 32
     """Bits of a parameter."""
+    candidate: int = 0
+    """Which of several kinds of layer has this size."""
 
     @property
     def cost(self) -> int:
@@ -101,7 +103,7 @@ def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 def _relative_tails(W: Tensor, metric: Metric, d_out: Sequence[int], d_in: Sequence[int]) -> list[list[float]]:
     n_sites, rows, columns = len(d_out), math.prod(d_out), math.prod(d_in)
     M = torch.nn.functional.pad(in_range(W.double())[0], (0, columns - W.shape[1], 0, rows - W.shape[0]))
-    M = Whitened(metric.padded(rows, columns), d_out, d_in, floor=1e-12).matrix(M)
+    M = Whitened.of(metric.padded(rows, columns), d_out, d_in).matrix(M)
     T = M.reshape(*d_out, *d_in).permute([axis for site in range(n_sites) for axis in (site, n_sites + site)])
     heights = [math.prod(d_out[:site]) * math.prod(d_in[:site]) for site in range(1, n_sites)]
     return [_squared_tail(T.reshape(height, -1)) for height in heights]

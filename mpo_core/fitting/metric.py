@@ -68,6 +68,9 @@ class Metric:
 
     def padded(self, out_features: int, in_features: int) -> Metric:
         """The metric of a matrix that is padded to this shape; what is added does not count."""
+        sizes = (self.sensitivity, out_features), (self.gram, in_features)
+        if all(moment is None or len(moment) == size for moment, size in sizes):
+            return self
         return Metric.of_checked(_padded(self.gram, in_features), _padded(self.sensitivity, out_features))
 
     @cached_property

@@ -119,6 +119,11 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         bits = _n_index_bits(W.shape[0], options.get("gauge", "free"))
         return [Rung(size, errors[rank], bits * rank) for rank, size in enumerate(cls.sizes(W, **options), 1)]
 
+    @classmethod
+    def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:
+        """One way."""
+        return [{}]
+
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
         """Draw new values for the parameters of W, each from the generator of its name.
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.alternating import improved
+from mpo_core.fitting.descent import MAX_STEPS, descend
 from mpo_core.fitting.ladders import Rung
 from mpo_core.fitting.metric import Metric, root, solve_root
 from mpo_core.layers.structured import (
@@ -24,7 +24,7 @@ from mpo_core.layers.structured import (
 from mpo_core.tensor_train.bonds import check_whole
 from mpo_core.tensor_train.contraction import Product
 from mpo_core.tensor_train.initialisation import normal_
-from mpo_core.values import check_matrix, in_range
+from mpo_core.values import check_matrix, in_range, times_power, to_unit
 
 
 class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
@@ -96,14 +96,14 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         rel_error: float | None = None,
         metric: Metric | None = None,
         n_blocks: int | tuple[int, int] | None = None,
-        max_sweeps: int = 4,
+        max_steps: int = MAX_STEPS,
         **options: Any,
     ) -> Self:
         """Return the layer of the nearest such matrix: each block is a truncated SVD.
 
         In a metric, each block is first fitted in the blocks of the metric for its own inputs and outputs. Then all of
-        L is fitted exactly to the outputs, given R, and both in turn by at most `max_sweeps` sweeps (`improved`). No
-        sweep raises the error, but the result need not be the best.
+        L is fitted exactly to the outputs, given R, and both together by at most `max_steps` steps (`descend`).
+        No step raises the error, but the result need not be the best.
 
         Raises:
             ValueError: as the constructor; a metric that does not fit W; `rel_error` together with a metric.
@@ -116,7 +116,7 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
             s = torch.linalg.svdvals(_blocks(in_range(W.double())[0], down, across))
             rank = max(1, n_needed(s.square().sum((0, 1)), rel_error, rounding(W)))
         layer = cls.empty_for(W, bias, rank=rank, max_params=max_params, n_blocks=n_blocks, **options)
-        scaled, scale = in_range(W.double())
+        scaled, exponent = to_unit(W.double())  # by a power of two, which changes no digit of the fit
         blocks = _blocks(scaled, *layer.n_blocks)  # (down, across, m, p)
         m, p = blocks.shape[2:]
         metric = (metric or Metric()).on(W)
@@ -135,21 +135,24 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
             L = torch.stack([row.reshape(m, L.shape[1], -1).transpose(0, 1) for row in solved])
         if metric.gram is not None:
             L = _fit_left(scaled, R, metric.gram)
+        L, R = _balanced(L, R)
         if not metric.is_plain:
-            L, R = improved(scaled, [L, R], _matrix, metric, max_sweeps=max_sweeps)
-        # The factors share each component's norm equally, which suits an optimiser.
-        norms = (torch.linalg.norm(R, dim=3, keepdim=True) / torch.linalg.norm(L, dim=2)[..., None]).sqrt()
-        norms = torch.where(torch.isfinite(norms) & (norms > 0), norms, 1)
-        share = math.sqrt(scale)
-        layer.L.data.copy_((L * norms.mT * share).permute(0, 2, 1, 3))
-        layer.R.data.copy_((R / norms * share).transpose(0, 1))
+            L, R = _balanced(*descend(_matrix, [L, R], scaled, metric, max_steps=max_steps))
+        # Not by a root of the power, which can be odd.
+        layer.L.data.copy_(times_power(L, exponent // 2).permute(0, 2, 1, 3))
+        layer.R.data.copy_(times_power(R, exponent - exponent // 2).transpose(0, 1))
         return layer
 
     @classmethod
     def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:
-        """The errors before the sweeps; in a metric `corrected` by the errors after them at some sizes."""
-        ladder = super().rungs(W, metric, **{"max_sweeps": 0, **options})
+        """The errors before the steps; in a metric `corrected` by the errors after them at some sizes."""
+        ladder = super().rungs(W, metric, **{"max_steps": 0, **options})
         return cls.corrected_rungs(W, metric, ladder, options)
+
+    @classmethod
+    def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:
+        """Two blocks down and across, if the shape allows it."""
+        return [] if out_features % 2 or in_features % 2 else [{"n_blocks": 2}]
 
     def draw(self, init: str, generator_for: Callable[[str], torch.Generator]) -> None:
         """Draw new values for the parameters of W, each from the generator of its name; `init` is "variance".
@@ -225,6 +228,13 @@ def _matrix(L: Tensor, R: Tensor) -> Tensor:
     """L (down, across, m, r), R (down, across, r, p) -> (out_features, in_features)."""
     blocks = (L @ R).transpose(1, 2)
     return blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
+
+
+def _balanced(L: Tensor, R: Tensor) -> list[Tensor]:
+    """The factors share each component's norm equally, which suits an optimiser."""
+    norms = (torch.linalg.norm(R, dim=3, keepdim=True) / torch.linalg.norm(L, dim=2)[..., None]).sqrt()
+    norms = torch.where(torch.isfinite(norms) & (norms > 0), norms, 1)
+    return [L * norms.mT, R / norms]
 
 
 def _diagonal_blocks(G: Tensor, p: int) -> list[Tensor]:

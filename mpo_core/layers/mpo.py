@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.alternating import MAX_SWEEPS
+from mpo_core.fitting.descent import MAX_STEPS
 from mpo_core.fitting.fit import fit_cores
 from mpo_core.fitting.ladders import Rung, chain_ladder
 from mpo_core.fitting.metric import Metric
@@ -23,7 +23,7 @@ from mpo_core.tensor_train.contraction import Product, chain, cheapest_direction
 from mpo_core.tensor_train.factorisation import why_not
 from mpo_core.tensor_train.gauge import check_gauge, fix_cores, free_cores, n_fixed_bits
 from mpo_core.tensor_train.initialisation import INITS, init_cores_
-from mpo_core.tensor_train.splitting import chi_within, smaller_shapes, splitter
+from mpo_core.tensor_train.splitting import chi_within, smaller_shapes, splits_to_try, splitter
 from mpo_core.values import check_matrix
 
 FORWARD_MODES = ("reconstruct", "chain", "cached", "auto")
@@ -142,7 +142,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         max_params: int | None = None,
         metric: Metric | None = None,
         method: str | None = None,
-        max_sweeps: int = MAX_SWEEPS,
+        max_steps: int = MAX_STEPS,
         **options: Any,
     ) -> Self:
         """Return the layer whose cores approximate W (out_features, in_features) as well as `method` can.
@@ -150,7 +150,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         Args:
             chi, bonds, max_params: as the constructor; chi may also cap the bonds that `rel_error` leads to.
             rel_error: the largest ‖W − Ŵ‖_F / ‖W‖_F allowed; the bonds follow from W.
-            metric, method, max_sweeps: see `fitting.fit.fit_cores`. Default method: "als" in a metric, else "tt_svd".
+            metric, method, max_steps: see `fitting.fit.fit_cores`. Default method: "lbfgs" in a metric, else "tt_svd".
             options: n_sites, d_out, d_in, factorisation, padding, forward and gauge, as the constructor.
         Raises:
             ValueError: as the constructor and `fit_cores`; `rel_error` together with a metric.
@@ -158,7 +158,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         check_matrix(W)
         if rel_error is None:
             layer = cls.empty_for(W, bias, chi=chi, bonds=bonds, max_params=max_params, **options)
-            how = {"metric": metric, "method": method, "max_sweeps": max_sweeps}
+            how = {"metric": metric, "method": method, "max_steps": max_steps}
             cores = fit_cores(W, layer.d_out, layer.d_in, bonds=layer.bonds, **how)
         else:
             check_error(rel_error, metric)
@@ -194,6 +194,11 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         split = splitter(*W.shape, **_splitting(options))
         ladder = chain_ladder(W, metric or Metric(), split, options.get("gauge", "free"))
         return cls.corrected_rungs(W, metric, ladder, options)
+
+    @classmethod
+    def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:
+        """`splits_to_try`."""
+        return [{"d_out": d_out, "d_in": d_in} for d_out, d_in in splits_to_try(out_features, in_features)]
 
     def why_no_smaller(self) -> str | None:
         """Why the chain has no fewer parameters than W, and which cap χ would have fewer (`why_not`)."""
@@ -398,7 +403,7 @@ def _compute_dtype(core: Tensor) -> torch.dtype:
     return dtype
 
 
-_NOT_SPLITTING = ("forward", "method", "max_sweeps", "gauge")
+_NOT_SPLITTING = ("forward", "method", "max_steps", "gauge")
 
 
 def _splitting(options: dict[str, Any]) -> dict[str, Any]:

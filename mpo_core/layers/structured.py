@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.ladders import QUICK_ABOVE, Rung, corrected
+from mpo_core.fitting.ladders import QUICK_ABOVE, QUICK_STEPS, Rung, corrected
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.computed_weights import why_computed
 from mpo_core.tensor_train.algebra import rel_error
@@ -149,10 +149,11 @@ class StructuredLinear(nn.Module):
     def corrected_rungs(
         cls, W: Tensor, metric: Metric | None, ladder: list[Rung], options: dict[str, Any]
     ) -> list[Rung]:
-        """In a metric, the ladder `corrected` by fits at some sizes; for a kind that is fitted by sweeps."""
+        """In a metric, the ladder `corrected` by fits at some sizes; for a kind that is fitted by steps."""
         if metric is None:
             return ladder
-        quick = {"max_sweeps": 1} if W.numel() > QUICK_ABOVE else {}
+
+        quick = {"max_steps": QUICK_STEPS} if W.numel() > QUICK_ABOVE else {}
 
         def measure(max_params: int) -> float:
             layer = cls.from_matrix(W, metric=metric, max_params=max_params, **{**quick, **options})
@@ -171,6 +172,11 @@ class StructuredLinear(nn.Module):
         if self.n_params_matrix < dense:
             return None
         return f"{self.structure()} has {self.n_params_matrix:,} parameters, the dense matrix {dense:,}"
+
+    @classmethod
+    def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:
+        """Options with which `compress(layer="auto")` tries this kind on a matrix of that shape. Default: none."""
+        return []
 
     @classmethod
     def option_names(cls) -> set[str]:

@@ -177,7 +177,8 @@ class MPOArm(CompressedArm):
     refinement: Value[Literal["tt_svd", "whitened", "als"]] | None = Field(
         default=None,
         description="How trained weights become cores. Default: `tt_svd`. The others fit the layer's outputs "
-        "over protocol.calibration_batches.",
+        "over protocol.calibration_batches: `whitened` site by site, `als` all cores as well as it can (by L-BFGS; the "
+        "name is older).",
     )
     forward: Value[Literal["reconstruct", "chain"]] | None = Field(
         default=None,

@@ -13,6 +13,9 @@ from study.spec.config import Model
 from study.spec.kinds import DECOMPOSED
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
 
+_METHODS = {"whitened": "whitened", "als": "lbfgs"}
+"""`fit_cores` by the study file's name. "als" is the name of a fit in the metric in studies that have been run."""
+
 
 def build_model(
     spec: TrialSpec,
@@ -64,7 +67,7 @@ def build_model(
         generator_for=generator_for,
         forward=spec.forward or "reconstruct",
         **gauge,
-        **({"statistics": statistics, "method": spec.refinement} if calibration else {}),
+        **({"statistics": statistics, "method": _METHODS[spec.refinement]} if calibration else {}),
     )
 
 

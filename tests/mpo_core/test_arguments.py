@@ -10,7 +10,7 @@ from torch import nn
 
 from mpo_core.compression.compress import compress
 from mpo_core.compression.rel_errors import rel_errors
-from mpo_core.fitting.alternating import als
+from mpo_core.fitting.chain_fit import improve_cores
 from mpo_core.fitting.fit import fit_cores, low_rank_svd
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.low_rank import LowRankLinear
@@ -78,8 +78,8 @@ CALLS = {
     "chi     ": lambda n: round_cores(CORES, n),
     "site": lambda n: orthogonalize(CORES, n),
     "chi      ": lambda n: fit_cores(W, [2, 4], [3, 4], chi=n),
-    "max_sweeps": lambda n: als(W, CORES, Metric(EYE), max_sweeps=n),
-    "max_sweeps ": lambda n: fit_cores(W, [2, 4], [3, 4], chi=2, metric=Metric(EYE), max_sweeps=n),
+    "max_steps": lambda n: improve_cores(W, CORES, Metric(EYE), max_steps=n),
+    "max_steps ": lambda n: fit_cores(W, [2, 4], [3, 4], chi=2, metric=Metric(EYE), max_steps=n),
     "rank ": lambda n: low_rank_svd(W, n),
     "chi       ": lambda n: clip_bonds(n, [2, 4], [3, 4]),
     "max_params   ": lambda n: largest_chi(n, [2, 4], [3, 4]),

@@ -158,7 +158,7 @@ def test_pruned_keeps_the_first_of_equal_entries():
 
 def test_monarch_under_a_gram_has_the_best_left_factor():
     linear, gram = make_linear(), gram_of(20)
-    layer = MonarchLinear.from_linear(linear, rank=1, n_blocks=(3, 4), metric=Metric(gram), max_sweeps=0)
+    layer = MonarchLinear.from_linear(linear, rank=1, n_blocks=(3, 4), metric=Metric(gram), max_steps=0)
     layer.L.requires_grad_()
     difference = layer.to_matrix() - linear.weight.detach()
     (gradient,) = torch.autograd.grad((difference @ gram * difference).sum(), layer.L)

@@ -273,9 +273,9 @@ def test_method_is_that_of_the_fit():
     statistics = collect_statistics(model, make_batches())
     found = {
         method: compress(model, chi=2, include=["0"], statistics=statistics, method=method)[1].rows[0]
-        for method in ("tt_svd", "whitened", "als")
+        for method in ("tt_svd", "whitened", "lbfgs")
     }
-    assert found["als"].error < min(found["tt_svd"].error, found["whitened"].error)
+    assert found["lbfgs"].error < min(found["tt_svd"].error, found["whitened"].error)
     assert found["tt_svd"].rel_error == compress(model, chi=2, include=["0"])[1].rows[0].rel_error
 
 

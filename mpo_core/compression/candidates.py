@@ -1,0 +1,105 @@
+"""The kinds of layer, with their options, that may replace each matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from mpo_core.compression.sizing import Sizer
+from mpo_core.layers.registry import kind_called, kinds
+from mpo_core.layers.structured import StructuredLinear
+
+AUTO = "auto"
+
+Choice = str | tuple[str, Mapping[str, Any]]
+"""The name of a kind, alone or with options of its own; "auto" stands for all kinds with the options that they try."""
+Choices = Choice | Sequence[Choice]
+Layer = Choices | Mapping[str, Choices] | Callable[[str, nn.Linear], StructuredLinear | None]
+"""Choices for all matrices, or by pattern of module names, or a function that makes the layers."""
+
+
+class Candidates:
+    """What may replace a matrix.
+
+    Args:
+        layer, options: see `compress`.
+        made: how layers are made: the fields of `Sizer` but the kind and its options.
+    Raises:
+        ValueError: an unknown kind, an option that no kind has, a choice that is none, or an init that a kind lacks.
+    """
+
+    def __init__(self, layer: Choices | Mapping[str, Choices], options: Mapping[str, Any], **made: Any) -> None:
+        by_pattern = layer if isinstance(layer, Mapping) else {"*": layer}
+        self._choices = {pattern: _listed(choices) for pattern, choices in by_pattern.items()}
+        self._options, self._made = options, made
+        named = [choice for choices in self._choices.values() for choice in choices]
+        if not named:
+            raise ValueError("`layer` must name at least one kind, but got none")
+        for name, own in named:
+            self._check_choice(name, own)
+        every = [kind for name, _ in named for kind in (kinds().values() if name == AUTO else [kind_called(name)])]
+        known = {name for kind in every for name in self._allowed(kind)}
+        one = f"layer={named[0][0]!r} has", "it has"
+        _check_options(one if len(named) == 1 else ("the kinds in `layer` have", "they have"), options, known)
+        self.is_one = len(named) == 1 and named[0][0] != AUTO
+        """Whether there is one kind with one set of options for all matrices."""
+
+    def of(self, name: str, linear: nn.Linear) -> list[Sizer]:
+        """Those of the first pattern that matches the layer's name; none if no pattern does."""
+        for pattern, choices in self._choices.items():
+            if fnmatchcase(name, pattern):
+                return [sizer for choice in choices for sizer in self._sizers(linear, *choice)]
+        return []
+
+    def _sizers(self, linear: nn.Linear, name: str, own: Mapping[str, Any]) -> list[Sizer]:
+        if name != AUTO:
+            tried = [(kind_called(name), own)]
+        else:
+            shape = linear.out_features, linear.in_features
+            tried = [(kind, each) for kind in kinds().values() for each in kind.options_to_try(*shape)]
+        return [Sizer(kind, options={**self._shared(kind), **each}, **self._made) for kind, each in tried]
+
+    def _shared(self, kind: type[StructuredLinear]) -> dict[str, Any]:
+        allowed = self._allowed(kind)
+        return {name: option for name, option in self._options.items() if name in allowed}
+
+    def _allowed(self, kind: type[StructuredLinear]) -> set[str]:
+        allowed = kind.option_names()
+        # With an init nothing is fitted.
+        return set(kind.of_constructor(dict.fromkeys(allowed))) if self._made["init"] else allowed
+
+    def _check_choice(self, name: str, own: Mapping[str, Any]) -> None:
+        if name == AUTO:
+            if own or self._made["init"]:
+                raise ValueError(
+                    "layer='auto' chooses options by errors: it takes neither options of its own nor `init`"
+                )
+            return
+        kind, init = kind_called(name), self._made["init"]
+        if init is not None and init not in kind.inits:
+            raise ValueError(f"`init` of layer={kind.kind!r} must be one of {', '.join(kind.inits)}, but got {init!r}")
+        allowed = self._allowed(kind)
+        _check_options((f"layer={kind.kind!r} has", "it has"), own, allowed)
+
+
+def _check_options(who: tuple[str, str], options: Mapping[str, Any], allowed: set[str]) -> None:
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"{who[0]} no option `{option}`; {who[1]} {', '.join(sorted(allowed)) or 'none'}")
+
+
+def _listed(choices: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """Choices in one form: names with options."""
+    is_one = isinstance(choices, str) or (
+        isinstance(choices, tuple) and len(choices) == 2 and isinstance(choices[1], Mapping)
+    )
+    listed = []
+    for choice in [choices] if is_one else choices:
+        name, own = (choice, {}) if isinstance(choice, str) else choice
+        if not isinstance(name, str) or not isinstance(own, Mapping):
+            raise ValueError(f"`layer` must be a kind such as 'mpo', or ('mpo', options), but got {choice!r}")
+        listed.append((name, own))
+    return listed
