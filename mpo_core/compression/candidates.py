@@ -44,8 +44,9 @@ class Candidates:
         known = {name for kind in every for name in self._allowed(kind)}
         one = f"layer={named[0][0]!r} has", "it has"
         _check_options(one if len(named) == 1 else ("the kinds in `layer` have", "they have"), options, known)
-        self.is_one = len(named) == 1 and named[0][0] != AUTO
-        """Whether there is one kind with one set of options for all matrices."""
+        by_matrix = [[name for name, _ in choices] for choices in self._choices.values()]
+        self.are_fixed = all(len(names) == 1 and names != [AUTO] for names in by_matrix)
+        """Whether no matrix has several kinds or options to choose from."""
 
     def of(self, name: str, linear: nn.Linear) -> list[Sizer]:
         """Those of the first pattern that matches the layer's name; none if no pattern does."""
@@ -74,9 +75,7 @@ class Candidates:
     def _check_choice(self, name: str, own: Mapping[str, Any]) -> None:
         if name == AUTO:
             if own or self._made["init"]:
-                raise ValueError(
-                    "layer='auto' chooses options by errors: it takes neither options of its own nor `init`"
-                )
+                raise ValueError("layer='auto' chooses by errors: it takes no options of its own and no `init`")
             return
         kind, init = kind_called(name), self._made["init"]
         if init is not None and init not in kind.inits:
@@ -93,13 +92,16 @@ def _check_options(who: tuple[str, str], options: Mapping[str, Any], allowed: se
 
 def _listed(choices: Any) -> list[tuple[str, Mapping[str, Any]]]:
     """Choices in one form: names with options."""
-    is_one = isinstance(choices, str) or (
-        isinstance(choices, tuple) and len(choices) == 2 and isinstance(choices[1], Mapping)
-    )
-    listed = []
-    for choice in [choices] if is_one else choices:
-        name, own = (choice, {}) if isinstance(choice, str) else choice
-        if not isinstance(name, str) or not isinstance(own, Mapping):
+    if _is_choice(choices) or not isinstance(choices, list | tuple):
+        choices = [choices]
+    for choice in choices:
+        if not _is_choice(choice):
             raise ValueError(f"`layer` must be a kind such as 'mpo', or ('mpo', options), but got {choice!r}")
-        listed.append((name, own))
-    return listed
+    return [(choice, {}) if isinstance(choice, str) else choice for choice in choices]
+
+
+def _is_choice(choice: Any) -> bool:
+    if isinstance(choice, str):
+        return True
+    is_pair = isinstance(choice, tuple) and len(choice) == 2
+    return is_pair and isinstance(choice[0], str) and isinstance(choice[1], Mapping)

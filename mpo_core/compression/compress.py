@@ -115,7 +115,7 @@ def compress(
         made = {"init": init, "generator_for": generator_for, "allow_growth": allow_growth}
         candidates = Candidates(layer, options, **made)
         _check_init(init, statistics, chi is not None or isinstance(max_params, Mapping))
-        if not candidates.is_one and (init is not None or chi is not None or rel_error is not None):
+        if not candidates.are_fixed and (init is not None or chi is not None or rel_error is not None):
             raise ValueError("with several kinds in `layer`, the size must be `keep` or `max_params`, without `init`")
     elif options or init is not None:
         raise ValueError(f"with a function as `layer`, no options are allowed, but got {', '.join(options) or 'init'}")
