@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mpo_core.commands.arguments import LENGTH, parser
 from mpo_core.commands.kept_statistics import describe, keep, load_kept
 from mpo_core.commands.progress import Progress
 from mpo_core.commands.summary import Outcome, summary
@@ -25,86 +26,12 @@ from mpo_core.compression.counting import n_params
 from mpo_core.compression.dense_layers import find_dense_layers
 from mpo_core.compression.perplexity import Perplexity, perplexity
 from mpo_core.compression.saving import INDEX, save
-from mpo_core.compression.sizing import SPREADS
-from mpo_core.compression.statistics import METRICS, Statistics, collect_statistics, next_token_losses
+from mpo_core.compression.statistics import Statistics, collect_statistics, next_token_losses
 from mpo_core.layers.registry import kind_called
 from mpo_core.models.hugging_face import context_of, head_of, load_language_model
-from mpo_core.tensor_train.gauge import GAUGES
 
-LENGTH = 512
-"""Default number of tokens of a sequence."""
 REPORT = "report.txt"
 """In OUT: the summary, and a line for each layer."""
-DTYPES = ("float32", "bfloat16", "float16")
-
-DESCRIPTION = """\
-Compress a causal language model of Hugging Face, and measure what it cost.
-
-One part of the text is run through the model, to find which changes of its
-matrices raise its loss. Then smaller layers replace the matrices. The other
-part of the text measures the perplexity before and after. Nothing is trained.
-"""
-EXAMPLE = """\
-example: 60 % of the parameters, then 40 % without running the text again
-  mpo-compress SmolLM2-135M small --keep 0.6 --text *.txt --statistics stats
-  mpo-compress SmolLM2-135M tiny --keep 0.4 --text *.txt --statistics stats
-
-exit status: 0; 1 if a file cannot be written; 2 after an error of yours
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"mpo-compress: {message} (see mpo-compress --help)\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Arguments of the command."""
-    made = _Parser(
-        "mpo-compress",
-        usage="%(prog)s MODEL OUT --keep SHARE --text FILE [FILE ...] [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("model", metavar="MODEL", help="a Hugging Face folder or name")
-    made.add_argument("out", metavar="OUT", type=Path, help="the folder to be written")
-    made.add_argument("--keep", type=_share, required=True, metavar="SHARE", help="of the matrices' parameters: 0.6")
-    made.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help='a document each; or .jsonl, with a document as "text" of each line',
-    )
-    layers = made.add_argument_group("layers")
-    layers.add_argument("--layer", default="low_rank", metavar="KIND", help="low_rank, mpo, ... Default: low_rank")
-    layers.add_argument("--gauge", choices=GAUGES, help="Default: fixed, if the kind of layer has a gauge")
-    layers.add_argument("--metric", choices=METRICS, default="loss", help="which error is kept small. Default: loss")
-    layers.add_argument("--spread", choices=SPREADS, help="how SHARE is spread over layers. Default: by the metric")
-    layers.add_argument(
-        "--include",
-        nargs="+",
-        metavar="PATTERN",
-        help='names of layers, such as "model.layers.*". Default: all linear layers but the head',
-    )
-    layers.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="of these, layers that stay dense")
-    text = made.add_argument_group("text")
-    text.add_argument("--tokens", type=_count, default=10_240, metavar="N", help="to calibrate. Default: 10240")
-    text.add_argument(
-        "--evaluation-tokens", type=_count, default=10_000, metavar="N", help="to evaluate. Default: 10000"
-    )
-    text.add_argument("--length", type=_count, metavar="N", help=f"tokens of a sequence. Default: at most {LENGTH}")
-    text.add_argument("--seed", type=int, default=0, metavar="N", help="draws the calibration text. Default: 0")
-    other = made.add_argument_group("other")
-    other.add_argument(
-        "--statistics", type=Path, metavar="FILE", help="read the model's statistics, or keep them there"
-    )
-    other.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights. Default: float32")
-    other.add_argument("--threads", type=_count, metavar="N", help="of PyTorch. Default: its own choice")
-    other.add_argument("--replace", action="store_true", help="replace an earlier result in OUT")
-    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,6 +75,11 @@ def run(given: argparse.Namespace, progress: Progress) -> str:
     names = _names(model, options["include"], options["exclude"])
     progress.say(f"{n_params(model):,} parameters; {len(names)} matrices to compress")
     text, first = _split(given, model, tokenizer, documents)
+    n_evaluated = sum(map(len, text.evaluation))
+    progress.say(
+        f"text: {text.calibration.numel():,} tokens to calibrate, {n_evaluated:,} to evaluate, "
+        f"of {len(text.evaluation)} {text.evaluated}"
+    )
     if len(documents) < FEWEST:
         progress.say(f"fewer than {FEWEST} documents: the last part of each is for evaluation")
 
@@ -210,7 +142,7 @@ def _check_writable(given: argparse.Namespace) -> None:
         there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
         if there.is_dir() != (is_folder or there != path.absolute()):
             raise ValueError(f"{path} cannot be written: {there} is a {'folder' if there.is_dir() else 'file'}")
-        if not os.access(there, os.W_OK):
+        if there.is_dir() and not os.access(there, os.W_OK):
             raise ValueError(f"{path} cannot be written: no permission for {there}")
 
 
@@ -227,8 +159,8 @@ def _split(given: argparse.Namespace, model: Any, tokenizer: Any, documents: lis
     """Sequences of tokens, and the token that the tokenizer puts before a text, if it does."""
     longest = context_of(model)
     length = given.length or min(LENGTH, longest or LENGTH)
-    if not 2 < length <= (longest or length):
-        raise ValueError(f"--length must be from 3 to {longest or 'any'}, the model's context, but got {length}")
+    if longest is not None and length > longest:
+        raise ValueError(f"--length must be at most {longest}, the model's context, but got {length}")
     special = tokenizer("").input_ids
     first = int(special[0]) if special and special[0] == tokenizer.bos_token_id else None
     text = split(
@@ -275,22 +207,6 @@ def _statistics(
 
 def _n_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, but got {text}")
-    return share
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but got {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Such as "8 s", "3 min 20 s" or "2 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min" + f" {whole % 60} s" * (whole % 60 > 0)
-    return f"{whole // 3600} h" + f" {whole % 3600 // 60} min" * (whole % 3600 >= 60)
+    """Such as "8 s", "3 min 20 s", "12 min" or "2 h 5 min"."""
+    minutes, whole = divmod(round(seconds), 60)
+    if minutes < 10:
+        return " ".join([f"{minutes} min"] * (minutes > 0) + [f"{whole} s"] * (whole > 0 or minutes == 0))
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    return " ".join([f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0 or hours == 0))

@@ -45,7 +45,7 @@ def summary(outcome: Outcome) -> str:
             *(f"{float(one.nats.sum() / one.n_tokens.sum()):.3f}" for one in measured),
             f"{difference:+.3f}{_plus_minus(error, 3)}",
         ),
-        _counts("parameters of these matrices", *(sum(map(attribute, rows)) for attribute in _SIZES)),
+        _counts(f"parameters of {len(rows)} matrices", *(sum(map(attribute, rows)) for attribute in _SIZES)),
         _counts("parameters of the model", report.n_params_before, report.n_params_after),
         _counts("bytes of the weights", *outcome.n_bytes),
     ]

@@ -38,8 +38,9 @@ def load_language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise ValueError("transformers is not installed: pip install 'mpo-study[hf]'") from None
+    what = f"{name} cannot be loaded" if folder.is_dir() else f"{name} is no folder, and cannot be loaded by name"
     with _quiet():
-        config = _said(f"{name} cannot be loaded", lambda: transformers.AutoConfig.from_pretrained(name))
+        config = _said(what, lambda: transformers.AutoConfig.from_pretrained(name))
         if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{name} is no causal language model, but of the type {config.model_type}")
         tokenizer = _said(
@@ -47,7 +48,7 @@ def load_language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         )
         options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = _said(
-            f"{name} cannot be loaded",
+            what,
             lambda: transformers.AutoModelForCausalLM.from_pretrained(name, config=config, **options),
         )
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})

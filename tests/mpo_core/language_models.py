@@ -13,7 +13,7 @@ UNKNOWN, BEGIN, END = "?", "<s>", "</s>"
 CONTEXT = 64
 
 
-def llama(tie: bool = True) -> LlamaForCausalLM:
+def llama(tie: bool = True, context: int = CONTEXT) -> LlamaForCausalLM:
     """With grouped heads."""
     config = LlamaConfig(
         vocab_size=len(WORDS) + 3,
@@ -22,7 +22,7 @@ def llama(tie: bool = True) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         tie_word_embeddings=tie,
         initializer_range=0.3,
         bos_token_id=1,

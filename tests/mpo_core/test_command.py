@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 import mpo_core
 from mpo_core.commands import compress as command
+from mpo_core.commands.arguments import parser
 from mpo_core.commands.texts import read_documents, split
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +102,8 @@ def test_it_does_what_the_functions_do(run, family, kind, options):
     difference = mpo_core.paired_difference(after, before)
     assert numbers("loss, nats per token", out)[2:] == pytest.approx([abs(difference[0]), difference[1]], abs=2e-3)
     rows = [row for row in report.rows if row.name != "lm_head"]
-    assert numbers("parameters of these matrices", out)[:2] == [
+    assert numbers("parameters of ", out)[:3] == [
+        len(rows),
         sum(row.n_params_before for row in rows),
         sum(row.n_params_after for row in rows),
     ]
@@ -122,6 +124,7 @@ def test_a_stranger_runs_the_entry_point_and_the_lines_it_prints(run):
     lines = ended.stderr.splitlines()
     assert lines[0] == "loading gpt2"
     assert [line.split(":")[0] for line in lines[2:]] == [
+        "text",
         "perplexity before",
         "statistics",
         "sizes",
@@ -243,6 +246,8 @@ def test_statistics_of_something_else_are_refused(run, options, message):
         ({"keep": "some"}, "must be above 0 and at most 1, but got some"),
         ({"keep": "0.001"}, "the smallest sizes of all layers have "),
         ({"options": ["--tokens", "0"]}, "argument --tokens: must be a whole number from 1 on, but got 0"),
+        ({"options": ["--seed", "9" * 20]}, "argument --seed: must be a whole number from 0 on, but got 999"),
+        ({"options": ["--length", "2"]}, "argument --length: must be a whole number from 3 on, but got 2"),
         ({"options": ["--metric", "best"]}, "argument --metric: invalid choice: 'best'"),
         ({"options": ["--layer", "best"]}, "no kind of layer is called 'best', only mpo, low_rank"),
         ({"options": ["--layer", "monarch", "--gauge", "fixed"]}, "--layer monarch has no gauge: leave --gauge out"),
@@ -251,11 +256,11 @@ def test_statistics_of_something_else_are_refused(run, options, message):
         ({"options": ["--include", "model.layer.*"]}, "include=['model.layer.*'], exclude=[]; it has"),
         ({"options": ["--include", "lm_head"]}, "lm_head cannot be replaced: its weight is shared with model.embed"),
         ({"options": ["--exclude", "*"]}, "no nn.Linear inside the model matches"),
-        ({"options": ["--length", "100"]}, "--length must be from 3 to 64, the model's context, but got 100"),
+        ({"options": ["--length", "100"]}, "--length must be at most 64, the model's context, but got 100"),
         ({"text": ["none.txt"]}, "none.txt cannot be read: No such file or directory"),
         ({"text": ["empty.txt"]}, "there is no text in empty.txt"),
         ({"few": ()}, "10,240 tokens to calibrate and 10,000 to evaluate were asked for, but the text has 150 and 900"),
-        ({"model": "none"}, "none cannot be loaded: "),
+        ({"model": "none"}, "none is no folder, and cannot be loaded by name: "),
         ({"model": "nothing"}, "nothing holds no Hugging Face model"),
         ({"model": "small"}, "small holds a model that `mpo_core.save` wrote"),
         ({"model": "longer"}, "the tokenizer is not the model's: it has token 39, but the model 30"),
@@ -336,4 +341,4 @@ def test_help_fits_into_80_columns_and_has_an_example(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     example = next(line for line in shown.splitlines() if line.startswith("  mpo-compress "))
-    assert command.parser().parse_args(example.split()[1:]).keep == 0.6
+    assert parser().parse_args(example.split()[1:]).keep == 0.6

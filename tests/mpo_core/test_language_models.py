@@ -84,7 +84,7 @@ def test_places_without_a_model_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"saved holds a model that `mpo_core\.save` wrote: give the dense model"):
         load(tmp_path / "saved")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="some-one/no-such-model cannot be loaded: ") as caught:
+    with pytest.raises(ValueError, match="such-model is no folder, and cannot be loaded by name: ") as caught:
         load("some-one/no-such-model")
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "transformers", None)

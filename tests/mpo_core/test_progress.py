@@ -81,5 +81,6 @@ def test_a_stage_begins_when_the_last_one_or_a_line_ended(clock):
 
 
 def test_durations():
-    seconds = (0.4, 59, 60, 200, 3599.7, 3600, 7500)
-    assert [*map(duration, seconds)] == ["0 s", "59 s", "1 min", "3 min 20 s", "1 h", "1 h", "2 h 5 min"]
+    seconds = (0.4, 59, 60, 200, 599, 690, 3599, 3600, 7500)
+    expected = ["0 s", "59 s", "1 min", "3 min 20 s", "9 min 59 s", "12 min", "1 h", "1 h", "2 h 5 min"]
+    assert [*map(duration, seconds)] == expected
