@@ -26,8 +26,16 @@ import torch
 from torch import nn
 
 from benchmarks.document import put_table
-from benchmarks.smollm2_data import Perplexity, Split, documents, load_model, paired_difference, perplexity, split
-from mpo_core import Statistics, collect_statistics, compress, next_token_losses
+from benchmarks.smollm2_data import WINDOW, Split, documents, load_model, split
+from mpo_core import (
+    Perplexity,
+    Statistics,
+    collect_statistics,
+    compress,
+    next_token_losses,
+    paired_difference,
+    perplexity,
+)
 
 INCLUDE = ("model.layers.*",)
 CALIBRATION, EVALUATION = 10_240, 20_000
@@ -77,7 +85,7 @@ def main() -> None:
             for method in methods:
                 if (method, keep, seed) in done:
                     continue
-                before = before or perplexity(model, cut.evaluation)
+                before = before or measured(model, cut)
                 row = {"method": method, "keep": keep, "seed": seed, "statistics_seconds": seconds}
                 row |= measure(model, method, keep, statistics, cut, before)
                 print(json.dumps(row), flush=True)
@@ -96,7 +104,7 @@ def measure(
         warnings.filterwarnings("ignore", "the predicted loss")
         small, report = compress(model, include=INCLUDE, keep=keep + more, statistics=statistics, **options)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    after = perplexity(small, cut.evaluation)
+    after = measured(small, cut)
     difference, error = paired_difference(after, before)
     return {
         "kept": report.kept,
@@ -112,6 +120,11 @@ def measure(
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "threads": torch.get_num_threads(),
     }
+
+
+def measured(model: nn.Module, cut: Split) -> Perplexity:
+    """Perplexity on the evaluation documents."""
+    return perplexity(model, [document.ids for document in cut.evaluation], window=WINDOW)
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[str, tuple[str, ...], list[list[str]]]:

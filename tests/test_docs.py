@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
+import language_models
 import pytest
 import torch
 
 from benchmarks.document import put_table
+from mpo_core.commands.compress import main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,9 +28,21 @@ WITHOUT_PYTHON = (
 WITH_PYTHON = [path for path in DOCUMENTS if path.name not in WITHOUT_PYTHON]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.fixture
+def _model_and_text(tmp_path, monkeypatch):
+    """What docs/mpo_core.md compresses, with another model under its name."""
+    language_models.write(language_models.llama(context=512), tmp_path / "SmolLM2-135M-Instruct")
+    lines = [json.dumps({"text": language_models.text(550, seed)}) for seed in range(50)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_model_and_text")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:the predicted loss")
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=lambda path: path.name)
 def test_python_of_a_document_runs(path, capsys):
+    commands = re.findall(r"^mpo-compress .*--text texts.jsonl$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [main(shlex.split(command)[1:]) for command in commands] == [0] * (path.name == "mpo_core.md")
     blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     assert blocks
     names: dict[str, object] = {}

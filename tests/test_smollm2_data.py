@@ -1,20 +1,18 @@
-"""Splits, perplexity and its standard error, on a tiny random model and made-up documents."""
+"""Splits of made-up documents, and what is not there."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
 import subprocess
 import tarfile
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import smollm2_data
-from benchmarks.smollm2_data import Document, Perplexity, Tokens, documents, load_model, paired_difference, perplexity
+from benchmarks.smollm2_data import Document, documents, load_model
 from benchmarks.smollm2_data import split as split_documents
 
 LENGTH = 8
@@ -111,79 +109,6 @@ def test_too_little_text_is_said():
         split(calibration_tokens=10_000)
     with pytest.raises(ValueError, match="at least 1"):
         split(calibration_tokens=0)
-
-
-# Perplexity -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 30}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, bos_token_id=None, eos_token_id=None)).eval()
-
-
-@pytest.fixture(scope="module")
-def texts():
-    torch.manual_seed(1)
-    return [Tokens("a", str(n), torch.randint(30, (n,))) for n in (5, 12, 17, 9)]
-
-
-def losses_of(model, window):
-    """Loss of each predicted token of a window, from the probabilities."""
-    with torch.no_grad():
-        probabilities = model(input_ids=window[None]).logits[0].double().softmax(1)
-    return [-math.log(float(probabilities[i, window[i + 1]])) for i in range(len(window) - 1)]
-
-
-def test_perplexity_is_over_all_predicted_tokens(model, texts):
-    result = perplexity(model, texts)
-    losses = [losses_of(model, text.ids) for text in texts]
-    assert result.n_tokens.tolist() == [4, 11, 16, 8]
-    assert result.nats.tolist() == pytest.approx([sum(each) for each in losses], rel=1e-5)
-    every = [loss for each in losses for loss in each]
-    assert result.value == pytest.approx(math.exp(sum(every) / len(every)), rel=1e-5)
-
-
-def test_windows_start_anew(model, texts):
-    result = perplexity(model, texts, window=8)
-    by_hand = [sum(sum(losses_of(model, ids)) for ids in text.ids.split(8)) for text in texts]
-    assert result.n_tokens.tolist() == [4, 10, 14, 7]
-    assert result.nats.tolist() == pytest.approx(by_hand, rel=1e-5)
-
-
-def test_standard_error_of_equal_documents_is_that_of_a_mean(model):
-    torch.manual_seed(2)
-    result = perplexity(model, [Tokens("a", str(i), torch.randint(30, (11,))) for i in range(6)])
-    means = result.nats / 10
-    assert result.standard_error == pytest.approx(result.value * float(means.std()) / math.sqrt(6))
-
-
-def test_standard_error_is_close_to_the_spread_of_repeated_samples():
-    generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(50, 1000, (2000, 40), generator=generator)
-    level = 3 + 0.3 * torch.randn(2000, 40, generator=generator, dtype=torch.float64)
-    pairs = [smollm2_data._ratio(one * n, n) for one, n in zip(level, sizes, strict=True)]
-    ratios, errors = torch.tensor(pairs, dtype=torch.float64).T
-    assert float(errors.mean()) == pytest.approx(float(ratios.std()), rel=0.05)
-
-
-def test_one_document_has_no_standard_error(model, texts):
-    assert math.isnan(perplexity(model, texts[:1]).standard_error)
-
-
-def test_paired_difference():
-    sizes = torch.tensor([10, 20, 30])
-    one = Perplexity(0, 0, torch.tensor([31.0, 66.0, 84.0], dtype=torch.float64), sizes)
-    other = Perplexity(0, 0, torch.tensor([30.0, 62.0, 83.0], dtype=torch.float64), sizes)
-    difference, error = paired_difference(one, other)
-    assert difference == pytest.approx(6 / 60)
-    deviations = [1 - 1, 4 - 2, 1 - 3]
-    assert error == pytest.approx(math.sqrt(3 / 2 * sum(d * d for d in deviations)) / 60)
-    assert paired_difference(other, one) == pytest.approx((-difference, error))
-    with pytest.raises(ValueError, match="same documents"):
-        paired_difference(one, other._replace(n_tokens=sizes + 1))
 
 
 # What is not there ----------------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from typing import TypeVar, cast
 
@@ -16,6 +18,9 @@ from torch.nn.parameter import UninitializedParameter
 from mpo_core.layers.computed_weights import copied_results, weight_of, why_computed
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_SHOWN = 4
+"""Most names of layers in a message."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def find_dense_layers(model: nn.Module, include: str | Sequence[str], exclude: s
     if not matching:
         raise ValueError(
             f"no nn.Linear inside the model matches include={include}, exclude={exclude}; "
-            f"it has {', '.join(layers) or 'none'}"
+            f"it has {_some(list(layers), include)}"
         )
     holders: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -79,6 +84,17 @@ def find_dense_layers(model: nn.Module, include: str | Sequence[str], exclude: s
         others = tuple(other for other in sharers if other != name) if reason is None else ()
         found.append(DenseLayer(name, others, as_linear(module) if reason is None else _stand_in(module), reason))
     return found
+
+
+def _some(names: list[str], patterns: Sequence[str]) -> str:
+    """A few names, closest to the patterns first. Those of repeated blocks are one: "layers.*.mlp.up_proj"."""
+
+    def distance(name: str) -> float:
+        return min((1 - SequenceMatcher(None, pattern, name).ratio() for pattern in patterns), default=0.0)
+
+    distinct = sorted(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names), key=distance)
+    more = len(distinct) - _SHOWN
+    return (", ".join(distinct[:_SHOWN]) or "none") + (f" and {more} more" if more > 0 else "")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

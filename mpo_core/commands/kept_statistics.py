@@ -1,0 +1,77 @@
+"""Statistics in a file, with what they belong to beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpo_core.compression.statistics import Statistics
+
+SAMPLED = 1000
+"""Most values of a tensor that its fingerprint takes."""
+
+
+def load_kept(path: Path, about: dict[str, Any]) -> Statistics | None:
+    """The statistics in a file that `keep` wrote; None if there is no file.
+
+    Args:
+        about: as returned by `describe`, for the statistics that are needed.
+    Raises:
+        ValueError: the file is damaged, or holds statistics of another model, text, metric or layers.
+    """
+    if not path.exists():
+        return None
+    beside = _beside(path)
+    try:
+        kept = json.loads(beside.read_text(encoding="utf-8"))
+        model, text, has_loss, layers = (kept[key] for key in about)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not a file of this command: {beside.name} is not beside it") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{beside} is damaged: remove it and {path.name}") from None
+    lacking = [name for name in about["layers"] if name not in layers]
+    for is_other, what in (
+        (model != about["model"], "belongs to another model"),
+        (text != about["text"], "belongs to other text, --tokens, --evaluation-tokens, --length or --seed"),
+        (about["has_loss"] and not has_loss, "was collected with --metric outputs, without the loss"),
+        (bool(lacking), f"has nothing about {lacking[0] if lacking else ''}: --include or --exclude was another"),
+    ):
+        if is_other:
+            raise ValueError(f"{path} {what}: choose another file, or remove it")
+    return Statistics.load(path)
+
+
+def keep(statistics: Statistics, path: Path, about: dict[str, Any]) -> None:
+    """Write the statistics to a file. It is complete or absent."""
+    partial = path.with_name(path.name + ".partial")
+    statistics.save(partial)
+    _beside(path).write_text(json.dumps(about), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def describe(model: nn.Module, calibration: Tensor, names: list[str], has_loss: bool) -> dict[str, Any]:
+    """What statistics belong to: fingerprints of the model and of the tokens, whether of a loss, and of which layers.
+
+    The model's has names, shapes and dtypes of all parameters, and some of their values.
+    """
+    of_model = sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        some = values[:: max(1, -(-len(values) // SAMPLED))].double().tolist()
+        of_model.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), some]).encode())
+    of_text = sha256(json.dumps(calibration.tolist()).encode())
+    return {
+        "model": of_model.hexdigest(),
+        "text": of_text.hexdigest(),
+        "has_loss": has_loss,
+        "layers": names,
+    }
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
