@@ -12,6 +12,18 @@ from torch import Tensor, nn
 
 from mpo_core.compression.statistics import Moment, Part
 
+NO_BATCHES = "calibration needs at least one batch, but got none"
+
+
+def is_held_out(batch: int, share: float) -> bool:
+    """Whether the batch of this index is held out: of ten and 0.2 the fifth and the tenth, and never the first."""
+    return batch > 0 and int((batch + 1) * share + 1e-9) > int(batch * share + 1e-9)
+
+
+def version_of(x: Tensor) -> int:
+    """Another number after the tensor was written into; -1 if that is unknown, as in inference mode."""
+    return -1 if x.is_inference() else x._version
+
 
 @contextmanager
 def recorded(model: nn.Module, names: Sequence[str], part: Part, with_gradients: bool) -> Iterator[None]:
@@ -21,8 +33,7 @@ def recorded(model: nn.Module, names: Sequence[str], part: Part, with_gradients:
     def before(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            # A tensor that was written into has another version; those of inference mode have none.
-            version = -1 if x.is_inference() else x._version
+            version = version_of(x)
             for ref, known, names, _ in seen:
                 if ref() is x and known == version >= 0 and name not in names:
                     names.append(name)
@@ -59,7 +70,9 @@ def recorded(model: nn.Module, names: Sequence[str], part: Part, with_gradients:
                 hooks.append(module.register_forward_hook(after(name)))
         yield
         for _, _, names, moment in seen:
-            part.inputs.setdefault(tuple(names), Moment()).merge(moment)
+            known = part.inputs.setdefault(tuple(names), moment)
+            if known is not moment:
+                known.merge(moment)
     finally:
         for hook in hooks:
             hook.remove()

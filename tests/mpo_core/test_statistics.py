@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
-from measured_models import Branches, mean_square, with_ridge
+from measured_models import Branches, assert_same_statistics, mean_square, with_ridge
+from safetensors.torch import save_file
 from structured_linear_case import make_linear, metric_of, normal, square_losses
 from torch import nn
 
 from mpo_core.compression.collecting import collect_statistics
 from mpo_core.compression.compress import compress
 from mpo_core.compression.statistics import Moment, Statistics
+from mpo_core.compression.tensor_files import StoredTensor
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.low_rank import LowRankLinear
 
@@ -95,15 +98,50 @@ def test_statistics_are_written_and_read_again(tmp_path):
     statistics.save(tmp_path / "statistics.safetensors")
     again = Statistics.load(tmp_path / "statistics.safetensors")
     assert again.names == statistics.names
-    for name in statistics.names:
-        for held_out in (False, True):
-            one, other = (each.metric(name, "loss", held_out=held_out) for each in (statistics, again))
-            assert torch.equal(one.gram, other.gram)
-            assert torch.equal(one.sensitivity, other.sensitivity)
-            assert again.n_samples(name, held_out=held_out) == statistics.n_samples(name, held_out=held_out)
+    assert_same_statistics(again, statistics)
     (tmp_path / "other").write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match="other is not a file of statistics"):
         Statistics.load(tmp_path / "other")
+    save_file({"0": torch.zeros(2)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="weights is not a file of statistics"):
+        Statistics.load(tmp_path / "weights")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        Statistics.load(tmp_path / "missing")
+
+
+def test_loaded_moments_are_read_when_they_are_asked_for(tmp_path, monkeypatch):
+    path, read = tmp_path / "statistics", []
+    collect_statistics(Branches(), list(normal(4, 9, 3)), loss=square_losses, held_out=0.25).save(path)
+    real = StoredTensor.read
+    monkeypatch.setattr(StoredTensor, "read", lambda self: read.append(self.key) or real(self))
+    statistics = Statistics.load(path)
+    assert statistics.has_loss
+    assert [statistics.n_samples(name) for name in statistics.names] == [27] * 3
+    assert statistics.why_not(statistics.names, "loss", held_out=True) is None
+    assert read == []
+    moments = [weakref.ref(moment) for moment in vars(statistics.metric("last", "loss")).values()]
+    assert len(read) == len(moments) == 2
+    assert all(moment() is None for moment in moments)
+    statistics.metric("last", "loss")
+    assert len(read) == 4
+
+
+def test_a_file_of_loaded_statistics_may_be_written_by_themselves_but_not_by_others(tmp_path):
+    path, other = tmp_path / "statistics", tmp_path / "other"
+    statistics = collect_statistics(Branches(), [normal(9, 3)])
+    statistics.save(path)
+    loaded = Statistics.load(path)
+    loaded.save(path)
+    assert_same_statistics(Statistics.load(path), statistics)
+    with pytest.raises(ValueError, match="statistics has been written again since it was loaded: load it again"):
+        loaded.metric("last", "outputs")
+    loaded = Statistics.load(path)
+    loaded.read()
+    collect_statistics(Branches(), [2 * normal(9, 3)]).save(other)
+    other.replace(path)
+    assert_same_statistics(loaded, statistics)
+    path.unlink()
+    assert_same_statistics(loaded, statistics)
 
 
 def test_held_out_errors_are_reported_and_too_little_calibration_is_warned_of():
