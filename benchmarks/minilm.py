@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.document import put_table
+from mpo_core.compression.collecting import collect_statistics
 from mpo_core.compression.compress import compress
-from mpo_core.compression.statistics import collect_statistics
 from study.training.corpus import load_corpus
 
 INCLUDE = ("encoder.*",)

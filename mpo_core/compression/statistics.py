@@ -1,19 +1,17 @@
-"""Statistics of a model's layers over calibration batches: the second moments of their inputs and output gradients."""
+"""Second moments of a model's layers over calibration batches, of their inputs and output gradients."""
 
 from __future__ import annotations
 
 import json
 import os
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mpo_core.compression.dense_layers import find_dense_layers
-from mpo_core.evaluating import evaluating
+from mpo_core.compression.tensor_files import StoredTensor, stamp_of, write_whole
 from mpo_core.fitting.metric import EXTREME, Metric
 
 METRICS = ("weights", "outputs", "loss")
@@ -36,13 +34,37 @@ class Moment:
     """
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self._total: Tensor | None = None
+        self._stored: list[StoredTensor] = []
+        """Tensors whose sum is the total, if it is not in memory."""
+        self._stored_has_values = False
         self.n_samples = 0
+
+    @property
+    def total(self) -> Tensor | None:
+        """Σ v vᵀ (size, size). If it is stored in files, each call reads it, and does not keep it."""
+        if self._stored:
+            first, *others = (stored.read() for stored in self._stored)
+            return sum(others, start=first)
+        return self._total
+
+    @total.setter
+    def total(self, total: Tensor | None) -> None:
+        self._total, self._stored = total, []
 
     @property
     def has_values(self) -> bool:
         """Whether there are samples, and not only zeros."""
-        return self.total is not None and bool(self.total.diagonal().any())
+        if self._stored:
+            return self._stored_has_values
+        return self._total is not None and bool(self._total.diagonal().any())
+
+    def add_stored(self, stored: StoredTensor, n_samples: int, has_values: bool) -> None:
+        """Add a sum that stays in its file; it is not possible after `add` or `merge`."""
+        assert self._total is None
+        self._stored.append(stored)
+        self._stored_has_values |= has_values
+        self.n_samples += n_samples
 
     @torch.no_grad()
     def add(self, vectors: Tensor) -> None:
@@ -52,8 +74,9 @@ class Moment:
             ValueError: an entry is infinite, NaN or too large to be squared, or the size is another than before.
         """
         dtype = torch.promote_types(vectors.dtype, torch.float32)
-        if vectors.ndim == 0 or (self.total is not None and vectors.shape[-1] != len(self.total)):
-            size = "size" if self.total is None else len(self.total)
+        total = self.total
+        if vectors.ndim == 0 or (total is not None and vectors.shape[-1] != len(total)):
+            size = "size" if total is None else len(total)
             raise ValueError(f"vectors must have shape (..., {size}), but got {tuple(vectors.shape)}")
         samples = vectors.reshape(-1, vectors.shape[-1]).to(dtype)
         if not torch.isfinite(samples).all():
@@ -61,15 +84,16 @@ class Moment:
         largest = float(samples.abs().amax()) if samples.numel() else 0.0
         if largest > _LARGEST[dtype]:
             raise ValueError(f"values must be at most {_LARGEST[dtype]:g}, but got one of {largest:.3g}")
-        if self.total is None:
-            self.total = torch.zeros(samples.shape[1], samples.shape[1], dtype=dtype, device=samples.device)
-        self.total.addmm_(samples.T, samples)
+        if total is None:
+            total = torch.zeros(samples.shape[1], samples.shape[1], dtype=dtype, device=samples.device)
+        self.total = total.to(samples.device).addmm_(samples.T, samples)
         self.n_samples += len(samples)
 
     def merge(self, other: Moment) -> None:
         """Add the vectors of another moment of the same size."""
-        if other.total is not None:
-            self.total = other.total if self.total is None else self.total + other.total
+        total, more = self.total, other.total
+        if more is not None:
+            self.total = more.clone() if total is None else total.to(more.device).add_(more)
             self.n_samples += other.n_samples
 
     def mean(self, ridge: float = 0.0) -> Tensor:
@@ -78,11 +102,12 @@ class Moment:
         Raises:
             ValueError: no samples, or only zeros or values too small to be squared.
         """
-        if self.total is None or self.n_samples == 0:
+        total = self.total
+        if total is None or self.n_samples == 0:
             raise ValueError("there are no samples")
-        if not self.total.diagonal().any():
+        if not total.diagonal().any():
             raise ValueError(f"all {self.n_samples} samples are zero, or too small to be squared")
-        matrix = self.total.double() / self.n_samples
+        matrix = total.double() / self.n_samples
         matrix.diagonal().add_(ridge * float(matrix.diagonal().mean()))
         return matrix
 
@@ -98,9 +123,13 @@ class Part:
         self.n_losses = 0
         """Number of losses, one for each predicted token."""
 
+    def moments_of(self, name: str) -> list[Moment]:
+        """The moments whose sum is that of one layer's inputs."""
+        return [moment for names, moment in self.inputs.items() if name in names]
+
     def inputs_of(self, name: str) -> Moment:
         """The moment of one layer's inputs."""
-        found = [moment for names, moment in self.inputs.items() if name in names]
+        found = self.moments_of(name)
         if len(found) == 1:
             return found[0]
         summed = Moment()
@@ -108,12 +137,16 @@ class Part:
             summed.merge(moment)
         return summed
 
+    def n_inputs(self, name: str) -> int:
+        """Number of one layer's inputs."""
+        return sum(moment.n_samples for moment in self.moments_of(name))
+
     def holders(self, names: Sequence[str], with_gradients: bool) -> list[str]:
         """Those of the layers that got inputs and, if asked for, whose outputs changed a loss."""
         return [
             name
             for name in names
-            if self.inputs_of(name).has_values
+            if any(moment.has_values for moment in self.moments_of(name))
             and (not with_gradients or (name in self.gradients and self.gradients[name].has_values))
         ]
 
@@ -123,6 +156,10 @@ class Statistics:
 
     def __init__(self, fitted: Part, held_out: Part) -> None:
         self._parts = {False: fitted, True: held_out}
+
+    def part(self, *, held_out: bool) -> Part:
+        """The moments over the batches that are held out, or over the others."""
+        return self._parts[held_out]
 
     @property
     def names(self) -> list[str]:
@@ -136,14 +173,14 @@ class Statistics:
 
     def n_samples(self, name: str, *, held_out: bool = False) -> int:
         """Number of inputs of a layer, usually tokens."""
-        return self._parts[held_out].inputs_of(name).n_samples
+        return self._parts[held_out].n_inputs(name)
 
     def why_not(self, names: Sequence[str], metric: str, *, held_out: bool = False) -> str | None:
         """Why there is no metric of a weight that these layers hold; None if there is one."""
         part, which = self._parts[held_out], "held-out" if held_out else "calibration"
         if metric == "weights" or part.holders(names, metric == "loss"):
             return None
-        if all(part.inputs_of(name).n_samples == 0 for name in names):
+        if all(part.n_inputs(name) == 0 for name in names):
             return f"no {which} input reached it"
         if not part.holders(names, False):
             return f"its {which} inputs are all zero, or too small to be squared"
@@ -177,216 +214,100 @@ class Statistics:
         return _metric_of(gram, torch.stack(per_token).mean(0))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file."""
-        from safetensors.torch import save_file
+        """Write to one safetensors file."""
+        self.write(Path(path), {})
 
+    def write(self, path: Path, more: Mapping[str, Any]) -> None:
+        """Write to one safetensors file, with more for `described`."""
         tensors: dict[str, Tensor] = {}
-        counts: list[Any] = []
+        rows: list[Any] = []
         for which, part in self._parts.items():
-            named = [(list(names), moment) for names, moment in part.inputs.items()]
-            rows = [("inputs", *each) for each in named]
-            rows += [("gradients", [name], moment) for name, moment in part.gradients.items()]
-            for kind, names, moment in rows:
-                if moment.total is not None:
-                    tensors[str(len(counts))] = moment.total
-                    counts.append([which, kind, names, moment.n_samples])
-            counts.append([which, "losses", [], part.n_losses])
-        save_file(tensors, path, metadata={"statistics": json.dumps(counts)})
+            moments = [("inputs", list(names), moment) for names, moment in part.inputs.items()]
+            moments += [("gradients", [name], moment) for name, moment in part.gradients.items()]
+            for kind, names, moment in moments:
+                total = moment.total
+                if total is not None:
+                    tensors[str(len(rows))] = total
+                    rows.append([which, kind, names, moment.n_samples, moment.has_values])
+            rows.append([which, "losses", [], part.n_losses, False])
+        # One entry, because safetensors writes several in any order.
+        write_whole(path, tensors, {"statistics": json.dumps({"moments": rows, **more})})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Read a file that `save` wrote.
+        """Open a file that `save` wrote, or the folder of a block-by-block collection.
+
+        Moments are read each time that they are asked for, and not kept, so the files must stay.
 
         Raises:
-            ValueError: it is not such a file.
+            FileNotFoundError: there is no such file or folder.
+            ValueError: it is no file of statistics, or a folder whose collection has not come to its end.
         """
-        from safetensors import SafetensorError, safe_open
+        path = Path(path)
+        statistics = cls(Part(), Part())
+        for file in _files_of(path) if path.is_dir() else [path]:
+            statistics._open(file)
+        return statistics
 
-        parts = {False: Part(), True: Part()}
+    def read(self) -> None:
+        """Read all moments now, and keep them."""
+        for part in self._parts.values():
+            for moment in (*part.inputs.values(), *part.gradients.values()):
+                moment.total = moment.total
+
+    def _open(self, path: Path) -> None:
+        """Add what a file holds."""
+        path = path.absolute()
+        stamp = stamp_of(path)
         try:
-            with safe_open(path, "pt") as file:
-                for index, (which, kind, names, n) in enumerate(json.loads(file.metadata()["statistics"])):
-                    if kind == "losses":
-                        parts[which].n_losses = n
-                        continue
-                    moment = Moment()
-                    moment.total, moment.n_samples = file.get_tensor(str(index)), n
-                    if kind == "inputs":
-                        parts[which].inputs[tuple(names)] = moment
-                    else:
-                        parts[which].gradients[names[0]] = moment
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a file of statistics: {error}") from error
-        return cls(parts[False], parts[True])
-
-
-def next_token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Cross-entropy in nats of every next token, (B, T - 1), for tokens (B, T).
-
-    The model returns logits (B, T, V), or an object with the attribute `logits` as those of Hugging Face do.
-    """
-    outputs = model(tokens)
-    logits = getattr(outputs, "logits", outputs)
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"the model must return logits, or an object with `logits`, but got {type(outputs).__name__}")
-    logits = logits[:, :-1]
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    return losses.reshape(tokens.shape[0], -1)
-
-
-def collect_statistics(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-    modules: Sequence[str] | None = None,
-    forward: Callable[[nn.Module, Any], object] | None = None,
-    held_out: float = 0.2,
-    progress: Callable[[int], None] | None = None,
-) -> Statistics:
-    """Run the model over the batches and sum, for each layer, the second moments that the metrics need.
-
-    The model runs in evaluation mode, and is put back as it was. Padding tokens count like any other, unless a
-    `forward` leaves them out.
-
-    Args:
-        batches: per call of the model, a tensor or sequence of arguments, or a mapping of keyword arguments.
-        loss: called as loss(model, batch) instead of the model; returns one loss per predicted token, of any shape,
-            such as `next_token_losses`. Its gradients at the outputs of the layers give S. Default: G alone.
-        modules: names of modules that are called with one tensor (..., in_features) as their first argument. Default:
-            every layer that `compress` can replace. Gradients take out_features² numbers for each layer, so leave out
-            large ones that stay dense.
-        forward: called as forward(model, batch) instead of the model itself, if there is no loss.
-        held_out: share of the batches that no layer is fitted to, and on which errors are measured as well: of ten
-            batches and 0.2 the fifth and the tenth. The first batch is never one.
-        progress: called after each batch with the number of batches that are done.
-    Raises:
-        ValueError: no batches; inputs or gradients that are not finite, with the layer's name; a loss that is not one
-            tensor of losses; or `held_out` is not from 0 to below 1.
-        AttributeError: a name that the model does not have.
-    """
-    if not 0 <= held_out < 1:
-        raise ValueError(f"`0 <= held_out < 1` must hold, but got held_out={held_out}")
-    if isinstance(batches, Tensor):
-        raise ValueError("`batches` must be a sequence of batches, but got one tensor; put it in a list")
-    names = _replaceable(model) if modules is None else list(modules)
-    # A module under two names is called once.
-    names = list({id(model.get_submodule(name)): name for name in reversed(names)}.values())[::-1]
-    parts = Part(), Part()
-    n_batches = 0
-    with evaluating(model), torch.set_grad_enabled(loss is not None), _without_gradients(model):
-        for batch in batches:
-            is_held_out = n_batches > 0 and int((n_batches + 1) * held_out + 1e-9) > int(n_batches * held_out + 1e-9)
-            part = parts[is_held_out]
-            with _recorded(model, names, part, loss is not None):
-                if loss is None:
-                    (forward or _call)(model, batch)
+            for key, (which, kind, names, n, has_values) in enumerate(described(path)["moments"]):
+                part = self._parts[which]
+                if kind == "losses":
+                    part.n_losses += n
+                    continue
+                if kind == "inputs":
+                    moment = part.inputs.setdefault(tuple(names), Moment())
                 else:
-                    _backward(loss(model, batch), part)
-            n_batches += 1
-            if progress is not None:
-                progress(n_batches)
-    if n_batches == 0:
-        raise ValueError("calibration needs at least one batch, but got none")
-    return Statistics(*parts)
+                    moment = part.gradients.setdefault(names[0], Moment())
+                moment.add_stored(StoredTensor(str(path), str(key), stamp), n, has_values)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not a file of statistics: {error}") from error
 
 
-def _backward(losses: Tensor, part: Part) -> None:
-    if not isinstance(losses, Tensor) or losses.ndim == 0:
-        raise ValueError("`loss` must return one loss per predicted token (reduction='none'), but got a single number")
-    if not losses.requires_grad:
-        raise ValueError("`loss` does not depend on the outputs of any of the layers")
-    part.n_losses += losses.numel()
-    losses.sum().backward()
+def described(path: Path) -> dict[str, Any]:
+    """What a file of statistics says about its moments, and whatever else was written.
 
+    Raises:
+        ValueError: it is not such a file.
+    """
+    from safetensors import SafetensorError, safe_open
 
-@contextmanager
-def _recorded(model: nn.Module, names: Sequence[str], part: Part, with_gradients: bool) -> Iterator[None]:
-    """Inside, the inputs of the named layers, and the gradients at their outputs, are added to the sums."""
-    seen: list[tuple[weakref.ref[Tensor], int, list[str], Moment]] = []  # distinct inputs of this batch
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            # A tensor that was written into has another version; those of inference mode have none.
-            version = -1 if x.is_inference() else x._version
-            for ref, known, names, _ in seen:
-                if ref() is x and known == version >= 0 and name not in names:
-                    names.append(name)
-                    return
-            moment = Moment()
-            with _named(name, "input"):
-                moment.add(x)
-            seen.append((weakref.ref(x), version, [name], moment))
-
-        return hook
-
-    def after(name: str) -> Callable[..., Tensor | None]:
-        def hook(_module: nn.Module, _args: object, y: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled():  # the model itself stops gradients here
-                return None
-            if not y.requires_grad:
-                y = y.detach().requires_grad_().clone()  # no leaf, because owners may write into it
-
-            def add(g: Tensor) -> None:
-                with _named(name, "gradient"):
-                    part.gradients.setdefault(name, Moment()).add(g)
-
-            y.register_hook(add)
-            return y
-
-        return hook
-
-    hooks = []
     try:
-        for name in names:
-            module = model.get_submodule(name)
-            hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            if with_gradients:
-                hooks.append(module.register_forward_hook(after(name)))
-        yield
-        for _, _, names, moment in seen:
-            part.inputs.setdefault(tuple(names), Moment()).merge(moment)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["statistics"])
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+INDEX = "statistics.json"
+"""File of a folder of statistics; `files` in it names the others."""
+UNFINISHED = "unfinished"
+"""Folder in it that is there as long as the collection has not come to its end."""
+
+
+def _files_of(folder: Path) -> list[Path]:
+    try:
+        files = [folder / name for name in json.loads((folder / INDEX).read_bytes())["files"]]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a folder of statistics: it has no {INDEX}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / INDEX} does not describe statistics: {error}") from error
+    if (folder / UNFINISHED).exists():
+        raise ValueError(f"{folder} holds unfinished statistics: collect them with the same arguments to the end")
+    return files
 
 
 def _metric_of(*moments: Tensor) -> Metric:
     """Without the checks, which take as long as a fit, unless the products of the moments would be out of range."""
     is_in_range = all(EXTREME[0] < float(moment.diagonal().max()) < EXTREME[1] for moment in moments)
     return Metric.of_checked(*moments, *[None] * (2 - len(moments))) if is_in_range else Metric(*moments)
-
-
-@contextmanager
-def _named(name: str, what: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: of its calibration {what}s, {error}") from error
-
-
-@contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter gets a gradient inside: only those at the outputs of layers are needed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def _replaceable(model: nn.Module) -> list[str]:
-    found = [dense for dense in find_dense_layers(model, "*", ()) if dense.reason is None]
-    return [name for dense in found for name in (dense.name, *dense.sharers)]
-
-
-def _call(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch)

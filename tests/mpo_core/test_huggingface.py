@@ -15,11 +15,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from mpo_core.compression.collecting import collect_statistics, next_token_losses
 from mpo_core.compression.compress import compress
 from mpo_core.compression.counting import n_params, n_params_compressed
 from mpo_core.compression.decompress import decompress
 from mpo_core.compression.rel_errors import rel_errors
-from mpo_core.compression.statistics import collect_statistics, next_token_losses
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.low_rank import LowRankLinear
 from mpo_core.layers.mpo import MPOLinear
