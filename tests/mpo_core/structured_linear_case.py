@@ -62,6 +62,11 @@ def square_losses(model, x):
     return (y * torch.linspace(0.1, 2, y.shape[-1], dtype=y.dtype)).square().sum(-1)
 
 
+def flops_of_mv(matrix, vector, out_shape=None):
+    """PyTorch's counter leaves out products with a vector."""
+    return 2 * matrix[0] * matrix[1]
+
+
 class StructuredLinearTestCase:
     """The oracle is the dense layer of `to_matrix`."""
 
@@ -121,7 +126,7 @@ class StructuredLinearTestCase:
     @pytest.mark.parametrize("n_tokens", [1, 7])
     def test_flops_are_those_that_pytorch_counts(self, n_tokens):
         layer = self.make(bias=False, dtype=torch.float32)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: flops_of_mv}) as counter:
             layer(torch.ones(n_tokens, 20))
         assert layer.flops(n_tokens) == counter.get_total_flops()
         assert layer.bytes(n_tokens) >= 4 * (n_tokens * 12 + layer.n_params_matrix)
