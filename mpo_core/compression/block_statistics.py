@@ -48,9 +48,8 @@ class BlockCollection:
         with _without_caches(self.model):
             n_batches = self._run_model(batches)
             for done, block in enumerate(reversed(range(len(self.blocks.modules)))):
-                if not self.folder.has_block(block):
-                    statistics = self._run_block(block, n_batches, n_batches * (done + 1))
-                    self.folder.put_block(block, statistics)
+                if not self.folder.has_block(block):  # no name for its moments: they would stay during the next block
+                    self.folder.put_block(block, self._run_block(block, n_batches, n_batches * (done + 1)))
                 self.folder.drop(block)
         return self.folder.finish()
 
