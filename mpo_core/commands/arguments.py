@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from mpo_core.calibration.statistics import METRICS
 from mpo_core.compression.sizing import SPREADS
-from mpo_core.compression.statistics import METRICS
 from mpo_core.tensor_train.gauge import GAUGES
 
 LENGTH = 512

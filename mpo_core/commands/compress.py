@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpo_core.calibration.collecting import collect_statistics, next_token_losses
+from mpo_core.calibration.statistics import Statistics
 from mpo_core.commands.arguments import LENGTH, parser
 from mpo_core.commands.kept_statistics import describe, keep, load_kept
 from mpo_core.commands.progress import Progress
 from mpo_core.commands.summary import Outcome, summary
 from mpo_core.commands.texts import FEWEST, Split, read_documents, split
-from mpo_core.compression.collecting import collect_statistics, next_token_losses
 from mpo_core.compression.compress import compress
 from mpo_core.compression.counting import n_params
 from mpo_core.compression.dense_layers import find_dense_layers
 from mpo_core.compression.perplexity import Perplexity, perplexity
 from mpo_core.compression.saving import INDEX, save
-from mpo_core.compression.statistics import Statistics
 from mpo_core.layers.registry import kind_called
 from mpo_core.models.hugging_face import context_of, head_of, load_language_model
 

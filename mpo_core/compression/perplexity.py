@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mpo_core.compression.collecting import next_token_losses
+from mpo_core.calibration.collecting import next_token_losses
 from mpo_core.evaluating import evaluating
 
 

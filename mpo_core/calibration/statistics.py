@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo_core.compression.tensor_files import StoredTensor, stamp_of, write_whole
+from mpo_core.calibration.tensor_files import StoredTensor, stamp_of, write_whole
 from mpo_core.fitting.metric import EXTREME, Metric
 
 METRICS = ("weights", "outputs", "loss")
