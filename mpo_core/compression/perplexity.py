@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpo_core.calibration.collecting import next_token_losses
-from mpo_core.evaluating import evaluating
+from mpo_core.models.evaluating import evaluating
 
 
 class Perplexity(NamedTuple):
