@@ -125,7 +125,7 @@ def load(
     given = like() if callable(like) and not isinstance(like, nn.Module) else like
     try:
         model = rebuild(content, given)
-        _fill(model, content, _read_shards(folder, content["files"]), device)
+        _fill(model, content, _checked_shards(folder, content["files"]), device)
         set_modes(model, content)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -134,8 +134,8 @@ def load(
     return model
 
 
-def _fill(model: nn.Module, content: Mapping[str, Any], saved: dict[str, Tensor], device: torch.device | str) -> None:
-    """Replace the model's tensors by the saved ones, which are removed from `saved`."""
+def _fill(model: nn.Module, content: Mapping[str, Any], saved: dict[str, Path], device: torch.device | str) -> None:
+    """Replace the model's tensors by the saved ones, read one at a time from the files that hold them."""
     tied, orders, frozen = content["tied"], content["orders"], set(content["frozen"])
     parameters, buffers = named_tensors(model)
     ours = {**parameters, **buffers}
@@ -144,8 +144,7 @@ def _fill(model: nn.Module, content: Mapping[str, Any], saved: dict[str, Tensor]
     for name, old in ours.items():
         source = tied.get(name, name)
         if source not in placed:
-            # A copy has PyTorch's own memory layout, on which the last bit of a product may depend.
-            new = saved.pop(source).to(device, copy=True)
+            new = _read(saved[source], source, device)
             if source in orders:
                 new = new.permute([orders[source].index(dim) for dim in range(new.ndim)])
             placed[source] = nn.Parameter(new, source not in frozen) if source in parameters else new
@@ -257,28 +256,40 @@ def _read_index(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_shards(folder: Path, files: Mapping[str, Any]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+def _checked_shards(folder: Path, files: Mapping[str, Any]) -> dict[str, Path]:
+    """The file that holds each tensor, by the tensor's name; all files are complete and undamaged."""
+    from safetensors import SafetensorError, safe_open
 
-    tensors: dict[str, Tensor] = {}
+    places: dict[str, Path] = {}
     for name, expected in files.items():
         if not _SHARD.fullmatch(name):
             raise ValueError(f"{INDEX} names a file that `save` does not write: {name}")
+        path = folder / name
         try:
-            data = (folder / name).read_bytes()
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             raise ValueError(f"{name} is missing") from None
-        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        if digest != expected["sha256"]:
             raise ValueError(f"{name} is damaged: its checksum is wrong")
         try:
-            shard = load(data)
+            with safe_open(path, "pt") as file:
+                held = file.keys()
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{name} is damaged: {error}") from None
-        if set(shard) != set(expected["tensors"]):
+        if set(held) != set(expected["tensors"]):
             raise ValueError(f"{name} holds other tensors than {INDEX} says")
-        tensors |= shard
-    return tensors
+        places |= dict.fromkeys(held, path)
+    return places
+
+
+def _read(path: Path, name: str, device: torch.device | str) -> Tensor:
+    """One tensor of a file, which is mapped into memory only meanwhile: so no second copy of the model is held."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        # A copy has PyTorch's own memory layout, on which the last bit of a product may depend.
+        return file.get_tensor(name).to(device, copy=True)
 
 
 def _digest(content: Mapping[str, Any]) -> str:
