@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 
 from benchmarks.document import put_table
-from mpo_core.compression.collecting import collect_statistics
+from mpo_core.calibration.collecting import collect_statistics
 from mpo_core.compression.compress import compress
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.models.picogpt import PicoGPT

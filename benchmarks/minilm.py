@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.document import put_table
-from mpo_core.compression.collecting import collect_statistics
+from mpo_core.calibration.collecting import collect_statistics
 from mpo_core.compression.compress import compress
 from study.training.corpus import load_corpus
 

@@ -4,7 +4,8 @@ Needs only torch, and safetensors to save a model. Names used throughout: `chi` 
 `bonds` are the actual bonds (1, χ_1, ..., χ_{L-1}, 1). Core l has the shape (bonds[l], d_out[l], d_in[l], bonds[l+1]).
 """
 
-from mpo_core.compression.collecting import collect_statistics, next_token_losses
+from mpo_core.calibration.collecting import collect_statistics, next_token_losses
+from mpo_core.calibration.statistics import Statistics
 from mpo_core.compression.compress import compress
 from mpo_core.compression.counting import n_params, n_params_compressed
 from mpo_core.compression.decompress import decompress
@@ -12,7 +13,6 @@ from mpo_core.compression.perplexity import Perplexity, paired_difference, perpl
 from mpo_core.compression.rel_errors import rel_errors
 from mpo_core.compression.report import CompressionReport
 from mpo_core.compression.saving import load, save
-from mpo_core.compression.statistics import Statistics
 from mpo_core.fitting.chain_fit import improve_cores
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.cost_model import DeviceRates, set_rates

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from mpo_core.calibration.statistics import METRICS
 from mpo_core.compression.sizing import SPREADS
-from mpo_core.compression.statistics import METRICS
 from mpo_core.tensor_train.gauge import GAUGES
 
 LENGTH = 512
@@ -66,7 +66,10 @@ def parser() -> argparse.ArgumentParser:
 
     layers = made.add_argument_group("layers")
     layers.add_argument(
-        "--layer", default="low_rank", metavar="KIND", help="low_rank, mpo, monarch, pruned. Default: low_rank"
+        "--layer",
+        default="low_rank",
+        metavar="KIND",
+        help="low_rank, mpo, monarch, pruned, or auto: the best for each matrix. Default: low_rank",
     )
     layers.add_argument(
         "--gauge", choices=GAUGES, help="fixed has fewer parameters. Default: fixed, if the kind has a gauge"

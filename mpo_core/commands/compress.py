@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpo_core.calibration.collecting import collect_statistics, next_token_losses
+from mpo_core.calibration.statistics import Statistics
 from mpo_core.commands.arguments import LENGTH, parser
 from mpo_core.commands.kept_statistics import describe, keep, load_kept
 from mpo_core.commands.progress import Progress
 from mpo_core.commands.summary import Outcome, summary
 from mpo_core.commands.texts import FEWEST, Split, read_documents, split
-from mpo_core.compression.collecting import collect_statistics, next_token_losses
+from mpo_core.compression.candidates import AUTO
 from mpo_core.compression.compress import compress
 from mpo_core.compression.counting import n_params
-from mpo_core.compression.dense_layers import find_dense_layers
 from mpo_core.compression.perplexity import Perplexity, perplexity
 from mpo_core.compression.saving import INDEX, save
-from mpo_core.compression.statistics import Statistics
 from mpo_core.layers.registry import kind_called
+from mpo_core.models.dense_layers import find_dense_layers
 from mpo_core.models.hugging_face import context_of, head_of, load_language_model
 
 REPORT = "report.txt"
@@ -115,7 +116,7 @@ def _options(given: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--metric weights needs no --statistics: leave one of them out")
     if given.spread == "loss" and given.metric != "loss":
         raise ValueError(f"--spread loss needs --metric loss, but got --metric {given.metric}")
-    has_gauge = "gauge" in kind_called(given.layer).option_names()
+    has_gauge = given.layer == AUTO or "gauge" in kind_called(given.layer).option_names()
     if given.gauge is not None and not has_gauge:
         raise ValueError(f"--layer {given.layer} has no gauge: leave --gauge out")
     return {

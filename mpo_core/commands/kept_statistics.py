@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpo_core.compression.statistics import Statistics
+from mpo_core.calibration.statistics import Statistics
 
 SAMPLED = 1000
 """Most values of a tensor that its fingerprint takes."""

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpo_core.calibration.statistics import METRICS, Statistics
 from mpo_core.compression.allocation import allocate
 from mpo_core.compression.candidates import Candidates, Layer
 from mpo_core.compression.counting import n_params
-from mpo_core.compression.dense_layers import (
+from mpo_core.compression.measuring import errors_of, row_of, warn_where_parted
+from mpo_core.compression.report import CompressedLayer, CompressionReport
+from mpo_core.compression.sizing import SPREADS, best_of, ladder_of
+from mpo_core.fitting.metric import Metric
+from mpo_core.layers.structured import StructuredLinear
+from mpo_core.models.dense_layers import (
     DenseLayer,
     Model,
     copied,
     find_dense_layers,
 )
-from mpo_core.compression.measuring import errors_of, row_of, warn_where_parted
-from mpo_core.compression.report import CompressedLayer, CompressionReport
-from mpo_core.compression.sizing import SPREADS, best_of, ladder_of
-from mpo_core.compression.statistics import METRICS, Statistics
-from mpo_core.fitting.metric import Metric
-from mpo_core.layers.structured import StructuredLinear
 from mpo_core.tensor_train.bonds import check_fraction, check_whole
 
 

@@ -7,9 +7,9 @@ import math
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from mpo_core.compression.dense_layers import is_dense, shape_of
 from mpo_core.layers.computed_weights import weight_of
 from mpo_core.layers.structured import StructuredLinear
+from mpo_core.models.dense_layers import is_dense, shape_of
 
 
 def n_params(model: nn.Module) -> int:

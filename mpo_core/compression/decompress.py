@@ -6,8 +6,8 @@ from typing import overload
 
 from torch import nn
 
-from mpo_core.compression.dense_layers import Model, copied, does_more
 from mpo_core.layers.structured import StructuredLinear
+from mpo_core.models.dense_layers import Model, copied, does_more
 
 
 @overload

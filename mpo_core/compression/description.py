@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from mpo_core.compression.dense_layers import is_dense
 from mpo_core.compression.origin import LOADED_INTO, build, check_same_settings, origin_of
 from mpo_core.layers.computed_weights import copied_results, tensors_in
 from mpo_core.layers.registry import kind_called
 from mpo_core.layers.structured import StructuredLinear
+from mpo_core.models.dense_layers import is_dense
 
 _LINEAR = "linear"
 

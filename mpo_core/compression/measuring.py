@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
-from mpo_core.compression.dense_layers import DenseLayer
 from mpo_core.compression.report import CompressedLayer
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.structured import StructuredLinear
+from mpo_core.models.dense_layers import DenseLayer
 from mpo_core.tensor_train.algebra import rel_error as relative_error
 from mpo_core.values import error_ratio
 

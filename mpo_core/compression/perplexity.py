@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mpo_core.compression.collecting import next_token_losses
-from mpo_core.evaluating import evaluating
+from mpo_core.calibration.collecting import next_token_losses
+from mpo_core.models.evaluating import evaluating
 
 
 class Perplexity(NamedTuple):

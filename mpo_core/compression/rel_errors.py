@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from mpo_core.compression.dense_layers import linear_layers
+from mpo_core.models.dense_layers import linear_layers
 from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
 from mpo_core.tensor_train.factorisation import factorise
 

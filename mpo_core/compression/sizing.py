@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpo_core.compression.dense_layers import DenseLayer
 from mpo_core.fitting.ladders import QUICK_STEPS, Rung
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.structured import StructuredLinear, rounding
+from mpo_core.models.dense_layers import DenseLayer
 from mpo_core.values import check_matrix
 
 SPREADS = ("loss", "errors", "even")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mpo_core.evaluating import evaluating
 from mpo_core.layers.mpo import MPOLinear
+from mpo_core.models.evaluating import evaluating
 from mpo_core.models.picogpt import KeyValueCache, PicoGPT
 from mpo_core.tensor_train.bonds import check_whole
 

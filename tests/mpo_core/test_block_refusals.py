@@ -10,8 +10,8 @@ from test_huggingface import make_llama, make_tokens, seeded
 from torch import nn
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
-from mpo_core.compression.collecting import collect_statistics, next_token_losses
-from mpo_core.compression.statistics import Statistics
+from mpo_core.calibration.collecting import collect_statistics, next_token_losses
+from mpo_core.calibration.statistics import Statistics
 
 
 def collect(model, folder, batches=None, **options):

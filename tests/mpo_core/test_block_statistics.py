@@ -10,9 +10,9 @@ from test_huggingface import make_gpt2, make_llama, make_tokens, seeded
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mpo_core.compression.collecting import collect_statistics, next_token_losses
+from mpo_core.calibration.collecting import collect_statistics, next_token_losses
+from mpo_core.calibration.statistics import Statistics
 from mpo_core.compression.compress import compress
-from mpo_core.compression.statistics import Statistics
 from mpo_core.models.picogpt import GPTConfig, PicoGPT
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}

@@ -10,9 +10,9 @@ from measured_models import Branches, mean_square, with_ridge
 from structured_linear_case import make_linear, normal, square_losses
 from torch import nn
 
-from mpo_core.compression.collecting import collect_statistics, next_token_losses
+from mpo_core.calibration.collecting import collect_statistics, next_token_losses
+from mpo_core.calibration.statistics import DAMPING, RIDGE
 from mpo_core.compression.compress import compress
-from mpo_core.compression.statistics import DAMPING, RIDGE
 from mpo_core.models.picogpt import GPTConfig, PicoGPT
 
 

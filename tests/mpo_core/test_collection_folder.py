@@ -12,9 +12,9 @@ import torch
 from measured_models import Stack, assert_same_statistics
 from structured_linear_case import normal, square_losses
 
-from mpo_core.compression.collecting import collect_statistics
-from mpo_core.compression.collection_folder import digest_of
-from mpo_core.compression.statistics import Statistics
+from mpo_core.calibration.collecting import collect_statistics
+from mpo_core.calibration.collection_folder import digest_of
+from mpo_core.calibration.statistics import Statistics
 
 N_BATCHES, N_BLOCKS = 4, 3
 FILES = {*(f"block-00{block}.safetensors" for block in range(N_BLOCKS)), "outside.safetensors", "statistics.json"}

@@ -82,6 +82,7 @@ def numbers(line, out):
     [
         ("llama", "low_rank", {"gauge": "fixed"}),
         ("gpt2", "low_rank", {"gauge": "fixed"}),
+        ("llama", "auto", {"gauge": "fixed"}),
         ("gpt2", "pruned", {}),
     ],
 )

@@ -10,7 +10,7 @@ from own_kinds import OWN_KINDS
 from structured_linear_case import statistics_of
 from torch import nn
 
-from mpo_core.compression.collecting import collect_statistics
+from mpo_core.calibration.collecting import collect_statistics
 from mpo_core.compression.compress import compress
 from mpo_core.compression.counting import n_params, n_params_compressed
 from mpo_core.compression.decompress import decompress

@@ -9,10 +9,10 @@ import torch
 from structured_linear_case import statistics_of
 from torch import nn
 
-from mpo_core.compression.collecting import collect_statistics
+from mpo_core.calibration.collecting import collect_statistics
+from mpo_core.calibration.statistics import Moment
 from mpo_core.compression.compress import compress
 from mpo_core.compression.rel_errors import rel_errors
-from mpo_core.compression.statistics import Moment
 from mpo_core.fitting.chain_fit import improve_cores
 from mpo_core.fitting.fit import fit_cores
 from mpo_core.fitting.metric import Metric

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from mpo_core.compression.collecting import collect_statistics, next_token_losses
+from mpo_core.calibration.collecting import collect_statistics, next_token_losses
 from mpo_core.compression.compress import compress
 from mpo_core.compression.counting import n_params, n_params_compressed
 from mpo_core.compression.decompress import decompress

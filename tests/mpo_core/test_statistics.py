@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from structured_linear_case import make_linear, metric_of, normal, square_losses
 from torch import nn
 
-from mpo_core.compression.collecting import collect_statistics
+from mpo_core.calibration.collecting import collect_statistics
+from mpo_core.calibration.statistics import Moment, Statistics
+from mpo_core.calibration.tensor_files import StoredTensor
 from mpo_core.compression.compress import compress
-from mpo_core.compression.statistics import Moment, Statistics
-from mpo_core.compression.tensor_files import StoredTensor
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.low_rank import LowRankLinear
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpo_core.compression.tensor_files import StoredTensor, stamp_of, write_whole
+from mpo_core.calibration.tensor_files import StoredTensor, stamp_of, write_whole
 from mpo_core.fitting.metric import EXTREME, Metric
 
 METRICS = ("weights", "outputs", "loss")
@@ -44,8 +44,7 @@ class Moment:
     def total(self) -> Tensor | None:
         """Σ v vᵀ (size, size). If it is stored in files, each call reads it, and does not keep it."""
         if self._stored:
-            first, *others = (stored.read() for stored in self._stored)
-            return sum(others, start=first)
+            return _sum(stored.read() for stored in self._stored)
         return self._total
 
     @total.setter
@@ -206,12 +205,12 @@ class Statistics:
         if not held:
             raise ValueError(f"{names[0]}: {self.why_not(names, metric, held_out=held_out)}")
         # The changes of the outputs of layers that share a weight add up.
-        gram = torch.stack([part.inputs_of(name).mean(ridge) for name in held]).sum(0)
+        gram = _sum(part.inputs_of(name).mean(ridge) for name in held)
         if metric == "outputs":
             return _metric_of(gram)
         gradients = [part.gradients[name] for name in held]
-        per_token = [moment.mean(damping) * (moment.n_samples / part.n_losses) for moment in gradients]
-        return _metric_of(gram, torch.stack(per_token).mean(0))
+        per_token = (moment.mean(damping) * (moment.n_samples / part.n_losses) for moment in gradients)
+        return _metric_of(gram, _sum(per_token) / len(held))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to one safetensors file."""
@@ -305,6 +304,11 @@ def _files_of(folder: Path) -> list[Path]:
     if (folder / UNFINISHED).exists():
         raise ValueError(f"{folder} holds unfinished statistics: collect them with the same arguments to the end")
     return files
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    first, *others = tensors
+    return sum(others, start=first)
 
 
 def _metric_of(*moments: Tensor) -> Metric:

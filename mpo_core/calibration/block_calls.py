@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mpo_core.compression.recording import version_of
+from mpo_core.calibration.recording import version_of
 
 
 class Call(NamedTuple):

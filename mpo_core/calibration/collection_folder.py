@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpo_core.compression.block_calls import BatchCalls, Call, unpacked
-from mpo_core.compression.statistics import INDEX, UNFINISHED, Part, Statistics, described
-from mpo_core.compression.tensor_files import PARTIAL, make_final, write_whole
+from mpo_core.calibration.block_calls import BatchCalls, Call, unpacked
+from mpo_core.calibration.statistics import INDEX, UNFINISHED, Part, Statistics, described
+from mpo_core.calibration.tensor_files import PARTIAL, make_final, write_whole
 
 _OUTSIDE = "outside.safetensors"
 

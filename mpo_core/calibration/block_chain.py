@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpo_core.compression.block_calls import BatchCalls, Call, hidden_states
-from mpo_core.compression.recording import version_of
+from mpo_core.calibration.block_calls import BatchCalls, Call, hidden_states
+from mpo_core.calibration.recording import version_of
 
 ALL_AT_ONCE = "collect without `blocks`"
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mpo_core.compression.block_calls import Call, hidden_states
-from mpo_core.compression.block_chain import ALL_AT_ONCE, Blocks
-from mpo_core.compression.collection_folder import CollectionFolder, digest_of
-from mpo_core.compression.recording import NO_BATCHES, is_held_out, recorded
-from mpo_core.compression.statistics import Part, Statistics
+from mpo_core.calibration.block_calls import Call, hidden_states
+from mpo_core.calibration.block_chain import ALL_AT_ONCE, Blocks
+from mpo_core.calibration.collection_folder import CollectionFolder, digest_of
+from mpo_core.calibration.recording import NO_BATCHES, is_held_out, recorded
+from mpo_core.calibration.statistics import Part, Statistics
 
 
 class BlockCollection:
@@ -48,9 +48,8 @@ class BlockCollection:
         with _without_caches(self.model):
             n_batches = self._run_model(batches)
             for done, block in enumerate(reversed(range(len(self.blocks.modules)))):
-                if not self.folder.has_block(block):
-                    statistics = self._run_block(block, n_batches, n_batches * (done + 1))
-                    self.folder.put_block(block, statistics)
+                if not self.folder.has_block(block):  # no name for its moments: they would stay during the next block
+                    self.folder.put_block(block, self._run_block(block, n_batches, n_batches * (done + 1)))
                 self.folder.drop(block)
         return self.folder.finish()
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpo_core.compression.block_chain import Blocks, autocast_modes
-from mpo_core.compression.block_statistics import BlockCollection
-from mpo_core.compression.collection_folder import CollectionFolder, digest_of_model
-from mpo_core.compression.dense_layers import find_dense_layers
-from mpo_core.compression.recording import NO_BATCHES, backward, call, is_held_out, recorded
-from mpo_core.compression.statistics import Part, Statistics
-from mpo_core.evaluating import evaluating
+from mpo_core.calibration.block_chain import Blocks, autocast_modes
+from mpo_core.calibration.block_statistics import BlockCollection
+from mpo_core.calibration.collection_folder import CollectionFolder, digest_of_model
+from mpo_core.calibration.recording import NO_BATCHES, backward, call, is_held_out, recorded
+from mpo_core.calibration.statistics import Part, Statistics
+from mpo_core.models.dense_layers import find_dense_layers
+from mpo_core.models.evaluating import evaluating
 
 
 def next_token_losses(model: nn.Module, tokens: Tensor) -> Tensor:

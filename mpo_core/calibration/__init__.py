@@ -1,0 +1,1 @@
+"""Calibration: texts through a model, and the statistics of its layers."""
