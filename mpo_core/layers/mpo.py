@@ -198,8 +198,9 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
 
     @classmethod
     def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:
-        """`splits_to_try`."""
-        return [{"d_out": d_out, "d_in": d_in} for d_out, d_in in splits_to_try(out_features, in_features)]
+        """`splits_to_try`, as chains: their FLOPs then fall with their parameters, and W is never formed."""
+        splits = splits_to_try(out_features, in_features)
+        return [{"d_out": d_out, "d_in": d_in, "forward": "chain"} for d_out, d_in in splits]
 
     def why_no_smaller(self) -> str | None:
         """Why the chain has no fewer parameters than W, and which cap χ would have fewer (`why_not`)."""

@@ -110,10 +110,9 @@ def few_rows(shapes: Sequence[Sequence[int]], direction: str) -> int:
 
 def columns_of(shapes: Sequence[Sequence[int]], site: int, direction: str) -> int:
     """Columns of the product with the stored rows of this core, for each row of x."""
-    before, (_, o, i, _), after = shapes[:site], shapes[site], shapes[site + 1 :]
-    if direction == "left":
-        return math.prod(shape[1] for shape in before) * o * math.prod(shape[2] for shape in after)
-    return math.prod(shape[2] for shape in before) * i * math.prod(shape[1] for shape in after)
+    first, second = (1, 2) if direction == "left" else (2, 1)
+    sides = [shape[first] for shape in shapes[: site + 1]] + [shape[second] for shape in shapes[site + 1 :]]
+    return math.prod(sides)
 
 
 def chain_of_stored(
@@ -130,34 +129,33 @@ def chain_of_stored(
     Returns:
         (..., prod(d_out)).
     """
-    n_rows, n_sites = math.prod(x.shape[:-1]), len(shapes)
-    state = x
+    state, n_rows, n_sites = x, math.prod(x.shape[:-1]), len(shapes)
+    rest, done = x.shape[-1], 1  # columns to come, and rows so far
     for site in range(n_sites) if direction == "left" else reversed(range(n_sites)):
         (a, o, i, b), core, is_whole = shapes[site], stored[site], site == n_sites - 1
+        rest = rest // i
         if direction == "left":
-            items = n_rows * math.prod(shape[1] for shape in shapes[:site])
-            n = math.prod(shape[2] for shape in shapes[site + 1 :])
+            items, n = n_rows * done, rest
             state = state.reshape(items, a * i, n)
             if is_whole:
                 state = core.permute(1, 3, 0, 2).reshape(o * b, a * i) @ state
-                continue
-            rows = state.reshape(items, a, i, n).permute(1, 2, 0, 3)
-            if o > 1:
-                same = torch.eye(o, dtype=x.dtype, device=x.device)[:, None, None, :, None]
-                rows = rows[:, None, :, :, None] * same  # (a, o, i, items, o, n)
-            rows = rows.reshape(a * o * i, items * o * n)
-            rows = rows.index_copy(0, orders[site], rows)
-            state = rows[:b] + core.mT @ rows[b:]
-            state = state.reshape(b, items, o, n).permute(1, 2, 0, 3)
+            else:
+                rows = state.reshape(items, a, i, n).permute(1, 2, 0, 3)
+                if o > 1:
+                    same = torch.eye(o, dtype=x.dtype, device=x.device)[:, None, None, :, None]
+                    rows = rows[:, None, :, :, None] * same  # (a, o, i, items, o, n)
+                rows = rows.reshape(a * o * i, items * o * n)
+                rows = rows.index_copy(0, orders[site], rows)
+                state = (rows[:b] + core.mT @ rows[b:]).reshape(b, items, o, n).permute(1, 2, 0, 3)
         else:
-            items = n_rows * math.prod(shape[2] for shape in shapes[:site])
-            n = math.prod(shape[1] for shape in shapes[site + 1 :])
+            items, n = n_rows * rest, done
             state = state.reshape(items, i * b, n)
             if is_whole:
                 state = core.reshape(a * o, i * b) @ state
-                continue
-            rows = state.reshape(items, i, b, n).permute(2, 0, 1, 3).reshape(b, items * i * n)
-            rows = torch.cat([rows, core @ rows]).index_select(0, orders[site])
-            rows = rows.reshape(a * o, i, items, i, n)
-            state = (rows.squeeze((1, 3)) if i == 1 else rows.diagonal(dim1=1, dim2=3).sum(-1)).transpose(0, 1)
-    return state.reshape(*x.shape[:-1], math.prod(shape[1] for shape in shapes))
+            else:
+                rows = state.reshape(items, i, b, n).permute(2, 0, 1, 3).reshape(b, items * i * n)
+                rows = torch.cat([rows, core @ rows]).index_select(0, orders[site])
+                rows = rows.reshape(a * o, i, items, i, n)
+                state = (rows.squeeze((1, 3)) if i == 1 else rows.diagonal(dim1=1, dim2=3).sum(-1)).transpose(0, 1)
+        done = done * o
+    return state.reshape(*x.shape[:-1], done)
