@@ -60,7 +60,8 @@ class Candidates:
             tried = [(kind_called(name), own)]
         else:
             shape = linear.out_features, linear.in_features
-            tried = [(kind, each) for kind in kinds().values() for each in kind.options_to_try(*shape)]
+            every = [(kind, each) for kind in kinds().values() for each in kind.options_to_try(*shape)]
+            tried = [(kind, {**each, **self._shared(kind)}) for kind, each in every]
         return [Sizer(kind, options={**self._shared(kind), **each}, **self._made) for kind, each in tried]
 
     def _shared(self, kind: type[StructuredLinear]) -> dict[str, Any]:

@@ -86,13 +86,15 @@ def choose(
     training: bool,
     rates: DeviceRates,
     modes: Sequence[str] = ("reconstruct", "chain"),
+    gauge: str = "free",
 ) -> str:
     """Return the mode of `modes` (see `contraction.products`) that is predicted to be fastest for n_tokens rows of x.
 
     Args:
         training: whether the gradients of x and of all cores are computed too.
+        gauge: of the cores, "free" or "fixed".
     """
-    return _choose(tuple(bonds), tuple(d_out), tuple(d_in), n_tokens, training, rates, tuple(modes))
+    return _choose(tuple(bonds), tuple(d_out), tuple(d_in), n_tokens, training, rates, tuple(modes), gauge)
 
 
 @lru_cache(maxsize=4096)
@@ -104,15 +106,20 @@ def _choose(
     training: bool,
     rates: DeviceRates,
     modes: tuple[str, ...],
+    gauge: str,
 ) -> str:
     def seconds(mode: str, n_rows: int) -> float:
-        steps = products(mode, bonds, d_out, d_in, n_rows)
+        steps = products(mode, bonds, d_out, d_in, n_rows, gauge=gauge)
         every = with_gradients(steps) if training else steps
         if training and n_rows < n_tokens:
             every += steps[:-1]  # the backward pass of a part forms its states again
         overhead = len(steps) * rates.overhead[mode][training]
         excess = _IN_PARTS[training] if n_rows < n_tokens else 1.0
-        return overhead + excess * rates.seconds(every, keeps=training)
+        total = overhead + excess * rates.seconds(every, keeps=training)
+        if mode == "cached" and rates.in_parts:  # on a CPU every call compares the cores with those of the kept W
+            n_entries = sum(map(math.prod, zip(bonds[:-1], d_out, d_in, bonds[1:], strict=True)))
+            total += rates.seconds([Product(0, 1, 2 * n_entries, 0)])
+        return total
 
     def in_all(mode: str) -> float:
         n_at_once = n_tokens

@@ -21,7 +21,7 @@ from mpo_core.tensor_train.bonds import check_whole, clip_bonds
 from mpo_core.tensor_train.chain_steps import is_traced
 from mpo_core.tensor_train.contraction import Product, chain, cheapest_direction, pad_features, products
 from mpo_core.tensor_train.factorisation import why_not
-from mpo_core.tensor_train.gauge import check_gauge, fix_cores, free_cores, n_fixed_bits
+from mpo_core.tensor_train.gauge import chain_of_stored, check_gauge, few_rows, fix_cores, free_cores, n_fixed_bits
 from mpo_core.tensor_train.initialisation import INITS, init_cores_
 from mpo_core.tensor_train.splitting import chi_within, smaller_shapes, splits_to_try, splitter
 from mpo_core.values import check_matrix
@@ -119,6 +119,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         self._held: Tensor | None = None
         self.gauge = gauge
         self.shapes = list(zip(self.bonds[:-1], self.d_out, self.d_in, self.bonds[1:], strict=True))
+        self._few = few_rows(self.shapes, self._direction) if gauge == "fixed" else 0
         stored: list[tuple[int, ...]] = list(self.shapes)
         if gauge == "fixed":
             for site, shape in enumerate(self.shapes[:-1]):
@@ -197,8 +198,9 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
 
     @classmethod
     def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:
-        """`splits_to_try`."""
-        return [{"d_out": d_out, "d_in": d_in} for d_out, d_in in splits_to_try(out_features, in_features)]
+        """`splits_to_try`, as chains: their FLOPs then fall with their parameters, and W is never formed."""
+        splits = splits_to_try(out_features, in_features)
+        return [{"d_out": d_out, "d_in": d_in, "forward": "chain"} for d_out, d_in in splits]
 
     def why_no_smaller(self) -> str | None:
         """Why the chain has no fewer parameters than W, and which cap χ would have fewer (`why_not`)."""
@@ -248,7 +250,8 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         if self._held is not None:
             return nn.functional.linear(x, self._held, self.bias)
         cores = list(self.cores)  # reading a ParameterList takes microseconds
-        mode = self._mode(cores, x.numel() // self.in_features, x.requires_grad)
+        n_tokens = x.numel() // self.in_features
+        mode = self._mode(cores, n_tokens, x.requires_grad)
         if mode != "chain":
             W = self._kept_matrix(cores) if mode == "cached" else self._matrix(cores)
             return nn.functional.linear(x, W, self.bias)
@@ -257,7 +260,11 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
                 f"`x.shape[-1] == in_features` must hold, but got x of shape {tuple(x.shape)}, "
                 f"in_features={self.in_features}"
             )
-        y = chain(self._whole(cores), pad_features(x, math.prod(self.d_in)), self._direction)
+        padded = pad_features(x, math.prod(self.d_in))
+        if 0 < n_tokens <= self._few:
+            y = chain_of_stored(cores, self._orders(), self.shapes, padded, self._direction)
+        else:
+            y = chain(self._whole(cores), padded, self._direction)
         y = y if self._is_exact else y[..., : self.out_features]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -275,6 +282,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
             n_tokens,
             out_features=self.out_features,
             in_features=self.in_features,
+            gauge=self.gauge,
         )
 
     def structure(self) -> str:
@@ -349,7 +357,8 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
 
     def _fastest(self, core: Tensor, n_tokens: int, training: bool, modes: Sequence[str]) -> str:
         rates = rates_of(core.device, _compute_dtype(core))
-        return choose(self.bonds, self.d_out, self.d_in, n_tokens, training=training, rates=rates, modes=modes)
+        how = {"training": training, "rates": rates, "modes": modes, "gauge": self.gauge}
+        return choose(self.bonds, self.d_out, self.d_in, n_tokens, **how)
 
     # Keeping W --------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from mpo_core.tensor_train.chain_steps import (
     matrices_of,
     steps_of,
 )
+from mpo_core.tensor_train.gauge import columns_of, few_rows
 
 DIRECTIONS = ("auto", "left", "right")
 MODES = ("reconstruct", "chain", "cached")
@@ -181,6 +182,18 @@ def chain_products(bonds: Sizes, d_out: Sizes, d_in: Sizes, n_tokens: int, direc
     return [_product_of(step, n_tokens) for step in steps_of(bonds, d_out, d_in, direction)]
 
 
+def stored_products(bonds: Sizes, d_out: Sizes, d_in: Sizes, n_tokens: int, direction: str) -> list[Product]:
+    """The products of `gauge.chain_of_stored`, in the order of the sites."""
+    shapes = list(zip(bonds[:-1], d_out, d_in, bonds[1:], strict=True))
+    steps = []
+    for site, (a, o, i, b) in enumerate(shapes[:-1]):
+        rows, columns = a * o * i, n_tokens * columns_of(shapes, site, direction)
+        m, k = (b, rows - b) if direction == "left" else (rows - b, b)
+        steps.append(Product(1, m, k, columns, copied=rows * columns))
+    last = steps_of(bonds, d_out, d_in, direction)[-1 if direction == "left" else 0]
+    return [*steps, _product_of(last, n_tokens)]
+
+
 def _product_of(step: Step, n_tokens: int) -> Product:
     items, m, k, n = step
     batch = n_tokens * items
@@ -223,10 +236,12 @@ def products(
     out_features: int | None = None,
     in_features: int | None = None,
     direction: str = "auto",
+    gauge: str = "free",
 ) -> list[Product]:
     """The matrix products of a forward pass in the mode "reconstruct", "chain" or "cached".
 
     Args:
+        gauge: in the "fixed" one the cores are formed first, or few rows are contracted with what is stored.
         out_features, in_features: sizes of the dense product if the local sizes are padded. Default: prod(d_out),
             prod(d_in).
     Raises:
@@ -236,10 +251,19 @@ def products(
         raise ValueError(f"`mode` must be one of {', '.join(MODES)}, but got {mode!r}")
     if direction not in DIRECTIONS:
         raise ValueError(f"`direction` must be one of {', '.join(DIRECTIONS)}, but got {direction!r}")
-    if mode == "chain":
-        return chain_products(bonds, d_out, d_in, n_tokens, direction)
     dense = dense_product(out_features or math.prod(d_out), in_features or math.prod(d_in), n_tokens)
-    return [dense] if mode == "cached" else [*contract_products(bonds, d_out, d_in), dense]
+    if mode == "cached":
+        return [dense]
+    shapes = list(zip(bonds[:-1], d_out, d_in, bonds[1:], strict=True))
+    if mode == "chain":
+        direction = cheapest_direction(bonds, d_out, d_in) if direction == "auto" else direction
+        if gauge == "fixed" and n_tokens <= few_rows(shapes, direction):
+            return stored_products(bonds, d_out, d_in, n_tokens, direction)
+        steps = chain_products(bonds, d_out, d_in, n_tokens, direction)
+    else:
+        steps = [*contract_products(bonds, d_out, d_in), dense]
+    formed = [2 * math.prod(shape) for shape in shapes[:-1]] if gauge == "fixed" else []  # with the identity, in place
+    return [*(Product(0, 0, 0, 0, copied=entries) for entries in formed), *steps]
 
 
 def cost(steps: Sequence[Product], itemsize: int, *, training: bool = False) -> Cost:

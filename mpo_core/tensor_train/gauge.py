@@ -94,3 +94,68 @@ def free_cores(stored: Sequence[Tensor], orders: Sequence[Tensor], shapes: Seque
     """The cores of these shapes, differentiable; undoes `fix_cores` but for the gauge."""
     placed = [place_rows(C, order) for C, order in zip(stored[:-1], orders, strict=True)]
     return [core.reshape(tuple(shape)) for core, shape in zip([*placed, stored[-1]], shapes, strict=True)]
+
+
+# Applying a chain in the fixed gauge ----------------------------------------------------------------------------------
+
+
+def few_rows(shapes: Sequence[Sequence[int]], direction: str) -> int:
+    """The most rows of x for which `chain_of_stored` is cheaper than a chain of `free_cores`; 0 if it never is.
+
+    It moves as many entries for each row of a core as its product has columns, instead of as many as the bond has.
+    """
+    fixed = range(len(shapes) - 1)
+    return min(((shapes[site][3] - 1) // columns_of(shapes, site, direction) for site in fixed), default=0)
+
+
+def columns_of(shapes: Sequence[Sequence[int]], site: int, direction: str) -> int:
+    """Columns of the product with the stored rows of this core, for each row of x."""
+    first, second = (1, 2) if direction == "left" else (2, 1)
+    sides = [shape[first] for shape in shapes[: site + 1]] + [shape[second] for shape in shapes[site + 1 :]]
+    return math.prod(sides)
+
+
+def chain_of_stored(
+    stored: Sequence[Tensor], orders: Sequence[Tensor], shapes: Sequence[Sequence[int]], x: Tensor, direction: str
+) -> Tensor:
+    """`contraction.chain` of the cores of `free_cores`, which are not formed: for `few_rows` of x.
+
+    A core is a matrix M with rows (left bond, output, input) and the right bond as columns. Its product with a state,
+    from the right or from the left, is one with the stored rows. The index that M has among its rows, but that the
+    other direction sums over, is repeated in the state: the input from the right, the output from the left.
+
+    Args:
+        x: (..., prod(d_in)). direction: "left" or "right".
+    Returns:
+        (..., prod(d_out)).
+    """
+    state, n_rows, n_sites = x, math.prod(x.shape[:-1]), len(shapes)
+    rest, done = x.shape[-1], 1  # columns to come, and rows so far
+    for site in range(n_sites) if direction == "left" else reversed(range(n_sites)):
+        (a, o, i, b), core, is_whole = shapes[site], stored[site], site == n_sites - 1
+        rest = rest // i
+        if direction == "left":
+            items, n = n_rows * done, rest
+            state = state.reshape(items, a * i, n)
+            if is_whole:
+                state = core.permute(1, 3, 0, 2).reshape(o * b, a * i) @ state
+            else:
+                rows = state.reshape(items, a, i, n).permute(1, 2, 0, 3)
+                if o > 1:
+                    same = torch.eye(o, dtype=x.dtype, device=x.device)[:, None, None, :, None]
+                    rows = rows[:, None, :, :, None] * same  # (a, o, i, items, o, n)
+                rows = rows.reshape(a * o * i, items * o * n)
+                rows = rows.index_copy(0, orders[site], rows)
+                state = (rows[:b] + core.mT @ rows[b:]).reshape(b, items, o, n).permute(1, 2, 0, 3)
+        else:
+            items, n = n_rows * rest, done
+            state = state.reshape(items, i * b, n)
+            if is_whole:
+                state = core.reshape(a * o, i * b) @ state
+            else:
+                rows = state.reshape(items, i, b, n).permute(2, 0, 1, 3).reshape(b, items * i * n)
+                rows = torch.cat([rows, core @ rows]).index_select(0, orders[site])
+                rows = rows.reshape(a * o, i, items, i, n)
+                state = (rows.squeeze((1, 3)) if i == 1 else rows.diagonal(dim1=1, dim2=3).sum(-1)).transpose(0, 1)
+        done = done * o
+    return state.reshape(*x.shape[:-1], done)

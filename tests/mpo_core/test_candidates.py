@@ -55,10 +55,17 @@ def test_each_matrix_takes_the_kind_that_holds_it_exactly(spread, gauge):
     assert rows["chain"].kind == "mpo"
     assert rows["product"].kind == "low_rank"
     assert small["chain"].gauge == small["product"].gauge == gauge
+    assert small["chain"].forward_mode == "chain"
     assert report.kept <= 0.5
     for row in report.rows:
         assert row.error < 1e-3
         assert row.predicted_loss < 1e-3
+
+
+def test_an_option_of_all_kinds_counts_more_than_what_a_kind_tries():
+    model, statistics = example()
+    small, _ = compress(model, keep=0.5, layer="auto", statistics=statistics, forward="cached")
+    assert small["chain"].forward_mode == "cached"
 
 
 def test_auto_is_never_worse_than_low_rank():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structured_linear_case import make_linear, metric_of, normal, seeded
 from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
 
 import mpo_core
 from mpo_core.compression.compress import compress
@@ -17,7 +18,17 @@ from mpo_core.layers.low_rank import LowRankLinear
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.tensor_train.algebra import contract, tt_svd
 from mpo_core.tensor_train.bonds import n_params
-from mpo_core.tensor_train.gauge import LARGEST, fix_cores, fix_rows, free_cores, n_fixed, place_rows
+from mpo_core.tensor_train.contraction import chain
+from mpo_core.tensor_train.gauge import (
+    LARGEST,
+    chain_of_stored,
+    few_rows,
+    fix_cores,
+    fix_rows,
+    free_cores,
+    n_fixed,
+    place_rows,
+)
 
 shapes = st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
 
@@ -220,3 +231,102 @@ def test_masks_count_in_a_budget():
         assert report.kept <= 0.5
         assert sum(row.n_params_after for row in report.rows) == pytest.approx((0.5 - 1 / 32) * n_dense, rel=0.05)
         assert mpo_core.n_params_compressed(compressed) == sum(row.n_params_after for row in report.rows)
+
+
+# Applying layers in the fixed gauge -----------------------------------------------------------------------------------
+
+SPLITS = [((12, 1), (2, 10)), ((1, 12), (10, 2)), ((2, 6), (20, 1)), ((6, 2), (1, 20)), ((3, 4), (4, 5))]
+APPLIED = [
+    (LowRankLinear, {"rank": 4}),
+    *((MPOLinear, {"chi": 9, "d_out": d_out, "d_in": d_in, "forward": "chain"}) for d_out, d_in in SPLITS),
+    (MPOLinear, {"chi": 8, "d_out": (6, 2, 1), "d_in": (1, 2, 10), "forward": "chain"}),
+]
+applied = pytest.mark.parametrize(("kind", "size"), APPLIED)
+
+
+def fixed_layer(kind, size, seed=0, dtype=torch.float64):
+    layer = kind(20, 12, gauge="fixed", generator=seeded(seed), dtype=dtype, **size)
+    layer.bias.data.normal_(generator=seeded(seed + 1))
+    return layer
+
+
+@applied
+@pytest.mark.parametrize("n_tokens", [1, 2, 4, 9])
+def test_any_number_of_tokens_has_the_values_and_gradients_of_the_matrix(kind, size, n_tokens):
+    """Rows are put in place before the product, after it, or in the state, depending on the number of tokens."""
+    layer = fixed_layer(kind, size)
+    for x in (normal(n_tokens, 20, seed=1), normal(20, n_tokens, seed=1).T, normal(1, n_tokens, 20, seed=1)):
+        x, dy = x.requires_grad_(), normal(*x.shape[:-1], 12, seed=2)
+        variables, expected = [x, *layer.parameters()], nn.functional.linear(x, layer.to_matrix(), layer.bias)
+        torch.testing.assert_close(layer(x), expected)
+        ours, theirs = (torch.autograd.grad(y, variables, dy) for y in (layer(x), expected))
+        torch.testing.assert_close(ours, theirs)
+
+
+@applied
+def test_few_tokens_of_stacked_and_of_compiled_layers(kind, size):
+    layers = [fixed_layer(kind, size, seed) for seed in (0, 3)]
+    parameters, buffers = stack_module_state(layers)
+    for n_tokens in (1, 2, 5):
+        x = normal(2, n_tokens, 20)
+        y = vmap(lambda *state: functional_call(layers[0], state[:2], (state[2],)))(parameters, buffers, x)
+        torch.compiler.reset()
+        compiled = torch.compile(layers[1], backend="aot_eager", fullgraph=True)
+        for index, layer in enumerate(layers):
+            torch.testing.assert_close(y[index], layer(x[index]))
+        torch.testing.assert_close(compiled(x[1]), y[1])
+
+
+@applied
+def test_few_tokens_in_bfloat16_and_on_the_meta_device(kind, size):
+    layer = fixed_layer(kind, size, dtype=torch.float32)
+    for n_tokens in (1, 2, 5):
+        x = normal(n_tokens, 20, dtype=torch.float32)
+        exact = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x)
+        rounded = fixed_layer(kind, size, dtype=torch.float32).bfloat16()(x.bfloat16())
+        for each in (y, rounded):
+            assert each.dtype is torch.bfloat16
+            torch.testing.assert_close(each.float(), exact, atol=0.1, rtol=0.05)
+        assert fixed_layer(kind, size).to("meta")(x.double().to("meta")).shape == (n_tokens, 12)
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (40,), (20, 1), (1,)])
+def test_an_input_of_another_size_is_refused(shape):
+    for kind, size in (APPLIED[0], APPLIED[1]):
+        with pytest.raises((RuntimeError, ValueError)):
+            fixed_layer(kind, size)(normal(*shape))
+
+
+@pytest.mark.parametrize("direction", ["left", "right"])
+@pytest.mark.parametrize(("d_out", "d_in"), [*SPLITS, ((2, 3, 2), (5, 2, 2)), ((12,), (20,)), ((2, 1, 6), (1, 10, 2))])
+def test_a_chain_of_what_is_stored_is_the_chain_of_the_cores(d_out, d_in, direction):
+    cores = tt_svd(normal(12, 20), d_out, d_in, 4)
+    stored, orders = fix_cores(cores)
+    shapes = [tuple(core.shape) for core in cores]
+    for leading in ((), (1,), (2, 3), (0,)):
+        x = normal(*leading, 20, seed=1)
+        expected = chain(cores, x, direction)
+        torch.testing.assert_close(chain_of_stored(stored, orders, shapes, x, direction), expected)
+
+
+def test_few_tokens_are_those_for_which_less_is_moved():
+    shapes = [(1, 12, 2, 9), (9, 1, 10, 1)]
+    assert few_rows(shapes, "right") == 4  # 4 · 2 columns, and a bond of 9
+    assert few_rows(shapes, "left") == 0
+    assert few_rows([(1, 12, 20, 1)], "right") == 0
+    layer = MPOLinear(
+        20, 12, bonds=(1, 9, 1), d_out=(12, 1), d_in=(2, 10), forward="chain", gauge="fixed", device="meta"
+    )
+    assert layer.flops(1) == 2 * (2 * (24 - 9) * 9 + 9 * 20)
+    free = layer.with_gauge("free")
+    assert layer.flops(5) == free.flops(5)
+    copied = [sum(step.copied for step in each.products(5)) for each in (layer, free)]
+    assert copied[0] - copied[1] == 2 * 24 * 9
+
+
+def test_low_rank_counts_what_it_computes_for_few_and_for_many_tokens():
+    layer = LowRankLinear(20, 12, rank=4, gauge="fixed", device="meta")
+    assert [layer.flops(n) for n in (1, 3)] == [n * 2 * 4 * (20 + 12 - 4) for n in (1, 3)]
+    assert [layer.flops(n) for n in (4, 9)] == [n * 2 * 4 * (20 + 12) for n in (4, 9)]
