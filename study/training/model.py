@@ -13,6 +13,7 @@ from study.spec.config import Model
 from study.spec.kinds import DECOMPOSED
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
 
+
 def build_model(
     spec: TrialSpec,
     vocab_size: int,
