@@ -48,6 +48,8 @@ class CollectionFolder:
         elif found := [file.name for file in path.iterdir() if file.suffix != PARTIAL]:
             raise ValueError(f"{path} holds other files, such as {found[0]}: choose another folder")
         if not known:
+            for block in self._blocks:  # of batches that are not known any more
+                block.unlink(missing_ok=True)
             partial = path / (INDEX + PARTIAL)
             content = {"files": [file.name for file in files], "arguments": arguments}
             partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -24,9 +24,13 @@ def load_kept(path: Path, about: dict[str, Any]) -> Statistics | None:
     Raises:
         ValueError: the file is damaged, or holds statistics of another model, text, metric or layers.
     """
-    if not path.exists():
-        return None
     beside = _beside(path)
+    if not path.exists():
+        if beside.exists():
+            raise ValueError(
+                f"{path} would be kept with {beside}, which exists: choose another file, or remove that one"
+            )
+        return None
     try:
         kept = json.loads(beside.read_text(encoding="utf-8"))
         model, text, has_loss, layers = (kept[key] for key in about)

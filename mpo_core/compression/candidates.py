@@ -48,6 +48,12 @@ class Candidates:
         self.are_fixed = all(len(names) == 1 and names != [AUTO] for names in by_matrix)
         """Whether no matrix has several kinds or options to choose from."""
 
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Raise ValueError if a pattern matches none of the layers' names."""
+        for pattern in self._choices:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"`layer` has the pattern {pattern!r}, but it matches none of the layers")
+
     def of(self, name: str, linear: nn.Linear) -> list[Sizer]:
         """Those of the first pattern that matches the layer's name; none if no pattern does."""
         for pattern, choices in self._choices.items():

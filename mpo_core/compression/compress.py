@@ -120,6 +120,8 @@ def compress(
     elif options or init is not None:
         raise ValueError(f"with a function as `layer`, no options are allowed, but got {', '.join(options) or 'init'}")
     found = find_dense_layers(model, include, exclude)
+    if candidates is not None:
+        candidates.check_patterns([dense.name for dense in found])
     sizers = {dense.name: candidates.of(dense.name, dense.linear) for dense in found} if candidates is not None else {}
     found = [
         replace(dense, reason="no pattern of `layer` matches it")

@@ -62,7 +62,8 @@ class CompressionReport:
 
     @property
     def kept(self) -> float:
-        """Share of the parameters of all these matrices that is left, with masks and indices counted."""
+        """Share of the parameters of all rows that is left, with masks and indices counted. It includes matrices that
+        had to stay dense, which `keep` does not."""
         return sum(row.n_counted for row in self.rows) / max(1, sum(row.n_params_before for row in self.rows))
 
     def to_frame(self) -> pd.DataFrame:

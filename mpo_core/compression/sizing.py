@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpo_core.fitting.ladders import QUICK_STEPS, Rung
+from mpo_core.fitting.ladders import QUICK_ABOVE, QUICK_STEPS, Rung
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.structured import StructuredLinear, rounding
 from mpo_core.models.dense_layers import DenseLayer
@@ -96,7 +97,8 @@ class Sizer:
         Raises:
             ValueError: the kind has no layer of that size or shape.
         """
-        quick = {"max_steps": QUICK_STEPS} if self.takes_steps else {}
+        is_large = linear.weight.numel() > QUICK_ABOVE
+        quick = {"max_steps": QUICK_STEPS} if self.takes_steps and is_large else {}
         layer = self.kind.from_linear(linear, metric=metric, max_params=max_params, **{**quick, **self.options})
         return layer.error(linear.weight, metric)
 
@@ -183,20 +185,28 @@ def best_of(sizers: Sequence[Sizer], dense: DenseLayer, max_params: int, metric:
 def ladder_of(
     sizers: Sequence[Sizer], dense: DenseLayer, share: int, metric: Metric | None, as_loss: bool
 ) -> list[Rung]:
-    """The sizes of all kinds that may replace a matrix. Of the kinds fitted by steps, only the one with the least
-    error at an equal share of the parameters counts.
+    """The sizes of all kinds that may replace a matrix; those that do not fit its shape are left out.
+
+    Of several kinds that are fitted by steps, only the one with the least error at an equal share of the parameters
+    counts, because ladders that need fits take long.
 
     Raises:
-        ValueError: as `Sizer.ladder` and `best_of`.
+        ValueError: as `Sizer.ladder`, if no kind fits.
     """
-    # Ladders that need fits take long.
-    by_fits = [index for index, sizer in enumerate(sizers) if sizer.takes_steps]
-    compared = [index for index in range(len(sizers)) if index not in by_fits]
-    if by_fits:
-        best = best_of([sizers[index] for index in by_fits], dense, share, metric)[0]
-        compared.append(by_fits[best])
-    return [
-        replace(rung, candidate=index)
-        for index in compared
-        for rung in sizers[index].ladder(dense.name, dense.linear, metric, as_loss)
-    ]
+    by_steps = [index for index, sizer in enumerate(sizers) if sizer.takes_steps]
+    compared = [index for index in range(len(sizers)) if index not in by_steps]
+    if len(by_steps) > 1:
+        with suppress(ValueError):  # none is as small as the share, but the layers need not have equal shares
+            by_steps = [by_steps[best_of([sizers[index] for index in by_steps], dense, share, metric)[0]]]
+    rungs: list[Rung] = []
+    why: ValueError | None = None
+    for index in [*compared, *by_steps]:
+        try:
+            ladder = sizers[index].ladder(dense.name, dense.linear, metric, as_loss)
+        except ValueError as error:
+            why = why or error
+        else:
+            rungs += [replace(rung, candidate=index) for rung in ladder]
+    if not rungs and why is not None:
+        raise why
+    return rungs

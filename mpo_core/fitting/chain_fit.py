@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_core.fitting.descent import MAX_STEPS, TOLERANCE, descend
+from mpo_core.fitting.descent import MAX_STEPS, TOLERANCE, check_steps, descend
 from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.whitening import Whitened, on_cores
 from mpo_core.tensor_train.algebra import balance_cores, contract, orthogonalize
-from mpo_core.tensor_train.bonds import check_sizes, check_whole
+from mpo_core.tensor_train.bonds import check_sizes
 from mpo_core.values import check_cores_finite, check_matrix, error_ratio, in_range, times_power, to_unit, to_units
 
 FLOOR = 1e-3
@@ -38,11 +38,7 @@ def improve_cores(
         ValueError: max_steps < 0 or tolerance < 0, cores that are not finite or do not fit W, a W that `check_matrix`
             refuses, or a metric that does not fit W.
     """
-    check_whole(max_steps=max_steps)
-    if max_steps < 0 or tolerance < 0:
-        raise ValueError(
-            f"`max_steps` and `tolerance` must not be negative, but got max_steps={max_steps}, tolerance={tolerance}"
-        )
+    check_steps(max_steps, tolerance)
     check_matrix(W)
     d_out, d_in = [core.shape[1] for core in cores], [core.shape[2] for core in cores]
     check_sizes(W.shape[0], W.shape[1], d_out, d_in)

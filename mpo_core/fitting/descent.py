@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpo_core.fitting.metric import Metric
+from mpo_core.tensor_train.bonds import check_whole
 
 MAX_STEPS, TOLERANCE = 300, 1e-3
 """Most steps of a descent, and the fall of the error over `WINDOW` steps at which it ends."""
@@ -37,8 +38,11 @@ def descend(
         W, metric: in the dtype of the factors.
         max_steps: at most that many steps. tolerance: stop if `WINDOW` steps lower the error by less than this fraction
             of it.
+    Raises:
+        ValueError: as `check_steps`.
     Source: Liu & Nocedal 1989; Nocedal & Wright 2006, Algorithms 3.1 and 7.4.
     """
+    check_steps(max_steps, tolerance)
     shapes = [factor.shape for factor in factors]
     sizes = [factor.numel() for factor in factors]
 
@@ -79,6 +83,15 @@ def descend(
         if len(values) > WINDOW and values[-1 - WINDOW] - value <= 2 * tolerance * values[-1 - WINDOW]:
             break
     return split(x)
+
+
+def check_steps(max_steps: int, tolerance: float) -> None:
+    """Raise ValueError unless max_steps is a whole number, and neither it nor the tolerance is negative."""
+    check_whole(max_steps=max_steps)
+    if max_steps < 0 or tolerance < 0:
+        raise ValueError(
+            f"`max_steps` and `tolerance` must not be negative, but got max_steps={max_steps}, tolerance={tolerance}"
+        )
 
 
 def _by_inverse_hessian(gradient: Tensor, history: Sequence[tuple[Tensor, Tensor]], first_scale: float) -> Tensor:

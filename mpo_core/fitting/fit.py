@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpo_core.fitting.chain_fit import improve_cores
-from mpo_core.fitting.descent import MAX_STEPS, TOLERANCE
+from mpo_core.fitting.descent import MAX_STEPS, TOLERANCE, check_steps
 from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.whitening import Whitened, on_cores
 from mpo_core.tensor_train.algebra import balance_cores, rounded_to, tt_svd
@@ -60,16 +60,18 @@ def fit_cores(
     metric = metric.on(W)
     rows, columns = math.prod(d_out), math.prod(d_in)
     if rows >= W.shape[0] and columns >= W.shape[1] and (rows, columns) != tuple(W.shape):
+        metric = metric.padded(W.shape, rows, columns)
         W = torch.nn.functional.pad(W, (0, columns - W.shape[1], 0, rows - W.shape[0]))
-        metric = metric.padded(rows, columns)
-    if method == "tt_svd":
-        return tt_svd(W, d_out, d_in, chi, bonds=bonds)
-    if metric.is_plain:
+    if metric.is_plain and method != "tt_svd":
         raise ValueError(f"`method` {method!r} needs a metric other than the Frobenius norm, but got none")
-    cores = balance_cores(whitened_tt_svd(W.double(), d_out, d_in, chi, metric, bonds=bonds))
-    if method == "lbfgs":
-        cores = improve_cores(W, cores, metric, max_steps=max_steps, tolerance=tolerance)
-    return [core.to(W.dtype) for core in cores]
+    check_steps(max_steps, tolerance)
+    if method == "tt_svd" or not W.any():
+        return tt_svd(W, d_out, d_in, chi, bonds=bonds)
+    whitened = whitened_tt_svd(W.double(), d_out, d_in, chi, metric, bonds=bonds)
+    cores = [core.to(W.dtype) for core in balance_cores(whitened)]
+    if method == "whitened":
+        return cores
+    return improve_cores(W, cores, metric, max_steps=max_steps, tolerance=tolerance)
 
 
 @torch.no_grad()

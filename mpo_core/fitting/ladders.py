@@ -103,7 +103,7 @@ def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 def _relative_tails(W: Tensor, metric: Metric, d_out: Sequence[int], d_in: Sequence[int]) -> list[list[float]]:
     n_sites, rows, columns = len(d_out), math.prod(d_out), math.prod(d_in)
     M = torch.nn.functional.pad(in_range(W.double())[0], (0, columns - W.shape[1], 0, rows - W.shape[0]))
-    M = Whitened.of(metric.padded(rows, columns), d_out, d_in).matrix(M)
+    M = Whitened.of(metric.padded(W.shape, rows, columns), d_out, d_in).matrix(M)
     T = M.reshape(*d_out, *d_in).permute([axis for site in range(n_sites) for axis in (site, n_sites + site)])
     heights = [math.prod(d_out[:site]) * math.prod(d_in[:site]) for site in range(1, n_sites)]
     return [_squared_tail(T.reshape(height, -1)) for height in heights]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -66,12 +67,15 @@ class Metric:
         metric.gram, metric.sensitivity = gram, sensitivity
         return metric
 
-    def padded(self, out_features: int, in_features: int) -> Metric:
-        """The metric of a matrix that is padded to this shape; what is added does not count."""
-        sizes = (self.sensitivity, out_features), (self.gram, in_features)
-        if all(moment is None or len(moment) == size for moment, size in sizes):
+    def padded(self, shape: Sequence[int], out_features: int, in_features: int) -> Metric:
+        """The metric of a matrix of that shape after padding to (out_features, in_features); what is added does not
+        count. The Frobenius norm stays one: it has to count the padding."""
+        if self.is_plain or tuple(shape) == (out_features, in_features):
             return self
-        return Metric.of_checked(_padded(self.gram, in_features), _padded(self.sensitivity, out_features))
+        device = next(moment.device for moment in (self.gram, self.sensitivity) if moment is not None)
+        return Metric.of_checked(
+            _padded(self.gram, shape[1], in_features, device), _padded(self.sensitivity, shape[0], out_features, device)
+        )
 
     @cached_property
     def input_root(self) -> Tensor | None:
@@ -137,7 +141,7 @@ def root(G: Tensor) -> Tensor:
 
 def solve_root(R: Tensor, M: Tensor) -> Tensor:
     """The smallest X with Rᵀ X = M, for an R of `root`."""
-    if not R.triu(1).any():
+    if not R.triu(1).any() and R.diagonal().all():
         return torch.linalg.solve_triangular(R.T, M, upper=True)
     return torch.linalg.pinv(R, hermitian=True, rtol=1e-9) @ M
 
@@ -167,8 +171,9 @@ def _checked(name: str, moment: Tensor) -> Tensor:
     return G
 
 
-def _padded(moment: Tensor | None, size: int) -> Tensor | None:
-    if moment is None:
-        return None
-    extra = size - len(moment)
-    return torch.nn.functional.pad(moment, (0, extra, 0, extra))
+def _padded(moment: Tensor | None, size: int, padded: int, device: torch.device) -> Tensor | None:
+    """With zeros for what is added; None stays the identity if nothing is."""
+    if size == padded:
+        return moment
+    moment = torch.eye(size, dtype=torch.float64, device=device) if moment is None else moment
+    return torch.nn.functional.pad(moment, (0, padded - size, 0, padded - size))

@@ -147,7 +147,7 @@ def test_kinds_say_how_auto_tries_them():
         ({"layer": 3, "keep": 0.5}, r"`layer` must be a kind such as 'mpo'.*but got 3"),
         ({"layer": [], "keep": 0.5}, "`layer` must name at least one kind, but got none"),
         ({"layer": {}, "keep": 0.5}, "`layer` must name at least one kind, but got none"),
-        ({"layer": {"x*": "mpo"}, "keep": 0.5}, "no layer can be replaced; for example 0: no pattern of `layer`"),
+        ({"layer": {"x*": "mpo"}, "keep": 0.5}, r"`layer` has the pattern 'x\*', but it matches none of the layers"),
         ({"layer": "best", "keep": 0.5}, "no kind of layer is called 'best'"),
     ],
 )
@@ -155,3 +155,13 @@ def test_choices_that_are_refused(options, message):
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match=message):
         compress(model, **options)
+
+
+def test_a_list_works_where_one_of_its_kinds_does():
+    """Another may not fit the shape, or be larger than an equal share, which layers need not have."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 48), nn.Linear(48, 2))
+    for parameter in model.parameters():
+        parameter.data.normal_(generator=draws(0))
+    for layer in ("auto", ["low_rank", ("mpo", WIDE)], [("mpo", WIDE), "mpo", ("mpo", {"n_sites": 3})]):
+        _, report = compress(model, keep=0.12, layer=layer)
+        assert report.kept <= 0.12

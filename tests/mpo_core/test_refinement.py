@@ -14,6 +14,7 @@ from mpo_core.fitting.chain_fit import improve_cores
 from mpo_core.fitting.fit import FIT_METHODS, fit_cores, low_rank_svd, whitened_tt_svd
 from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.whitening import kronecker_factors
+from mpo_core.layers.monarch import MonarchLinear
 from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
 from mpo_core.tensor_train.bonds import clip_bonds
 
@@ -408,3 +409,44 @@ def test_the_scale_of_a_gram_changes_nothing(method, scale):
 def test_fit_cores_refuses_sizes_below_the_matrix():
     with pytest.raises(ValueError, match=r"`prod\(d_out\) == out_features` must hold, but got d_out=\[2, 2\]"):
         fit_cores(normal(6, 6, seed=0), [2, 2], [3, 2], chi=1)
+
+
+@pytest.mark.parametrize("which", ["gram", "sensitivity"])
+@pytest.mark.parametrize("chi", [2, 4])
+def test_padding_does_not_count_if_one_moment_is_absent(which, chi):
+    """As with an identity in its place, which then gets the zeros too."""
+    W = normal(13, 11, seed=0)
+    one = {which: make_gram(11 if which == "gram" else 13, 1)}
+    both = {"gram": torch.eye(11), "sensitivity": torch.eye(13), **one}
+    errors = []
+    for moments in (one, both):
+        metric = Metric(**moments)
+        cores = fit_cores(W, [4, 4], [3, 4], chi=chi, metric=metric, max_steps=1000, tolerance=0)
+        errors.append(metric.error(W, contract(cores)[:13, :11]))
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+def test_a_singular_diagonal_sensitivity_gives_finite_factors():
+    metric = Metric(None, torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0])))
+    A, B = low_rank_svd(torch.eye(4), 2, metric)
+    assert metric.error(torch.eye(4), A @ B) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_fit_cores_of_zeros_are_finite(dtype):
+    vector = normal(8, seed=1)
+    metric = Metric(make_gram(8, 0), torch.outer(vector, vector))
+    cores = fit_cores(torch.zeros(8, 8, dtype=dtype), [2, 2, 2], [2, 2, 2], chi=3, metric=metric)
+    assert all(torch.isfinite(core).all() for core in cores)
+    assert not contract(cores).any()
+
+
+@pytest.mark.parametrize("max_steps", [-1, 2.5])
+def test_steps_that_are_refused(max_steps):
+    W, metric = normal(6, 6, seed=0), Metric(make_gram(6, 1))
+    for fit in (
+        lambda: fit_cores(W, [2, 3], [3, 2], chi=2, max_steps=max_steps),
+        lambda: MonarchLinear.from_matrix(W, rank=1, n_blocks=2, metric=metric, max_steps=max_steps),
+    ):
+        with pytest.raises(ValueError, match="`max_steps`"):
+            fit()
