@@ -62,7 +62,7 @@ def compress(
 
     Args:
         layer: the kind of layer, such as "mpo" or "low_rank": one of `kinds()`; or a pair of it and options of its own,
-            such as ("mpo", {"d_out": (64, 8), "d_in": (8, 64)}). A list of these, or "auto": each matrix takes what has
+            such as ("mpo", {"d_out": (8, 8), "d_in": (16, 16)}). A list of these, or "auto": each matrix takes what has
             the least error at its size. "auto" tries low rank, MPO of several splits and Monarch. A mapping gives all
             this by pattern of module names: the first that matches counts, and without one a layer stays dense. Or a
             function from a layer's name and its weight as an nn.Linear to a StructuredLinear, or to None to leave it
