@@ -66,7 +66,9 @@ class Candidates:
             tried = [(kind_called(name), own)]
         else:
             shape = linear.out_features, linear.in_features
-            every = [(kind, each) for kind in kinds().values() for each in kind.options_to_try(*shape)]
+            # Not inherited: a subclass may need other options.
+            trying = [kind for kind in kinds().values() if "options_to_try" in vars(kind)]
+            every = [(kind, each) for kind in trying for each in kind.options_to_try(*shape)]
             tried = [(kind, {**each, **self._shared(kind)}) for kind, each in every]
         return [Sizer(kind, options={**self._shared(kind), **each}, **self._made) for kind, each in tried]
 

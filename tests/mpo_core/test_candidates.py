@@ -127,6 +127,16 @@ def test_every_split_to_try_fits_and_keeps_one_side_whole():
             assert 1 in (*d_out, *d_in)
 
 
+class NeedsMore(LowRankLinear, kind="needs_more"):
+    def __init__(self, *features, more, **options):
+        super().__init__(*features, **options)
+
+
+def test_auto_leaves_out_a_subclass_that_does_not_say_how_it_is_tried():
+    model, statistics = example()
+    compress(model, keep=0.5, layer="auto", statistics=statistics, spread="even")
+
+
 def test_kinds_say_how_auto_tries_them():
     tried = {name for name, kind in kinds().items() if kind.options_to_try(8, 32)}
     assert tried >= {"mpo", "low_rank", "monarch"}
