@@ -47,8 +47,13 @@ MASK = 1 / 32
 RESULTS = Path("benchmarks/smollm2.jsonl")
 LOW_RANK = {"layer": "low_rank"}
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536))
-HALVES = [("mpo", {"d_out": d_out, "d_in": d_in}) for shape in SHAPES for d_out, d_in in splits_to_try(*shape)]
-"""An MPO of two sites with the longer side of the matrix cut in two, the best of the ways to do so."""
+
+
+def halves(*shapes: tuple[int, int]) -> list[tuple[str, dict[str, Any]]]:
+    """An MPO of two sites with the longer side of a matrix cut in two: each way to do so."""
+    return [("mpo", {"d_out": d_out, "d_in": d_in}) for shape in shapes for d_out, d_in in splits_to_try(*shape)]
+
+
 FIXED = {"gauge": "fixed"}
 EVEN_OUTPUTS = {"metric": "outputs", "spread": "even"}
 METHODS: dict[str, tuple[float, dict[str, Any]]] = {
@@ -58,7 +63,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "low rank, loss, even": (0, {**LOW_RANK, "spread": "even"}),
     "low rank, loss": (0, LOW_RANK),
     "low rank, loss, fixed gauge": (0, {**LOW_RANK, **FIXED}),
-    "MPO of halves, loss, fixed gauge": (0, {"layer": HALVES, **FIXED}),
+    "MPO of halves, loss, fixed gauge": (0, {"layer": halves(*SHAPES), **FIXED}),
     "auto, loss, fixed gauge": (0, {"layer": "auto", **FIXED}),
     "Monarch of 2×2 blocks, loss": (0, {"layer": "monarch", "n_blocks": 2}),
     "pruned, outputs, even (Wanda)": (0, {"layer": "pruned", **EVEN_OUTPUTS}),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import pickle
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ class CollectionFolder:
             self._check(index, arguments, bool(known))
         elif found := [file.name for file in path.iterdir() if file.suffix != PARTIAL]:
             raise ValueError(f"{path} holds other files, such as {found[0]}: choose another folder")
+        self._lock = path / ("lock" + PARTIAL)
+        self._unlock = weakref.finalize(self, os.close, _locked(self._lock))
         if not known:
             for block in self._blocks:  # of batches that are not known any more
                 block.unlink(missing_ok=True)
@@ -133,6 +137,8 @@ class CollectionFolder:
         """All blocks are done: only the statistics remain."""
         if self._unfinished.exists():
             shutil.rmtree(self._unfinished)
+        self._lock.unlink(missing_ok=True)
+        self._unlock()
         return Statistics.load(self.path)
 
     # What is stored for a while ---------------------------------------------------------------------------------------
@@ -143,9 +149,7 @@ class CollectionFolder:
 
     def get(self, kind: str, block: int, batch: int) -> Tensor:
         """What `put` stored, on its device."""
-        from safetensors import safe_open
-
-        with safe_open(self._file(kind, block, batch), "pt") as file:
+        with self._opened(self._file(kind, block, batch)) as file:
             return file.get_tensor("").to(file.metadata()["device"])
 
     def put_calls(self, batch: int, calls: BatchCalls) -> None:
@@ -154,13 +158,39 @@ class CollectionFolder:
 
     def call(self, block: int, batch: int) -> Call:
         """The call of a block, with its input."""
-        from safetensors import safe_open
-
-        with safe_open(self._file("arguments", batch), "pt") as file:
+        with self._opened(self._file("arguments", batch)) as file:
             return unpacked(file.metadata(), block, file.get_tensor, self.get("input", block, batch))
+
+    def _opened(self, path: Path) -> Any:
+        """The file, for reading.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}): delete {self.path} and begin again") from error
 
     def _file(self, kind: str, *numbers: int) -> Path:
         return self._unfinished / f"{'-'.join((kind, *map(str, numbers)))}.safetensors"
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the file, which is this process's alone until it is closed.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ValueError(f"{path} cannot be locked; another process may be collecting there: {error}") from error
+    return descriptor
 
 
 def digest_of(value: Any) -> str:

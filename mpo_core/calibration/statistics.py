@@ -26,6 +26,10 @@ _LARGEST = {torch.float64: 1e140, torch.float32: 1e15}
 """Entries must not be larger, because sums of their squares are formed."""
 
 
+_ROWS = 512
+"""Samples, and rows of a moment, that are multiplied at a time."""
+
+
 class Moment:
     """The second moment of vectors, E[v vᵀ], summed batch by batch.
 
@@ -85,7 +89,11 @@ class Moment:
             raise ValueError(f"values must be at most {_LARGEST[dtype]:g}, but got one of {largest:.3g}")
         if total is None:
             total = torch.zeros(samples.shape[1], samples.shape[1], dtype=dtype, device=samples.device)
-        self.total = total.to(samples.device).addmm_(samples.T, samples)
+        self.total = total = total.to(samples.device)
+        # A product that is added to a total inside the kernel is rounded at every sample, ten times worse than here.
+        for part in samples.split(_ROWS):
+            for row in range(0, len(total), _ROWS):
+                total[row : row + _ROWS] += part[:, row : row + _ROWS].T @ part
         self.n_samples += len(samples)
 
     def merge(self, other: Moment) -> None:
@@ -155,6 +163,8 @@ class Statistics:
 
     def __init__(self, fitted: Part, held_out: Part) -> None:
         self._parts = {False: fitted, True: held_out}
+        self._files: set[Path] = set()
+        """Files that moments are read from when they are asked for."""
 
     def part(self, *, held_out: bool) -> Part:
         """The moments over the batches that are held out, or over the others."""
@@ -213,8 +223,11 @@ class Statistics:
         return _metric_of(gram, _sum(per_token) / len(held))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to one safetensors file."""
-        self.write(Path(path), {})
+        """Write to one safetensors file; it may be the one that they were loaded from."""
+        path = Path(path).absolute()
+        if path in self._files:
+            self.read()
+        self.write(path, {})
 
     def write(self, path: Path, more: Mapping[str, Any]) -> None:
         """Write to one safetensors file, with more for `described`."""
@@ -257,6 +270,7 @@ class Statistics:
     def _open(self, path: Path) -> None:
         """Add what a file holds."""
         path = path.absolute()
+        self._files.add(path)
         stamp = stamp_of(path)
         try:
             for key, (which, kind, names, n, has_values) in enumerate(described(path)["moments"]):

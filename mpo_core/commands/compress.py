@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mpo_core.calibration.collecting import collect_statistics, next_token_losses
 from mpo_core.calibration.statistics import Statistics
 from mpo_core.commands.arguments import LENGTH, parser
-from mpo_core.commands.kept_statistics import describe, keep, load_kept
+from mpo_core.commands.kept_statistics import describe, files_of, keep, load_kept
 from mpo_core.commands.progress import Progress
 from mpo_core.commands.summary import Outcome, summary
 from mpo_core.commands.texts import FEWEST, Split, read_documents, split
@@ -136,7 +136,7 @@ def _check_writable(given: argparse.Namespace) -> None:
     if (out / INDEX).exists():
         if not given.replace:
             raise ValueError(f"{out} holds an earlier result: choose another folder, or add --replace")
-    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+    elif out.is_dir() and any(_is_foreign(path, given.statistics) for path in out.iterdir()):
         raise ValueError(f"{out} is not empty, and holds no earlier result: choose another folder")
     for path, is_folder in ((out, True), (given.statistics, False)):
         if path is None:
@@ -146,6 +146,12 @@ def _check_writable(given: argparse.Namespace) -> None:
             raise ValueError(f"{path} cannot be written: {there} is a {'folder' if there.is_dir() else 'file'}")
         if there.is_dir() and not os.access(there, os.W_OK):
             raise ValueError(f"{path} cannot be written: no permission for {there}")
+
+
+def _is_foreign(path: Path, statistics: Path | None) -> bool:
+    """Whether a file is neither hidden nor one of the statistics that an interrupted run has kept."""
+    is_kept = statistics is not None and path.absolute() in map(Path.absolute, files_of(statistics))
+    return not path.name.startswith(".") and not is_kept
 
 
 def _names(model: nn.Module, include: list[str], exclude: list[str]) -> list[str]:

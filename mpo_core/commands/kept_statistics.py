@@ -50,9 +50,14 @@ def load_kept(path: Path, about: dict[str, Any]) -> Statistics | None:
     return Statistics.load(path)
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that `keep` writes, and that it may leave if it is interrupted."""
+    return [path, _beside(path), _partial(path)]
+
+
 def keep(statistics: Statistics, path: Path, about: dict[str, Any]) -> None:
     """Write the statistics to a file. It is complete or absent."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     statistics.save(partial)
     _beside(path).write_text(json.dumps(about), encoding="utf-8")
     os.replace(partial, path)
@@ -75,6 +80,10 @@ def describe(model: nn.Module, calibration: Tensor, names: list[str], has_loss: 
         "has_loss": has_loss,
         "layers": names,
     }
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _beside(path: Path) -> Path:

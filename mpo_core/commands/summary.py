@@ -57,8 +57,8 @@ def summary(outcome: Outcome) -> str:
     explained = [
         f"± is one standard error over {len(outcome.before.nats)} {outcome.evaluated}, "
         f"{int(outcome.before.n_tokens.sum()):,} predicted tokens",
-        f"layers: {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}; {report.kept:.1%} kept, "
-        "masks and indices counted",
+        f"layers: {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}; with masks and "
+        f"indices {report.kept:.1%} is kept",
         *_predicted(report),
         f"time: {duration(outcome.seconds['all'])} ({stages})",
         f"peak memory: {_peak_bytes() / 1e9:.1f} GB",

@@ -11,6 +11,7 @@ from torch import nn
 from mpo_core.compression.sizing import Sizer
 from mpo_core.layers.registry import kind_called, kinds
 from mpo_core.layers.structured import StructuredLinear
+from mpo_core.models.dense_layers import DenseLayer
 
 AUTO = "auto"
 
@@ -56,10 +57,29 @@ class Candidates:
 
     def of(self, name: str, linear: nn.Linear) -> list[Sizer]:
         """Those of the first pattern that matches the layer's name; none if no pattern does."""
+        pattern = self._pattern_of(name)
+        choices = [] if pattern is None else self._choices[pattern]
+        return [sizer for choice in choices for sizer in self._sizers(linear, *choice)]
+
+    def check_fit(self, layers: Sequence[DenseLayer]) -> None:
+        """Raise ValueError if a choice with options of its own, one of several, fits none of the layers."""
         for pattern, choices in self._choices.items():
-            if fnmatchcase(name, pattern):
-                return [sizer for choice in choices for sizer in self._sizers(linear, *choice)]
-        return []
+            matched = [layer for layer in layers if self._pattern_of(layer.name) == pattern]
+            for name, own in choices if len(choices) > 1 and matched else ():
+                if name == AUTO or not own:
+                    continue
+                why = []
+                for layer in matched:
+                    (sizer,) = self._sizers(layer.linear, name, own)
+                    why.append(sizer.why_not(layer.linear))
+                    if why[-1] is None:
+                        break
+                else:
+                    choice = name, dict(own)
+                    raise ValueError(f"{choice} in `layer` fits no layer; for example {matched[0].name}: {why[0]}")
+
+    def _pattern_of(self, name: str) -> str | None:
+        return next((pattern for pattern in self._choices if fnmatchcase(name, pattern)), None)
 
     def _sizers(self, linear: nn.Linear, name: str, own: Mapping[str, Any]) -> list[Sizer]:
         if name != AUTO:

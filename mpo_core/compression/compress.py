@@ -130,6 +130,8 @@ def compress(
         for dense in found
     ]
     targets = [dense for dense in found if dense.reason is None]
+    if candidates is not None:
+        candidates.check_fit(targets)
     if statistics is not None and targets:
         found = [_measured(dense, statistics, metric) for dense in found]
         first, targets = targets[0].name, [dense for dense in found if dense.reason is None]

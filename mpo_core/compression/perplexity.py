@@ -39,13 +39,16 @@ def perplexity(
         model: returns logits as in `next_token_losses`.
         documents: token ids of each, shape (n,).
         first: token put before every window, as some models expect it; then all tokens of a window are predicted.
-        progress: called with the number of windows done and that of all.
+        progress: called with the number of windows done and that of all that predict a token.
     Raises:
         ValueError: no token is predicted.
     """
     device = next(model.parameters()).device
     before = torch.tensor([] if first is None else [first], dtype=torch.int64, device=device)
-    cut = [document.to(device).split(window) for document in documents]
+    cut = [
+        [ids for ids in document.to(device).split(window) if len(before) + len(ids) > 1]  # others predict nothing
+        for document in documents
+    ]
     n_windows, done = sum(map(len, cut)), 0
     nats, n_tokens = [], []
     with evaluating(model):
@@ -82,6 +85,7 @@ def _ratio(totals: Tensor, sizes: Tensor) -> tuple[float, float]:
 
     The variance is n / (n − 1) Σ (totalᵢ − ratio · sizeᵢ)² / (Σ sizes)² (Cochran, Sampling Techniques, chapter 6).
     """
+    totals, sizes = totals[sizes > 0], sizes[sizes > 0]  # a document without predicted tokens says nothing
     n = len(totals)
     ratio = float(totals.sum() / sizes.sum())
     deviations = (totals - ratio * sizes).square().sum()

@@ -74,6 +74,14 @@ class Sizer:
             return None, f"no {self.kind.kind} layer with fewer parameters found within rel_error {target:g}"
         return layer, None
 
+    def why_not(self, linear: nn.Linear) -> str | None:
+        """Why there is no layer of this kind for a matrix of this shape; None if there is one."""
+        try:
+            self._empty(linear, max_params=linear.weight.numel())
+        except ValueError as error:
+            return str(error)
+        return None
+
     def ladder(self, name: str, linear: nn.Linear, metric: Metric | None, as_loss: bool) -> list[Rung]:
         """The squared relative error at each size, the dense one included; or half the squared error, which is the
         predicted loss.
@@ -179,7 +187,8 @@ def best_of(sizers: Sequence[Sizer], dense: DenseLayer, max_params: int, metric:
             why = why or str(error)
     if not errors:
         raise ValueError(f"{name}: {why.removeprefix(f'{name}: ')}")
-    return sorted(errors, key=errors.__getitem__)
+    least = rounding(linear.weight)  # below it, errors are equal, and a kind that needs no steps comes first
+    return sorted(errors, key=lambda index: (max(errors[index], least), sizers[index].takes_steps))
 
 
 def ladder_of(

@@ -118,6 +118,15 @@ def test_a_choice_that_does_not_fit_a_shape_is_not_tried_there():
         compress(model, max_params={"0": 150, "1": 35}, layer=[("mpo", WIDE), ("mpo", WIDE | {"gauge": "fixed"})])
 
 
+def test_a_choice_that_fits_no_layer_is_refused():
+    model = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 6))
+    unfit = ("mpo", {"d_out": (4, 4), "d_in": (4, 8)})
+    for layer in ([unfit, "low_rank"], {"0": "low_rank", "*": ["low_rank", unfit]}):
+        with pytest.raises(ValueError, match=r"^\('mpo', .*\) in `layer` fits no layer; for example \d: .* must hold"):
+            compress(model, keep=0.5, layer=layer)
+    compress(model, keep=0.5, layer=["low_rank", ("mpo", WIDE)])
+
+
 def test_every_split_to_try_fits_and_keeps_one_side_whole():
     for m, n in ((8, 32), (32, 8), (12, 12), (7, 9)):
         splits = splits_to_try(m, n)
@@ -172,6 +181,7 @@ def test_a_list_works_where_one_of_its_kinds_does():
     model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 48), nn.Linear(48, 2))
     for parameter in model.parameters():
         parameter.data.normal_(generator=draws(0))
-    for layer in ("auto", ["low_rank", ("mpo", WIDE)], [("mpo", WIDE), "mpo", ("mpo", {"n_sites": 3})]):
+    wide = {"d_out": (64, 1), "d_in": (2, 16)}
+    for layer in ("auto", ["low_rank", ("mpo", wide)], [("mpo", wide), "mpo", ("mpo", {"n_sites": 3})]):
         _, report = compress(model, keep=0.12, layer=layer)
         assert report.kept <= 0.12

@@ -237,3 +237,24 @@ def test_batches_of_every_form_are_told_apart():
     assert len(set(digests)) == len(forms)
     assert digest_of({"x": x.clone(), "scale": 1.0}) == digest_of(forms[8])
     assert digest_of(normal(4, 3).T) == digest_of(normal(4, 3).T.contiguous())
+
+
+def test_a_missing_part_is_named(tmp_path):
+    with pytest.raises(Interruption):
+        collect(tmp_path, progress=interrupt_after(N_BATCHES + 1))
+    lost = next((tmp_path / "unfinished").glob("input-0-*"))
+    lost.unlink()
+    with pytest.raises(ValueError, match=rf"{lost.name} is missing or damaged .*: delete .* and begin again"):
+        collect(tmp_path)
+
+
+def test_a_folder_is_for_one_process_at_a_time(tmp_path):
+    holder = "import fcntl, sys; file = open(sys.argv[1], 'wb'); fcntl.lockf(file, 2); print(flush=True); input()"
+    command = [sys.executable, "-c", holder, str(tmp_path / "lock.partial")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match="cannot be locked; another process may be collecting there"):
+            collect(tmp_path)
+        process.communicate(b"\n")
+    collect(tmp_path)
+    assert contents(tmp_path).keys() == FILES

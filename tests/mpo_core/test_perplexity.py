@@ -98,7 +98,7 @@ def test_progress_counts_windows_and_modes_are_kept(model, texts):
     seen = []
     model.train()
     perplexity(model, texts, window=8, progress=lambda *counts: seen.append(counts))
-    assert seen == [(done, 8) for done in range(1, 9)]
+    assert seen == [(done, 6) for done in range(1, 7)]  # the windows of one token predict nothing
     assert model.training
     model.eval()
 
@@ -106,3 +106,10 @@ def test_progress_counts_windows_and_modes_are_kept(model, texts):
 def test_nothing_to_predict_is_said(model):
     with pytest.raises(ValueError, match="at least one predicted token"):
         perplexity(model, make_ids(1, 1))
+
+
+def test_a_document_without_predicted_tokens_changes_nothing(model, texts):
+    result, more = perplexity(model, texts), perplexity(model, [*texts, *make_ids(0, 1)])
+    assert more.n_tokens.tolist() == [*result.n_tokens.tolist(), 0, 0]
+    assert more[:2] == result[:2]
+    assert paired_difference(more, more) == (0, 0)

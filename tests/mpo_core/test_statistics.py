@@ -133,6 +133,9 @@ def test_a_file_of_loaded_statistics_may_be_written_by_themselves_but_not_by_oth
     loaded = Statistics.load(path)
     loaded.save(path)
     assert_same_statistics(Statistics.load(path), statistics)
+    assert_same_statistics(loaded, statistics)
+    loaded = Statistics.load(path)
+    statistics.save(path)
     with pytest.raises(ValueError, match="statistics has been written again since it was loaded: load it again"):
         loaded.metric("last", "outputs")
     loaded = Statistics.load(path)
