@@ -174,7 +174,7 @@ def compress(
         else:
             for dense in targets:
                 name, share = dense.name, shares[dense.name]
-                chosen[name] = best_of(sizers[name], dense, share, metric_of(dense))[0]
+                chosen[name] = best_of(sizers[name], dense, share, metric_of(dense))
                 sizes[name] = sizers[name][chosen[name]].parameters_within(name, dense.linear, share)
 
     def replacement(dense: DenseLayer, fitted: Metric | None) -> tuple[StructuredLinear | None, str | None]:
@@ -194,7 +194,7 @@ def compress(
         if dense.name not in sizes:
             raise ValueError(f"`max_params` has no entry for it, only for {', '.join(sizes) or 'none'}")
         if dense.name not in chosen:
-            sizer = sizers[dense.name][best_of(sizers[dense.name], dense, sizes[dense.name], fitted)[0]]
+            sizer = sizers[dense.name][best_of(sizers[dense.name], dense, sizes[dense.name], fitted)]
         return sizer.with_params(dense.name, dense.linear, sizes[dense.name], fitted)
 
     compressed = copied(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpo_core.fitting.ladders import QUICK_ABOVE, QUICK_STEPS, Rung
+from mpo_core.fitting.ladders import QUICK_ABOVE, Rung
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.structured import StructuredLinear, rounding
 from mpo_core.models.dense_layers import DenseLayer
@@ -19,6 +20,9 @@ from mpo_core.values import check_matrix
 
 SPREADS = ("loss", "errors", "even")
 """Ways to spread parameters over layers, see `compress`."""
+
+COMPARED_STEPS, FAR = 8, 1.1
+"""A kind whose error is FAR times that of another after COMPARED_STEPS steps is not followed further."""
 
 Outcome = tuple[StructuredLinear | None, str | None]
 """The new layer, or None if the dense one stays; and a note about it."""
@@ -100,13 +104,13 @@ class Sizer:
         return [replace(rung, error=rung.error * unit, bits=bits) for rung in rungs]
 
     def quick_error(self, linear: nn.Linear, max_params: int, metric: Metric | None) -> float:
-        """The relative error of a quick fit of that size, to choose between kinds.
+        """The relative error of a fit of that size by at most `COMPARED_STEPS` steps, to choose between kinds.
 
         Raises:
             ValueError: the kind has no layer of that size or shape.
         """
         is_large = linear.weight.numel() > QUICK_ABOVE
-        quick = {"max_steps": QUICK_STEPS} if self.takes_steps and is_large else {}
+        quick = {"max_steps": COMPARED_STEPS} if self.takes_steps and is_large else {}
         layer = self.kind.from_linear(linear, metric=metric, max_params=max_params, **{**quick, **self.options})
         return layer.error(linear.weight, metric)
 
@@ -168,27 +172,13 @@ class Sizer:
         return layer
 
 
-def best_of(sizers: Sequence[Sizer], dense: DenseLayer, max_params: int, metric: Metric | None) -> list[int]:
-    """Which of these have the least error at that size, best first; those that cannot have it are left out.
+def best_of(sizers: Sequence[Sizer], dense: DenseLayer, max_params: int, metric: Metric | None) -> int:
+    """Which of these has the least error at that size; those that cannot have it are left out.
 
     Raises:
         ValueError: none can, with the name of the layer and the reason of the first.
     """
-    if len(sizers) == 1:
-        return [0]
-    name, linear = dense.name, dense.linear
-    errors: dict[int, float] = {}
-    why = ""
-    for index, sizer in enumerate(sizers):
-        try:
-            size = sizer.parameters_within(name, linear, max_params)
-            errors[index] = sizer.quick_error(linear, size, metric)
-        except ValueError as error:
-            why = why or str(error)
-    if not errors:
-        raise ValueError(f"{name}: {why.removeprefix(f'{name}: ')}")
-    least = rounding(linear.weight)  # below it, errors are equal, and a kind that needs no steps comes first
-    return sorted(errors, key=lambda index: (max(errors[index], least), sizers[index].takes_steps))
+    return next(iter(_errors(sizers, dense, max_params, metric))) if len(sizers) > 1 else 0
 
 
 def ladder_of(
@@ -196,20 +186,22 @@ def ladder_of(
 ) -> list[Rung]:
     """The sizes of all kinds that may replace a matrix; those that do not fit its shape are left out.
 
-    Of several kinds that are fitted by steps, only the one with the least error at an equal share of the parameters
-    counts, because ladders that need fits take long.
+    Ladders of kinds that are fitted by steps take long. So only the one with the least error at an equal share of the
+    parameters counts, and only if that is at most `FAR` times the least error of the other kinds.
 
     Raises:
         ValueError: as `Sizer.ladder`, if no kind fits.
     """
+    others = [index for index, sizer in enumerate(sizers) if not sizer.takes_steps]
     by_steps = [index for index, sizer in enumerate(sizers) if sizer.takes_steps]
-    compared = [index for index in range(len(sizers)) if index not in by_steps]
-    if len(by_steps) > 1:
+    if len(sizers) > 1 and by_steps:
         with suppress(ValueError):  # none is as small as the share, but the layers need not have equal shares
-            by_steps = [by_steps[best_of([sizers[index] for index in by_steps], dense, share, metric)[0]]]
+            errors = _errors(sizers, dense, share, metric)
+            most = FAR * min((errors[index] for index in others if index in errors), default=math.inf)
+            by_steps = [index for index in errors if index in by_steps and errors[index] <= most][:1]
     rungs: list[Rung] = []
     why: ValueError | None = None
-    for index in [*compared, *by_steps]:
+    for index in [*others, *by_steps]:
         try:
             ladder = sizers[index].ladder(dense.name, dense.linear, metric, as_loss)
         except ValueError as error:
@@ -219,3 +211,20 @@ def ladder_of(
     if not rungs and why is not None:
         raise why
     return rungs
+
+
+def _errors(sizers: Sequence[Sizer], dense: DenseLayer, max_params: int, metric: Metric | None) -> dict[int, float]:
+    """The errors at that size, the least first; those that cannot have it are left out."""
+    name, linear = dense.name, dense.linear
+    least = rounding(linear.weight)  # below it errors are equal, and a kind without steps comes first
+    errors: dict[int, float] = {}
+    why = ""
+    for index, sizer in enumerate(sizers):
+        try:
+            size = sizer.parameters_within(name, linear, max_params)
+            errors[index] = max(sizer.quick_error(linear, size, metric), least)
+        except ValueError as error:
+            why = why or str(error)
+    if not errors:
+        raise ValueError(f"{name}: {why.removeprefix(f'{name}: ')}")
+    return dict(sorted(errors.items(), key=lambda item: (item[1], sizers[item[0]].takes_steps)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,11 +17,11 @@ from mpo_core.tensor_train.splitting import Sizes, Split, smaller_shapes
 from mpo_core.values import in_range
 
 N_MEASURED = 4
-"""Number of sizes at which `corrected` measures the error of a fit; it interpolates between them."""
+"""Number of sizes at which `corrected` measures the error of a fit."""
 
-QUICK_ABOVE, QUICK_STEPS = 2**16, 8
-"""Where errors of sizes are measured, a matrix with more entries is fitted by that many steps. They give most of the
-gain, and the full fit that follows is no worse."""
+QUICK_ABOVE, QUICK_STEPS, QUICK_MEASURED = 2**16, 20, (0.15, 0.6)
+"""Where errors of sizes are measured, a matrix with more entries is fitted by QUICK_STEPS steps only, and only near
+these shares of the largest size. The steps give most of the gain, and the full fit that follows is no worse."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,28 @@ def low_rank_errors(W: Tensor, metric: Metric) -> list[float]:
     return _squared_tail(metric.on(W).weighted(in_range(W.double())[0]))
 
 
-def corrected(ladder: list[Rung], measure: Callable[[int], float]) -> list[Rung]:
-    """The ladder with the errors of fits: measured at N_MEASURED rungs, scaled by the factors there in between.
+def corrected(ladder: list[Rung], measure: Callable[[int], float], is_quick: bool = False) -> list[Rung]:
+    """The ladder with the errors of fits: measured at some sizes, and scaled by the factors there.
 
-    A whitened TT-SVD's error follows the shape of a fit's error, but not its size.
+    A whitened TT-SVD's error follows the shape of a fit's error, but not its size. Between the measured rungs the
+    factor is interpolated, and outside it is that of the nearest.
 
     Args:
         measure: function from a number of parameters to the squared relative error of the fit with at most that many.
+        is_quick: measure near `QUICK_MEASURED` only, instead of at N_MEASURED sizes from the first to the last.
     """
     if not ladder:
         return ladder
-    places: Sequence[int] = range(len(ladder))
-    if len(ladder) > N_MEASURED:  # dense where a larger bond changes most
-        places = sorted({round(len(ladder) ** (step / (N_MEASURED - 1))) - 1 for step in range(N_MEASURED)})
+    sizes = [rung.n_params for rung in ladder]
+    places: Iterable[int] = range(len(ladder))
+    if is_quick:
+        places = {min(bisect_left(sizes, share * sizes[-1]), len(sizes) - 1) for share in QUICK_MEASURED}
+    elif len(ladder) > N_MEASURED:  # dense where a larger bond changes most
+        places = {round(len(ladder) ** (step / (N_MEASURED - 1))) - 1 for step in range(N_MEASURED)}
+    places = sorted(places)
     tiny = 1e-16
     logs = [math.log((measure(ladder[place].n_params) + tiny) / (ladder[place].error + tiny)) for place in places]
-    at = [math.log(ladder[place].n_params) for place in places]
+    at = [math.log(sizes[place]) for place in places]
     return [
         replace(rung, error=(rung.error + tiny) * math.exp(_between(math.log(rung.n_params), at, logs)) - tiny)
         for rung in ladder
@@ -92,10 +98,10 @@ def corrected(ladder: list[Rung], measure: Callable[[int], float]) -> list[Rung]
 
 
 def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Return y at x by linear interpolation between points in ascending order, the first and the last included."""
-    right = max(1, min(bisect_left(xs, x), len(xs) - 1))
-    if len(xs) == 1:
-        return ys[0]
+    """Return y at x by linear interpolation between points in ascending order; outside, that of the nearest."""
+    if not xs[0] < x < xs[-1]:
+        return ys[0] if x <= xs[0] else ys[-1]
+    right = bisect_left(xs, x)
     share = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
     return ys[right - 1] + share * (ys[right] - ys[right - 1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,12 +35,12 @@ class Whitened:
 
     @classmethod
     def of(cls, metric: Metric, d_out: Sequence[int], d_in: Sequence[int]) -> Whitened:
-        """As the constructor; the metric keeps the latest, because many sizes of one matrix are tried in turn."""
-        known: tuple[object, Whitened] | None = metric.__dict__.get("_whitened")
+        """As the constructor; the metric keeps it, because many sizes and splits of one matrix are tried in turn."""
+        known: dict[object, Whitened] = metric.__dict__.setdefault("_whitened", {})
         sizes = tuple(d_out), tuple(d_in)
-        if known is None or known[0] != sizes:
-            known = metric.__dict__["_whitened"] = sizes, cls(metric, d_out, d_in)
-        return known[1]
+        if sizes not in known:
+            known[sizes] = cls(metric, d_out, d_in)
+        return known[sizes]
 
     def matrix(self, W: Tensor) -> Tensor:
         """W (prod(d_out), prod(d_in)) in these coordinates."""
@@ -104,12 +105,20 @@ def kronecker_factors(G: Tensor, sizes: Sequence[int]) -> list[Tensor]:
             factor = (factor + factor.T) / 2
             change = max(change, float(torch.linalg.norm(factor - K[site]) / torch.linalg.norm(factor)))
             K[site] = factor
-            values, vectors = torch.linalg.eigh(factor)
-            # The inputs may span a subspace. Rounding may have made values there negative.
-            inverses[site] = vectors / values.clamp(min=_LEAST * float(values[-1])) @ vectors.T
+            inverses[site] = _inverse(factor)
         if change <= _SETTLED or n == 1:
             break
     return [K[0] * mean, *K[1:]]
+
+
+def _inverse(K: Tensor) -> Tensor:
+    """The inverse; of a singular K, with eigenvalues of at least `_LEAST` times the largest."""
+    lower, failed = torch.linalg.cholesky_ex(K)
+    if not failed and float(lower.diagonal().min()) > math.sqrt(_LEAST) * float(lower.diagonal().max()):
+        return torch.cholesky_inverse(lower)
+    values, vectors = torch.linalg.eigh(K)
+    # The inputs may span a subspace. Rounding may have made values there negative.
+    return vectors / values.clamp(min=_LEAST * float(values[-1])) @ vectors.T
 
 
 def times_sites(M: Tensor, factors: Sequence[Tensor]) -> Tensor:

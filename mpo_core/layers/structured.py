@@ -153,13 +153,14 @@ class StructuredLinear(nn.Module):
         if metric is None:
             return ladder
 
-        quick = {"max_steps": QUICK_STEPS} if W.numel() > QUICK_ABOVE else {}
+        is_quick = W.numel() > QUICK_ABOVE
+        quick = {"max_steps": QUICK_STEPS} if is_quick else {}
 
         def measure(max_params: int) -> float:
             layer = cls.from_matrix(W, metric=metric, max_params=max_params, **{**quick, **options})
             return layer.error(W, metric) ** 2
 
-        return corrected(ladder, measure)
+        return corrected(ladder, measure, is_quick)
 
     def error(self, W: Tensor, metric: Metric | None = None) -> float:
         """‖W − Ŵ‖ / ‖W‖ in the metric. Default: the Frobenius norm."""
