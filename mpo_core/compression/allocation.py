@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from mpo_core.fitting.ladders import Rung
 
@@ -53,6 +55,24 @@ def allocate(ladders: Mapping[str, Sequence[Rung]], max_params: int) -> dict[str
         left -= then.cost - now.cost
         chosen[name] = then
     return chosen
+
+
+def together(ladders: Sequence[Sequence[Rung]]) -> list[Rung]:
+    """The best sizes of several layers taken together, along the convex hulls of their ladders."""
+    hulls = [_hull(_undominated("a layer", ladder)) for ladder in ladders]
+    now = [hull[0] for hull in hulls]
+    steps = [(_slope(*pair), index, pair[1]) for index, hull in enumerate(hulls) for pair in pairwise(hull)]
+    found = [_sum(now)]
+    # Slopes fall along a hull, so its steps stay in order.
+    for _, index, rung in sorted(steps, key=lambda step: -step[0]):
+        now[index] = rung
+        found.append(_sum(now))
+    return found
+
+
+def _sum(rungs: Sequence[Rung]) -> Rung:
+    error = math.fsum(rung.error for rung in rungs)
+    return Rung(sum(rung.n_params for rung in rungs), error, sum(rung.n_index_bits for rung in rungs), rungs[0].bits)
 
 
 def _undominated(name: str, ladder: Sequence[Rung]) -> list[Rung]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -16,6 +17,7 @@ from mpo_core.compression.allocation import allocate
 from mpo_core.compression.candidates import Candidates, Layer
 from mpo_core.compression.counting import n_params
 from mpo_core.compression.measuring import errors_of, row_of, warn_where_parted
+from mpo_core.compression.narrowing import narrow_mlps
 from mpo_core.compression.report import CompressedLayer, CompressionReport
 from mpo_core.compression.sizing import SPREADS, best_of, ladder_of
 from mpo_core.fitting.metric import Metric
@@ -44,6 +46,7 @@ def compress(
     statistics: Statistics | None = None,
     metric: str | None = None,
     spread: str | None = None,
+    narrow: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     generator_for: Callable[[str], torch.Generator] | None = None,
     n_tokens: int = 256,
@@ -88,7 +91,11 @@ def compress(
         spread: how `keep` and `max_params` are spread over the layers. "loss": by the predicted loss, one price per
             parameter for all layers (`allocate`); a layer may stay dense. "errors": so by the squared relative errors.
             "even": the same share of every layer. Default: "loss" for the metric "loss", else "errors".
-        progress: called with "sizes" or "fits", the number of layers done and that of all.
+        narrow: whether MLPs also lose hidden units, where that costs less predicted loss than smaller matrices
+            (`narrow_mlps`). The layers of such an MLP then have fewer features, and the other weights of the layer that
+            reads the units make up for them as well as they can. Only with `keep` or one number as max_params, and
+            with spread "loss".
+        progress: called with "units", "sizes" or "fits", the number of layers done and that of all.
         generator_for: function from a parameter's name, such as "blocks.0.attention.query.cores.1", to the generator of
             its values. Needed with `init`, except on the meta device, where there is nothing to draw.
         n_tokens: tokens per forward for which the report gives FLOPs and bytes.
@@ -109,6 +116,8 @@ def compress(
         raise ValueError(f"`n_tokens >= 1` must hold, but got n_tokens={n_tokens}")
     metric = _metric(metric, statistics)
     spread = _spread(spread, metric, keep, max_params)
+    if narrow and (spread != "loss" or callable(layer) or not (keep is not None or isinstance(max_params, int))):
+        raise ValueError("`narrow` needs `keep` or one number as `max_params`, and spread 'loss'")
     _check_size(layer, allow_growth, chi=chi, rel_error=rel_error, keep=keep, max_params=max_params)
     candidates = None
     if not callable(layer):
@@ -139,8 +148,15 @@ def compress(
             why = next(dense.reason for dense in found if dense.name == first)
             raise ValueError(f"`statistics` measure no layer that can be replaced; for example {first}: {why}")
 
-    def metric_of(dense: DenseLayer, held_out: bool = False) -> Metric | None:
-        """None for the metric "weights", and for a layer that the held-out batches do not measure."""
+    whole_statistics = present_statistics = statistics
+
+    def metric_of(dense: DenseLayer, held_out: bool = False, whole: bool = False) -> Metric | None:
+        """None for the metric "weights", and for a layer that the held-out batches do not measure.
+
+        Args:
+            whole: of the layer before it was narrowed.
+        """
+        statistics = whole_statistics if whole else present_statistics
         if statistics is None or metric == "weights":
             return None
         if dense.linear.weight.is_meta:
@@ -152,6 +168,7 @@ def compress(
 
     sizes: dict[str, int] = {}
     chosen: dict[str, int] = {}
+    whole, narrowed = model, None
     if isinstance(max_params, Mapping):
         _check_names(max_params, found)
         sizes = dict(max_params)
@@ -160,6 +177,14 @@ def compress(
             raise ValueError(f"no layer can be replaced; for example {found[0].name}: {found[0].reason}")
         n_dense = sum(dense.linear.weight.numel() for dense in targets)
         most = int(float(keep) * n_dense) if keep is not None else int(max_params or 0)
+        if narrow and statistics is not None:
+            shown = partial(progress, "units") if progress is not None else None
+            narrowed = narrow_mlps(model, targets, statistics, most, options.get("gauge", "free"), shown)
+            if narrowed is not None:
+                model, present_statistics = narrowed.model, narrowed.statistics
+                found, targets = narrowed.layers(found), narrowed.layers(targets)
+                n_dense = sum(dense.linear.weight.numel() for dense in targets)
+                sizers = {dense.name: candidates.of(dense.name, dense.linear) for dense in targets}
         shares = {dense.name: dense.linear.weight.numel() * most // n_dense for dense in targets}
         if spread != "even":
             ladders = {}
@@ -212,9 +237,18 @@ def compress(
             _replace(model, compressed, dense, new)
         row = row_of(dense, new, reason, n_tokens)
         if new is None or not (init is not None or dense.linear.weight.is_meta):
-            row = replace(
-                row, **errors_of(dense, new, metric, fitted, metric_of(dense, held_out=True) if fitted else None)
-            )
+            W = dense.linear.weight.detach()
+            W_hat = None if new is None else new.to_matrix().detach()
+            if narrowed is not None and dense.name in narrowed.inputs:
+                # Its error includes that of the units that are gone.
+                W, W_hat = narrowed.whole(dense.name, W if W_hat is None else W_hat)
+                fitted = metric_of(dense, whole=True)
+                held_out = metric_of(dense, held_out=True, whole=True)
+            else:
+                held_out = metric_of(dense, held_out=True) if fitted else None
+            row = replace(row, **errors_of(W, W_hat, metric, fitted, held_out))
+        if narrowed is not None:
+            row = narrowed.noted(row)
         rows[dense.name] = row
         for name in dense.sharers:
             note = f"shares the parameters of {dense.name}"
@@ -223,7 +257,9 @@ def compress(
             progress("fits", done + 1, len(found))
     warn_where_parted(rows.values())
     in_order = [rows[name] for name, _ in model.named_modules(remove_duplicate=False) if name in rows]
-    return compressed, CompressionReport(tuple(in_order), n_params(model), n_params(compressed), n_tokens)
+    if narrowed is not None:
+        narrowed.mark(compressed)
+    return compressed, CompressionReport(tuple(in_order), n_params(whole), n_params(compressed), n_tokens)
 
 
 def _check_size(layer: Layer, allow_growth: bool, **sizes: Any) -> None:

@@ -7,7 +7,7 @@ from typing import overload
 from torch import nn
 
 from mpo_core.layers.structured import StructuredLinear
-from mpo_core.models.dense_layers import Model, copied, does_more
+from mpo_core.models.dense_layers import Model, copied, does_more, original_features
 
 
 @overload
@@ -41,6 +41,9 @@ def decompress(model: nn.Module) -> nn.Module:
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             linear.weight = weights[shared]
             linear.register_parameter("bias", layer.bias)
+            original = original_features(layer)
+            if original is not None:
+                linear.original_features = tuple(original)
             made[id(layer)] = linear.train(layer.training)
         if not name:
             return made[id(layer)]

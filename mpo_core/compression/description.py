@@ -18,7 +18,7 @@ from mpo_core.compression.origin import LOADED_INTO, build, check_same_settings,
 from mpo_core.layers.computed_weights import copied_results, tensors_in
 from mpo_core.layers.registry import kind_called
 from mpo_core.layers.structured import StructuredLinear
-from mpo_core.models.dense_layers import is_dense
+from mpo_core.models.dense_layers import is_dense, original_features
 
 _LINEAR = "linear"
 
@@ -34,6 +34,8 @@ class _Layer:
     out_features: int
     bias: bool
     options: dict[str, Any]
+    original_features: list[int] | None = None
+    """(in_features, out_features) before it was narrowed, if it was."""
 
     @staticmethod
     def of(name: str, module: StructuredLinear | nn.Linear) -> _Layer:
@@ -46,7 +48,10 @@ class _Layer:
             except NotImplementedError:
                 what = type(module).__name__
                 raise ValueError(f"{name}: {what} cannot be saved, since it does not define `options`") from None
-        layer = _Layer([name], kind, module.in_features, module.out_features, module.bias is not None, options)
+        original = original_features(module)
+        layer = _Layer(
+            [name], kind, module.in_features, module.out_features, module.bias is not None, options, original
+        )
         if isinstance(module, StructuredLinear):
             there, again = _shapes(module), _shapes(layer.make(type(module)))
             if there != again:
@@ -200,14 +205,17 @@ def _put(model: nn.Module, layer: _Layer) -> nn.Module:
             old = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"{name} is a layer of the saved model, but {LOADED_INTO} has none of that name") from None
-        if layer.kind == _LINEAR and type(old) is nn.Linear:
+        sizes, wanted_sizes = _sizes(old), (layer.in_features, layer.out_features)
+        if layer.kind == _LINEAR and type(old) is nn.Linear and (sizes == wanted_sizes or not layer.original_features):
             continue
-        sizes = _sizes(old)
-        if sizes != (layer.in_features, layer.out_features):
+        if sizes not in (wanted_sizes, tuple(layer.original_features or ())):
             wanted = f"goes from {layer.in_features} to {layer.out_features} features in the saved model"
             present = f"{type(old).__name__} from {sizes[0]} to {sizes[1]}" if sizes else type(old).__name__
             raise ValueError(f"{name} {wanted}, but {LOADED_INTO} has {present} there")
-        new = layer.make() if new is None else new
+        if new is None:
+            new = layer.make()
+            if layer.original_features is not None:
+                new.original_features = tuple(layer.original_features)
         if not name:
             return new
         model.set_submodule(name, new)

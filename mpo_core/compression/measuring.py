@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from mpo_core.compression.report import CompressedLayer
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.mpo import MPOLinear
@@ -43,18 +45,16 @@ def row_of(dense: DenseLayer, new: StructuredLinear | None, reason: str | None, 
 
 
 def errors_of(
-    dense: DenseLayer, new: StructuredLinear | None, metric: str, fitted: Metric | None, held_out: Metric | None
+    W: Tensor, W_hat: Tensor | None, metric: str, fitted: Metric | None, held_out: Metric | None
 ) -> dict[str, float | None]:
-    """Errors of a layer in the report, by field."""
-    W = dense.linear.weight.detach()
-    W_hat = W if new is None else new.to_matrix().detach()
-    errors: dict[str, float | None] = {"rel_error": 0.0 if new is None else relative_error(W, W_hat)}
+    """Errors of a layer in the report, by field; W_hat is None for a layer that stays as it is."""
+    errors: dict[str, float | None] = {"rel_error": 0.0 if W_hat is None else relative_error(W, W_hat)}
     for name, loss, one in (("error", "predicted_loss", fitted), ("held_out_error", "held_out_loss", held_out)):
         if one is None:
             continue
         one = one.on(W)
-        change = 0.0 if new is None else one.norm(W.double() - W_hat.double())
-        errors[name] = 0.0 if new is None else error_ratio(change, one.norm(W))
+        change = 0.0 if W_hat is None else one.norm(W.double() - W_hat.double())
+        errors[name] = 0.0 if W_hat is None else error_ratio(change, one.norm(W))
         if metric == "loss":
             errors[loss] = change**2 / 2
     return errors

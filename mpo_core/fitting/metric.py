@@ -77,6 +77,15 @@ class Metric:
             _padded(self.gram, shape[1], in_features, device), _padded(self.sensitivity, shape[0], out_features, device)
         )
 
+    def restricted(self, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Metric:
+        """The metric of the rows and columns of these indices. Default: all."""
+        gram, sensitivity = self.gram, self.sensitivity
+        if gram is not None and inputs is not None:
+            gram = gram[inputs][:, inputs]
+        if sensitivity is not None and outputs is not None:
+            sensitivity = sensitivity[outputs][:, outputs]
+        return Metric.of_checked(gram, sensitivity)
+
     @cached_property
     def input_root(self) -> Tensor | None:
         """R with R Rᵀ = G."""

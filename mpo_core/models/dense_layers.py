@@ -134,6 +134,12 @@ def as_linear(module: nn.Module) -> nn.Linear:
     return linear.train(module.training)
 
 
+def original_features(module: nn.Module) -> list[int] | None:
+    """[in_features, out_features] of a layer before it was narrowed; None if it was not."""
+    found = vars(module).get("original_features")
+    return None if found is None else list(found)
+
+
 def copied(model: Model) -> Model:
     """A deep copy. Weights that hooks compute at every call, and outputs that a module keeps, are copied as values."""
     return copy.deepcopy(model, copied_results(model))
