@@ -65,6 +65,8 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "low rank, loss, fixed gauge": (0, {**LOW_RANK, **FIXED}),
     "MPO of halves, loss, fixed gauge": (0, {"layer": halves(*SHAPES), **FIXED}),
     "auto, loss, fixed gauge": (0, {"layer": "auto", **FIXED}),
+    "low rank, loss, fixed gauge, fewer hidden units": (0, {**LOW_RANK, **FIXED, "narrow": True}),
+    "auto, loss, fixed gauge, fewer hidden units": (0, {"layer": "auto", **FIXED, "narrow": True}),
     "Monarch of 2×2 blocks, loss": (0, {"layer": "monarch", "n_blocks": 2}),
     "pruned, outputs, even (Wanda)": (0, {"layer": "pruned", **EVEN_OUTPUTS}),
     "pruned, outputs, even (Wanda), mask not counted": (MASK, {"layer": "pruned", **EVEN_OUTPUTS}),

@@ -68,7 +68,8 @@ def main() -> None:
     about = machine()
     caption = (
         f"`python -m benchmarks.smollm2_speed FOLDER`: keep {KEEP} of the blocks' parameters; time and memory as "
-        f"shares of the dense model's, [middle half of the pairs]; {about['cpu']}, {THREADS} threads, PyTorch {about['torch']}"
+        f"shares of the dense model's, [middle half of the pairs]; {about['cpu']}, {THREADS} threads, "
+        f"PyTorch {about['torch']}"
     )
     put_table("docs/mpo_core.md", "smollm2_speed", caption, *table(rows))
 

@@ -81,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
         help="how the parameters are spread over the layers. Default: loss for the metric loss, else errors",
     )
     layers.add_argument(
+        "--narrow",
+        action=argparse.BooleanOptionalAction,
+        help="whether MLPs also lose hidden units, where that costs less. Default: yes, if spread by the loss "
+        "and not pruned",
+    )
+    layers.add_argument(
         "--include",
         nargs="+",
         metavar="PATTERN",

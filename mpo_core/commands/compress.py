@@ -116,6 +116,9 @@ def _options(given: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--metric weights needs no --statistics: leave one of them out")
     if given.spread == "loss" and given.metric != "loss":
         raise ValueError(f"--spread loss needs --metric loss, but got --metric {given.metric}")
+    by_loss = given.metric == "loss" and given.spread in (None, "loss")
+    if given.narrow and not by_loss:
+        raise ValueError("--narrow needs --metric loss and --spread loss")
     has_gauge = given.layer == AUTO or "gauge" in kind_called(given.layer).option_names()
     if given.gauge is not None and not has_gauge:
         raise ValueError(f"--layer {given.layer} has no gauge: leave --gauge out")
@@ -124,6 +127,8 @@ def _options(given: argparse.Namespace) -> dict[str, Any]:
         "keep": given.keep,
         "metric": given.metric,
         "spread": given.spread,
+        # To remove single weights costs less than to remove units.
+        "narrow": (by_loss and given.layer != "pruned") if given.narrow is None else given.narrow,
         "include": given.include or ["*"],
         "exclude": given.exclude,
         **({"gauge": given.gauge or "fixed"} if has_gauge else {}),

@@ -7,13 +7,14 @@ import resource
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpo_core.commands.progress import duration
 from mpo_core.compression.measuring import PARTED
 from mpo_core.compression.perplexity import Perplexity, paired_difference
-from mpo_core.compression.report import CompressionReport
+from mpo_core.compression.report import CompressedLayer, CompressionReport
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def summary(outcome: Outcome) -> str:
         f"{int(outcome.before.n_tokens.sum()):,} predicted tokens",
         f"layers: {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}; with masks and "
         f"indices {report.kept:.1%} is kept",
+        *_narrowed(rows),
         *_predicted(report),
         f"time: {duration(outcome.seconds['all'])} ({stages})",
         f"peak memory: {_peak_bytes() / 1e9:.1f} GB",
@@ -71,6 +73,11 @@ def summary(outcome: Outcome) -> str:
 
 
 _SIZES = (lambda row: row.n_params_before, lambda row: row.n_params_after)
+
+
+def _narrowed(rows: Sequence[CompressedLayer]) -> list[str]:
+    n = sum(row.n_params_before > row.out_features * row.in_features for row in rows)
+    return [f"{n} of these layers belong to MLPs that have fewer hidden units now"] if n else []
 
 
 def _predicted(report: CompressionReport) -> list[str]:

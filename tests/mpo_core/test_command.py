@@ -80,14 +80,15 @@ def numbers(line, out):
 @pytest.mark.parametrize(
     ("family", "kind", "options"),
     [
-        ("llama", "low_rank", {"gauge": "fixed"}),
+        ("llama", "low_rank", {"gauge": "fixed", "narrow": True}),
         ("gpt2", "low_rank", {"gauge": "fixed"}),
-        ("llama", "auto", {"gauge": "fixed"}),
+        ("llama", "auto", {"gauge": "fixed", "narrow": True}),
         ("gpt2", "pruned", {}),
     ],
 )
 def test_it_does_what_the_functions_do(run, family, kind, options):
-    status, out, _ = run(*(() if kind == "low_rank" else ("--layer", kind)), model=family)
+    narrow = () if "narrow" in options or kind == "pruned" else ("--no-narrow",)
+    status, out, _ = run(*(() if kind == "low_rank" else ("--layer", kind)), *narrow, model=family)
     assert status == 0
     model, text = getattr(language_models, family)(), cut()
     batches = [ids[None] for ids in text.calibration]
@@ -128,6 +129,7 @@ def test_a_stranger_runs_the_entry_point_and_the_lines_it_prints(run):
         "text",
         "perplexity before",
         "statistics",
+        "units",
         "sizes",
         "fits",
         "perplexity after",
@@ -254,6 +256,7 @@ def test_statistics_of_something_else_are_refused(run, options, message):
         ({"options": ["--layer", "monarch", "--gauge", "fixed"]}, "--layer monarch has no gauge: leave --gauge out"),
         ({"options": ["--metric", "weights", "--statistics", "s"]}, "--metric weights needs no --statistics"),
         ({"options": ["--metric", "outputs", "--spread", "loss"]}, "--spread loss needs --metric loss"),
+        ({"options": ["--narrow", "--spread", "even"]}, "--narrow needs --metric loss and --spread loss"),
         ({"options": ["--include", "model.layer.*"]}, "include=['model.layer.*'], exclude=[]; it has"),
         ({"options": ["--include", "lm_head"]}, "lm_head cannot be replaced: its weight is shared with model.embed"),
         ({"options": ["--exclude", "*"]}, "no nn.Linear inside the model matches"),
