@@ -92,7 +92,7 @@ def main() -> None:
     before: Perplexity | None = None
     for seed in arguments.seeds:
         cut = split(texts, tokenizer, calibration_tokens=CALIBRATION, evaluation_tokens=EVALUATION, seed=seed)
-        statistics, seconds = _statistics(model, cut, arguments.folder / f"statistics-{seed}.safetensors")
+        statistics, seconds = statistics_of(model, cut, arguments.folder / f"statistics-{seed}.safetensors")
         for keep in arguments.keep:
             for method in methods:
                 if (method, keep, seed) in done:
@@ -139,6 +139,20 @@ def measured(model: nn.Module, cut: Split) -> Perplexity:
     return perplexity(model, [document.ids for document in cut.evaluation], window=WINDOW)
 
 
+def statistics_of(model: nn.Module, cut: Split, path: Path) -> tuple[Statistics, float]:
+    """The statistics of a seed, and their CPU seconds. Both are read from files if they are there."""
+    took = path.with_suffix(".seconds")
+    if not took.exists():
+        names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "layers" in name]
+        start = time.process_time()
+        batches = [tokens[None] for tokens in cut.calibration]
+        statistics = collect_statistics(model, batches, loss=next_token_losses, modules=names)
+        seconds = time.process_time() - start
+        statistics.save(path)
+        took.write_text(str(seconds))
+    return Statistics.load(path), float(took.read_text())
+
+
 def table(rows: list[dict[str, Any]]) -> tuple[str, tuple[str, ...], list[list[str]]]:
     """Caption, headings and lines: for each method and `keep` the seeds' perplexities, the mean of the rest."""
     lines = []
@@ -165,20 +179,6 @@ def table(rows: list[dict[str, Any]]) -> tuple[str, tuple[str, ...], list[list[s
 
 
 _LOSSES = ("predicted", "held_out")
-
-
-def _statistics(model: nn.Module, cut: Split, path: Path) -> tuple[Statistics, float]:
-    """The statistics of a seed, and their CPU seconds. Both are read from files if they are there."""
-    took = path.with_suffix(".seconds")
-    if not took.exists():
-        names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "layers" in name]
-        start = time.process_time()
-        batches = [tokens[None] for tokens in cut.calibration]
-        statistics = collect_statistics(model, batches, loss=next_token_losses, modules=names)
-        seconds = time.process_time() - start
-        statistics.save(path)
-        took.write_text(str(seconds))
-    return Statistics.load(path), float(took.read_text())
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

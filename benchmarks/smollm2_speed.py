@@ -4,9 +4,9 @@
 
 One token is decoded after `CONTEXT` others, whose keys and values are cached, at batch 1; a prefill reads 512 tokens
 and gives the logits of the last. Times are measured in pairs. Memory is what loading the saved model, a prefill and 16
-tokens add to a process of its own. Time depends on sizes, not on values, so the models are compressed in the metric
-"weights". FOLDER keeps the model of `smollm2_data` and the compressed ones. The tables are written into
-docs/mpo_core.md.
+tokens add to a process of its own. Time depends on sizes, not on values, so models are compressed in the metric
+"weights", except where hidden units are removed: that needs the statistics of a loss. FOLDER keeps the model of
+`smollm2_data`, its statistics, and the compressed models. The table is written into docs/mpo_core.md.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.document import put_table
 from benchmarks.measurement import THREADS, Row, machine, paired, print_table, rate
-from benchmarks.smollm2 import FIXED, INCLUDE, SHAPES, halves
-from benchmarks.smollm2_data import CONVERTED, load_model
+from benchmarks.smollm2 import CALIBRATION, EVALUATION, FIXED, INCLUDE, SHAPES, halves, statistics_of
+from benchmarks.smollm2_data import CONVERTED, documents, load_model, split
 from benchmarks.statistics_memory import resident
-from mpo_core import compress, load, save
+from mpo_core import Statistics, compress, load, save
 
 KEEP = 0.5
 CONTEXT, PREFILL, NEW = 64, 512, 16
@@ -40,6 +40,7 @@ DENSE = "dense"
 MODELS: dict[str, dict[str, Any]] = {
     "low rank, free gauge": {"layer": "low_rank"},
     "low rank, fixed gauge": {"layer": "low_rank", **FIXED},
+    "low rank, fixed gauge, fewer hidden units": {"layer": "low_rank", **FIXED, "narrow": True},
     "MPO of halves, fixed gauge": {"layer": halves(*SHAPES), **FIXED},
     "MPO for v and down, low rank for the rest, fixed gauge": {
         "layer": {"*.v_proj": halves((192, 576)), "*.down_proj": halves((576, 1536)), "*": "low_rank"},
@@ -164,9 +165,18 @@ def _write(dense: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> Non
     if name == DENSE:
         AutoModelForCausalLM.from_pretrained(folder / CONVERTED, dtype=dtype).save_pretrained(path)
         return
-    small, report = compress(dense, include=INCLUDE, keep=KEEP, metric="weights", **MODELS[name])
+    options = MODELS[name]
+    how = {"statistics": _statistics(dense, folder)} if options.get("narrow") else {"metric": "weights"}
+    small, report = compress(dense, include=INCLUDE, keep=KEEP, **how, **options)
     print(f"{name}: kept {report.kept:.3f}", flush=True)
     save(small.to(dtype), path)
+
+
+def _statistics(model: nn.Module, folder: Path) -> Statistics:
+    """Those of the first seed of `benchmarks.smollm2`."""
+    _, tokenizer = load_model(folder)
+    cut = split(documents(folder), tokenizer, calibration_tokens=CALIBRATION, evaluation_tokens=EVALUATION, seed=0)
+    return statistics_of(model, cut, folder / "statistics-0.safetensors")[0]
 
 
 def _folder(folder: Path, name: str, dtype: torch.dtype) -> Path:
