@@ -6,20 +6,20 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpo_core.calibration.statistics import METRICS, Statistics
+from mpo_core.calibration.statistics import Statistics
 from mpo_core.compression.allocation import allocate
 from mpo_core.compression.candidates import Candidates, Layer
+from mpo_core.compression.checks import check_init, check_names, check_size, chosen_metric, chosen_spread
 from mpo_core.compression.counting import n_params
 from mpo_core.compression.measuring import errors_of, row_of, warn_where_parted
 from mpo_core.compression.narrowing import narrow_mlps
 from mpo_core.compression.report import CompressedLayer, CompressionReport
-from mpo_core.compression.sizing import SPREADS, best_of, ladder_of
+from mpo_core.compression.sizing import best_of, ladder_of
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.models.dense_layers import (
@@ -28,7 +28,7 @@ from mpo_core.models.dense_layers import (
     copied,
     find_dense_layers,
 )
-from mpo_core.tensor_train.bonds import check_fraction, check_whole
+from mpo_core.tensor_train.bonds import check_whole
 
 
 def compress(
@@ -95,7 +95,7 @@ def compress(
             (`narrow_mlps`). The layers of such an MLP then have fewer features, and the other weights of the layer that
             reads the units make up for them as well as they can. Only with `keep` or one number as max_params, and
             with spread "loss".
-        progress: called with "units", "sizes" or "fits", the number of layers done and that of all.
+        progress: called with "hidden units", "sizes" or "fits", the number of layers done and that of all.
         generator_for: function from a parameter's name, such as "blocks.0.attention.query.cores.1", to the generator of
             its values. Needed with `init`, except on the meta device, where there is nothing to draw.
         n_tokens: tokens per forward for which the report gives FLOPs and bytes.
@@ -114,16 +114,14 @@ def compress(
     n_tokens = int(n_tokens)
     if n_tokens < 1:
         raise ValueError(f"`n_tokens >= 1` must hold, but got n_tokens={n_tokens}")
-    metric = _metric(metric, statistics)
-    spread = _spread(spread, metric, keep, max_params)
-    if narrow and (spread != "loss" or callable(layer) or not (keep is not None or isinstance(max_params, int))):
-        raise ValueError("`narrow` needs `keep` or one number as `max_params`, and spread 'loss'")
-    _check_size(layer, allow_growth, chi=chi, rel_error=rel_error, keep=keep, max_params=max_params)
+    metric = chosen_metric(metric, statistics)
+    spread = chosen_spread(spread, metric, keep, max_params)
+    check_size(layer, allow_growth, narrow, spread, chi=chi, rel_error=rel_error, keep=keep, max_params=max_params)
     candidates = None
     if not callable(layer):
         made = {"init": init, "generator_for": generator_for, "allow_growth": allow_growth}
         candidates = Candidates(layer, options, **made)
-        _check_init(init, statistics, chi is not None or isinstance(max_params, Mapping))
+        check_init(init, statistics, chi is not None or isinstance(max_params, Mapping))
         if not candidates.are_fixed and (init is not None or chi is not None or rel_error is not None):
             raise ValueError("with several kinds in `layer`, the size must be `keep` or `max_params`, without `init`")
     elif options or init is not None:
@@ -170,7 +168,7 @@ def compress(
     chosen: dict[str, int] = {}
     whole, narrowed = model, None
     if isinstance(max_params, Mapping):
-        _check_names(max_params, found)
+        check_names(max_params, found)
         sizes = dict(max_params)
     elif candidates is not None and (keep is not None or max_params is not None):
         if not targets:
@@ -178,7 +176,7 @@ def compress(
         n_dense = sum(dense.linear.weight.numel() for dense in targets)
         most = int(float(keep) * n_dense) if keep is not None else int(max_params or 0)
         if narrow and statistics is not None:
-            shown = partial(progress, "units") if progress is not None else None
+            shown = partial(progress, "hidden units") if progress is not None else None
             narrowed = narrow_mlps(model, targets, statistics, most, options.get("gauge", "free"), shown)
             if narrowed is not None:
                 model, present_statistics = narrowed.model, narrowed.statistics
@@ -260,68 +258,6 @@ def compress(
     if narrowed is not None:
         narrowed.mark(compressed)
     return compressed, CompressionReport(tuple(in_order), n_params(whole), n_params(compressed), n_tokens)
-
-
-def _check_size(layer: Layer, allow_growth: bool, **sizes: Any) -> None:
-    keep, max_params, rel_error = sizes["keep"], sizes["max_params"], sizes["rel_error"]
-    given = [name for name, size in sizes.items() if size is not None]
-    if len(given) != (0 if callable(layer) else 1):
-        raise ValueError(
-            "exactly one of `chi`, `rel_error`, `keep` and `max_params` must be given, and none with a function as "
-            f"`layer`, but got {' and '.join(given) or 'none'}"
-        )
-    if isinstance(max_params, Mapping):
-        check_whole(**{f"max_params[{name!r}]": size for name, size in max_params.items()})
-    elif max_params is not None:
-        check_whole(max_params=max_params)
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < float(keep) <= 1):
-        raise ValueError(f"`0 < keep <= 1` must hold, but got keep={keep!r}")
-    if allow_growth and sizes["chi"] is None:
-        raise ValueError("`allow_growth` is allowed only with `chi`, because with the other sizes no layer grows")
-    if rel_error is not None:
-        check_fraction(rel_error=rel_error)
-
-
-def _check_names(max_params: Mapping[str, int], found: Sequence[DenseLayer]) -> None:
-    for dense in found:
-        for name in max_params.keys() & set(dense.sharers):
-            raise ValueError(f"`max_params` names {name}, which shares the weight of {dense.name}: name {dense.name}")
-    unknown = set(max_params) - {dense.name for dense in found}
-    if unknown:
-        raise ValueError(f"`max_params` names {', '.join(sorted(unknown))}, but no layer to be replaced has that name")
-
-
-def _check_init(init: str | None, statistics: object, has_size: bool) -> None:
-    if init is None:
-        return
-    if not has_size:
-        raise ValueError(f"init {init!r} needs `chi` or `max_params` by layer, because fresh parameters have no error")
-    if statistics is not None:
-        raise ValueError(f"init {init!r} draws fresh parameters, so `statistics` are not allowed with it")
-
-
-def _metric(metric: str | None, statistics: Statistics | None) -> str:
-    if metric is None:
-        return "weights" if statistics is None else "loss" if statistics.has_loss else "outputs"
-    if metric not in METRICS:
-        raise ValueError(f"`metric` must be one of {', '.join(METRICS)}, but got {metric!r}")
-    if metric != "weights" and statistics is None:
-        raise ValueError(f"metric {metric!r} needs `statistics`, from collect_statistics(model, batches)")
-    if metric == "loss" and statistics is not None and not statistics.has_loss:
-        raise ValueError("metric 'loss' needs statistics of a loss: collect_statistics(model, batches, loss=…)")
-    return metric
-
-
-def _spread(spread: str | None, metric: str, keep: float | None, max_params: int | Mapping[str, int] | None) -> str:
-    if spread is None:
-        return "loss" if metric == "loss" else "errors"
-    if spread not in SPREADS:
-        raise ValueError(f"`spread` must be one of {', '.join(SPREADS)}, but got {spread!r}")
-    if spread == "loss" and metric != "loss":
-        raise ValueError(f"spread 'loss' needs the metric 'loss', but the metric is {metric!r}")
-    if keep is None and (max_params is None or isinstance(max_params, Mapping)):
-        raise ValueError(f"spread {spread!r} goes with `keep` or one number as `max_params`")
-    return spread
 
 
 def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: StructuredLinear) -> None:

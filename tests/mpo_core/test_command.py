@@ -129,7 +129,7 @@ def test_a_stranger_runs_the_entry_point_and_the_lines_it_prints(run):
         "text",
         "perplexity before",
         "statistics",
-        "units",
+        "hidden units",
         "sizes",
         "fits",
         "perplexity after",
