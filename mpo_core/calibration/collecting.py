@@ -110,7 +110,10 @@ def collect_statistics(
             }
             begun = CollectionFolder(Path(folder), arguments, len(found.modules))
             progress = progress or (lambda n_batches: None)
-            return BlockCollection(model, found, begun, run, loss is not None, held_out, progress).collect(batches)
+            try:
+                return BlockCollection(model, found, begun, run, loss is not None, held_out, progress).collect(batches)
+            finally:
+                begun.release()
         statistics = Statistics(Part(), Part())
         n_batches = 0
         for batch in batches:

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import shutil
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,27 +43,36 @@ class CollectionFolder:
         self._outside = path / _OUTSIDE
         path.mkdir(parents=True, exist_ok=True)
         index, files = path / INDEX, [*self._blocks, self._outside]
+        if not index.exists() and (found := [file.name for file in path.iterdir() if file.suffix != PARTIAL]):
+            raise ValueError(f"{path} holds other files, such as {found[0]}: choose another folder")
+        self._lock, self._descriptor = path / ("lock" + PARTIAL), -1
+        if self._unfinished.exists() or not all(file.exists() for file in (index, *files)):
+            self._descriptor = _locked(self._lock)
+        try:
+            self._digests, self.outside = self._begun(arguments, index, files)
+        except BaseException:
+            self.release()
+            raise
+
+    def _begun(self, arguments: Mapping[str, Any], index: Path, files: list[Path]) -> tuple[list[str], Statistics]:
+        """Digests of the batches that are done, and the statistics of the layers outside the blocks."""
         known = [file for file in (self._outside, self._unfinished / _OUTSIDE) if file.exists()]
         if index.exists():
             self._check(index, arguments, bool(known))
-        elif found := [file.name for file in path.iterdir() if file.suffix != PARTIAL]:
-            raise ValueError(f"{path} holds other files, such as {found[0]}: choose another folder")
-        self._lock = path / ("lock" + PARTIAL)
-        self._unlock = weakref.finalize(self, os.close, _locked(self._lock))
         if not known:
             for block in self._blocks:  # of batches that are not known any more
                 block.unlink(missing_ok=True)
-            partial = path / (INDEX + PARTIAL)
+            partial = index.with_name(INDEX + PARTIAL)
             content = {"files": [file.name for file in files], "arguments": arguments}
             partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
             make_final(partial, index)
         if not all(file.exists() for file in files):
             self._unfinished.mkdir(exist_ok=True)
-        self._digests: list[str] = described(known[0])["batches"] if known else []
-        self.outside = Statistics(Part(), Part())
+        outside = Statistics(Part(), Part())
         if known and not self.has_all_batches:
-            self.outside = Statistics.load(known[0])
-            self.outside.read()
+            outside = Statistics.load(known[0])
+            outside.read()
+        return described(known[0])["batches"] if known else [], outside
 
     def _check(self, index: Path, arguments: Mapping[str, Any], is_begun: bool) -> None:
         try:
@@ -138,8 +146,13 @@ class CollectionFolder:
         if self._unfinished.exists():
             shutil.rmtree(self._unfinished)
         self._lock.unlink(missing_ok=True)
-        self._unlock()
         return Statistics.load(self.path)
+
+    def release(self) -> None:
+        """Let another process go on with the folder."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     # What is stored for a while ---------------------------------------------------------------------------------------
 
@@ -179,14 +192,14 @@ class CollectionFolder:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor of the file, which is this process's alone until it is closed.
+    """A descriptor of the file, which nobody else can have until it is closed.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: somebody else has it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         raise ValueError(f"{path} cannot be locked; another process may be collecting there: {error}") from error

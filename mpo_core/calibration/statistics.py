@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -164,15 +163,8 @@ class Statistics:
 
     def __init__(self, fitted: Part, held_out: Part) -> None:
         self._parts = {False: fitted, True: held_out}
-        self._left: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self._files: set[Path] = set()
         """Files that moments are read from when they are asked for."""
-
-    def restricted(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Statistics:
-        """The same statistics for layers of which only some outputs and inputs are left: their indices, by layer."""
-        restricted = copy.copy(self)
-        restricted._left = {name: (outputs.get(name), inputs.get(name)) for name in {*outputs, *inputs}}
-        return restricted
 
     def part(self, *, held_out: bool) -> Part:
         """The moments over the batches that are held out, or over the others."""
@@ -217,10 +209,6 @@ class Statistics:
             raise ValueError(f"`metric` must be one of {', '.join(METRICS)}, but got {metric!r}")
         if metric == "weights":
             return Metric()
-        found = self._metric(names, metric, held_out)
-        return found.restricted(*self._left[names[0]]) if names[0] in self._left else found
-
-    def _metric(self, names: Sequence[str], metric: str, held_out: bool) -> Metric:
         part = self._parts[held_out]
         ridge, damping = (0.0, 0.0) if held_out else (RIDGE, DAMPING)
         held = part.holders(names, metric == "loss")
@@ -236,7 +224,7 @@ class Statistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to one safetensors file; it may be the one that they were loaded from."""
-        path = Path(path).absolute()
+        path = Path(path).resolve()
         if path in self._files:
             self.read()
         self.write(path, {})
@@ -281,7 +269,7 @@ class Statistics:
 
     def _open(self, path: Path) -> None:
         """Add what a file holds."""
-        path = path.absolute()
+        path = path.resolve()
         self._files.add(path)
         stamp = stamp_of(path)
         try:

@@ -93,7 +93,8 @@ def run(given: argparse.Namespace, progress: Progress) -> str:
     before = measured(model, "before")
     statistics = _statistics(given, model, names, text.calibration, progress)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the predicted loss")  # the summary says it
+        for said in ("the predicted loss", "`narrow` found no hidden units"):  # the summary says it
+            warnings.filterwarnings("ignore", said)
         small, report = compress(model, statistics=statistics, progress=progress, **options)
     save(small, given.out, tokenizer=tokenizer)
     outcome = Outcome(

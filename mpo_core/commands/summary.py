@@ -77,7 +77,7 @@ _SIZES = (lambda row: row.n_params_before, lambda row: row.n_params_after)
 
 def _narrowed(rows: Sequence[CompressedLayer]) -> list[str]:
     n = sum(row.n_params_before > row.out_features * row.in_features for row in rows)
-    return [f"{n} of these layers belong to MLPs that have fewer hidden units now"] if n else []
+    return [f"{n or 'none'} of these layers belong to MLPs that have fewer hidden units now"]
 
 
 def _predicted(report: CompressionReport) -> list[str]:

@@ -78,6 +78,10 @@ class Candidates:
                     choice = name, dict(own)
                     raise ValueError(f"{choice} in `layer` fits no layer; for example {matched[0].name}: {why[0]}")
 
+    def fit(self, name: str, linear: nn.Linear) -> bool:
+        """Whether a layer of that name may have the shape of an nn.Linear on the meta device."""
+        return any(sizer.why_not(linear) is None for sizer in self.of(name, linear))
+
     def _pattern_of(self, name: str) -> str | None:
         return next((pattern for pattern in self._choices if fnmatchcase(name, pattern)), None)
 

@@ -27,6 +27,7 @@ from mpo_core.models.dense_layers import (
     Model,
     copied,
     find_dense_layers,
+    original_features,
 )
 from mpo_core.tensor_train.bonds import check_whole
 
@@ -146,15 +147,12 @@ def compress(
             why = next(dense.reason for dense in found if dense.name == first)
             raise ValueError(f"`statistics` measure no layer that can be replaced; for example {first}: {why}")
 
-    whole_statistics = present_statistics = statistics
-
     def metric_of(dense: DenseLayer, held_out: bool = False, whole: bool = False) -> Metric | None:
         """None for the metric "weights", and for a layer that the held-out batches do not measure.
 
         Args:
             whole: of the layer before it was narrowed.
         """
-        statistics = whole_statistics if whole else present_statistics
         if statistics is None or metric == "weights":
             return None
         if dense.linear.weight.is_meta:
@@ -162,7 +160,8 @@ def compress(
         names = (dense.name, *dense.sharers)
         if held_out and statistics.why_not(names, metric, held_out=True) is not None:
             return None
-        return statistics.metric(names, metric, held_out=held_out)
+        found = statistics.metric(names, metric, held_out=held_out)
+        return found if narrowed is None or whole else narrowed.metric(dense.name, found)
 
     sizes: dict[str, int] = {}
     chosen: dict[str, int] = {}
@@ -176,10 +175,18 @@ def compress(
         n_dense = sum(dense.linear.weight.numel() for dense in targets)
         most = int(float(keep) * n_dense) if keep is not None else int(max_params or 0)
         if narrow and statistics is not None:
-            shown = partial(progress, "hidden units") if progress is not None else None
-            narrowed = narrow_mlps(model, targets, statistics, most, options.get("gauge", "free"), shown)
+            gauges = {sizer.options.get("gauge") for of in sizers.values() for sizer in of}
+            narrowed = narrow_mlps(
+                model,
+                targets,
+                statistics,
+                most,
+                gauge="fixed" if "fixed" in gauges else "free",
+                fits=candidates.fit,
+                progress=partial(progress, "hidden units") if progress is not None else None,
+            )
             if narrowed is not None:
-                model, present_statistics = narrowed.model, narrowed.statistics
+                model = narrowed.model
                 found, targets = narrowed.layers(found), narrowed.layers(targets)
                 n_dense = sum(dense.linear.weight.numel() for dense in targets)
                 sizers = {dense.name: candidates.of(dense.name, dense.linear) for dense in targets}
@@ -274,6 +281,9 @@ def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: St
             twin.bias = biases[id(module.bias)]
             placed[id(module)] = twin.train(module.training)
         compressed.set_submodule(name, placed[id(module)])
+        original = original_features(module)
+        if original is not None:
+            placed[id(module)].original_features = original
 
 
 def _measured(dense: DenseLayer, statistics: Statistics, metric: str) -> DenseLayer:

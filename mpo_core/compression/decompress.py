@@ -43,7 +43,7 @@ def decompress(model: nn.Module) -> nn.Module:
             linear.register_parameter("bias", layer.bias)
             original = original_features(layer)
             if original is not None:
-                linear.original_features = tuple(original)
+                linear.original_features = original
             made[id(layer)] = linear.train(layer.training)
         if not name:
             return made[id(layer)]

@@ -35,7 +35,7 @@ class _Layer:
     bias: bool
     options: dict[str, Any]
     original_features: list[int] | None = None
-    """(in_features, out_features) before it was narrowed, if it was."""
+    """[in_features, out_features] before it was narrowed, if it was."""
 
     @staticmethod
     def of(name: str, module: StructuredLinear | nn.Linear) -> _Layer:
@@ -57,6 +57,10 @@ class _Layer:
             if there != again:
                 raise ValueError(f"{name}: it has tensors {there}, but its `options` {options} lead to {again}")
         return layer
+
+    def described(self) -> dict[str, Any]:
+        """All fields, but the original features only if there are some."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def make(self, kind: type[StructuredLinear] | None = None) -> nn.Module:
         """The layer on the meta device."""
@@ -91,7 +95,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         {
             "origin": origin_of(model),
             "modules": {name: type(module).__name__ for name, module in modules},
-            "layers": [asdict(layer) for layer in layers.values()],
+            "layers": [layer.described() for layer in layers.values()],
             "tied": {name: other for name, other in names.items() if name != other},
             "buffers": list(buffers),
             "frozen": [name for name, parameter in parameters.items() if not parameter.requires_grad],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic
 
@@ -16,9 +17,11 @@ from mpo_core.compression.report import CompressedLayer
 from mpo_core.fitting.elimination import eliminate, refit
 from mpo_core.fitting.ladders import Rung
 from mpo_core.fitting.metric import Metric
+from mpo_core.layers.computed_weights import copied_results
 from mpo_core.layers.low_rank import LowRankLinear
-from mpo_core.models.dense_layers import DenseLayer, Model
+from mpo_core.models.dense_layers import DenseLayer, Model, original_features
 from mpo_core.models.hidden_units import HiddenUnits, find_hidden_units, with_inputs, with_outputs
+from mpo_core.values import check_matrix
 
 SHARES = tuple(eighths / 8 for eighths in range(8, 0, -1))
 """Shares of its hidden units that an MLP may keep."""
@@ -26,45 +29,52 @@ SHARES = tuple(eighths / 8 for eighths in range(8, 0, -1))
 
 @dataclass(frozen=True)
 class Narrowed(Generic[Model]):
-    """A model with fewer hidden units, and statistics of its layers."""
+    """A model with fewer hidden units."""
 
     model: Model
-    """It shares all tensors but those of the narrowed layers with the model that it was made from."""
-    statistics: Statistics
-    inputs: dict[str, Tensor]
-    """By the name of a layer that reads hidden units: the indices of those that are left."""
-    n_units: dict[str, tuple[int, int]]
-    """By the name of a layer that computes or reads hidden units: their number before, and now."""
-    linears: dict[str, nn.Linear]
-    """These layers before, by name."""
+    """It shares all tensors except those of the narrowed layers with the model that it was made from."""
+    outputs: Mapping[str, Tensor]
+    """By the name of a layer that computes hidden units: the indices of those that are left."""
+    inputs: Mapping[str, Tensor]
+    """The same of the layers that read them."""
+    before: Mapping[str, nn.Linear]
+    """All these layers as they were, by name."""
 
     def layers(self, layers: Sequence[DenseLayer]) -> list[DenseLayer]:
         """The layers as they are now."""
         return [
-            replace(layer, linear=self.model.get_submodule(layer.name)) if layer.name in self.n_units else layer
+            replace(layer, linear=self.model.get_submodule(layer.name)) if layer.name in self.before else layer
             for layer in layers
         ]
 
+    def metric(self, name: str, metric: Metric) -> Metric:
+        """The metric of a layer as it is now."""
+        return metric.restricted(self.outputs.get(name), self.inputs.get(name))
+
     def whole(self, name: str, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix of a layer in `inputs` before, and the one that these columns are now, with zeros for the rest."""
-        W = self.linears[name].weight.detach()
+        W = self.before[name].weight.detach()
         W_hat = torch.zeros_like(W)
         W_hat[:, self.inputs[name]] = columns
         return W, W_hat
 
     def noted(self, row: CompressedLayer) -> CompressedLayer:
         """The row of the report with what the layer was before."""
-        if row.name not in self.n_units:
+        if row.name not in self.before:
             return row
-        before, now = self.n_units[row.name]
-        note = f"{now} of {before} hidden units"
+        linear = self.before[row.name]
+        n, left = linear.out_features, self.outputs.get(row.name)
+        if left is None:
+            n, left = linear.in_features, self.inputs[row.name]
+        note = f"{len(left)} of {n} hidden units"
         note = note if row.kind != "dense" else f"{note}; {row.reason}"
-        return replace(row, n_params_before=self.linears[row.name].weight.numel(), reason=note)
+        return replace(row, n_params_before=linear.weight.numel(), reason=note)
 
     def mark(self, model: nn.Module) -> None:
         """Note at each layer how many features it had, so that `load` accepts the model that it was made from."""
-        for name, linear in self.linears.items():
-            model.get_submodule(name).original_features = linear.in_features, linear.out_features
+        for name, linear in self.before.items():
+            first = original_features(linear) or (linear.in_features, linear.out_features)
+            model.get_submodule(name).original_features = first
 
 
 def narrow_mlps(
@@ -72,76 +82,105 @@ def narrow_mlps(
     layers: Sequence[DenseLayer],
     statistics: Statistics,
     max_params: int,
-    gauge: str,
+    *,
+    gauge: str = "free",
+    fits: Callable[[str, nn.Linear], bool] = lambda name, linear: True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Narrowed[Model] | None:
-    """Remove hidden units where that costs the least predicted loss; None if the model has none to remove.
+    """Remove hidden units where that costs the least predicted loss; None if no unit is removed.
 
-    Without a unit, its row of each layer before it and its column of the layer after it go at once. The columns that
-    are left are fitted anew. How many units each MLP keeps is chosen by `allocate`, as if all matrices became low rank
+    A unit's row of each layer before it and its column of the layer after it are removed together. The columns that are
+    left are fitted again. How many units each MLP keeps is chosen by `allocate`, as if all matrices became low rank
     afterwards and had max_params parameters together.
 
     Args:
         layers: those that may be replaced.
         statistics: of a loss.
+        gauge: of the low rank.
+        fits: function from a layer's name and an nn.Linear on the meta device to whether the layer may have its shape.
         progress: called with the number of MLPs done and that of all.
     Raises:
-        ValueError: as `allocate`.
+        ValueError: a matrix that `check_matrix` refuses or a metric of another size, with the name of the layer.
+    Warns:
+        UserWarning: the model has no hidden units that can be removed.
     """
     linears = {layer.name: layer.linear for layer in layers}
+    if any(linear.weight.is_meta for linear in linears.values()):
+        return None
+    metrics: dict[str, Callable[[], Metric]] = {}
+    for layer in layers:
+        names = layer.name, *layer.sharers
+        metrics[layer.name] = lambda names=names: statistics.metric(names, "loss")
+        try:
+            check_matrix(layer.linear.weight)
+            metrics[layer.name]().on(layer.linear.weight)
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from error
     groups = find_hidden_units(model, layers)
+    if not groups:
+        warnings.warn("`narrow` found no hidden units that can be removed", stacklevel=3)
+        return None
     grouped = {name for group in groups for name in (*group.inner, group.outer)}
     ladders = {
-        layer.name: _ladder(
-            layer.linear.weight.detach(), statistics.metric((layer.name, *layer.sharers), "loss"), gauge
-        )
-        for layer in layers
-        if layer.name not in grouped
+        name: _ladder(linear.weight.detach(), metrics[name](), gauge)
+        for name, linear in linears.items()
+        if name not in grouped
     }
     choices: dict[str, list[Tensor]] = {}
     for done, group in enumerate(groups):
-        ladders[group.outer], choices[group.outer] = _ladder_of_mlp(group, linears, statistics, gauge)
+        sizes = [size for size in _sizes(group.n) if size == group.n or _fit(group, linears, size, fits)]
+        of_mlp = {name: metrics[name]() for name in (*group.inner, group.outer)}
+        ladders[group.outer], choices[group.outer] = _ladder_of_mlp(group, linears, of_mlp, sizes, gauge)
         if progress is not None:
             progress(done + 1, len(groups))
-    rungs = allocate(ladders, max_params)
+    try:
+        rungs = allocate(ladders, max_params)
+    except ValueError:  # low rank cannot be so small; another kind may
+        return None
     chosen = [(group, choices[group.outer][rungs[group.outer].candidate]) for group in groups]
     chosen = [(group, left) for group, left in chosen if len(left) < group.n]
     if not chosen:
         return None
     # A copy of the modules alone.
-    narrow = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    inputs, outputs, units = {}, {}, {}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    narrow = copy.deepcopy(model, {**copied_results(model), **shared})
+    inputs, outputs, before = {}, {}, {}
     for group, left in chosen:
         for name in group.inner:
             narrow.set_submodule(name, with_outputs(linears[name], left))
             outputs[name] = left
-        outer = linears[group.outer]
-        columns = refit(outer.weight.detach(), statistics.metric(group.outer, "loss"), left)
-        narrow.set_submodule(group.outer, with_inputs(outer, columns))
+        columns = refit(linears[group.outer].weight.detach(), metrics[group.outer](), left)
+        narrow.set_submodule(group.outer, with_inputs(linears[group.outer], columns))
         inputs[group.outer] = left
-        units |= dict.fromkeys((*group.inner, group.outer), (group.n, len(left)))
-    before = {name: linears[name] for name in units}
-    return Narrowed(narrow, statistics.restricted(outputs, inputs), inputs, units, before)
+        for name in (*group.inner, group.outer):
+            before[name] = linears[name]
+    return Narrowed(narrow, outputs, inputs, before)
+
+
+def _sizes(n: int) -> list[int]:
+    return [max(1, round(share * n)) for share in SHARES]
+
+
+def _fit(
+    group: HiddenUnits, linears: Mapping[str, nn.Linear], size: int, fits: Callable[[str, nn.Linear], bool]
+) -> bool:
+    """Whether all layers may have this number of hidden units."""
+    shapes = {name: (size, linears[name].in_features) for name in group.inner}
+    shapes[group.outer] = linears[group.outer].out_features, size
+    return all(fits(name, nn.Linear(columns, rows, device="meta")) for name, (rows, columns) in shapes.items())
 
 
 def _ladder_of_mlp(
-    group: HiddenUnits, linears: dict[str, nn.Linear], statistics: Statistics, gauge: str
+    group: HiddenUnits, linears: Mapping[str, nn.Linear], metrics: Mapping[str, Metric], sizes: list[int], gauge: str
 ) -> tuple[list[Rung], list[Tensor]]:
     """Sizes of the layers of an MLP together, with their predicted loss; and the units of each `Rung.candidate`."""
-    names = *group.inner, group.outer
-    metrics = {name: statistics.metric(name, "loss") for name in names}
-    W = {name: linears[name].weight.detach() for name in names}
-    sizes = [max(1, round(share * group.n)) for share in SHARES]
-    found = eliminate(W[group.outer], metrics[group.outer], sizes)
+    W = {name: linears[name].weight.detach() for name in (*group.inner, group.outer)}
+    outer, metric = W[group.outer], metrics[group.outer]
     rungs, units = [], []
-    for left, error in found.values():
+    for left, error in eliminate(outer, metric, sizes).values():
         of_layers = [_ladder(W[name][left], metrics[name].restricted(outputs=left), gauge) for name in group.inner]
-        columns = refit(W[group.outer], metrics[group.outer], left)
-        of_layers.append(_ladder(columns, metrics[group.outer].restricted(inputs=left), gauge))
-        rungs += [
-            Rung(rung.n_params, rung.error + error / 2, rung.n_index_bits, rung.bits, len(units))
-            for rung in together(of_layers)
-        ]
+        of_layers.append(_ladder(refit(outer, metric, left), metric.restricted(inputs=left), gauge))
+        rungs += [replace(rung, error=rung.error + error / 2, candidate=len(units)) for rung in together(of_layers)]
         units.append(left)
     return rungs, units
 
@@ -149,5 +188,5 @@ def _ladder_of_mlp(
 def _ladder(W: Tensor, metric: Metric, gauge: str) -> list[Rung]:
     """The predicted loss of the matrix at each rank, and as it is."""
     unit, bits = metric.on(W).norm(W) ** 2 / 2, 8 * W.element_size()
-    rungs = LowRankLinear.rungs(W, metric, gauge=gauge)
-    return [Rung(rung.n_params, rung.error * unit, rung.n_index_bits, bits) for rung in rungs] + [Rung(W.numel(), 0.0)]
+    rungs = [replace(rung, error=rung.error * unit) for rung in LowRankLinear.rungs(W, metric, gauge=gauge)]
+    return [replace(rung, bits=bits) for rung in (*rungs, Rung(W.numel(), 0.0))]

@@ -1,4 +1,4 @@
-"""Inputs that a matrix can do without: the others take over what they can."""
+"""Choose inputs of a matrix to remove, and fit the columns of the others again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH = 1 / 48
 def eliminate(W: Tensor, metric: Metric, sizes: Iterable[int]) -> dict[int, tuple[Tensor, float]]:
     """Which inputs of W are left at each size, and the squared error in the metric without the others.
 
-    Greedy: the inputs whose removal raises the error least go first, after the columns of the others are fitted anew.
+    Greedy: the inputs whose removal raises the error least go first, after the columns of the others are fitted again.
 
     Args:
         W: (out_features, in_features).
@@ -48,9 +48,9 @@ def eliminate(W: Tensor, metric: Metric, sizes: Iterable[int]) -> dict[int, tupl
 
 
 def refit(W: Tensor, metric: Metric, left: Tensor) -> Tensor:
-    """The columns (out_features, len(left)) of the inputs that are left that approximate W best in the metric.
+    """The columns (out_features, len(left)), for the inputs that are left, that approximate W best in the metric.
 
-    Whatever its sensitivity is, they are the same. W's dtype.
+    They do not depend on its sensitivity. They are in W's dtype.
     """
     gram = metric.on(W).gram
     if gram is None:

@@ -81,8 +81,10 @@ class Metric:
         """The metric of the rows and columns of these indices. Default: all."""
         gram, sensitivity = self.gram, self.sensitivity
         if gram is not None and inputs is not None:
+            inputs = inputs.to(gram.device)
             gram = gram[inputs][:, inputs]
         if sensitivity is not None and outputs is not None:
+            outputs = outputs.to(sensitivity.device)
             sensitivity = sensitivity[outputs][:, outputs]
         return Metric.of_checked(gram, sensitivity)
 

@@ -134,10 +134,9 @@ def as_linear(module: nn.Module) -> nn.Linear:
     return linear.train(module.training)
 
 
-def original_features(module: nn.Module) -> list[int] | None:
-    """[in_features, out_features] of a layer before it was narrowed; None if it was not."""
-    found = vars(module).get("original_features")
-    return None if found is None else list(found)
+def original_features(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a layer before it was narrowed; None if it was not."""
+    return vars(module).get("original_features")
 
 
 def copied(model: Model) -> Model:

@@ -1,4 +1,4 @@
-"""Find the hidden units of a model's MLPs: the outputs of some layers, and the inputs of one other, alone."""
+"""Find the hidden units of a model's MLPs: the outputs of some layers, and the inputs of one other layer only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mpo_core.layers.computed_weights import copied_results
 from mpo_core.models.dense_layers import DenseLayer
 from mpo_core.models.evaluating import evaluating
+
+TOLERANCE = 1e-4
+"""Of the comparison of two outputs, in float32."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,13 @@ class HiddenUnits:
 
 
 def find_hidden_units(model: nn.Module, layers: Sequence[DenseLayer]) -> list[HiddenUnits]:
-    """The hidden units that can be removed, each alone.
+    """The hidden units that can be removed one by one.
 
-    Layers of one module are tried: some that have as many outputs as another has inputs. They hold removable units
-    if the module, called with one tensor, gives the same without half of the units as with weights of zero at them.
-    So an attention is none, nor an MLP with a norm inside.
+    Layers of one module are tried: some that have as many outputs as another has inputs. They hold removable units if
+    the module, called with one tensor, gives the same output when half of the units are removed as when their weights
+    in the last layer are zero. So attention is not cut, nor an MLP with a norm inside.
+
+    The layers must be called by the forward of their own module only, which must take one tensor.
 
     Args:
         layers: those that may be replaced.
@@ -45,7 +51,9 @@ def find_hidden_units(model: nn.Module, layers: Sequence[DenseLayer]) -> list[Hi
         for outer in own.values():
             n = outer.linear.in_features
             inner = [each for each in free.values() if each.name != outer.name and each.linear.out_features == n]
-            if outer.name in free and inner and _are_removable(model.get_submodule(owner), inner, outer):
+            if n < 2 or outer.name not in free or not inner:
+                continue
+            if _are_removable(model.get_submodule(owner), inner, outer):
                 found.append(HiddenUnits(tuple(each.name for each in inner), outer.name, n))
                 for each in (*inner, outer):
                     del free[each.name]
@@ -54,26 +62,31 @@ def find_hidden_units(model: nn.Module, layers: Sequence[DenseLayer]) -> list[Hi
 
 @torch.no_grad()
 def _are_removable(module: nn.Module, inner: Sequence[DenseLayer], outer: DenseLayer) -> bool:
-    weight, n = inner[0].linear.weight, outer.linear.in_features
+    weight, n = outer.linear.weight, outer.linear.in_features
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, inner[0].linear.in_features, generator=generator).to(weight)
-    left = torch.randperm(n, generator=generator)[: max(1, n // 2)].sort().values.to(weight.device)
-    zeros = torch.zeros_like(outer.linear.weight)
-    zeros[:, left] = outer.linear.weight[:, left]
-    narrow, zeroed = copy.deepcopy(module), copy.deepcopy(module)
-    for each in inner:
-        narrow.set_submodule(_last(each.name), with_outputs(each.linear, left))
-    narrow.set_submodule(_last(outer.name), with_inputs(outer.linear, outer.linear.weight[:, left]))
-    zeroed.set_submodule(_last(outer.name), with_inputs(outer.linear, zeros))
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    x = torch.randn(3, inner[0].linear.in_features, generator=generator).to(weight.device, precision)
+    left = torch.randperm(n, generator=generator)[: n // 2].sort().values.to(weight.device)
+    some = torch.zeros_like(weight)
+    some[:, left] = weight[:, left]
+
+    def output(weights: Tensor, removed: bool = False) -> Tensor:
+        """What the module gives with these weights in the last layer."""
+        changed = {outer.name: with_inputs(outer.linear, weights)}
+        changed |= {each.name: with_outputs(each.linear, left) for each in inner if removed}
+        tried = _copied(module, precision)
+        for name, linear in changed.items():
+            tried.set_submodule(name.rpartition(".")[2], linear.to(precision))
+        with evaluating(tried), torch.random.fork_rng(devices=[]):
+            return tried(x)
+
     try:
-        with evaluating(narrow), evaluating(zeroed):
-            ours, theirs = narrow(x), zeroed(x)
+        ours, theirs, without = output(weight[:, left], True), output(some), output(torch.zeros_like(weight))
+        # What the module adds besides, such as its own input, must not hide a difference.
+        scale = float((theirs - without).abs().max())
+        return scale > 0 and float((ours - theirs).abs().max()) <= TOLERANCE * scale
     except Exception:  # a module's own code may raise anything for an input or a size that it does not expect
         return False
-    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
-        return False
-    close = torch.finfo(weight.dtype).eps ** 0.5
-    return torch.allclose(ours.float(), theirs.float(), rtol=close, atol=close * float(theirs.float().abs().max()))
 
 
 def with_outputs(linear: nn.Linear, left: Tensor) -> nn.Linear:
@@ -87,14 +100,18 @@ def with_inputs(linear: nn.Linear, columns: Tensor) -> nn.Linear:
     return _linear(linear, columns, linear.bias)
 
 
+def _copied(module: nn.Module, precision: torch.dtype) -> nn.Module:
+    """A copy without hooks, which would see inputs that are not data."""
+    tried = copy.deepcopy(module, copied_results(module)).to(precision)
+    for part in tried.modules():
+        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+            getattr(part, hooks).clear()
+    return tried
+
+
 def _linear(like: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=like.weight.requires_grad)
     if bias is not None:
-        assert like.bias is not None
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=like.bias.requires_grad)
     return linear.train(like.training)
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]

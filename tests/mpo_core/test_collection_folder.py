@@ -249,7 +249,7 @@ def test_a_missing_part_is_named(tmp_path):
 
 
 def test_a_folder_is_for_one_process_at_a_time(tmp_path):
-    holder = "import fcntl, sys; file = open(sys.argv[1], 'wb'); fcntl.lockf(file, 2); print(flush=True); input()"
+    holder = "import fcntl, sys; file = open(sys.argv[1], 'wb'); fcntl.flock(file, 2); print(flush=True); input()"
     command = [sys.executable, "-c", holder, str(tmp_path / "lock.partial")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()

@@ -97,6 +97,13 @@ class Softmaxed(Normed):
         return self.down(self.up(x).softmax(-1))
 
 
+class Residual(Normed):
+    """What it adds besides must not hide a small difference."""
+
+    def forward(self, x):
+        return 1e5 * x + self.down(nn.functional.rms_norm(self.up(x).relu(), (self.up.out_features,)))
+
+
 def units_of(model):
     return {
         (group.inner, group.outer, group.n) for group in find_hidden_units(model, find_dense_layers(model, "*", ()))
@@ -112,12 +119,25 @@ def test_units_of_mlps_are_found_and_no_others():
     gpt2 = {((f"transformer.h.{i}.mlp.c_fc",), f"transformer.h.{i}.mlp.c_proj", 64) for i in (0, 1)}
     assert units_of(language_models.gpt2()) == gpt2
     pico = PicoGPT(GPTConfig(n_layers=1, d_model=16, n_heads=2, vocab_size=9, context=8))
+    pico.init_parameters(lambda _: torch.Generator().manual_seed(0), "variance")
     assert units_of(pico) == {(("blocks.0.feed_forward.up",), "blocks.0.feed_forward.down", 64)}
     chain = nn.Sequential(nn.Linear(4, 9), nn.GELU(), nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 3))
     assert units_of(chain) == {(("0",), "2", 9)}  # a layer belongs to one group only
     assert units_of(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))) == {(("0",), "2", 4)}
-    for other in (Normed(), Softmaxed(), nn.TransformerEncoderLayer(8, 2, 8).self_attn):
-        assert units_of(nn.ModuleList([other, nn.Linear(2, 2)])) == set()
+    attention = nn.TransformerEncoderLayer(8, 2, 8).self_attn
+    for other in (Normed(), Softmaxed(), Residual(), attention):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert units_of(nn.ModuleList([other, nn.Linear(2, 2)]).to(dtype)) == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_units_are_found_in_half_precision_and_hooks_do_not_see_the_test(dtype):
+    model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Dropout(0.5), nn.Linear(32, 8)).to(dtype)
+    model[1].register_forward_hook(lambda *_: pytest.fail("a hook was called"))
+    state = torch.get_rng_state()
+    assert units_of(model) == {(("0",), "3", 32)}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
 
 
 # Compression ----------------------------------------------------------------------------------------------------------
@@ -191,6 +211,75 @@ def test_a_language_model_with_fewer_units_is_saved_loaded_and_generates(tmp_pat
         assert torch.equal(load(folder).generate(tokens[0], **greedy), small.generate(tokens[0], **greedy))
 
 
+@pytest.mark.filterwarnings("ignore:the predicted loss")
+def test_a_narrowed_model_is_compressed_again_and_still_loads(tmp_path):
+    model = language_models.llama()
+    tokens = [torch.randint(30, (1, 40), generator=torch.Generator().manual_seed(seed)) for seed in range(10)]
+
+    def narrowed(one, keep):
+        statistics = collect_statistics(one, tokens, loss=next_token_losses)
+        return compress(
+            one, keep=keep, statistics=statistics, exclude="lm_head", layer="low_rank", gauge="fixed", narrow=True
+        )[0]
+
+    once = decompress(narrowed(model, 0.6))
+    twice = narrowed(once, 0.6)
+    assert twice.model.layers[0].mlp.down_proj.in_features < once.model.layers[0].mlp.down_proj.in_features < 24
+    for number, one in enumerate((twice, decompress(twice), compress(once, chi=2, exclude="lm_head")[0])):
+        save(one, tmp_path / str(number))
+        for again in (load(tmp_path / str(number)), load(tmp_path / str(number), like=model)):
+            assert torch.equal(again(tokens[0]).logits, one(tokens[0]).logits)
+
+
+def test_the_layers_of_the_result_are_the_callers_own():
+    """Nothing is shared with the model, frozen weights stay frozen, and a computed tensor is no obstacle."""
+    model, batches, statistics = narrow_example()
+    model[1].kept = model[0](batches[0])
+    model[0].weight.requires_grad_(False)
+    small, _ = compress(model.train(), keep=0.35, statistics=statistics, layer="low_rank", narrow=True)
+    assert small.training
+    assert [name for name, parameter in small.named_parameters() if not parameter.requires_grad] == ["0.weight"]
+    ours = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not ours & {parameter.data_ptr() for parameter in small.parameters()}
+
+
+@pytest.mark.parametrize("gauge", ["free", "fixed"])
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_the_budget_holds_for_every_kind(keep, gauge):
+    model, _, statistics = narrow_example()
+    for layer in ("low_rank", "mpo", "auto", ("mpo", {"n_sites": 4})):
+        report = compress(model, keep=keep, statistics=statistics, layer=layer, gauge=gauge, narrow=True)[1]
+        assert report.kept <= keep
+
+
+def test_options_that_need_a_shape_keep_it():
+    model, _, statistics = narrow_example()
+    splits = {"0": ("mpo", {"d_out": (8, 6), "d_in": (2, 4)}), "2": "low_rank"}
+    small, _ = compress(model, keep=0.4, statistics=statistics, layer=splits, narrow=True)
+    assert small[0].out_features == 48
+    small, _ = compress(model, keep=0.9, statistics=statistics, layer="monarch", n_blocks=4, narrow=True)
+    assert small[0].out_features % 4 == 0
+
+
+def test_part_of_an_mlp_is_not_narrowed():
+    model, _, statistics = narrow_example()
+    for options in ({"exclude": "0"}, {"include": "0"}, {"layer": {"2": "low_rank"}}):
+        with pytest.warns(UserWarning, match="`narrow` found no hidden units that can be removed"):
+            small, _ = compress(model, keep=0.5, statistics=statistics, narrow=True, **options)
+        assert small[2].in_features == 48
+
+
+def test_bad_weights_and_statistics_are_named():
+    model, _, statistics = narrow_example()
+    with torch.device("meta"):
+        bare = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 8))
+    other = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 8))
+    model[2].weight.data[0, 0] = torch.nan
+    for one, message in ((bare, "0: a weight on the meta"), (model, "2: .*finite"), (other, "0: .* shape .40, 40.")):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            compress(one, keep=0.5, statistics=statistics, narrow=True)
+
+
 def test_a_model_of_other_sizes_is_still_refused(tmp_path):
     model, _, statistics = narrow_example()
     save(compress(model, keep=0.35, statistics=statistics, layer="low_rank", narrow=True)[0], tmp_path)
@@ -205,10 +294,9 @@ def test_a_model_without_removable_units_stays_as_wide():
     model = nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(8, 6)})
     batches = list(normal(5, 60, 8, dtype=torch.float32))
     statistics = collect_statistics(model, batches, loss=lambda model, x: (model["a"](x) * model["b"](x)).sum(-1))
-    one, other = (
-        compress(model, keep=0.5, statistics=statistics, layer="low_rank", narrow=n)[1] for n in (False, True)
-    )
-    assert one == other
+    options = {"keep": 0.5, "statistics": statistics, "layer": "low_rank"}
+    with pytest.warns(UserWarning, match="`narrow` found no hidden units that can be removed"):
+        assert compress(model, narrow=True, **options)[1] == compress(model, **options)[1]
 
 
 @pytest.mark.parametrize(
