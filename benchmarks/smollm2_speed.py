@@ -60,10 +60,10 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     dense, _ = load_model(folder)
     rows: list[Row] = []
+    for name in (DENSE, *MODELS):
+        if not all((_folder(folder, name, dtype) / "config.json").exists() for dtype in DTYPES):
+            write(dense, folder, name)
     for dtype in DTYPES:
-        for name in [DENSE, *MODELS]:
-            if not (_folder(folder, name, dtype) / "config.json").exists():
-                _write(dense, folder, name, dtype)
         rows += rows_of(folder, dtype)
     print_table(rows)
     about = machine()
@@ -159,17 +159,19 @@ def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
-def _write(dense: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> None:
-    """Put a model into its folder, in that dtype."""
-    path = _folder(folder, name, dtype)
+def write(dense: nn.Module, folder: Path, name: str) -> None:
+    """Put a model into its folders, one for each dtype."""
     if name == DENSE:
-        AutoModelForCausalLM.from_pretrained(folder / CONVERTED, dtype=dtype).save_pretrained(path)
+        for dtype in DTYPES:
+            model = AutoModelForCausalLM.from_pretrained(folder / CONVERTED, dtype=dtype)
+            model.save_pretrained(_folder(folder, name, dtype))
         return
     options = MODELS[name]
     how = {"statistics": _statistics(dense, folder)} if options.get("narrow") else {"metric": "weights"}
     small, report = compress(dense, include=INCLUDE, keep=KEEP, **how, **options)
     print(f"{name}: kept {report.kept:.3f}", flush=True)
-    save(small.to(dtype), path)
+    for dtype in DTYPES:
+        save(small.to(dtype), _folder(folder, name, dtype))
 
 
 def _statistics(model: nn.Module, folder: Path) -> Statistics:
