@@ -114,7 +114,7 @@ def decoding(model: nn.Module) -> Callable[[], object]:
     @torch.no_grad()
     def call() -> object:
         logits = model(_tokens(1), past_key_values=cache, use_cache=True).logits
-        cache.crop(CONTEXT)
+        cache.crop(-1)
         return logits
 
     return call
