@@ -27,6 +27,7 @@ from mpo_core.models.dense_layers import (
     Model,
     copied,
     find_dense_layers,
+    note_original_features,
     original_features,
 )
 from mpo_core.tensor_train.bonds import check_whole
@@ -281,9 +282,7 @@ def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: St
             twin.bias = biases[id(module.bias)]
             placed[id(module)] = twin.train(module.training)
         compressed.set_submodule(name, placed[id(module)])
-        original = original_features(module)
-        if original is not None:
-            placed[id(module)].original_features = original
+        note_original_features(placed[id(module)], original_features(module))
 
 
 def _measured(dense: DenseLayer, statistics: Statistics, metric: str) -> DenseLayer:

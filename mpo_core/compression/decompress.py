@@ -7,7 +7,7 @@ from typing import overload
 from torch import nn
 
 from mpo_core.layers.structured import StructuredLinear
-from mpo_core.models.dense_layers import Model, copied, does_more, original_features
+from mpo_core.models.dense_layers import Model, copied, does_more, note_original_features, original_features
 
 
 @overload
@@ -41,9 +41,7 @@ def decompress(model: nn.Module) -> nn.Module:
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             linear.weight = weights[shared]
             linear.register_parameter("bias", layer.bias)
-            original = original_features(layer)
-            if original is not None:
-                linear.original_features = original
+            note_original_features(linear, original_features(layer))
             made[id(layer)] = linear.train(layer.training)
         if not name:
             return made[id(layer)]

@@ -18,7 +18,7 @@ from mpo_core.compression.origin import LOADED_INTO, build, check_same_settings,
 from mpo_core.layers.computed_weights import copied_results, tensors_in
 from mpo_core.layers.registry import kind_called
 from mpo_core.layers.structured import StructuredLinear
-from mpo_core.models.dense_layers import is_dense, original_features
+from mpo_core.models.dense_layers import is_dense, note_original_features, original_features
 
 _LINEAR = "linear"
 
@@ -34,8 +34,8 @@ class _Layer:
     out_features: int
     bias: bool
     options: dict[str, Any]
-    original_features: list[int] | None = None
-    """[in_features, out_features] before it was narrowed, if it was."""
+    original_features: tuple[int, int] | None = None
+    """(in_features, out_features) before it was narrowed, if it was."""
 
     @staticmethod
     def of(name: str, module: StructuredLinear | nn.Linear) -> _Layer:
@@ -212,14 +212,15 @@ def _put(model: nn.Module, layer: _Layer) -> nn.Module:
         sizes, wanted_sizes = _sizes(old), (layer.in_features, layer.out_features)
         if layer.kind == _LINEAR and type(old) is nn.Linear and (sizes == wanted_sizes or not layer.original_features):
             continue
-        if sizes not in (wanted_sizes, tuple(layer.original_features or ())):
+        if sizes not in (wanted_sizes, tuple(layer.original_features or wanted_sizes)):
             wanted = f"goes from {layer.in_features} to {layer.out_features} features in the saved model"
             present = f"{type(old).__name__} from {sizes[0]} to {sizes[1]}" if sizes else type(old).__name__
             raise ValueError(f"{name} {wanted}, but {LOADED_INTO} has {present} there")
         if new is None:
             new = layer.make()
             if layer.original_features is not None:
-                new.original_features = tuple(layer.original_features)
+                in_features, out_features = layer.original_features
+                note_original_features(new, (in_features, out_features))
         if not name:
             return new
         model.set_submodule(name, new)

@@ -19,7 +19,7 @@ from mpo_core.fitting.ladders import Rung
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.computed_weights import copied_results
 from mpo_core.layers.low_rank import LowRankLinear
-from mpo_core.models.dense_layers import DenseLayer, Model, original_features
+from mpo_core.models.dense_layers import DenseLayer, Model, note_original_features, original_features
 from mpo_core.models.hidden_units import HiddenUnits, find_hidden_units, with_inputs, with_outputs
 from mpo_core.values import check_matrix
 
@@ -74,7 +74,7 @@ class Narrowed(Generic[Model]):
         """Note at each layer how many features it had, so that `load` accepts the model that it was made from."""
         for name, linear in self.before.items():
             first = original_features(linear) or (linear.in_features, linear.out_features)
-            model.get_submodule(name).original_features = first
+            note_original_features(model.get_submodule(name), first)
 
 
 def narrow_mlps(

@@ -19,6 +19,7 @@ from mpo_core.layers.computed_weights import copied_results, weight_of, why_comp
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_ORIGINAL = "original_features"
 _SHOWN = 4
 """Most names of layers in a message."""
 
@@ -136,7 +137,13 @@ def as_linear(module: nn.Module) -> nn.Linear:
 
 def original_features(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a layer before it was narrowed; None if it was not."""
-    return vars(module).get("original_features")
+    return vars(module).get(_ORIGINAL)
+
+
+def note_original_features(module: nn.Module, features: tuple[int, int] | None) -> None:
+    """Note (in_features, out_features) of a layer before it was narrowed, if it was."""
+    if features is not None:
+        vars(module)[_ORIGINAL] = features
 
 
 def copied(model: Model) -> Model:
