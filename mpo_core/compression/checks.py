@@ -1,4 +1,4 @@
-"""What arguments `compress` takes together, and what they are by default."""
+"""Checks and defaults of the arguments of `compress`."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def compress(
         """None for the metric "weights", and for a layer that the held-out batches do not measure.
 
         Args:
-            whole: of the layer before it was narrowed.
+            whole: whether to return the metric of the layer before it was narrowed.
         """
         if statistics is None or metric == "weights":
             return None

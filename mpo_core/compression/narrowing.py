@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpo_core.calibration.statistics import Statistics
 from mpo_core.compression.allocation import allocate, together
 from mpo_core.compression.report import CompressedLayer
+from mpo_core.compression.sizing import Sizer
 from mpo_core.fitting.elimination import eliminate, refit
 from mpo_core.fitting.ladders import Rung
 from mpo_core.fitting.metric import Metric
@@ -95,8 +96,8 @@ def narrow_mlps(
 
     Args:
         layers: those that may be replaced.
-        statistics: of a loss.
-        gauge: of the low rank.
+        statistics: they must have gradients of a loss.
+        gauge: the gauge of the low-rank layers.
         fits: function from a layer's name and an nn.Linear on the meta device to whether the layer may have its shape.
         progress: called with the number of MLPs done and that of all.
     Raises:
@@ -107,30 +108,35 @@ def narrow_mlps(
     linears = {layer.name: layer.linear for layer in layers}
     if any(linear.weight.is_meta for linear in linears.values()):
         return None
-    metrics: dict[str, Callable[[], Metric]] = {}
-    for layer in layers:
-        names = layer.name, *layer.sharers
-        metrics[layer.name] = lambda names=names: statistics.metric(names, "loss")
+    sharers = {layer.name: layer.sharers for layer in layers}
+
+    def metric_of(name: str) -> Metric:
         try:
-            check_matrix(layer.linear.weight)
-            metrics[layer.name]().on(layer.linear.weight)
+            return statistics.metric((name, *sharers[name]), "loss").on(linears[name].weight)
         except ValueError as error:
-            raise ValueError(f"{layer.name}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
+
+    for name, linear in linears.items():
+        try:
+            check_matrix(linear.weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     groups = find_hidden_units(model, layers)
     if not groups:
         warnings.warn("`narrow` found no hidden units that can be removed", stacklevel=3)
         return None
+    low_rank = Sizer(LowRankLinear, options={"gauge": gauge})
     grouped = {name for group in groups for name in (*group.inner, group.outer)}
     ladders = {
-        name: _ladder(linear.weight.detach(), metrics[name](), gauge)
+        name: low_rank.ladder(name, linear.weight.detach(), metric_of(name), True)
         for name, linear in linears.items()
         if name not in grouped
     }
     choices: dict[str, list[Tensor]] = {}
     for done, group in enumerate(groups):
         sizes = [size for size in _sizes(group.n) if size == group.n or _fit(group, linears, size, fits)]
-        of_mlp = {name: metrics[name]() for name in (*group.inner, group.outer)}
-        ladders[group.outer], choices[group.outer] = _ladder_of_mlp(group, linears, of_mlp, sizes, gauge)
+        of_mlp = {name: metric_of(name) for name in (*group.inner, group.outer)}
+        ladders[group.outer], choices[group.outer] = _ladder_of_mlp(group, linears, of_mlp, sizes, low_rank)
         if progress is not None:
             progress(done + 1, len(groups))
     try:
@@ -149,7 +155,7 @@ def narrow_mlps(
         for name in group.inner:
             narrow.set_submodule(name, with_outputs(linears[name], left))
             outputs[name] = left
-        columns = refit(linears[group.outer].weight.detach(), metrics[group.outer](), left)
+        columns = refit(linears[group.outer].weight.detach(), metric_of(group.outer), left)
         narrow.set_submodule(group.outer, with_inputs(linears[group.outer], columns))
         inputs[group.outer] = left
         for name in (*group.inner, group.outer):
@@ -171,22 +177,22 @@ def _fit(
 
 
 def _ladder_of_mlp(
-    group: HiddenUnits, linears: Mapping[str, nn.Linear], metrics: Mapping[str, Metric], sizes: list[int], gauge: str
+    group: HiddenUnits,
+    linears: Mapping[str, nn.Linear],
+    metrics: Mapping[str, Metric],
+    sizes: list[int],
+    low_rank: Sizer,
 ) -> tuple[list[Rung], list[Tensor]]:
     """Sizes of the layers of an MLP together, with their predicted loss; and the units of each `Rung.candidate`."""
     W = {name: linears[name].weight.detach() for name in (*group.inner, group.outer)}
     outer, metric = W[group.outer], metrics[group.outer]
     rungs, units = [], []
     for left, error in eliminate(outer, metric, sizes).values():
-        of_layers = [_ladder(W[name][left], metrics[name].restricted(outputs=left), gauge) for name in group.inner]
-        of_layers.append(_ladder(refit(outer, metric, left), metric.restricted(inputs=left), gauge))
+        of_layers = [
+            low_rank.ladder(name, W[name][left], metrics[name].restricted(outputs=left), True) for name in group.inner
+        ]
+        columns = refit(outer, metric, left)
+        of_layers.append(low_rank.ladder(group.outer, columns, metric.restricted(inputs=left), True))
         rungs += [replace(rung, error=rung.error + error / 2, candidate=len(units)) for rung in together(of_layers)]
         units.append(left)
     return rungs, units
-
-
-def _ladder(W: Tensor, metric: Metric, gauge: str) -> list[Rung]:
-    """The predicted loss of the matrix at each rank, and as it is."""
-    unit, bits = metric.on(W).norm(W) ** 2 / 2, 8 * W.element_size()
-    rungs = [replace(rung, error=rung.error * unit) for rung in LowRankLinear.rungs(W, metric, gauge=gauge)]
-    return [replace(rung, bits=bits) for rung in (*rungs, Rung(W.numel(), 0.0))]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpo_core.fitting.ladders import QUICK_ABOVE, Rung
 from mpo_core.fitting.metric import Metric
@@ -86,14 +86,13 @@ class Sizer:
             return str(error)
         return None
 
-    def ladder(self, name: str, linear: nn.Linear, metric: Metric | None, as_loss: bool) -> list[Rung]:
+    def ladder(self, name: str, W: Tensor, metric: Metric | None, as_loss: bool) -> list[Rung]:
         """The squared relative error at each size, the dense one included; or half the squared error, which is the
         predicted loss.
 
         Raises:
             ValueError: as `StructuredLinear.rungs`, with the name of the layer.
         """
-        W = linear.weight.detach()
         try:
             check_matrix(W)
             rungs = [*self.kind.rungs(W, metric, **self.options), Rung(W.numel(), 0.0)]
@@ -203,7 +202,7 @@ def ladder_of(
     why: ValueError | None = None
     for index in [*others, *by_steps]:
         try:
-            ladder = sizers[index].ladder(dense.name, dense.linear, metric, as_loss)
+            ladder = sizers[index].ladder(dense.name, dense.linear.weight.detach(), metric, as_loss)
         except ValueError as error:
             why = why or error
         else:

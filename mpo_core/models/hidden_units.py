@@ -14,7 +14,7 @@ from mpo_core.models.dense_layers import DenseLayer
 from mpo_core.models.evaluating import evaluating
 
 TOLERANCE = 1e-4
-"""Of the comparison of two outputs, in float32."""
+"""Largest relative difference of two outputs that count as equal, in float32."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _are_removable(module: nn.Module, inner: Sequence[DenseLayer], outer: DenseL
     some[:, left] = weight[:, left]
 
     def output(weights: Tensor, removed: bool = False) -> Tensor:
-        """What the module gives with these weights in the last layer."""
+        """The output of the module with these weights in the last layer."""
         changed = {outer.name: with_inputs(outer.linear, weights)}
         changed |= {each.name: with_outputs(each.linear, left) for each in inner if removed}
         tried = _copied(module, precision)
@@ -82,7 +82,7 @@ def _are_removable(module: nn.Module, inner: Sequence[DenseLayer], outer: DenseL
 
     try:
         ours, theirs, without = output(weight[:, left], True), output(some), output(torch.zeros_like(weight))
-        # What the module adds besides, such as its own input, must not hide a difference.
+        # A residual connection or a bias must not hide a difference.
         scale = float((theirs - without).abs().max())
         return scale > 0 and float((ours - theirs).abs().max()) <= TOLERANCE * scale
     except Exception:  # a module's own code may raise anything for an input or a size that it does not expect

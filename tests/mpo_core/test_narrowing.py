@@ -98,7 +98,7 @@ class Softmaxed(Normed):
 
 
 class Residual(Normed):
-    """What it adds besides must not hide a small difference."""
+    """A residual connection must not hide a small difference."""
 
     def forward(self, x):
         return 1e5 * x + self.down(nn.functional.rms_norm(self.up(x).relu(), (self.up.out_features,)))
