@@ -9,14 +9,13 @@ before.
 from __future__ import annotations
 
 import multiprocessing
-import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.measurement import THREADS, Row, call_of, paired, rate, run_alone
+from benchmarks.measurement import THREADS, Row, call_of, paired, process_memory, rate, run_alone
 from mpo_core.layers.mpo import MPOLinear
 
 WIDTH, SITES = 4096, (64, 64)
@@ -105,22 +104,14 @@ def peak_bytes(kind: str, n_tokens: int) -> float:
     torch.set_num_threads(THREADS)
     small = chain_layer(4, 64, (8, 8))
     linear(small(torch.zeros(4, 64)), torch.zeros(64, 64))
-    before = _status("VmRSS")
+    before = process_memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     x = torch.zeros(n_tokens, WIDTH).fill_(1.0)
     if kind == "chain":
         chain_layer(16)(x)
     else:
         linear(x, torch.empty(WIDTH, WIDTH).fill_(1.0))
-    return float(_status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    """Bytes that Linux reports for this process."""
-    text = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
+    return float(process_memory("VmHWM") - before)
 
 
 if __name__ == "__main__":

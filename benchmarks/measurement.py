@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -184,6 +185,14 @@ def call_of(layer: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tens
         return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
 
     return forward_and_backward
+
+
+def process_memory(name: str) -> int:
+    """Bytes that Linux reports for this process: "VmRSS", its resident memory now, or "VmHWM", the peak of that."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 # The machine and the table --------------------------------------------------------------------------------------------

@@ -26,10 +26,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.document import put_table
-from benchmarks.measurement import THREADS, Row, machine, paired, print_table, rate
+from benchmarks.measurement import THREADS, Row, machine, paired, print_table, process_memory, rate
 from benchmarks.smollm2 import CALIBRATION, EVALUATION, FIXED, INCLUDE, SHAPES, halves, statistics_of
 from benchmarks.smollm2_data import CONVERTED, documents, load_model, split
-from benchmarks.statistics_memory import resident
 from mpo_core import Statistics, compress, load, save
 
 KEEP = 0.5
@@ -137,20 +136,14 @@ def peak(folder: Path) -> float:
 def _peak(folder: Path) -> float:
     torch.set_num_threads(THREADS)
     nn.Linear(64, 64)(torch.ones(1, 64))  # starts the threads and kernels
-    before = resident()
+    before = process_memory("VmRSS")
     model = loaded(folder)
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
         model(_tokens(PREFILL), past_key_values=cache, use_cache=True, logits_to_keep=1)
         for _ in range(NEW):
             model(_tokens(1), past_key_values=cache, use_cache=True)
-    return _high_water_mark() - before
-
-
-def _high_water_mark() -> float:
-    """The most bytes of resident memory so far."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return float(process_memory("VmHWM") - before)
 
 
 def loaded(folder: Path) -> Any:

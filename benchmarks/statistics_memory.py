@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.document import put_table
-from benchmarks.measurement import THREADS
+from benchmarks.measurement import THREADS, process_memory
 from mpo_core import collect_statistics, next_token_losses
 
 BATCHES, HELD_OUT = 4, 0.5
@@ -119,7 +118,7 @@ def measure(sizes: Sizes, by_blocks: bool, tokens: int) -> tuple[float, float]:
         num_key_value_heads=sizes.n_heads * sizes.key_value_width // sizes.width,
         dtype=torch.bfloat16,
     )
-    before = resident()
+    before = process_memory("VmRSS")
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device="cpu")
@@ -136,13 +135,7 @@ def measure(sizes: Sizes, by_blocks: bool, tokens: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         where = {"blocks": "model.layers", "folder": folder} if by_blocks else {}
         collect_statistics(model, batches, loss=next_token_losses, modules=names, held_out=HELD_OUT, **where)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, time.perf_counter() - start
-
-
-def resident() -> int:
-    """Bytes of resident memory now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    return process_memory("VmHWM") - before, time.perf_counter() - start
 
 
 if __name__ == "__main__":
