@@ -21,7 +21,8 @@ from mpo_core.tensor_train.bonds import check_whole, clip_bonds
 from mpo_core.tensor_train.chain_steps import is_traced
 from mpo_core.tensor_train.contraction import Product, chain, cheapest_direction, pad_features, products
 from mpo_core.tensor_train.factorisation import why_not
-from mpo_core.tensor_train.gauge import chain_of_stored, check_gauge, few_rows, fix_cores, free_cores, n_fixed_bits
+from mpo_core.tensor_train.few_rows import chain_of_few_rows, few_rows
+from mpo_core.tensor_train.gauge import check_gauge, fix_cores, free_cores, n_fixed_bits
 from mpo_core.tensor_train.initialisation import INITS, init_cores_
 from mpo_core.tensor_train.splitting import chi_within, smaller_shapes, splits_to_try, splitter
 from mpo_core.values import check_matrix
@@ -119,7 +120,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         self._held: Tensor | None = None
         self.gauge = gauge
         self.shapes = list(zip(self.bonds[:-1], self.d_out, self.d_in, self.bonds[1:], strict=True))
-        self._few = few_rows(self.shapes, self._direction) if gauge == "fixed" else 0
+        self._few = few_rows(self.shapes, self._direction, gauge)
         stored: list[tuple[int, ...]] = list(self.shapes)
         if gauge == "fixed":
             for site, shape in enumerate(self.shapes[:-1]):
@@ -262,7 +263,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
             )
         padded = pad_features(x, math.prod(self.d_in))
         if 0 < n_tokens <= self._few:
-            y = chain_of_stored(cores, self._orders(), self.shapes, padded, self._direction)
+            y = chain_of_few_rows(cores, self._orders(), self.shapes, padded, self._direction)
         else:
             y = chain(self._whole(cores), padded, self._direction)
         y = y if self._is_exact else y[..., : self.out_features]
@@ -315,7 +316,9 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         return layer.taking_over(self)
 
     def _orders(self) -> list[Tensor]:
-        return [self.get_buffer(f"order_{site}") for site in range(self.n_sites - 1)]
+        if self.gauge == "free":
+            return []
+        return [getattr(self, f"order_{site}") for site in range(self.n_sites - 1)]
 
     def _fill(self, cores: Sequence[Tensor]) -> None:
         """Take over cores in the free gauge."""
@@ -378,7 +381,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
 
     def _kept_matrix(self, cores: Sequence[Tensor]) -> Tensor:
         dtype = _compute_dtype(cores[0])
-        orders = [] if self.gauge == "free" else self._orders()
+        orders = self._orders()
         if self._cache is None or not self._cache.holds_for([*cores, *orders], dtype):
             self._cache = None
             # Outside inference mode, so that W can be used with an input that needs a gradient.

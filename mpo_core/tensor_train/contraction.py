@@ -28,7 +28,7 @@ from mpo_core.tensor_train.chain_steps import (
     matrices_of,
     steps_of,
 )
-from mpo_core.tensor_train.gauge import columns_of, few_rows
+from mpo_core.tensor_train.few_rows import columns_of, few_rows
 
 DIRECTIONS = ("auto", "left", "right")
 MODES = ("reconstruct", "chain", "cached")
@@ -183,7 +183,7 @@ def chain_products(bonds: Sizes, d_out: Sizes, d_in: Sizes, n_tokens: int, direc
 
 
 def stored_products(bonds: Sizes, d_out: Sizes, d_in: Sizes, n_tokens: int, direction: str) -> list[Product]:
-    """The products of `gauge.chain_of_stored`, in the order of the sites."""
+    """The products of `few_rows.chain_of_few_rows` in the fixed gauge, in the order of the sites."""
     shapes = list(zip(bonds[:-1], d_out, d_in, bonds[1:], strict=True))
     steps = []
     for site, (a, o, i, b) in enumerate(shapes[:-1]):
@@ -241,7 +241,7 @@ def products(
     """The matrix products of a forward pass in the mode "reconstruct", "chain" or "cached".
 
     Args:
-        gauge: in the "fixed" one the cores are formed first, or few rows are contracted with what is stored.
+        gauge: in the "fixed" one the cores are formed first, except for few rows (`few_rows.chain_of_few_rows`).
         out_features, in_features: sizes of the dense product if the local sizes are padded. Default: prod(d_out),
             prod(d_in).
     Raises:
@@ -257,7 +257,7 @@ def products(
     shapes = list(zip(bonds[:-1], d_out, d_in, bonds[1:], strict=True))
     if mode == "chain":
         direction = cheapest_direction(bonds, d_out, d_in) if direction == "auto" else direction
-        if gauge == "fixed" and n_tokens <= few_rows(shapes, direction):
+        if gauge == "fixed" and n_tokens <= few_rows(shapes, direction, gauge):
             return stored_products(bonds, d_out, d_in, n_tokens, direction)
         steps = chain_products(bonds, d_out, d_in, n_tokens, direction)
     else:

@@ -19,10 +19,9 @@ from mpo_core.layers.mpo import MPOLinear
 from mpo_core.tensor_train.algebra import contract, tt_svd
 from mpo_core.tensor_train.bonds import n_params
 from mpo_core.tensor_train.contraction import chain
+from mpo_core.tensor_train.few_rows import chain_of_few_rows, few_rows
 from mpo_core.tensor_train.gauge import (
     LARGEST,
-    chain_of_stored,
-    few_rows,
     fix_cores,
     fix_rows,
     free_cores,
@@ -299,23 +298,24 @@ def test_an_input_of_another_size_is_refused(shape):
             fixed_layer(kind, size)(normal(*shape))
 
 
+@pytest.mark.parametrize("gauge", ["free", "fixed"])
 @pytest.mark.parametrize("direction", ["left", "right"])
 @pytest.mark.parametrize(("d_out", "d_in"), [*SPLITS, ((2, 3, 2), (5, 2, 2)), ((12,), (20,)), ((2, 1, 6), (1, 10, 2))])
-def test_a_chain_of_what_is_stored_is_the_chain_of_the_cores(d_out, d_in, direction):
+def test_a_chain_of_few_rows_is_the_chain_of_the_cores(d_out, d_in, direction, gauge):
     cores = tt_svd(normal(12, 20), d_out, d_in, 4)
-    stored, orders = fix_cores(cores)
+    stored, orders = fix_cores(cores) if gauge == "fixed" else (cores, [])
     shapes = [tuple(core.shape) for core in cores]
     for leading in ((), (1,), (2, 3), (0,)):
         x = normal(*leading, 20, seed=1)
         expected = chain(cores, x, direction)
-        torch.testing.assert_close(chain_of_stored(stored, orders, shapes, x, direction), expected)
+        torch.testing.assert_close(chain_of_few_rows(stored, orders, shapes, x, direction), expected)
 
 
 def test_few_tokens_are_those_for_which_less_is_moved():
     shapes = [(1, 12, 2, 9), (9, 1, 10, 1)]
-    assert few_rows(shapes, "right") == 4  # 4 · 2 columns, and a bond of 9
-    assert few_rows(shapes, "left") == 0
-    assert few_rows([(1, 12, 20, 1)], "right") == 0
+    assert few_rows(shapes, "right", "fixed") == 4  # 4 · 2 columns, and a bond of 9
+    assert few_rows(shapes, "left", "fixed") == 0
+    assert few_rows([(1, 12, 20, 1)], "right", "fixed") == 0
     layer = MPOLinear(
         20, 12, bonds=(1, 9, 1), d_out=(12, 1), d_in=(2, 10), forward="chain", gauge="fixed", device="meta"
     )
