@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from mpo_core.calibration.block_calls import Call, hidden_states
 from mpo_core.calibration.block_chain import ALL_AT_ONCE, Blocks
 from mpo_core.calibration.collection_folder import CollectionFolder, digest_of
+from mpo_core.calibration.moments import Part
 from mpo_core.calibration.recording import NO_BATCHES, is_held_out, recorded
-from mpo_core.calibration.statistics import Part, Statistics
+from mpo_core.calibration.statistics import Statistics
 
 
 class BlockCollection:

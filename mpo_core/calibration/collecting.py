@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from mpo_core.calibration.block_chain import Blocks, autocast_modes
 from mpo_core.calibration.block_statistics import BlockCollection
 from mpo_core.calibration.collection_folder import CollectionFolder, digest_of_model
+from mpo_core.calibration.moments import Part
 from mpo_core.calibration.recording import NO_BATCHES, backward, call, is_held_out, recorded
-from mpo_core.calibration.statistics import Part, Statistics
+from mpo_core.calibration.statistics import Statistics
 from mpo_core.models.dense_layers import find_dense_layers
 from mpo_core.models.evaluating import evaluating
 

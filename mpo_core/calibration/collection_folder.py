@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mpo_core.calibration.block_calls import BatchCalls, Call, unpacked
-from mpo_core.calibration.statistics import INDEX, UNFINISHED, Part, Statistics, described
+from mpo_core.calibration.moments import Part
+from mpo_core.calibration.statistics import INDEX, UNFINISHED, Statistics, described
 from mpo_core.calibration.tensor_files import PARTIAL, make_final, write_whole
 
 _OUTSIDE = "outside.safetensors"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpo_core.calibration.statistics import Moment, Part
+from mpo_core.calibration.moments import Moment, Part
 
 NO_BATCHES = "calibration needs at least one batch, but got none"
 

@@ -13,7 +13,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import mpo_core
-from mpo_core.calibration.statistics import METRICS, Moment, Part, Statistics
+from mpo_core.calibration.moments import Moment, Part
+from mpo_core.calibration.statistics import METRICS, Statistics
 from mpo_core.fitting.metric import Metric
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.tensor_train.algebra import rel_error

@@ -10,7 +10,7 @@ from structured_linear_case import statistics_of
 from torch import nn
 
 from mpo_core.calibration.collecting import collect_statistics
-from mpo_core.calibration.statistics import Moment
+from mpo_core.calibration.moments import Moment
 from mpo_core.compression.compress import compress
 from mpo_core.compression.rel_errors import rel_errors
 from mpo_core.fitting.chain_fit import improve_cores

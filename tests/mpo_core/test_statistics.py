@@ -13,7 +13,8 @@ from structured_linear_case import make_linear, metric_of, normal, square_losses
 from torch import nn
 
 from mpo_core.calibration.collecting import collect_statistics
-from mpo_core.calibration.statistics import Moment, Statistics
+from mpo_core.calibration.moments import Moment
+from mpo_core.calibration.statistics import Statistics
 from mpo_core.calibration.tensor_files import StoredTensor
 from mpo_core.compression.compress import compress
 from mpo_core.fitting.metric import Metric
