@@ -189,6 +189,8 @@ PARAMS = (
     Field("context", "param", int, "context length"),
     Field("precision", "param", str, "of matrix products: float32, tf32, bfloat16 (the forward pass by autocast)"),
     Field("vocab_size", "param", int, "vocabulary size V"),
+    Field("model", "param", str, "the study's model and its settings, if it is not PicoGPT"),
+    Field("model_code", "param", str, "SHA-256 of the file that defines a model of the user's own"),
     Field("d_model", "param", int, "embedding dimension"),
     Field("n_heads", "param", int, "attention heads"),
     Field("n_layers", "param", int, "transformer layers"),

@@ -22,8 +22,18 @@ from mpo_core.layers.mpo import FORWARD_MODES, MPOLinear
 from mpo_core.layers.pruned import PrunedLinear
 from mpo_core.layers.registry import kind_called, kinds
 from mpo_core.layers.structured import StructuredLinear
+from mpo_core.models.building import build_language_model, code_of
 from mpo_core.models.generation import generate
-from mpo_core.models.picogpt import GPTConfig, PicoGPT, flops_per_token, reconstruct_flops
+from mpo_core.models.language_model import (
+    check_causal,
+    draw_parameters,
+    flops_per_token,
+    head_of,
+    logits_of,
+    parameters_by_role,
+    reconstruct_flops,
+)
+from mpo_core.models.picogpt import GPTConfig, PicoGPT
 from mpo_core.param_groups import param_groups
 from mpo_core.tensor_train.algebra import (
     balance_cores,
@@ -54,27 +64,34 @@ __all__ = [
     "Statistics",
     "StructuredLinear",
     "balance_cores",
+    "build_language_model",
     "chain",
+    "check_causal",
+    "code_of",
     "collect_statistics",
     "compress",
     "contract",
     "decompress",
+    "draw_parameters",
     "factorisations",
     "factorise",
     "flops_per_token",
     "frobenius_norm",
     "generate",
+    "head_of",
     "improve_cores",
     "inner_product",
     "kind_called",
     "kinds",
     "load",
+    "logits_of",
     "n_params",
     "n_params_compressed",
     "next_token_losses",
     "orthogonalize",
     "paired_difference",
     "param_groups",
+    "parameters_by_role",
     "perplexity",
     "reconstruct_flops",
     "rel_error",

@@ -209,7 +209,7 @@ def _labels(summary: pd.DataFrame) -> pd.Series:
         if pd.notna(row["as_chi"]):
             return f"as χ={row['as_chi']}"
         if row["group"] in (SMALLER_DENSE, LARGER_DENSE) and reference_shape:
-            differing = [key for key, value in reference_shape.items() if row[key] != value]
+            differing = [key for key, value in reference_shape.items() if pd.notna(value) and row[key] != value]
             return _NAMED[differing[0]](row[differing[0]]) if differing else row["arm"]
         return row["group"] if row["group"] == DENSE else row["arm"]
 

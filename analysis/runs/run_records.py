@@ -15,8 +15,11 @@ from analysis.errors import AnalysisError
 OPTIONAL_PARAMS = (
     *("seed", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
     *("gauge", "forward", "sites", "largest_bond", "tuned_among", "embedding_learning_rate"),
+    *("model_code", "d_model", "n_heads", "n_layers", "d_ff"),
 )
-"""Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
+"""Params without meaning for some family, model or kind of run; every other param of the schema must be on every run."""
+ABSENT = {"model": "PicoGPT"}
+"""The meaning of a param that a run lacks."""
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"
 """Advice for messages: how to repair a run that is not as a study writes it."""
 OVER = ("FINISHED", "FAILED")
@@ -50,7 +53,7 @@ def tag_of(run: RunRecord, key: str) -> str:
 def param_of(run: RunRecord, key: str) -> Any:
     """The param with the schema's type; None if it has no meaning."""
     dtype = schema.FIELDS["param", key].dtype
-    text = run.params.get(key)
+    text = run.params.get(key, ABSENT.get(key))
     if text is None:
         if key in OPTIONAL_PARAMS:
             return None

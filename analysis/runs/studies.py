@@ -11,8 +11,9 @@ import pandas as pd
 from analysis.errors import AnalysisError
 from analysis.runs.study_runs import FRAMES, Claims, StudyRuns
 
-EVALUATION = ("corpus_sha256", "validation_fraction", "vocab_size", "context")
-"""Params on which a loss depends, however good the model is. The budget hash covers all other differences."""
+EVALUATION = ("corpus_sha256", "validation_fraction", "vocab_size", "context", "model")
+"""Params that studies must share: sizes are relative to one dense model, and a loss depends on the others. The budget
+hash covers all other differences."""
 
 
 def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
@@ -24,7 +25,7 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
     hashes are equal, as in one study.
 
     Raises:
-        AnalysisError: there are none, one is given twice, or two differ in corpus, split, vocabulary or context.
+        AnalysisError: there are none, one is given twice, or two differ in corpus, split, vocabulary, context or model.
     """
     if not studies:
         raise AnalysisError("there is no study to report on")

@@ -30,7 +30,8 @@ from mpo_core.compression.perplexity import Perplexity, perplexity
 from mpo_core.compression.saving import INDEX, save
 from mpo_core.layers.registry import kind_called
 from mpo_core.models.dense_layers import find_dense_layers
-from mpo_core.models.hugging_face import context_of, head_of, load_language_model
+from mpo_core.models.hugging_face import load_language_model
+from mpo_core.models.language_model import check_causal, context_of, head_of
 
 REPORT = "report.txt"
 """In OUT: the summary, and a line for each layer."""
@@ -72,6 +73,7 @@ def run(given: argparse.Namespace, progress: Progress) -> str:
     documents = read_documents(given.text)
     progress.say(f"loading {given.model}")
     model, tokenizer = load_language_model(given.model, getattr(torch, given.dtype))
+    check_causal(model, given.model)
     if given.include is None:
         options["exclude"] = [*given.exclude, *filter(None, [head_of(model)])]
     names = _names(model, options["include"], options["exclude"])

@@ -1,4 +1,4 @@
-"""Sampling text from a PicoGPT, token by token."""
+"""Sampling text from a language model, token by token."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.models.evaluating import evaluating
-from mpo_core.models.picogpt import KeyValueCache, PicoGPT
+from mpo_core.models.language_model import cache_of, context_of, logits_of
 from mpo_core.tensor_train.bonds import check_whole
 
 
 @torch.no_grad()
 def generate(
-    model: PicoGPT,
+    model: nn.Module,
     tokens: Tensor,
     n_new: int,
     *,
@@ -22,7 +22,7 @@ def generate(
     top_k: int | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """Continue each row of tokens by `n_new` tokens; the model sees at most its last `context` of them.
+    """Continue each row of tokens by `n_new` tokens; the model sees at most the last ones that fit its context.
 
     No core changes in the meantime, so MPO layers in the modes "reconstruct" and "cached" form W once and hold it.
 
@@ -49,21 +49,21 @@ def generate(
         )
     if temperature > 0 and generator is None:
         raise ValueError("tokens are drawn from `generator`, but got None; pass a torch.Generator or temperature=0")
-    cache = KeyValueCache(model, tokens.shape[0]) if use_cache else None
-    context = model.config.context
+    cache = cache_of(model, tokens.shape[0]) if use_cache else None
+    context = context_of(model) or tokens.shape[1] + n_new
     with evaluating(model):
         _hold_matrices(model)  # `evaluating` frees them, also after an error
         for _ in range(n_new):
             if cache is not None and cache.length < tokens.shape[1] <= context:
-                logits = model(tokens[:, cache.length :], cache)
+                logits = logits_of(model, tokens[:, cache.length :], cache)
             else:
-                logits = model(tokens[:, -context:])
+                logits = logits_of(model, tokens[:, -context:])
             chosen = _choose(logits[:, -1], temperature, top_k, generator)
             tokens = torch.cat([tokens, chosen.to(tokens.device)], dim=1)
     return tokens
 
 
-def _hold_matrices(model: PicoGPT) -> None:
+def _hold_matrices(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, MPOLinear) and module.forward_mode in ("reconstruct", "cached"):
             module.hold_matrix()

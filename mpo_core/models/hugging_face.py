@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 
 _LONGEST = 300
 """Most characters of another library's message."""
+_NOT_SETTINGS = {"architectures", "dtype", "model_type", "transformers_version", "use_cache", "vocab_size"}
+"""Entries of a configuration that a user does not choose."""
 
 
 def load_language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -34,10 +37,7 @@ def load_language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             raise ValueError(f"{name} holds no Hugging Face model: it has no config.json")
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name} is no folder")
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("transformers is not installed: pip install 'mpo-study[hf]'") from None
+    transformers = _transformers()
     what = f"{name} cannot be loaded" if folder.is_dir() else f"{name} is no folder, and cannot be loaded by name"
     with _quiet():
         config = _said(what, lambda: transformers.AutoConfig.from_pretrained(name))
@@ -55,29 +55,91 @@ def load_language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if lacking:  # the library fills them with random values
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ValueError(f"{name} has no weights that fit {lacking[0]}{more}")
-    _check_causal(name, model)
     return model.eval(), tokenizer
 
 
-def context_of(model: Any) -> int | None:
-    """The most tokens of a sequence, of a model of Hugging Face; None if it has no such limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def build_hugging_face(
+    kind: str, settings: Mapping[str, Any], *, vocab_size: int, context: int, device: torch.device | str | None = None
+) -> nn.Module:
+    """A causal language model of that type, such as "llama", from scratch; its values are not drawn yet.
 
-
-def head_of(model: Any) -> str | None:
-    """The name of the layer that makes logits, of a model of Hugging Face."""
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), None)
+    Args:
+        settings: of its configuration, by the names that the library has for this type.
+        context: its longest sequence, if the configuration has such a setting.
+    Raises:
+        ValueError: transformers is not installed; an unknown type or setting, or one that does not fit the others.
+    """
+    transformers = _transformers()
+    types = sorted(known.model_type for known in transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+    if kind not in types:
+        raise ValueError(f"config must be the type of a causal language model{_meant(kind, types)}, but got {kind!r}")
+    with _quiet():
+        default = _said(f"the configuration {kind} cannot be made", lambda: transformers.AutoConfig.for_model(kind))
+        names = {*default.to_dict(), *type(default).attribute_map} - _NOT_SETTINGS
+        for name in settings:
+            if name not in names:
+                raise ValueError(f"{kind} has no setting {name}{_meant(name, sorted(names))}")
+        length = "max_position_embeddings"
+        given = {"vocab_size": vocab_size, "use_cache": False, **settings}
+        if "is_decoder" in names:  # an encoder's own default is to see all tokens
+            given["is_decoder"] = True
+        if length in names:
+            given[length] = context
+        for name, value in default.to_dict().items():
+            # The masks would come from the global generator.
+            if "drop" in name and isinstance(value, float) and given.setdefault(name, 0.0):
+                raise ValueError(f"{name} must be 0: a run is to repeat itself, and dropout would not")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # those of the library's own vocabulary
+            given.setdefault(name, None)
+        config = _said(f"{kind} cannot have these settings", lambda: transformers.AutoConfig.for_model(kind, **given))
+        # The library's constructor draws values from the global generator.
+        with torch.random.fork_rng(devices=[]), torch.device(device or torch.get_default_device()):
+            make = lambda: transformers.AutoModelForCausalLM.from_config(config)  # noqa: E731
+            return _said(f"{kind} cannot have these settings", make).train()
 
 
 @torch.no_grad()
-def _check_causal(name: str, model: nn.Module) -> None:
-    """An encoder such as BERT is also loaded as a causal language model."""
-    one, other = (model(torch.tensor([[0, last]])).logits[0, 0] for last in (0, 1))
-    if not torch.equal(one, other) and float((one - other).abs().max()) > 30 * torch.finfo(one.dtype).eps * float(
-        one.abs().max()
-    ):
-        raise ValueError(f"{name} is no causal language model: its prediction of a token depends on later tokens")
+def draw_hugging_face(model: nn.Module, generator_for: Callable[[str], torch.Generator]) -> None:
+    """Draw the library's own initial values again, for each module from a generator of its own name."""
+    with torch.random.fork_rng(devices=[]):
+        for name, module in reversed(list(model.named_modules())):  # what is inside a module comes first, as there
+            torch.manual_seed(generator_for(name).initial_seed())
+            model._init_weights(module)  # type: ignore[operator]
+    model.tie_weights()  # type: ignore[operator]
+
+
+def config_of(model: nn.Module) -> Any:
+    """The configuration of the language model, if the model is one of Hugging Face; else None."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    config: Any = model.config
+    return config.get_text_config()
+
+
+class HuggingFaceCache:
+    """Keys and values of the tokens so far in a model of Hugging Face."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors = _transformers().DynamicCache(config=model.config)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens so far."""
+        return self.tensors.get_seq_length()
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("transformers is not installed: pip install 'mpo-study[hf]'") from None
+    return transformers
+
+
+def _meant(given: str, known: Sequence[str]) -> str:
+    near = get_close_matches(given, known, n=3)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _said(what: str, load: Callable[[], Any]) -> Any:

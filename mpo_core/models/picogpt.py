@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mpo_core.layers.mpo import MPOLinear
-from mpo_core.layers.structured import StructuredLinear
-from mpo_core.tensor_train.bonds import contraction_order
 from mpo_core.tensor_train.initialisation import normal_
 
 INIT_STD = 0.02
@@ -148,6 +146,10 @@ class PicoGPT(nn.Module):
             x = block(x) if cache is None else block(x, cache.layers[index])
         return self.lm_head(self.final_norm(x))  # (B, T, V)
 
+    def other_flops_per_token(self, context: int) -> int:
+        """Scores, and weights times values: 4 · context · d_model for each block, without halving for causality."""
+        return 4 * context * self.config.d_model * self.config.n_layers
+
     def init_parameters(self, generator_for: Callable[[str], torch.Generator], init: str = "paper") -> None:
         """Draw a dense init: normal weights, zero biases, LayerNorm weights 1; embeddings have std 0.02.
 
@@ -217,30 +219,6 @@ def sinusoidal_positions(context: int, d_model: int) -> Tensor:
     positions[:, 0::2] = angles.sin()
     positions[:, 1::2] = angles[:, : d_model // 2].cos()
     return positions
-
-
-def flops_per_token(model: PicoGPT, context: int) -> int:
-    """Forward FLOPs per token at sequence length `context`, one multiply-add counted as two.
-
-    Every linear map counts 2 · out_features · in_features. This includes MPO layers, because they apply their
-    reconstructed W. Other structured layers count as they are applied. Each block adds 4 · context · d_model for the
-    two attention products (scores, and weights times values), without halving for causality. Embedding, LayerNorm,
-    softmax, ReLU and biases are left out. So is reconstruction, which does not depend on the number of tokens: see
-    `reconstruct_flops`.
-    """
-    linear = 0
-    for module in model.modules():
-        if isinstance(module, nn.Linear | MPOLinear):
-            linear += 2 * module.out_features * module.in_features
-        elif isinstance(module, StructuredLinear):
-            linear += module.flops(1)
-    return linear + 4 * context * model.config.d_model * model.config.n_layers
-
-
-def reconstruct_flops(model: nn.Module) -> int:
-    """FLOPs per forward, for any batch, to reconstruct W of every MPOLinear in the order that `contract` uses."""
-    layers = [module for module in model.modules() if isinstance(module, MPOLinear)]
-    return sum(2 * contraction_order(layer.bonds, layer.d_out, layer.d_in)[1] for layer in layers)
 
 
 def _linear(

@@ -16,7 +16,8 @@ import torch
 from study.search.telling import why_skipped
 from study.spec.arms import Arm
 from study.spec.comparable import not_compared
-from study.spec.config import Model, StudyConfig
+from study.spec.config import StudyConfig
+from study.spec.models import Model
 from study.spec.search_space import listed_specs, resolve, searched_arms
 from study.spec.trial import TrialShape, TrialSpec
 from study.spec.values import Choices, Range, options

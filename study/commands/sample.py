@@ -12,6 +12,7 @@ from study.training.model import build_model
 from study.training.randomness import generator
 from study.training.storage import Storage
 from study.training.unit import stored_corpus
+from study.training.weights import load_weights
 
 
 def sample(
@@ -52,7 +53,7 @@ def sample(
         raise StudyError("--prompt: must have at least one character")
     tokens = corpus.encode(prompt)[None]
     model, _ = build_model(spec, len(corpus.vocabulary), lambda name: generator(run.seed, "init", name))
-    model.load_state_dict(weights)
+    load_weights(model, weights)
     drawn = mpo_core.generate(
         model, tokens, n_new, generator=generator(draw, "sample"), temperature=temperature, top_k=top_k
     )

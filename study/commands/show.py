@@ -230,7 +230,8 @@ def _what(spec: TrialSpec) -> str:
 
 def _shape(spec: TrialSpec) -> str:
     if spec.family == "dense":
-        return f"d_model={spec.model.d_model}" + (f", from {spec.start}" if spec.start is not None else "")
+        size = f"d_model={spec.model.width}" if spec.model.width else spec.model.named
+        return size + (f", from {spec.start}" if spec.start is not None else "")
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
     size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
     start = f"from {spec.start} ({spec.refinement})" if spec.start is not None else spec.init

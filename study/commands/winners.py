@@ -236,7 +236,7 @@ def _fixed(
         content: Content = {"name": next(each for each in names if each not in taken), "family": arm.family}
         content |= {key: value for key, value in given.items() if key not in ("name", "tuned_among")} | own
         if "d_ff" in given:
-            content["d_ff"] = trial.spec.model.d_ff
+            content["d_ff"] = trial.spec.model.recorded["d_ff"]
         taken.add(content["name"])
         yield content | ({} if tuned_among is None else {"tuned_among": tuned_among}), trial
 

@@ -132,8 +132,9 @@ class Queue:
         """Largest number of seeds in a unit of this trial."""
         execution = self.config.execution
         n_seeds = execution.seeds_per_unit
-        if n_seeds == "auto":  # one seed keeps the cores of a CPU busy
-            n_seeds = len(self.config.seed_list) if execution.gpus else 1
+        if n_seeds == "auto":  # one seed keeps the cores of a CPU busy; other models than PicoGPT cannot be stacked
+            stacks = execution.gpus and self.config.model.architecture == "picogpt"
+            n_seeds = len(self.config.seed_list) if stacks else 1
         return min(n_seeds, self._block_that_fits.get(trial.number, n_seeds))
 
     def complete(self, results: Sequence[SeedResult]) -> None:

@@ -76,11 +76,13 @@ def _is_reference(config: StudyConfig, arm: Arm) -> bool:
     """Whether a trial of the arm may be the dense model of the study's own size, trained from scratch."""
     if not isinstance(arm, DenseArm) or arm.start is not None:
         return False
-    own = config.model.d_model
+    own = config.model.width
+    if own is None:
+        return True
     width = arm.d_model
     has_width = width.low <= own <= width.high if isinstance(width, Range) else {None, own} & set(options(width))
     d_ff = arm.d_ff.get(own) if isinstance(arm.d_ff, dict) else arm.d_ff
-    return bool(has_width) and d_ff in (None, config.model.d_ff or 4 * own)
+    return bool(has_width) and d_ff in (None, config.model.recorded["d_ff"])
 
 
 def _one_budget(config: StudyConfig, *arms: Arm) -> bool:

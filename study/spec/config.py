@@ -13,10 +13,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, mod
 from analysis.run_schema import MARGINS, OBJECTIVES
 from study.errors import did_you_mean
 from study.spec.arms import BY_SIZE_FIELDS, Arm, DenseArm, MPOArm
-from study.spec.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Steps, Strict, WideInt, Width
+from study.spec.models import Model, PicoGPTModel
+from study.spec.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Steps, Strict, WideInt
 
-MAX_PARAMS = 1_000_000_000
-"""Largest dense model, without its vocabulary; with gradients and moments it takes 16 GB."""
 MAX_SEQUENCES = 500_000_000
 """Largest number of sequences in a run; the place of each in the text is drawn before training and takes 8 bytes."""
 MAX_BATCH_TOKENS = 10_000_000
@@ -40,26 +39,6 @@ class Corpus(Strict):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.1, description="Share of the text, from its end, that is held out for validation."
     )
-
-
-class Model(Strict):
-    """PicoGPT's sizes; the vocabulary comes from the corpus."""
-
-    d_model: Width = Field(default=128, description="Embedding dimension.")
-    n_heads: PositiveInt = Field(default=4, description="Attention heads; must divide d_model.")
-    n_layers: Annotated[int, Field(ge=1, le=1000)] = Field(default=4, description="Transformer blocks.")
-    context: WideInt = Field(default=256, description="Context length in tokens.")
-    d_ff: WideInt | None = Field(default=None, description="Feed-forward dimension. Default: 4 × d_model.")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Model:
-        if self.d_model % self.n_heads:
-            raise ValueError(f"`n_heads` must divide `d_model`, but got d_model={self.d_model}, n_heads={self.n_heads}")
-        d_ff = self.d_ff or 4 * self.d_model
-        n_params = self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * d_ff) + self.context * self.d_model
-        if n_params > MAX_PARAMS:
-            raise ValueError(f"a dense model has at most {MAX_PARAMS:,} parameters, but this one has {n_params:,}")
-        return self
 
 
 class Protocol(Strict):
@@ -217,7 +196,8 @@ class Execution(Strict):
     )
     seeds_per_unit: Annotated[Literal["auto"] | PositiveInt, BeforeValidator(_seeds_per_unit)] = Field(
         default="auto",
-        description="Seeds of a trial that are trained together as one model. `auto`: one on a CPU, all on a GPU.",
+        description="Seeds of a trial that are trained together as one model. `auto`: one on a CPU, all on a GPU. "
+        "Only seeds of PicoGPT can be trained together.",
     )
     capture: bool = Field(
         default=True,
@@ -251,7 +231,7 @@ class StudyConfig(Strict):
     name: Name = Field(description="Name of the MLflow experiment and of the default folder.")
     description: str = Field(default="", max_length=5000, description="One line for the report.")
     corpus: Corpus = Corpus()
-    model: Model = Model()
+    model: Model = Field(default=PicoGPTModel(), description="The language model.")
     protocol: Protocol = Protocol()
     seeds: Seeds = Field(default=3, description="How many seeds (0, 1, ...), or a list of them.")
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = Field(
@@ -296,10 +276,19 @@ class StudyConfig(Strict):
         for arm in self.arms:
             if arm.start is not None:
                 yield from self._problems_of_start(arm)
+            if isinstance(arm, DenseArm) and self.model.width is None:
+                for key in ("d_model", "d_ff", "init"):
+                    if getattr(arm, key) is not None:
+                        yield f"arms[{arm.name}]: `{key}` is PicoGPT's, but the study's model is {self.model.named}"
             for key in BY_SIZE_FIELDS:
                 if isinstance(given := getattr(arm, key, None), dict):
-                    sizes = arm.sizes or (self.model.d_model,)
+                    sizes = arm.sizes or ((self.model.width,) if self.model.width else ())
                     yield from _problems_of_sizes(f"arms[{arm.name}]: `{key}`", given, sizes)
+        if self.model.width is None and self.execution.seeds_per_unit not in ("auto", 1):
+            yield (
+                f"`execution.seeds_per_unit` must be auto or 1 for the model {self.model.named}: only seeds of PicoGPT "
+                "are trained together as one model"
+            )
         yield from self._problems_of_contrasts(names)
         if 0 < self.execution.gpus < LEAST_SHARE:
             yield f"`execution.gpus` must be 0 or at least {LEAST_SHARE}, but got {self.execution.gpus}"
@@ -387,8 +376,8 @@ class StudyConfig(Strict):
             if isinstance(other, DenseArm)
             and other.start is None
             and not any(isinstance(value, tuple | Choices | Range) for value in other.values().values())
-            and other.d_model in (None, self.model.d_model)
-            and other.d_ff in (None, self.model.d_ff or 4 * self.model.d_model)
+            and other.d_model in (None, self.model.width)
+            and other.d_ff in (None, self.model.recorded.get("d_ff"))
         ]
         if arm.start not in candidates:
             yield (

@@ -13,6 +13,7 @@ from study.errors import did_you_mean
 from study.spec.arms import ARMS, VALUE_FIELDS
 from study.spec.config import StudyConfig
 from study.spec.kinds import why_no_family
+from study.spec.models import MODELS
 from study.spec.values import VALUE_KINDS, Choices, Range
 
 
@@ -75,6 +76,12 @@ def _describe(defect: Any, data: Any) -> str:
         }
         expected = [shapes[tag.strip(" '")] for tag in context["expected_tags"].split(",")]
         return f"{path}: must be {' or '.join(expected)}, but got {got}"
+    if kind in ("union_tag_not_found", "union_tag_invalid") and path == "model":
+        if not isinstance(_get(data, "model"), dict):
+            return f"{path}: must be a mapping of keys to values, but got {got}"
+        given = _get(_get(data, "model"), "architecture")
+        meant = did_you_mean(given, [*MODELS][:2])
+        return f"{path}.architecture: must be picogpt, huggingface or MODULE:CLASS, but got {_shorten(given)}{meant}"
     if kind == "union_tag_not_found":
         return f"{path}.family: missing, must be 'dense', 'mpo' or another kind of layer"
     if kind in ("too_short", "too_long"):
@@ -101,7 +108,7 @@ def _path(location: tuple[int | str, ...], data: Any) -> str:
     for before, key in zip((None, *location), location, strict=False):
         if key in VALUE_KINDS and before in (*VALUE_FIELDS, "seeds"):
             continue  # a branch of our unions, not a key of the file
-        if key in ARMS and isinstance(before, int):
+        if (key in ARMS and isinstance(before, int)) or (key in MODELS and before == "model"):
             continue
         node = _get(node, key)
         name = node.get("name") if isinstance(key, int) and isinstance(node, dict) else None
@@ -123,8 +130,8 @@ def _allowed_keys(location: tuple[int | str, ...]) -> Iterator[str]:
     """Allowed keys of the model that contains the unknown key."""
     model: Any = StudyConfig
     for key in location[:-1]:
-        if key in ARMS:
-            model = ARMS[str(key)]
+        if key in ARMS or key in MODELS:
+            model = {**ARMS, **MODELS}[str(key)]
         elif key in ("choices", "range"):
             model = Choices if key == "choices" else Range
         elif isinstance(key, str) and key in model.__pydantic_fields__:

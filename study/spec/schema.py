@@ -16,6 +16,7 @@ from mpo_core import kinds
 from study.spec.arms import ARMS
 from study.spec.config import StudyConfig
 from study.spec.kinds import families_with_gauge, inits
+from study.spec.models import MODELS
 from study.spec.values import Choices, Range
 
 SCHEMA, DOCUMENT = "study.schema.json", "study.md"
@@ -34,7 +35,12 @@ def keys() -> str:
     lines = ["## Keys", "", *_table(StudyConfig)]
     for name, field in StudyConfig.model_fields.items():
         section = _section(field)
-        if section is not None:
+        if name == "model":
+            lines += ["", "## `model`", "", "The keys depend on its `architecture`. Default: `picogpt`."]
+            for architecture, model in MODELS.items():
+                shown = "MODULE:CLASS" if architecture == "own" else architecture
+                lines += ["", f"### `architecture: {shown}`", "", _summary(model), "", *_table(model, "model.")]
+        elif section is not None:
             lines += ["", f"## `{name}`", "", _summary(section), "", *_table(section, f"{name}.")]
     lines += ["", "## `arms`", "", "A list; the keys of an item depend on its `family`."]
     shipped = [name for name, kind in kinds().items() if kind.__module__.startswith("mpo_core.")]
@@ -108,10 +114,12 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
             kind = f"[section](#{name})"
         elif name == "arms":
             kind = "[list](#arms)"
+        elif name == "model":
+            kind = "[section](#model)"
         else:
             kind = _kind(shapes[name]) if item is None else "list of {" + ", ".join(item.model_fields) + "}"
         said = field.description or (_summary(section) if section is not None else "")
-        yield f"| `{prefix}{name}` | {kind} | {_default(field, section is not None)} | {said} |"
+        yield f"| `{prefix}{name}` | {kind} | {_default(field, section is not None or name == 'model')} | {said} |"
         if item is not None:
             yield from _rows(item, f"{prefix}{name}[].")
 

@@ -114,15 +114,15 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
         data.setdefault("decay", "parameter")
         plain = "weights" if isinstance(arm, ControlArm) else "tt_svd"
         data.setdefault(*(("init", "variance") if arm.start is None else ("refinement", plain)))
-    elif arm.start is None:
+    elif arm.start is None and config.model.width is not None:
         data.setdefault("init", "paper")
-    size = next((chosen[key] for key in SIZE_FIELDS if key in chosen), config.model.d_model)
+    size = next((chosen[key] for key in SIZE_FIELDS if key in chosen), config.model.width)
     overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {
         key: _of_size(chosen.get(key), size) for key in RATES
     }
     protocol = config.protocol.model_dump() | {key: value for key, value in overrides.items() if value is not None}
     model = config.model.model_dump()
-    if chosen.get("d_model", config.model.d_model) != config.model.d_model:
+    if chosen.get("d_model", config.model.width) != config.model.width:
         model |= {"d_model": chosen["d_model"], "d_ff": None}
     if isinstance(arm, DenseArm) and arm.d_ff is not None:
         model["d_ff"] = _of_size(arm.d_ff, size)
@@ -133,7 +133,7 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
         raise StudyError(f"arms[{arm.name}]: {reason.removeprefix('Value error, ')}") from None
 
 
-def _of_size(value: Any, size: int) -> Any:
+def _of_size(value: Any, size: int | None) -> Any:
     return value[size] if isinstance(value, dict) else value
 
 

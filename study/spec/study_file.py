@@ -17,6 +17,7 @@ from study.errors import StudyError, did_you_mean
 from study.spec.config import StudyConfig
 from study.spec.defects import defects
 from study.spec.kinds import check_kinds
+from study.spec.models import OwnModel, check_code
 from study.spec.search_space import check_trials
 from study.spec.strict_yaml import MAX_BYTES, MAX_DEPTH, SectionDumper, StrictDumper, parse_yaml
 
@@ -35,6 +36,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         check_kinds(config)
     except StudyError as error:
         raise StudyError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
+    if isinstance(config.model, OwnModel):
+        try:
+            config = config.model_copy(update={"model": check_code(config.model)})
+        except ValueError as error:
+            raise StudyError(f"{path}: model: {error}") from None
     return config
 
 

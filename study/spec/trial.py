@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat
 
-from study.spec.config import Model, Protocol, StudyConfig
+from study.spec.config import Protocol, StudyConfig
+from study.spec.models import Model
 from study.spec.values import Name, Strict
 
 

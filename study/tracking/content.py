@@ -167,8 +167,9 @@ def seed_content(record: StudyRecord, trial: Trial, result: SeedResult) -> RunCo
 def trial_name(trial: Trial) -> str:
     """Name of a trial in the MLflow UI: its arm, with the values that distinguish it within the arm."""
     spec = trial.spec
-    what = f"d_model={spec.model.d_model}" if spec.family == "dense" else f"χ={spec.chi or spec.as_chi}"
-    return f"{spec.arm} {what} (trial {trial.number})"
+    size = f"d_model={spec.model.width}" if spec.model.width else None
+    what = size if spec.family == "dense" else f"χ={spec.chi or spec.as_chi}"
+    return " ".join(filter(None, [spec.arm, what, f"(trial {trial.number})"]))
 
 
 def milliseconds(time: str) -> int:
@@ -197,13 +198,12 @@ def _group_tags(trial: Trial) -> dict[str, str]:
 
 def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
     spec = trial.spec
-    values = spec.model_dump() | spec.protocol.model_dump() | spec.model.model_dump()
+    values = spec.model_dump(exclude={"model"}) | spec.protocol.model_dump() | spec.model.recorded
     values |= {
         "trial": trial.number,
         "family_label": trial.shape.label,
         "start": spec.start or "scratch",
         "vocab_size": record.vocab_size,
-        "d_ff": spec.model.d_ff or 4 * spec.model.d_model,
         "sites": ", ".join(sorted({str(len(bonds) - 1) for bonds in trial.shape.bonds.values()})) or None,
         "largest_bond": max((max(bonds) for bonds in trial.shape.bonds.values()), default=None),
         "tuning_trials": trial.tuning_trials,

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 import mpo_core
 from study.errors import StudyError
-from study.spec.config import Model
 from study.spec.kinds import DECOMPOSED
+from study.spec.models import Model, OwnModel, check_code
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
+from study.training.weights import load_weights
 
 
 def build_model(
@@ -20,7 +22,7 @@ def build_model(
     generator_for: Callable[[str], torch.Generator] | None,
     start_weights: dict[str, torch.Tensor] | None = None,
     calibration: Sequence[torch.Tensor] = (),
-) -> tuple[mpo_core.PicoGPT, mpo_core.CompressionReport | None]:
+) -> tuple[nn.Module, mpo_core.CompressionReport | None]:
     """The model a run starts from.
 
     Args:
@@ -30,17 +32,19 @@ def build_model(
         calibration: batches of tokens (B, T) on which a data-aware refinement fits the model.
     """
     device = None if generator_for is not None else "meta"
-    config = mpo_core.GPTConfig(vocab_size=vocab_size, **spec.model.model_dump())
-    model = mpo_core.PicoGPT(config, device=device)
+    model = _dense(spec.model, vocab_size, device)
     if start_weights is not None:
-        model.load_state_dict(start_weights)
+        load_weights(model, start_weights)
     elif generator_for is not None:
-        model.init_parameters(generator_for, (spec.family == "dense" and spec.init) or "paper")
+        mpo_core.draw_parameters(model, generator_for, spec.init if spec.family == "dense" else None)
+        mpo_core.check_causal(model, spec.model.named)
     if spec.family == "dense":
         return model, None
     starts_fresh = start_weights is None and spec.init != DECOMPOSED
     # Without values there is nothing to decompose, and shapes do not depend on the initial values.
     init = (spec.init or "variance") if starts_fresh else None if generator_for is not None else "variance"
+    # All linear layers of PicoGPT are replaced, as in the paper; elsewhere the head stays, as people compress them.
+    exclude = () if spec.model.architecture == "picogpt" else tuple(filter(None, [mpo_core.head_of(model)]))
     # Not every kind of layer has this option.
     gauge: dict[str, Any] = {} if spec.gauge is None else {"gauge": spec.gauge}
     statistics = mpo_core.collect_statistics(model, calibration, held_out=0) if calibration else None
@@ -50,6 +54,7 @@ def build_model(
         return mpo_core.compress(
             model,
             layer=spec.family,
+            exclude=exclude,
             max_params=_sizes_as_mpo(spec, vocab_size),
             init=init,
             generator_for=generator_for,
@@ -59,6 +64,7 @@ def build_model(
     return mpo_core.compress(
         model,
         chi=spec.chi,
+        exclude=exclude,
         allow_growth=True,  # a study may ask for a χ so large that a layer grows
         factorisation=spec.factorisation,
         n_sites=spec.n_sites,
@@ -68,6 +74,16 @@ def build_model(
         **gauge,
         **({"statistics": statistics, "method": method} if calibration else {}),
     )
+
+
+def _dense(sizes: Model, vocab_size: int, device: str | None) -> nn.Module:
+    try:
+        if isinstance(sizes, OwnModel):
+            check_code(sizes)
+        how = {"vocab_size": vocab_size, "context": sizes.context, "device": device}
+        return mpo_core.build_language_model(sizes.architecture, sizes.settings, **how)
+    except ValueError as error:
+        raise StudyError(f"model: {error}") from None
 
 
 def _sizes_as_mpo(spec: TrialSpec, vocab_size: int) -> dict[str, int]:
@@ -94,7 +110,8 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
     """
     try:
         model, report = build_model(spec, vocab_size, None)
-    except ValueError as error:  # the smallest layer of a control's kind is larger than the MPO's
+        step_flops, flops = _step_flops(spec, model), _flops(spec, model, n_validation)
+    except ValueError as error:  # for example: the smallest layer of a control's kind is larger than the MPO's
         raise StudyError(f"arms[{spec.arm}]: {error}") from None
     dense, _ = build_model(spec.model_copy(update={"family": "dense", "model": reference}), vocab_size, None)
     rows = [] if report is None else report.rows
@@ -108,8 +125,8 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         bonds={row.name: row.bonds for row in rows if is_mpo},
         label="dense" if spec.family == "dense" else mpo_core.kind_called(spec.family).label,
         identity=_identity(spec, layers, has_gauge),
-        step_flops=_step_flops(spec, model),
-        flops=_flops(spec, model, n_validation),
+        step_flops=step_flops,
+        flops=flops,
         vocab_size=vocab_size,
     )
 
@@ -133,12 +150,12 @@ def _identity(spec: TrialSpec, layers: list[Any], has_gauge: bool) -> str:
     return json_hash(essence)
 
 
-def _step_flops(spec: TrialSpec, model: mpo_core.PicoGPT) -> float:
+def _step_flops(spec: TrialSpec, model: nn.Module) -> float:
     tokens = spec.protocol.batch_size * spec.model.context
     return 3 * _forward_flops(spec, model, tokens)  # the backward pass costs twice the forward
 
 
-def _forward_flops(spec: TrialSpec, model: mpo_core.PicoGPT, n_tokens: int) -> float:
+def _forward_flops(spec: TrialSpec, model: nn.Module, n_tokens: int) -> float:
     flops = mpo_core.flops_per_token(model, spec.model.context) * n_tokens + mpo_core.reconstruct_flops(model)
     if spec.forward == "chain":
         layers = [module for module in model.modules() if isinstance(module, mpo_core.MPOLinear)]
@@ -147,7 +164,7 @@ def _forward_flops(spec: TrialSpec, model: mpo_core.PicoGPT, n_tokens: int) -> f
     return flops
 
 
-def _flops(spec: TrialSpec, model: mpo_core.PicoGPT, n_validation: int) -> float:
+def _flops(spec: TrialSpec, model: nn.Module, n_validation: int) -> float:
     protocol = spec.protocol
     sampled = protocol.sampled_eval_batches * protocol.sampled_eval_batch_size * spec.model.context
     evaluation = _forward_flops(spec, model, n_validation + sampled)

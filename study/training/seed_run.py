@@ -19,6 +19,7 @@ from study.training.precision import products_in
 from study.training.program import this_program
 from study.training.stacked import StackedTraining
 from study.training.train import Diverged, Training
+from study.training.weights import weights_of
 
 
 @products_in("float32")
@@ -68,7 +69,7 @@ def train_seed(
         run.training.run(checkpoints, checkpoint_seconds, on_evaluation)
     except Diverged as error:
         run.training.failure = error
-    return run.result(device, 1), run.training.model.state_dict()
+    return run.result(device, 1), weights_of(run.training.model)
 
 
 class SeedRun:
@@ -208,7 +209,7 @@ def train_seeds(
     for group in groups.values():
         n_stacked |= dict.fromkeys(group, len(group))
         StackedTraining(group, device, checkpoints or {}, capture).run(checkpoint_seconds, on_evaluation)
-    return [(run.result(device, n_stacked[seed]), run.training.model.state_dict()) for seed, run in runs.items()]
+    return [(run.result(device, n_stacked[seed]), weights_of(run.training.model)) for seed, run in runs.items()]
 
 
 def _restore(runs: dict[int, SeedRun], begin: Callable[[int], SeedRun], checkpoints: Mapping[int, Checkpoints]) -> None:

@@ -20,9 +20,10 @@ class SeedsAsBatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            return _Attention.apply(*args, (kwargs or {})["is_causal"])
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and len(args) == 3 and given.keys() == {"is_causal"}:
+            return _Attention.apply(*args, given["is_causal"])
+        return func(*args, **given)
 
 
 class _Attention(Function):

@@ -26,6 +26,7 @@ from study.training.corpus import Corpus, Windows, consecutive_windows
 from study.training.model import build_model
 from study.training.precision import logits_in, products_in
 from study.training.randomness import generator
+from study.training.weights import load_weights, weights_of
 
 EVALUATION_TOKENS = 8192
 """Tokens per batch of the full validation: small enough for any memory, the same on every machine."""
@@ -58,7 +59,7 @@ def evaluate(
     loss, correct, n_tokens = 0.0, 0, 0
     for inputs, targets in batches:
         inputs, targets = inputs.to(device), targets.to(device)
-        logits = logits_in(precision, device, model, inputs)
+        logits = logits_in(precision, device, mpo_core.logits_of, model, inputs)
         loss += nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         correct += int((logits.argmax(dim=-1) == targets).sum())
         n_tokens += targets.numel()
@@ -100,7 +101,9 @@ class Training:
             embedding_lr=protocol.embedding_learning_rate,
         )
         self.optimiser = adamw([group | {"betas": protocol.betas} for group in groups], device)
-        self._is_captured = capture and torch.device(device).type == "cuda"
+        # What other models do cannot always be recorded.
+        can_capture = spec.model.architecture == "picogpt"
+        self._is_captured = capture and can_capture and torch.device(device).type == "cuda"
         self._device_step = DeviceStep(self._is_captured)
         purpose = "data" if spec.start is None else "fine-tune data"
         self.training_windows = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
@@ -170,7 +173,7 @@ class Training:
     def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Loss and gradient norm, (2,); leaves the clipped gradient in the parameters. Never waits for a GPU."""
         protocol = self.spec.protocol
-        logits = logits_in(protocol.precision, self.device, self.model, inputs)
+        logits = logits_in(protocol.precision, self.device, mpo_core.logits_of, self.model, inputs)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         self.optimiser.zero_grad()
         loss.backward()
@@ -237,7 +240,7 @@ class Training:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain content from which `restore` continues bit-identically."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {f"model.{name}": tensor for name, tensor in weights_of(self.model).items()}
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
         names = ("step", "curve", "seconds", "_loss_sum", "_loss_count")
@@ -247,7 +250,7 @@ class Training:
     def restore(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        self.model.load_state_dict(model)
+        load_weights(self.model, model)
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimiser."):

@@ -86,7 +86,7 @@ def run_unit(
             raise
         except Exception as error:
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = next(iter(f"{type(error).__name__}: {str(error).strip()}".splitlines()))
             results.append(SeedResult(unit.trial, seed, "failed", started=started, ended=now(), failure=reason))
     return results
 

@@ -12,7 +12,8 @@ from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditional
 from transformers.utils import logging as transformers_logging
 
 import mpo_core
-from mpo_core.models.hugging_face import context_of, head_of, load_language_model
+from mpo_core.models.hugging_face import load_language_model
+from mpo_core.models.language_model import context_of, head_of
 
 
 def load(folder, dtype=torch.float32):

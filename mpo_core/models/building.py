@@ -1,0 +1,90 @@
+"""Build a dense causal language model by the name of its architecture, from scratch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpo_core.models.hugging_face import build_hugging_face
+from mpo_core.models.picogpt import GPTConfig, PicoGPT
+
+
+def build_language_model(
+    architecture: str,
+    settings: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    context: int,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """The dense model; its values are not drawn yet (see `draw_parameters`).
+
+    Args:
+        architecture: "picogpt"; "huggingface", whose settings include `config`, the type of the model; or
+            "MODULE:CLASS", a module of a user's own. The class is called with vocab_size, context and the settings.
+        settings: sizes, by the names that the architecture has for them.
+        vocab_size, context: number of tokens, and length of the longest sequence.
+        device: Default: the default device. "meta": only shapes.
+    Raises:
+        ValueError: an unknown architecture or setting; settings that do not go together.
+    """
+    if architecture == "picogpt":
+        return PicoGPT(GPTConfig(vocab_size=vocab_size, context=context, **settings), device=device)
+    if architecture == "huggingface":
+        own = dict(settings)
+        kind = own.pop("config")
+        return build_hugging_face(kind, own, vocab_size=vocab_size, context=context, device=device)
+    found = own_class(architecture)
+    arguments = {"vocab_size": vocab_size, "context": context, **settings}
+    try:
+        inspect.signature(found).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{architecture}: {error}") from None
+    # A user's constructor may draw values.
+    with torch.random.fork_rng(devices=[]), torch.device(device or torch.get_default_device()):
+        model = found(**arguments)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{architecture} must make an nn.Module, but made a {type(model).__name__}")
+    return model
+
+
+def own_class(architecture: str) -> Any:
+    """The class that "MODULE:CLASS" names.
+
+    Raises:
+        ValueError: Python cannot import it.
+    """
+    module, separator, name = architecture.partition(":")
+    if not separator:
+        raise ValueError(f"`architecture` must be picogpt, huggingface or MODULE:CLASS, but got {architecture!r}")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ValueError(f"{architecture}: {error}; Python must be able to import {module}") from None
+    except AttributeError:
+        raise ValueError(f"{architecture}: the module {module} has no {name}") from None
+    if not isinstance(found, type):
+        raise ValueError(f"{architecture} is not a class")
+    return found
+
+
+def code_of(architecture: str) -> str:
+    """SHA-256 of the file that defines the class "MODULE:CLASS"; line ends do not count.
+
+    Raises:
+        ValueError: as `own_class`, or the class has no source file.
+    """
+    try:
+        file = inspect.getsourcefile(own_class(architecture))
+    except TypeError:
+        file = None
+    if file is None:
+        raise ValueError(f"{architecture} has no source file, so a study cannot record its code")
+    return hashlib.sha256(Path(file).read_bytes().replace(b"\r\n", b"\n")).hexdigest()

@@ -1,0 +1,176 @@
+"""The model of a study: PicoGPT, one of Hugging Face, or a module of a user's own."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+
+from study.spec.values import Name, PositiveInt, Strict, WideInt, Width
+
+MAX_PARAMS = 1_000_000_000
+"""Largest dense PicoGPT, without its vocabulary; with gradients and moments it takes 16 GB."""
+
+_CONTEXT = "Context length in tokens."
+
+
+class PicoGPTModel(Strict):
+    """PicoGPT's sizes; the vocabulary comes from the corpus."""
+
+    architecture: Literal["picogpt"] = Field(
+        default="picogpt",
+        description="PicoGPT is the default.",
+        exclude_if=lambda value: True,  # studies are recorded as they were before there were other models
+    )
+    d_model: Width = Field(default=128, description="Embedding dimension.")
+    n_heads: PositiveInt = Field(default=4, description="Attention heads; must divide d_model.")
+    n_layers: Annotated[int, Field(ge=1, le=1000)] = Field(default=4, description="Transformer blocks.")
+    context: WideInt = Field(default=256, description=_CONTEXT)
+    d_ff: WideInt | None = Field(default=None, description="Feed-forward dimension. Default: 4 × d_model.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `mpo_core.build_language_model` takes besides the context and the vocabulary."""
+        return self.model_dump(exclude={"architecture", "context"})
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Sizes under their names in `analysis.run_schema`."""
+        return {**self.settings, "d_ff": self.d_ff or 4 * self.d_model, "context": self.context}
+
+    @property
+    def named(self) -> str:
+        """The model without its settings."""
+        return "PicoGPT"
+
+    @property
+    def width(self) -> int | None:
+        """The size by which a dense arm is named, and may have its rates."""
+        return self.d_model
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> PicoGPTModel:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"`n_heads` must divide `d_model`, but got d_model={self.d_model}, n_heads={self.n_heads}")
+        d_ff = self.d_ff or 4 * self.d_model
+        n_params = self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * d_ff) + self.context * self.d_model
+        if n_params > MAX_PARAMS:
+            raise ValueError(f"a dense model has at most {MAX_PARAMS:,} parameters, but this one has {n_params:,}")
+        return self
+
+
+class _OtherModel(Strict, ABC):
+    """A model whose sizes are settings of its own, beside the keys that are declared here."""
+
+    model_config = ConfigDict(extra="allow")
+
+    context: WideInt = Field(default=256, description=_CONTEXT)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What `analysis.run_schema` has names for."""
+        return {"model": self.shown, "context": self.context}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `mpo_core.build_language_model` takes besides the context and the vocabulary."""
+        return self.extras
+
+    @property
+    def shown(self) -> str:
+        """The model in one line."""
+        return f"{self.named} ({', '.join(f'{key}={value}' for key, value in sorted(self.extras.items()))})"
+
+    @property
+    @abstractmethod
+    def named(self) -> str:
+        """The model without its settings."""
+
+    @property
+    def width(self) -> int | None:
+        """None: only PicoGPT has a size that dense arms may change."""
+        return None
+
+    @model_validator(mode="after")
+    def _plain(self) -> _OtherModel:
+        for key, value in self.extras.items():
+            if not isinstance(value, bool | int | float | str | None):
+                raise ValueError(f"`{key}` must be a number, a text, true, false or null, but got {json.dumps(value)}")
+        return self
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """The keys that are not declared here."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class HuggingFaceModel(_OtherModel):
+    """A causal language model of Hugging Face, from scratch. Needs the extra `hf`."""
+
+    architecture: Literal["huggingface"] = Field(description="A model of the library transformers.")
+    config: Name = Field(
+        description="Type of the model, such as `gpt2`, `llama` or `qwen2`. All further keys are settings of its "
+        "configuration, such as `hidden_size`; the vocabulary comes from the corpus."
+    )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `mpo_core.build_language_model` takes besides the context and the vocabulary."""
+        return {"config": self.config, **super().settings}
+
+    @property
+    def named(self) -> str:
+        return self.config
+
+
+class OwnModel(_OtherModel):
+    """A module of a user's own, see docs/extending.md."""
+
+    architecture: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = Field(
+        description="MODULE:CLASS, such as `my_models.gru:GRU`, which Python must be able to import on every machine. "
+        "All further keys are arguments of the class."
+    )
+    code: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        default=None,
+        description="SHA-256 of the file that defines the class. Default: that of the file as it is; a study that was "
+        "begun with other code does not go on.",
+    )
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What `analysis.run_schema` has names for."""
+        return {**super().recorded, "model_code": self.code}
+
+    @property
+    def named(self) -> str:
+        return self.architecture
+
+
+def check_code(model: OwnModel) -> OwnModel:
+    """The model with the checksum of its code.
+
+    Raises:
+        ValueError: Python cannot import the class, or its code is not that of the study.
+    """
+    from mpo_core import code_of  # imports torch, which is slow
+
+    found = code_of(model.architecture)
+    if model.code not in (None, found):
+        raise ValueError(f"the code of {model.architecture} has the checksum {found}, but the study has {model.code}")
+    return model.model_copy(update={"code": found})
+
+
+def _class_of(model: Any) -> str | None:
+    given = model.get("architecture", "picogpt") if isinstance(model, dict) else getattr(model, "architecture", None)
+    return given if given in ("picogpt", "huggingface") else "own" if ":" in str(given) else None
+
+
+MODELS: dict[str, type[Strict]] = {"picogpt": PicoGPTModel, "huggingface": HuggingFaceModel, "own": OwnModel}
+Model = Annotated[
+    Annotated[PicoGPTModel, Tag("picogpt")]
+    | Annotated[HuggingFaceModel, Tag("huggingface")]
+    | Annotated[OwnModel, Tag("own")],
+    Discriminator(_class_of),
+]
