@@ -14,6 +14,7 @@ from study.scheduler.reports import SILENT_SECONDS, Flights, Key
 from study.spec.config import StudyConfig
 from study.spec.trial import SeedResult, Trial, now
 from study.spec.values import Choices, Range
+from study.training.optimisers import kind_of_optimiser
 from study.training.storage import Storage
 from study.training.unit import Starts, Unit, checkpoints_of
 
@@ -59,6 +60,7 @@ class Queue:
     _block_that_fits: dict[int, int] = field(default_factory=dict)
     """For a trial that ran out of memory: the number of seeds to try."""
     _furthest_step: dict[Key, float] = field(default_factory=dict)
+    _said_one_by_one: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._start_arms = {arm.start for arm in self.config.arms} - {None}
@@ -134,7 +136,22 @@ class Queue:
         n_seeds = execution.seeds_per_unit
         if n_seeds == "auto":  # one seed keeps the cores of a CPU busy
             n_seeds = len(self.config.seed_list) if execution.gpus else 1
+        if not kind_of_optimiser(trial.spec).is_elementwise:
+            self._say_one_by_one(trial.spec.protocol.optimiser, n_seeds)
+            return 1
         return min(n_seeds, self._block_that_fits.get(trial.number, n_seeds))
+
+    def _say_one_by_one(self, optimiser: str, n_seeds: int) -> None:
+        """Say once what the study file asks for and this optimiser cannot do."""
+        execution = self.config.execution
+        asked = {
+            "seeds are trained one by one": n_seeds > 1,
+            "steps are not replayed from CUDA graphs": execution.capture and execution.gpus > 0,
+        }
+        lines = [line for line, is_asked in asked.items() if is_asked]
+        if lines and optimiser not in self._said_one_by_one:
+            self._said_one_by_one.add(optimiser)
+            self.say(f"with optimiser {optimiser}, {' and '.join(lines)}")
 
     def complete(self, results: Sequence[SeedResult]) -> None:
         """Record a unit's results; if the ledger does not take them, they are missing again, and the study stops."""
