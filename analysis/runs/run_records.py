@@ -48,10 +48,12 @@ def tag_of(run: RunRecord, key: str) -> str:
 
 
 def param_of(run: RunRecord, key: str) -> Any:
-    """The param with the schema's type; None if it has no meaning."""
+    """The param with the schema's type, or what its absence stands for; None if it has no meaning."""
     dtype = schema.FIELDS["param", key].dtype
     text = run.params.get(key)
     if text is None:
+        if key in schema.ABSENT:
+            return schema.ABSENT[key]
         if key in OPTIONAL_PARAMS:
             return None
         raise AnalysisError(f"{run} has no param `{key}`; {MEND}")

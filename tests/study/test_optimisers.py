@@ -6,10 +6,13 @@ from typing import get_args
 
 import pytest
 import torch
-from study_fixtures import DENSE, printed_by_run, results_at, write_study
+from study_fixtures import DENSE, SEARCHED, printed_by_run, results_at, run_at, write_search, write_study
 from torch import nn
 
+from analysis.runs.load import load_study, resolve_study
 from mpo_core import LowRankLinear, MonarchLinear, MPOLinear, PrunedLinear, StructuredLinear
+from study.commands.winners import write_winners
+from study.ledger.directory import StudyDirectory
 from study.spec.values import OptimiserName
 from study.training.checkpoints import pack_tensors, unpack_tensors
 from study.training.optimisers import OPTIMISERS, MuonAndAdamW, matrices_of_blocks, muon_groups
@@ -211,6 +214,29 @@ def test_unit_of_several_seeds_trains_them_one_by_one(unit_of, spec_of, corpus):
         alone, _ = train_seed(spec, result.seed, corpus)
         assert result.curve == alone.curve
         assert result.ran_on["mpo.stacked"] == "1"
+
+
+def test_winners_have_the_best_optimiser(tmp_path):
+    arms = [{"name": "dense", "family": "dense", "optimiser": ["adamw", "muon"]}]
+    file = write_study(tmp_path, arms=arms, seeds=[100, 101], protocol={"steps": 40, "eval_every": 20})
+    run_at(file, tmp_path / "study")
+    losses = {}
+    for (trial, _), result in results_at(tmp_path / "study").items():
+        losses[trial] = losses.get(trial, 0.0) + result.final["final/val_loss"]
+    best = ("adamw", "muon")[min(losses, key=losses.__getitem__)]
+    [arm] = write_winners(StudyDirectory(tmp_path / "study"), tmp_path / "final.yaml").arms
+    assert (arm.name, arm.optimiser, arm.tuned_among) == ("dense", best, 2)
+
+
+@pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
+def test_a_sampler_chooses_the_optimiser_and_runs_record_it(tmp_path):
+    searched = SEARCHED | {"optimiser": {"choices": ["adamw", "muon"]}}
+    file = write_search(tmp_path, arms=[DENSE, searched], trials=6, protocol={"schedule": "wsd"})
+    run_at(file, tmp_path / "study", tracking=None)
+    runs = load_study(resolve_study(tmp_path / "study"))
+    assert set(runs.trials.loc[runs.trials["arm"] == "found", "optimiser"]) == {"adamw", "muon"}
+    assert set(runs.trials["schedule"]) == {"wsd"}
+    assert runs.trials.set_index("arm").loc["dense", "optimiser"] == "adamw"
 
 
 def test_study_says_once_that_seeds_are_trained_one_by_one(tmp_path):
