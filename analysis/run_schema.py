@@ -181,8 +181,10 @@ PARAMS = (
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
     Field("gauge", "param", str, "gauge of the factors: free, fixed"),
     Field("forward", "param", str, "how an MPO layer is applied: reconstruct, chain"),
+    Field("optimiser", "param", str, "optimiser: adamw, muon"),
     Field("learning_rate", "param", float, "peak learning rate"),
     Field("embedding_learning_rate", "param", float, "peak learning rate of the embeddings, if they have their own"),
+    Field("schedule", "param", str, "schedule of the learning rate: cosine, wsd"),
     Field("steps", "param", int, "optimiser steps"),
     Field("warmup_steps", "param", int, "warm-up steps"),
     Field("batch_size", "param", int, "sequences per step"),
@@ -201,6 +203,9 @@ PARAMS = (
     Field("budget_hash", "param", str, "hash of corpus, evaluation, tokens, schedule, tuning trials, precision"),
     Field("corpus_sha256", "param", str, "SHA-256 of the corpus"),
 )
+
+ABSENT = {"model": "PicoGPT", "optimiser": "adamw", "schedule": "cosine"}
+"""Values of params that are not recorded: runs from before there was a choice lack them, and stay as they are."""
 
 ALL: tuple[Recorded, ...] = ("curve", "last", "best")
 LAST: tuple[Recorded, ...] = ("curve", "last")

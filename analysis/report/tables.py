@@ -207,14 +207,15 @@ def arms_table(summary: pd.DataFrame) -> Table:
             row[key] = ", ".join(value if isinstance(value, str) else f"{value:g}" for value in values) or "–"
         rows.append(row)
     data = pd.DataFrame(rows)
-    some = data.columns[~(data == "–").all()]
+    is_usual = pd.Series({key: (data[key] == usual).all() for key, usual in schema.ABSENT.items()})
+    some = data.columns[~((data == "–").all() | is_usual.reindex(data.columns, fill_value=False))]
     return Table("arms", data, _as_text(data[some].rename(columns=lambda column: column.replace("_", " "))))
 
 
 _TRAINED_WITH = (
     *("family", "start", "init", "refinement", "lr_rule", "decay", "factorisation", "sites", "precision"),
     *("learning_rate", "embedding_learning_rate", "steps", "warmup_steps", "batch_size", "context", "weight_decay"),
-    *("model", "d_model", "tuning_trials", "tuned_among"),
+    *("model", "optimiser", "schedule", "d_model", "tuning_trials", "tuned_among"),
 )
 
 

@@ -26,6 +26,7 @@ Known = dict[str, Any]
 """A trial: a dict with the keys `KNOWN`."""
 _TRAINED = (
     *("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "gauge", "factorisation", "n_sites"),
+    "optimiser",
 )
 KNOWN = (
     *(
@@ -42,7 +43,7 @@ KNOWN = (
         "n_seeds",
     ),
     *("n_failed", "stopped", "budget_hash", "learning_rate", "embedding_learning_rate", "lr_rule", "decay"),
-    *("gauge", "factorisation", "n_sites"),
+    *("gauge", "factorisation", "n_sites", "optimiser"),
 )
 """Properties of a trial that determine its pairs, by their names in runs."""
 

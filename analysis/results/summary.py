@@ -188,10 +188,11 @@ _NAMED = {
     "d_model": "d_model={}".format, "n_layers": "{} layers".format, "d_ff": "d_ff={}".format,
     "n_sites": "L={}".format, "factorisation": str, "init": str,
     "refinement": str, "learning_rate": lambda value: f"lr {_scientific(value)}", "lr_rule": "{} rates".format,
-    "embedding_learning_rate": lambda value: f"embeddings {_scientific(value)}",
+    "optimiser": str, "embedding_learning_rate": lambda value: f"embeddings {_scientific(value)}",
     "decay": "decay of each {}".format, "gauge": "{} gauge".format, "forward": "by {}".format,
     "precision": "in {}".format,
-    "steps": "{} steps".format, "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format,
+    "steps": "{} steps".format, "schedule": "{} schedule".format,
+    "batch_size": "batch {}".format, "weight_decay": "decay {:g}".format,
     "arm": str, "study": str, "trial": "#{}".format,
 }  # fmt: skip
 """Params that distinguish trials, in the order in which a label uses them."""

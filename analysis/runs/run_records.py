@@ -18,8 +18,6 @@ OPTIONAL_PARAMS = (
     *("model_code", "d_model", "n_heads", "n_layers", "d_ff"),
 )
 """Params without meaning for some family, model or kind of run; every other param of the schema must be on every run."""
-ABSENT = {"model": "PicoGPT"}
-"""The meaning of a param that a run lacks."""
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"
 """Advice for messages: how to repair a run that is not as a study writes it."""
 OVER = ("FINISHED", "FAILED")
@@ -51,10 +49,12 @@ def tag_of(run: RunRecord, key: str) -> str:
 
 
 def param_of(run: RunRecord, key: str) -> Any:
-    """The param with the schema's type; None if it has no meaning."""
+    """The param with the schema's type, or what its absence stands for; None if it has no meaning."""
     dtype = schema.FIELDS["param", key].dtype
-    text = run.params.get(key, ABSENT.get(key))
+    text = run.params.get(key)
     if text is None:
+        if key in schema.ABSENT:
+            return schema.ABSENT[key]
         if key in OPTIONAL_PARAMS:
             return None
         raise AnalysisError(f"{run} has no param `{key}`; {MEND}")

@@ -205,6 +205,18 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         across = self.n_blocks[1]
         return {"L": across * self.rank, "R": self.in_features // across}
 
+    def matrix_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """One matrix for each block on the diagonal: L[l] is (m, across · rank), R[k] is (down · rank, p).
+
+        y = x Wᵀ is a product with a block-diagonal matrix of the R[k], then with one of the L[l]. To orthogonalise a
+        block-diagonal matrix is to orthogonalise each of its blocks.
+        """
+        down, across = self.n_blocks
+        return {
+            "L": (down, self.out_features // down, across * self.rank),
+            "R": (across, down * self.rank, self.in_features // across),
+        }
+
 
 def _most_blocks(out_features: int, in_features: int, max_params: int | None) -> tuple[int, int]:
     def divisors(n: int) -> list[int]:

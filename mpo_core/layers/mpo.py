@@ -337,6 +337,18 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         """Core l sums over its left bond and its inputs, bonds[l] · d_in[l]."""
         return {f"cores.{site}": self.bonds[site] * self.d_in[site] for site in range(self.n_sites)}
 
+    def matrix_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Core l is the matrix (bonds[l] · d_out[l], d_in[l] · bonds[l+1]).
+
+        In the fixed gauge, a core without its rows of the identity is the matrix that is stored: its other rows, with
+        bonds[l+1] columns.
+        """
+        shapes = {
+            f"cores.{site}": (1, left * d_out, d_in * right)
+            for site, (left, d_out, d_in, right) in enumerate(self.shapes)
+        }
+        return shapes | super().matrix_shapes()
+
     def proportional_to(self) -> list[str]:
         """All cores; in the fixed gauge the last one alone."""
         first = 0 if self.gauge == "free" else self.n_sites - 1

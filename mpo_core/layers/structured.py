@@ -114,6 +114,18 @@ class StructuredLinear(nn.Module):
         """
         return list(self.fan_ins())
 
+    def matrix_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """(number of matrices, rows, columns) as which an optimiser of matrices, such as Muon, sees a factor.
+
+        By the name of the factor's parameter, which `view` splits so. Default: each factor with two dimensions is one
+        matrix. A factor that is left out is no matrix.
+        """
+        return {
+            name: (1, parameter.shape[0], parameter.shape[1])
+            for name, parameter in self.named_parameters()
+            if name != "bias" and parameter.ndim == 2
+        }
+
     @classmethod
     @abstractmethod
     def from_matrix(cls, W: Tensor, bias: Tensor | None = None, **options: Any) -> Self:

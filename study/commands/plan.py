@@ -90,13 +90,13 @@ def plan(config: StudyConfig, corpus: Corpus) -> Plan:
     optimiser steps. A searched space is estimated from `N_DRAWS` draws, however large it is.
     """
     corpus.check_context(config.model.context)
-    rates: dict[tuple[str, Model], float] = {}
+    rates: dict[tuple[str, Model, str], float] = {}
 
     def shape_of(spec: TrialSpec) -> TrialShape:
         return trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
 
     def planned(spec: TrialSpec, shape: TrialShape) -> PlannedTrial:
-        kind = (spec.family, spec.model)
+        kind = (spec.family, spec.model, spec.protocol.optimiser)
         if kind not in rates:
             rates[kind] = _measured_rate(spec, shape, corpus, config.execution.cpus)
         return PlannedTrial(spec, shape, shape.flops / rates[kind])

@@ -19,7 +19,7 @@ from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.frontier import frontier, points
 from study.ledger.snapshot import Snapshot, read_ledger
-from study.spec.arms import RATES, Arm
+from study.spec.arms import PROTOCOL_VALUES, RATES, Arm
 from study.spec.config import StudyConfig
 from study.spec.definition import settled
 from study.spec.search_space import check_trials
@@ -243,7 +243,7 @@ def _fixed(
 
 def _value(spec: TrialSpec, key: str) -> Any:
     """A trial's value for a field of its arm."""
-    return getattr(spec.protocol if key in RATES else spec.model if key == "d_model" else spec, key)
+    return getattr(spec.protocol if key in PROTOCOL_VALUES else spec.model if key == "d_model" else spec, key)
 
 
 # The file -------------------------------------------------------------------------------------------------------------

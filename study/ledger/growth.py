@@ -155,7 +155,8 @@ def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
         "study": study,
         "family_label": trial.shape.label,
         "start": spec.start or "scratch",
-        "gauge": spec.gauge,  # left out by `model_dump` if it is None
+        "gauge": spec.gauge,  # `model_dump` leaves out this and the next at their defaults
+        "optimiser": spec.protocol.optimiser,
         "n_seeds": states.count("complete"),
         "n_failed": states.count("failed"),
         "stopped": trial.stop and trial.stop.reason,

@@ -14,6 +14,7 @@ from study.scheduler.reports import SILENT_SECONDS, Flights, Key
 from study.spec.config import StudyConfig
 from study.spec.trial import SeedResult, Trial, now
 from study.spec.values import Choices, Range
+from study.training.optimisers import why_alone
 from study.training.storage import Storage
 from study.training.unit import Starts, Unit, checkpoints_of
 
@@ -59,6 +60,7 @@ class Queue:
     _block_that_fits: dict[int, int] = field(default_factory=dict)
     """For a trial that ran out of memory: the number of seeds to try."""
     _furthest_step: dict[Key, float] = field(default_factory=dict)
+    _said_one_by_one: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._start_arms = {arm.start for arm in self.config.arms} - {None}
@@ -132,10 +134,25 @@ class Queue:
         """Largest number of seeds in a unit of this trial."""
         execution = self.config.execution
         n_seeds = execution.seeds_per_unit
-        if n_seeds == "auto":  # one seed keeps the cores of a CPU busy; other models than PicoGPT cannot be stacked
-            stacks = execution.gpus and self.config.model.architecture == "picogpt"
-            n_seeds = len(self.config.seed_list) if stacks else 1
+        if n_seeds == "auto":  # one seed keeps the cores of a CPU busy
+            n_seeds = len(self.config.seed_list) if execution.gpus else 1
+        alone = why_alone(trial.spec)
+        if alone is not None:
+            self._say_one_by_one(alone, n_seeds)
+            return 1
         return min(n_seeds, self._block_that_fits.get(trial.number, n_seeds))
+
+    def _say_one_by_one(self, what: str, n_seeds: int) -> None:
+        """Say once what the study file asks for and this model or optimiser cannot do."""
+        execution = self.config.execution
+        asked = {
+            "seeds are trained one by one": n_seeds > 1,
+            "steps are not replayed from CUDA graphs": execution.capture and execution.gpus > 0,
+        }
+        lines = [line for line, is_asked in asked.items() if is_asked]
+        if lines and what not in self._said_one_by_one:
+            self._said_one_by_one.add(what)
+            self.say(f"with {what}, {' and '.join(lines)}")
 
     def complete(self, results: Sequence[SeedResult]) -> None:
         """Record a unit's results; if the ledger does not take them, they are missing again, and the study stops."""

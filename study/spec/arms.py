@@ -12,14 +12,17 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from study.spec.values import (
     Choices,
+    DecayFraction,
     FixedOrBySize,
     FixedOrListed,
     Name,
     Number,
     NumberBySize,
+    OptimiserName,
     PositiveFloat,
     PositiveInt,
     Range,
+    ScheduleName,
     Sites,
     Steps,
     Strict,
@@ -43,7 +46,18 @@ class _Arm(Strict):
     )
     steps: Steps | None = Field(default=None, description="Overrides the protocol's.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Overrides the protocol's.")
+    schedule: ScheduleName | None = Field(
+        default=None,
+        description="Overrides the protocol's.",
+        exclude_if=lambda value: value is None,  # a file without it is recorded as before there was a choice
+    )
+    decay_fraction: DecayFraction | None = Field(
+        default=None, description="Overrides the protocol's.", exclude_if=lambda value: value is None
+    )
     eval_every: PositiveInt | None = Field(default=None, description="Overrides the protocol's.")
+    optimiser: Value[OptimiserName] | None = Field(
+        default=None, description="Overrides the protocol's.", exclude_if=lambda value: value is None
+    )
     tuned_among: PositiveInt | None = Field(
         default=None,
         description="Number of trials of another study, for each size, among which this arm's values were chosen. "
@@ -238,9 +252,11 @@ Arm = Annotated[
     Discriminator(_class_of),
 ]
 RATES = ("learning_rate", "embedding_learning_rate")
+PROTOCOL_VALUES = (*RATES, "optimiser")
+"""Fields that may be listed or searched and are part of a trial's protocol."""
 BY_SIZE_FIELDS = (*RATES, "d_ff")
 VALUE_FIELDS = (
     *(*RATES, "d_model", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule"),
-    *("decay", "gauge", "forward"),
+    *("decay", "gauge", "forward", "optimiser"),
 )
 SIZE_FIELDS = ("d_model", "chi", "as_chi")

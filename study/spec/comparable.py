@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from study.spec.arms import Arm, DenseArm, MPOArm
-from study.spec.config import StudyConfig
+from study.spec.config import Protocol, StudyConfig
 from study.spec.search_space import example, start_spec
 from study.spec.trial import budget_hash, tuning_trials
 from study.spec.values import Range, options
+
+T = TypeVar("T", int, str)
 
 
 def not_compared(config: StudyConfig) -> list[str]:
@@ -109,7 +112,7 @@ def _lines(config: StudyConfig, pairs: Sequence[tuple[Arm, Arm]]) -> Iterator[st
 
 
 def _reasons(config: StudyConfig, arm: Arm, rivals: Sequence[Arm]) -> Iterator[str]:
-    def differ(of: Callable[[Arm], int]) -> tuple[int, str] | None:
+    def differ(of: Callable[[Arm], T]) -> tuple[T, str] | None:
         others = sorted({of(rival) for rival in rivals} - {of(arm)})
         return (of(arm), " or ".join(map(str, others))) if others else None
 
@@ -118,3 +121,10 @@ def _reasons(config: StudyConfig, arm: Arm, rivals: Sequence[Arm]) -> Iterator[s
     for key in ("steps", "warmup_steps"):
         if (given := differ(lambda each, key=key: getattr(example(config, each).protocol, key))) is not None:
             yield f"{key} {given[0]}, and not {given[1]}"
+    if (given := differ(lambda each: _schedule(example(config, each).protocol))) is not None:
+        yield f"schedule {given[0]}, and not {given[1]}"
+
+
+def _schedule(protocol: Protocol) -> str:
+    share = protocol.decay_share
+    return protocol.schedule if share is None else f"{protocol.schedule} (decay_fraction {share:g})"

@@ -14,13 +14,28 @@ from analysis.run_schema import MARGINS, OBJECTIVES
 from study.errors import did_you_mean
 from study.spec.arms import BY_SIZE_FIELDS, Arm, DenseArm, MPOArm
 from study.spec.models import Model, PicoGPTModel
-from study.spec.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Steps, Strict, WideInt
+from study.spec.values import (
+    Choices,
+    DecayFraction,
+    Name,
+    OptimiserName,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    ScheduleName,
+    Seeds,
+    Steps,
+    Strict,
+    WideInt,
+)
 
 MAX_SEQUENCES = 500_000_000
 """Largest number of sequences in a run; the place of each in the text is drawn before training and takes 8 bytes."""
 MAX_BATCH_TOKENS = 10_000_000
 LEAST_SHARE = 0.0001
 """Smallest share of a core or a GPU that Ray accepts."""
+DECAY_FRACTION = 0.2
+"""Default of `protocol.decay_fraction` (Hägele et al. 2024, section 3)."""
 RESERVED = ("scratch", "pretrained")
 """Names of starts that are not arms; no arm may have one of these names."""
 
@@ -42,22 +57,47 @@ class Corpus(Strict):
 
 
 class Protocol(Strict):
-    """How a model is trained and evaluated; an arm may override steps, warm-up and learning rates."""
+    """How a model is trained and evaluated; an arm may override steps, schedule, optimiser and learning rates."""
 
     steps: Steps = Field(default=2000, description="Optimiser steps.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=100, description="Steps of linear warm-up.")
+    schedule: ScheduleName = Field(
+        default="cosine",
+        description="Learning rate after the warm-up: `cosine` falls to 0 at the last step; `wsd` stays at the peak, "
+        "then falls linearly to 0.",
+        exclude_if=lambda value: value == "cosine",  # a file without it is recorded as before there was a choice
+    )
+    decay_fraction: DecayFraction | None = Field(
+        default=None,
+        description="Share of the steps, at the end, in which the rate of `wsd` falls. The fall never begins before "
+        f"the warm-up ends. Default: {DECAY_FRACTION}. Not allowed with `schedule: cosine`.",
+        exclude_if=lambda value: value is None,
+    )
     batch_size: WideInt = Field(default=32, description="Sequences per step.")
+    gradient_accumulation: PositiveInt = Field(
+        default=1,
+        description="Number of equal parts in which the gradient of a batch is computed, one after another, to save "
+        "memory. It must divide `batch_size`. The step is the same up to rounding.",
+        exclude_if=lambda value: value == 1,
+    )
+    optimiser: OptimiserName = Field(
+        default="adamw",
+        description="`adamw` updates every parameter. `muon` updates the matrices of the transformer's blocks, and "
+        "AdamW all other parameters; see [below](#optimisers).",
+        exclude_if=lambda value: value == "adamw",
+    )
     learning_rate: PositiveFloat = Field(
-        default=3e-4, description="Peak learning rate; cosine decay to 0 at the last step."
+        default=3e-4, description="Peak learning rate; it falls to 0 at the last step."
     )
     embedding_learning_rate: PositiveFloat | None = Field(
         default=None,
-        description="Peak learning rate of the embeddings. Default: `learning_rate`.",
+        description="Peak learning rate of the embeddings; under `muon`, of all parameters that AdamW updates. "
+        "Default: `learning_rate`.",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.95), description="AdamW's β₁, β₂."
+        default=(0.9, 0.95), description="AdamW's β₁, β₂. They do not affect Muon, whose momentum is 0.95."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="AdamW's decay, on every parameter.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="Weight decay of every parameter.")
     grad_clip: PositiveFloat = Field(default=1.0, description="Largest norm of the gradient.")
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         default="float32",
@@ -90,6 +130,22 @@ class Protocol(Strict):
                 f"{self.batch_size:,}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _schedule_and_parts(self) -> Protocol:
+        if self.schedule == "cosine" and self.decay_fraction is not None:
+            raise ValueError("`decay_fraction` is not allowed with `schedule: cosine`, which falls from its peak on")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"`gradient_accumulation` must divide `batch_size`, but got batch_size={self.batch_size}, "
+                f"gradient_accumulation={self.gradient_accumulation}"
+            )
+        return self
+
+    @property
+    def decay_share(self) -> float | None:
+        """Share of the steps, at the end, in which the rate of `wsd` falls; None with another schedule."""
+        return (self.decay_fraction or DECAY_FRACTION) if self.schedule == "wsd" else None
 
 
 def _objective(value: str) -> str:
@@ -284,11 +340,6 @@ class StudyConfig(Strict):
                 if isinstance(given := getattr(arm, key, None), dict):
                     sizes = arm.sizes or ((self.model.width,) if self.model.width else ())
                     yield from _problems_of_sizes(f"arms[{arm.name}]: `{key}`", given, sizes)
-        if self.model.width is None and self.execution.seeds_per_unit not in ("auto", 1):
-            yield (
-                f"`execution.seeds_per_unit` must be auto or 1 for the model {self.model.named}: only seeds of PicoGPT "
-                "are trained together as one model"
-            )
         yield from self._problems_of_contrasts(names)
         if 0 < self.execution.gpus < LEAST_SHARE:
             yield f"`execution.gpus` must be 0 or at least {LEAST_SHARE}, but got {self.execution.gpus}"

@@ -17,7 +17,7 @@ from optuna.distributions import (
 
 from analysis import run_schema
 from study.errors import StudyError
-from study.spec.arms import RATES, SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm
+from study.spec.arms import PROTOCOL_VALUES, SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm
 from study.spec.config import StudyConfig
 from study.spec.trial import TrialSpec
 from study.spec.values import Choices, Range, options
@@ -108,7 +108,7 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
         StudyError: the values are incompatible.
     """
     data: dict[str, Any] = {"arm": arm.name, "family": arm.family, "start": arm.start}
-    data |= {key: value for key, value in chosen.items() if key not in (*RATES, "d_model")}
+    data |= {key: value for key, value in chosen.items() if key not in (*PROTOCOL_VALUES, "d_model")}
     if isinstance(arm, CompressedArm):
         data.setdefault("lr_rule", "uniform")
         data.setdefault("decay", "parameter")
@@ -117,10 +117,13 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
     elif arm.start is None and config.model.width is not None:
         data.setdefault("init", "paper")
     size = next((chosen[key] for key in SIZE_FIELDS if key in chosen), config.model.width)
-    overrides = {key: getattr(arm, key) for key in ("steps", "warmup_steps", "eval_every")} | {
-        key: _of_size(chosen.get(key), size) for key in RATES
+    fixed = ("steps", "warmup_steps", "schedule", "decay_fraction", "eval_every")
+    overrides = {key: getattr(arm, key) for key in fixed} | {
+        key: _of_size(chosen.get(key), size) for key in PROTOCOL_VALUES
     }
     protocol = config.protocol.model_dump() | {key: value for key, value in overrides.items() if value is not None}
+    if arm.schedule == "cosine" and arm.decay_fraction is None:
+        protocol.pop("decay_fraction", None)  # of the protocol's own schedule
     model = config.model.model_dump()
     if chosen.get("d_model", config.model.width) != config.model.width:
         model |= {"d_model": chosen["d_model"], "d_ff": None}

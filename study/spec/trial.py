@@ -171,15 +171,21 @@ def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, start:
             "split": config.corpus.validation_fraction,
             "evaluation": [spec.model.context, protocol.sampled_eval_batches, protocol.sampled_eval_batch_size],
             "batch": [protocol.batch_size, spec.model.context],
-            "steps": [protocol.steps, protocol.warmup_steps],
-            "start": None if start is None else [start.protocol.steps, start.protocol.warmup_steps],
+            "steps": _schedule(protocol),
+            "start": None if start is None else _schedule(start.protocol),
             "tuning_trials": tuning_trials(spec.arm, config),
             "precision": protocol.precision,
         }
     )[:12]
 
 
-TUNED_FIELDS = ("init", "learning_rate", "embedding_learning_rate", "lr_rule", "decay")
+def _schedule(protocol: Protocol) -> list[Any]:
+    """What determines the learning rate's course; for `cosine` without its name: it was the only one at first."""
+    length = [protocol.steps, protocol.warmup_steps]
+    return length if protocol.schedule == "cosine" else [*length, protocol.schedule, protocol.decay_share]
+
+
+TUNED_FIELDS = ("init", "optimiser", "learning_rate", "embedding_learning_rate", "lr_rule", "decay")
 
 
 def tuning_trials(arm: str, config: StudyConfig) -> int:

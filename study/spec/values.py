@@ -6,7 +6,7 @@ A *listed* value (`chi: [4, 8]`) gives one trial for each of its elements, whate
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.dataclasses import dataclass
@@ -104,6 +104,11 @@ WideInt = Annotated[int, Field(ge=1, le=1_000_000)]
 """A feed-forward dimension, a context or a batch."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Sites = Annotated[int, Field(ge=1, le=6)]
+DecayFraction = Annotated[float, Field(gt=0, le=1)]
+OptimiserName = Literal["adamw", "muon"]
+"""Optimisers of `study.training.optimisers`, by name."""
+ScheduleName = Literal["cosine", "wsd"]
+"""Schedules of `study.training.schedules`, by name."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 

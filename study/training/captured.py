@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -56,25 +56,6 @@ class DeviceStep:
             if self._replay_update is None:
                 self._replay_update, _ = record(body)
             self._replay_update()
-
-
-def adamw(groups: Iterable[dict[str, Any]], device: torch.device | str) -> torch.optim.AdamW:
-    """A fused AdamW whose learning rates are tensors on the device; `set_learning_rate` changes them."""
-    is_cuda = torch.device(device).type == "cuda"
-    # The CUDA kernel takes a float32 rate; the CPU kernel converts it to float64, as it does with a plain number.
-    dtype = torch.float32 if is_cuda else torch.float64
-
-    def on_device(group: dict[str, Any]) -> dict[str, Any]:
-        rate = torch.tensor(float(group["lr"]), dtype=dtype, device=device)
-        return group | {"lr": rate, "fused": True, "capturable": is_cuda}
-
-    return torch.optim.AdamW([on_device(group) for group in groups], fused=True, capturable=is_cuda)
-
-
-def set_learning_rate(optimiser: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every group this rate times its `lr_mult`."""
-    for group in optimiser.param_groups:
-        group["lr"].fill_(group["lr_mult"] * learning_rate)
 
 
 def beside(body: Callable[[], Any]) -> Any:

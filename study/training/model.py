@@ -145,6 +145,8 @@ def _identity(spec: TrialSpec, layers: list[Any], has_gauge: bool) -> str:
     essence["protocol"]["embedding_learning_rate"] = (
         spec.protocol.embedding_learning_rate or spec.protocol.learning_rate
     )
+    if spec.protocol.decay_share is not None:
+        essence["protocol"]["decay_fraction"] = spec.protocol.decay_share
     if spec.family == "mpo" and spec.init == "paper" and any(len(d_out) > 1 for _, d_out, _, _ in layers):
         essence["chi"] = spec.chi  # this init mode depends on the requested cap, not on the resulting bonds
     return json_hash(essence)

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from study.training.captured import DeviceStep, adamw, set_learning_rate
+from study.training.captured import DeviceStep
 from study.training.checkpoints import Checkpoints
 from study.training.corpus import StackedWindows
+from study.training.optimisers import kind_of_optimiser, set_learning_rate, why_alone
 from study.training.precision import logits_in, products_in
+from study.training.schedules import learning_rate_at
 from study.training.seeds_as_batch import SeedsAsBatch
-from study.training.train import Diverged, Training, learning_rate_at
+from study.training.train import Diverged, Training
 
 
 class StackedTraining:
@@ -30,9 +32,12 @@ class StackedTraining:
     training when it is checkpointed or over.
 
     Args:
-        trainings: by seed; on the CPU, whatever the device of the stack.
+        trainings: by seed; on the CPU, whatever the device of the stack. Their optimiser must be elementwise
+            (`study.training.optimisers`).
         checkpoints: by seed, for all seeds or for none.
         capture: replay the step on a GPU from CUDA graphs (`study.training.captured`).
+    Raises:
+        ValueError: the optimiser is not elementwise.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class StackedTraining:
         self._device, self._checkpoints = device, checkpoints
         self._is_captured = capture and torch.device(device).type == "cuda"
         self._has_diverged = False
+        if why_alone(self._first.spec) is not None:
+            raise ValueError(f"optimiser {self._first.spec.protocol.optimiser} cannot train several seeds as one model")
         self._model = copy.deepcopy(self._first.model).to("meta")
         self._build()
 
@@ -57,14 +64,14 @@ class StackedTraining:
     def _build(self) -> None:
         """Stack the current parameters, moments and data of the trainings."""
         every = list(self._trainings.values())
-        members = [(_parameters(t), dict(t.model.named_buffers()), t.optimiser.state) for t in every]
+        members = [(_parameters(t), dict(t.model.named_buffers()), _moments(t)) for t in every]
         self._parameters: dict[str, Tensor] = {}
         for name, parameter in members[0][0].items():
             stacked = self._stack(parameters[name].detach() for parameters, _, _ in members)
             self._parameters[name] = stacked.requires_grad_(parameter.requires_grad)
         self._buffers = {name: self._stack(buffers[name] for _, buffers, _ in members) for name in members[0][1]}
         names = {id(parameter): name for name, parameter in members[0][0].items()}
-        self._optimiser = adamw(
+        self._optimiser = kind_of_optimiser(every[0].spec).make(
             (
                 group | {"params": [self._parameters[names[id(parameter)]] for parameter in group["params"]]}
                 for group in every[0].optimiser.param_groups
@@ -129,11 +136,16 @@ class StackedTraining:
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Losses and gradient norms, (2, seeds); leaves clipped gradients in the parameters. Never waits for a GPU."""
-        losses = _cross_entropy(self._logits(inputs, 0), targets).mean(dim=1)
+        protocol = self._first.spec.protocol
+        n_parts = protocol.gradient_accumulation
         self._optimiser.zero_grad()
-        losses.sum().backward()  # no seed's loss depends on another's parameters
-        norms = clip_grads_(list(self._parameters.values()), self._first.spec.protocol.grad_clip)
-        return torch.stack([losses.detach(), norms])
+        parts = []
+        for tokens, following in zip(inputs.chunk(n_parts, dim=1), targets.chunk(n_parts, dim=1), strict=True):
+            losses = _cross_entropy(self._logits(tokens, 0), following).mean(dim=1) / n_parts
+            losses.sum().backward()  # no seed's loss depends on another's parameters
+            parts.append(losses.detach())
+        norms = clip_grads_(list(self._parameters.values()), protocol.grad_clip)
+        return torch.stack([torch.stack(parts).sum(dim=0), norms])
 
     def _logits(self, tokens: Tensor, tokens_dim: int | None) -> Tensor:
         """Logits (seeds, B, T, V) for tokens (seeds, B, T), or (B, T) if tokens_dim is None."""
@@ -216,7 +228,7 @@ class StackedTraining:
             stacked = self._parameters[name]
             parameter.copy_(stacked[row])
             if stacked in self._optimiser.state:
-                training.optimiser.state[parameter] = {
+                _moments(training)[parameter] = {
                     key: (value if key == "step" else value[row]).to(parameter.device, copy=True)
                     for key, value in self._optimiser.state[stacked].items()
                 }
@@ -238,6 +250,12 @@ def clip_grads_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
 
 def _parameters(training: Training) -> dict[str, nn.Parameter]:
     return dict(training.model.named_parameters())
+
+
+def _moments(training: Training) -> dict[Tensor, dict[str, Tensor]]:
+    """State of a training's optimiser, by parameter."""
+    assert isinstance(training.optimiser, torch.optim.Optimizer)
+    return training.optimiser.state
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mpo_core
-from study.spec.config import Protocol
 from study.spec.trial import TrialSpec, evaluation_steps
-from study.training.captured import DeviceStep, adamw, set_learning_rate
+from study.training.captured import DeviceStep
 from study.training.checkpoints import Checkpoints
 from study.training.corpus import Corpus, Windows, consecutive_windows
 from study.training.model import build_model
+from study.training.optimisers import Optimiser, kind_of_optimiser, set_learning_rate, why_alone
 from study.training.precision import logits_in, products_in
 from study.training.randomness import generator
+from study.training.schedules import learning_rate_at
 from study.training.weights import load_weights, weights_of
 
 EVALUATION_TOKENS = 8192
@@ -38,14 +38,6 @@ class Diverged(Exception):
     def __init__(self, what: str, step: int) -> None:
         super().__init__(f"{what} is not finite at step {step}")
         self.what, self.step = what, step
-
-
-def learning_rate_at(step: int, protocol: Protocol) -> float:
-    """Linear warm-up to the peak, then a cosine that reaches 0 at the last step (paper, section 4.2)."""
-    if step < protocol.warmup_steps:
-        return protocol.learning_rate * (step + 1) / protocol.warmup_steps
-    progress = (step - protocol.warmup_steps) / (protocol.steps - protocol.warmup_steps)
-    return protocol.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()
@@ -92,18 +84,9 @@ class Training:
         )
         self.model = model.to(device)
         self.parameters = list(self.model.parameters())
-        groups = mpo_core.param_groups(
-            self.model,
-            protocol.learning_rate,
-            rule=spec.lr_rule or "uniform",
-            weight_decay=protocol.weight_decay,
-            decay=spec.decay or "parameter",
-            embedding_lr=protocol.embedding_learning_rate,
-        )
-        self.optimiser = adamw([group | {"betas": protocol.betas} for group in groups], device)
-        # What other models do cannot always be recorded.
-        can_capture = spec.model.architecture == "picogpt"
-        self._is_captured = capture and can_capture and torch.device(device).type == "cuda"
+        kind = kind_of_optimiser(spec)
+        self.optimiser: Optimiser = kind.make(kind.groups(self.model, spec), device)
+        self._is_captured = capture and why_alone(spec) is None and torch.device(device).type == "cuda"
         self._device_step = DeviceStep(self._is_captured)
         purpose = "data" if spec.start is None else "fine-tune data"
         self.training_windows = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
@@ -173,12 +156,16 @@ class Training:
     def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Loss and gradient norm, (2,); leaves the clipped gradient in the parameters. Never waits for a GPU."""
         protocol = self.spec.protocol
-        logits = logits_in(protocol.precision, self.device, mpo_core.logits_of, self.model, inputs)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        n_parts = protocol.gradient_accumulation
         self.optimiser.zero_grad()
-        loss.backward()
+        losses = []
+        for tokens, following in zip(inputs.chunk(n_parts), targets.chunk(n_parts), strict=True):
+            logits = logits_in(protocol.precision, self.device, mpo_core.logits_of, self.model, tokens)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten()) / n_parts
+            loss.backward()
+            losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.parameters, protocol.grad_clip)
-        return torch.stack([loss.detach(), norm])
+        return torch.stack([torch.stack(losses).sum(), norm])
 
     def note_step(self, loss: float, norm: float) -> None:
         """Count the optimiser step that follows from this loss and gradient norm.

@@ -17,6 +17,7 @@ from study.spec.trial import SeedResult, TrialSpec, now
 from study.spec.values import Strict
 from study.training.checkpoints import Checkpoints, Damaged, pack_tensors, unpack_tensors
 from study.training.corpus import Corpus, corpus_from_bytes
+from study.training.optimisers import why_alone
 from study.training.seed_run import train_seed, train_seeds
 from study.training.storage import Storage
 
@@ -53,7 +54,7 @@ class Unit(Strict):
 def run_unit(
     unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None], say: Callable[[str], None] = print
 ) -> list[SeedResult]:
-    """Train the unit's seeds from their newest checkpoints; several seeds are stacked.
+    """Train the unit's seeds from their newest checkpoints; several seeds are stacked, if their optimiser allows it.
 
     Args:
         on_evaluation: called with the seed and every row of its learning curve.
@@ -69,7 +70,7 @@ def run_unit(
     torch.set_num_threads(max(1, int(unit.cpus)))
     storage = Storage(unit.storage)
     corpus = _corpus(unit.storage, unit.corpus_sha256, unit.validation_fraction)
-    if len(unit.seeds) > 1:
+    if len(unit.seeds) > 1 and why_alone(unit.spec) is None:
         try:
             return list(map(_without_non_finite, _run_stack(unit, storage, corpus, on_evaluation, say)))
         except (OSError, *OUT_OF_MEMORY):

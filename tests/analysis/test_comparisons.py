@@ -165,6 +165,16 @@ def test_one_rate_of_layers_and_embeddings_counts_as_one_difference():
     assert set(frame.loc[frame["relation"] == EQUAL_PARAMETERS, "against"]) == {3}
 
 
+def test_control_with_the_own_optimiser_is_taken():
+    def with_muon(trial):
+        return replace(trial, extra=trial.extra | {"optimiser": "muon"})
+
+    found = [DENSE, mpo(16, 1.7), with_muon(mpo(16, 1.7)), with_muon(control(16, 1.8)), control(16, 1.9)]
+    frame, _ = compared(found)
+    equal = frame[frame["relation"] == EQUAL_PARAMETERS]
+    assert set(equal[["trial", "against"]].itertuples(index=False, name=None)) == {(1, 4), (2, 3)}
+
+
 def test_control_of_the_own_budget_and_learning_rate_is_taken_whatever_others_there_are():
     found = [
         DENSE,

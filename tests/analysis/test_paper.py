@@ -395,6 +395,8 @@ def test_embeddings_at_the_rate_of_the_layers_are_the_papers():
         {"extra": PAPER | {"decay": "matrix"}},
         {"extra": PAPER | {"gauge": "fixed"}},
         {"extra": PAPER | {"precision": "bfloat16"}},
+        {"extra": PAPER | {"optimiser": "muon"}},
+        {"extra": PAPER | {"schedule": "wsd"}},
         {"extra": PAPER | {"embedding_learning_rate": 0.3}},
         {"extra": PAPER | {"corpus_sha256": "0" * 64}},
     ],

@@ -67,6 +67,16 @@ def test_arms_table_lists_what_trials_of_an_arm_differ_in(summary):
     assert "refinement" not in shown.columns
 
 
+def test_arms_table_names_the_optimiser_and_schedule_if_one_is_not_the_usual(summary):
+    usual = tables.arms_table(summary)
+    assert not {"optimiser", "schedule"} & set(usual.shown.columns)
+    assert set(usual.data["optimiser"]) == {"adamw"}
+    changed = summary.assign(optimiser=summary["optimiser"].where(summary["arm"] != "mpo", "muon"))
+    shown = tables.arms_table(changed).shown.set_index("arm")
+    assert shown.loc[["dense", "mpo"], "optimiser"].tolist() == ["adamw", "muon"]
+    assert "schedule" not in shown.columns
+
+
 @pytest.mark.parametrize(
     ("share", "shown"), [(0, "0 %"), (0.001, "<1 %"), (0.5, "50 %"), (0.999, ">99 %"), (1, "100 %"), (0.004999, "<1 %")]
 )

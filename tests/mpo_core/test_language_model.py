@@ -182,9 +182,7 @@ def test_what_cannot_be_built_is_said_in_one_line(architecture, settings, messag
 def test_models_whose_flops_are_not_known_are_refused():
     experts = {**LLAMA, "config": "mixtral", "num_local_experts": 2}
     model = build_language_model("huggingface", experts, vocab_size=20, context=12, device="meta")
-    with pytest.raises(
-        ValueError, match=r"FLOPs of MixtralForCausalLM are not known: .*, outside linear layers"
-    ):
+    with pytest.raises(ValueError, match=r"FLOPs of MixtralForCausalLM are not known: .*, outside linear layers"):
         flops_per_token(model, 12)
     with pytest.raises(ValueError, match="Embedding has no method `other_flops_per_token"):
         flops_per_token(nn.Embedding(3, 4), 12)

@@ -12,6 +12,8 @@ from study.commands.cli import main
 from study.spec.search_space import listed_specs
 from study.spec.study_file import validate
 from study.training.corpus import load_corpus
+from study.training.storage import Storage
+from study.training.unit import Unit, store_corpus
 
 WORDS = ("tensor", "train", "bond", "site", "core", "chi")
 
@@ -76,6 +78,23 @@ def spec_of(small_study):
         if arm:
             arms.append({"name": "mpo", "family": "mpo"} | arm)
         return listed_specs(validate(small_study(arms=arms, protocol=protocol or {}, model=model or {}), "here"))[-1]
+
+    return make
+
+
+@pytest.fixture
+def unit_of(tmp_path, corpus, spec_of):
+    """Makes a unit of the dense arm with these changes, its corpus in storage."""
+    storage = Storage(str(tmp_path / "storage"))
+    store_corpus(storage, corpus)
+    plain = {
+        "trial": 3, "seeds": [0, 1], "storage": storage.url, "study_uuid": "f00", "corpus_sha256": corpus.sha256,
+        "validation_fraction": 0.1, "starts": None, "rel_error_chis": [2], "keep_weights": False, "cpus": 1,
+        "gpus": 0, "checkpoint_seconds": 1000, "capture": True,
+    }  # fmt: skip
+
+    def make(**changes):
+        return Unit(**{**plain, "seeds": (0, 1), "rel_error_chis": (2,), "spec": spec_of()} | changes)
 
     return make
 

@@ -181,8 +181,6 @@ def test_keys_of_picogpt_do_not_go_with_another_model(study_of):
     arms = [{"name": "dense", "family": "dense"}, {"name": "narrow", "family": "dense", "d_model": 8}]
     with pytest.raises(StudyError, match=r"arms\[narrow\]: `d_model` is PicoGPT's, but the study's model is llama"):
         validate(study_of("llama", arms=arms), "here")
-    with pytest.raises(StudyError, match=r"seeds_per_unit` must be auto or 1 for the model llama"):
-        validate(study_of("llama", execution={"seeds_per_unit": 2}), "here")
 
 
 def test_wrong_settings_are_one_line_before_anything_runs(study_of, write_study, tmp_path, command):

@@ -174,6 +174,10 @@ def pairs(*named):
             ["arms mpo, low-rank will not be compared with dense: steps 6, and not 12", "declares it"],
         ),
         (
+            {"arms": [DENSE, SEARCHED | {"chi": 2, "schedule": "wsd"}]},
+            ["arm mpo will not be compared with dense: schedule wsd (decay_fraction 0.2), and not cosine", "declares"],
+        ),
+        (
             {"arms": [DENSE, TUNED]},
             ["arm tuned will not be compared with dense: no dense arm is trained further"],
         ),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from study.spec.config import Protocol
+from study.spec.definition import definition
 from study.spec.models import PicoGPTModel as Model
 from study.spec.search_space import listed_specs
 from study.spec.study_file import validate
@@ -146,6 +147,9 @@ def test_same_run_under_other_words_is_the_same_configuration(one, two):
         (mpo(), mpo(protocol=Protocol(embedding_learning_rate=1e-3))),
         (mpo(protocol=Protocol(learning_rate=1e-3)), mpo(protocol=Protocol(embedding_learning_rate=1e-3))),
         (mpo(), mpo(protocol=Protocol(precision="bfloat16"))),
+        (mpo(), mpo(protocol=Protocol(optimiser="muon"))),
+        (mpo(), mpo(protocol=Protocol(schedule="wsd"))),
+        (mpo(), mpo(protocol=Protocol(gradient_accumulation=2))),
         (mpo(protocol=Protocol(precision="tf32")), mpo(protocol=Protocol(precision="bfloat16"))),
         (dense(), dense(model=Model(d_model=64))),
         (dense(), mpo(factorisation="balanced", n_sites=1)),
@@ -183,7 +187,11 @@ RECORDED = [
 gauges."""
 
 
-def test_trials_without_a_gauge_are_those_on_record():
+SINCE = ("gauge", "optimiser", "schedule", "decay_fraction", "gradient_accumulation")
+"""Keys that study files did not have at first."""
+
+
+def test_trials_without_newer_keys_are_those_on_record():
     arms = [
         {"name": "dense", "family": "dense"},
         {"name": "mpo", "family": "mpo", "chi": 8},
@@ -191,7 +199,13 @@ def test_trials_without_a_gauge_are_those_on_record():
         {"name": "low", "family": "low_rank", "as_chi": 8},
     ]
     config = validate({"name": "a", "arms": arms}, "here")
-    assert "gauge" not in config.model_dump_json()
+    written = config.model_dump_json()
+    assert not any(f'"{key}"' in written for key in SINCE)
+    recorded = "af03d30c5057fdc2d5176129e732ae4de78b2dc82fdfa0229c2fdc4474fe9267"
+    assert json_hash(definition(config)) == recorded
+    spelled_out = {"optimiser": "adamw", "schedule": "cosine", "gradient_accumulation": 1}
+    defaults = validate({"name": "a", "arms": arms, "protocol": spelled_out}, "here")
+    assert json_hash(definition(defaults)) == recorded
     found = []
     for spec in listed_specs(config):
         written = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
@@ -237,6 +251,22 @@ def test_dense_and_mpo_of_one_protocol_may_be_paired(hash_of):
 
 def test_learning_rate_is_no_budget(hash_of):
     assert hash_of(dense(protocol=Protocol(learning_rate=1e-2))) == hash_of(dense())
+
+
+@pytest.mark.parametrize("protocol", [{"optimiser": "muon"}, {"gradient_accumulation": 4}])
+def test_optimiser_and_parts_of_a_batch_are_no_budget(hash_of, protocol):
+    assert hash_of(dense(protocol=Protocol(**protocol))) == hash_of(dense())
+
+
+def test_optimiser_is_tuned(hash_of):
+    def arms(**changes):
+        return {
+            "arms": [{"name": "dense", "family": "dense"}, {"name": "mpo", "family": "mpo", "chi": [4, 8]} | changes]
+        }
+
+    listed = arms(optimiser=["adamw", "muon"])
+    assert hash_of(mpo(), **listed) == hash_of(mpo(), **arms(tuned_among=2)) != hash_of(mpo(), **arms())
+    assert hash_of(mpo(), **arms(optimiser="muon")) == hash_of(mpo(), **arms())
 
 
 def test_number_of_evaluations_is_not_budget(hash_of):

@@ -7,24 +7,7 @@ from study.spec.search_space import listed_specs
 from study.spec.study_file import validate
 from study.training.model import build_model
 from study.training.storage import Storage
-from study.training.unit import Starts, Unit, run_unit, store_corpus
-
-
-@pytest.fixture
-def unit_of(tmp_path, corpus, spec_of):
-    """Makes a unit of the dense arm with these changes, its corpus in storage."""
-    storage = Storage(str(tmp_path / "storage"))
-    store_corpus(storage, corpus)
-    plain = {
-        "trial": 3, "seeds": [0, 1], "storage": storage.url, "study_uuid": "f00", "corpus_sha256": corpus.sha256,
-        "validation_fraction": 0.1, "starts": None, "rel_error_chis": [2], "keep_weights": False, "cpus": 1,
-        "gpus": 0, "checkpoint_seconds": 1000, "capture": True,
-    }  # fmt: skip
-
-    def make(**changes):
-        return Unit(**{**plain, "seeds": (0, 1), "rel_error_chis": (2,), "spec": spec_of()} | changes)
-
-    return make
+from study.training.unit import Starts, run_unit
 
 
 def test_run_unit_gives_a_result_for_each_seed_and_says_what_it_ran_on(unit_of):
