@@ -17,7 +17,7 @@ OPTIONAL_PARAMS = (
     *("gauge", "forward", "sites", "largest_bond", "tuned_among", "embedding_learning_rate"),
     *("model_code", "d_model", "n_heads", "n_layers", "d_ff"),
 )
-"""Params without meaning for some family, model or kind of run; every other param of the schema must be on every run."""
+"""Params without meaning for some family, model or kind of run; every run must have every other param of the schema."""
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"
 """Advice for messages: how to repair a run that is not as a study writes it."""
 OVER = ("FINISHED", "FAILED")

@@ -51,8 +51,8 @@ class StackedTraining:
         self._device, self._checkpoints = device, checkpoints
         self._is_captured = capture and torch.device(device).type == "cuda"
         self._has_diverged = False
-        if why_alone(self._first.spec) is not None:
-            raise ValueError(f"optimiser {self._first.spec.protocol.optimiser} cannot train several seeds as one model")
+        if (alone := why_alone(self._first.spec)) is not None:
+            raise ValueError(f"seeds cannot be trained as one model with {alone}")
         self._model = copy.deepcopy(self._first.model).to("meta")
         self._build()
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import mpo_core
 from study.spec.trial import TrialSpec, evaluation_steps
 from study.training.captured import DeviceStep
 from study.training.checkpoints import Checkpoints

@@ -199,7 +199,7 @@ def test_resumed_is_undisturbed_bit_for_bit(spec_of, corpus, arm, protocol):
 
 def test_stack_refuses_muon(spec_of, corpus):
     trainings = {seed: Training(spec_of(MUON), seed, corpus) for seed in (0, 1)}
-    with pytest.raises(ValueError, match="optimiser muon cannot train several seeds as one model"):
+    with pytest.raises(ValueError, match="seeds cannot be trained as one model with optimiser muon"):
         StackedTraining(trainings, "cpu", {})
 
 
