@@ -17,6 +17,8 @@ OPTIONAL_PARAMS = (
     *("gauge", "forward", "sites", "largest_bond", "tuned_among", "embedding_learning_rate"),
 )
 """Params without meaning for some family or kind of run; every other param of the schema must be on every run."""
+_ABSENT = {"tokenizer": "characters"}
+"""Values of params that a run of before they were recorded has."""
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"
 """Advice for messages: how to repair a run that is not as a study writes it."""
 OVER = ("FINISHED", "FAILED")
@@ -52,6 +54,8 @@ def param_of(run: RunRecord, key: str) -> Any:
     dtype = schema.FIELDS["param", key].dtype
     text = run.params.get(key)
     if text is None:
+        if key in _ABSENT:
+            return _ABSENT[key]
         if key in OPTIONAL_PARAMS:
             return None
         raise AnalysisError(f"{run} has no param `{key}`; {MEND}")

@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.errors import AnalysisError
 from analysis.runs.study_runs import FRAMES, Claims, StudyRuns
 
-EVALUATION = ("corpus_sha256", "validation_fraction", "vocab_size", "context")
+EVALUATION = ("tokenizer", "corpus_sha256", "validation_fraction", "vocab_size", "context")
 """Params on which a loss depends, however good the model is. The budget hash covers all other differences."""
 
 
@@ -24,7 +24,8 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
     hashes are equal, as in one study.
 
     Raises:
-        AnalysisError: there are none, one is given twice, or two differ in corpus, split, vocabulary or context.
+        AnalysisError: there are none, one is given twice, or two differ in tokenizer, corpus, split, vocabulary or
+            context.
     """
     if not studies:
         raise AnalysisError("there is no study to report on")

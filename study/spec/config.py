@@ -13,7 +13,19 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, mod
 from analysis.run_schema import MARGINS, OBJECTIVES
 from study.errors import did_you_mean
 from study.spec.arms import BY_SIZE_FIELDS, Arm, DenseArm, MPOArm
-from study.spec.values import Choices, Name, PositiveFloat, PositiveInt, Range, Seeds, Steps, Strict, WideInt, Width
+from study.spec.values import (
+    Choices,
+    FixedOrListed,
+    Name,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seeds,
+    Steps,
+    Strict,
+    WideInt,
+    Width,
+)
 
 MAX_PARAMS = 1_000_000_000
 """Largest dense model, without its vocabulary; with gradients and moments it takes 16 GB."""
@@ -22,24 +34,47 @@ MAX_SEQUENCES = 500_000_000
 MAX_BATCH_TOKENS = 10_000_000
 LEAST_SHARE = 0.0001
 """Smallest share of a core or a GPU that Ray accepts."""
+CHARACTERS, BYTES = "characters", "bytes"
+"""Tokenizers that need no folder."""
 RESERVED = ("scratch", "pretrained")
 """Names of starts that are not arms; no arm may have one of these names."""
 
 
 class Corpus(Strict):
-    """The text. Default: Tiny Shakespeare."""
+    """The text and its tokens. Default: Tiny Shakespeare, one token per character."""
 
-    path: str | None = Field(
+    path: FixedOrListed[str] | None = Field(
         default=None,
-        description="A UTF-8 text file of at most 1 GB, relative to the study file. A byte order mark at its beginning "
-        "is dropped; line ends stay as they are.",
+        description="A file or a list of files, relative to the study file: UTF-8 text, JSON lines (`.jsonl`, "
+        "`.jsonl.gz`) or Parquet (`.parquet`). A byte order mark at a text's beginning is dropped; line ends stay as "
+        "they are.",
     )
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
-        default=None, description="The checksum the file must have."
+        default=None, description="The checksum that the file, the text or the recorded corpus must have."
     )
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.1, description="Share of the text, from its end, that is held out for validation."
     )
+    tokenizer: str = Field(
+        default=CHARACTERS,
+        exclude_if=lambda value: value == CHARACTERS,
+        description="`characters`, `bytes`, or a folder with a Hugging Face tokenizer, relative to the study file.",
+    )
+    text_column: str = Field(
+        default="text",
+        exclude_if=lambda value: value == "text",
+        description="The column with the text in JSON lines and Parquet.",
+    )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files; empty for the default text."""
+        return () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """The folder of the tokenizer, if it has one."""
+        return None if self.tokenizer in (CHARACTERS, BYTES) else self.tokenizer
 
 
 class Model(Strict):
@@ -128,7 +163,7 @@ class EarlyStopping(Strict):
     """When a searched MPO trial is stopped early. The result then depends on the order in which trials end."""
 
     margin: PositiveFloat = Field(
-        description="In the unit of `metric` (nats, or a fraction). A trial stops when a rival is better by this "
+        description="In the unit of `metric` (nats, bits, or a fraction). A trial stops when a rival is better by this "
         "margin on every seed that both have. The rival has at most as many parameters and the same training."
     )
     metric: Objective = Field(

@@ -33,6 +33,8 @@ class StudyRecord:
     changed: str
     """Time of the study's last growth, or of its beginning."""
     corpus_sha256: str
+    """Checksum of the text alone."""
+    tokenizer: str
     validation_fraction: float
     vocab_size: int
     tuned_among: Mapping[str, int | None]
@@ -210,6 +212,7 @@ def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
         "tuned_among": record.tuned_among.get(spec.arm),
         "budget_hash": trial.budget_hash,
         "corpus_sha256": record.corpus_sha256,
+        "tokenizer": record.tokenizer,
     }
     return {each.key: str(values[each.key]) for each in schema.PARAMS if values.get(each.key) is not None}
 

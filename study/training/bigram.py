@@ -10,12 +10,13 @@ from argparse import ArgumentParser
 import torch
 
 from study.errors import StudyError
-from study.training.corpus import Corpus, load_corpus
+from study.training.corpus import Corpus
+from study.training.loading import load_corpus
 
 
 def bigram_scores(corpus: Corpus) -> tuple[float, float]:
     """Loss (nats) and accuracy on the validation split of P(b | a) = (n_ab + 1) / (n_a + V), counted in training."""
-    n_tokens = len(corpus.vocabulary)
+    n_tokens = corpus.vocab_size
     train, validation = corpus.train, corpus.validation
     pairs = torch.bincount(train[:-1] * n_tokens + train[1:], minlength=n_tokens**2).view(n_tokens, n_tokens) + 1
     log_p = (pairs.double() / pairs.sum(1, keepdim=True)).log()

@@ -17,10 +17,10 @@ from torch.func import functional_call, vmap
 
 from study.training.captured import DeviceStep, adamw, set_learning_rate
 from study.training.checkpoints import Checkpoints
-from study.training.corpus import StackedWindows
 from study.training.precision import logits_in, products_in
 from study.training.seeds_as_batch import SeedsAsBatch
 from study.training.train import Diverged, Training, learning_rate_at
+from study.training.windows import StackedWindows
 
 
 class StackedTraining:

@@ -11,7 +11,7 @@ import torch
 from study.commands.cli import main
 from study.spec.search_space import listed_specs
 from study.spec.study_file import validate
-from study.training.corpus import load_corpus
+from study.training.loading import load_corpus
 
 WORDS = ("tensor", "train", "bond", "site", "core", "chi")
 
