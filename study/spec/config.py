@@ -323,6 +323,7 @@ class StudyConfig(Strict):
         if isinstance(self.seeds, tuple):
             yield from _repeats("seeds", self.seeds)
         yield from _repeats("objectives", self.objectives)
+        yield from _repeats("corpus.path", self.corpus.paths)  # a document could be in both splits
         names = [arm.name for arm in self.arms]
         yield from _repeats("arms", names)
         for name in RESERVED:
