@@ -190,6 +190,7 @@ PARAMS = (
     Field("batch_size", "param", int, "sequences per step"),
     Field("context", "param", int, "context length"),
     Field("precision", "param", str, "of matrix products: float32, tf32, bfloat16 (the forward pass by autocast)"),
+    Field("tokenizer", "param", str, "what a token is: characters, bytes, or a folder's tokenizer with its checksum"),
     Field("vocab_size", "param", int, "vocabulary size V"),
     Field("model", "param", str, "the study's model and its settings, if it is not PicoGPT"),
     Field("model_code", "param", str, "SHA-256 of the file that defines a model of the user's own"),
@@ -201,10 +202,10 @@ PARAMS = (
     Field("tuning_trials", "param", int, "number of trials among which init, rates and decay are chosen; 1: no choice"),
     Field("tuned_among", "param", int, "the part of tuning_trials in an earlier study, per trial of this study"),
     Field("budget_hash", "param", str, "hash of corpus, evaluation, tokens, schedule, tuning trials, precision"),
-    Field("corpus_sha256", "param", str, "SHA-256 of the corpus"),
+    Field("corpus_sha256", "param", str, "SHA-256 of the text of the corpus"),
 )
 
-ABSENT = {"model": "PicoGPT", "optimiser": "adamw", "schedule": "cosine"}
+ABSENT = {"model": "PicoGPT", "tokenizer": "characters", "optimiser": "adamw", "schedule": "cosine"}
 """Values of params that are not recorded: runs from before there was a choice lack them, and stay as they are."""
 
 ALL: tuple[Recorded, ...] = ("curve", "last", "best")
@@ -212,6 +213,7 @@ LAST: tuple[Recorded, ...] = ("curve", "last")
 METRICS = (
     Metric("val_loss", float, "validation loss, full validation split", ALL, "nats", "minimize", margin=0.02),
     Metric("val_acc", float, "validation token accuracy, full validation split", ALL, "fraction", "maximize", 0.005),
+    Metric("bits_per_byte", float, "validation loss per byte of text, full validation split", ALL, "bits", "minimize"),
     Metric("val_loss_sampled", float, "validation loss, random batches as in the paper", LAST, "nats", "minimize"),
     Metric("val_acc_sampled", float, "validation accuracy, batches as in the paper", LAST, "fraction", "maximize"),
     Metric("train_loss", float, "training loss, mean since the last evaluation", LAST, "nats", "minimize"),

@@ -21,8 +21,10 @@ from mpo_core.layers.structured import StructuredLinear
 from mpo_core.models.picogpt import PicoGPT
 from study.spec.config import Model, Protocol
 from study.spec.trial import TrialSpec
-from study.training.corpus import Corpus, consecutive_windows, load_corpus
+from study.training.corpus import Corpus
+from study.training.loading import load_corpus
 from study.training.train import Training, evaluate
+from study.training.windows import consecutive_windows
 
 CHIS = (8, 16, 32, 48)
 CONTEXT, BATCH = 64, 16

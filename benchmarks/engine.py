@@ -55,7 +55,8 @@ from study.scheduler.queue import Queue, study_chis
 from study.spec.config import StudyConfig
 from study.spec.study_file import load_config
 from study.spec.trial import SeedResult, Trial, TrialSpec, evaluation_steps, now
-from study.training.corpus import Corpus, load_corpus
+from study.training.corpus import Corpus
+from study.training.loading import load_corpus
 from study.training.seed_run import train_seed
 from study.training.storage import Storage
 from study.training.unit import Unit

@@ -23,7 +23,7 @@ from mpo_core.layers.mpo import MPOLinear
 from study.spec.config import Model, Protocol
 from study.spec.trial import TrialSpec, evaluation_steps
 from study.training.captured import WARM_UP
-from study.training.corpus import Corpus
+from study.training.corpus import CharacterCorpus, Corpus
 from study.training.precision import products_in
 from study.training.stacked import StackedTraining
 from study.training.train import Training
@@ -60,7 +60,7 @@ def rows() -> list[Row]:
 
 def random_corpus(n_characters: int) -> Corpus:
     codes = torch.randint(VOCABULARY, (n_characters,), generator=torch.Generator().manual_seed(0))
-    return Corpus("".join(chr(ord("0") + code) for code in codes.tolist()), "")
+    return CharacterCorpus("".join(chr(ord("0") + code) for code in codes.tolist()), "")
 
 
 def mpo(chi: int, **changes: object) -> dict[str, object]:

@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer
 from benchmarks.document import put_table
 from mpo_core.calibration.collecting import collect_statistics
 from mpo_core.compression.compress import compress
-from study.training.corpus import load_corpus
+from study.training.loading import load_corpus
 
 INCLUDE = ("encoder.*",)
 N_CALIBRATION, N_TEST = 240, 120

@@ -33,8 +33,9 @@ from study.spec.trial import SeedResult
 from study.tracking.background import BackgroundTracker
 from study.tracking.opening import open_tracker, study_record
 from study.tracking.tracker import Tracker
+from study.training.corpus_storage import store_corpus
 from study.training.storage import Storage
-from study.training.unit import Unit, run_unit, store_corpus
+from study.training.unit import Unit, run_unit
 
 RESULTS = Path("results/tracking.json")
 CORES = os.cpu_count() or 1

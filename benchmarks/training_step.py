@@ -20,7 +20,8 @@ from benchmarks.plain_gpt import PlainTraining
 from mpo_core.models.picogpt import PicoGPT, flops_per_token
 from study.spec.config import Model, Protocol
 from study.spec.trial import TrialSpec
-from study.training.corpus import Corpus, load_corpus
+from study.training.corpus import Corpus
+from study.training.loading import load_corpus
 from study.training.train import Training
 
 PLAIN = "PicoGPT training step against a plain eager loop"

@@ -23,7 +23,7 @@ from study.spec.models import PicoGPTModel as Model
 from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config
 from study.spec.trial import TrialSpec
-from study.training.corpus import Corpus
+from study.training.corpus import CharacterCorpus
 from study.training.train import Training
 
 
@@ -164,7 +164,7 @@ def test_growth_has_its_exponent():
 
 
 def test_plain_loop_trains_the_same_model():
-    corpus = Corpus("To be, or not to be, that is the question. " * 40, "")
+    corpus = CharacterCorpus("To be, or not to be, that is the question. " * 40, "")
     spec = TrialSpec.model_validate(
         {
             "arm": "benchmark",
@@ -219,7 +219,7 @@ def test_what_a_gpu_is_measured_by_runs_on_any_device(monkeypatch):
 
     monkeypatch.setattr(gpu, "paired", called)
     corpus, device = gpu.random_corpus(600), torch.device("cpu")
-    assert len(corpus.vocabulary) == gpu.VOCABULARY
+    assert corpus.vocab_size == gpu.VOCABULARY
     model = {"d_model": 16, "n_heads": 2, "n_layers": 1, "context": 8}
     protocol = {"steps": 40, "warmup_steps": 2, "batch_size": 2, "eval_every": 10}
     spec = gpu.spec_of(gpu.mpo(2), Model(**model), Protocol(**protocol))

@@ -94,6 +94,8 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
         few=summary[(summary["n_seeds"] < MIN_SEEDS) & summary["stopped"].isna()],
         n_stated=n_statement(summary.loc[summary["n_seeds"] > 0, "n_seeds"]),
         environments=environments(runs),
+        models=sorted(summary["model"].unique()),
+        tokenizers=sorted(summary["tokenizer"].unique()),
         corpora=sorted(summary["corpus_sha256"].unique()),
         measured=[measure.title.lower() for measure in MEASURES],
     )

@@ -215,7 +215,7 @@ def arms_table(summary: pd.DataFrame) -> Table:
 _TRAINED_WITH = (
     *("family", "start", "init", "refinement", "lr_rule", "decay", "factorisation", "sites", "precision"),
     *("learning_rate", "embedding_learning_rate", "steps", "warmup_steps", "batch_size", "context", "weight_decay"),
-    *("model", "optimiser", "schedule", "d_model", "tuning_trials", "tuned_among"),
+    *("model", "tokenizer", "optimiser", "schedule", "d_model", "tuning_trials", "tuned_among"),
 )
 
 

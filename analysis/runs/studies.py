@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.errors import AnalysisError
 from analysis.runs.study_runs import FRAMES, Claims, StudyRuns
 
-EVALUATION = ("corpus_sha256", "validation_fraction", "vocab_size", "context", "model")
+EVALUATION = ("tokenizer", "corpus_sha256", "validation_fraction", "vocab_size", "context", "model")
 """Params that studies must share: sizes are relative to one dense model, and a loss depends on the others. The budget
 hash covers all other differences."""
 
@@ -25,7 +25,8 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
     hashes are equal, as in one study.
 
     Raises:
-        AnalysisError: there are none, one is given twice, or two differ in corpus, split, vocabulary, context or model.
+        AnalysisError: there are none, one is given twice, or two differ in tokenizer, corpus, split, vocabulary,
+            context or model.
     """
     if not studies:
         raise AnalysisError("there is no study to report on")

@@ -103,7 +103,7 @@ def draw_hugging_face(model: nn.Module, generator_for: Callable[[str], torch.Gen
     """Draw the library's own initial values again, for each module from a generator of its own name."""
     with torch.random.fork_rng(devices=[]):
         for name, module in reversed(list(model.named_modules())):  # what is inside a module comes first, as there
-            torch.manual_seed(generator_for(name).initial_seed())
+            torch.set_rng_state(generator_for(name).get_state())
             model._init_weights(module)  # type: ignore[operator]
     model.tie_weights()  # type: ignore[operator]
 

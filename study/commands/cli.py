@@ -307,12 +307,10 @@ def sample(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run. Default: the seed with the lowest loss.")] = None,
     prompt: Annotated[str, typer.Option(help="Text that the model continues.")] = "\n",
-    tokens: Annotated[int, typer.Option(help="Number of characters to draw.", min=1)] = 400,
-    temperature: Annotated[
-        float, typer.Option(help="Temperature. 0: always take the most likely character.", min=0)
-    ] = 0.8,
+    tokens: Annotated[int, typer.Option(help="Number of tokens to draw.", min=1)] = 400,
+    temperature: Annotated[float, typer.Option(help="Temperature. 0: always take the most likely token.", min=0)] = 0.8,
     top_k: Annotated[
-        int | None, typer.Option(help="Draw from the K most likely characters only. Default: all.", min=1)
+        int | None, typer.Option(help="Draw from the K most likely tokens only. Default: all.", min=1)
     ] = None,
     draw: Annotated[int, typer.Option(help="Random seed.", min=0)] = 0,
 ) -> None:

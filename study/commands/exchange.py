@@ -1,8 +1,8 @@
 """A study's whole ledger as one compressed SQLite file, and a study's folder from such a file.
 
 The file is an xz-compressed SQLite database with the tables of a ledger, including Optuna's, and one more table of
-texts: the study file, and a corpus other than the default one. It has no checkpoints, weights or addresses, which may
-hold passwords.
+texts: the study file, and a corpus other than the default one. If the tokens of the corpus are not characters, they are
+there instead of its text, with the tokenizer. It has no checkpoints, weights or addresses, which may hold passwords.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sqlalchemy as sa
 
 from analysis import run_schema
 from study.commands.backup import has_backup
+from study.commands.exported_tokens import COLUMNS, TABLE, read_tokens, write_tokens
 from study.commands.opening import known_corpus
 from study.errors import StudyError
 from study.ledger.database import LEDGER_ERRORS, check_file, open_database
@@ -34,13 +35,14 @@ from study.ledger.trials import first_defect
 from study.spec.config import StudyConfig
 from study.spec.definition import definition, settled
 from study.spec.study_file import dump_config, parse_yaml, validate
-from study.training.corpus import corpus_from_bytes
+from study.training.corpus import CharacterCorpus, corpus_from_bytes
+from study.training.corpus_storage import store_corpus
 from study.training.files import private_files, replacing
 from study.training.storage import Storage
-from study.training.unit import store_corpus
+from study.training.token_corpus import TokenCorpus
 
-FORMAT = 1
-"""Version of the file format, SQLite's `user_version`; a reader refuses newer ones."""
+FORMAT = 2
+"""Version of the file format, SQLite's `user_version`; a reader refuses newer ones. Files without tokens have 1."""
 _APPLICATION = int.from_bytes(b"mpo1", "big")
 """SQLite's `application_id`, by which a reader recognises an export."""
 _TEXTS, _STUDY_FILE, _CORPUS = "mpo_export", "study.yaml", "corpus.txt"
@@ -72,15 +74,20 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
     if file.is_dir():
         raise StudyError(f"{file}: is a folder; give a path for the new file")
     texts = {_STUDY_FILE: dump_config(config)}
-    if config.corpus.path is not None:  # every machine has the default corpus
+    tokens = None
+    if config.corpus.path is not None or config.corpus.tokenizer_folder is not None:  # every machine has the default
         try:
-            texts[_CORPUS] = known_corpus(config, directory, Storage(directory.storage_url())).text
+            corpus = known_corpus(config, directory, Storage(directory.storage_url()))
+            if isinstance(corpus, CharacterCorpus):
+                texts[_CORPUS] = corpus.text
+            elif isinstance(corpus, TokenCorpus):
+                tokens = corpus.path
         except (OSError, StudyError) as error:
             say(f"the export has no corpus, so `sync` and `run` will read it from the path in the study file: {error}")
     try:
         with private_files(), tempfile.TemporaryDirectory() as scratch, replacing(file) as partial:
             database = Path(scratch) / "ledger.db"
-            n_results = _write_database(database, directory.ledger_url, config.name, uuid, texts)
+            n_results = _write_database(database, directory.ledger_url, config.name, uuid, texts, tokens)
             with database.open("rb") as source, lzma.open(partial, "wb", check=lzma.CHECK_SHA256) as target:
                 shutil.copyfileobj(source, target, 1 << 20)
     except LEDGER_ERRORS as error:
@@ -90,8 +97,14 @@ def export_study(directory: StudyDirectory, file: Path, say: Callable[[str], Non
     return n_results
 
 
-def _write_database(path: Path, ledger_url: str, name: str, uuid: str, texts: dict[str, str]) -> int:
-    """Write the database of an export; returns the number of results in it."""
+def _write_database(
+    path: Path, ledger_url: str, name: str, uuid: str, texts: dict[str, str], tokens: Path | None
+) -> int:
+    """Write the database of an export; returns the number of results in it.
+
+    Args:
+        tokens: the token file of the corpus, if it has one.
+    """
     source, target = open_database(ledger_url), empty_ledger(f"sqlite:///{path}")
     try:
         copy_study(source, target, name, uuid)
@@ -99,7 +112,9 @@ def _write_database(path: Path, ledger_url: str, name: str, uuid: str, texts: di
             connection.exec_driver_sql(f"CREATE TABLE {_TEXTS} (name TEXT PRIMARY KEY, content TEXT NOT NULL)")
             connection.exec_driver_sql(f"INSERT INTO {_TEXTS} VALUES (?, ?)", list(texts.items()))
             connection.exec_driver_sql(f"PRAGMA application_id = {_APPLICATION}")
-            connection.exec_driver_sql(f"PRAGMA user_version = {FORMAT}")
+            if tokens is not None:
+                write_tokens(connection, tokens)
+            connection.exec_driver_sql(f"PRAGMA user_version = {1 if tokens is None else FORMAT}")
             return connection.scalar(sa.select(sa.func.count()).select_from(result_table)) or 0
     finally:
         source.dispose()
@@ -140,14 +155,21 @@ def _make_study(folder: Path, path: Path, source: sa.Engine, storage: Storage | 
     if _CORPUS in texts:
         fraction = config.corpus.validation_fraction
         store_corpus(own, corpus_from_bytes(texts[_CORPUS].encode(), _CORPUS, snapshot.corpus_sha256, fraction))
-        if (
-            config.corpus.path is not None and not Path(config.corpus.path).is_file()
-        ):  # the path is one on another machine
-            [key] = own.keys("corpus")
-            here = config.corpus.model_copy(update={"path": f"{StudyDirectory(path).storage_url()}/{key}"})
-            config = config.model_copy(update={"corpus": here})
+    elif sa.inspect(source).has_table(TABLE):
+        with source.connect() as connection, tempfile.TemporaryDirectory() as scratch:
+            store_corpus(own, read_tokens(connection, Path(scratch) / "tokens", snapshot.corpus_sha256))
+    keys = own.keys("corpus")
+    if keys and not _is_here(config):  # the paths are those on another machine
+        changes = {"path": f"{StudyDirectory(path).storage_url()}/{keys[0]}", "sha256": snapshot.corpus_sha256}
+        config = config.model_copy(update={"corpus": config.corpus.model_copy(update=changes)})
     made.write(config, snapshot.uuid, None, storage.url if storage is not None else own.url)
     return config
+
+
+def _is_here(config: StudyConfig) -> bool:
+    """Whether this machine has the files of a study's corpus."""
+    folder = config.corpus.tokenizer_folder
+    return all(Path(path).is_file() for path in config.corpus.paths) and (folder is None or Path(folder).is_dir())
 
 
 def _make_ledger(url: str, source: sa.Engine) -> tuple[Snapshot, StudyConfig, dict[str, str]]:
@@ -296,6 +318,8 @@ def _check_tables(source: sa.Engine, ledger: sa.Engine) -> None:
                 raise StudyError(f"it contains a {kind}, which an export never does")
     check_file(source)
     tables, own = _columns(source), _columns(ledger) | {_TEXTS: {"name", "content"}}
+    if TABLE in tables:
+        own[TABLE] = COLUMNS
     for name in sorted(tables.keys() | own.keys()):
         if tables.get(name) != own.get(name):
             raise _Refused(f"table {name} differs from this version's; import it with the version that wrote it")

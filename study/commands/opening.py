@@ -11,15 +11,17 @@ from study.ledger.ledger import Ledger
 from study.ledger.snapshot import read_ledger
 from study.spec.config import StudyConfig
 from study.spec.trial import TrialShape, TrialSpec
-from study.training.corpus import Corpus, load_corpus
+from study.training.corpus import Corpus
+from study.training.corpus_storage import stored_corpus
+from study.training.loading import load_corpus
 from study.training.model import trial_shape
 from study.training.storage import Storage
-from study.training.unit import stored_corpus
 
 
 def study_corpus(config: StudyConfig) -> Corpus:
     """The study's corpus, checked to be long enough for its context."""
-    corpus = load_corpus(config.corpus.path, config.corpus.sha256, config.corpus.validation_fraction)
+    given = config.corpus
+    corpus = load_corpus(given.path, given.sha256, given.validation_fraction, given.tokenizer, given.text_column)
     corpus.check_context(config.model.context)
     return corpus
 
@@ -47,7 +49,7 @@ def open_ledger(
     """
 
     def shape_of(spec: TrialSpec) -> TrialShape:
-        return trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
+        return trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model)
 
     uuid = directory.uuid()
     if uuid is not None:

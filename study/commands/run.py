@@ -31,8 +31,8 @@ from study.spec.trial import SeedResult
 from study.tracking.background import BackgroundTracker
 from study.tracking.opening import open_tracker, study_record
 from study.training.corpus import Corpus
+from study.training.corpus_storage import store_corpus
 from study.training.storage import Storage
-from study.training.unit import store_corpus
 
 TRACKING_OFF = "off"
 

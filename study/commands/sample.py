@@ -8,10 +8,10 @@ from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import Snapshot, read_ledger
 from study.spec.trial import SeedResult
 from study.training.checkpoints import Damaged, unpack_tensors
+from study.training.corpus_storage import stored_corpus
 from study.training.model import build_model
 from study.training.randomness import generator
 from study.training.storage import Storage
-from study.training.unit import stored_corpus
 from study.training.weights import load_weights
 
 
@@ -29,15 +29,15 @@ def sample(
     """Continue a prompt with the trained model of one run.
 
     Args:
-        prompt: at least one character of the corpus.
-        n_new: characters to add.
+        prompt: a text of at least one token.
+        n_new: tokens to add.
         trial, seed: the run. Default: the run with the lowest final loss among those whose weights are kept.
         temperature, top_k: see `mpo_core.generate`.
         draw: seed of the random numbers; equal values give equal text.
     Returns:
         The run, and the prompt with its continuation.
     Raises:
-        StudyError: there is no study, no such run with kept weights, or the prompt has characters not in the corpus.
+        StudyError: there is no study, no such run with kept weights, or the prompt cannot be encoded.
     """
     config = directory.load_config()
     snapshot = read_ledger(directory.ledger_url, config.name)
@@ -52,7 +52,9 @@ def sample(
     if not prompt:
         raise StudyError("--prompt: must have at least one character")
     tokens = corpus.encode(prompt)[None]
-    model, _ = build_model(spec, len(corpus.vocabulary), lambda name: generator(run.seed, "init", name))
+    if not tokens.numel():
+        raise StudyError("--prompt: the tokenizer makes no token of it; give another text")
+    model, _ = build_model(spec, corpus.vocab_size, lambda name: generator(run.seed, "init", name))
     load_weights(model, weights)
     drawn = mpo_core.generate(
         model, tokens, n_new, generator=generator(draw, "sample"), temperature=temperature, top_k=top_k

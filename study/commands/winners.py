@@ -258,9 +258,14 @@ def _sections(
     arms: Mapping[str, Winners],
 ) -> Content:
     corpus = config.corpus.model_dump(mode="json", exclude_defaults=True)
+    folder = os.path.dirname(os.path.realpath(file))
     if config.corpus.path is not None:
-        there = os.path.relpath(config.corpus.path, os.path.dirname(os.path.realpath(file)))
-        corpus |= {"path": Path(there).as_posix(), "sha256": snapshot.corpus_sha256}
+        paths = [Path(os.path.relpath(path, folder)).as_posix() for path in config.corpus.paths]
+        is_one = isinstance(config.corpus.path, str)
+        corpus |= {"path": paths[0] if is_one else paths, "sha256": snapshot.corpus_sha256}
+    if config.corpus.tokenizer_folder is not None:
+        # A relative path with a slash is never read as the name of a tokenizer.
+        corpus["tokenizer"] = os.path.join(".", os.path.relpath(config.corpus.tokenizer_folder, folder))
     claims = {"margins": config.claims.margins.model_dump(), "contrasts": list(_contrasts(config, arms))}
     sections = {
         "name": name,

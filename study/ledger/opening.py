@@ -55,7 +55,7 @@ def open_study(
         return uuid, created
     if row["corpus_sha256"] != corpus_sha256:
         raise StudyError(
-            f"study {name} was begun with another study file; it differs in corpus (SHA-256 was "
+            f"study {name} was begun with another study file; it differs in corpus or tokenizer (SHA-256 was "
             f"{row['corpus_sha256'][:12]}…, now {corpus_sha256[:12]}…); {_UNDO}"
         )
     return row["uuid"], row["created"]

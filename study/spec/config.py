@@ -17,6 +17,7 @@ from study.spec.models import Model, PicoGPTModel
 from study.spec.values import (
     Choices,
     DecayFraction,
+    FixedOrListed,
     Name,
     OptimiserName,
     PositiveFloat,
@@ -36,24 +37,47 @@ LEAST_SHARE = 0.0001
 """Smallest share of a core or a GPU that Ray accepts."""
 DECAY_FRACTION = 0.2
 """Default of `protocol.decay_fraction` (Hägele et al. 2024, section 3)."""
+CHARACTERS, BYTES = "characters", "bytes"
+"""Tokenizers that need no folder."""
 RESERVED = ("scratch", "pretrained")
 """Names of starts that are not arms; no arm may have one of these names."""
 
 
 class Corpus(Strict):
-    """The text. Default: Tiny Shakespeare."""
+    """The text and its tokens. Default: Tiny Shakespeare, one token per character."""
 
-    path: str | None = Field(
+    path: FixedOrListed[str] | None = Field(
         default=None,
-        description="A UTF-8 text file of at most 1 GB, relative to the study file. A byte order mark at its beginning "
-        "is dropped; line ends stay as they are.",
+        description="A file or a list of files, relative to the study file: UTF-8 text, JSON lines (`.jsonl`, "
+        "`.jsonl.gz`) or Parquet (`.parquet`). A byte order mark at a text's beginning is dropped; line ends stay as "
+        "they are.",
     )
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
-        default=None, description="The checksum the file must have."
+        default=None, description="The checksum that the file, the text or the recorded corpus must have."
     )
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.1, description="Share of the text, from its end, that is held out for validation."
     )
+    tokenizer: str = Field(
+        default=CHARACTERS,
+        exclude_if=lambda value: value == CHARACTERS,
+        description="`characters`, `bytes`, or a folder with a Hugging Face tokenizer, relative to the study file.",
+    )
+    text_column: str = Field(
+        default="text",
+        exclude_if=lambda value: value == "text",
+        description="The column with the text in JSON lines and Parquet.",
+    )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files; empty for the default text."""
+        return () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """The folder of the tokenizer, if it has one."""
+        return None if self.tokenizer in (CHARACTERS, BYTES) else self.tokenizer
 
 
 class Protocol(Strict):
@@ -163,7 +187,7 @@ class EarlyStopping(Strict):
     """When a searched MPO trial is stopped early. The result then depends on the order in which trials end."""
 
     margin: PositiveFloat = Field(
-        description="In the unit of `metric` (nats, or a fraction). A trial stops when a rival is better by this "
+        description="In the unit of `metric` (nats, bits, or a fraction). A trial stops when a rival is better by this "
         "margin on every seed that both have. The rival has at most as many parameters and the same training."
     )
     metric: Objective = Field(
@@ -324,6 +348,7 @@ class StudyConfig(Strict):
         if isinstance(self.seeds, tuple):
             yield from _repeats("seeds", self.seeds)
         yield from _repeats("objectives", self.objectives)
+        yield from _repeats("corpus.path", self.corpus.paths)  # a document could be in both splits
         names = [arm.name for arm in self.arms]
         yield from _repeats("arms", names)
         for name in RESERVED:

@@ -106,7 +106,7 @@ def _path(location: tuple[int | str, ...], data: Any) -> str:
     """The defect's dotted key; list positions are shown as the arm's name if it has one."""
     parts, node = "", data
     for before, key in zip((None, *location), location, strict=False):
-        if key in VALUE_KINDS and before in (*VALUE_FIELDS, "seeds"):
+        if key in VALUE_KINDS and before in (*VALUE_FIELDS, "seeds", "path"):
             continue  # a branch of our unions, not a key of the file
         if (key in ARMS and isinstance(before, int)) or (key in MODELS and before == "model"):
             continue

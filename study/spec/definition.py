@@ -13,12 +13,20 @@ from study.spec.search_space import listed_specs
 def definition(config: StudyConfig) -> dict[str, Any]:
     """The part of a study that may not change.
 
-    It leaves out the description, where the study runs, where its corpus lies, and what ends a search early.
+    It leaves out the description, where the study runs, where its corpus and tokenizer lie, and what ends a search
+    early. The checksum of the corpus covers the text and the tokenizer.
     """
     plain = config.model_dump(
         mode="json",
-        exclude={"description": True, "execution": True, "corpus": {"path", "sha256"}, "search": {"max_repeats"}},
+        exclude={
+            "description": True,
+            "execution": True,
+            "corpus": {"path", "sha256", "text_column"},
+            "search": {"max_repeats"},
+        },
     )
+    if config.corpus.tokenizer_folder is not None:
+        plain["corpus"]["tokenizer"] = "folder"
     plain["seeds"] = list(config.seed_list)
     plain["arms"] = {arm["name"]: arm for arm in plain["arms"]}
     return plain

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from study.errors import StudyError, did_you_mean
-from study.spec.config import StudyConfig
+from study.spec.config import Corpus, StudyConfig
 from study.spec.defects import defects
 from study.spec.kinds import check_kinds
 from study.spec.models import OwnModel, check_code
@@ -61,13 +61,27 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         check_trials(config)
     except StudyError as error:
         raise StudyError(f"{path}: {error}") from None
-    if config.corpus.path is not None and not Path(config.corpus.path).is_absolute():
+    return config.model_copy(update={"corpus": _with_absolute_paths(config.corpus, path)})
+
+
+def _with_absolute_paths(corpus: Corpus, file: Path) -> Corpus:
+    """The corpus of a study file, with paths that do not depend on where the file is."""
+
+    def absolute(key: str, path: str) -> str:
+        if Path(path).is_absolute():
+            return path
         try:
-            absolute = os.path.realpath(path.parent / config.corpus.path)  # `resolve` raises on circular links
+            return os.path.realpath(file.parent / path)  # `resolve` raises on circular links
         except ValueError as error:  # a null character
-            raise StudyError(f"{path}: corpus.path: {error}") from None
-        config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"path": absolute})})
-    return config
+            raise StudyError(f"{file}: corpus.{key}: {error}") from None
+
+    changes: dict[str, Any] = {}
+    if corpus.path is not None:
+        paths = tuple(absolute("path", path) for path in corpus.paths)
+        changes["path"] = paths[0] if isinstance(corpus.path, str) else paths
+    if corpus.tokenizer_folder is not None:
+        changes["tokenizer"] = absolute("tokenizer", corpus.tokenizer_folder)
+    return corpus.model_copy(update=changes)
 
 
 def _read(path: Path) -> str:

@@ -33,6 +33,8 @@ class StudyRecord:
     changed: str
     """Time of the study's last growth, or of its beginning."""
     corpus_sha256: str
+    """Checksum of the text alone."""
+    tokenizer: str
     validation_fraction: float
     vocab_size: int
     tuned_among: Mapping[str, int | None]
@@ -210,8 +212,10 @@ def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
         "tuned_among": record.tuned_among.get(spec.arm),
         "budget_hash": trial.budget_hash,
         "corpus_sha256": record.corpus_sha256,
+        "tokenizer": record.tokenizer,
     }
-    return {each.key: str(values[each.key]) for each in schema.PARAMS if values.get(each.key) is not None}
+    unrecorded = {**dict.fromkeys(each.key for each in schema.PARAMS), **schema.ABSENT}
+    return {key: str(values[key]) for key, usual in unrecorded.items() if values.get(key) not in (None, usual)}
 
 
 def _counts(trial: Trial) -> dict[str, float]:

@@ -32,9 +32,10 @@ def study_record(config: StudyConfig, ledger: Ledger, corpus: Corpus) -> StudyRe
         n_missing=ledger.tally.n_missing,
         created=ledger.created,
         changed=ledger.changed,
-        corpus_sha256=corpus.sha256,
+        corpus_sha256=corpus.text_sha256,
+        tokenizer=corpus.tokenizer,
         validation_fraction=config.corpus.validation_fraction,
-        vocab_size=len(corpus.vocabulary),
+        vocab_size=corpus.vocab_size,
         tuned_among={arm.name: arm.tuned_among for arm in ledger.config.arms},
         log_weights=config.execution.keep_weights,
     )

@@ -1,4 +1,4 @@
-"""The bigram baseline: the loss and accuracy of a model that knows only the last character.
+"""The bigram baseline: the loss and accuracy of a model that knows only the last token.
 
 python -m study.training.bigram [TEXT]     Default: Tiny Shakespeare
 """
@@ -10,13 +10,14 @@ from argparse import ArgumentParser
 import torch
 
 from study.errors import StudyError
-from study.training.corpus import Corpus, load_corpus
+from study.training.corpus import Corpus
+from study.training.loading import load_corpus
 
 
 def bigram_scores(corpus: Corpus) -> tuple[float, float]:
     """Loss (nats) and accuracy on the validation split of P(b | a) = (n_ab + 1) / (n_a + V), counted in training."""
-    n_tokens = len(corpus.vocabulary)
-    train, validation = corpus.train, corpus.validation
+    n_tokens = corpus.vocab_size
+    train, validation = corpus.train.long(), corpus.validation.long()
     pairs = torch.bincount(train[:-1] * n_tokens + train[1:], minlength=n_tokens**2).view(n_tokens, n_tokens) + 1
     log_p = (pairs.double() / pairs.sum(1, keepdim=True)).log()
     before, after = validation[:-1], validation[1:]

@@ -136,7 +136,8 @@ def _final_metrics(training: Training, start_tokens: int) -> dict[str, float]:
     for metric in schema.METRICS:
         if "last" in metric.recorded:
             final[f"final/{metric.name}"] = last[metric.name]
-        if "best" in metric.recorded:
+        # A run that an older version began has rows without a newer metric, so its best value is not known.
+        if "best" in metric.recorded and all(metric.name in row for row in curve):
             best_of = min if metric.direction == "minimize" else max
             final[f"best/{metric.name}"] = best_of(row[metric.name] for row in curve)
     return final

@@ -17,12 +17,12 @@ from torch.func import functional_call, vmap
 
 from study.training.captured import DeviceStep
 from study.training.checkpoints import Checkpoints
-from study.training.corpus import StackedWindows
 from study.training.optimisers import kind_of_optimiser, set_learning_rate, why_alone
 from study.training.precision import logits_in, products_in
 from study.training.schedules import learning_rate_at
 from study.training.seeds_as_batch import SeedsAsBatch
 from study.training.train import Diverged, Training
+from study.training.windows import StackedWindows
 
 
 class StackedTraining:

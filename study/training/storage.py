@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from analysis.runs.urls import hide_password
 from study.errors import StudyError
-from study.training.files import replace_file
+from study.training.files import replace_file, replacing
 
 
 class Storage:
@@ -77,6 +78,41 @@ class Storage:
         path = self._path(key)
         with self._answering():
             return self._files.cat_file(path)
+
+    def local_path(self, key: str) -> Path | None:
+        """Path of an object's file; None if the storage is remote."""
+        return None if self.is_remote else Path(self._path(key))
+
+    def put(self, key: str, file: Path) -> None:
+        """Write a file of any size as an object, atomically as `write`."""
+        path = self._path(key)
+        if self.is_remote:
+            with self._answering():
+                self._files.put_file(str(file), path)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with replacing(Path(path), has_other_writers=True) as partial:
+            shutil.copyfile(file, partial)
+
+    def fetch(self, key: str, file: Path) -> None:
+        """Copy an object of any size to a file.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        with self._answering():
+            self._files.get_file(self._path(key), str(file))
+
+    def size(self, key: str) -> int:
+        """Number of bytes of an object.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        path = self._path(key)
+        with self._answering():
+            self._files.invalidate_cache()
+            return self._files.size(path)
 
     def exists(self, key: str) -> bool:
         path = self._path(key)

@@ -21,13 +21,14 @@ import mpo_core
 from study.spec.trial import TrialSpec, evaluation_steps
 from study.training.captured import DeviceStep
 from study.training.checkpoints import Checkpoints
-from study.training.corpus import Corpus, Windows, consecutive_windows
+from study.training.corpus import Corpus
 from study.training.model import build_model
 from study.training.optimisers import Optimiser, kind_of_optimiser, set_learning_rate, why_alone
 from study.training.precision import logits_in, products_in
 from study.training.randomness import generator
 from study.training.schedules import learning_rate_at
 from study.training.weights import load_weights, weights_of
+from study.training.windows import Windows, consecutive_windows
 
 EVALUATION_TOKENS = 8192
 """Tokens per batch of the full validation: small enough for any memory, the same on every machine."""
@@ -81,7 +82,7 @@ class Training:
             )
             calibration = [windows.batch(index)[0] for index in range(protocol.calibration_batches)]
         model, self.compression = build_model(
-            spec, len(corpus.vocabulary), partial(generator, seed, "init"), start_weights, calibration
+            spec, corpus.vocab_size, partial(generator, seed, "init"), start_weights, calibration
         )
         self.model = model.to(device)
         self.parameters = list(self.model.parameters())
@@ -92,6 +93,8 @@ class Training:
         purpose = "data" if spec.start is None else "fine-tune data"
         self.training_windows = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
         self._evaluation_steps = evaluation_steps(protocol)
+        n_predicted = len(corpus.validation) - 1
+        self._bits_per_byte_of_loss = n_predicted / (math.log(2) * corpus.n_predicted_bytes)
         self.sampled_windows = Windows(
             corpus.validation,
             len(self._evaluation_steps) * protocol.sampled_eval_batches,
@@ -214,6 +217,7 @@ class Training:
             "step": self.step,
             "val_loss": val_loss,
             "val_acc": val_acc,
+            "bits_per_byte": val_loss * self._bits_per_byte_of_loss,
             "val_loss_sampled": sampled_loss,
             "val_acc_sampled": sampled_acc,
             "learning_rate": learning_rate_at(self.step, protocol),

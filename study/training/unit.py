@@ -16,7 +16,8 @@ from pydantic import Field
 from study.spec.trial import SeedResult, TrialSpec, now
 from study.spec.values import Strict
 from study.training.checkpoints import Checkpoints, Damaged, pack_tensors, unpack_tensors
-from study.training.corpus import Corpus, corpus_from_bytes
+from study.training.corpus import Corpus
+from study.training.corpus_storage import stored_corpus
 from study.training.optimisers import why_alone
 from study.training.seed_run import train_seed, train_seeds
 from study.training.storage import Storage
@@ -202,30 +203,6 @@ def checkpoints_of(
     """Checkpoints of one run, the same for every worker; only those of this spec are read."""
     of = "" if spec is None else hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     return Checkpoints(storage, f"{study_uuid}/checkpoints/trial{trial}-seed{seed}", of, say)
-
-
-def store_corpus(storage: Storage, corpus: Corpus) -> None:
-    """Put the text where every worker finds it; replaces a damaged one."""
-    key = _corpus_key(corpus.sha256)
-    if not storage.exists(key) or hashlib.sha256(storage.read(key)).hexdigest() != corpus.sha256:
-        storage.write(key, corpus.text.encode("utf-8"))
-
-
-def stored_corpus(storage: Storage, sha256: str, validation_fraction: float) -> Corpus:
-    """The text that `store_corpus` put there.
-
-    Raises:
-        OSError: the text is missing or damaged.
-    """
-    key = _corpus_key(sha256)
-    data = storage.read(key)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise OSError(f"{storage.shown}/{key} is damaged: its checksum is wrong")
-    return corpus_from_bytes(data, f"{storage.shown}/{key}", sha256, validation_fraction)
-
-
-def _corpus_key(sha256: str) -> str:
-    return f"corpus/{sha256}.txt"
 
 
 @lru_cache(maxsize=2)

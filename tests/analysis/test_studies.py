@@ -105,6 +105,7 @@ def test_join_studies_tells_studies_of_one_name_apart():
     ("key", "value", "message"),
     [
         ("corpus_sha256", "0" * 64, f"corpus_sha256 is 86c4.* in the first and {'0' * 64} in the other"),
+        ("tokenizer", "bytes", "tokenizer is characters in the first and bytes in the other"),
         ("vocab_size", 66, "vocab_size is 65 in the first and 66 in the other"),
         ("context", 128, "context is 256 in the first and 128 in the other"),
     ],

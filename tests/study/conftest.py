@@ -11,9 +11,10 @@ import torch
 from study.commands.cli import main
 from study.spec.search_space import listed_specs
 from study.spec.study_file import validate
-from study.training.corpus import load_corpus
+from study.training.corpus_storage import store_corpus
+from study.training.loading import load_corpus
 from study.training.storage import Storage
-from study.training.unit import Unit, store_corpus
+from study.training.unit import Unit
 
 WORDS = ("tensor", "train", "bond", "site", "core", "chi")
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from study.training.bigram import bigram_scores
-from study.training.corpus import Corpus
+from study.training.corpus import CharacterCorpus
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_scores_are_those_of_counts_by_hand():
     text = "abacabad" * 5 + "abcdab"
-    corpus = Corpus(text, "", validation_fraction=6 / 46)
+    corpus = CharacterCorpus(text, "", validation_fraction=6 / 46)
     train, validation = text[:40], text[40:]
     pairs, alphabet = list(pairwise(train)), sorted(set(text))
     losses, hits = [], []

@@ -14,9 +14,10 @@ from study.ledger.snapshot import read_ledger
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
 from study.spec.study_file import load_config
+from study.training.corpus_storage import store_corpus
 from study.training.seed_run import train_seed, train_seeds
 from study.training.storage import Storage
-from study.training.unit import Unit, checkpoints_of, run_unit, store_corpus
+from study.training.unit import Unit, checkpoints_of, run_unit
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def matrices(model):
 
 
 def built(spec, corpus, seed=0):
-    return build_model(spec, len(corpus.vocabulary), partial(generator, seed, "init"))[0]
+    return build_model(spec, corpus.vocab_size, partial(generator, seed, "init"))[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,8 +91,8 @@ def test_shapes_are_those_of_the_built_model(spec_of, corpus, family, start):
     for chi in (3, 5, 16):
         spec = spec_of(model=WIDE, family=family, as_chi=chi, **({"start": start} if start else {}))
         weights = built(spec_of(model=WIDE), corpus).state_dict() if start else None
-        model, _ = build_model(spec, len(corpus.vocabulary), partial(generator, 0, "init"), weights)
-        counted = trial_shape(spec, len(corpus.vocabulary), 100, spec.model)
+        model, _ = build_model(spec, corpus.vocab_size, partial(generator, 0, "init"), weights)
+        counted = trial_shape(spec, corpus.vocab_size, 100, spec.model)
         assert counted.n_params == mpo_core.n_params(model)
         assert counted.n_params_compressed == mpo_core.n_params_compressed(model)
         assert counted.bonds == {}
@@ -111,7 +111,7 @@ def test_flops_are_those_that_the_layers_count(spec_of, corpus, family):
 
 def test_sizes_that_come_to_the_same_are_one_configuration(spec_of, corpus):
     def identity(**arm):
-        return trial_shape(spec_of(model=WIDE, **arm), len(corpus.vocabulary), 100, spec_of(model=WIDE).model).identity
+        return trial_shape(spec_of(model=WIDE, **arm), corpus.vocab_size, 100, spec_of(model=WIDE).model).identity
 
     assert identity(family="low_rank", as_chi=300) == identity(family="low_rank", as_chi=301)
     assert identity(family="low_rank", as_chi=3) != identity(family="low_rank", as_chi=6)

@@ -13,18 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from study.errors import StudyError
-from study.training.corpus import (
-    CACHE_VARIABLE,
-    TINY_SHAKESPEARE_SHA256,
-    Corpus,
-    Windows,
-    cache_folder,
-    consecutive_windows,
-    corpus_from_bytes,
-    load_corpus,
-)
+from study.training.cache import CACHE_VARIABLE, cache_folder
+from study.training.corpus import CharacterCorpus, corpus_from_bytes
+from study.training.corpus_storage import store_corpus, stored_corpus
+from study.training.loading import load_corpus
 from study.training.storage import Storage
-from study.training.unit import store_corpus, stored_corpus
+from study.training.tiny_shakespeare import TINY_SHAKESPEARE_SHA256
+from study.training.windows import Windows, consecutive_windows
 
 
 def make_corpus(text, validation_fraction=0.1):
@@ -308,4 +303,4 @@ def test_consecutive_windows_predict_each_token_but_the_first_once(n, context, b
 
 
 def test_corpora_of_one_text_are_equal():
-    assert make_corpus("abc") == make_corpus("abc") == Corpus("abc", hashlib.sha256(b"abc").hexdigest())
+    assert make_corpus("abc") == make_corpus("abc") == CharacterCorpus("abc", hashlib.sha256(b"abc").hexdigest())

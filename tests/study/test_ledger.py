@@ -286,7 +286,9 @@ def test_ledger_refuses_another_corpus(tmp_path, folder):
     ledger_at(file, folder).close()
     with (tmp_path / "text.txt").open("a") as text:
         text.write(" more")
-    with pytest.raises(StudyError, match=r"it differs in corpus \(SHA-256 was [0-9a-f]{12}…, now [0-9a-f]{12}…\)"):
+    with pytest.raises(
+        StudyError, match=r"it differs in corpus or tokenizer \(SHA-256 was [0-9a-f]{12}…, now [0-9a-f]{12}…\)"
+    ):
         ledger_at(file, folder)
 
 

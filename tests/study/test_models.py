@@ -81,8 +81,8 @@ def test_every_arm_of_a_study_trains(study_of, corpus, name):
         assert result.state == "complete", result.failure
         if spec.start and arm == "dense-on":
             assert result.curve[0]["val_loss"] == pytest.approx(dense.final["final/val_loss"], abs=1e-6)
-        shape = trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
-        model, _ = build_model(spec, len(corpus.vocabulary), lambda name: torch.Generator().manual_seed(0), weights)
+        shape = trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model)
+        model, _ = build_model(spec, corpus.vocab_size, lambda name: torch.Generator().manual_seed(0), weights)
         assert shape.n_params == sum(parameter.numel() for parameter in model.parameters())
         assert (shape.n_params < shape.n_params_dense) == (spec.family != "dense")
 
@@ -120,7 +120,7 @@ def test_tied_weights_are_kept_once(study_of, corpus):
     [spec] = listed_specs(validate(study_of("tied llama", arms=[{"name": "dense", "family": "dense"}]), "here"))
     _, weights = train_seed(spec, 0, corpus)
     assert "lm_head.weight" not in weights
-    model, _ = build_model(spec, len(corpus.vocabulary), lambda name: torch.Generator().manual_seed(3))
+    model, _ = build_model(spec, corpus.vocab_size, lambda name: torch.Generator().manual_seed(3))
     load_weights(model, weights)
     assert all(torch.equal(weights[key], tensor) for key, tensor in weights_of(model).items())
     assert model.lm_head.weight is model.model.embed_tokens.weight

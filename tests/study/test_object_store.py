@@ -26,11 +26,13 @@ from study_fixtures import (
     substance,
     write_study,
 )
+from tokenizer_folders import byte_pairs
 
 from study.commands.exchange import export_study, import_study
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth
+from study.training.cache import CACHE_VARIABLE
 from study.training.checkpoints import Checkpoints, Damaged, unpack_tensors
 from study.training.storage import Storage
 
@@ -173,6 +175,19 @@ def test_study_on_ray_with_s3_killed_and_resumed_ends_as_if_undisturbed(tmp_path
     assert S3_SECRET.encode() not in everything_in(tmp_path)
     keys = Storage(f"{bucket}/here").keys_below("")
     assert not [key for key in keys if "tune" in key or "checkpoints" in key]
+
+
+def test_workers_of_ray_copy_the_tokens_from_s3(tmp_path, bucket, monkeypatch):  # noqa: F811
+    write_study(tmp_path, arms=[DENSE], corpus={"tokenizer": "pairs"})
+    byte_pairs(tmp_path / "pairs", (tmp_path / "text.txt").read_text(encoding="utf-8"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    code, out, err = cli("run", "tiny.yaml", "--dir", "kept", "--storage", bucket, cwd=tmp_path)
+    assert code == 0, out + err
+    run_at(tmp_path / "tiny.yaml", tmp_path / "local")
+    assert substance(tmp_path / "kept") == substance(tmp_path / "local")
+    [key] = Storage(bucket).keys("corpus")
+    copy = tmp_path / "cache" / key.removeprefix("corpus/")
+    assert copy.read_bytes() == Storage(bucket).read(key)
 
 
 # A new machine --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from study.spec.comparable import not_compared
 from study.spec.search_space import listed_specs, resolve
 from study.spec.study_file import validate
 from study.spec.values import Choices, Range
-from study.training.corpus import load_corpus
+from study.training.loading import load_corpus
 from study.training.model import trial_shape
 
 
@@ -33,7 +33,7 @@ def test_every_listed_trial_is_planned_with_its_shape(planned):
     config, corpus, made = planned(seeds=[3, 5, 8])
     assert [trial.spec for trial in made.trials] == listed_specs(config)
     for trial in made.trials:
-        expected = trial_shape(trial.spec, len(corpus.vocabulary), len(corpus.validation), config.model)
+        expected = trial_shape(trial.spec, corpus.vocab_size, len(corpus.validation), config.model)
         assert trial.shape == expected
     assert (made.n_searched, made.n_seeds) == (0, 3)
 
@@ -62,7 +62,7 @@ def test_search_costs_what_its_space_does(planned):
     sizes = {}
     for chi in range(1, 41):
         spec = resolve(config, config.arm("mpo"), config.arm("mpo").values() | {"chi": chi, "learning_rate": 0.1})
-        sizes[chi] = trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
+        sizes[chi] = trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model)
     [search] = made.searches
     found = {name: row.spec.chi for name, row in search.rows.items()}
     n_params = {name: row.shape.n_params for name, row in search.rows.items()}

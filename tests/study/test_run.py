@@ -35,9 +35,9 @@ from study.ledger.snapshot import read_ledger
 from study.scheduler.inline import run_inline
 from study.scheduler.queue import Queue
 from study.spec.study_file import load_config
+from study.training.corpus_storage import store_corpus
 from study.training.seed_run import train_seed
 from study.training.storage import Storage
-from study.training.unit import store_corpus
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::optuna.exceptions.ExperimentalWarning", "ignore:::mlflow", "ignore::DeprecationWarning"

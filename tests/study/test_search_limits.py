@@ -134,7 +134,7 @@ def searched(file, results_of):
         study.sampler = make_sampler(config, number)
         asked = study.ask()
         spec = suggest(config, asked)
-        shape = trial_shape(spec, len(corpus.vocabulary), len(corpus.validation), config.model)
+        shape = trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model)
         trial = Trial(number, spec, shape, "", 1)
         results = [] if why_skipped(config.search, shape) is not None else results_of(trial)
         told = what_to_tell(config, trial, trial, results, worst={"val_loss": 4.0, "val_acc": 0.0})

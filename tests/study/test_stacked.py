@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from study.training.checkpoints import Checkpoints
-from study.training.corpus import StackedWindows, Windows
 from study.training.seed_run import train_seed, train_seeds
 from study.training.stacked import StackedTraining, clip_grads_
 from study.training.storage import Storage
 from study.training.train import Training
+from study.training.windows import StackedWindows, Windows
 
 SEEDS = (0, 1, 5)
 

@@ -46,6 +46,23 @@ def test_objects_are_read_as_written(storage):
     assert storage.keys("a/b") == ["a/b/two"]
 
 
+def test_files_are_stored_and_fetched_whole(storage, tmp_path):
+    data = bytes(range(256)) * 50_000
+    (tmp_path / "file").write_bytes(data)
+    for _ in range(2):  # the second replaces the first
+        storage.put("a/b/file", tmp_path / "file")
+    storage.fetch("a/b/file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == storage.read("a/b/file") == data
+    assert storage.size("a/b/file") == len(data)
+    assert storage.keys("a/b") == ["a/b/file"]
+    path = storage.local_path("a/b/file")
+    assert (path is None) is storage.is_remote
+    assert path is None or path.read_bytes() == data
+    for act in (storage.size, lambda key: storage.fetch(key, tmp_path / "copy")):
+        with pytest.raises(FileNotFoundError):
+            act("a/absent")
+
+
 def test_absent_object_and_folder(storage):
     with pytest.raises(FileNotFoundError):
         storage.read("a/absent")

@@ -11,10 +11,10 @@ import torch
 import mpo_core
 from analysis import run_schema
 from study.spec.config import Protocol
-from study.training.corpus import Windows
 from study.training.model import build_model
 from study.training.seed_run import train_seed
 from study.training.train import Training, learning_rate_at
+from study.training.windows import Windows
 
 LAYERS = [
     *(
@@ -33,7 +33,7 @@ LAYERS = [
 
 
 def model_with(weights, spec, corpus):
-    model, _ = build_model(spec, len(corpus.vocabulary), lambda name: torch.Generator())
+    model, _ = build_model(spec, corpus.vocab_size, lambda name: torch.Generator())
     model.load_state_dict(weights)
     return model.eval()
 

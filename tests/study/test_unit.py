@@ -46,5 +46,5 @@ def test_run_unit_with_a_damaged_start_is_no_failure_of_the_seed(unit_of, spec_o
 def test_dense_arm_can_start_at_the_scale_of_mpo(small_study, corpus):
     arms = [{"name": "dense", "family": "dense", "init": "variance"}]
     [spec] = listed_specs(validate(small_study(arms=arms), "here"))
-    model, _ = build_model(spec, len(corpus.vocabulary), lambda name: torch.Generator().manual_seed(1))
+    model, _ = build_model(spec, corpus.vocab_size, lambda name: torch.Generator().manual_seed(1))
     assert float(model.blocks[0].feed_forward.down.weight.detach().std()) == pytest.approx(32**-0.5, rel=0.25)

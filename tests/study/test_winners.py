@@ -28,7 +28,7 @@ from study.ledger.growth import Growth
 from study.ledger.snapshot import read_ledger
 from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config
-from study.training.corpus import load_corpus
+from study.training.loading import load_corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 

@@ -1,0 +1,17 @@
+"""The folder of cached corpora."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+CACHE_VARIABLE = "MPO_STUDY_CACHE"
+"""Environment variable: the cache folder. Default: the user's own cache folder."""
+
+
+def cache_folder() -> Path:
+    """The folder of cached corpora: `$MPO_STUDY_CACHE`, or this user's cache folder."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else user_cache_path("mpo-study", appauthor=False)
