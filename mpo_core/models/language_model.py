@@ -6,6 +6,7 @@ tokens (B, T) to logits (B, T, V), `init_parameters(generator_for)`, and `other_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.structured import StructuredLinear
-from mpo_core.models.dense_layers import is_dense
+from mpo_core.models.dense_layers import is_dense, shape_of
 from mpo_core.models.hugging_face import HuggingFaceCache, config_of, draw_hugging_face
 from mpo_core.models.picogpt import KeyValueCache, PicoGPT
 from mpo_core.tensor_train.bonds import contraction_order
@@ -128,7 +129,7 @@ def flops_per_token(model: nn.Module, context: int) -> int:
         elif isinstance(module, StructuredLinear):
             linear += module.flops(1)
         elif is_dense(module):
-            linear += 2 * module.weight.numel()
+            linear += 2 * math.prod(shape_of(module))
     return linear + other_flops_per_token(model, context)
 
 

@@ -37,7 +37,8 @@ def build_model(
         load_weights(model, start_weights)
     elif generator_for is not None:
         mpo_core.draw_parameters(model, generator_for, spec.init if spec.family == "dense" else None)
-        mpo_core.check_causal(model, spec.model.named)
+        if spec.model.architecture != "picogpt" and min(spec.model.context, vocab_size) > 1:
+            mpo_core.check_causal(model, spec.model.named)
     if spec.family == "dense":
         return model, None
     starts_fresh = start_weights is None and spec.init != DECOMPOSED

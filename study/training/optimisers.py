@@ -138,12 +138,14 @@ def matrices_of_blocks(model: nn.Module) -> dict[Tensor, tuple[int, int, int]]:
     (left bond · outputs, inputs · right bond), and each diagonal block of a Monarch factor
     (`StructuredLinear.matrix_shapes`). A pruned weight's masked entries change, too, but they never reach the output.
     """
-    of_kinds: dict[Tensor, tuple[int, int, int]] = {}
+    found: dict[Tensor, tuple[int, int, int]] = {}
     for layer in model.modules():
         if isinstance(layer, mpo_core.StructuredLinear):
-            of_kinds |= {layer.get_parameter(name): shape for name, shape in layer.matrix_shapes().items()}
-    matrices = map(model.get_parameter, mpo_core.parameters_by_role(model)["matrices"])
-    return {matrix: of_kinds.get(matrix) or (1, *matrix.shape) for matrix in matrices}
+            found |= {layer.get_parameter(name): shape for name, shape in layer.matrix_shapes().items()}
+    for name in mpo_core.parameters_by_role(model)["matrices"]:
+        matrix = model.get_parameter(name)
+        found.setdefault(matrix, (1, matrix.shape[0], matrix.shape[1]))
+    return found
 
 
 class MuonAndAdamW:
