@@ -138,14 +138,12 @@ def matrices_of_blocks(model: nn.Module) -> dict[Tensor, tuple[int, int, int]]:
     (left bond · outputs, inputs · right bond), and each diagonal block of a Monarch factor
     (`StructuredLinear.matrix_shapes`). A pruned weight's masked entries change, too, but they never reach the output.
     """
-    found: dict[Tensor, tuple[int, int, int]] = {}
+    of_kinds: dict[Tensor, tuple[int, int, int]] = {}
     for layer in model.modules():
         if isinstance(layer, mpo_core.StructuredLinear):
-            found |= {layer.get_parameter(name): shape for name, shape in layer.matrix_shapes().items()}
-    for name in mpo_core.parameters_by_role(model)["matrices"]:
-        matrix = model.get_parameter(name)
-        found.setdefault(matrix, (1, matrix.shape[0], matrix.shape[1]))
-    return found
+            of_kinds |= {layer.get_parameter(name): shape for name, shape in layer.matrix_shapes().items()}
+    matrices = [model.get_parameter(name) for name in mpo_core.parameters_by_role(model)["matrices"]]
+    return {matrix: of_kinds.get(matrix, (1, matrix.shape[0], matrix.shape[-1])) for matrix in matrices}
 
 
 class MuonAndAdamW:

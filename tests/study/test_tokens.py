@@ -372,7 +372,7 @@ def test_memory_stays_bounded(tmp_path):
         ("a.jsonl", b"[" * 100_000, ", line 1: is not JSON: "),
         ("a.jsonl", b'{"text": ""}\n\n', ": the corpus is empty"),
         ("a.jsonl", b'{"text": "one"}\n', ": a split by documents needs at least 2 documents, but got 1"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], ": cannot read the corpus: "),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0)[:-9], ": cannot read the corpus: "),
         ("a.jsonl.gz", b"no gzip", ": cannot read the corpus: "),
         ("a.parquet", b"PAR1 and no more", ": is not a whole Parquet file: "),
         ("a.txt", b"abc\xffdef", ": a corpus is UTF-8 text, but byte 3 is not"),
