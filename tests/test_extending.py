@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from structured_linear_case import StructuredLinearTestCase
 from study_fixtures import DENSE, results_at, run_at, write_study
 from typer.testing import CliRunner
@@ -82,3 +83,19 @@ def test_an_init_that_the_kind_lacks_is_one_line(tmp_path):
     file = write_study(tmp_path, arms=[DENSE, {"name": "a", **LEADING, "init": "spectral"}])
     with pytest.raises(StudyError, match=r"arms\[a\].init: must be 'variance', but got \"spectral\"$"):
         load_config(file)
+
+
+def test_a_study_trains_the_model_that_the_page_shows(tmp_path, monkeypatch):
+    text = DOCUMENT.read_text(encoding="utf-8")
+    section = text[text.index("## A model") :]
+    code, given = re.search(r"```python\n(.*?)```.*?```yaml\n(.*?)```", section, re.DOTALL).groups()
+    (tmp_path / "my_models.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = yaml.safe_load(given)["model"]
+    file = write_study(tmp_path, arms=[DENSE, {"name": "mpo", "family": "mpo", "chi": 2}])
+    study = yaml.safe_load(file.read_text(encoding="utf-8")) | {"model": {**model, "width": 12, "context": 8}}
+    file.write_text(yaml.safe_dump(study), encoding="utf-8")
+    outcome = run_at(file, tmp_path / "study")
+    assert (outcome.n_failed, outcome.n_missing, outcome.n_complete) == (0, 0, 4)
+    for result in results_at(tmp_path / "study").values():
+        assert result.curve[-1]["val_loss"] < result.curve[0]["val_loss"]
