@@ -193,7 +193,7 @@ PARAMS = (
     Field("tokenizer", "param", str, "what a token is: characters, bytes, or a folder's tokenizer with its checksum"),
     Field("vocab_size", "param", int, "vocabulary size V"),
     Field("model", "param", str, "the study's model and its settings, if it is not PicoGPT"),
-    Field("model_code", "param", str, "SHA-256 of the file that defines a model of the user's own"),
+    Field("model_sha256", "param", str, "SHA-256 of pretrained weights, or of a user's own module"),
     Field("d_model", "param", int, "embedding dimension"),
     Field("n_heads", "param", int, "attention heads"),
     Field("n_layers", "param", int, "transformer layers"),

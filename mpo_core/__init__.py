@@ -24,6 +24,7 @@ from mpo_core.layers.registry import kind_called, kinds
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.models.building import build_language_model, code_of
 from mpo_core.models.generation import generate
+from mpo_core.models.hugging_face import pretrained_sha256
 from mpo_core.models.language_model import (
     check_causal,
     draw_parameters,
@@ -93,6 +94,7 @@ __all__ = [
     "param_groups",
     "parameters_by_role",
     "perplexity",
+    "pretrained_sha256",
     "reconstruct_flops",
     "rel_error",
     "rel_errors",

@@ -36,6 +36,7 @@ KNOWN = (
         "family",
         "family_label",
         "start",
+        "steps",
         "chi",
         "as_chi",
         "n_params",
@@ -103,11 +104,14 @@ def pairs(trials: Iterable[Known], contrasts: Iterable[tuple[str, str, str]], is
                 yield Pair(*pair, relation, declared=False)
 
 
-def group_of(family: str, label: str, start: str, percent_of_dense: float) -> str:
-    """The group of a trial: its family by its label, as readers distinguish families."""
-    if family == "dense" and start == "scratch":
+def group_of(family: str, label: str, start: str, steps: int, percent_of_dense: float) -> str:
+    """The group of a trial: its family by its label, as readers distinguish families.
+
+    A dense model that has a start and no steps is that start.
+    """
+    if family == "dense" and (start == "scratch" or steps == 0):
         return DENSE if percent_of_dense == 100 else LARGER_DENSE if percent_of_dense > 100 else SMALLER_DENSE
-    return f"{label} {'from scratch' if start == 'scratch' else 'fine-tuned'}"
+    return f"{label} {'from scratch' if start == 'scratch' else 'compressed' if steps == 0 else 'fine-tuned'}"
 
 
 def _described(trial: Known) -> Known:
@@ -116,7 +120,7 @@ def _described(trial: Known) -> Known:
     embeddings = layers if embeddings is None else embeddings
     percent = 100 * trial["n_params"] / trial["n_params_dense"] if trial["n_params_dense"] else math.nan
     described = trial | {
-        "group": group_of(trial["family"], trial["family_label"], trial["start"], percent),
+        "group": group_of(trial["family"], trial["family_label"], trial["start"], trial["steps"], percent),
         "cap": trial["as_chi"] if trial["chi"] is None else trial["chi"],
         "embedding_learning_rate": embeddings,
         "gauge": trial["gauge"] or "free",

@@ -97,7 +97,9 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     summary["percent_of_dense"] = (100 * summary["n_params"] / summary["n_params_dense"]).astype("float64")
     summary["group"] = [
         group_of(*row)
-        for row in zip(*(summary[key] for key in ("family", "family_label", "start", "percent_of_dense")), strict=True)
+        for row in zip(
+            *(summary[key] for key in ("family", "family_label", "start", "steps", "percent_of_dense")), strict=True
+        )
     ]
     summary["label"] = _labels(summary)
     for key in AGGREGATED:

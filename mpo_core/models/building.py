@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpo_core.models.hugging_face import build_hugging_face
+from mpo_core.models.hugging_face import build_hugging_face, build_pretrained
 from mpo_core.models.picogpt import GPTConfig, PicoGPT
 
 
@@ -23,15 +23,18 @@ def build_language_model(
     vocab_size: int,
     context: int,
     device: torch.device | str | None = None,
+    with_weights: bool = False,
 ) -> nn.Module:
-    """The dense model; its values are not drawn yet (see `draw_parameters`).
+    """The dense model; its values are not drawn yet (see `draw_parameters`), unless it has pretrained weights.
 
     Args:
-        architecture: "picogpt"; "huggingface", whose settings include `config`, the type of the model; or
-            "MODULE:CLASS", a module of a user's own. The class is called with vocab_size, context and the settings.
+        architecture: "picogpt"; "huggingface", whose settings include `config`, the type of the model, or consist of
+            `pretrained`, its folder; or "MODULE:CLASS", a module of a user's own. The class is called with vocab_size,
+            context and the settings.
         settings: sizes, by the names that the architecture has for them.
         vocab_size, context: number of tokens, and length of the longest sequence.
         device: Default: the default device. "meta": only shapes.
+        with_weights: whether a pretrained model gets its weights.
     Raises:
         ValueError: an unknown architecture or setting; settings that do not go together.
     """
@@ -39,8 +42,11 @@ def build_language_model(
         return PicoGPT(GPTConfig(vocab_size=vocab_size, context=context, **settings), device=device)
     if architecture == "huggingface":
         own = dict(settings)
+        sizes = {"vocab_size": vocab_size, "context": context, "device": device}
+        if "pretrained" in own:
+            return build_pretrained(own["pretrained"], **sizes, with_weights=with_weights)
         kind = own.pop("config")
-        return build_hugging_face(kind, own, vocab_size=vocab_size, context=context, device=device)
+        return build_hugging_face(kind, own, **sizes)
     found = own_class(architecture)
     arguments = {"vocab_size": vocab_size, "context": context, **settings}
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +33,114 @@ def load_language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     folder = Path(name)
     if folder.is_dir():
-        if (folder / "mpo_core.json").exists():
-            raise ValueError(f"{name} holds a model that `mpo_core.save` wrote: give the dense model")
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{name} holds no Hugging Face model: it has no config.json")
+        _check_folder(folder)
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name} is no folder")
     transformers = _transformers()
     what = f"{name} cannot be loaded" if folder.is_dir() else f"{name} is no folder, and cannot be loaded by name"
     with _quiet():
-        config = _said(what, lambda: transformers.AutoConfig.from_pretrained(name))
-        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"{name} is no causal language model, but of the type {config.model_type}")
+        config = _config(name, what)
         tokenizer = _said(
             f"the tokenizer of {name} cannot be loaded", lambda: transformers.AutoTokenizer.from_pretrained(name)
         )
-        options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = _said(
-            what,
-            lambda: transformers.AutoModelForCausalLM.from_pretrained(name, config=config, **options),
-        )
+        model = _with_weights(name, config, dtype, what)
+    return model.eval(), tokenizer
+
+
+def build_pretrained(
+    folder: str,
+    *,
+    vocab_size: int,
+    context: int,
+    device: torch.device | str | None = None,
+    with_weights: bool = True,
+) -> nn.Module:
+    """The causal language model in a folder, without dropout, in float32.
+
+    Args:
+        vocab_size: number of tokens of the text, at most that of the model.
+        context: length of the longest sequence of the text, at most that of the model.
+        device: Default: the default device. "meta": only shapes.
+        with_weights: whether it gets its pretrained weights; otherwise its values are not drawn yet.
+    Raises:
+        ValueError: transformers is not installed; no such model, or weights are missing; the text does not fit.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    _check_folder(path)
+    transformers, what = _transformers(), f"{folder} cannot be loaded"
+    with _quiet():
+        config = _config(folder, what)
+        text = config.get_text_config()
+        if vocab_size > text.vocab_size:
+            raise ValueError(f"the corpus has {vocab_size:,} tokens, but the model only {text.vocab_size:,}")
+        longest = getattr(text, "max_position_embeddings", None)
+        if longest is not None and context > longest:
+            raise ValueError(f"`context` must be at most {longest:,}, the model's, but got {context:,}")
+        for name, value in text.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(text, name, 0.0)
+        config.use_cache = False
+        place = torch.device(device or torch.get_default_device())
+        if with_weights and place.type != "meta":
+            return _with_weights(folder, config, torch.float32, what).to(place).train()
+        with torch.random.fork_rng(devices=[]), place:
+            return _said(
+                what, lambda: transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            ).train()
+
+
+def pretrained_sha256(folder: str) -> str:
+    """SHA-256 of the configuration and the weights in a folder, which must be safetensors.
+
+    Raises:
+        ValueError: the folder holds no such model.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    _check_folder(path)
+    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    if len(files) == 1:
+        raise ValueError(f"{folder} has no weights in safetensors")
+    return _sha256_of(tuple((str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=8)
+def _sha256_of(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for file, size, _ in files:
+        digest.update(f"{Path(file).name} {size}\n".encode())
+        with Path(file).open("rb") as source:
+            digest.update(hashlib.file_digest(source, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "mpo_core.json").exists():
+        raise ValueError(f"{folder} holds a model that `mpo_core.save` wrote: give the dense model")
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no Hugging Face model: it has no config.json")
+
+
+def _config(name: str, what: str) -> Any:
+    transformers = _transformers()
+    config = _said(what, lambda: transformers.AutoConfig.from_pretrained(name))
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{name} is no causal language model, but of the type {config.model_type}")
+    return config
+
+
+def _with_weights(name: str, config: Any, dtype: torch.dtype, what: str) -> Any:
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    load = _transformers().AutoModelForCausalLM.from_pretrained
+    model, info = _said(what, lambda: load(name, config=config, **options))
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if lacking:  # the library fills them with random values
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ValueError(f"{name} has no weights that fit {lacking[0]}{more}")
-    return model.eval(), tokenizer
+    return model
 
 
 def build_hugging_face(

@@ -193,7 +193,7 @@ def _to_retry(ledger: Ledger) -> list[SeedResult]:
     retried = {key: result for key, result in failed.items() if result.failure_step is None}
     number_of = {trial.spec.arm: number for number, trial in reversed(ledger.trials.items())}
     for (number, seed), result in list(retried.items()):
-        start = ledger.trials[number].spec.start
+        start = ledger.trials[number].spec.start_arm
         of_start = (number_of[start], seed) if start is not None else None
         if of_start in failed and of_start not in retried:
             del retried[result.trial, seed]

@@ -25,14 +25,14 @@ class KnownTrials(dict[int, Trial]):
         self._unasked: dict[str | None, OrderedDict[TrialSpec, int]] = defaultdict(OrderedDict)
         """Listed specs that are not trials yet, with their positions in the file, by the start they wait for."""
         for place, spec in enumerate(listed):
-            self._unasked[spec.start][spec] = place
+            self._unasked[spec.start_arm][spec] = place
 
     def add(self, trial: Trial) -> None:
         """Add a new trial."""
         self[trial.number] = trial
         self._first_of_arm.setdefault(trial.spec.arm, trial.number)
-        if trial.spec.start in self._unasked:
-            self._unasked[trial.spec.start].pop(trial.spec, None)
+        if trial.spec.start_arm in self._unasked:
+            self._unasked[trial.spec.start_arm].pop(trial.spec, None)
         if trial.duplicate_of is None:
             self._by_identity[trial.shape.identity] = trial.number
         else:

@@ -86,7 +86,7 @@ class Ledger:
             self._has_grown = len(growths.history) > 1 or is_extended
             self._first_seeds = growths.history[0].seed_list
             self.changed, self.growths = growths.changed, list(growths.records)
-            self._start_arms = {arm.start for arm in self.config.arms} - {None}
+            self._start_arms = {arm.start_arm for arm in self.config.arms} - {None}
             name = optuna_name(self.config.name, self.uuid)
             self._optuna = OptunaStudy(url, name, directions(self.config))
             self.results = KnownResults(read_results(self._engine, self.uuid))

@@ -63,7 +63,7 @@ class Queue:
     _said_one_by_one: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._start_arms = {arm.start for arm in self.config.arms} - {None}
+        self._start_arms = {arm.start_arm for arm in self.config.arms} - {None}
         self._rel_error_chis = study_chis(self.config)
         self._patience = Patience(self.ledger, self.hold, self.say)
 
@@ -265,15 +265,15 @@ class Queue:
 
     def _result_of_start(self, trial: Trial, seed: int) -> SeedResult | Literal["waits"] | None:
         """The result of the start that a run begins from; "waits" if there is none yet; None if from scratch."""
-        if trial.spec.start is None:
+        if trial.spec.start_arm is None:
             return None
-        start = self.ledger.trials.first_of(trial.spec.start)
+        start = self.ledger.trials.first_of(trial.spec.start_arm)
         return self.ledger.results.get((start.number, seed), "waits") if start is not None else "waits"
 
     def _unit(self, trial: Trial, seeds: tuple[int, ...]) -> Unit:
         starts = None
-        if trial.spec.start is not None:
-            start = self.ledger.trials.first_of(trial.spec.start)
+        if trial.spec.start_arm is not None:
+            start = self.ledger.trials.first_of(trial.spec.start_arm)
             assert start is not None
             weights = {seed: self.ledger.results[start.number, seed].weights for seed in seeds}
             starts = Starts(
@@ -281,7 +281,7 @@ class Queue:
                 tokens=start.spec.train_tokens,
             )
         execution = self.config.execution
-        is_reference = trial.spec.family == "dense" and trial.spec.start is None
+        is_reference = trial.spec.family == "dense" and trial.spec.start_arm is None
         return Unit(
             trial=trial.number,
             seeds=seeds,

@@ -32,6 +32,9 @@ from study.spec.values import (
     options,
 )
 
+PRETRAINED = "pretrained"
+"""The start of an arm that begins from the pretrained weights of the study's model."""
+
 _BY_SIZE = "`{8: 3e-3, 16: 1e-3}` sets it by χ, or by d_model for a dense arm."
 
 
@@ -63,6 +66,12 @@ class _Arm(Strict):
         description="Number of trials of another study, for each size, among which this arm's values were chosen. "
         "`mpo-study winners` writes it. Arms with equal budgets were tuned over equally many trials.",
     )
+
+    @property
+    def start_arm(self) -> str | None:
+        """The arm that this one waits for."""
+        start = getattr(self, "start", None)
+        return None if start == PRETRAINED else start
 
     def values(self) -> dict[str, Any]:
         """The fields that may be listed or searched and are given, in the order of the model."""
@@ -121,8 +130,9 @@ class DenseArm(_Arm):
     )
     start: Name | None = Field(
         default=None,
-        description="A dense arm with one trial. Its trained model of the same seed is trained further with a schedule "
-        "of its own. It is the control for models that are compressed and fine-tuned. Default: from scratch.",
+        description="A dense arm with one trial, or `pretrained`. The arm's trained model of the same seed is trained "
+        "further with a schedule of its own. It is the control for models that are compressed and fine-tuned. "
+        "Default: from scratch.",
     )
 
     @model_validator(mode="after")
@@ -146,7 +156,8 @@ class CompressedArm(_Arm):
     )
     start: Name | None = Field(
         default=None,
-        description="A dense arm with one trial. Its trained model of the same seed is compressed, then fine-tuned. "
+        description="A dense arm with one trial, or `pretrained`. The arm's trained model of the same seed, or the "
+        "pretrained model, is compressed, then fine-tuned. "
         "Default: from scratch.",
     )
     lr_rule: Value[Literal["uniform", "mup"]] | None = Field(

@@ -48,7 +48,7 @@ def not_compared(config: StudyConfig) -> list[str]:
             "arms of different budgets are compared only where `claims.contrasts` declares it, for example "
             f"{{arm: {missing[0][0].name}, against: {missing[0][1].name}}}"
         )
-    if not dense:
+    if not dense and any(arm.start is None for arm in config.arms):
         lines.append("nothing will be compared with dense: no dense arm from scratch has the study's own size")
     if len(config.seed_list) < MIN_SEEDS:
         lines.append(

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, mod
 
 from analysis.run_schema import MARGINS, OBJECTIVES
 from study.errors import did_you_mean
-from study.spec.arms import BY_SIZE_FIELDS, Arm, DenseArm, MPOArm
+from study.spec.arms import BY_SIZE_FIELDS, PRETRAINED, Arm, DenseArm, MPOArm
 from study.spec.models import Model, PicoGPTModel
 from study.spec.values import (
     Choices,
@@ -39,7 +39,9 @@ DECAY_FRACTION = 0.2
 """Default of `protocol.decay_fraction` (Hägele et al. 2024, section 3)."""
 CHARACTERS, BYTES = "characters", "bytes"
 """Tokenizers that need no folder."""
-RESERVED = ("scratch", "pretrained")
+MODEL_TOKENIZER = "model"
+"""The tokenizer in the folder of the pretrained model."""
+RESERVED = ("scratch", PRETRAINED)
 """Names of starts that are not arms; no arm may have one of these names."""
 
 
@@ -61,7 +63,8 @@ class Corpus(Strict):
     tokenizer: str = Field(
         default=CHARACTERS,
         exclude_if=lambda value: value == CHARACTERS,
-        description="`characters`, `bytes`, or a folder with a Hugging Face tokenizer, relative to the study file.",
+        description="`characters`, `bytes`, `model` (that of the pretrained model), or a folder with a Hugging Face "
+        "tokenizer, relative to the study file.",
     )
     text_column: str = Field(
         default="text",
@@ -83,7 +86,7 @@ class Corpus(Strict):
 class Protocol(Strict):
     """How a model is trained and evaluated; an arm may override steps, schedule, optimiser and learning rates."""
 
-    steps: Steps = Field(default=2000, description="Optimiser steps.")
+    steps: Steps = Field(default=2000, description="Optimiser steps. 0: the start is compressed and evaluated.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=100, description="Steps of linear warm-up.")
     schedule: ScheduleName = Field(
         default="cosine",
@@ -144,7 +147,7 @@ class Protocol(Strict):
 
     @model_validator(mode="after")
     def _warmup_within_steps(self) -> Protocol:
-        if self.warmup_steps >= self.steps:
+        if self.warmup_steps >= self.steps > 0:
             raise ValueError(
                 f"`warmup_steps < steps` must hold, but got warmup_steps={self.warmup_steps}, steps={self.steps}"
             )
@@ -331,6 +334,11 @@ class StudyConfig(Strict):
     )
 
     @property
+    def has_pretrained(self) -> bool:
+        """Whether the model has pretrained weights."""
+        return "pretrained" in self.model.settings
+
+    @property
     def seed_list(self) -> tuple[int, ...]:
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
@@ -355,8 +363,13 @@ class StudyConfig(Strict):
             if name in names:
                 yield f"`arms` has an arm named {name}, a word for what trials start from; give it another name"
         for arm in self.arms:
-            if arm.start is not None:
+            if arm.start == PRETRAINED:
+                if not self.has_pretrained:
+                    yield f"arms[{arm.name}]: `start: pretrained` needs `model.pretrained`, the folder of its weights"
+            elif arm.start is not None:
                 yield from self._problems_of_start(arm)
+            if arm.start is None and (self.protocol.steps if arm.steps is None else arm.steps) == 0:
+                yield f"arms[{arm.name}]: `steps` must be at least 1 without a `start`"
             if isinstance(arm, DenseArm) and self.model.width is None:
                 for key in ("d_model", "d_ff", "init"):
                     if getattr(arm, key) is not None:
@@ -365,6 +378,8 @@ class StudyConfig(Strict):
                 if isinstance(given := getattr(arm, key, None), dict):
                     sizes = arm.sizes or ((self.model.width,) if self.model.width else ())
                     yield from _problems_of_sizes(f"arms[{arm.name}]: `{key}`", given, sizes)
+        if self.corpus.tokenizer == MODEL_TOKENIZER and not self.has_pretrained:
+            yield "`corpus.tokenizer: model` needs `model.pretrained`, the folder of the tokenizer"
         yield from self._problems_of_contrasts(names)
         if 0 < self.execution.gpus < LEAST_SHARE:
             yield f"`execution.gpus` must be 0 or at least {LEAST_SHARE}, but got {self.execution.gpus}"

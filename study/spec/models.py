@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
@@ -67,11 +68,16 @@ class _OtherModel(Strict, ABC):
     model_config = ConfigDict(extra="allow")
 
     context: WideInt = Field(default=256, description=_CONTEXT)
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        default=None,
+        description="Checksum of the pretrained weights and their configuration, or of the file that defines a module "
+        "of your own. Default: that of the files as they are. A study that was begun with other files does not go on.",
+    )
 
     @property
     def recorded(self) -> dict[str, Any]:
         """What `analysis.run_schema` has names for."""
-        return {"model": self.shown, "context": self.context}
+        return {"model": self.shown, "model_sha256": self.sha256, "context": self.context}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,7 +87,8 @@ class _OtherModel(Strict, ABC):
     @property
     def shown(self) -> str:
         """The model in one line."""
-        return f"{self.named} ({', '.join(f'{key}={value}' for key, value in sorted(self.extras.items()))})"
+        settings = ", ".join(f"{key}={value}" for key, value in sorted(self.extras.items()))
+        return f"{self.named} ({settings})" if settings else self.named
 
     @property
     @abstractmethod
@@ -107,22 +114,36 @@ class _OtherModel(Strict, ABC):
 
 
 class HuggingFaceModel(_OtherModel):
-    """A causal language model of Hugging Face, from scratch. Needs the extra `hf`."""
+    """A causal language model of Hugging Face. Needs the extra `hf`."""
 
     architecture: Literal["huggingface"] = Field(description="A model of the library transformers.")
-    config: Name = Field(
-        description="Type of the model, such as `gpt2`, `llama` or `qwen2`. All further keys are settings of its "
-        "configuration, such as `hidden_size`; the vocabulary comes from the corpus."
+    config: Name | None = Field(
+        default=None,
+        description="Type of a model from scratch, such as `gpt2`, `llama` or `qwen2`. All further keys are settings "
+        "of its configuration, such as `hidden_size`; the vocabulary comes from the corpus.",
     )
+    pretrained: str | None = Field(
+        default=None,
+        description="Folder of a pretrained model, relative to the study file, or its name in the hub of Hugging Face. "
+        "Arms with `start: pretrained` begin from its weights. `corpus.tokenizer: model` is its tokenizer.",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> HuggingFaceModel:
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError("exactly one of `config` and `pretrained` must be given")
+        if self.pretrained is not None and self.extras:
+            raise ValueError(f"`{next(iter(self.extras))}` is not allowed beside `pretrained`")
+        return self
 
     @property
     def settings(self) -> dict[str, Any]:
         """What `mpo_core.build_language_model` takes besides the context and the vocabulary."""
-        return {"config": self.config, **super().settings}
+        return {"config": self.config, **super().settings} if self.config else {"pretrained": self.pretrained}
 
     @property
     def named(self) -> str:
-        return self.config
+        return self.config or PurePath(self.pretrained or "").name
 
 
 class OwnModel(_OtherModel):
@@ -132,34 +153,29 @@ class OwnModel(_OtherModel):
         description="MODULE:CLASS, such as `my_models.gru:GRU`, which Python must be able to import on every machine. "
         "All further keys are arguments of the class."
     )
-    code: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
-        default=None,
-        description="SHA-256 of the file that defines the class. Default: that of the file as it is; a study that was "
-        "begun with other code does not go on.",
-    )
-
-    @property
-    def recorded(self) -> dict[str, Any]:
-        """What `analysis.run_schema` has names for."""
-        return {**super().recorded, "model_code": self.code}
 
     @property
     def named(self) -> str:
         return self.architecture
 
 
-def check_code(model: OwnModel) -> OwnModel:
-    """The model with the checksum of its code.
+def with_checksum(model: Model) -> Model:
+    """The model with the checksum of its files, if it has any.
 
     Raises:
-        ValueError: Python cannot import the class, or its code is not that of the study.
+        ValueError: the files cannot be read, or are not those of the study.
     """
-    from mpo_core import code_of  # imports torch, which is slow
+    from mpo_core import code_of, pretrained_sha256  # imports torch, which is slow
 
-    found = code_of(model.architecture)
-    if model.code not in (None, found):
-        raise ValueError(f"the code of {model.architecture} has the checksum {found}, but the study has {model.code}")
-    return model.model_copy(update={"code": found})
+    if isinstance(model, OwnModel):
+        found = code_of(model.architecture)
+    elif isinstance(model, HuggingFaceModel) and model.pretrained is not None:
+        found = pretrained_sha256(model.pretrained)
+    else:
+        return model
+    if model.sha256 not in (None, found):
+        raise ValueError(f"the files of {model.named} have the checksum {found}, but the study has {model.sha256}")
+    return model.model_copy(update={"sha256": found})
 
 
 def _class_of(model: Any) -> str | None:

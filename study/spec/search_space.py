@@ -147,9 +147,9 @@ def example(config: StudyConfig, arm: Arm) -> TrialSpec:
 
 def start_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:
     """The trial whose trained weights a spec starts from; None if it starts from scratch."""
-    if spec.start is None:
+    if spec.start_arm is None:
         return None
-    arm = config.arm(spec.start)
+    arm = config.arm(spec.start_arm)
     return resolve(config, arm, arm.values())  # such an arm has no open values
 
 

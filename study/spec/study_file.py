@@ -14,10 +14,10 @@ import yaml
 from pydantic import ValidationError
 
 from study.errors import StudyError, did_you_mean
-from study.spec.config import Corpus, StudyConfig
+from study.spec.config import MODEL_TOKENIZER, Corpus, StudyConfig
 from study.spec.defects import defects
 from study.spec.kinds import check_kinds
-from study.spec.models import OwnModel, check_code
+from study.spec.models import HuggingFaceModel, with_checksum
 from study.spec.search_space import check_trials
 from study.spec.strict_yaml import MAX_BYTES, MAX_DEPTH, SectionDumper, StrictDumper, parse_yaml
 
@@ -36,12 +36,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         check_kinds(config)
     except StudyError as error:
         raise StudyError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
-    if isinstance(config.model, OwnModel):
-        try:
-            config = config.model_copy(update={"model": check_code(config.model)})
-        except ValueError as error:
-            raise StudyError(f"{path}: model: {error}") from None
-    return config
+    try:
+        return config.model_copy(update={"model": with_checksum(config.model)})
+    except ValueError as error:
+        raise StudyError(f"{path}: model: {error}") from None
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
@@ -61,19 +59,30 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         check_trials(config)
     except StudyError as error:
         raise StudyError(f"{path}: {error}") from None
-    return config.model_copy(update={"corpus": _with_absolute_paths(config.corpus, path)})
+    model = config.model
+    if isinstance(model, HuggingFaceModel) and model.pretrained is not None:
+        model = model.model_copy(update={"pretrained": _absolute("model.pretrained", model.pretrained, path)})
+    corpus = config.corpus
+    if corpus.tokenizer == MODEL_TOKENIZER:
+        corpus = corpus.model_copy(update={"tokenizer": model.settings["pretrained"]})
+    return config.model_copy(update={"model": model, "corpus": _with_absolute_paths(corpus, path)})
+
+
+def _absolute(key: str, path: str, file: Path) -> str:
+    """A path in a study file, which does not depend on where the file is."""
+    if Path(path).is_absolute():
+        return path
+    try:
+        return os.path.realpath(file.parent / path)  # `resolve` raises on circular links
+    except ValueError as error:  # a null character
+        raise StudyError(f"{file}: {key}: {error}") from None
 
 
 def _with_absolute_paths(corpus: Corpus, file: Path) -> Corpus:
     """The corpus of a study file, with paths that do not depend on where the file is."""
 
     def absolute(key: str, path: str) -> str:
-        if Path(path).is_absolute():
-            return path
-        try:
-            return os.path.realpath(file.parent / path)  # `resolve` raises on circular links
-        except ValueError as error:  # a null character
-            raise StudyError(f"{file}: corpus.{key}: {error}") from None
+        return _absolute(f"corpus.{key}", path, file)
 
     changes: dict[str, Any] = {}
     if corpus.path is not None:

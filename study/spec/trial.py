@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat
 
+from study.spec.arms import PRETRAINED
 from study.spec.config import Protocol, StudyConfig
 from study.spec.models import Model
 from study.spec.values import Name, Strict
@@ -37,6 +38,11 @@ class TrialSpec(Strict):
     """None means `reconstruct`."""
     gauge: Literal["free", "fixed"] | None = Field(default=None, exclude_if=lambda value: value is None)
     """None means `free`, and is not written: a spec and its hash are then what they were before there were gauges."""
+
+    @property
+    def start_arm(self) -> str | None:
+        """The arm that this trial waits for."""
+        return None if self.start == PRETRAINED else self.start
 
     @property
     def train_tokens(self) -> int:

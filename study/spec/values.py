@@ -97,7 +97,7 @@ Seeds = Annotated[
     Discriminator(_kind_of_value),
 ]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
-Steps = Annotated[int, Field(ge=1, le=10_000_000)]
+Steps = Annotated[int, Field(ge=0, le=10_000_000)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 """An embedding dimension."""
 WideInt = Annotated[int, Field(ge=1, le=1_000_000)]

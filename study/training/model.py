@@ -10,8 +10,9 @@ from torch import nn
 
 import mpo_core
 from study.errors import StudyError
+from study.spec.arms import PRETRAINED
 from study.spec.kinds import DECOMPOSED
-from study.spec.models import Model, OwnModel, check_code
+from study.spec.models import Model, with_checksum
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
 from study.training.weights import load_weights
 
@@ -32,16 +33,17 @@ def build_model(
         calibration: batches of tokens (B, T) on which a data-aware refinement fits the model.
     """
     device = None if generator_for is not None else "meta"
-    model = _dense(spec.model, vocab_size, device)
+    is_pretrained = spec.start == PRETRAINED
+    model = _dense(spec.model, vocab_size, device, with_weights=is_pretrained)
     if start_weights is not None:
         load_weights(model, start_weights)
-    elif generator_for is not None:
+    elif generator_for is not None and not is_pretrained:
         mpo_core.draw_parameters(model, generator_for, spec.init if spec.family == "dense" else None)
         if spec.model.architecture != "picogpt" and min(spec.model.context, vocab_size) > 1:
             mpo_core.check_causal(model, spec.model.named)
     if spec.family == "dense":
         return model, None
-    starts_fresh = start_weights is None and spec.init != DECOMPOSED
+    starts_fresh = start_weights is None and not is_pretrained and spec.init != DECOMPOSED
     # Without values there is nothing to decompose, and shapes do not depend on the initial values.
     init = (spec.init or "variance") if starts_fresh else None if generator_for is not None else "variance"
     # All linear layers of PicoGPT are replaced, as in the paper; elsewhere the head stays, as people compress them.
@@ -77,11 +79,10 @@ def build_model(
     )
 
 
-def _dense(sizes: Model, vocab_size: int, device: str | None) -> nn.Module:
+def _dense(sizes: Model, vocab_size: int, device: str | None, with_weights: bool = False) -> nn.Module:
     try:
-        if isinstance(sizes, OwnModel):
-            check_code(sizes)
-        how = {"vocab_size": vocab_size, "context": sizes.context, "device": device}
+        with_checksum(sizes)
+        how = {"vocab_size": vocab_size, "context": sizes.context, "device": device, "with_weights": with_weights}
         return mpo_core.build_language_model(sizes.architecture, sizes.settings, **how)
     except ValueError as error:
         raise StudyError(f"model: {error}") from None

@@ -13,6 +13,8 @@ from study.spec.config import Protocol
 
 def learning_rate_at(step: int, protocol: Protocol) -> float:
     """Learning rate at a step, 0 to `steps`: linear warm-up to the peak, then the protocol's schedule."""
+    if protocol.steps == 0:
+        return 0.0
     if step < protocol.warmup_steps:
         return protocol.learning_rate * (step + 1) / protocol.warmup_steps
     return SCHEDULES[protocol.schedule](step, protocol)

@@ -134,7 +134,7 @@ def _final_metrics(training: Training, start_tokens: int) -> dict[str, float]:
         "total_tokens": training.spec.train_tokens + start_tokens,
     }
     for metric in schema.METRICS:
-        if "last" in metric.recorded:
+        if "last" in metric.recorded and metric.name in last:  # without steps there is no training loss
             final[f"final/{metric.name}"] = last[metric.name]
         # A run that an older version began has rows without a newer metric, so its best value is not known.
         if "best" in metric.recorded and all(metric.name in row for row in curve):

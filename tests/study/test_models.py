@@ -154,19 +154,19 @@ def test_a_study_of_own_code_is_bound_to_that_code(study_of, write_study, tmp_pa
     how = ("run", path, "--dir", tmp_path / "out", "--executor", "inline", "--tracking", "off")
     assert command(*how)[0] == 0
     config = load_config(path)
-    assert len(config.model.code) == 64
-    assert config.model.code in dump_config(config)
+    assert len(config.model.sha256) == 64
+    assert config.model.sha256 in dump_config(config)
     code.write_text(text + "\n# changed\n", encoding="utf-8")
     status, _, err = command(*how)
     assert status == 2
-    assert "it differs in model.code (was" in err
+    assert "it differs in model.sha256 (was" in err
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         ({"architecture": "hugingface"}, "must be picogpt, huggingface or MODULE:CLASS, but got .*did you mean huggi"),
-        ({"architecture": "huggingface"}, "model.config: missing, must be given"),
+        ({"architecture": "huggingface"}, "exactly one of `config` and `pretrained` must be given"),
         ({"d_modell": 8}, "model.d_modell: unknown key .did you mean d_model"),
         ({**LLAMA, "hidden_size": [16]}, "`hidden_size` must be a number, a text, true, false or null, but got .16."),
         (3, "model: must be a mapping of keys to values, but got 3"),

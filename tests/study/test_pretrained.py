@@ -1,0 +1,183 @@
+"""Studies that begin from a pretrained model: compression alone, and training after it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from study_fixtures import results_at, run_at
+from typer.testing import CliRunner
+
+from analysis.commands.cli import app
+from study.errors import StudyError
+from study.spec.search_space import listed_specs
+from study.spec.study_file import load_config
+from study.training.loading import load_corpus
+from study.training.train import Training
+from study.training.windows import consecutive_windows
+
+sys.path.append(str(Path(__file__).parents[1] / "mpo_core"))
+from language_models import gpt2, llama, text, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
+
+CONTEXT = 32
+HEAL = {"steps": 6, "warmup_steps": 2, "eval_every": 3}
+ARMS = [
+    {"name": "dense", "family": "dense", "start": "pretrained"},
+    {"name": "low-rank", "family": "low_rank", "as_chi": 4, "start": "pretrained", "refinement": "outputs"},
+    {"name": "mpo", "family": "mpo", "chi": [2, 4], "start": "pretrained", "refinement": "als"},
+    {"name": "healed", "family": "mpo", "chi": 4, "start": "pretrained", **HEAL},
+    {"name": "further", "family": "dense", "start": "pretrained", **HEAL},
+]
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    """Makes a study file of a pretrained model; keywords replace its keys, those of a mapping one by one."""
+
+    def make(kind=llama, **changes):
+        write(kind(), tmp_path / "model")
+        documents = [json.dumps({"text": text(60, seed)}) for seed in range(20)]
+        (tmp_path / "text.jsonl").write_text("\n".join(documents), encoding="utf-8")
+        study = {
+            "name": "tiny",
+            "corpus": {"path": "text.jsonl", "tokenizer": "model"},
+            "model": {"architecture": "huggingface", "pretrained": "model", "context": CONTEXT},
+            "protocol": {"steps": 0, "batch_size": 4, "sampled_eval_batches": 1, "calibration_batches": 3},
+            "seeds": 3,
+            "arms": ARMS,
+        }
+        for key, value in changes.items():
+            study[key] = study[key] | value if isinstance(value, dict) else value
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(study), encoding="utf-8")
+        return path
+
+    return make
+
+
+def corpus_of(config):
+    corpus = config.corpus
+    return load_corpus(corpus.paths, corpus.sha256, corpus.validation_fraction, tokenizer=corpus.tokenizer)
+
+
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_a_pretrained_model_is_evaluated_as_it_is(study_file, model):
+    config = load_config(study_file(model))
+    corpus, spec = corpus_of(config), listed_specs(config)[0]
+    training = Training(spec, 0, corpus)
+    training.run()
+    [row] = training.curve
+    expected, total, n = model().eval(), 0.0, 0
+    with torch.no_grad():
+        for inputs, targets in consecutive_windows(corpus.validation, CONTEXT, 8):
+            logits = expected(inputs.long()).logits
+            total += float(
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.long().flatten(), reduction="sum")
+            )
+            n += targets.numel()
+    assert row["val_loss"] == pytest.approx(total / n, rel=1e-5)
+    assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / corpus.n_predicted_bytes, rel=1e-5)
+    assert row["tokens"] == 0
+
+
+def test_compression_alone_and_training_after_it_are_reported(study_file, tmp_path):
+    file = study_file()
+    outcome = run_at(file, tmp_path / "out", tracking=None)
+    assert (outcome.n_failed, outcome.n_missing, outcome.n_complete) == (0, 0, 18)
+    results = results_at(tmp_path / "out")
+    losses = {key: result.final["final/val_loss"] for key, result in results.items()}
+    assert len({losses[0, seed] for seed in range(3)}) == 1  # a dense model has no calibration text
+    assert len({losses[2, seed] for seed in range(3)}) == 3  # a seed is a sample of it
+    assert all(results[trial, 0].final["total_tokens"] == 0 for trial in range(4))
+    assert all(results[trial, 0].final["total_tokens"] == 6 * 4 * CONTEXT for trial in (4, 5))
+    assert all("final/train_loss" not in results[trial, 0].final for trial in range(4))
+    said = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--out", str(tmp_path / "report")])
+    assert said.exit_code == 0, said.output
+    trials = pd.read_csv(next((tmp_path / "report").rglob("trials.csv")))
+    groups = trials.groupby("arm")["group"].unique().map(list).to_dict()
+    assert groups == {
+        "dense": ["dense"],
+        "low-rank": ["low rank compressed"],
+        "mpo": ["MPO compressed"],
+        "healed": ["MPO fine-tuned"],
+        "further": ["dense fine-tuned"],
+    }
+    assert "there is no dense model" not in said.output
+
+
+def test_a_healed_run_that_was_interrupted_ends_as_an_undisturbed_one(study_file):
+    config = load_config(study_file())
+    corpus, spec = corpus_of(config), next(spec for spec in listed_specs(config) if spec.arm == "healed")
+    undisturbed = Training(spec, 1, corpus)
+    undisturbed.run()
+    interrupted = Training(spec, 1, corpus)
+    interrupted.curve.append(interrupted._evaluation())
+    interrupted.optimiser_step()
+    resumed = Training(spec, 1, corpus)
+    resumed.restore(*interrupted.state())
+    resumed.run()
+    assert resumed.curve == undisturbed.curve
+
+
+def test_other_weights_are_another_study(study_file, tmp_path):
+    file = study_file()
+    arms = [ARMS[0]]
+    run_at(study_file(arms=arms), tmp_path / "out")
+    first = load_config(file).model.sha256
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    write(model, tmp_path / "model")
+    assert load_config(file).model.sha256 != first
+    with pytest.raises(StudyError, match=r"it differs in model.sha256 \(was"):
+        run_at(file, tmp_path / "out")
+    with pytest.raises(StudyError, match=f"have the checksum .*, but the study has {first}"):
+        load_config(file, [f"model.sha256={first}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"hidden_size": 3}}, "model: `hidden_size` is not allowed beside `pretrained`"),
+        ({"model": {"config": "llama"}}, "model: exactly one of `config` and `pretrained` must be given"),
+        ({"model": {"pretrained": "nowhere"}}, "model: .*nowhere is no folder"),
+        (
+            {"protocol": {"steps": 0}, "arms": [{"name": "a", "family": "dense"}]},
+            r"arms\[a\]: `steps` must be at least 1 ",
+        ),
+    ],
+)
+def test_what_does_not_fit_a_pretrained_model_is_one_line(study_file, changes, message):
+    with pytest.raises(StudyError, match=message) as raised:
+        load_config(study_file(**changes))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"context": 65}}, "model: `context` must be at most 64, the model's, but got 65"),
+        ({"corpus": {"tokenizer": "bytes"}}, "model: the corpus has 256 tokens, but the model only 30"),
+    ],
+)
+def test_text_that_does_not_fit_a_pretrained_model_is_one_line(study_file, tmp_path, changes, message):
+    with pytest.raises(StudyError, match=message):
+        run_at(study_file(**changes), tmp_path / "out")
+
+
+def test_a_start_and_a_tokenizer_need_pretrained_weights(study_file, tmp_path):
+    file = study_file()
+    study = yaml.safe_load(file.read_text(encoding="utf-8"))
+    file.write_text(yaml.safe_dump({**study, "model": {"d_model": 8, "n_heads": 2}}), encoding="utf-8")
+    with pytest.raises(StudyError) as raised:
+        load_config(file)
+    assert "arms[dense]: `start: pretrained` needs `model.pretrained`, the folder of its weights" in str(raised.value)
+    assert "`corpus.tokenizer: model` needs `model.pretrained`, the folder of the tokenizer" in str(raised.value)
