@@ -19,7 +19,8 @@ from mpo_core.calibration.collecting import collect_statistics
 from mpo_core.compression.compress import compress
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.models.picogpt import PicoGPT
-from study.spec.config import Model, Protocol
+from study.spec.config import Protocol
+from study.spec.models import PicoGPTModel
 from study.spec.trial import TrialSpec
 from study.training.corpus import Corpus
 from study.training.loading import load_corpus
@@ -86,7 +87,7 @@ def train(corpus: Corpus, steps: int) -> PicoGPT:
         arm="benchmark",
         family="dense",
         init="variance",
-        model=Model(context=CONTEXT),
+        model=PicoGPTModel(context=CONTEXT),
         protocol=Protocol(**protocol, eval_every=steps, sampled_eval_batches=1),
     )
     training = Training(spec, 0, corpus)

@@ -20,7 +20,8 @@ from torch.nn.functional import linear
 
 from benchmarks.measurement import Call, Row, call_of, paired, rate, run_alone, seconds_of
 from mpo_core.layers.mpo import MPOLinear
-from study.spec.config import Model, Protocol
+from study.spec.config import Protocol
+from study.spec.models import PicoGPTModel
 from study.spec.trial import TrialSpec, evaluation_steps
 from study.training.captured import WARM_UP
 from study.training.corpus import CharacterCorpus, Corpus
@@ -48,7 +49,7 @@ def rows() -> list[Row]:
     corpus, device = random_corpus(CHARACTERS), torch.device("cuda")
     protocol = Protocol(steps=100_000)
     families = {"dense": {"family": "dense"}} | {f"MPO χ={chi}": mpo(chi) for chi in (4, 8, 32)}
-    specs = {name: spec_of(family, Model(), protocol) for name, family in families.items()}
+    specs = {name: spec_of(family, PicoGPTModel(), protocol) for name, family in families.items()}
     found = [stacked(name, spec, corpus, device) for name, spec in specs.items()]
     found += [row for name, spec in specs.items() for row in captured(name, spec, corpus, device)]
     found += [row for name, spec in specs.items() for row in precisions(name, spec, corpus, device)]
@@ -67,7 +68,7 @@ def mpo(chi: int, **changes: object) -> dict[str, object]:
     return {"family": "mpo", "chi": chi, "factorisation": "paper", "init": "variance"} | changes
 
 
-def spec_of(family: dict[str, object], model: Model, protocol: Protocol) -> TrialSpec:
+def spec_of(family: dict[str, object], model: PicoGPTModel, protocol: Protocol) -> TrialSpec:
     return TrialSpec.model_validate({"arm": "benchmark", "model": model, "protocol": protocol, **family})
 
 
@@ -190,7 +191,7 @@ def paper(study: dict[str, Any], corpus: Corpus, device: torch.device, rounds: i
     Args:
         study: the content of the study file; its arms are a dense one and an MPO one with several χ.
     """
-    model, protocol = Model(**study["model"]), Protocol(**study["protocol"])
+    model, protocol = PicoGPTModel(**study["model"]), Protocol(**study["protocol"])
     n_seeds, [_, arm] = study["seeds"], study["arms"]
     families = [{"family": "dense"}, *(mpo(chi, init=arm["init"]) for chi in arm["chi"])]
     n_evaluations = len(evaluation_steps(protocol))

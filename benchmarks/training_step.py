@@ -17,8 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measurement import PAIRS, Row, paired, rate, run_alone, seconds_of
 from benchmarks.plain_gpt import PlainTraining
-from mpo_core.models.picogpt import PicoGPT, flops_per_token
-from study.spec.config import Model, Protocol
+from mpo_core.models.language_model import flops_per_token
+from mpo_core.models.picogpt import PicoGPT
+from study.spec.config import Protocol
+from study.spec.models import PicoGPTModel
 from study.spec.trial import TrialSpec
 from study.training.corpus import Corpus
 from study.training.loading import load_corpus
@@ -58,7 +60,7 @@ def rows() -> list[Row]:
 
 def training(corpus: Corpus, **family: object) -> Training:
     protocol = Protocol(steps=100_000)
-    spec = TrialSpec.model_validate({"arm": "benchmark", "model": Model(), "protocol": protocol, **family})
+    spec = TrialSpec.model_validate({"arm": "benchmark", "model": PicoGPTModel(), "protocol": protocol, **family})
     return Training(spec, 0, corpus)
 
 

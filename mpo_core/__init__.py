@@ -27,6 +27,8 @@ from mpo_core.models.generation import generate
 from mpo_core.models.hugging_face import pretrained_sha256
 from mpo_core.models.language_model import (
     check_causal,
+    check_flops,
+    check_trainable,
     draw_parameters,
     flops_per_token,
     head_of,
@@ -68,6 +70,8 @@ __all__ = [
     "build_language_model",
     "chain",
     "check_causal",
+    "check_flops",
+    "check_trainable",
     "code_of",
     "collect_statistics",
     "compress",

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,7 +58,10 @@ def build_language_model(
         raise ValueError(f"{architecture}: {error}") from None
     # A user's constructor may draw values.
     with torch.random.fork_rng(devices=[]), torch.device(device or torch.get_default_device()):
-        model = found(**arguments)
+        try:
+            model = found(**arguments)
+        except Exception as error:  # a user's code may raise anything
+            raise ValueError(f"{architecture} cannot be made: {_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{architecture} must make an nn.Module, but made a {type(model).__name__}")
     return model
@@ -71,26 +77,32 @@ def own_class(architecture: str) -> Any:
     if not separator:
         raise ValueError(f"`architecture` must be picogpt, huggingface or MODULE:CLASS, but got {architecture!r}")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ValueError(f"{architecture}: {error}; Python must be able to import {module}") from None
-    except AttributeError:
-        raise ValueError(f"{architecture}: the module {module} has no {name}") from None
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # a user's code may raise anything
+        raise ValueError(f"{architecture}: {_line(error)}; Python must be able to import {module}") from error
+    if found is None:
+        raise ValueError(f"{architecture}: the module {module} has no {name}")
     if not isinstance(found, type):
         raise ValueError(f"{architecture} is not a class")
     return found
 
 
 def code_of(architecture: str) -> str:
-    """SHA-256 of the file that defines the class "MODULE:CLASS"; line ends do not count.
+    """SHA-256 of the file that defines the class "MODULE:CLASS", when it was imported; line ends do not count.
 
     Raises:
         ValueError: as `own_class`, or the class has no source file.
     """
-    try:
-        file = inspect.getsourcefile(own_class(architecture))
-    except TypeError:
-        file = None
-    if file is None:
+    return _code_of(sys.modules[own_class(architecture).__module__], architecture)
+
+
+@cache
+def _code_of(module: ModuleType, architecture: str) -> str:
+    file = getattr(module, "__file__", None)
+    if file is None or not file.endswith(".py"):
         raise ValueError(f"{architecture} has no source file, so a study cannot record its code")
     return hashlib.sha256(Path(file).read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

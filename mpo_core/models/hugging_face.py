@@ -17,7 +17,10 @@ from torch import nn
 
 _LONGEST = 300
 """Most characters of another library's message."""
-_NOT_SETTINGS = {"architectures", "dtype", "model_type", "transformers_version", "use_cache", "vocab_size"}
+_NOT_SETTINGS = {
+    *("architectures", "dtype", "model_type", "output_attentions", "output_hidden_states", "return_dict"),
+    *("transformers_version", "use_cache", "vocab_size"),
+}
 """Entries of a configuration that a user does not choose."""
 
 
@@ -28,8 +31,8 @@ def load_language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     not run.
 
     Raises:
-        ValueError: transformers is not installed; there is no such model or tokenizer; weights are missing; the model
-            is compressed already; or its prediction of a token depends on later ones.
+        ValueError: transformers is not installed; there is no such model or tokenizer; weights are missing; or the
+            model is compressed already.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -161,10 +164,12 @@ def build_hugging_face(
     with _quiet():
         default = _said(f"the configuration {kind} cannot be made", lambda: transformers.AutoConfig.for_model(kind))
         names = {*default.to_dict(), *type(default).attribute_map} - _NOT_SETTINGS
+        length, aliases = "max_position_embeddings", type(default).attribute_map
         for name in settings:
+            if name in _NOT_SETTINGS or aliases.get(name, name) == aliases.get(length, length) or name == "is_decoder":
+                raise ValueError(f"{name} is not a setting: the study gives it")
             if name not in names:
                 raise ValueError(f"{kind} has no setting {name}{_meant(name, sorted(names))}")
-        length = "max_position_embeddings"
         given = {"vocab_size": vocab_size, "use_cache": False, **settings}
         if "is_decoder" in names:  # an encoder's own default is to see all tokens
             given["is_decoder"] = True

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.structured import StructuredLinear
@@ -146,25 +147,77 @@ def draw_parameters(model: nn.Module, generator_for: Callable[[str], torch.Gener
         generator_for: from a name to a generator: of a parameter in a PicoGPT, of a module in a model of Hugging Face.
         init: of PicoGPT: see `PicoGPT.init_parameters`. Other models have one init, their own.
     Raises:
-        ValueError: an init for a model that has only its own; a module of a user's own without `init_parameters`.
+        ValueError: an init for a model that has only its own; a module of a user's own without `init_parameters`; a
+            parameter gets no value.
     """
-    if config_of(model) is not None:
-        if init is not None:
-            raise ValueError(f"a model of Hugging Face has an init of its own, but got init {init!r}")
-        draw_hugging_face(model, generator_for)
-        return
     own = getattr(model, "init_parameters", None)
-    if own is None:
+    is_hugging_face = config_of(model) is not None
+    if is_hugging_face and init is not None:
+        raise ValueError(f"a model of Hugging Face has an init of its own, but got init {init!r}")
+    if not is_hugging_face and own is None:
         raise ValueError(f"{type(model).__name__} has no method `init_parameters(generator_for)`")
-    own(generator_for, *(() if init is None else (init,)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    if is_hugging_face:
+        draw_hugging_face(model, generator_for)
+    elif own is not None:
+        own(generator_for, *(() if init is None else (init,)))
+    for name, parameter in model.named_parameters():
+        if bool(parameter.isnan().any()):
+            raise ValueError(f"the init of {type(model).__name__} gives {name} no value")
 
 
 @torch.no_grad()
 def check_causal(model: nn.Module, name: str) -> None:
     """Raise ValueError if the model's prediction of a token depends on later ones, as an encoder's does."""
-    device = next(model.parameters()).device
-    one, other = (logits_of(model, torch.tensor([[0, last]], device=device))[0, 0] for last in (0, 1))
-    if not torch.equal(one, other) and float((one - other).abs().max()) > 30 * torch.finfo(one.dtype).eps * float(
-        one.abs().max()
-    ):
+    device, was_training = next(model.parameters()).device, model.training
+    n_tokens = min(8, context_of(model) or 8)
+    tokens = torch.zeros(2, n_tokens, dtype=torch.int64, device=device)
+    tokens[1, -1] = 1
+    try:
+        one, other = logits_of(model.eval(), tokens)[:, :-1]
+    finally:
+        model.train(was_training)
+    largest = float(one.abs().max()) if one.numel() else 0.0
+    if one.numel() and float((one - other).abs().max()) > 30 * torch.finfo(one.dtype).eps * largest:
         raise ValueError(f"{name} is no causal language model: its prediction of a token depends on later tokens")
+
+
+def check_trainable(model: nn.Module, name: str) -> None:
+    """Raise ValueError if the model cannot be trained: its output is random, not causal, or some weights are unused.
+
+    The gradients of its parameters are removed.
+    """
+    device = next(model.parameters()).device
+    n_tokens = min(8, context_of(model) or 8)
+    tokens = torch.arange(n_tokens, device=device)[None] % 2
+    logits = logits_of(model, tokens)
+    with torch.no_grad():
+        if not torch.equal(logits, logits_of(model, tokens)):
+            raise ValueError(f"{name} gives another output at each call, for example by dropout")
+    check_causal(model, name)
+    logits.square().sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        is_used = parameter.grad is not None
+        parameter.grad = None
+        if parameter.requires_grad and not is_used:
+            raise ValueError(f"{name} never uses its parameter {parameter_name}")
+
+
+def check_flops(model: nn.Module, name: str) -> None:
+    """Raise ValueError if `flops_per_token` is not what PyTorch counts; only a model of Hugging Face can be counted.
+
+    The attention of the model is then the library's plain one, so it should not be used any more.
+    """
+    if config_of(model) is None:
+        return
+    hugging_face: Any = model
+    hugging_face.set_attn_implementation("eager")  # PyTorch has no count for the fused product on a CPU
+    n_tokens = min(8, context_of(model) or 8)
+    tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=next(model.parameters()).device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        logits_of(model, tokens)
+    ours, theirs = n_tokens * flops_per_token(model, n_tokens), counter.get_total_flops()
+    if abs(ours - theirs) > 0.01 * theirs:
+        raise ValueError(f"FLOPs of {name} are not known: they would be counted as {ours:,}, but are {theirs:,}")

@@ -14,15 +14,16 @@ from study.spec.trial import TrialShape, TrialSpec
 from study.training.corpus import Corpus
 from study.training.corpus_storage import stored_corpus
 from study.training.loading import load_corpus
-from study.training.model import trial_shape
+from study.training.model import check_model, trial_shape
 from study.training.storage import Storage
 
 
 def study_corpus(config: StudyConfig) -> Corpus:
-    """The study's corpus, checked to be long enough for its context."""
+    """The study's corpus, long enough for its context; the study's model can be trained on it."""
     given = config.corpus
     corpus = load_corpus(given.path, given.sha256, given.validation_fraction, given.tokenizer, given.text_column)
     corpus.check_context(config.model.context)
+    check_model(config, corpus.vocab_size)
     return corpus
 
 

@@ -109,8 +109,8 @@ class Protocol(Strict):
     )
     optimiser: OptimiserName = Field(
         default="adamw",
-        description="`adamw` updates every parameter. `muon` updates the matrices of the transformer's blocks, and "
-        "AdamW all other parameters; see [below](#optimisers).",
+        description="`adamw` updates every parameter. `muon` updates the matrices, except the head's, and AdamW all "
+        "other parameters; see [below](#optimisers).",
         exclude_if=lambda value: value == "adamw",
     )
     learning_rate: PositiveFloat = Field(
@@ -280,7 +280,7 @@ class Execution(Strict):
     seeds_per_unit: Annotated[Literal["auto"] | PositiveInt, BeforeValidator(_seeds_per_unit)] = Field(
         default="auto",
         description="Seeds of a trial that are trained together as one model. `auto`: one on a CPU, all on a GPU. "
-        "Only seeds of PicoGPT can be trained together.",
+        "Only seeds of PicoGPT under AdamW can be trained together.",
     )
     capture: bool = Field(
         default=True,

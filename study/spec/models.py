@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from study.spec.values import Name, PositiveInt, Strict, WideInt, Width
 
 MAX_PARAMS = 1_000_000_000
-"""Largest dense PicoGPT, without its vocabulary; with gradients and moments it takes 16 GB."""
+"""Largest dense model from scratch, PicoGPT's without its vocabulary; with gradients and moments it takes 16 GB."""
 
 _CONTEXT = "Context length in tokens."
 
@@ -22,7 +22,7 @@ class PicoGPTModel(Strict):
 
     architecture: Literal["picogpt"] = Field(
         default="picogpt",
-        description="PicoGPT is the default.",
+        description="The project's own small GPT.",
         exclude_if=lambda value: True,  # studies are recorded as they were before there were other models
     )
     d_model: Width = Field(default=128, description="Embedding dimension.")

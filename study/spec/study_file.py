@@ -87,6 +87,8 @@ def _with_absolute_paths(corpus: Corpus, file: Path) -> Corpus:
     changes: dict[str, Any] = {}
     if corpus.path is not None:
         paths = tuple(absolute("path", path) for path in corpus.paths)
+        if len(set(paths)) < len(paths):
+            raise StudyError(f"{file}: corpus.path: names {max(paths, key=paths.count)} more than once")
         changes["path"] = paths[0] if isinstance(corpus.path, str) else paths
     if corpus.tokenizer_folder is not None:
         changes["tokenizer"] = absolute("tokenizer", corpus.tokenizer_folder)

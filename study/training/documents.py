@@ -244,6 +244,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             if column not in file.schema_arrow.names:
                 raise _no_column(str(path), column, file.schema_arrow.names)
             kind: Any = file.schema_arrow.field(column).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind  # a category of pandas
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise StudyError(f"{path}: the column `{column}` must be a text, but is {kind}")
             for batch in file.iter_batches(_ROWS, columns=[column]):

@@ -11,8 +11,9 @@ from torch import nn
 import mpo_core
 from study.errors import StudyError
 from study.spec.arms import PRETRAINED
+from study.spec.config import StudyConfig
 from study.spec.kinds import DECOMPOSED
-from study.spec.models import Model, with_checksum
+from study.spec.models import MAX_PARAMS, Model, with_checksum
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
 from study.training.weights import load_weights
 
@@ -38,9 +39,10 @@ def build_model(
     if start_weights is not None:
         load_weights(model, start_weights)
     elif generator_for is not None and not is_pretrained:
-        mpo_core.draw_parameters(model, generator_for, spec.init if spec.family == "dense" else None)
-        if spec.model.architecture != "picogpt" and min(spec.model.context, vocab_size) > 1:
-            mpo_core.check_causal(model, spec.model.named)
+        try:
+            mpo_core.draw_parameters(model, generator_for, spec.init if spec.family == "dense" else None)
+        except ValueError as error:
+            raise StudyError(f"model: {error}") from None
     if spec.family == "dense":
         return model, None
     starts_fresh = start_weights is None and not is_pretrained and spec.init != DECOMPOSED
@@ -82,10 +84,39 @@ def build_model(
 def _dense(sizes: Model, vocab_size: int, device: str | None, with_weights: bool = False) -> nn.Module:
     try:
         with_checksum(sizes)
+    except ValueError as error:
+        if device == "meta":
+            raise StudyError(f"model: {error}") from None
+        raise OSError(f"model: {error}") from None  # this machine lacks the files: no failure of the run
+    try:
         how = {"vocab_size": vocab_size, "context": sizes.context, "device": device, "with_weights": with_weights}
         return mpo_core.build_language_model(sizes.architecture, sizes.settings, **how)
     except ValueError as error:
         raise StudyError(f"model: {error}") from None
+
+
+def check_model(config: StudyConfig, vocab_size: int) -> None:
+    """Raise a StudyError if the model cannot be studied, before anything runs; PicoGPT always can."""
+    model = config.model
+    if model.architecture == "picogpt" or min(model.context, vocab_size) < 2:
+        return
+    shapes = _dense(model, vocab_size, "meta")
+    n_params = mpo_core.n_params(shapes)
+    if n_params > MAX_PARAMS:
+        if config.has_pretrained:
+            return  # too large for the driver's machine
+        raise StudyError(f"model: a dense model has at most {MAX_PARAMS:,} parameters, but this one has {n_params:,}")
+    made = _dense(model, vocab_size, None, with_weights=config.has_pretrained)
+    try:
+        if config.has_pretrained:
+            mpo_core.check_causal(made, model.named)
+        else:
+            mpo_core.draw_parameters(made, lambda name: torch.Generator().manual_seed(0))
+            mpo_core.check_trainable(made, model.named)
+        mpo_core.check_flops(made, model.named)
+    except Exception as error:  # code of a library, or of the user
+        line = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise StudyError(f"model: {line}") from error
 
 
 def _sizes_as_mpo(spec: TrialSpec, vocab_size: int) -> dict[str, int]:

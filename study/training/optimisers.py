@@ -112,12 +112,12 @@ def _groups(model: nn.Module, spec: TrialSpec, embedding_lr: float | None) -> li
 
 
 def muon_groups(model: nn.Module, spec: TrialSpec) -> list[Group]:
-    """Groups of the matrices in the transformer's blocks, with "shapes" (see `MuonAndAdamW`), and groups of the rest.
+    """Groups of the matrices, except the head's, with "shapes" (see `MuonAndAdamW`), and groups of the rest.
 
     The rates of the matrices are `learning_rate`, those of the rest `embedding_learning_rate`, each times the
     multiplier of the `lr_rule`. The rest: embeddings, norms, biases and the language-model head.
     """
-    protocol, shapes = spec.protocol, matrices_of_blocks(model)
+    protocol, shapes = spec.protocol, matrices_of(model)
     ratio = (protocol.embedding_learning_rate or protocol.learning_rate) / protocol.learning_rate
     groups: list[Group] = []
     for group in _groups(model, spec, None):
@@ -131,19 +131,21 @@ def muon_groups(model: nn.Module, spec: TrialSpec) -> list[Group]:
     return groups
 
 
-def matrices_of_blocks(model: nn.Module) -> dict[Tensor, tuple[int, int, int]]:
+def matrices_of(model: nn.Module) -> dict[Tensor, tuple[int, int, int]]:
     """(number of matrices, rows, columns) of each parameter that consists of matrices, without the head's.
 
     That is the weight of a linear layer, a low-rank or pruned layer's factor as it is, a core as the matrix
     (left bond · outputs, inputs · right bond), and each diagonal block of a Monarch factor
     (`StructuredLinear.matrix_shapes`). A pruned weight's masked entries change, too, but they never reach the output.
     """
-    of_kinds: dict[Tensor, tuple[int, int, int]] = {}
+    found: dict[Tensor, tuple[int, int, int]] = {}
+    in_role = {model.get_parameter(name) for name in mpo_core.parameters_by_role(model)["matrices"]}
     for layer in model.modules():
         if isinstance(layer, mpo_core.StructuredLinear):
-            of_kinds |= {layer.get_parameter(name): shape for name, shape in layer.matrix_shapes().items()}
-    matrices = [model.get_parameter(name) for name in mpo_core.parameters_by_role(model)["matrices"]]
-    return {matrix: of_kinds.get(matrix, (1, matrix.shape[0], matrix.shape[-1])) for matrix in matrices}
+            shapes = {layer.get_parameter(name): shape for name, shape in layer.matrix_shapes().items()}
+            found |= {factor: shape for factor, shape in shapes.items() if factor in in_role}
+            in_role -= set(layer.factors())  # a kind may leave a factor out
+    return found | {matrix: (1, matrix.shape[0], matrix.shape[1]) for matrix in in_role}
 
 
 class MuonAndAdamW:

@@ -32,12 +32,12 @@ class StackedTraining:
     training when it is checkpointed or over.
 
     Args:
-        trainings: by seed; on the CPU, whatever the device of the stack. Their optimiser must be elementwise
-            (`study.training.optimisers`).
+        trainings: by seed; on the CPU, whatever the device of the stack. `optimisers.why_alone` must find no
+            reason against a stack.
         checkpoints: by seed, for all seeds or for none.
         capture: replay the step on a GPU from CUDA graphs (`study.training.captured`).
     Raises:
-        ValueError: the optimiser is not elementwise.
+        ValueError: the model or the optimiser cannot train several seeds as one model.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class Unit(Strict):
 def run_unit(
     unit: Unit, on_evaluation: Callable[[int, dict[str, float]], None], say: Callable[[str], None] = print
 ) -> list[SeedResult]:
-    """Train the unit's seeds from their newest checkpoints; several seeds are stacked, if their optimiser allows it.
+    """Train the unit's seeds from their newest checkpoints; several seeds are stacked, if model and optimiser allow it.
 
     Args:
         on_evaluation: called with the seed and every row of its learning curve.

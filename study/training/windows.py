@@ -36,7 +36,8 @@ class StackedWindows:
 
     def __init__(self, stacked: Sequence[Windows], device: torch.device | str) -> None:
         first = stacked[0]
-        self._windows = first._tokens.to(device).unfold(0, first._context + 1, 1)
+        # A GPU may not index unsigned numbers.
+        self._windows = first._tokens.to(device).to(torch.int32).unfold(0, first._context + 1, 1)
         self._starts = torch.stack([windows._starts for windows in stacked], dim=1).to(device)
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import mpo_core
 from mpo_core import build_language_model, compress, draw_parameters, flops_per_token, generate, logits_of
 from mpo_core.models.building import code_of, own_class
-from mpo_core.models.language_model import cache_of, check_causal, context_of, head_of, parameters_by_role
+from mpo_core.models.language_model import (
+    cache_of,
+    check_causal,
+    check_flops,
+    check_trainable,
+    context_of,
+    head_of,
+    parameters_by_role,
+)
 
 LLAMA = {
     "config": "llama",
@@ -47,6 +55,26 @@ class OwnGRU(nn.Module):
 
     def other_flops_per_token(self, context):
         return sum(2 * parameter.numel() for parameter in self.gru.parameters() if parameter.ndim == 2)
+
+
+class Drops(OwnGRU):
+    def forward(self, tokens):
+        return nn.functional.dropout(super().forward(tokens), training=self.training)
+
+
+class Forgets(OwnGRU):
+    def init_parameters(self, generator_for):
+        nn.init.normal_(self.embedding.weight, generator=generator_for("embedding"))
+
+
+class Unused(OwnGRU):
+    def forward(self, tokens):
+        return self.lm_head(self.mix(self.embedding(tokens)))
+
+
+class Broken(OwnGRU):
+    def __init__(self, vocab_size, context):
+        raise RuntimeError("two\nlines")
 
 
 class SeesAll(OwnGRU):
@@ -150,11 +178,58 @@ def test_decoding_with_a_cache_gives_the_same_tokens(name):
     assert (cache_of(model, 2) is None) == (name == "own")
 
 
-def test_models_that_see_later_tokens_are_refused():
-    model = build_language_model(f"{__name__}:SeesAll", {}, vocab_size=20, context=12)
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_can_be_trained_pass(name):
+    model = made(name)
+    if name != "bert":  # its second embedding is constant
+        check_trainable(model, name)
+        check_flops(model, name)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def checked(architecture, settings):
+    model = build_language_model(architecture, settings, vocab_size=20, context=12)
     draw_parameters(model, generator_for)
-    with pytest.raises(ValueError, match="SeesAll is no causal language model: its prediction of a token depends on"):
-        check_causal(model, "SeesAll")
+    check_trainable(model, "it")
+    check_flops(model, "it")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("SeesAll", "it is no causal language model: its prediction of a token depends on later tokens"),
+        ("Drops", "it gives another output at each call, for example by dropout"),
+        ("Unused", "it never uses its parameter gru.weight_ih_l0"),
+        ("Forgets", "the init of Forgets gives mix.weight no value"),
+        ("Broken", "Broken cannot be made: two$"),
+    ],
+)
+def test_own_modules_that_cannot_be_studied_are_refused(kind, message):
+    with pytest.raises(ValueError, match=message):
+        checked(f"{__name__}:{kind}", {})
+
+
+BART = {"config": "bart", "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2}
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"config": "openai-gpt", "n_embd": 16, "n_head": 2, "n_layer": 1}, "gives .* no value"),
+        (
+            BART,
+            "never uses its parameter",
+        ),
+        (
+            {"config": "diffllama", **SIZES, "num_key_value_heads": 2},
+            "FLOPs of .* are not known: they would be counted",
+        ),
+    ],
+)
+def test_models_of_the_library_that_cannot_be_studied_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        checked("huggingface", settings)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +239,9 @@ def test_models_that_see_later_tokens_are_refused():
         ("huggingface", {**LLAMA, "hiden_size": 3}, r"llama has no setting hiden_size \(did you mean hidden_size"),
         ("huggingface", {**LLAMA, "hidden_size": 18}, "llama cannot have these settings: .*not a multiple"),
         ("huggingface", {**LLAMA, "attention_dropout": 0.1}, "attention_dropout must be 0: a run is to repeat itself"),
-        ("huggingface", {**LLAMA, "vocab_size": 3}, "llama has no setting vocab_size"),
+        ("huggingface", {**LLAMA, "vocab_size": 3}, "vocab_size is not a setting: the study gives it"),
+        ("huggingface", {**LLAMA, "max_position_embeddings": 3}, "max_position_embeddings is not a setting"),
+        ("huggingface", {**GPT2, "n_positions": 3}, "n_positions is not a setting: the study gives it"),
         ("gpt", {}, "must be picogpt, huggingface or MODULE:CLASS, but got 'gpt'"),
         ("nowhere:GPT", {}, "No module named 'nowhere'; Python must be able to import nowhere"),
         (f"{__name__}:GPT", {}, "the module .* has no GPT"),

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 import mpo_core
 from mpo_core.models.hugging_face import load_language_model
-from mpo_core.models.language_model import context_of, head_of
+from mpo_core.models.language_model import check_causal, context_of, head_of
 
 
 def load(folder, dtype=torch.float32):
@@ -65,7 +65,7 @@ def test_other_kinds_of_models_are_refused(tmp_path):
     language_models.write(encoder, tmp_path / "encoder")
     language_models.write(both, tmp_path / "t5")
     with pytest.raises(ValueError, match="is no causal language model: its prediction of a token depends on later"):
-        load(tmp_path / "encoder")
+        check_causal(load(tmp_path / "encoder")[0], "it")
     with pytest.raises(ValueError, match="is no causal language model, but of the type t5"):
         load(tmp_path / "t5")
 

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from mpo_core.compression.compress import compress
 from mpo_core.compression.counting import n_params
-from mpo_core.models.picogpt import GPTConfig, PicoGPT, flops_per_token, reconstruct_flops, sinusoidal_positions
+from mpo_core.models.language_model import flops_per_token, reconstruct_flops
+from mpo_core.models.picogpt import GPTConfig, PicoGPT, sinusoidal_positions
 
 SMALL = GPTConfig(vocab_size=11, d_model=12, n_heads=3, n_layers=2, context=10, d_ff=20)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import own_models
@@ -157,6 +158,8 @@ def test_a_study_of_own_code_is_bound_to_that_code(study_of, write_study, tmp_pa
     assert len(config.model.sha256) == 64
     assert config.model.sha256 in dump_config(config)
     code.write_text(text + "\n# changed\n", encoding="utf-8")
+    assert command(*how)[0] == 0  # this program has the old code
+    del sys.modules["user_models"]
     status, _, err = command(*how)
     assert status == 2
     assert "it differs in model.sha256 (was" in err

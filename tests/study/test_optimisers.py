@@ -15,7 +15,7 @@ from study.commands.winners import write_winners
 from study.ledger.directory import StudyDirectory
 from study.spec.values import OptimiserName
 from study.training.checkpoints import pack_tensors, unpack_tensors
-from study.training.optimisers import OPTIMISERS, MuonAndAdamW, matrices_of_blocks, muon_groups
+from study.training.optimisers import OPTIMISERS, MuonAndAdamW, matrices_of, muon_groups
 from study.training.seed_run import train_seed
 from study.training.stacked import StackedTraining
 from study.training.train import Training
@@ -155,7 +155,7 @@ def test_embeddings_have_the_rate_of_the_layers_by_default(spec_of, corpus):
 def test_matrices_share_the_memory_of_parameters(spec_of, corpus, arm):
     training = Training(spec_of(MUON, **arm), 0, corpus)
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
-    shapes = matrices_of_blocks(training.model)
+    shapes = matrices_of(training.model)
     training.optimiser_step()
     for name, parameter in training.model.named_parameters():
         assert not torch.equal(parameter, before[name]), name

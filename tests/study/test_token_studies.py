@@ -180,13 +180,13 @@ def test_mlflow_and_analysis_know_the_tokenizer(tmp_path, mlflow_template):  # n
         run_at(file, tmp_path / f"of-{name}", tracking=None)
     folder = tmp_path / "of-tokens"
     [run] = runs_in(folder / "mlflow.db", "tokens")[f"{StudyDirectory(folder).uuid()}/0"]
-    assert run.data.params["tokenizer"].startswith("pairs (")
+    assert run.data.params["tokenizer"].startswith("folder ")
     assert run.data.params["vocab_size"] == "280"
     runs = [load_study(resolve_study(tmp_path / f"of-{name}")) for name in files]
     assert runs[0].seeds["final/bits_per_byte"].notna().all()
     assert runs[0].trials["corpus_sha256"].unique() == runs[1].trials["corpus_sha256"].unique()
     write_report(runs[0], folder / "report", light=True)
-    with pytest.raises(AnalysisError, match=r"cannot be compared: tokenizer is pairs \(.*\) in the first and bytes in"):
+    with pytest.raises(AnalysisError, match=r"cannot be compared: tokenizer is folder \w+ in the first and bytes in"):
         join_studies(runs)
     config, directory = load_config(files["tokens"]), StudyDirectory(folder)
     shutil.rmtree(tmp_path / "pairs")

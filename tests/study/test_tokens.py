@@ -90,7 +90,7 @@ def test_one_text_is_split_where_its_characters_are(text_file, folder, kind):
     assert int(corpus.tokens.long().max()) < corpus.vocab_size
     assert corpus.tokens.dtype == torch.uint16
     assert corpus.unit == {"bytes": "bytes", "folder": "tokens"}[kind]
-    assert (characters.tokenizer, corpus.tokenizer.split(" ")[0]) == ("characters", kind.replace("folder", "pairs"))
+    assert (characters.tokenizer, corpus.tokenizer.split(" ")[0]) == ("characters", kind)
 
 
 @pytest.mark.parametrize("kind", ["characters", "bytes", "folder", "without end"])
@@ -332,8 +332,8 @@ def test_token_file_is_a_corpus_that_must_fit(lines, folder, tmp_path):
     assert load_corpus(path, corpus.text_sha256, tokenizer=str(folder)).sha256 == corpus.sha256
     another = byte_pairs(tmp_path / "another", TEXT, 270)
     for options, said in (
-        ({"tokenizer": "bytes"}, "its tokens are those of pairs"),
-        ({"tokenizer": str(another)}, "its tokens are those of pairs"),
+        ({"tokenizer": "bytes"}, "its tokens are those of folder"),
+        ({"tokenizer": str(another)}, "its tokens are those of folder"),
         ({"tokenizer": str(folder), "validation_fraction": 0.2}, "split by corpus.validation_fraction=0.1"),
         ({"tokenizer": str(folder), "sha256": "0" * 64}, "wrong checksum"),
     ):
