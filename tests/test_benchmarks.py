@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,3 +272,13 @@ def test_a_cell_of_layers_checks_and_measures(use, monkeypatch):
         "auto against our best mode",
     ]
     assert all(row.sizes == {"width": 64, "tokens": 3, "χ": 4} for row in rows)
+
+
+# minilm needs a package of the extra `bench`.
+FILES = [path for path in sorted(Path(bench.__file__).parent.glob("*.py")) if path.stem != "minilm"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's tables
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_benchmark_can_be_imported(path):
+    importlib.import_module(f"benchmarks.{path.stem}")

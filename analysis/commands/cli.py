@@ -100,7 +100,7 @@ def report(
         raise AnalysisError("a report on several studies cannot be published; publish a report on each study")
     runs, out = _read(studies or [], tracking_uri, experiment, cache, out, "report")
     findings = write_report(runs, out, light=is_light)
-    console = Console(markup=False)  # names are free text
+    console = Console(markup=False, emoji=False)  # names are free text
     for answer in answers(findings)[1:]:  # the user knows what was run
         shown, title = answer.rows, answer.question
         if "verdict" in shown:
@@ -141,7 +141,7 @@ def paper(
 
     runs, out = _read([study] if study else [], tracking_uri, experiment, cache, out, "paper")
     written = write_comparison(runs, out)
-    console = Console(markup=False)  # names are free text
+    console = Console(markup=False, emoji=False)  # names are free text
     for place, shown in written.comparison.shown.groupby("place", sort=False):
         console.print(_beside_each_other(str(place), shown, written.comparison.data.loc[shown.index]))
     lacking = missing(written.trials)

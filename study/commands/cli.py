@@ -56,7 +56,7 @@ app = typer.Typer(
     help="Run studies of compressed transformers over many trials and seeds.",
 )
 console = Console(
-    width=None if sys.stdout is not None and sys.stdout.isatty() else 140, markup=False
+    width=None if sys.stdout is not None and sys.stdout.isatty() else 140, markup=False, emoji=False
 )  # wide lines suit a log file
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def say(console: Console, line: str, *, is_trouble: bool = False) -> None:
     """Print a line unchanged and unbroken, whatever brackets and addresses it contains."""
-    console.print(line, style="red" if is_trouble else None, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, style="red" if is_trouble else None, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class StudyProgress:

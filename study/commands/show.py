@@ -179,7 +179,7 @@ def _say_what_is_left(console: Console, now: StudyStatus, again: str) -> None:
 
 def _say_words(console: Console, line: str, style: str | None = None) -> None:
     """Print a line, which a terminal gets wrapped between words."""
-    console.print(line, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _say_command(console: Console, words: str, command: str) -> None:

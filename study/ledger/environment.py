@@ -13,7 +13,7 @@ from typing import Any
 from study.errors import StudyError
 from study.training.program import this_program
 
-_PACKAGES = ("mpo-study", "torch", "ray", "optuna", "mlflow", "numpy", "pandas")
+_PACKAGES = ("mpo-study", "torch", "ray", "optuna", "mlflow", "numpy", "pandas", "transformers")
 
 
 def environment() -> dict[str, Any]:
@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
 def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Differences between environments that can change a result, as `torch was 2.1, is 2.2`.
 
-    Compares Python, torch and this program.
+    Compares Python, torch, transformers and this program.
     """
 
     def named(one: Mapping[str, Any]) -> dict[str, str | None]:
@@ -51,6 +51,7 @@ def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         return {
             "python": one.get("python"),
             "torch": packages.get("torch"),
+            "transformers": packages.get("transformers"),  # models, initial values and tokenizers
             "mpo-study": packages.get("mpo-study"),
             "the git commit": commit[:12] if commit else None,
             "the fingerprint of this program": one.get("program"),
