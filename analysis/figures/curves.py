@@ -71,7 +71,7 @@ def _draw_panel(axes: Axes, panel: str, means: pd.DataFrame, curves: pd.DataFram
     own = means[means["panel"] == panel]
     styles = style.group_styles(means["group"])
     axes.set_title(panel, loc="left")
-    axes.set_xlim(0, own["tokens"].max() or 1)  # nothing was trained
+    axes.set_xlim(0, own["tokens"].max())
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(lambda tick, _: style.format_count(float(f"{tick:.3g}")))
     axes.set_xlabel("Training tokens of this run")

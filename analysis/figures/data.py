@@ -89,7 +89,7 @@ def curves_left_out(summary: pd.DataFrame) -> str:
 
 
 def _with_curves(summary: pd.DataFrame) -> pd.DataFrame:
-    complete = summary[(summary["n_seeds"] > 0) & summary["stopped"].isna()]
+    complete = summary[(summary["n_seeds"] > 0) & summary["stopped"].isna() & (summary["steps"] > 0)]
     is_reference = complete["trial"].isin(sole_reference(summary)["trial"])
     return complete.assign(panel=complete["group"].map(panel_of), is_reference=is_reference)
 

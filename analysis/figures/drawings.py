@@ -46,7 +46,7 @@ def drawings(findings: Findings) -> list[Drawing]:
         *_forests(findings),
         *_families(findings),
         *_retained(findings),
-        _learning_curves(findings, note),
+        *_learning_curves(findings, note),
         *_rel_errors(findings),
         *_importance(findings),
         *_ranks(findings),
@@ -121,12 +121,14 @@ def _retained(findings: Findings) -> Iterator[Drawing]:
         )
 
 
-def _learning_curves(findings: Findings, note: str) -> Drawing:
+def _learning_curves(findings: Findings, note: str) -> Iterator[Drawing]:
     summary = findings.summary
     shown = data.curve_trials(summary)
+    if shown.empty:  # nothing was trained
+        return
     curves = load_curves(findings.runs, shown["trial"].tolist())
     means = data.curve_means(shown, curves)
-    return Drawing(
+    yield Drawing(
         "learning_curves",
         learning_curves_figure(means, curves, f"{data.curves_left_out(summary)} {note}".strip()),
         "Learning curves",
