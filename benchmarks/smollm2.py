@@ -51,7 +51,8 @@ SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536))
 
 def halves(*shapes: tuple[int, int]) -> list[tuple[str, dict[str, Any]]]:
     """An MPO of two sites with the longer side of a matrix cut in two: each way to do so."""
-    return [("mpo", {"d_out": d_out, "d_in": d_in}) for shape in shapes for d_out, d_in in splits_to_try(*shape)]
+    splits = [split for shape in shapes for split in splits_to_try(*shape)]
+    return [("mpo", {"d_out": d_out, "d_in": d_in, "forward": "chain"}) for d_out, d_in in splits]
 
 
 FIXED = {"gauge": "fixed"}
