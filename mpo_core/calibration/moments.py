@@ -1,4 +1,4 @@
-"""Second moments of vectors, summed batch by batch: of inputs and of output gradients, by layer."""
+"""Second moments of the inputs and of the output gradients of layers, summed batch by batch."""
 
 from __future__ import annotations
 

@@ -68,11 +68,8 @@ def build_pretrained(
     Raises:
         ValueError: transformers is not installed; no such model, or weights are missing; the text does not fit.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"{folder} is no folder")
-    _check_folder(path)
-    transformers, what = _transformers(), f"{folder} cannot be loaded"
+    _check_folder(Path(folder))
+    what = f"{folder} cannot be loaded"
     with _quiet():
         config = _config(folder, what)
         text = config.get_text_config()
@@ -88,10 +85,7 @@ def build_pretrained(
         place = torch.device(device or torch.get_default_device())
         if with_weights and place.type != "meta":
             return _with_weights(folder, config, torch.float32, what).to(place).train()
-        with torch.random.fork_rng(devices=[]), place:
-            return _said(
-                what, lambda: transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            ).train()
+        return _from_scratch(config, what, place, dtype=torch.float32)
 
 
 def pretrained_sha256(folder: str) -> str:
@@ -101,8 +95,6 @@ def pretrained_sha256(folder: str) -> str:
         ValueError: the folder holds no such model.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"{folder} is no folder")
     _check_folder(path)
     files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
     if len(files) == 1:
@@ -121,6 +113,8 @@ def _sha256_of(files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
     if (folder / "mpo_core.json").exists():
         raise ValueError(f"{folder} holds a model that `mpo_core.save` wrote: give the dense model")
     if not (folder / "config.json").exists():
@@ -133,6 +127,13 @@ def _config(name: str, what: str) -> Any:
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{name} is no causal language model, but of the type {config.model_type}")
     return config
+
+
+def _from_scratch(config: Any, what: str, device: torch.device | str, **options: Any) -> Any:
+    make = _transformers().AutoModelForCausalLM.from_config
+    # The library's constructor draws values from the global generator.
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        return _said(what, lambda: make(config, **options)).train()
 
 
 def _with_weights(name: str, config: Any, dtype: torch.dtype, what: str) -> Any:
@@ -152,7 +153,7 @@ def build_hugging_face(
     """A causal language model of that type, such as "llama", from scratch; its values are not drawn yet.
 
     Args:
-        settings: of its configuration, by the names that the library has for this type.
+        settings: settings of its configuration, by the library's names for this type.
         context: its longest sequence, if the configuration has such a setting.
     Raises:
         ValueError: transformers is not installed; an unknown type or setting, or one that does not fit the others.
@@ -182,10 +183,7 @@ def build_hugging_face(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # those of the library's own vocabulary
             given.setdefault(name, None)
         config = _said(f"{kind} cannot have these settings", lambda: transformers.AutoConfig.for_model(kind, **given))
-        # The library's constructor draws values from the global generator.
-        with torch.random.fork_rng(devices=[]), torch.device(device or torch.get_default_device()):
-            make = lambda: transformers.AutoModelForCausalLM.from_config(config)  # noqa: E731
-            return _said(f"{kind} cannot have these settings", make).train()
+        return _from_scratch(config, f"{kind} cannot have these settings", device or torch.get_default_device())
 
 
 @torch.no_grad()

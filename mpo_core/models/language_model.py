@@ -1,4 +1,4 @@
-"""What a study needs of any causal language model: its logits, its parameters by role, and its FLOPs.
+"""The interface of a causal language model: its logits, its parameters by role, and its FLOPs.
 
 A model is a PicoGPT, one of Hugging Face, or a module of a user's own. A module of a user's own has a `forward` from
 tokens (B, T) to logits (B, T, V), `init_parameters(generator_for)`, and `other_flops_per_token(context)`.
@@ -22,7 +22,8 @@ from mpo_core.models.picogpt import KeyValueCache, PicoGPT
 from mpo_core.tensor_train.bonds import contraction_order
 
 ROLES = ("embeddings", "matrices", "head", "rest")
-
+_N_TRIED = 8
+"""Tokens on which a model is tried."""
 
 Cache = KeyValueCache | HuggingFaceCache
 """Keys and values of the tokens so far; `length` is their number."""
@@ -32,7 +33,7 @@ def logits_of(model: Callable[..., Any], tokens: Tensor, cache: Cache | None = N
     """Logits (B, T, V) of the token that follows each of the tokens (B, T).
 
     Args:
-        cache: of the tokens before these, from `cache_of`; those of the given tokens are added to it.
+        cache: keys and values of the tokens before these, from `cache_of`. Those of the given tokens are added to it.
     """
     if isinstance(cache, HuggingFaceCache):
         return model(tokens, past_key_values=cache.tensors, use_cache=True).logits
@@ -94,7 +95,7 @@ def parameters_by_role(model: nn.Module) -> dict[str, list[str]]:
 
 
 def other_flops_per_token(model: nn.Module, context: int) -> int:
-    """FLOPs per token outside linear layers: of attention scores, and of weights times values, causality not used.
+    """FLOPs per token outside linear layers: attention scores, and weights times values, of all pairs of tokens.
 
     Raises:
         ValueError: a model of Hugging Face that has other matrices, such as experts; a module of a user's own that
@@ -144,8 +145,9 @@ def draw_parameters(model: nn.Module, generator_for: Callable[[str], torch.Gener
     """Draw the initial values of a dense model, each parameter or module from a generator of its own.
 
     Args:
-        generator_for: from a name to a generator: of a parameter in a PicoGPT, of a module in a model of Hugging Face.
-        init: of PicoGPT: see `PicoGPT.init_parameters`. Other models have one init, their own.
+        generator_for: gives the generator for a name. The name is that of a parameter in a PicoGPT, and that of a
+            module in a model of Hugging Face.
+        init: see `PicoGPT.init_parameters`. Default: "paper" for a PicoGPT. Other models have only their own.
     Raises:
         ValueError: an init for a model that has only its own; a module of a user's own without `init_parameters`; a
             parameter gets no value.
@@ -161,7 +163,8 @@ def draw_parameters(model: nn.Module, generator_for: Callable[[str], torch.Gener
             parameter.fill_(math.nan)
     if is_hugging_face:
         draw_hugging_face(model, generator_for)
-    elif own is not None:
+    else:
+        assert own is not None
         own(generator_for, *(() if init is None else (init,)))
     for name, parameter in model.named_parameters():
         if bool(parameter.isnan().any()):
@@ -172,7 +175,7 @@ def draw_parameters(model: nn.Module, generator_for: Callable[[str], torch.Gener
 def check_causal(model: nn.Module, name: str) -> None:
     """Raise ValueError if the model's prediction of a token depends on later ones, as an encoder's does."""
     device, was_training = next(model.parameters()).device, model.training
-    n_tokens = min(8, context_of(model) or 8)
+    n_tokens = min(_N_TRIED, context_of(model) or _N_TRIED)
     tokens = torch.zeros(2, n_tokens, dtype=torch.int64, device=device)
     tokens[1, -1] = 1
     try:
@@ -190,7 +193,7 @@ def check_trainable(model: nn.Module, name: str) -> None:
     The gradients of its parameters are removed.
     """
     device = next(model.parameters()).device
-    n_tokens = min(8, context_of(model) or 8)
+    n_tokens = min(_N_TRIED, context_of(model) or _N_TRIED)
     tokens = torch.arange(n_tokens, device=device)[None] % 2
     logits = logits_of(model, tokens)
     with torch.no_grad():
@@ -214,7 +217,7 @@ def check_flops(model: nn.Module, name: str) -> None:
         return
     hugging_face: Any = model
     hugging_face.set_attn_implementation("eager")  # PyTorch has no count for the fused product on a CPU
-    n_tokens = min(8, context_of(model) or 8)
+    n_tokens = min(_N_TRIED, context_of(model) or _N_TRIED)
     tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=next(model.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         logits_of(model, tokens)

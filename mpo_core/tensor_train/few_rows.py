@@ -49,7 +49,7 @@ def chain_of_few_rows(
 
     Args:
         stored: the cores, or what `gauge.fix_cores` stores of them.
-        orders: of the rows of all cores but the last in the fixed gauge; empty in the free gauge.
+        orders: in the fixed gauge, the orders of the rows of all cores but the last. Empty in the free gauge.
         shapes: of the cores.
         x: (..., prod(d_in)). direction: "left" or "right".
     Returns:

@@ -124,7 +124,7 @@ class HuggingFaceModel(_OtherModel):
     )
     pretrained: str | None = Field(
         default=None,
-        description="Folder of a pretrained model, relative to the study file, or its name in the hub of Hugging Face. "
+        description="Folder of a pretrained model with weights in safetensors, relative to the study file. "
         "Arms with `start: pretrained` begin from its weights. `corpus.tokenizer: model` is its tokenizer.",
     )
 
@@ -165,14 +165,12 @@ def with_checksum(model: Model) -> Model:
     Raises:
         ValueError: the files cannot be read, or are not those of the study.
     """
+    folder = model.pretrained if isinstance(model, HuggingFaceModel) else None
+    if isinstance(model, PicoGPTModel) or (isinstance(model, HuggingFaceModel) and folder is None):
+        return model
     from mpo_core import code_of, pretrained_sha256  # imports torch, which is slow
 
-    if isinstance(model, OwnModel):
-        found = code_of(model.architecture)
-    elif isinstance(model, HuggingFaceModel) and model.pretrained is not None:
-        found = pretrained_sha256(model.pretrained)
-    else:
-        return model
+    found = code_of(model.architecture) if folder is None else pretrained_sha256(folder)
     if model.sha256 not in (None, found):
         raise ValueError(f"the files of {model.named} have the checksum {found}, but the study has {model.sha256}")
     return model.model_copy(update={"sha256": found})

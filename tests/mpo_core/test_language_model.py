@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from own_models import OwnGRU
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,28 +36,6 @@ GPT2 = {"config": "gpt2", "n_embd": 16, "n_head": 2, "n_layer": 2}
 BERT = {"config": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
 
-class OwnGRU(nn.Module):
-    """A recurrent language model, as a user may write one."""
-
-    def __init__(self, vocab_size, context, width=8):
-        super().__init__()
-        self.context = context
-        self.embedding = nn.Embedding(vocab_size, width)
-        self.mix = nn.Linear(width, width)
-        self.gru = nn.GRU(width, width, batch_first=True)
-        self.lm_head = nn.Linear(width, vocab_size, bias=False)
-
-    def forward(self, tokens):
-        return self.lm_head(self.gru(self.mix(self.embedding(tokens)))[0])
-
-    def init_parameters(self, generator_for):
-        for name, parameter in self.named_parameters():
-            nn.init.normal_(parameter, std=0.3, generator=generator_for(name))
-
-    def other_flops_per_token(self, context):
-        return sum(2 * parameter.numel() for parameter in self.gru.parameters() if parameter.ndim == 2)
-
-
 class Drops(OwnGRU):
     def forward(self, tokens):
         return nn.functional.dropout(super().forward(tokens), training=self.training)
@@ -82,7 +61,7 @@ class SeesAll(OwnGRU):
         return self.lm_head(self.embedding(tokens) + self.embedding(tokens).mean(1, keepdim=True))
 
 
-OWN = f"{__name__}:OwnGRU"
+OWN = "own_models:OwnGRU"
 MODELS = {
     "picogpt": ("picogpt", {"d_model": 16, "n_heads": 2, "n_layers": 2}),
     "llama": ("huggingface", LLAMA),
@@ -244,8 +223,8 @@ def test_models_of_the_library_that_cannot_be_studied_are_refused(settings, mess
         ("huggingface", {**GPT2, "n_positions": 3}, "n_positions is not a setting: the study gives it"),
         ("gpt", {}, "must be picogpt, huggingface or MODULE:CLASS, but got 'gpt'"),
         ("nowhere:GPT", {}, "No module named 'nowhere'; Python must be able to import nowhere"),
-        (f"{__name__}:GPT", {}, "the module .* has no GPT"),
-        (f"{__name__}:MODELS", {}, "is not a class"),
+        ("own_models:GPT", {}, "the module .* has no GPT"),
+        ("own_models:nn", {}, "is not a class"),
         (OWN, {"wdth": 3}, "unexpected keyword argument 'wdth'"),
         ("torch.nn:Linear", {"in_features": 2}, "unexpected keyword argument|missing a required argument"),
     ],

@@ -30,6 +30,8 @@ from study.ledger.ledger import Ledger
 from study.ledger.snapshot import read_ledger
 from study.spec.study_file import load_config
 from study.spec.trial import SeedResult, now
+from study.training.checkpoints import pack_tensors, unpack_tensors
+from study.training.train import Training
 
 DENSE = {"name": "dense", "family": "dense"}
 MPO = {"name": "mpo", "family": "mpo", "chi": [2, 4]}
@@ -264,3 +266,16 @@ def contents(path: Path, name: str = "tiny") -> dict[str, list]:
         ]
         for key, runs in runs_in(path, name).items()
     }
+
+
+def undisturbed_and_resumed(spec, seed: int, corpus, n_steps: int) -> tuple[Training, Training]:
+    """Two trainings to the last step: one at once, and one from a written checkpoint after n_steps."""
+    undisturbed, interrupted, resumed = (Training(spec, seed, corpus) for _ in range(3))
+    undisturbed.run()
+    for _ in range(n_steps):
+        if interrupted.evaluation_is_due:
+            interrupted.curve.append(interrupted._evaluation())
+        interrupted.optimiser_step()
+    resumed.restore(*unpack_tensors(pack_tensors(*interrupted.state())))
+    resumed.run()
+    return undisturbed, resumed

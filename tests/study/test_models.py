@@ -9,6 +9,7 @@ import own_models
 import pytest
 import torch
 import yaml
+from study_fixtures import undisturbed_and_resumed
 
 from study.errors import StudyError
 from study.spec.definition import definition
@@ -91,16 +92,7 @@ def test_every_arm_of_a_study_trains(study_of, corpus, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_an_interrupted_run_ends_as_an_undisturbed_one(study_of, corpus, name):
     [spec] = listed_specs(validate(study_of(name, arms=[{"name": "mpo", "family": "mpo", "chi": 2}]), "here"))
-    undisturbed = Training(spec, 0, corpus)
-    undisturbed.run()
-    interrupted = Training(spec, 0, corpus)
-    for _ in range(5):
-        if interrupted.evaluation_is_due:
-            interrupted.curve.append(interrupted._evaluation())
-        interrupted.optimiser_step()
-    resumed = Training(spec, 0, corpus)
-    resumed.restore(*interrupted.state())
-    resumed.run()
+    undisturbed, resumed = undisturbed_and_resumed(spec, 0, corpus, n_steps=5)
     assert resumed.curve == undisturbed.curve
     for (key, ours), theirs in zip(
         resumed.model.state_dict().items(), undisturbed.model.state_dict().values(), strict=True

@@ -6,7 +6,16 @@ from typing import get_args
 
 import pytest
 import torch
-from study_fixtures import DENSE, SEARCHED, printed_by_run, results_at, run_at, write_search, write_study
+from study_fixtures import (
+    DENSE,
+    SEARCHED,
+    printed_by_run,
+    results_at,
+    run_at,
+    undisturbed_and_resumed,
+    write_search,
+    write_study,
+)
 from torch import nn
 
 from analysis.runs.load import load_study, resolve_study
@@ -14,7 +23,6 @@ from mpo_core import LowRankLinear, MonarchLinear, MPOLinear, PrunedLinear, Stru
 from study.commands.winners import write_winners
 from study.ledger.directory import StudyDirectory
 from study.spec.values import OptimiserName
-from study.training.checkpoints import pack_tensors, unpack_tensors
 from study.training.optimisers import OPTIMISERS, MuonAndAdamW, matrices_of, muon_groups
 from study.training.seed_run import train_seed
 from study.training.stacked import StackedTraining
@@ -175,17 +183,7 @@ def test_muon_learns(spec_of, corpus):
 @pytest.mark.parametrize("protocol", [MUON, MUON | {"schedule": "wsd", "gradient_accumulation": 2}], ids=str)
 def test_resumed_is_undisturbed_bit_for_bit(spec_of, corpus, arm, protocol):
     spec = spec_of(protocol, **arm)
-    undisturbed = Training(spec, 0, corpus)
-    undisturbed.run()
-    first = Training(spec, 0, corpus)
-    for _ in range(5):
-        if first.evaluation_is_due:
-            first.curve.append(first._evaluation())
-        first.optimiser_step()
-    written = unpack_tensors(pack_tensors(*first.state()))
-    second = Training(spec, 0, corpus)
-    second.restore(*written)
-    second.run()
+    undisturbed, second = undisturbed_and_resumed(spec, 0, corpus, n_steps=5)
     assert second.curve == undisturbed.curve
     for name, value in undisturbed.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name

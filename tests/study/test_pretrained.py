@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import yaml
-from study_fixtures import results_at, run_at
+from language_models import gpt2, llama, text, write
+from study_fixtures import results_at, run_at, undisturbed_and_resumed
 from typer.testing import CliRunner
 
 from analysis.commands.cli import app
@@ -21,9 +20,6 @@ from study.spec.study_file import load_config
 from study.training.loading import load_corpus
 from study.training.train import Training
 from study.training.windows import consecutive_windows
-
-sys.path.append(str(Path(__file__).parents[1] / "mpo_core"))
-from language_models import gpt2, llama, text, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 
@@ -116,14 +112,7 @@ def test_compression_alone_and_training_after_it_are_reported(study_file, tmp_pa
 def test_a_healed_run_that_was_interrupted_ends_as_an_undisturbed_one(study_file):
     config = load_config(study_file())
     corpus, spec = corpus_of(config), next(spec for spec in listed_specs(config) if spec.arm == "healed")
-    undisturbed = Training(spec, 1, corpus)
-    undisturbed.run()
-    interrupted = Training(spec, 1, corpus)
-    interrupted.curve.append(interrupted._evaluation())
-    interrupted.optimiser_step()
-    resumed = Training(spec, 1, corpus)
-    resumed.restore(*interrupted.state())
-    resumed.run()
+    undisturbed, resumed = undisturbed_and_resumed(spec, 1, corpus, n_steps=1)
     assert resumed.curve == undisturbed.curve
 
 
