@@ -10,6 +10,11 @@ class StudyError(Exception):
     """An error that a user can correct; the message says what is wrong, where, and what is allowed."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the error's name if it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(word: object, allowed: Iterable[str]) -> str:
     """ " (did you mean X?)", where X is the allowed word nearest to this one; "" if none is near."""
     of_lower = {each.lower(): each for each in allowed}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mpo_core
-from study.errors import StudyError
+from study.errors import StudyError, first_line
 from study.spec.arms import PRETRAINED
 from study.spec.config import StudyConfig
 from study.spec.kinds import DECOMPOSED
@@ -115,8 +115,7 @@ def check_model(config: StudyConfig, vocab_size: int) -> None:
             mpo_core.check_trainable(made, model.named)
         mpo_core.check_flops(made, model.named)
     except Exception as error:  # code of a library, or of the user
-        line = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise StudyError(f"model: {line}") from error
+        raise StudyError(f"model: {first_line(error)}") from error
 
 
 def _sizes_as_mpo(spec: TrialSpec, vocab_size: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from analysis.runs.urls import hide_password
-from study.errors import StudyError
+from study.errors import StudyError, first_line
 from study.training.files import replace_file, replacing
 
 
@@ -162,4 +162,4 @@ class Storage:
 
 def _first_line(error: Exception, url: str) -> str:
     """The first line of an error's message without the URL's password, or the error's name if it has no message."""
-    return hide_password((str(error).splitlines() or [type(error).__name__])[0], url)
+    return hide_password(first_line(error), url)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from study.errors import StudyError
+from study.errors import StudyError, first_line
 from study.spec.config import BYTES, CHARACTERS
 from study.spec.trial import json_hash
 from study.training.corpus import Unit
@@ -200,7 +200,7 @@ def tokenizer_from_folder(folder: Path) -> HuggingFace:
     try:
         loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each kind of tokenizer has its own errors
-        raise StudyError(f"{shown}: the tokenizer cannot be read: {_first_line(error)}") from None
+        raise StudyError(f"{shown}: the tokenizer cannot be read: {first_line(error)[:300]}") from None
     if not loaded.is_fast:
         raise StudyError(f"{shown}: only fast tokenizers can be used; save this one with a tokenizer.json")
     found = HuggingFace(loaded.backend_tokenizer, folder.name, identity, loaded.eos_token_id)
@@ -231,7 +231,3 @@ def _lacking(package: str) -> StudyError:
     return StudyError(
         f"the tokenizer of a folder needs the package {package}, which is not installed: pip install 'mpo-study[hf]'"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
