@@ -19,8 +19,8 @@ from mpo_core.calibration.collecting import collect_statistics
 from mpo_core.compression.compress import compress
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.models.picogpt import PicoGPT
-from study.spec.config import Protocol
 from study.spec.models import PicoGPTModel
+from study.spec.protocol import Protocol
 from study.spec.trial import TrialSpec
 from study.training.corpus import Corpus
 from study.training.loading import load_corpus

@@ -19,8 +19,8 @@ from benchmarks.measurement import PAIRS, Row, paired, rate, run_alone, seconds_
 from benchmarks.plain_gpt import PlainTraining
 from mpo_core.models.language_model import flops_per_token
 from mpo_core.models.picogpt import PicoGPT
-from study.spec.config import Protocol
 from study.spec.models import PicoGPTModel
+from study.spec.protocol import Protocol
 from study.spec.trial import TrialSpec
 from study.training.corpus import Corpus
 from study.training.loading import load_corpus

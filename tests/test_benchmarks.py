@@ -20,8 +20,9 @@ from study.commands.opening import study_corpus
 from study.commands.run import run_study
 from study.ledger.directory import StudyDirectory
 from study.ledger.snapshot import read_ledger
-from study.spec.config import Protocol, StudyConfig
+from study.spec.config import StudyConfig
 from study.spec.models import PicoGPTModel as Model
+from study.spec.protocol import Protocol
 from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config
 from study.spec.trial import TrialSpec

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from analysis import run_schema
-from study.spec.config import EarlyStopping, StudyConfig
+from study.spec.config import StudyConfig
+from study.spec.search import EarlyStopping
 from study.spec.trial import SeedResult, Stop, Trial, TrialSpec, now
 
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from analysis import run_schema as schema
-from study.spec.config import Search, StudyConfig
+from study.spec.config import StudyConfig
+from study.spec.search import Search
 from study.spec.trial import SeedResult, Trial, TrialShape
 
 DIVERGED = "diverged"

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from study.spec.arms import Arm, DenseArm, MPOArm
-from study.spec.config import Protocol, StudyConfig
+from study.spec.config import StudyConfig
+from study.spec.protocol import Protocol
 from study.spec.search_space import example, start_spec
 from study.spec.trial import budget_hash, tuning_trials
 from study.spec.values import Range, options

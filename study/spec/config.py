@@ -2,236 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import shorten
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from analysis.run_schema import MARGINS, OBJECTIVES
 from study.errors import did_you_mean
 from study.spec.arms import BY_SIZE_FIELDS, PRETRAINED, Arm, DenseArm, MPOArm
+from study.spec.corpus import MODEL_TOKENIZER, Corpus
 from study.spec.models import Model, PicoGPTModel
+from study.spec.protocol import Protocol
+from study.spec.search import Objective, Search
 from study.spec.values import (
     Choices,
-    DecayFraction,
-    FixedOrListed,
     Name,
-    OptimiserName,
     PositiveFloat,
     PositiveInt,
     Range,
-    ScheduleName,
     Seeds,
-    Steps,
     Strict,
-    WideInt,
 )
 
-MAX_SEQUENCES = 500_000_000
-"""Largest number of sequences in a run; the place of each in the text is drawn before training and takes 8 bytes."""
 MAX_BATCH_TOKENS = 10_000_000
 LEAST_SHARE = 0.0001
 """Smallest share of a core or a GPU that Ray accepts."""
-DECAY_FRACTION = 0.2
-"""Default of `protocol.decay_fraction` (Hägele et al. 2024, section 3)."""
-CHARACTERS, BYTES = "characters", "bytes"
-"""Tokenizers that need no folder."""
-MODEL_TOKENIZER = "model"
-"""The tokenizer in the folder of the pretrained model."""
 RESERVED = ("scratch", PRETRAINED)
 """Names of starts that are not arms; no arm may have one of these names."""
-
-
-class Corpus(Strict):
-    """The text and its tokens. Default: Tiny Shakespeare, one token per character."""
-
-    path: FixedOrListed[str] | None = Field(
-        default=None,
-        description="A file or a list of files, relative to the study file: UTF-8 text, JSON lines (`.jsonl`, "
-        "`.jsonl.gz`) or Parquet (`.parquet`). A byte order mark at a text's beginning is dropped; line ends stay as "
-        "they are.",
-    )
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
-        default=None, description="The checksum that the file, the text or the recorded corpus must have."
-    )
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="Share of the text, from its end, that is held out for validation."
-    )
-    tokenizer: str = Field(
-        default=CHARACTERS,
-        exclude_if=lambda value: value == CHARACTERS,
-        description="`characters`, `bytes`, `model` (that of the pretrained model), or a folder with a Hugging Face "
-        "tokenizer, relative to the study file.",
-    )
-    text_column: str = Field(
-        default="text",
-        exclude_if=lambda value: value == "text",
-        description="The column with the text in JSON lines and Parquet.",
-    )
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The files; empty for the default text."""
-        return () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
-
-    @property
-    def tokenizer_folder(self) -> str | None:
-        """The folder of the tokenizer, if it has one."""
-        return None if self.tokenizer in (CHARACTERS, BYTES) else self.tokenizer
-
-
-class Protocol(Strict):
-    """How a model is trained and evaluated; an arm may override steps, schedule, optimiser and learning rates."""
-
-    steps: Steps = Field(default=2000, description="Optimiser steps. 0: the start is compressed and evaluated.")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=100, description="Steps of linear warm-up.")
-    schedule: ScheduleName = Field(
-        default="cosine",
-        description="Learning rate after the warm-up: `cosine` falls to 0 at the last step; `wsd` stays at the peak, "
-        "then falls linearly to 0.",
-        exclude_if=lambda value: value == "cosine",  # a file without it is recorded as before there was a choice
-    )
-    decay_fraction: DecayFraction | None = Field(
-        default=None,
-        description="Share of the steps, at the end, in which the rate of `wsd` falls. The fall never begins before "
-        f"the warm-up ends. Default: {DECAY_FRACTION}. Not allowed with `schedule: cosine`.",
-        exclude_if=lambda value: value is None,
-    )
-    batch_size: WideInt = Field(default=32, description="Sequences per step.")
-    gradient_accumulation: PositiveInt = Field(
-        default=1,
-        description="Number of equal parts in which the gradient of a batch is computed, one after another, to save "
-        "memory. It must divide `batch_size`. The step is the same up to rounding.",
-        exclude_if=lambda value: value == 1,
-    )
-    optimiser: OptimiserName = Field(
-        default="adamw",
-        description="`adamw` updates every parameter. `muon` updates the matrices, except the head's, and AdamW all "
-        "other parameters; see [below](#optimisers).",
-        exclude_if=lambda value: value == "adamw",
-    )
-    learning_rate: PositiveFloat = Field(
-        default=3e-4, description="Peak learning rate; it falls to 0 at the last step."
-    )
-    embedding_learning_rate: PositiveFloat | None = Field(
-        default=None,
-        description="Peak learning rate of the embeddings; under `muon`, of all parameters that AdamW updates. "
-        "Default: `learning_rate`.",
-    )
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.95), description="AdamW's β₁, β₂. They do not affect Muon, whose momentum is 0.95."
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="Weight decay of every parameter.")
-    grad_clip: PositiveFloat = Field(default=1.0, description="Largest norm of the gradient.")
-    precision: Literal["float32", "tf32", "bfloat16"] = Field(
-        default="float32",
-        description="Number format of matrix products. `tf32` needs a GPU. `bfloat16` runs forward passes under "
-        "autocast, in training and evaluation; parameters, moments and loss stay float32.",
-    )
-    eval_every: PositiveInt = Field(
-        default=100, description="Steps between evaluations. The first and the last step are always evaluated."
-    )
-    sampled_eval_batches: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        default=20,
-        description="Random batches in the paper's validation estimate, which is recorded beside the full one.",
-    )
-    sampled_eval_batch_size: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        default=8, description="Sequences in each of those batches."
-    )
-    calibration_batches: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        default=8, description="Training batches over which `refinement: whitened` and `als` fit a layer's outputs."
-    )
-
-    @model_validator(mode="after")
-    def _warmup_within_steps(self) -> Protocol:
-        if self.warmup_steps >= self.steps > 0:
-            raise ValueError(
-                f"`warmup_steps < steps` must hold, but got warmup_steps={self.warmup_steps}, steps={self.steps}"
-            )
-        if self.steps * self.batch_size > MAX_SEQUENCES:
-            raise ValueError(
-                f"`steps` × `batch_size` must be at most {MAX_SEQUENCES:,}, but got {self.steps:,} × "
-                f"{self.batch_size:,}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_and_parts(self) -> Protocol:
-        if self.schedule == "cosine" and self.decay_fraction is not None:
-            raise ValueError("`decay_fraction` is not allowed with `schedule: cosine`, which falls from its peak on")
-        if self.batch_size % self.gradient_accumulation:
-            raise ValueError(
-                f"`gradient_accumulation` must divide `batch_size`, but got batch_size={self.batch_size}, "
-                f"gradient_accumulation={self.gradient_accumulation}"
-            )
-        return self
-
-    @property
-    def decay_share(self) -> float | None:
-        """Share of the steps, at the end, in which the rate of `wsd` falls; None with another schedule."""
-        return (self.decay_fraction or DECAY_FRACTION) if self.schedule == "wsd" else None
-
-
-def _objective(value: str) -> str:
-    if value not in OBJECTIVES:
-        meant = did_you_mean(value, OBJECTIVES)
-        raise ValueError(f"must be one of {', '.join(OBJECTIVES)}, but got {json.dumps(value)[:60]}{meant}")
-    return value
-
-
-Objective = Annotated[str, AfterValidator(_objective), WithJsonSchema({"type": "string", "enum": [*OBJECTIVES]})]
-"""The name of a metric of `analysis.run_schema` that has a direction."""
-
-
-class EarlyStopping(Strict):
-    """When a searched MPO trial is stopped early. The result then depends on the order in which trials end."""
-
-    margin: PositiveFloat = Field(
-        description="In the unit of `metric` (nats, bits, or a fraction). A trial stops when a rival is better by this "
-        "margin on every seed that both have. The rival has at most as many parameters and the same training."
-    )
-    metric: Objective = Field(
-        default="val_loss", description="Metric at the last step, of each seed. It must be one of the objectives."
-    )
-    min_seeds: Annotated[int, Field(ge=2)] = Field(
-        default=2, description="Smallest number of seeds that both must have."
-    )
-
-
-class Search(Strict):
-    """How searched values are chosen, and how many trials are searched. Listed trials always run and do not count."""
-
-    sampler: Literal["grid", "random", "tpe", "nsga2", "nsga3", "gp"] = Field(
-        default="grid",
-        description="One of Optuna's samplers. `grid`: all trials are listed. `random` and `tpe` search any number of "
-        "arms; `nsga2`, `nsga3` and `gp` search one arm. `tpe` and `gp` draw their first ten trials at random.",
-    )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Random seed of the sampler.")
-    population_size: Annotated[int, Field(ge=2)] = Field(
-        default=20, description="Trials in a generation of nsga2 and nsga3; the first generation is drawn at random."
-    )
-    trials: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
-        default=0, description="Number of searched trials. Trials that repeat another count too."
-    )
-    max_params: PositiveFloat | None = Field(
-        default=None,
-        description="Largest number of trainable parameters of a searched trial. A value of at most 1 is a fraction of "
-        "the dense model's. A larger trial is not trained; the sampler learns that it is too large.",
-    )
-    min_params: PositiveFloat | None = Field(
-        default=None, description="Smallest number of trainable parameters; otherwise as `max_params`."
-    )
-    max_repeats: PositiveInt | None = Field(
-        default=None,
-        description="End the search after this many trials that repeat another one, which need no training. "
-        "Default: no limit. It may change during a study.",
-    )
-    early_stopping: EarlyStopping | None = Field(
-        default=None, description="Default: off. Dense and listed trials are never stopped early."
-    )
 
 
 class Margins(Strict):

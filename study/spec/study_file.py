@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from study.errors import StudyError, did_you_mean
-from study.spec.config import MODEL_TOKENIZER, Corpus, StudyConfig
+from study.spec.config import StudyConfig
+from study.spec.corpus import MODEL_TOKENIZER, Corpus
 from study.spec.defects import defects
 from study.spec.kinds import check_kinds
 from study.spec.models import HuggingFaceModel, with_checksum

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import Field, FiniteFloat
 
 from study.spec.arms import PRETRAINED
-from study.spec.config import Protocol, StudyConfig
+from study.spec.config import StudyConfig
 from study.spec.models import Model
+from study.spec.protocol import Protocol
 from study.spec.values import Name, Strict
 
 

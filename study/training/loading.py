@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from study.errors import StudyError
-from study.spec.config import BYTES, CHARACTERS
+from study.spec.corpus import BYTES, CHARACTERS
 from study.training.corpus import Corpus, corpus_from_bytes
 from study.training.documents import Source, check_is_file, read_whole
 from study.training.tiny_shakespeare import TINY_SHAKESPEARE_SHA256, cached_text, tiny_shakespeare

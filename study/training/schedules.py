@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from study.spec.config import Protocol
+from study.spec.protocol import Protocol
 
 
 def learning_rate_at(step: int, protocol: Protocol) -> float:

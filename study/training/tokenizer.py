@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from study.errors import StudyError, first_line
-from study.spec.config import BYTES, CHARACTERS
+from study.spec.corpus import BYTES, CHARACTERS
 from study.spec.trial import json_hash
 from study.training.corpus import Unit
 

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from study.errors import StudyError
-from study.spec.config import Protocol
+from study.spec.protocol import Protocol
 from study.spec.search_space import listed_specs
 from study.spec.study_file import validate
 from study.spec.trial import budget_hash

@@ -10,7 +10,7 @@ import torch
 
 import mpo_core
 from analysis import run_schema
-from study.spec.config import Protocol
+from study.spec.protocol import Protocol
 from study.training.model import build_model
 from study.training.seed_run import train_seed
 from study.training.train import Training, learning_rate_at

@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from study.spec.config import Protocol
 from study.spec.definition import definition
 from study.spec.models import PicoGPTModel as Model
+from study.spec.protocol import Protocol
 from study.spec.search_space import listed_specs
 from study.spec.study_file import validate
 from study.spec.trial import TrialSpec, budget_hash, evaluation_steps, json_hash
