@@ -23,6 +23,7 @@ from mpo_core.layers.pruned import PrunedLinear
 from mpo_core.layers.registry import kind_called, kinds
 from mpo_core.layers.structured import StructuredLinear
 from mpo_core.models.building import build_language_model, code_of
+from mpo_core.models.dense_layers import replaceable_layers
 from mpo_core.models.generation import generate
 from mpo_core.models.hugging_face import pretrained_sha256
 from mpo_core.models.language_model import (
@@ -102,6 +103,7 @@ __all__ = [
     "reconstruct_flops",
     "rel_error",
     "rel_errors",
+    "replaceable_layers",
     "round_cores",
     "save",
     "set_rates",

@@ -26,7 +26,7 @@ Known = dict[str, Any]
 """A trial: a dict with the keys `KNOWN`."""
 _TRAINED = (
     *("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "gauge", "factorisation", "n_sites"),
-    "optimiser",
+    *("optimiser", "metric", "spread", "narrow"),
 )
 KNOWN = (
     *(
@@ -39,12 +39,13 @@ KNOWN = (
         "steps",
         "chi",
         "as_chi",
+        "keep",
         "n_params",
         "n_params_dense",
         "n_seeds",
     ),
     *("n_failed", "stopped", "budget_hash", "learning_rate", "embedding_learning_rate", "lr_rule", "decay"),
-    *("gauge", "factorisation", "n_sites", "optimiser"),
+    *("gauge", "factorisation", "n_sites", "optimiser", "metric", "spread", "narrow"),
 )
 """Properties of a trial that determine its pairs, by their names in runs."""
 
@@ -121,7 +122,7 @@ def _described(trial: Known) -> Known:
     percent = 100 * trial["n_params"] / trial["n_params_dense"] if trial["n_params_dense"] else math.nan
     described = trial | {
         "group": group_of(trial["family"], trial["family_label"], trial["start"], trial["steps"], percent),
-        "cap": trial["as_chi"] if trial["chi"] is None else trial["chi"],
+        "cap": next((trial[key] for key in ("chi", "as_chi", "keep") if trial[key] is not None), None),
         "embedding_learning_rate": embeddings,
         "gauge": trial["gauge"] or "free",
         # A rate that equals the layers' is not a rate of its own.
@@ -144,7 +145,12 @@ def _declared_pairs(
         for trial in (trial for trial in own if trial["arm"] == arm and rivals):
             same = of_cap.get(trial["cap"], [])
             # A control's χ is that of an MPO with the control's sites: beside an MPO with other sites it means nothing.
-            meant = [other for other in same if other["family"] == "mpo" or _sites(other) == _sites(trial)]
+            # `keep` means the same for all.
+            meant = [
+                other
+                for other in same
+                if other["keep"] is not None or other["family"] == "mpo" or _sites(other) == _sites(trial)
+            ]
             against = _counterpart(trial, meant, rivals)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
             is_other_dense = (

@@ -191,6 +191,7 @@ _NAMED = {
     "n_sites": "L={}".format, "factorisation": str, "init": str,
     "refinement": str, "learning_rate": lambda value: f"lr {_scientific(value)}", "lr_rule": "{} rates".format,
     "optimiser": str, "embedding_learning_rate": lambda value: f"embeddings {_scientific(value)}",
+    "metric": "{} metric".format, "spread": "{} spread".format, "narrow": lambda value: "narrow" * (value == "True"),
     "decay": "decay of each {}".format, "gauge": "{} gauge".format, "forward": "by {}".format,
     "precision": "in {}".format,
     "steps": "{} steps".format, "schedule": "{} schedule".format,
@@ -211,12 +212,14 @@ def _labels(summary: pd.DataFrame) -> pd.Series:
             return f"χ={row['chi']}"
         if pd.notna(row["as_chi"]):
             return f"as χ={row['as_chi']}"
+        if pd.notna(row["keep"]):
+            return f"keep {row['keep']:g}"
         if row["group"] in (SMALLER_DENSE, LARGER_DENSE) and reference_shape:
             differing = [key for key, value in reference_shape.items() if pd.notna(value) and row[key] != value]
             return _NAMED[differing[0]](row[differing[0]]) if differing else row["arm"]
         return row["group"] if row["group"] == DENSE else row["arm"]
 
-    named_first = summary[["group", "arm", "chi", "as_chi", *dense.columns]]
+    named_first = summary[["group", "arm", "chi", "as_chi", "keep", *dense.columns]]
     labels = pd.Series([shortest(row) for row in named_first.to_dict("records")], summary.index, dtype="str")
     for key, form in _NAMED.items():
         codes, distinct = pd.factorize(summary[key], use_na_sentinel=False)

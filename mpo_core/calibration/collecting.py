@@ -17,7 +17,7 @@ from mpo_core.calibration.collection_folder import CollectionFolder, digest_of_m
 from mpo_core.calibration.moments import Part
 from mpo_core.calibration.recording import NO_BATCHES, backward, call, is_held_out, recorded
 from mpo_core.calibration.statistics import Statistics
-from mpo_core.models.dense_layers import find_dense_layers
+from mpo_core.models.dense_layers import replaceable_layers
 from mpo_core.models.evaluating import evaluating
 
 
@@ -147,5 +147,4 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def _replaceable(model: nn.Module) -> list[str]:
-    found = [dense for dense in find_dense_layers(model, "*", ()) if dense.reason is None]
-    return [name for dense in found for name in (dense.name, *dense.sharers)]
+    return [name for dense in replaceable_layers(model) for name in (dense.name, *dense.sharers)]

@@ -29,7 +29,7 @@ from mpo_core.compression.counting import n_params
 from mpo_core.compression.perplexity import Perplexity, perplexity
 from mpo_core.compression.saving import INDEX, save
 from mpo_core.layers.registry import kind_called
-from mpo_core.models.dense_layers import find_dense_layers
+from mpo_core.models.dense_layers import replaceable_layers
 from mpo_core.models.hugging_face import load_language_model
 from mpo_core.models.language_model import check_causal, context_of, head_of
 
@@ -164,11 +164,7 @@ def _is_foreign(path: Path, statistics: Path | None) -> bool:
 
 def _names(model: nn.Module, include: list[str], exclude: list[str]) -> list[str]:
     """Layers that will be replaced."""
-    found = find_dense_layers(model, include, exclude)
-    names = [name for dense in found if dense.reason is None for name in (dense.name, *dense.sharers)]
-    if not names:
-        raise ValueError(f"no layer can be replaced; for example {found[0].name}: {found[0].reason}")
-    return names
+    return [name for dense in replaceable_layers(model, include, exclude) for name in (dense.name, *dense.sharers)]
 
 
 def _split(given: argparse.Namespace, model: Any, tokenizer: Any, documents: list[str]) -> tuple[Split, int | None]:

@@ -39,6 +39,21 @@ class DenseLayer:
     """Why it has to stay as it is; None if it can be replaced."""
 
 
+def replaceable_layers(
+    model: nn.Module, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = ()
+) -> list[DenseLayer]:
+    """The layers that `compress` can replace, of those that match one of `include` and none of `exclude`.
+
+    Raises:
+        ValueError: as `find_dense_layers`; or none of those that match can be replaced.
+    """
+    found = find_dense_layers(model, include, exclude)
+    replaceable = [layer for layer in found if layer.reason is None]
+    if not replaceable:
+        raise ValueError(f"no layer can be replaced; for example {found[0].name}: {found[0].reason}")
+    return replaceable
+
+
 def find_dense_layers(model: nn.Module, include: str | Sequence[str], exclude: str | Sequence[str]) -> list[DenseLayer]:
     """The nn.Linear layers, and Conv1D layers of Hugging Face, that match one of `include` and none of `exclude`.
 

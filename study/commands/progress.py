@@ -112,8 +112,7 @@ class StudyProgress:
 
     def _name(self, number: int, seed: int) -> str:
         spec = self._ledger.trials[number].spec
-        chi = spec.chi or spec.as_chi
-        what = f" χ={chi}" if chi is not None else ""
+        what = f" {spec.size}" if spec.size is not None else ""
         return f"trial {number} ({spec.arm}{what}) seed {seed}"
 
     # Time left ----------------------------------------------------------------------------------------------------

@@ -232,6 +232,10 @@ def _shape(spec: TrialSpec) -> str:
     if spec.family == "dense":
         size = f"d_model={spec.model.width}" if spec.model.width else spec.model.named
         return size + (f", from {spec.start}" if spec.start is not None else "")
+    if spec.keep is not None:
+        narrow, gauge = (" fewer hidden units" if spec.narrow else "", " fixed gauge" if spec.gauge == "fixed" else "")
+        of = f"{spec.family}, {spec.size}, {spec.metric}, {spec.spread}{gauge}{narrow}"
+        return f"{of}, from {spec.start}"
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
     size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
     start = f"from {spec.start} ({spec.refinement})" if spec.start is not None else spec.init

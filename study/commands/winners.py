@@ -34,7 +34,7 @@ Winners = list[tuple[Content, Trial]]
 
 FEWEST = 5
 """Smallest default number of seeds of the new study."""
-_WORDS = {"chi": "chi{}", "as_chi": "as-chi{}", "d_model": "d{}", "n_sites": "L{}"}
+_WORDS = {"chi": "chi{}", "as_chi": "as-chi{}", "d_model": "d{}", "n_sites": "L{}", "keep": "keep{}"}
 """How a value is written in an arm's name; other fields use the value itself."""
 
 
@@ -292,17 +292,13 @@ def _contrasts(config: StudyConfig, arms: Mapping[str, Winners]) -> Iterator[Con
     for contrast in config.claims.contrasts:
         rivals = arms[contrast.against]
         for own, trial in arms[contrast.arm] if rivals else ():
-            chi = None if config.arm(contrast.arm).is_searched else _chi(trial)
-            alike = [rival for rival, other in rivals if chi is not None and _chi(other) == chi]
+            size = None if config.arm(contrast.arm).is_searched else trial.spec.size
+            alike = [rival for rival, other in rivals if size is not None and other.spec.size == size]
             if not alike:
                 away = [abs(math.log(other.shape.n_params / trial.shape.n_params)) for _, other in rivals]
                 alike = [rival for (rival, _), distance in zip(rivals, away, strict=True) if distance == min(away)]
             for rival in alike:
                 yield {"arm": own["name"], "against": rival["name"]}
-
-
-def _chi(trial: Trial) -> int | None:
-    return trial.spec.chi or trial.spec.as_chi
 
 
 def _head(command: Sequence[str], config: StudyConfig, snapshot: Snapshot, used: Iterable[int]) -> str:

@@ -23,6 +23,7 @@ from study.spec.values import (
     PositiveInt,
     Range,
     ScheduleName,
+    Share,
     Sites,
     Steps,
     Strict,
@@ -34,6 +35,9 @@ from study.spec.values import (
 
 PRETRAINED = "pretrained"
 """The start of an arm that begins from the pretrained weights of the study's model."""
+
+AUTO = "auto"
+"""Family and factorisation for which each matrix takes what has the least error."""
 
 _BY_SIZE = "`{8: 3e-3, 16: 1e-3}` sets it by χ, or by d_model for a dense arm."
 
@@ -178,11 +182,16 @@ class CompressedArm(_Arm):
         "[below](#inits-and-gauges).",
         exclude_if=lambda value: value is None,  # a file without it is recorded as it was before there were gauges
     )
-    refinement: Any = None
+    layers: Annotated[tuple[str, ...], Field(min_length=1, max_length=1000)] | None = Field(
+        default=None,
+        description="Which linear layers are replaced: patterns of their names, such as `model.layers.*`. Default: "
+        "all of PicoGPT; all but the head of other models.",
+        exclude_if=lambda value: value is None,
+    )
 
     @model_validator(mode="after")
     def _sites_and_refinement(self) -> CompressedArm:
-        if self.start is None and self.refinement is not None:
+        if self.start is None and getattr(self, "refinement", None) is not None:
             raise ValueError("`refinement` has no meaning without `start`: there are no trained weights to fit")
         if self.n_sites is not None and "paper" in options(self.factorisation):
             raise ValueError("`n_sites` is not allowed with `factorisation: paper`, which has its own")
@@ -245,6 +254,67 @@ class ControlArm(CompressedArm):
         return self
 
 
+class KeptArm(CompressedArm):
+    """Linear layers of trained weights are replaced by smaller ones, which together keep a share of their parameters.
+
+    The layers' own sizes follow from the weights and the calibration text, so they may differ from seed to seed.
+    """
+
+    family: Name = Field(
+        description="Kind of layer: the name of any kind that `mpo_core` knows; or `auto`, for which each matrix takes "
+        "the kind with the least error."
+    )
+    keep: Number[Share] = Field(
+        description="Share of the parameters of all layers that are replaced, with masks and indices counted."
+    )
+    factorisation: Value[Literal["paper", "balanced", "min_params", "auto"]] | None = Field(  # type: ignore[assignment]
+        default=None,
+        description="How an MPO splits the layer's sizes over its sites. `auto` tries every split of the longer side "
+        "over two sites; each matrix takes the one with the least error. Default: `balanced`. Only for `mpo`.",
+    )
+    metric: Value[Literal["weights", "outputs", "loss"]] = Field(
+        default="loss",
+        description="The error that the new layers have least of: of the weights, of the layers' outputs, or the "
+        "predicted rise of the loss. The last two are measured over protocol.calibration_batches.",
+    )
+    spread: Value[Literal["loss", "errors", "even"]] | None = Field(
+        default=None,
+        description="How parameters are spread over the layers: by the predicted `loss`, by the squared relative "
+        "`errors`, or `even`. Default: `loss` with `metric: loss`, else `errors`.",
+    )
+    narrow: Value[bool] = Field(
+        default=False,
+        description="Whether MLPs also lose hidden units, where that costs less predicted loss. Needs `spread: loss`.",
+    )
+    forward: Value[Literal["reconstruct", "chain"]] | None = Field(
+        default=None, description="As in other arms of `mpo`. Only for `mpo` and `auto`."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KeptArm:
+        if self.family == "dense":
+            raise ValueError("`keep` needs a smaller kind of layer, but the family is dense")
+        if self.start is None:
+            raise ValueError("`keep` needs `start`: the share of each layer follows from trained weights")
+        if self.family != "mpo":
+            for key in ("factorisation", "n_sites"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"`{key}` is for `family: mpo`, but the family is {self.family}")
+        if self.forward is not None and self.family not in ("mpo", AUTO):
+            raise ValueError(f"`forward` is for `family: mpo` and `auto`, but the family is {self.family}")
+        if self.n_sites is not None and AUTO in options(self.factorisation):
+            raise ValueError("`n_sites` is not allowed with `factorisation: auto`, which has two sites")
+        metrics, spreads = options(self.metric), options(self.spread)
+        if set(metrics) - {"loss"} and "loss" in spreads:
+            raise ValueError(f"`spread: loss` needs `metric: loss`, but metric is {', '.join(metrics)}")
+        if True in options(self.narrow) and (set(metrics) - {"loss"} or set(spreads) - {None, "loss"}):
+            raise ValueError("`narrow: true` needs `metric: loss` and `spread: loss`")
+        by_size = [key for key in RATES if isinstance(getattr(self, key), dict)]
+        if by_size:
+            raise ValueError(f"`{by_size[0]}` by size is not allowed beside `keep`")
+        return self
+
+
 def _refuse_init_beside_start(arm: MPOArm | ControlArm) -> None:
     if arm.start is not None and arm.init is not None:
         raise ValueError("`init` has no meaning beside `start`: the layers come from trained weights")
@@ -253,13 +323,18 @@ def _refuse_init_beside_start(arm: MPOArm | ControlArm) -> None:
 def _class_of(arm: Any) -> str | None:
     if not isinstance(arm, dict | _Arm):
         return "dense"  # whose check says that it is no mapping
+    if isinstance(arm, KeptArm) or (isinstance(arm, dict) and "keep" in arm):
+        return "kept"
     family = arm.get("family") if isinstance(arm, dict) else getattr(arm, "family", None)
     return family if family in ("dense", "mpo") else None if family is None else "control"
 
 
-ARMS: dict[str, type[_Arm]] = {"dense": DenseArm, "mpo": MPOArm, "control": ControlArm}
+ARMS: dict[str, type[_Arm]] = {"dense": DenseArm, "mpo": MPOArm, "control": ControlArm, "kept": KeptArm}
 Arm = Annotated[
-    Annotated[DenseArm, Tag("dense")] | Annotated[MPOArm, Tag("mpo")] | Annotated[ControlArm, Tag("control")],
+    Annotated[DenseArm, Tag("dense")]
+    | Annotated[MPOArm, Tag("mpo")]
+    | Annotated[ControlArm, Tag("control")]
+    | Annotated[KeptArm, Tag("kept")],
     Discriminator(_class_of),
 ]
 RATES = ("learning_rate", "embedding_learning_rate")
@@ -268,6 +343,6 @@ PROTOCOL_VALUES = (*RATES, "optimiser")
 BY_SIZE_FIELDS = (*RATES, "d_ff")
 VALUE_FIELDS = (
     *(*RATES, "d_model", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule"),
-    *("decay", "gauge", "forward", "optimiser"),
+    *("decay", "gauge", "forward", "optimiser", "keep", "metric", "spread", "narrow"),
 )
 SIZE_FIELDS = ("d_model", "chi", "as_chi")

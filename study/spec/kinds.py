@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from study.errors import StudyError, did_you_mean
-from study.spec.arms import ControlArm, MPOArm
+from study.spec.arms import AUTO, ControlArm, DenseArm, KeptArm, MPOArm
 from study.spec.config import StudyConfig
 from study.spec.values import options
 
@@ -48,19 +48,21 @@ def families_with_gauge() -> list[str]:
 
 def _problems(config: StudyConfig) -> Iterator[str]:
     for arm in config.arms:
-        problem = why_no_family(arm.family)
+        is_auto = isinstance(arm, KeptArm) and arm.family == AUTO
+        problem = None if is_auto else why_no_family(arm.family)
         if problem is not None:
             yield f"arms[{arm.name}].family: {problem}"
-        elif isinstance(arm, MPOArm | ControlArm):
+        elif not isinstance(arm, DenseArm):
             yield from _problems_of_options(arm)
 
 
-def _problems_of_options(arm: MPOArm | ControlArm) -> Iterator[str]:
-    allowed = inits(arm.family)
-    for init in () if arm.init is None else options(arm.init):
-        if init not in allowed:
-            yield f"arms[{arm.name}].init: {_must_be(allowed, init)}"
-    if arm.gauge is not None and arm.family not in (families := families_with_gauge()):
+def _problems_of_options(arm: MPOArm | ControlArm | KeptArm) -> Iterator[str]:
+    if isinstance(arm, MPOArm | ControlArm) and arm.init is not None:
+        allowed = inits(arm.family)
+        for init in options(arm.init):
+            if init not in allowed:
+                yield f"arms[{arm.name}].init: {_must_be(allowed, init)}"
+    if arm.gauge is not None and arm.family not in (families := [*families_with_gauge(), AUTO]):
         yield f"arms[{arm.name}].gauge: family {arm.family} does not have it; families that do: {', '.join(families)}"
 
 

@@ -42,11 +42,12 @@ def keys() -> str:
                 lines += ["", f"### `architecture: {shown}`", "", _summary(model), "", *_table(model, "model.")]
         elif section is not None:
             lines += ["", f"## `{name}`", "", _summary(section), "", *_table(section, f"{name}.")]
-    lines += ["", "## `arms`", "", "A list; the keys of an item depend on its `family`."]
+    lines += ["", "## `arms`", "", "A list; the keys of an item depend on its `family`, and on whether it has `keep`."]
     shipped = [name for name, kind in kinds().items() if kind.__module__.startswith("mpo_core.")]
     for name, arm in ARMS.items():
         families = [name] if name != "control" else [kind for kind in shipped if kind != "mpo"]
-        lines += ["", f"### `family: {'`, `'.join(families)}`", "", _summary(arm), "", *_table(arm)]
+        heading = "Any family with `keep`" if name == "kept" else f"`family: {'`, `'.join(families)}`"
+        lines += ["", f"### {heading}", "", _summary(arm), "", *_table(arm)]
     lines += ["", "### Inits and gauges", "", "| family | `init` of an arm from scratch | `gauge` |"]
     lines.append("| --- | --- | --- |")
     gauges = dict.fromkeys(families_with_gauge(), "`free`, `fixed`")

@@ -17,7 +17,7 @@ from optuna.distributions import (
 
 from analysis import run_schema
 from study.errors import StudyError
-from study.spec.arms import PROTOCOL_VALUES, SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm
+from study.spec.arms import PROTOCOL_VALUES, SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm, KeptArm
 from study.spec.config import StudyConfig
 from study.spec.trial import TrialSpec
 from study.spec.values import Choices, Range, options
@@ -112,6 +112,12 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
     if isinstance(arm, CompressedArm):
         data.setdefault("lr_rule", "uniform")
         data.setdefault("decay", "parameter")
+        data["layers"] = arm.layers
+    if isinstance(arm, KeptArm):
+        data.setdefault("spread", "loss" if chosen["metric"] == "loss" else "errors")
+        if arm.family == "mpo":
+            data.setdefault("factorisation", "balanced")
+    elif isinstance(arm, CompressedArm):
         plain = "weights" if isinstance(arm, ControlArm) else "tt_svd"
         data.setdefault(*(("init", "variance") if arm.start is None else ("refinement", plain)))
     elif arm.start is None and config.model.width is not None:

@@ -28,7 +28,7 @@ class TrialSpec(Strict):
     chi: int | None = None
     as_chi: int | None = None
     n_sites: int | None = None
-    factorisation: Literal["paper", "balanced", "min_params"] | None = None
+    factorisation: Literal["paper", "balanced", "min_params", "auto"] | None = None
     init: Name | None = None
     start: str | None = None
     """The arm whose trained checkpoint of the same seed the trial begins from; None means from scratch."""
@@ -39,11 +39,25 @@ class TrialSpec(Strict):
     """None means `reconstruct`."""
     gauge: Literal["free", "fixed"] | None = Field(default=None, exclude_if=lambda value: value is None)
     """None means `free`, and is not written: a spec and its hash are then what they were before there were gauges."""
+    layers: tuple[str, ...] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Patterns of the layers that are replaced; None means the model's usual ones."""
+    keep: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    metric: Literal["weights", "outputs", "loss"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    spread: Literal["loss", "errors", "even"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    narrow: bool | None = Field(default=None, exclude_if=lambda value: value is None)
+    """These four are those of an arm with `keep`; None in other arms."""
 
     @property
     def start_arm(self) -> str | None:
         """The arm that this trial waits for."""
         return None if self.start == PRETRAINED else self.start
+
+    @property
+    def size(self) -> str | None:
+        """What the trial's arm says about the size of its layers, in words; None for a dense model."""
+        if self.keep is not None:
+            return f"keep {self.keep:g}"
+        return f"χ={self.chi or self.as_chi}" if self.chi or self.as_chi else None
 
     @property
     def train_tokens(self) -> int:

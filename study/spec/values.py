@@ -104,7 +104,8 @@ WideInt = Annotated[int, Field(ge=1, le=1_000_000)]
 """A feed-forward dimension, a context or a batch."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Sites = Annotated[int, Field(ge=1, le=6)]
-DecayFraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+DecayFraction = Share
 OptimiserName = Literal["adamw", "muon"]
 """Optimisers of `study.training.optimisers`, by name."""
 ScheduleName = Literal["cosine", "wsd"]

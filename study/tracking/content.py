@@ -169,9 +169,8 @@ def seed_content(record: StudyRecord, trial: Trial, result: SeedResult) -> RunCo
 def trial_name(trial: Trial) -> str:
     """Name of a trial in the MLflow UI: its arm, with the values that distinguish it within the arm."""
     spec = trial.spec
-    size = f"d_model={spec.model.width}" if spec.model.width else None
-    what = size if spec.family == "dense" else f"χ={spec.chi or spec.as_chi}"
-    return " ".join(filter(None, [spec.arm, what, f"(trial {trial.number})"]))
+    width = f"d_model={spec.model.width}" if spec.model.width else None
+    return " ".join(filter(None, [spec.arm, spec.size or width, f"(trial {trial.number})"]))
 
 
 def milliseconds(time: str) -> int:

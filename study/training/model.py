@@ -10,11 +10,12 @@ from torch import nn
 
 import mpo_core
 from study.errors import StudyError, first_line
-from study.spec.arms import PRETRAINED
+from study.spec.arms import AUTO, PRETRAINED
 from study.spec.config import StudyConfig
 from study.spec.kinds import DECOMPOSED
 from study.spec.models import MAX_PARAMS, Model, with_checksum
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
+from study.training.calibration import shared_statistics
 from study.training.weights import load_weights
 
 
@@ -24,6 +25,7 @@ def build_model(
     generator_for: Callable[[str], torch.Generator] | None,
     start_weights: dict[str, torch.Tensor] | None = None,
     calibration: Sequence[torch.Tensor] = (),
+    device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, mpo_core.CompressionReport | None]:
     """The model a run starts from.
 
@@ -32,10 +34,11 @@ def build_model(
             the meta device).
         start_weights: state of the trained dense model that a spec with a start compresses, or trains further.
         calibration: batches of tokens (B, T) on which a data-aware refinement fits the model.
+        device: where statistics for `keep` are collected. The model is on the CPU.
     """
-    device = None if generator_for is not None else "meta"
     is_pretrained = spec.start == PRETRAINED
-    model = _dense(spec.model, vocab_size, device, with_weights=is_pretrained)
+    at = None if generator_for is not None else "meta"
+    model = _dense(spec.model, vocab_size, at, with_weights=is_pretrained)
     if start_weights is not None:
         load_weights(model, start_weights)
     elif generator_for is not None and not is_pretrained:
@@ -45,11 +48,12 @@ def build_model(
             raise StudyError(f"model: {error}") from None
     if spec.family == "dense":
         return model, None
+    if spec.keep is not None:
+        return _kept(spec, model, calibration, device)
     starts_fresh = start_weights is None and not is_pretrained and spec.init != DECOMPOSED
     # Without values there is nothing to decompose, and shapes do not depend on the initial values.
     init = (spec.init or "variance") if starts_fresh else None if generator_for is not None else "variance"
-    # All linear layers of PicoGPT are replaced, as in the paper; elsewhere the head stays, as people compress them.
-    exclude = () if spec.model.architecture == "picogpt" else tuple(filter(None, [mpo_core.head_of(model)]))
+    chosen = _layers(spec, model)
     # Not every kind of layer has this option.
     gauge: dict[str, Any] = {} if spec.gauge is None else {"gauge": spec.gauge}
     statistics = mpo_core.collect_statistics(model, calibration, held_out=0) if calibration else None
@@ -59,7 +63,7 @@ def build_model(
         return mpo_core.compress(
             model,
             layer=spec.family,
-            exclude=exclude,
+            **chosen,
             max_params=_sizes_as_mpo(spec, vocab_size),
             init=init,
             generator_for=generator_for,
@@ -69,7 +73,7 @@ def build_model(
     return mpo_core.compress(
         model,
         chi=spec.chi,
-        exclude=exclude,
+        **chosen,
         allow_growth=True,  # a study may ask for a χ so large that a layer grows
         factorisation=spec.factorisation,
         n_sites=spec.n_sites,
@@ -78,6 +82,53 @@ def build_model(
         forward=spec.forward or "reconstruct",
         **gauge,
         **({"statistics": statistics, "method": method} if calibration else {}),
+    )
+
+
+def _layers(spec: TrialSpec, model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Which layers are replaced, as arguments of `mpo_core.compress`."""
+    if spec.layers is not None:
+        return {"include": spec.layers}
+    # All linear layers of PicoGPT are replaced, as in the paper; elsewhere the head stays, as people compress them.
+    head = None if spec.model.architecture == "picogpt" else mpo_core.head_of(model)
+    return {} if head is None else {"exclude": (head,)}
+
+
+def _kept(
+    spec: TrialSpec, model: nn.Module, calibration: Sequence[torch.Tensor], device: torch.device | str
+) -> tuple[nn.Module, mpo_core.CompressionReport]:
+    """The model of a spec with `keep`. On the meta device, where there is nothing to fit, every layer gets an equal
+    share: its FLOPs are then an estimate."""
+    assert spec.keep is not None
+    chosen = _layers(spec, model)
+    dense = mpo_core.replaceable_layers(model, **chosen)
+    options = {key: getattr(spec, key) for key in ("gauge", "forward", "n_sites") if getattr(spec, key) is not None}
+    if spec.factorisation not in (None, AUTO):
+        options["factorisation"] = spec.factorisation
+    layer: Any = spec.family
+    if spec.factorisation == AUTO:
+        shapes = dict.fromkeys(tuple(each.linear.weight.shape) for each in dense)
+        layer = [("mpo", split) for shape in shapes for split in mpo_core.MPOLinear.options_to_try(*shape)]
+    if dense[0].linear.weight.is_meta:
+        shares = {each.name: int(spec.keep * each.linear.weight.numel()) for each in dense}
+        simple = "low_rank" if spec.family == AUTO else spec.family
+        kind = mpo_core.kind_called(simple)
+        options = {key: value for key, value in options.items() if key in kind.option_names()}
+        return mpo_core.compress(model, layer=simple, **chosen, max_params=shares, init=kind.inits[0], **options)
+    statistics = None
+    if calibration:
+        names = [name for each in dense for name in (each.name, *each.sharers)]
+        statistics = shared_statistics(model, names, calibration, device)
+    return mpo_core.compress(
+        model,
+        layer=layer,
+        **chosen,
+        keep=spec.keep,
+        statistics=statistics,
+        metric=spec.metric,
+        spread=spec.spread,
+        narrow=bool(spec.narrow),
+        **options,
     )
 
 
@@ -147,20 +198,39 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         raise StudyError(f"arms[{spec.arm}]: {error}") from None
     dense, _ = build_model(spec.model_copy(update={"family": "dense", "model": reference}), vocab_size, None)
     rows = [] if report is None else report.rows
-    is_mpo = spec.family == "mpo"
+    is_mpo = spec.family == "mpo" and spec.keep is None
+    n_left_out = _n_left_out(spec, dense)
+    counts = [count(model if n_left_out is None else dense) - (n_left_out or 0) for count in _COUNTS]
     has_gauge = any(len(row.bonds) > 2 if is_mpo else row.kind != "dense" for row in rows)
     layers = [(row.name, row.d_out, row.d_in, row.bonds) if is_mpo else (row.name, row.structure) for row in rows]
     return TrialShape(
-        n_params=mpo_core.n_params(model),
-        n_params_compressed=mpo_core.n_params_compressed(model),
+        n_params=counts[0],
+        n_params_compressed=counts[1],
         n_params_dense=mpo_core.n_params(dense),
         bonds={row.name: row.bonds for row in rows if is_mpo},
-        label="dense" if spec.family == "dense" else mpo_core.kind_called(spec.family).label,
+        label=spec.family if spec.family in ("dense", AUTO) else mpo_core.kind_called(spec.family).label,
         identity=_identity(spec, layers, has_gauge),
         step_flops=step_flops,
         flops=flops,
         vocab_size=vocab_size,
     )
+
+
+_COUNTS = (mpo_core.n_params, mpo_core.n_params_compressed)
+
+
+def _n_left_out(spec: TrialSpec, dense: nn.Module) -> int | None:
+    """How many parameters of the dense model a spec with `keep` saves at least; None without `keep`.
+
+    Which layers lose them depends on the weights and the seed, but not how many they are together, within one step of
+    a layer.
+    """
+    if spec.keep is None:
+        return None
+    n_replaced = sum(
+        layer.linear.weight.numel() for layer in mpo_core.replaceable_layers(dense, **_layers(spec, dense))
+    )
+    return n_replaced - int(spec.keep * n_replaced)
 
 
 def _identity(spec: TrialSpec, layers: list[Any], has_gauge: bool) -> str:
@@ -169,7 +239,8 @@ def _identity(spec: TrialSpec, layers: list[Any], has_gauge: bool) -> str:
     Args:
         has_gauge: whether the gauge changes any layer.
     """
-    essence = spec.model_dump(mode="json", exclude={"arm", "chi", "as_chi", "n_sites", "factorisation", "gauge"})
+    by_shape = {"chi", "as_chi", "n_sites", "factorisation"} if spec.keep is None else set()
+    essence = spec.model_dump(mode="json", exclude={"arm", "layers", "gauge", *by_shape})
     if has_gauge and spec.gauge == "fixed":  # the free gauge is left out: it was the only one at first
         essence["gauge"] = spec.gauge
     essence["layers"] = layers

@@ -61,6 +61,8 @@ def why_alone(spec: TrialSpec) -> str | None:
     """What keeps seeds of this spec from being trained as one model, and steps from being recorded; None: nothing."""
     if not kind_of_optimiser(spec).is_elementwise:
         return f"optimiser {spec.protocol.optimiser}"
+    if spec.keep is not None:
+        return "`keep`, which gives each seed layers of its own sizes"
     return None if spec.model.architecture == "picogpt" else f"model {spec.model.named}"
 
 

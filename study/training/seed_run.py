@@ -133,6 +133,8 @@ def _final_metrics(training: Training, start_tokens: int) -> dict[str, float]:
         "train_tokens": training.spec.train_tokens,
         "total_tokens": training.spec.train_tokens + start_tokens,
     }
+    if training.spec.keep is not None and training.compression is not None:
+        final |= _of_compression(training.compression)
     for metric in schema.METRICS:
         if "last" in metric.recorded and metric.name in last:  # without steps there is no training loss
             final[f"final/{metric.name}"] = last[metric.name]
@@ -143,13 +145,24 @@ def _final_metrics(training: Training, start_tokens: int) -> dict[str, float]:
     return final
 
 
+def _of_compression(report: mpo_core.CompressionReport) -> dict[str, float]:
+    """What is left of the parameters, and the predicted rise of the loss in nats per token, if that was fitted."""
+    found = {"kept": report.kept}
+    for name, field in (("predicted_loss", "predicted_loss"), ("held_out_loss", "held_out_loss")):
+        losses = [getattr(row, field) for row in report.rows]
+        if all(loss is not None for loss in losses):
+            found[name] = math.fsum(losses)
+    return found
+
+
 def _rel_errors(training: Training, chis: Sequence[int], when: str) -> dict[str, float]:
     if training.spec.family == "dense":
         errors = mpo_core.rel_errors(training.model, chis, factorisation="paper") if chis else {}
         return {schema.rel_error_key(when, chi, layer): error for (chi, layer), error in errors.items()}
     if when == "init" and training.spec.start is not None and training.compression is not None:
         chi = training.spec.chi or training.spec.as_chi
-        assert chi is not None
+        if chi is None:
+            return {}  # the layers of a trial with `keep` have sizes of their own
         return {
             schema.rel_error_key("compressed", chi, row.name): row.rel_error
             for row in training.compression.rows

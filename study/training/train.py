@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import mpo_core
 from study.spec.trial import TrialSpec, evaluation_steps
+from study.training.calibration import calibration_batches
 from study.training.captured import DeviceStep
 from study.training.checkpoints import Checkpoints
 from study.training.corpus import Corpus
@@ -75,14 +76,13 @@ class Training:
     ) -> None:
         protocol, context = spec.protocol, spec.model.context
         self.spec, self.corpus, self.device = spec, corpus, device
-        calibration = []
-        if spec.refinement in ("whitened", "als", "outputs"):
-            windows = Windows(
-                corpus.train, protocol.calibration_batches, protocol.batch_size, context, seed, "calibration"
-            )
-            calibration = [windows.batch(index)[0] for index in range(protocol.calibration_batches)]
         model, self.compression = build_model(
-            spec, corpus.vocab_size, partial(generator, seed, "init"), start_weights, calibration
+            spec,
+            corpus.vocab_size,
+            partial(generator, seed, "init"),
+            start_weights,
+            calibration_batches(spec, seed, corpus),
+            device,
         )
         self.model = model.to(device)
         self.parameters = list(self.model.parameters())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from language_models import llama, text, write
 
 from study.commands.cli import main
 from study.spec.search_space import listed_specs
@@ -22,6 +25,30 @@ WORDS = ("tensor", "train", "bond", "site", "core", "chi")
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def pretrained_study(tmp_path):
+    """Makes a study file of a pretrained model; keywords replace its keys, those of a mapping one by one."""
+
+    def make(kind=llama, **changes):
+        write(kind(), tmp_path / "model")
+        documents = [json.dumps({"text": text(60, seed)}) for seed in range(20)]
+        (tmp_path / "text.jsonl").write_text("\n".join(documents), encoding="utf-8")
+        study = {
+            "name": "tiny",
+            "corpus": {"path": "text.jsonl", "tokenizer": "model"},
+            "model": {"architecture": "huggingface", "pretrained": "model", "context": 32},
+            "protocol": {"steps": 0, "batch_size": 4, "sampled_eval_batches": 1, "calibration_batches": 3},
+            "seeds": 3,
+        }
+        for key, value in changes.items():
+            study[key] = study.get(key, {}) | value if isinstance(value, dict) else value
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(study), encoding="utf-8")
+        return path
+
+    return make
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
 import yaml
-from language_models import gpt2, llama, text, write
+from language_models import gpt2, llama, write
 from study_fixtures import results_at, run_at, undisturbed_and_resumed
 from typer.testing import CliRunner
 
@@ -23,8 +23,8 @@ from study.training.windows import consecutive_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 
-CONTEXT = 32
 HEAL = {"steps": 6, "warmup_steps": 2, "eval_every": 3}
+CONTEXT = 32
 ARMS = [
     {"name": "dense", "family": "dense", "start": "pretrained"},
     {"name": "low-rank", "family": "low_rank", "as_chi": 4, "start": "pretrained", "refinement": "outputs"},
@@ -35,28 +35,9 @@ ARMS = [
 
 
 @pytest.fixture
-def study_file(tmp_path):
-    """Makes a study file of a pretrained model; keywords replace its keys, those of a mapping one by one."""
-
-    def make(kind=llama, **changes):
-        write(kind(), tmp_path / "model")
-        documents = [json.dumps({"text": text(60, seed)}) for seed in range(20)]
-        (tmp_path / "text.jsonl").write_text("\n".join(documents), encoding="utf-8")
-        study = {
-            "name": "tiny",
-            "corpus": {"path": "text.jsonl", "tokenizer": "model"},
-            "model": {"architecture": "huggingface", "pretrained": "model", "context": CONTEXT},
-            "protocol": {"steps": 0, "batch_size": 4, "sampled_eval_batches": 1, "calibration_batches": 3},
-            "seeds": 3,
-            "arms": ARMS,
-        }
-        for key, value in changes.items():
-            study[key] = study[key] | value if isinstance(value, dict) else value
-        path = tmp_path / "study.yaml"
-        path.write_text(yaml.safe_dump(study), encoding="utf-8")
-        return path
-
-    return make
+def study_file(pretrained_study):
+    """Makes a study file of a pretrained model, with these arms."""
+    return partial(pretrained_study, arms=ARMS)
 
 
 def corpus_of(config):
