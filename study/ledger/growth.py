@@ -149,13 +149,13 @@ def _compared_with(ledger: Ledger, chosen: Collection[int]) -> list[tuple[int, i
 
 def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
     spec = trial.spec
-    values = spec.model_dump() | spec.protocol.model_dump() | vars(trial.shape)
+    # Not by `model_dump`, which leaves out some fields at their defaults.
+    values = dict(spec) | dict(spec.protocol) | vars(trial.shape)
     values |= {
         "trial": trial.number,
         "study": study,
         "family_label": trial.shape.label,
         "start": spec.start or "scratch",
-        "gauge": spec.gauge,  # `model_dump` leaves out this and the next at their defaults
         "optimiser": spec.protocol.optimiser,
         "n_seeds": states.count("complete"),
         "n_failed": states.count("failed"),

@@ -190,15 +190,25 @@ class CompressedArm(_Arm):
     )
 
     @model_validator(mode="after")
-    def _sites_and_refinement(self) -> CompressedArm:
-        if self.start is None and getattr(self, "refinement", None) is not None:
-            raise ValueError("`refinement` has no meaning without `start`: there are no trained weights to fit")
+    def _own_sites(self) -> CompressedArm:
         if self.n_sites is not None and "paper" in options(self.factorisation):
             raise ValueError("`n_sites` is not allowed with `factorisation: paper`, which has its own")
         return self
 
 
-class MPOArm(CompressedArm):
+class SizedArm(CompressedArm):
+    """Every layer has its size from the study file."""
+
+    refinement: Any = None
+
+    @model_validator(mode="after")
+    def _start_for_refinement(self) -> SizedArm:
+        if self.start is None and self.refinement is not None:
+            raise ValueError("`refinement` has no meaning without `start`: there are no trained weights to fit")
+        return self
+
+
+class MPOArm(SizedArm):
     """Every linear layer is an MPO."""
 
     family: Literal["mpo"] = Field(description="Kind of layer.")
@@ -226,7 +236,7 @@ class MPOArm(CompressedArm):
         return self
 
 
-class ControlArm(CompressedArm):
+class ControlArm(SizedArm):
     """Every linear layer is of another kind, with at most as many parameters as an MPO in its place."""
 
     family: Name = Field(
