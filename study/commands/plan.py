@@ -259,9 +259,10 @@ def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: flo
         steps = spec.protocol.steps + 6
         harmless = {"steps": steps, "learning_rate": 1e-9, "embedding_learning_rate": None}
         protocol = spec.protocol.model_copy(update=harmless)
-        training = Training(
-            spec.model_copy(update={"start": None, "refinement": None, "protocol": protocol}), 0, corpus
-        )
+        changes: dict[str, Any] = {"start": None, "refinement": None, "protocol": protocol}
+        if spec.keep is not None:  # its layers need trained weights and a fit, which takes minutes
+            changes |= {"family": "dense", "keep": None, "metric": None}
+        training = Training(spec.model_copy(update=changes), 0, corpus)
         seconds = []
         begun = time.perf_counter()
         while len(seconds) < 6 and (len(seconds) < 2 or time.perf_counter() - begun < 5):

@@ -69,6 +69,10 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         f"{runs}, one run at a time; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
         f"(at {min(plan.rates) / 1e9:.3g} to {max(plan.rates) / 1e9:.3g} GFLOP/s each, measured on the CPU just now)."
     )
+    if any(trial.spec.keep is not None for trial in plan.trials) or any(
+        row.spec.keep is not None for search in plan.searches for row in search.rows.values()
+    ):
+        say(console, "note: the time of compression with `keep` is not included")
     say_not_compared(partial(say, console), config)
 
 

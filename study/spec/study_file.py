@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from study.errors import StudyError, did_you_mean
+from study.spec.cache import cache_folder
 from study.spec.config import StudyConfig
 from study.spec.corpus import MODEL_TOKENIZER, Corpus
 from study.spec.defects import defects
@@ -22,6 +23,8 @@ from study.spec.models import HuggingFaceModel, with_checksum
 from study.spec.search_space import check_trials
 from study.spec.strict_yaml import MAX_BYTES, MAX_DEPTH, SectionDumper, StrictDumper, parse_yaml
 
+CACHE = "cache:"
+"""Beginning of a path in the cache folder."""
 MOST_SHOWN = 20
 """Number of a file's defects that are listed; the others are only counted."""
 
@@ -70,7 +73,9 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
 
 def _absolute(key: str, path: str, file: Path) -> str:
-    """A path in a study file, which does not depend on where the file is."""
+    """A path in a study file, which does not depend on where the file is; `cache:` stands for the cache folder."""
+    if path.startswith(CACHE):
+        return str(cache_folder() / path.removeprefix(CACHE))
     if Path(path).is_absolute():
         return path
     try:

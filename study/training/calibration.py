@@ -17,8 +17,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 import mpo_core
+from study.spec.cache import cache_folder
 from study.spec.trial import TrialSpec, json_hash
-from study.training.cache import cache_folder
 from study.training.corpus import Corpus
 from study.training.program import this_program
 from study.training.weights import weights_of

@@ -6,7 +6,7 @@ import hashlib
 from contextlib import suppress
 from pathlib import Path
 
-from study.training.cache import cache_folder
+from study.spec.cache import cache_folder
 from study.training.corpus import CharacterCorpus, Corpus, corpus_from_bytes
 from study.training.files import replacing
 from study.training.storage import Storage

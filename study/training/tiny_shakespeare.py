@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from study.errors import StudyError
-from study.training.cache import cache_folder
+from study.spec.cache import cache_folder
 from study.training.corpus import corpus_from_bytes
 from study.training.documents import read_whole
 from study.training.files import replace_file

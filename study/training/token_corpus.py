@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from study.errors import StudyError
+from study.spec.cache import CACHE_VARIABLE, cache_folder
 from study.spec.trial import json_hash
-from study.training.cache import CACHE_VARIABLE, cache_folder
 from study.training.corpus import Corpus, Unit, n_train_characters
 from study.training.documents import Piece, Source, TextSummary
 from study.training.files import replacing

@@ -33,6 +33,8 @@ from study.training.windows import Windows, consecutive_windows
 
 EVALUATION_TOKENS = 8192
 """Tokens per batch of the full validation: small enough for any memory, the same on every machine."""
+EVALUATION_LOGITS = 1 << 26
+"""Most logits of such a batch, which may therefore have fewer tokens."""
 
 
 class Diverged(Exception):
@@ -195,7 +197,8 @@ class Training:
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The whole validation split."""
         context = self.spec.model.context
-        return consecutive_windows(self.corpus.validation, context, max(1, EVALUATION_TOKENS // context))
+        n_tokens = min(EVALUATION_TOKENS, EVALUATION_LOGITS // self.corpus.vocab_size)
+        return consecutive_windows(self.corpus.validation, context, max(1, n_tokens // context))
 
     def sampled_batches(self) -> range:
         """Indices of this step's batches in `sampled_windows`."""

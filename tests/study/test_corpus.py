@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from study.errors import StudyError
-from study.training.cache import CACHE_VARIABLE, cache_folder
+from study.spec.cache import CACHE_VARIABLE, cache_folder
 from study.training.corpus import CharacterCorpus, corpus_from_bytes
 from study.training.corpus_storage import store_corpus, stored_corpus
 from study.training.loading import load_corpus

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 import mpo_core
 from analysis.commands.cli import app
 from study.errors import StudyError
+from study.spec.cache import CACHE_VARIABLE
 from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config
 from study.training import calibration
-from study.training.cache import CACHE_VARIABLE
 from study.training.loading import load_corpus
 from study.training.model import trial_shape
 from study.training.train import Training

@@ -32,7 +32,7 @@ from study.commands.exchange import export_study, import_study
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth
-from study.training.cache import CACHE_VARIABLE
+from study.spec.cache import CACHE_VARIABLE
 from study.training.checkpoints import Checkpoints, Damaged, unpack_tensors
 from study.training.storage import Storage
 

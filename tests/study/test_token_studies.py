@@ -34,10 +34,10 @@ from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.ledger.growth import Growth
 from study.ledger.snapshot import read_ledger
+from study.spec.cache import CACHE_VARIABLE
 from study.spec.definition import definition
 from study.spec.study_file import load_config
 from study.spec.trial import json_hash
-from study.training.cache import CACHE_VARIABLE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning"),

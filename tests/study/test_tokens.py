@@ -23,8 +23,8 @@ from pyarrow import parquet
 from tokenizer_folders import END, byte_pairs, words
 
 from study.errors import StudyError
+from study.spec.cache import CACHE_VARIABLE
 from study.training import documents
-from study.training.cache import CACHE_VARIABLE
 from study.training.corpus import corpus_from_bytes
 from study.training.corpus_storage import store_corpus, stored_corpus, token_key
 from study.training.loading import load_corpus

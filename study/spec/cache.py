@@ -1,4 +1,4 @@
-"""The folder of cached corpora."""
+"""The cache folder: corpora, statistics and pretrained models, all of which can be made again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ CACHE_VARIABLE = "MPO_STUDY_CACHE"
 
 
 def cache_folder() -> Path:
-    """The folder of cached corpora: `$MPO_STUDY_CACHE`, or this user's cache folder."""
+    """The folder: `$MPO_STUDY_CACHE`, or this user's cache folder."""
     given = os.environ.get(CACHE_VARIABLE)
     return Path(given) if given else user_cache_path("mpo-study", appauthor=False)
