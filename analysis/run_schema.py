@@ -234,7 +234,16 @@ METRICS = (
     Metric("n_params", int, "trainable parameters", ("count",), "parameters", "minimize"),
     Metric("n_params_compressed", int, "parameters of the compressed matrices only", ("count",), "", "minimize"),
     Metric("n_params_dense", int, "parameters of the study's dense reference model", ("count",)),
+    Metric("bytes", int, "size of the stored model, masks and indices included", ("count",), "bytes", "minimize"),
+    Metric("flops_per_token", float, "FLOPs per token of a forward pass", ("count",), "FLOPs", "minimize"),
+    Metric("decode_ms", float, "time to decode a token at batch 1, on the worker", ("once",), "ms", "minimize"),
+    Metric("prefill_ms", float, "time to read a context at batch 1, on the worker", ("once",), "ms", "minimize"),
+    Metric("dense_decode_ms", float, "the same of the dense model, in turns", ("once",), "ms"),
+    Metric("dense_prefill_ms", float, "the same of the dense model, in turns", ("once",), "ms"),
 )
+
+NEWER_COUNTS = ("bytes", "flops_per_token")
+"""Counts that trials of older studies lack."""
 
 _FIELDS = (*PARAMS, *(field for metric in METRICS for field in metric.fields()))
 FIELDS = {(field.kind, field.key): field for field in _FIELDS}

@@ -27,6 +27,7 @@ from mpo_core.models.dense_layers import replaceable_layers
 from mpo_core.models.generation import generate
 from mpo_core.models.hugging_face import pretrained_sha256
 from mpo_core.models.language_model import (
+    cache_of,
     check_causal,
     check_flops,
     check_trainable,
@@ -69,6 +70,7 @@ __all__ = [
     "StructuredLinear",
     "balance_cores",
     "build_language_model",
+    "cache_of",
     "chain",
     "check_causal",
     "check_flops",

@@ -100,7 +100,9 @@ def trials_frame(trial_runs: list[RunRecord], seed_runs: dict[str, list[RunRecor
     for run in trial_runs:
         row = {field.key: param_of(run, field.key) for field in fields}
         row |= {column: count[row["trial"]] for column, count in counts.items()}
-        row |= {field.key: metric_of(run, "count", field.key, required=row["n_seeds"] > 0) for field in schema.COUNTS}
+        for field in schema.COUNTS:
+            required = row["n_seeds"] > 0 and field.key not in schema.NEWER_COUNTS
+            row[field.key] = metric_of(run, "count", field.key, required=required)
         row |= {"run_id": run.run_id, "stopped": run.tags.get(schema.STOPPED), "study": tag_of(run, schema.STUDY_NAME)}
         rows.append(row | {"validation_fraction": _validation_fraction(run)})
     dtypes = {field.key: _DTYPES[field.dtype] for field in (*fields, *schema.COUNTS)}

@@ -50,7 +50,7 @@ def open_ledger(
     """
 
     def shape_of(spec: TrialSpec) -> TrialShape:
-        return trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model)
+        return trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model, config.bits)
 
     uuid = directory.uuid()
     if uuid is not None:

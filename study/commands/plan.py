@@ -93,7 +93,7 @@ def plan(config: StudyConfig, corpus: Corpus) -> Plan:
     rates: dict[tuple[str, Model, str], float] = {}
 
     def shape_of(spec: TrialSpec) -> TrialShape:
-        return trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model)
+        return trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model, config.bits)
 
     def planned(spec: TrialSpec, shape: TrialShape) -> PlannedTrial:
         kind = (spec.family, spec.model, spec.protocol.optimiser)

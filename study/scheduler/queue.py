@@ -297,6 +297,7 @@ class Queue:
             gpus=execution.gpus,
             checkpoint_seconds=execution.checkpoint_seconds,
             capture=execution.capture,
+            timing=self.config.is_timed,
         )
 
 

@@ -132,6 +132,12 @@ class DenseArm(_Arm):
         description="Overrides the model's. `{40: 146, 60: 228}` sets it by d_model, to come close to a given number "
         "of parameters.",
     )
+    model: dict[str, bool | int | float | str | None] | None = Field(
+        default=None,
+        description="Settings of a model that is not PicoGPT which this arm changes, such as `{hidden_size: 96}`: a "
+        "narrower or shallower model as a control. Only from scratch.",
+        exclude_if=lambda value: value is None,
+    )
     start: Name | None = Field(
         default=None,
         description="A dense arm with one trial, or `pretrained`. The arm's trained model of the same seed is trained "
@@ -141,7 +147,7 @@ class DenseArm(_Arm):
 
     @model_validator(mode="after")
     def _nothing_new_beside_a_start(self) -> DenseArm:
-        given = [key for key in ("init", "d_model", "d_ff") if getattr(self, key) is not None]
+        given = [key for key in ("init", "d_model", "d_ff", "model") if getattr(self, key) is not None]
         if self.start is not None and given:
             raise ValueError(f"`{given[0]}` has no meaning beside `start`: the model is that arm's")
         return self

@@ -78,7 +78,7 @@ def _uncompared_controls(config: StudyConfig, arm: Arm, dense: Sequence[Arm]) ->
 
 def _is_reference(config: StudyConfig, arm: Arm) -> bool:
     """Whether a trial of the arm may be the dense model of the study's own size, trained from scratch."""
-    if not isinstance(arm, DenseArm) or arm.start is not None:
+    if not isinstance(arm, DenseArm) or arm.start is not None or arm.model is not None:
         return False
     own = config.model.width
     if own is None:

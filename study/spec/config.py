@@ -26,6 +26,8 @@ from study.spec.values import (
     Strict,
 )
 
+BITS = 32
+"""Bits of a parameter as it is trained."""
 MAX_BATCH_TOKENS = 10_000_000
 LEAST_SHARE = 0.0001
 """Smallest share of a core or a GPU that Ray accepts."""
@@ -102,6 +104,13 @@ class Execution(Strict):
         description="End a worker after this many seconds without an evaluation, and try its unit again. Default: no "
         "limit. Only Ray's workers can be ended; one that is starting has at least ten minutes.",
     )
+    timing: bool = Field(
+        default=False,
+        description="Measure `decode_ms` and `prefill_ms` of every trained model on its worker, in turns with the "
+        "dense model. The times depend on the machine and on what else runs on it. They are measured in any case if they "
+        "are objectives.",
+        exclude_if=lambda value: not value,
+    )
     keep_weights: bool = Field(
         default=False, description="Keep every trained model as safetensors, in storage and in MLflow."
     )
@@ -121,6 +130,12 @@ class StudyConfig(Strict):
     )
     search: Search = Search()
     claims: Claims = Claims()
+    bits: Literal[4, 8, 16, 32] = Field(
+        default=BITS,
+        description="Bits in which a parameter is counted in `bytes`, the size of the stored model. Nothing is "
+        "rounded, so the loss is that of float32.",
+        exclude_if=lambda value: value == BITS,
+    )
     rel_error_chi: tuple[PositiveInt, ...] = Field(
         default=(),
         max_length=1000,
@@ -131,6 +146,11 @@ class StudyConfig(Strict):
     arms: Annotated[tuple[Arm, ...], Field(min_length=1, max_length=1000)] = Field(
         description="What is compared. Each arm gives at least one trial."
     )
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether decoding and prefill of the trained models are measured."""
+        return self.execution.timing or bool({"decode_ms", "prefill_ms"} & {*self.objectives})
 
     @property
     def has_pretrained(self) -> bool:
@@ -169,6 +189,8 @@ class StudyConfig(Strict):
                 yield from self._problems_of_start(arm)
             if arm.start is None and (self.protocol.steps if arm.steps is None else arm.steps) == 0:
                 yield f"arms[{arm.name}]: `steps` must be at least 1 without a `start`"
+            if isinstance(arm, DenseArm) and arm.model is not None:
+                yield from self._problems_of_own_sizes(arm, arm.model)
             if isinstance(arm, DenseArm) and self.model.width is None:
                 for key in ("d_model", "d_ff", "init"):
                     if getattr(arm, key) is not None:
@@ -195,6 +217,14 @@ class StudyConfig(Strict):
         yield from self._problems_of_sampler(searched)
         yield from self._problems_of_limits(searched)
         yield from self._problems_of_stopping()
+
+    def _problems_of_own_sizes(self, arm: DenseArm, changes: Mapping[str, Any]) -> Iterator[str]:
+        where = f"arms[{arm.name}].model"
+        if self.model.width is not None or self.has_pretrained:
+            yield f"{where}: is for a model from scratch that is not PicoGPT; the study's model is {self.model.named}"
+        for key in changes:
+            if key in type(self.model).model_fields:
+                yield f"{where}.{key}: cannot change; only settings such as `hidden_size` can"
 
     def _problems_of_contrasts(self, arms: list[str]) -> Iterator[str]:
         pairs = [(contrast.arm, contrast.against) for contrast in self.claims.contrasts]
@@ -266,6 +296,7 @@ class StudyConfig(Strict):
             if isinstance(other, DenseArm)
             and other.start is None
             and not any(isinstance(value, tuple | Choices | Range) for value in other.values().values())
+            and other.model is None
             and other.d_model in (None, self.model.width)
             and other.d_ff in (None, self.model.recorded.get("d_ff"))
         ]

@@ -135,6 +135,8 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
         model |= {"d_model": chosen["d_model"], "d_ff": None}
     if isinstance(arm, DenseArm) and arm.d_ff is not None:
         model["d_ff"] = _of_size(arm.d_ff, size)
+    if isinstance(arm, DenseArm) and arm.model is not None:
+        model |= arm.model
     try:
         return TrialSpec.model_validate(data | {"model": model, "protocol": protocol})
     except ValueError as error:

@@ -218,7 +218,8 @@ def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
 
 
 def _counts(trial: Trial) -> dict[str, float]:
-    return {each.key: getattr(trial.shape, each.key) for each in schema.COUNTS}
+    counts = {each.key: getattr(trial.shape, each.key) for each in schema.COUNTS}
+    return {key: value for key, value in counts.items() if value is not None}
 
 
 def _points(values: Mapping[str, float], timestamp: int, step: int = 0) -> list[Point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import nn
 
 import mpo_core
 from study.errors import StudyError, first_line
-from study.spec.arms import AUTO, PRETRAINED
-from study.spec.config import StudyConfig
+from study.spec.arms import AUTO, PRETRAINED, DenseArm
+from study.spec.config import BITS, StudyConfig
 from study.spec.kinds import DECOMPOSED
 from study.spec.models import MAX_PARAMS, Model, with_checksum
+from study.spec.search_space import example
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
 from study.training.calibration import shared_statistics
 from study.training.weights import load_weights
@@ -38,7 +40,7 @@ def build_model(
     """
     is_pretrained = spec.start == PRETRAINED
     at = None if generator_for is not None else "meta"
-    model = _dense(spec.model, vocab_size, at, with_weights=is_pretrained)
+    model = dense_model(spec.model, vocab_size, at, with_weights=is_pretrained)
     if start_weights is not None:
         load_weights(model, start_weights)
     elif generator_for is not None and not is_pretrained:
@@ -132,7 +134,13 @@ def _kept(
     )
 
 
-def _dense(sizes: Model, vocab_size: int, device: str | None, with_weights: bool = False) -> nn.Module:
+def dense_model(sizes: Model, vocab_size: int, device: str | None = None, with_weights: bool = False) -> nn.Module:
+    """The dense model of these sizes; its values are not drawn yet, unless it has pretrained weights.
+
+    Raises:
+        StudyError: it cannot be made.
+        OSError: this machine lacks its files.
+    """
     try:
         with_checksum(sizes)
     except ValueError as error:
@@ -147,24 +155,32 @@ def _dense(sizes: Model, vocab_size: int, device: str | None, with_weights: bool
 
 
 def check_model(config: StudyConfig, vocab_size: int) -> None:
-    """Raise a StudyError if the model cannot be studied, before anything runs; PicoGPT always can."""
-    model = config.model
-    if model.architecture == "picogpt" or min(model.context, vocab_size) < 2:
+    """Raise a StudyError if a model cannot be studied, before anything runs; PicoGPT always can."""
+    if config.model.architecture == "picogpt" or min(config.model.context, vocab_size) < 2:
         return
-    shapes = _dense(model, vocab_size, "meta")
-    n_params = mpo_core.n_params(shapes)
+    _check_sizes(config.model, vocab_size, config.has_pretrained)
+    for arm in config.arms:
+        if isinstance(arm, DenseArm) and arm.model is not None:
+            try:
+                _check_sizes(example(config, arm).model, vocab_size, False)
+            except StudyError as error:
+                raise StudyError(f"arms[{arm.name}]: {error}") from None
+
+
+def _check_sizes(sizes: Model, vocab_size: int, is_pretrained: bool) -> None:
+    n_params = mpo_core.n_params(dense_model(sizes, vocab_size, "meta"))
     if n_params > MAX_PARAMS:
-        if config.has_pretrained:
+        if is_pretrained:
             return  # too large for the driver's machine
         raise StudyError(f"model: a dense model has at most {MAX_PARAMS:,} parameters, but this one has {n_params:,}")
-    made = _dense(model, vocab_size, None, with_weights=config.has_pretrained)
+    made = dense_model(sizes, vocab_size, with_weights=is_pretrained)
     try:
-        if config.has_pretrained:
-            mpo_core.check_causal(made, model.named)
+        if is_pretrained:
+            mpo_core.check_causal(made, sizes.named)
         else:
             mpo_core.draw_parameters(made, lambda name: torch.Generator().manual_seed(0))
-            mpo_core.check_trainable(made, model.named)
-        mpo_core.check_flops(made, model.named)
+            mpo_core.check_trainable(made, sizes.named)
+        mpo_core.check_flops(made, sizes.named)
     except Exception as error:  # code of a library, or of the user
         raise StudyError(f"model: {first_line(error)}") from error
 
@@ -181,12 +197,13 @@ def _sizes_as_mpo(spec: TrialSpec, vocab_size: int) -> dict[str, int]:
     return {row.name: row.n_params_after for row in report.rows}
 
 
-def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: Model) -> TrialShape:
+def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: Model, bits: int = BITS) -> TrialShape:
     """Parameters, FLOPs and identity of a spec; the identity is that of its configuration after clipping of bonds.
 
     Args:
         n_validation: number of tokens in the validation split.
         reference: sizes of the study's dense model; other models' parameters are given as fractions of its parameters.
+        bits: in which a parameter is counted in bytes.
 
     Raises:
         StudyError: a layer of the model cannot be made.
@@ -213,7 +230,21 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         step_flops=step_flops,
         flops=flops,
         vocab_size=vocab_size,
+        bytes=_bytes(model, counts[0], bits, spec.keep is not None),
+        flops_per_token=_forward_flops(spec, model, spec.model.context) / spec.model.context,
     )
+
+
+def _bytes(model: nn.Module, n_params: int, bits: int, are_indices_counted: bool) -> int:
+    """Bytes of the stored model: its parameters with this many bits each, and its masks and indices.
+
+    Args:
+        are_indices_counted: whether n_params include masks and indices, a parameter for `BITS` bits.
+    """
+    layers = [module for module in model.modules() if isinstance(module, mpo_core.StructuredLinear)]
+    n_index_bits = sum({id(layer.factors()[0]): layer.n_index_bits for layer in layers}.values())
+    n_values = n_params - (n_index_bits / BITS if are_indices_counted else 0)
+    return math.ceil((n_values * bits + n_index_bits) / 8)
 
 
 _COUNTS = (mpo_core.n_params, mpo_core.n_params_compressed)

@@ -15,9 +15,11 @@ from analysis import run_schema as schema
 from study.spec.trial import SeedResult, TrialSpec, now
 from study.training.checkpoints import Checkpoints
 from study.training.corpus import Corpus
+from study.training.model import dense_model
 from study.training.precision import products_in
 from study.training.program import this_program
 from study.training.stacked import StackedTraining
+from study.training.timing import times
 from study.training.train import Diverged, Training
 from study.training.weights import weights_of
 
@@ -36,6 +38,7 @@ def train_seed(
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = math.inf,
     capture: bool = True,
+    timing: bool = False,
     on_evaluation: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> tuple[SeedResult, dict[str, Tensor]]:
     """Train one seed of a trial from the start, or from its newest checkpoint.
@@ -47,6 +50,7 @@ def train_seed(
             starts from.
         rel_error_chis: caps at which a dense model's layers are decomposed, before and after training.
         capture: replay the step on a GPU from CUDA graphs (`study.training.captured`).
+        timing: whether the time of decoding and prefill is measured at the end (`study.training.timing`).
         on_evaluation: called with every row of the learning curve.
     Returns:
         The result and the trained weights; a run that diverges gives a failed result, with its curve up to that step.
@@ -61,6 +65,7 @@ def train_seed(
         start_tokens=start_tokens,
         rel_error_chis=rel_error_chis,
         capture=capture,
+        timing=timing,
     )
     checkpoint = checkpoints.load() if checkpoints is not None else None
     if checkpoint is not None:
@@ -87,9 +92,10 @@ class SeedRun:
         start_tokens: int,
         rel_error_chis: Sequence[int],
         capture: bool,
+        timing: bool,
     ) -> None:
         self.trial, self.seed, self.started = trial, seed, now()
-        self._start_tokens, self._rel_error_chis = start_tokens, rel_error_chis
+        self._start_tokens, self._rel_error_chis, self._timing = start_tokens, rel_error_chis, timing
         self.training = Training(spec, seed, corpus, device=device, start_weights=start_weights, capture=capture)
         self._rel_errors = _rel_errors(self.training, rel_error_chis, "init")
 
@@ -110,6 +116,8 @@ class SeedRun:
             return replace(result, failure=f"diverged: {failure}", failure_step=failure.step)
         trained = _rel_errors(training, self._rel_error_chis, "trained")
         final = _final_metrics(training, self._start_tokens)
+        if self._timing:
+            final |= _times(training, device)
         return replace(result, final=final, rel_errors=self._rel_errors | trained)
 
 
@@ -155,6 +163,16 @@ def _of_compression(report: mpo_core.CompressionReport) -> dict[str, float]:
     return found
 
 
+def _times(training: Training, device: torch.device | str) -> dict[str, float]:
+    spec, vocab_size = training.spec, training.corpus.vocab_size
+    dense = dense_model(spec.model, vocab_size)
+    for parameter in dense.parameters():
+        torch.nn.init.constant_(parameter, 0.01)  # times do not depend on the values
+    with products_in(spec.protocol.precision):
+        where = spec.model.context, device, spec.protocol.precision
+        return times(training.model.to(device), dense.to(device), vocab_size, *where)
+
+
 def _rel_errors(training: Training, chis: Sequence[int], when: str) -> dict[str, float]:
     if training.spec.family == "dense":
         errors = mpo_core.rel_errors(training.model, chis, factorisation="paper") if chis else {}
@@ -188,6 +206,7 @@ def train_seeds(
     checkpoints: Mapping[int, Checkpoints] | None = None,
     checkpoint_seconds: float = math.inf,
     capture: bool = True,
+    timing: bool = False,
     on_evaluation: Callable[[int, dict[str, float]], None] = lambda seed, row: None,
 ) -> list[tuple[SeedResult, dict[str, Tensor]]]:
     """Train seeds of a trial as one model; seeds whose checkpoints are at different steps get one model for each step.
@@ -210,6 +229,7 @@ def train_seeds(
             start_tokens=start_tokens,
             rel_error_chis=rel_error_chis,
             capture=False,
+            timing=timing,
         )
 
     runs = {seed: begin(seed) for seed in seeds}

@@ -50,6 +50,7 @@ class Unit(Strict):
     gpus: float
     checkpoint_seconds: float
     capture: bool
+    timing: bool = False
 
 
 def run_unit(
@@ -128,6 +129,7 @@ def _run_stack(
         },
         checkpoint_seconds=unit.checkpoint_seconds,
         capture=unit.capture,
+        timing=unit.timing,
         on_evaluation=on_evaluation,
     )
     return [_with_weights(unit, storage, result, weights) for result, weights in trained]
@@ -154,6 +156,7 @@ def _run_seed(
         checkpoints=checkpoints_of(storage, unit.study_uuid, unit.trial, seed, unit.spec, say),
         checkpoint_seconds=unit.checkpoint_seconds,
         capture=unit.capture,
+        timing=unit.timing,
         on_evaluation=lambda row: on_evaluation(seed, row),
     )
     return _with_weights(unit, storage, result, weights)

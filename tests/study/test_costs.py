@@ -1,0 +1,160 @@
+"""What a model costs besides its parameters: bytes, FLOPs per token, and measured times."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import yaml
+from study_fixtures import DENSE, results_at, run_at, write_study
+
+import mpo_core
+from study.errors import StudyError
+from study.ledger.snapshot import read_ledger
+from study.spec.search_space import listed_specs
+from study.spec.study_file import load_config
+from study.training.loading import load_corpus
+from study.training.model import trial_shape
+from study.training.train import Training
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+N_LINEAR = 12 * 8 * 8
+"""Weights of the linear layers of a block of width 8 in the small study."""
+PRUNED = {"name": "pruned", "family": "pruned", "as_chi": 2}
+LLAMA = {
+    "architecture": "huggingface", "config": "llama", "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "context": 8,
+}  # fmt: skip
+
+
+def write_llama(folder, arms):
+    """A study file of a tiny LLaMA from scratch."""
+    file = write_study(folder, arms=arms)
+    study = yaml.safe_load(file.read_text(encoding="utf-8"))
+    file.write_text(yaml.safe_dump({**study, "model": LLAMA}, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def shapes(file):
+    config = load_config(file)
+    corpus = load_corpus(config.corpus.paths, None, config.corpus.validation_fraction)
+    return [
+        trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model, config.bits)
+        for spec in listed_specs(config)
+    ]
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_bytes_are_those_of_the_values_and_of_one_bit_for_each_weight_of_a_mask(tmp_path, bits):
+    arms = [DENSE, {"name": "mpo", "family": "mpo", "chi": 2}, PRUNED]
+    dense, mpo, pruned = shapes(write_study(tmp_path, bits=bits, arms=arms))
+    assert dense.bytes == math.ceil(dense.n_params * bits / 8)
+    assert mpo.bytes == math.ceil(mpo.n_params * bits / 8)
+    # The head has a mask too if it became smaller.
+    n_masked = [N_LINEAR, N_LINEAR + 8 * pruned.vocab_size]
+    assert pruned.bytes in [math.ceil((bits * pruned.n_params + n) / 8) for n in n_masked]
+
+
+def test_a_share_counts_masks_as_parameters_but_not_twice_in_bytes(tmp_path):
+    kept = {
+        "name": "kept",
+        "family": "pruned",
+        "keep": 0.5,
+        "start": "dense",
+        "metric": "weights",
+        "layers": ["blocks.*"],
+    }
+    file = write_study(tmp_path, arms=[DENSE, kept])
+    at_32, at_8 = shapes(file), shapes(write_study(tmp_path, arms=[DENSE, kept], bits=8))
+    dense, pruned = at_32
+    assert dense.n_params - pruned.n_params == N_LINEAR // 2
+    assert pruned.bytes == 4 * pruned.n_params
+    n_values = pruned.n_params - N_LINEAR / 32
+    assert at_8[1].bytes == n_values + N_LINEAR / 8
+    assert [shape.n_params for shape in at_8] == [shape.n_params for shape in at_32]
+
+
+def test_flops_per_token_follow_from_the_form_of_the_layers(tmp_path):
+    chain = {"name": "chain", "family": "mpo", "chi": 2, "forward": "chain"}
+    dense, mpo, chained = shapes(
+        write_study(tmp_path, arms=[DENSE, {**chain, "name": "m", "forward": "reconstruct"}, chain])
+    )
+    config = load_config(tmp_path / "tiny.yaml")
+    model = mpo_core.PicoGPT(mpo_core.GPTConfig(vocab_size=dense.vocab_size, context=8, d_model=8, n_heads=2, n_layers=1))
+    assert dense.flops_per_token == mpo_core.flops_per_token(model, config.model.context)
+    assert mpo.flops_per_token > dense.flops_per_token > chained.flops_per_token
+
+
+def test_times_are_recorded_where_they_are_asked_for_and_change_no_other_number(tmp_path):
+    arms = [DENSE, {"name": "mpo", "family": "mpo", "chi": 2}]
+    plain = write_study(tmp_path / "a", arms=arms, seeds=1)
+    timed = write_study(tmp_path / "b", arms=arms, seeds=1, execution={"timing": True})
+    wanted = write_study(tmp_path / "c", arms=arms, seeds=1, objectives=["bytes", "decode_ms", "val_loss"])
+    finals = []
+    for file in (plain, timed, wanted):
+        run_at(file, file.parent / "out")
+        finals.append({key: result.final for key, result in results_at(file.parent / "out").items()})
+    names = {"decode_ms", "prefill_ms", "dense_decode_ms", "dense_prefill_ms"}
+    for number in range(2):
+        without, *others = (final[number, 0] for final in finals)
+        assert not names & set(without)
+        for each in others:
+            assert all(each[name] > 0 for name in names)
+            assert {key: each[key] for key in without if key != "train_seconds"} == {
+                key: without[key] for key in without if key != "train_seconds"
+            }
+
+
+def test_a_search_may_minimise_bytes_and_times(tmp_path):
+    searched = {"name": "found", "family": "mpo", "chi": {"low": 1, "high": 8}}
+    search = {"sampler": "tpe", "trials": 3}
+    file = write_study(tmp_path, arms=[DENSE, searched], search=search, objectives=["bytes", "prefill_ms"], seeds=1)
+    outcome = run_at(file, tmp_path / "out")
+    assert (outcome.n_failed, outcome.n_missing) == (0, 0)
+    snapshot = read_ledger(f"sqlite:///{tmp_path / 'out' / 'ledger.db'}", "tiny")
+    assert all(trial.shape.bytes == 4 * trial.shape.n_params for trial in snapshot.trials)
+
+
+def test_controls_of_other_models_are_narrower_or_shallower(tmp_path):
+    arms = [
+        DENSE,
+        {"name": "narrow", "family": "dense", "model": {"hidden_size": 8, "intermediate_size": 12}},
+        {"name": "shallow", "family": "dense", "model": {"num_hidden_layers": 1}},
+        {"name": "low-rank", "family": "low_rank", "as_chi": 2},
+    ]
+    config = load_config(write_llama(tmp_path, arms))
+    corpus = load_corpus(config.corpus.paths, None, config.corpus.validation_fraction)
+    models = [Training(spec, 0, corpus).model for spec in listed_specs(config)]
+    assert [(model.config.hidden_size, model.config.num_hidden_layers) for model in models] == [
+        (16, 2), (8, 2), (16, 1), (16, 2),
+    ]  # fmt: skip
+    full, narrow, shallow, _ = shapes(tmp_path / "tiny.yaml")
+    assert narrow.n_params < shallow.n_params < full.n_params == narrow.n_params_dense
+    assert len({full.identity, narrow.identity, shallow.identity}) == 3
+    trained = Training(listed_specs(config)[1], 0, corpus)
+    trained.run()
+    assert trained.curve[-1]["val_loss"] < trained.curve[0]["val_loss"]
+    assert torch.isfinite(next(iter(trained.model.parameters()))).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": 4}, r"arms\[narrow\].model.context: cannot change"),
+        ({"hiden_size": 4}, r"arms\[narrow\]: model: llama has no setting hiden_size"),
+        ({"hidden_size": 6}, r"arms\[narrow\]: model: .*hidden"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(tmp_path, changes, message):
+    file = write_llama(tmp_path, [DENSE, {"name": "narrow", "family": "dense", "model": changes}])
+    with pytest.raises(StudyError, match=message) as raised:
+        run_at(file, tmp_path / "out")
+    assert len(str(raised.value).splitlines()) == 1, str(raised.value)
+
+
+def test_picogpt_has_keys_of_its_own_for_a_narrower_model(tmp_path):
+    file = write_study(tmp_path, arms=[DENSE, {"name": "narrow", "family": "dense", "model": {"width": 4}}])
+    with pytest.raises(StudyError, match=r"arms\[narrow\].model: is for a model from scratch that is not PicoGPT"):
+        load_config(file)
