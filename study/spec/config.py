@@ -107,8 +107,8 @@ class Execution(Strict):
     timing: bool = Field(
         default=False,
         description="Measure `decode_ms` and `prefill_ms` of every trained model on its worker, in turns with the "
-        "dense model. The times depend on the machine and on what else runs on it. They are measured in any case if they "
-        "are objectives.",
+        "dense model. The times depend on the machine and on what else runs on it. They are measured in any case if "
+        "they are objectives.",
         exclude_if=lambda value: not value,
     )
     keep_weights: bool = Field(

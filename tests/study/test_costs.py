@@ -82,7 +82,8 @@ def test_flops_per_token_follow_from_the_form_of_the_layers(tmp_path):
         write_study(tmp_path, arms=[DENSE, {**chain, "name": "m", "forward": "reconstruct"}, chain])
     )
     config = load_config(tmp_path / "tiny.yaml")
-    model = mpo_core.PicoGPT(mpo_core.GPTConfig(vocab_size=dense.vocab_size, context=8, d_model=8, n_heads=2, n_layers=1))
+    sizes = mpo_core.GPTConfig(vocab_size=dense.vocab_size, context=8, d_model=8, n_heads=2, n_layers=1)
+    model = mpo_core.PicoGPT(sizes)
     assert dense.flops_per_token == mpo_core.flops_per_token(model, config.model.context)
     assert mpo.flops_per_token > dense.flops_per_token > chained.flops_per_token
 

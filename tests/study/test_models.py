@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 import yaml
 from study_fixtures import undisturbed_and_resumed
 
+import study
+from study.commands.opening import study_corpus
 from study.errors import StudyError
 from study.spec.definition import definition
 from study.spec.search_space import listed_specs
@@ -192,3 +195,27 @@ def test_picogpt_is_recorded_as_before_there_were_other_models(small_study):
     named = {**given, "model": {**given["model"], "architecture": "picogpt"}}
     assert definition(validate(given, "here")) == definition(validate(named, "here"))
     assert set(definition(validate(given, "here"))["model"]) == {"d_model", "n_heads", "n_layers", "context", "d_ff"}
+
+
+def test_the_shipped_gpt2_study_is_sized_and_trains_for_ten_steps(tmp_path):
+    """With its own twelve layers, on short sequences."""
+    lines = [json.dumps({"text": f"document {number} says that {number} is a number"}) for number in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    small = ("steps=10", "warmup_steps=2", "batch_size=4", "eval_every=10", "precision=float32")
+    changes = [f"corpus.path={tmp_path / 'text.jsonl'}", "corpus.validation_fraction=0.1", "execution.gpus=0"]
+    changes += [f"protocol.{change}" for change in small] + ["model.context=16", "seeds=1"]
+    shipped = Path(study.__file__).parent / "configs" / "gpt2-small-scratch.yaml"
+    config = load_config(shipped, changes)
+    corpus = study_corpus(config)
+    specs = {(spec.arm, spec.size): spec for spec in listed_specs(config)}
+    counted = len(corpus.validation), config.model
+    sizes = {key: trial_shape(spec, corpus.vocab_size, *counted).n_params for key, spec in specs.items()}
+    assert sizes["narrow", None] == pytest.approx(sizes["mpo", "χ=128"], rel=0.05)
+    assert sizes["shallow", None] == pytest.approx(sizes["mpo", "χ=170"], rel=0.05)
+    for key in (("mpo", "χ=64"), ("narrow", None)):  # the larger ones take minutes
+        training = Training(specs[key], 0, corpus)
+        assert len(training.model.transformer.h) == 12
+        training.run()
+        first, last = training.curve
+        assert (last["step"], last["tokens"]) == (10, 10 * 4 * 16)
+        assert last["val_loss"] < first["val_loss"]
