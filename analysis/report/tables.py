@@ -21,7 +21,16 @@ from analysis.results.numbers import (
     signed,
     with_interval,
 )
-from analysis.results.summary import MEASURES, SECONDS, VAL_ACC, VAL_LOSS, Measure, frontier_key, half_width_key
+from analysis.results.summary import (
+    BITS_PER_BYTE,
+    MEASURES,
+    SECONDS,
+    VAL_ACC,
+    VAL_LOSS,
+    Measure,
+    frontier_key,
+    half_width_key,
+)
 from analysis.results.uncertainty import FrontierUncertainty
 from analysis.runs.study_runs import StudyRuns
 
@@ -61,7 +70,24 @@ def trials_table(summary: pd.DataFrame) -> Table:
             "on frontier of": on_frontiers,
         }
     )
-    return Table("trials", summary, shown)
+    return Table("trials", summary, _with_units_of_text(shown, summary))
+
+
+def _with_units_of_text(shown: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
+    """With the loss in units that readers of language models know, if tokens are not characters: bits per byte, and
+    the perplexity of a token where tokens are words and parts of words."""
+    tokenizers = summary["tokenizer"]
+    place = list(shown.columns).index("val loss (nats)") + 1
+    if (~tokenizers.isin([CHARACTERS, BYTES])).any():
+        perplexity = summary[schema.mean_key(VAL_LOSS.key)].map(math.exp).where(~tokenizers.isin([CHARACTERS, BYTES]))
+        shown.insert(place, "perplexity of a token", [digits(value, 1) for value in perplexity])
+    if (tokenizers != CHARACTERS).any():
+        means = summary[schema.mean_key(BITS_PER_BYTE)]
+        shown.insert(place, "bits per byte", [digits(value, 3) for value in means])
+    return shown
+
+
+CHARACTERS, BYTES = schema.ABSENT["tokenizer"], "bytes"
 
 
 def frontier_table(summary: pd.DataFrame, uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
@@ -213,7 +239,8 @@ def arms_table(summary: pd.DataFrame) -> Table:
 
 
 _TRAINED_WITH = (
-    *("family", "start", "init", "refinement", "lr_rule", "decay", "factorisation", "sites", "precision"),
+    *("family", "start", "init", "refinement", "keep", "metric", "spread", "narrow", "layers", "gauge", "lr_rule"),
+    *("decay", "factorisation", "sites", "precision"),
     *("learning_rate", "embedding_learning_rate", "steps", "warmup_steps", "batch_size", "context", "weight_decay"),
     *("model", "tokenizer", "optimiser", "schedule", "d_model", "tuning_trials", "tuned_among"),
 )

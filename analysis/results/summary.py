@@ -18,6 +18,7 @@ from analysis.statistics.seed_blocks import MIN_SEEDS
 
 TOKENS = ("train_tokens", "total_tokens")
 SECONDS = "train_seconds"
+BITS_PER_BYTE = "final/bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ def frontier_key(measure: Measure) -> str:
 def summarise(runs: StudyRuns) -> pd.DataFrame:
     """The trials frame, sorted by group and size, with these additional columns:
 
-    group: the family, as readers distinguish families. label: short and unique in its group. is_reference: the dense
-    model from scratch with which others are compared, the first trial of that size with enough seeds. percent_of_dense:
-    parameters relative to the study's dense model. For each metric of AGGREGATED: its mean, std and half-width over
-    seeds. The mean of the seconds of training. The largest number of tokens of any seed. For each measure: whether the
-    trial is on its frontier.
+    group: the family, as readers distinguish families. label: short and unique in its group. is_reference: the
+    dense model from scratch with which others are compared, the first trial of that size with enough seeds.
+    percent_of_dense: parameters relative to the study's dense model. For each metric of AGGREGATED: its mean, std
+    and half-width over seeds. The means of the seconds of training and of bits per byte. The largest number of
+    tokens of any seed. For each measure: whether the trial is on its frontier.
     """
     summary = runs.trials.copy()
     summary["percent_of_dense"] = (100 * summary["n_params"] / summary["n_params_dense"]).astype("float64")
@@ -105,8 +106,9 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     for key in AGGREGATED:
         _add_interval(summary, runs.seeds, key)
     # Time as measured: it depends on the machine, and on other programs that ran there.
-    seconds = summary["trial"].map(runs.seeds.groupby("trial")[SECONDS].mean())
-    summary[schema.mean_key(SECONDS)] = seconds.astype("float64")
+    for key in (SECONDS, BITS_PER_BYTE):
+        means = summary["trial"].map(runs.seeds.groupby("trial")[key].mean())
+        summary[schema.mean_key(key)] = means.astype("float64")
     for key in TOKENS:
         tokens = summary["trial"].map(runs.seeds.groupby("trial")[key].max()).astype("Int64")
         # All trials of one budget have the same number of tokens, even one without a complete seed.

@@ -21,6 +21,16 @@ def test_trials_table_shows_every_trial_with_its_interval(summary):
     assert shown["tokens"] == "20,480,000"
 
 
+def test_trials_table_has_the_units_of_the_tokenizer(summary):
+    known = summary.assign(**{"mean/final/bits_per_byte": 1.5})
+    assert "bits per byte" not in tables.trials_table(known.assign(tokenizer="characters")).shown
+    of_bytes = tables.trials_table(known.assign(tokenizer="bytes")).shown
+    assert set(of_bytes["bits per byte"]) == {"1.500"}
+    assert "perplexity of a token" not in of_bytes
+    shown = tables.trials_table(known.assign(tokenizer="folder 1a2b")).shown
+    assert shown["perplexity of a token"].tolist() == [f"{np.exp(loss):.1f}" for loss in summary["mean/final/val_loss"]]
+
+
 def test_frontier_table_holds_the_frontier_from_the_smallest_up(summary, uncertainties):
     table = tables.frontier_table(summary, uncertainties)
     assert table.data["n_params"].is_monotonic_increasing
