@@ -88,7 +88,9 @@ def own_class(architecture: str) -> Any:
 
 
 def code_of(architecture: str) -> str:
-    """SHA-256 of the file that defines the class "MODULE:CLASS", when it was imported; line ends do not count.
+    """SHA-256 of the code that defines the class "MODULE:CLASS", when it was first asked for.
+
+    It is that of the class's file; in a package, of all Python files of the package. Line ends do not count.
 
     Raises:
         ValueError: as `own_class`, or the class has no source file.
@@ -101,7 +103,16 @@ def _code_of(module: ModuleType, architecture: str) -> str:
     file = getattr(module, "__file__", None)
     if file is None or not file.endswith(".py"):
         raise ValueError(f"{architecture} has no source file, so a study cannot record its code")
-    return hashlib.sha256(Path(file).read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+    top = sys.modules.get(module.__name__.partition(".")[0])
+    folder = Path(top.__file__).parent if top is not None and top is not module and top.__file__ else None
+    if folder is None:
+        return _sha256(Path(file))
+    sources = {path.relative_to(folder).as_posix(): _sha256(path) for path in folder.rglob("*.py")}
+    return hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 
 def _line(error: Exception) -> str:

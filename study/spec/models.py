@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -157,6 +158,11 @@ class OwnModel(_OtherModel):
     @property
     def named(self) -> str:
         return self.architecture
+
+
+def with_settings(model: Model, changes: Mapping[str, Any]) -> Model:
+    """The model with some of its settings changed."""
+    return type(model).model_validate(model.model_dump() | dict(changes))
 
 
 def with_checksum(model: Model) -> Model:

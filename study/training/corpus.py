@@ -7,14 +7,12 @@ from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from study.errors import StudyError
-
-Unit = Literal["characters", "bytes", "tokens"]
+from study.training.tokenizer import Characters, Unit
 
 
 class Corpus(ABC):
@@ -111,14 +109,15 @@ class CharacterCorpus(Corpus):
         return len(self.vocabulary)
 
     def encode(self, text: str) -> Tensor:
-        position = {character: token for token, character in enumerate(self.vocabulary)}
-        try:
-            return torch.tensor([position[character] for character in text], dtype=torch.int64)
-        except KeyError as error:
-            raise StudyError(f"the character {error.args[0]!r} is not in the corpus's vocabulary") from None
+        [encoded] = self._characters.encode([text])
+        return torch.from_numpy(encoded.tokens)
 
     def decode(self, tokens: Tensor) -> str:
-        return "".join(self.vocabulary[token] for token in tokens.tolist())
+        return self._characters.decode(tokens.tolist())
+
+    @cached_property
+    def _characters(self) -> Characters:
+        return Characters(self.vocabulary)
 
     @cached_property
     def _tokens(self) -> Tensor:

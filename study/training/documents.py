@@ -37,7 +37,6 @@ class TextSummary(NamedTuple):
 
     sha256: str
     n_characters: int
-    n_documents: int
     alphabet: str
 
 
@@ -79,7 +78,7 @@ class Source:
         The checksum of one plain text is the SHA-256 of its bytes. With documents, the number of bytes of each follows
         it, in 8 bytes, so that other documents with the same text in sum have another checksum.
         """
-        digest, n_characters, n_documents, n_bytes = hashlib.sha256(), 0, 0, 0
+        digest, n_characters, n_bytes = hashlib.sha256(), 0, 0
         alphabet: set[str] = set()
         for text, ends_document in self.pieces():
             data = text.encode()
@@ -89,13 +88,12 @@ class Source:
             if with_alphabet:
                 alphabet |= set(text)
             if ends_document:
-                n_documents += 1
                 if not self.is_one_text:
                     digest.update(n_bytes.to_bytes(8, "little"))
                 n_bytes = 0
-        if not n_documents:
+        if not n_characters:
             raise StudyError(f"{self}: the corpus is empty")
-        return TextSummary(digest.hexdigest(), n_characters, n_documents, "".join(sorted(alphabet)))
+        return TextSummary(digest.hexdigest(), n_characters, "".join(sorted(alphabet)))
 
 
 def check_is_file(path: Path) -> int:

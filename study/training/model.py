@@ -14,8 +14,7 @@ from study.errors import StudyError, first_line
 from study.spec.arms import AUTO, PRETRAINED, DenseArm
 from study.spec.config import BITS, StudyConfig
 from study.spec.kinds import DECOMPOSED
-from study.spec.models import MAX_PARAMS, Model, with_checksum
-from study.spec.search_space import example
+from study.spec.models import MAX_PARAMS, Model, with_checksum, with_settings
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
 from study.training.calibration import shared_statistics
 from study.training.weights import load_weights
@@ -162,7 +161,7 @@ def check_model(config: StudyConfig, vocab_size: int) -> None:
     for arm in config.arms:
         if isinstance(arm, DenseArm) and arm.model is not None:
             try:
-                _check_sizes(example(config, arm).model, vocab_size, False)
+                _check_sizes(with_settings(config.model, arm.model), vocab_size, False)
             except StudyError as error:
                 raise StudyError(f"arms[{arm.name}]: {error}") from None
 

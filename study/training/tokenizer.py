@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from study.errors import StudyError, first_line
 from study.spec.corpus import BYTES, CHARACTERS
 from study.spec.trial import json_hash
-from study.training.corpus import Unit
 
+Unit = Literal["characters", "bytes", "tokens"]
 MAX_VOCABULARY = 1_000_000
 """Largest vocabulary: every token has a row of the embeddings and of the logits."""
 _FILES = (
@@ -80,7 +80,7 @@ class Characters(Tokenizer):
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         try:
             return [
-                Encoded(np.array([self._positions[character] for character in text]), len(text[:1].encode()))
+                Encoded(np.array([self._positions[character] for character in text], np.int64), len(text[:1].encode()))
                 for text in texts
             ]
         except KeyError as error:
@@ -219,12 +219,23 @@ def folder_identity(folder: Path) -> str:
     """
     try:
         files = [path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, one) for one in _FILES)]
+        configuration = folder / "config.json"
+        if files and configuration.is_file() and not _names_its_class(folder):
+            files.append(configuration)
         contents = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
     except OSError as error:
         raise StudyError(f"corpus.tokenizer: {folder}: cannot be read: {error.strerror or error}") from None
     if not contents:
         raise StudyError(f"corpus.tokenizer: {folder}: has no tokenizer, for example no tokenizer.json")
     return json_hash(contents)
+
+
+def _names_its_class(folder: Path) -> bool:
+    """Whether the tokenizer's own files say of which class it is; else the model's configuration decides."""
+    try:
+        return "tokenizer_class" in json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
 
 
 def _lacking(package: str) -> StudyError:

@@ -262,3 +262,17 @@ def test_shapes_alone_take_no_memory():
     )
     assert all(parameter.is_meta for parameter in model.parameters())
     assert mpo_core.n_params(model) > 10**9
+
+
+def test_the_code_of_a_class_in_a_package_is_that_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = []
+    for name, helper in (("a", "1"), ("b", "1"), ("c", "2")):
+        folder = tmp_path / f"own_package_{name}"
+        (folder / "inner").mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+        (folder / "inner" / "__init__.py").write_text("")
+        (folder / "inner" / "model.py").write_text("class A:\n    pass\n")
+        (folder / "helper.py").write_text(f"VALUE = {helper}\n")
+        codes.append(code_of(f"own_package_{name}.inner.model:A"))
+    assert codes[0] == codes[1] != codes[2]

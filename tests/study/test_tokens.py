@@ -32,7 +32,7 @@ from study.training.model import build_model
 from study.training.seed_run import train_seed, train_seeds
 from study.training.storage import Storage
 from study.training.token_file import Damaged, read
-from study.training.tokenizer import tokenizer_from_folder
+from study.training.tokenizer import folder_identity, tokenizer_from_folder
 from study.training.train import Training
 from study.training.unit import checkpoints_of
 from study.training.windows import StackedWindows, Windows, consecutive_windows
@@ -290,6 +290,16 @@ def test_identity_is_of_content_and_not_of_places(lines, folder, tmp_path):
     assert load_corpus(lines, tokenizer=str(copy)).sha256 == corpus.sha256
     other = byte_pairs(tmp_path / "other", TEXT, 270)
     assert load_corpus(lines, tokenizer=str(other)).sha256 != corpus.sha256
+
+
+def test_the_configuration_of_a_model_counts_if_it_names_the_class_of_the_tokenizer(folder):
+    own = folder_identity(folder)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert folder_identity(folder) == own  # tokenizer_config.json names the class
+    (folder / "tokenizer_config.json").write_text("{}")
+    first = folder_identity(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert folder_identity(folder) != first
 
 
 @pytest.fixture(params=["path", "memory URL"])
