@@ -13,6 +13,10 @@ import torch
 
 from benchmarks.document import put_table
 from mpo_core.commands.compress import main
+from study.commands.opening import study_corpus
+from study.spec.search_space import listed_specs
+from study.spec.study_file import load_config
+from study.training.model import trial_shape
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,3 +91,20 @@ def test_put_table_replaces_what_was_there(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="must have a place <!-- begin y -->"):
         put_table("a.md", "y", "", [], [])
+
+
+@pytest.mark.usefixtures("_model_and_text")
+def test_whole_study_files_in_the_documents_can_be_planned(tmp_path):
+    """With a model and texts of these names beside them."""
+    document = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    (tmp_path / "SmolLM2-135M").symlink_to(tmp_path / "SmolLM2-135M-Instruct")
+    names = []
+    for block in re.findall(r"```yaml\n(?:#[^\n]*\n)?(name: .*?)```", document, re.DOTALL):
+        (tmp_path / "study.yaml").write_text(block, encoding="utf-8")
+        config = load_config(tmp_path / "study.yaml")
+        corpus = study_corpus(config)
+        for spec in listed_specs(config):
+            shape = trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model)
+            assert shape.n_params <= shape.n_params_dense * (1.5 if spec.chi or spec.as_chi else 1)
+        names.append(config.name)
+    assert names == ["first", "paper", "compress", "llama-scratch", "tuning"]
