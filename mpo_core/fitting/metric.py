@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo_core.values import error_ratio, in_range
+from mpo_core.values import error_ratio, in_range, to_unit
 
 EXTREME = (1e-60, 1e60)
 """A moment whose largest entry is not between these is scaled to about 1: its products would be out of range."""
@@ -57,6 +57,11 @@ class Metric:
     def to(self, **where: Any) -> Metric:
         """The metric with its moments on another device or of another dtype."""
         gram, sensitivity = (None if moment is None else moment.to(**where) for moment in (self.gram, self.sensitivity))
+        return Metric.of_checked(gram, sensitivity)
+
+    def to_unit(self) -> Metric:
+        """The metric with its moments scaled by powers of two to largest entries from 1/2 to 1."""
+        gram, sensitivity = (None if moment is None else to_unit(moment)[0] for moment in (self.gram, self.sensitivity))
         return Metric.of_checked(gram, sensitivity)
 
     @classmethod
