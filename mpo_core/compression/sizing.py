@@ -98,7 +98,7 @@ class Sizer:
             rungs = [*self.kind.rungs(W, metric, **self.options), Rung(W.numel(), 0.0)]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        unit = metric.on(W).norm(W) ** 2 / 2 if metric is not None and as_loss else 1.0
+        unit = metric.on(W).norm_of_weight(W) ** 2 / 2 if metric is not None and as_loss else 1.0
         bits = 8 * W.element_size()
         return [replace(rung, error=rung.error * unit, bits=bits) for rung in rungs]
 

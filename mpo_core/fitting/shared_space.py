@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpo_core.fitting.descent import minimise
-from mpo_core.fitting.metric import Metric, root, solve_root
+from mpo_core.fitting.metric import Metric, solve_root
 from mpo_core.fitting.whitening import kronecker_factors
 from mpo_core.tensor_train.algebra import balance_cores
 from mpo_core.values import error_ratio, times_power, to_unit
@@ -38,19 +38,21 @@ class SharedSpace:
 
     def __init__(self, W: Tensor, metric: Metric, d_out: Sequence[int], d_in: Sequence[int]) -> None:
         self._is_turned = 1 not in d_out
-        gram, of_rows = metric.gram, metric.output_root
+        gram, gram_root, of_rows = metric.gram, metric.input_root, metric.output_root
         rows, columns, M = d_out, d_in, W
         if self._is_turned:
-            gram, of_rows = metric.sensitivity, metric.input_root
+            gram, gram_root, of_rows = metric.sensitivity, metric.output_root, metric.input_root
             rows, columns, M = d_in, d_out, W.T
         self._first = 0 if rows[1] == 1 else 1  # the site of A
         self._k, self._p = columns[self._first], columns[1 - self._first]
-        self._W, self._of_rows, n = W, of_rows, self._k * self._p
+        self._W, self._of_rows, n = W.clone(), of_rows, self._k * self._p
         M, exponent = to_unit(M.double())
         G = torch.eye(n, dtype=M.dtype, device=M.device) if gram is None else gram
+        R = G if gram_root is None else gram_root
+        is_definite = gram_root is None or not gram_root.triu(1).any()  # see `root`
         if self._first == 1:  # part by part
             order = torch.arange(n, device=M.device).reshape(self._p, self._k).T.reshape(-1)
-            M, G = M[:, order], G[order][:, order]
+            M, G, R = M[:, order], G[order][:, order], R[order]
         M, more = to_unit(M if of_rows is None else of_rows.T @ M)
         self._exponent = exponent + more
         of_parts, of_columns = kronecker_factors(G, (self._k, self._p))
@@ -59,7 +61,12 @@ class SharedSpace:
         floor = 1e-8 * float(of_columns.diagonal().max())
         L = torch.linalg.cholesky(of_columns + floor * torch.eye(self._p, dtype=G.dtype, device=G.device))
         self._of_columns = L
-        whitened = _conjugated(G, L)
+        half = G if is_definite else R
+        half = torch.linalg.solve_triangular(L, half.reshape(self._k, self._p, n), upper=False).reshape(n, n)
+        if is_definite:
+            whitened = torch.linalg.solve_triangular(L, half.T.reshape(self._k, self._p, n), upper=False).reshape(n, n)
+        else:  # by a root, because rounding in a singular G itself would cause negative directions
+            whitened = half @ half.T
         M = (M.reshape(-1, self._p) @ L).reshape(len(M), self._k, self._p)
         moment = M.reshape(-1, self._p).T @ (of_parts @ M).reshape(-1, self._p)
         values, vectors = torch.linalg.eigh(moment)
@@ -99,7 +106,7 @@ class SharedSpace:
     def cores(self, chi: int, max_steps: int, tolerance: float) -> list[Tensor]:
         """The cores of that fit, float64, with equal norms."""
         B, _ = self._fit(chi, max_steps, tolerance)
-        A = self._solved(B)[0].double().reshape(self._k * chi, -1)
+        A = self._best(B)[0].double().reshape(self._k * chi, -1)
         B = torch.linalg.solve_triangular(self._of_columns, B.double(), upper=False, left=False)
         A = A.T if self._of_rows is None else solve_root(self._of_rows, A.T)  # (m, k·χ)
         A = times_power(A, self._exponent).reshape(len(A), self._k, chi)
@@ -113,7 +120,7 @@ class SharedSpace:
     def _fit(self, chi: int, max_steps: int, tolerance: float) -> tuple[Tensor, float]:
         """B (χ, p), and half the squared error."""
         B = self._space[:chi].to(self._V)
-        A = self._solved(B)[0].double()
+        A = self._best(B)[0].double()
         # Seen from the components, B is a rotation.
         values, vectors = torch.linalg.eigh((A @ A.mT).sum(0))
         scales = values.clamp(min=0).sqrt()
@@ -121,7 +128,7 @@ class SharedSpace:
         B = vectors.T.to(B) @ B
 
         def evaluate(x: Tensor) -> tuple[float, Tensor]:
-            _, value, gradient = self._solved(x.reshape(B.shape) / scales)
+            value, gradient = self._evaluated(x.reshape(B.shape) / scales)
             return value, (gradient / scales).reshape(-1)
 
         x, value = minimise(
@@ -134,8 +141,8 @@ class SharedSpace:
         )
         return x.reshape(B.shape) / scales, value
 
-    def _solved(self, B: Tensor) -> tuple[Tensor, float, Tensor]:
-        """The best A (k, χ, m) for B (χ, p), half the squared error, and its gradient with respect to B."""
+    def _best(self, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The best A (k, χ, m) for B (χ, p), and B times the parts of the metric (k·χ, n)."""
         k, p, chi = self._k, self._p, len(B)
         BG = (B @ self._G).reshape(k * chi, k * p)
         H = (BG.reshape(k * chi * k, p) @ B.T).reshape(k * chi, k * chi)
@@ -144,21 +151,14 @@ class SharedSpace:
         while failed:
             factor, failed = torch.linalg.cholesky_ex(H + shift * torch.eye(len(H), dtype=H.dtype, device=H.device))
             shift *= 100
-        V = self._V.reshape(-1, k, p)
-        A = torch.cholesky_solve((B @ V.permute(1, 2, 0)).reshape(k * chi, -1), factor)
-        weighted = torch.addmm(self._V, A.T, BG, alpha=-1).reshape(V.shape).transpose(0, 1)  # E G, part by part
-        A = A.reshape(k, chi, -1)
+        seen = B @ self._V.reshape(-1, k, p).permute(1, 2, 0)
+        return torch.cholesky_solve(seen.reshape(k * chi, -1), factor).reshape(k, chi, -1), BG
+
+    def _evaluated(self, B: Tensor) -> tuple[float, Tensor]:
+        """Half the squared error with the best A for B (χ, p), and its gradient with respect to B."""
+        A, BG = self._best(B)
+        weighted = torch.addmm(self._V, A.reshape(len(BG), -1).T, BG, alpha=-1)  # E G
+        weighted = weighted.reshape(-1, self._k, self._p).transpose(0, 1)
         value = float(torch.sum((self._M - A.mT @ B) * weighted)) / 2
         # A is the best for B, so that the error has no slope along it.
-        return A, value, -(A @ weighted).sum(0)
-
-
-def _conjugated(G: Tensor, L: Tensor) -> Tensor:
-    """L⁻¹ G_ij L⁻ᵀ for all blocks G_ij of G that are as large as the lower triangular L."""
-    n, R = len(G), root(G)
-    if R.triu(1).any():
-        # By a root, because rounding in a singular G itself would cause negative directions.
-        half = torch.linalg.solve_triangular(L, R.reshape(-1, len(L), n), upper=False).reshape(n, n)
-        return half @ half.T
-    half = torch.linalg.solve_triangular(L, G.reshape(-1, len(L), n), upper=False).reshape(n, n)
-    return torch.linalg.solve_triangular(L, half.T.reshape(-1, len(L), n), upper=False).reshape(n, n)
+        return value, -(A @ weighted).sum(0)

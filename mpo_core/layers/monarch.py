@@ -137,7 +137,7 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         if metric.gram is not None:
             L = _fit_left(scaled, R, metric.gram)
         L, R = _balanced(L, R)
-        if not metric.is_plain:
+        if not metric.is_plain and max_steps != 0:
             dtype = torch.promote_types(W.dtype, torch.float32)
             factors = [L.to(dtype), R.to(dtype)]
             unit = metric.to_unit().to(dtype=dtype)
