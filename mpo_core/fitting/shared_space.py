@@ -146,11 +146,14 @@ class SharedSpace:
         k, p, chi = self._k, self._p, len(B)
         BG = (B @ self._G).reshape(k * chi, k * p)
         H = (BG.reshape(k * chi * k, p) @ B.T).reshape(k * chi, k * chi)
-        # Parts of B that the metric does not see make H singular.
-        shift, failed, factor = 10 * torch.finfo(H.dtype).eps * float(H.diagonal().max()) or 1.0, True, H
-        while failed:
-            factor, failed = torch.linalg.cholesky_ex(H + shift * torch.eye(len(H), dtype=H.dtype, device=H.device))
-            shift *= 100
+        # Parts of B that the metric does not see make H singular. If all shifts fail, B is out of range, and the value
+        # is NaN or far too large, so that the step is refused.
+        unit, factor = torch.finfo(H.dtype).eps * float(H.diagonal().max()) or 1.0, H
+        for shift in (1e1, 1e3, 1e5):
+            shifted = H + shift * unit * torch.eye(len(H), dtype=H.dtype, device=H.device)
+            factor, failed = torch.linalg.cholesky_ex(shifted)
+            if not failed:
+                break
         seen = B @ self._V.reshape(-1, k, p).permute(1, 2, 0)
         return torch.cholesky_solve(seen.reshape(k * chi, -1), factor).reshape(k, chi, -1), BG
 
