@@ -187,12 +187,14 @@ def _ladder_of_mlp(
     W = {name: linears[name].weight.detach() for name in (*group.inner, group.outer)}
     outer, metric = W[group.outer], metrics[group.outer]
     rungs, units = [], []
-    for left, error in eliminate(outer, metric, sizes).values():
+    for left, error, weighted in eliminate(outer, metric, sizes).values():
         of_layers = [
             low_rank.ladder(name, W[name][left], metrics[name].restricted(outputs=left), True) for name in group.inner
         ]
-        columns = refit(outer, metric, left)
-        of_layers.append(low_rank.ladder(group.outer, columns, metric.restricted(inputs=left), True))
+        # A matrix that is weighted by its sensitivity has the errors of the matrix itself.
+        inputs = Metric.of_checked(metric.restricted(inputs=left).gram, None)
+        ladder = low_rank.ladder(group.outer, weighted, inputs, True)
+        of_layers.append([replace(rung, bits=8 * outer.element_size()) for rung in ladder])
         rungs += [replace(rung, error=rung.error + error / 2, candidate=len(units)) for rung in together(of_layers)]
         units.append(left)
     return rungs, units

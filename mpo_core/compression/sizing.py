@@ -21,8 +21,8 @@ from mpo_core.values import check_matrix
 SPREADS = ("loss", "errors", "even")
 """Ways to spread parameters over layers, see `compress`."""
 
-COMPARED_STEPS, FAR = 8, 1.1
-"""A kind whose error is FAR times that of another after COMPARED_STEPS steps is not followed further."""
+FAR = 1.1
+"""A kind whose error is FAR times that of another after its `compared_steps` is not followed further."""
 
 Outcome = tuple[StructuredLinear | None, str | None]
 """The new layer, or None if the dense one stays; and a note about it."""
@@ -98,20 +98,19 @@ class Sizer:
             rungs = [*self.kind.rungs(W, metric, **self.options), Rung(W.numel(), 0.0)]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        unit = metric.on(W).norm(W) ** 2 / 2 if metric is not None and as_loss else 1.0
+        unit = metric.on(W).norm_of_weight(W) ** 2 / 2 if metric is not None and as_loss else 1.0
         bits = 8 * W.element_size()
         return [replace(rung, error=rung.error * unit, bits=bits) for rung in rungs]
 
     def quick_error(self, linear: nn.Linear, max_params: int, metric: Metric | None) -> float:
-        """The relative error of a fit of that size by at most `COMPARED_STEPS` steps, to choose between kinds.
+        """The relative error of a fit of that size by at most `compared_steps` steps, to choose between kinds.
 
         Raises:
             ValueError: the kind has no layer of that size or shape.
         """
         is_large = linear.weight.numel() > QUICK_ABOVE
-        quick = {"max_steps": COMPARED_STEPS} if self.takes_steps and is_large else {}
-        layer = self.kind.from_linear(linear, metric=metric, max_params=max_params, **{**quick, **self.options})
-        return layer.error(linear.weight, metric)
+        quick = {"max_steps": self.kind.compared_steps} if self.takes_steps and is_large else {}
+        return self.kind.fit_error(linear.weight.detach(), max_params, metric, **{**quick, **self.options})
 
     def parameters_within(self, name: str, linear: nn.Linear, share: int) -> int:
         """The parameters of a layer that costs at most this share, with its mask or indices.

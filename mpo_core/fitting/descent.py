@@ -30,8 +30,8 @@ def descend(
 ) -> list[Tensor]:
     """Factors with `matrix(*factors)` nearer to W in the metric; all factors change at once.
 
-    A step costs about one product S E G. No step raises the error (Armijo's condition). The steps are good if the
-    metric is nearly the identity and, seen from each factor, the others are nearly orthogonal.
+    A step costs about one product S E G. No step raises the error (`minimise`). The steps are good if the metric
+    is nearly the identity and, seen from each factor, the others are nearly orthogonal.
 
     Args:
         matrix: differentiable function from the factors to a matrix of W's shape.
@@ -40,7 +40,6 @@ def descend(
             of it.
     Raises:
         ValueError: as `check_steps`.
-    Source: Liu & Nocedal 1989; Nocedal & Wright 2006, Algorithms 3.1 and 7.4.
     """
     check_steps(max_steps, tolerance)
     shapes = [factor.shape for factor in factors]
@@ -56,7 +55,27 @@ def descend(
         weighted = metric.gradient(E)
         return float(torch.sum(E * weighted)) / 2, _joined(pull_back(weighted))
 
-    x = _joined(factors)
+    return split(minimise(evaluate, _joined(factors), max_steps=max_steps, tolerance=tolerance)[0])
+
+
+def minimise(
+    evaluate: Callable[[Tensor], tuple[float, Tensor]],
+    x: Tensor,
+    *,
+    max_steps: int,
+    tolerance: float,
+    window: int = WINDOW,
+    first_scale: float | None = None,
+) -> tuple[Tensor, float]:
+    """The x that L-BFGS reaches from x (n,), and half its squared error. No step raises it (Armijo's condition).
+
+    Args:
+        evaluate: function from x to half the squared error, and its gradient (n,).
+        max_steps: at most that many steps. tolerance: stop if `window` steps lower the error by less than this fraction
+            of it.
+        first_scale: the first step as a multiple of the gradient. Default: that to the minimum zero of a parabola.
+    Source: Liu & Nocedal 1989; Nocedal & Wright 2006, Algorithms 3.1 and 7.4.
+    """
     value, gradient = evaluate(x)
     history: list[tuple[Tensor, Tensor]] = []
     values = [value]
@@ -64,8 +83,7 @@ def descend(
         slope_scale = float(gradient @ gradient)
         if not slope_scale > 0 or not value > 0:
             break
-        # The first step is that to the minimum zero of a parabola.
-        direction = -_by_inverse_hessian(gradient, history, value / slope_scale)
+        direction = -_by_inverse_hessian(gradient, history, first_scale or value / slope_scale)
         slope, length = float(gradient @ direction), 1.0
         then, new_gradient = evaluate(x + direction)
         while not then <= value + _SUFFICIENT * length * slope and length > _SHORTEST:
@@ -80,9 +98,9 @@ def descend(
         x, value, gradient = x + step, then, new_gradient
         values.append(value)
         # The square of the error falls twice as fast.
-        if len(values) > WINDOW and values[-1 - WINDOW] - value <= 2 * tolerance * values[-1 - WINDOW]:
+        if len(values) > window and values[-1 - window] - value <= 2 * tolerance * values[-1 - window]:
             break
-    return split(x)
+    return x, value
 
 
 def check_steps(max_steps: int, tolerance: float) -> None:

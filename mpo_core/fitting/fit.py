@@ -11,9 +11,10 @@ from torch import Tensor
 from mpo_core.fitting.chain_fit import improve_cores
 from mpo_core.fitting.descent import MAX_STEPS, TOLERANCE, check_steps
 from mpo_core.fitting.metric import Metric
+from mpo_core.fitting.shared_space import SharedSpace
 from mpo_core.fitting.whitening import Whitened, on_cores
 from mpo_core.tensor_train.algebra import balance_cores, rounded_to, tt_svd
-from mpo_core.tensor_train.bonds import check_sizes, check_whole
+from mpo_core.tensor_train.bonds import check_sizes, check_whole, clip_bonds
 from mpo_core.values import check_matrix, in_range
 
 FIT_METHODS = ("tt_svd", "whitened", "lbfgs")
@@ -40,8 +41,9 @@ def fit_cores(
         chi, bonds: exactly one of them, see `tt_svd`; both are clipped to the useful bonds.
         metric: in which the cores are fitted. Default: the Frobenius norm.
         method: "tt_svd": nearest in ‖W − Ŵ‖_F, whatever the metric. "whitened": `whitened_tt_svd`. "lbfgs": the
-            latter, then `improve_cores`. Default: "tt_svd" for the Frobenius norm, else "lbfgs".
-        max_steps, tolerance: of `improve_cores`.
+            latter, then `improve_cores`; if it can, `SharedSpace`. Default: "tt_svd" for the Frobenius norm, else
+            "lbfgs".
+        max_steps, tolerance: of the steps of "lbfgs".
     Returns:
         Cores in W's dtype, on its device. With "tt_svd", all but the last are left-orthogonal, and the last has W's
         norm. With the other two, all have equal norms (`balance_cores`), which suits an optimiser.
@@ -65,8 +67,13 @@ def fit_cores(
     if metric.is_plain and method != "tt_svd":
         raise ValueError(f"`method` {method!r} needs a metric other than the Frobenius norm, but got none")
     check_steps(max_steps, tolerance)
+    check_sizes(W.shape[0], W.shape[1], d_out, d_in)
     if method == "tt_svd" or not W.any():
         return tt_svd(W, d_out, d_in, chi, bonds=bonds)
+    if method == "lbfgs" and SharedSpace.is_for(d_out, d_in):
+        caps = clip_bonds(chi if bonds is None else bonds, d_out, d_in)
+        cores = SharedSpace.of(W, metric, d_out, d_in).cores(caps[1], max_steps, tolerance)
+        return rounded_to(W.dtype, cores)
     whitened = whitened_tt_svd(W.double(), d_out, d_in, chi, metric, bonds=bonds)
     cores = [core.to(W.dtype) for core in balance_cores(whitened)]
     if method == "whitened":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpo_core.fitting.metric import Metric
+from mpo_core.fitting.shared_space import SharedSpace
 from mpo_core.fitting.whitening import Whitened
 from mpo_core.tensor_train.gauge import n_fixed_bits
 from mpo_core.tensor_train.splitting import Sizes, Split, smaller_shapes
@@ -66,7 +67,13 @@ def chain_ladder(W: Tensor, metric: Metric, split: Split, gauge: str = "free") -
 
 def low_rank_errors(W: Tensor, metric: Metric) -> list[float]:
     """Entry r: the squared relative error in the metric of the best matrix of rank r (Eckart & Young 1936)."""
-    return _squared_tail(metric.on(W).weighted(in_range(W.double())[0]))
+    metric, M = metric.on(W), in_range(W.double())[0]
+    # Only the shorter side needs a root.
+    if W.shape[0] <= W.shape[1]:
+        M = metric.outputs_weighted(M)
+        return _tail_of_squares((M if metric.gram is None else M @ metric.gram) @ M.T)
+    M = M if metric.input_root is None else M @ metric.input_root
+    return _tail_of_squares(M.T @ (M if metric.sensitivity is None else metric.sensitivity @ M))
 
 
 def corrected(ladder: list[Rung], measure: Callable[[int], float], is_quick: bool = False) -> list[Rung]:
@@ -108,6 +115,8 @@ def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 
 def _relative_tails(W: Tensor, metric: Metric, d_out: Sequence[int], d_in: Sequence[int]) -> list[list[float]]:
     n_sites, rows, columns = len(d_out), math.prod(d_out), math.prod(d_in)
+    if (rows, columns) == tuple(W.shape) and not metric.is_plain and SharedSpace.is_for(d_out, d_in) and W.any():
+        return [SharedSpace.of(W, metric, d_out, d_in).squared_tail()]
     M = torch.nn.functional.pad(in_range(W.double())[0], (0, columns - W.shape[1], 0, rows - W.shape[0]))
     M = Whitened.of(metric.padded(W.shape, rows, columns), d_out, d_in).matrix(M)
     T = M.reshape(*d_out, *d_in).permute([axis for site in range(n_sites) for axis in (site, n_sites + site)])
@@ -119,7 +128,12 @@ def _squared_tail(M: Tensor) -> list[float]:
     """Entry k: the share of ‖M‖² beyond the k largest singular values."""
     M = M if M.shape[0] <= M.shape[1] else M.T
     # Eigenvalues of M Mᵀ are several times cheaper than singular values, and exact enough for a choice of sizes.
-    values = torch.linalg.eigvalsh(M @ M.T).clamp(min=0)  # ascending
+    return _tail_of_squares(M @ M.T)
+
+
+def _tail_of_squares(square: Tensor) -> list[float]:
+    """Entry k: the share of the sum of the eigenvalues beyond the k largest."""
+    values = torch.linalg.eigvalsh(square).clamp(min=0)  # ascending
     total = float(values.sum())
     if total == 0:
         return [0.0] * (len(values) + 1)

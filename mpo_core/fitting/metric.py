@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo_core.values import error_ratio, in_range
+from mpo_core.values import error_ratio, in_range, to_unit
 
 EXTREME = (1e-60, 1e60)
 """A moment whose largest entry is not between these is scaled to about 1: its products would be out of range."""
@@ -57,6 +57,11 @@ class Metric:
     def to(self, **where: Any) -> Metric:
         """The metric with its moments on another device or of another dtype."""
         gram, sensitivity = (None if moment is None else moment.to(**where) for moment in (self.gram, self.sensitivity))
+        return Metric.of_checked(gram, sensitivity)
+
+    def to_unit(self) -> Metric:
+        """The metric with its moments scaled by powers of two to largest entries from 1/2 to 1."""
+        gram, sensitivity = (None if moment is None else to_unit(moment)[0] for moment in (self.gram, self.sensitivity))
         return Metric.of_checked(gram, sensitivity)
 
     @classmethod
@@ -122,11 +127,19 @@ class Metric:
         E, scale = in_range(E.detach().double())
         return scale * math.sqrt(max(float(torch.sum(self.gradient(E) * E)), 0.0))  # in this order NaN stays NaN
 
+    def norm_of_weight(self, W: Tensor) -> float:
+        """‖W‖; that of the last W is kept, because the errors of many fits are shares of it."""
+        W = W.detach().double()
+        kept: tuple[Tensor, float] | None = self.__dict__.get("_norm_of_weight")
+        if kept is None or not torch.equal(kept[0], W):
+            kept = self.__dict__["_norm_of_weight"] = W.clone(), self.norm(W)
+        return kept[1]
+
     def error(self, W: Tensor, W_hat: Tensor) -> float:
         """‖W − Ŵ‖ / ‖W‖. If ‖W‖ is zero: 0 for a zero error, infinity otherwise."""
         metric = self.on(W)
         W, scale = in_range(W.detach().double())
-        return error_ratio(metric.norm(W - W_hat.detach().double() / scale), metric.norm(W))
+        return error_ratio(metric.norm(W - W_hat.detach().double() / scale), metric.norm_of_weight(W))
 
     def diagonal(self, W: Tensor) -> Tensor:
         """The metric's diagonal at the square root, in W's shape: √(S_ii G_jj), float64."""

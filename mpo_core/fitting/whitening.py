@@ -91,17 +91,18 @@ def kronecker_factors(G: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     mean = float(G.diagonal().mean())
     if mean == 0:
         raise ValueError("a moment of zeros has no Kronecker factors")
-    T = (G / mean).reshape(*sizes, *sizes)
+    pairs = [axis for site in range(n) for axis in (site, n + site)]
+    T = (G / mean).reshape(*sizes, *sizes).permute(pairs).reshape([size * size for size in sizes])
     K = [torch.eye(size, dtype=G.dtype, device=G.device) for size in sizes]
     inverses = list(K)
     for _ in range(_MAX_ROUNDS):
         change = 0.0
         for site in range(n):
-            operands: list[object] = [T, list(range(2 * n))]
+            operands: list[object] = [T, list(range(n))]
             for other in range(n):
                 if other != site:
-                    operands += [inverses[other], [other, n + other]]
-            factor = torch.einsum(*operands, [site, n + site]) * (sizes[site] / size)
+                    operands += [inverses[other].reshape(-1), [other]]
+            factor = torch.einsum(*operands, [site]).reshape(K[site].shape) * (sizes[site] / size)
             factor = (factor + factor.T) / 2
             change = max(change, float(torch.linalg.norm(factor - K[site]) / torch.linalg.norm(factor)))
             K[site] = factor

@@ -127,6 +127,12 @@ class LowRankLinear(StructuredLinear, kind="low_rank"):
         return [Rung(size, errors[rank], bits * rank) for rank, size in sizes if rank <= step or rank % step == 0]
 
     @classmethod
+    def fit_error(cls, W: Tensor, max_params: int, metric: Metric | None = None, **options: Any) -> float:
+        """From the singular values (Eckart & Young 1936)."""
+        rank = cls(W.shape[1], W.shape[0], max_params=max_params, device="meta", **options).rank
+        return math.sqrt(low_rank_errors(W, metric or Metric())[rank])
+
+    @classmethod
     def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:
         """One way."""
         return [{}]

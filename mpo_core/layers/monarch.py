@@ -51,6 +51,7 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
     """
 
     size = "rank"
+    compared_steps = 0  # on the matrices of a trained LLaMA, eight steps lower the error by 0 to 5 %
 
     def __init__(
         self,
@@ -136,8 +137,11 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         if metric.gram is not None:
             L = _fit_left(scaled, R, metric.gram)
         L, R = _balanced(L, R)
-        if not metric.is_plain:
-            L, R = _balanced(*descend(_matrix, [L, R], scaled, metric, max_steps=max_steps))
+        if not metric.is_plain and max_steps != 0:
+            dtype = torch.promote_types(W.dtype, torch.float32)
+            factors = [L.to(dtype), R.to(dtype)]
+            unit = metric.to_unit().to(dtype=dtype)
+            L, R = _balanced(*descend(_matrix, factors, scaled.to(dtype), unit, max_steps=max_steps))
         # Not by a root of the power, which can be odd.
         layer.L.data.copy_(times_power(L, exponent // 2).permute(0, 2, 1, 3))
         layer.R.data.copy_(times_power(R, exponent - exponent // 2).transpose(0, 1))

@@ -9,10 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.descent import MAX_STEPS
+from mpo_core.fitting.descent import MAX_STEPS, TOLERANCE
 from mpo_core.fitting.fit import fit_cores
 from mpo_core.fitting.ladders import Rung, chain_ladder
 from mpo_core.fitting.metric import Metric
+from mpo_core.fitting.shared_space import SharedSpace
 from mpo_core.layers.cached_matrix import CachedMatrix
 from mpo_core.layers.cost_model import choose, rates_of
 from mpo_core.layers.structured import StructuredLinear, check_error, check_one_cap
@@ -196,6 +197,16 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         split = splitter(*W.shape, **_splitting(options))
         ladder = chain_ladder(W, metric or Metric(), split, options.get("gauge", "free"))
         return cls.corrected_rungs(W, metric, ladder, options)
+
+    @classmethod
+    def fit_error(cls, W: Tensor, max_params: int, metric: Metric | None = None, **options: Any) -> float:
+        """Without making the cores, where a `SharedSpace` is fitted."""
+        shape = cls(W.shape[1], W.shape[0], max_params=max_params, device="meta", **cls.of_constructor(options))
+        is_steps = metric is not None and not metric.is_plain and options.get("method") in (None, "lbfgs")
+        if metric is None or not (is_steps and shape._is_exact and SharedSpace.is_for(shape.d_out, shape.d_in)):
+            return super().fit_error(W, max_params, metric, **options)
+        fit = SharedSpace.of(W, metric.on(W), shape.d_out, shape.d_in)
+        return fit.error(shape.bonds[1], options.get("max_steps", MAX_STEPS), TOLERANCE)
 
     @classmethod
     def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:

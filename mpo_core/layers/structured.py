@@ -42,6 +42,8 @@ class StructuredLinear(nn.Module):
     """Inits that `draw` takes."""
     n_sizes: ClassVar[int] = 16
     """Number of equal steps from nothing to the dense size in which the default `sizes` tries layers."""
+    compared_steps: ClassVar[int] = 8
+    """Most steps of the fits of a large matrix by which this kind is compared with others, if it is fitted by steps."""
     bias: nn.Parameter | None
 
     def __init_subclass__(cls, kind: str | None = None, label: str | None = None, **options: Any) -> None:
@@ -169,10 +171,17 @@ class StructuredLinear(nn.Module):
         quick = {"max_steps": QUICK_STEPS} if is_quick else {}
 
         def measure(max_params: int) -> float:
-            layer = cls.from_matrix(W, metric=metric, max_params=max_params, **{**quick, **options})
-            return layer.error(W, metric) ** 2
+            return cls.fit_error(W, max_params, metric, **{**quick, **options}) ** 2
 
         return corrected(ladder, measure, is_quick)
+
+    @classmethod
+    def fit_error(cls, W: Tensor, max_params: int, metric: Metric | None = None, **options: Any) -> float:
+        """The relative error in the metric of the layer that `from_matrix` makes, up to rounding to W's dtype.
+
+        A kind overrides this if it knows the error without making the layer.
+        """
+        return cls.from_matrix(W, max_params=max_params, metric=metric, **options).error(W, metric)
 
     def error(self, W: Tensor, metric: Metric | None = None) -> float:
         """‖W − Ŵ‖ / ‖W‖ in the metric. Default: the Frobenius norm."""

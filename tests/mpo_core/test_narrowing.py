@@ -48,12 +48,13 @@ def test_elimination_knows_the_error_of_what_is_left(with_sensitivity):
     W, metric = normal(5, 60), metric_of(5, 60, with_sensitivity=with_sensitivity)
     found = eliminate(W, metric, [60, 37, 12, 1])
     assert list(found) == [60, 37, 12, 1]
-    for size, (left, error) in found.items():
+    for size, (left, error, weighted) in found.items():
         assert len(left) == size
         assert left.tolist() == sorted(set(left.tolist()))
         W_hat = torch.zeros_like(W)
         W_hat[:, left] = refit(W, metric, left)
         assert error == pytest.approx(metric.norm(W - W_hat) ** 2, rel=1e-8, abs=1e-12)
+        torch.testing.assert_close(weighted, metric.outputs_weighted(W_hat[:, left]), rtol=1e-8, atol=1e-8)
 
 
 def test_one_input_less_is_the_best_choice_and_several_are_among_the_best():
@@ -178,7 +179,7 @@ def test_the_predicted_loss_includes_the_units_that_are_gone():
     small, report = compress(model, keep=0.3, statistics=statistics, layer="low_rank", narrow=True)
     left = next(
         left
-        for left, _ in eliminate(
+        for left, _, _ in eliminate(
             model[2].weight.detach(), statistics.metric("2", "loss"), [small[2].in_features]
         ).values()
     )

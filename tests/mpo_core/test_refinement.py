@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mpo_core.fitting.chain_fit import improve_cores
 from mpo_core.fitting.fit import FIT_METHODS, fit_cores, low_rank_svd, whitened_tt_svd
 from mpo_core.fitting.metric import Metric
+from mpo_core.fitting.shared_space import SharedSpace
 from mpo_core.fitting.whitening import kronecker_factors
 from mpo_core.layers.monarch import MonarchLinear
 from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
@@ -450,3 +451,65 @@ def test_steps_that_are_refused(max_steps):
     ):
         with pytest.raises(ValueError, match="`max_steps`"):
             fit()
+
+
+# One shared row space -------------------------------------------------------------------------------------------------
+
+SHARED = [
+    ([6, 1], [2, 6]),
+    ([1, 6], [6, 2]),
+    ([2, 3], [12, 1]),
+    ([3, 2], [1, 12]),
+    ([6, 1], [4, 3]),
+    ([6, 1], [1, 12]),
+]
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), SHARED)
+@pytest.mark.parametrize("with_sensitivity", [False, True])
+def test_a_shared_space_ends_where_no_core_has_a_gradient(d_out, d_in, with_sensitivity):
+    """Autograd of the objective is the oracle; and the joint descent of all cores finds nothing better from there."""
+    W, gram = normal(6, 12, seed=0), make_gram(12, 1, decades=0.5)
+    metric = Metric(gram, make_gram(6, 2, decades=0.5) if with_sensitivity else None)
+    space = SharedSpace.of(W, metric, d_out, d_in)
+    cores = fit_cores(W, d_out, d_in, chi=2, metric=metric, max_steps=4000, tolerance=0)
+    leaves = [core.clone().requires_grad_() for core in cores]
+    E = W - contract(leaves)
+    slopes = torch.autograd.grad(torch.sum(metric.gradient(E) * E), leaves)
+    assert max(float(slope.norm()) for slope in slopes) < 1e-4 * metric.norm(W) ** 2
+    error = metric.error(W, contract(cores))
+    assert space.error(2, 4000, 0) == pytest.approx(error, rel=1e-6)
+    joint = improve_cores(W, cores, metric, max_steps=1000, tolerance=0)
+    assert metric.error(W, contract(joint)) == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), SHARED)
+def test_the_errors_of_a_shared_space_never_rise_with_steps_or_size(d_out, d_in):
+    W, metric = normal(6, 12, seed=0), Metric(make_gram(12, 1), make_gram(6, 2))
+    space = SharedSpace.of(W, metric, d_out, d_in)
+    by_steps = [space.error(2, steps, 0) for steps in (0, 4, 8, 40)]
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(by_steps))
+    tail = space.squared_tail()
+    assert all(later <= earlier for earlier, later in pairwise(tail))
+    assert (tail[0], tail[-1]) == (pytest.approx(1), 0)
+    assert space.error(len(tail) - 1, 0, 0) < 1e-6  # all of W
+
+
+def test_a_shared_space_is_kept_for_one_weight_alone():
+    W, metric = normal(6, 12, seed=0), Metric(make_gram(12, 1))
+    first = SharedSpace.of(W, metric, [6, 1], [2, 6])
+    assert SharedSpace.of(W.clone(), metric, [6, 1], [2, 6]) is first
+    assert SharedSpace.of(2 * W, metric, [6, 1], [2, 6]) is not first
+    assert SharedSpace.of(W.float(), metric, [6, 1], [2, 6]) is not first
+
+
+def test_a_shared_space_in_float32_resolves_small_errors():
+    """Errors are sums over the residual, not differences of squares."""
+    W = normal(32, 4, seed=0) @ normal(4, 64, seed=1) + 1e-4 * normal(32, 64, seed=2)
+    metric = Metric(make_gram(64, 1, decades=0.5))
+    errors = []
+    for dtype in (torch.float32, torch.float64):
+        cores = fit_cores(W.to(dtype), [32, 1], [2, 32], chi=8, metric=metric, tolerance=1e-6)
+        errors.append(metric.error(W.to(dtype), contract(cores)))
+    assert errors[1] < 1e-3
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
