@@ -25,7 +25,7 @@ from mpo_core.layers.structured import StructuredLinear
 from mpo_core.models.building import build_language_model, code_of
 from mpo_core.models.dense_layers import replaceable_layers
 from mpo_core.models.generation import generate
-from mpo_core.models.hugging_face import pretrained_sha256
+from mpo_core.models.hugging_face import hub_folder, pretrained_sha256
 from mpo_core.models.language_model import (
     cache_of,
     check_causal,
@@ -87,6 +87,7 @@ __all__ = [
     "frobenius_norm",
     "generate",
     "head_of",
+    "hub_folder",
     "improve_cores",
     "inner_product",
     "kind_called",

@@ -63,7 +63,11 @@ def test_mpo_core_and_analysis_import_nothing_of_ours(package, forbidden):
 
 def test_mpo_core_needs_torch_and_the_standard_library_alone():
     # A report becomes a DataFrame where pandas is there; a saved model needs safetensors, one of Hugging Face its code.
-    further = {"report.py": {"pandas"}, "origin.py": {"transformers"}, "hugging_face.py": {"transformers"}}
+    further = {
+        "report.py": {"pandas"},
+        "origin.py": {"transformers"},
+        "hugging_face.py": {"transformers", "huggingface_hub"},
+    }
     further |= {
         name: {"safetensors"} for name in ("saving.py", "statistics.py", "tensor_files.py", "collection_folder.py")
     }

@@ -88,6 +88,26 @@ def build_pretrained(
         return _from_scratch(config, what, place, dtype=torch.float32)
 
 
+@lru_cache(maxsize=8)
+def hub_folder(name: str) -> str:
+    """The folder of a model of the hub of Hugging Face, "OWNER/NAME", downloaded if it is not in the library's cache.
+
+    Without a network, what the cache holds is taken.
+
+    Raises:
+        ValueError: transformers is not installed, or there is no such model.
+    """
+    _transformers()
+    from huggingface_hub import snapshot_download
+
+    with _quiet():
+        kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
+        return _said(
+            f"hub:{name} is neither in the hub of Hugging Face nor in its cache",
+            lambda: snapshot_download(name, allow_patterns=kinds),
+        )
+
+
 def pretrained_sha256(folder: str) -> str:
     """SHA-256 of the configuration and the weights in a folder, which must be safetensors.
 

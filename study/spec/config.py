@@ -13,7 +13,7 @@ from analysis.run_schema import MARGINS, OBJECTIVES
 from study.errors import did_you_mean
 from study.spec.arms import BY_SIZE_FIELDS, PRETRAINED, Arm, DenseArm, MPOArm
 from study.spec.corpus import MODEL_TOKENIZER, Corpus
-from study.spec.models import Model, PicoGPTModel
+from study.spec.models import HuggingFaceModel, Model, PicoGPTModel
 from study.spec.protocol import Protocol
 from study.spec.search import Objective, Search
 from study.spec.values import (
@@ -155,7 +155,7 @@ class StudyConfig(Strict):
     @property
     def has_pretrained(self) -> bool:
         """Whether the model has pretrained weights."""
-        return "pretrained" in self.model.settings
+        return isinstance(self.model, HuggingFaceModel) and self.model.pretrained is not None
 
     @property
     def seed_list(self) -> tuple[int, ...]:

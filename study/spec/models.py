@@ -10,11 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
+from study.spec.cache import in_cache
 from study.spec.values import Name, PositiveInt, Strict, WideInt, Width
 
 MAX_PARAMS = 1_000_000_000
 """Largest dense model from scratch, PicoGPT's without its vocabulary; with gradients and moments it takes 16 GB."""
 
+HUB = "hub:"
+"""Beginning of the name of a model in the hub of Hugging Face."""
 _CONTEXT = "Context length in tokens."
 
 
@@ -125,7 +128,8 @@ class HuggingFaceModel(_OtherModel):
     )
     pretrained: str | None = Field(
         default=None,
-        description="Folder of a pretrained model with weights in safetensors, relative to the study file. "
+        description="Folder of a pretrained model with weights in safetensors, relative to the study file; or "
+        "`cache:NAME`, a folder in the cache folder; or `hub:OWNER/NAME`, a model of the hub of Hugging Face. "
         "Arms with `start: pretrained` begin from its weights. `corpus.tokenizer: model` is its tokenizer.",
     )
 
@@ -140,11 +144,25 @@ class HuggingFaceModel(_OtherModel):
     @property
     def settings(self) -> dict[str, Any]:
         """What `mpo_core.build_language_model` takes besides the context and the vocabulary."""
-        return {"config": self.config, **super().settings} if self.config else {"pretrained": self.pretrained}
+        return {"config": self.config, **super().settings} if self.config else {"pretrained": self.folder}
+
+    @property
+    def folder(self) -> str | None:
+        """The folder of the pretrained model on this machine.
+
+        Raises:
+            ValueError: the hub has no such model.
+        """
+        given = self.pretrained or ""
+        if given.startswith(HUB):
+            from mpo_core import hub_folder  # imports torch, which is slow
+
+            return hub_folder(given.removeprefix(HUB))
+        return in_cache(given) or self.pretrained
 
     @property
     def named(self) -> str:
-        return self.config or PurePath(self.pretrained or "").name
+        return self.config or PurePath((self.pretrained or "").rpartition(":")[2]).name
 
 
 class OwnModel(_OtherModel):
@@ -171,7 +189,7 @@ def with_checksum(model: Model) -> Model:
     Raises:
         ValueError: the files cannot be read, or are not those of the study.
     """
-    folder = model.pretrained if isinstance(model, HuggingFaceModel) else None
+    folder = model.folder if isinstance(model, HuggingFaceModel) else None
     if isinstance(model, PicoGPTModel) or (isinstance(model, HuggingFaceModel) and folder is None):
         return model
     from mpo_core import code_of, pretrained_sha256  # imports torch, which is slow

@@ -14,17 +14,15 @@ import yaml
 from pydantic import ValidationError
 
 from study.errors import StudyError, did_you_mean
-from study.spec.cache import cache_folder
+from study.spec.cache import CACHE, in_cache
 from study.spec.config import StudyConfig
 from study.spec.corpus import MODEL_TOKENIZER, Corpus
 from study.spec.defects import defects
 from study.spec.kinds import check_kinds
-from study.spec.models import HuggingFaceModel, with_checksum
+from study.spec.models import HUB, HuggingFaceModel, with_checksum
 from study.spec.search_space import check_trials
 from study.spec.strict_yaml import MAX_BYTES, MAX_DEPTH, SectionDumper, StrictDumper, parse_yaml
 
-CACHE = "cache:"
-"""Beginning of a path in the cache folder."""
 MOST_SHOWN = 20
 """Number of a file's defects that are listed; the others are only counted."""
 
@@ -64,18 +62,22 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     except StudyError as error:
         raise StudyError(f"{path}: {error}") from None
     model = config.model
-    if isinstance(model, HuggingFaceModel) and model.pretrained is not None:
-        model = model.model_copy(update={"pretrained": _absolute("model.pretrained", model.pretrained, path)})
     corpus = config.corpus
-    if corpus.tokenizer == MODEL_TOKENIZER:
-        corpus = corpus.model_copy(update={"tokenizer": model.settings["pretrained"]})
+    if isinstance(model, HuggingFaceModel) and model.pretrained is not None:
+        if not model.pretrained.startswith((CACHE, HUB)):  # these mean the same on every machine
+            model = model.model_copy(update={"pretrained": _absolute("model.pretrained", model.pretrained, path)})
+        if corpus.tokenizer == MODEL_TOKENIZER:
+            try:
+                corpus = corpus.model_copy(update={"tokenizer": model.folder})
+            except ValueError as error:
+                raise StudyError(f"{path}: model.pretrained: {error}") from None
     return config.model_copy(update={"model": model, "corpus": _with_absolute_paths(corpus, path)})
 
 
 def _absolute(key: str, path: str, file: Path) -> str:
     """A path in a study file, which does not depend on where the file is; `cache:` stands for the cache folder."""
-    if path.startswith(CACHE):
-        return str(cache_folder() / path.removeprefix(CACHE))
+    if (cached := in_cache(path)) is not None:
+        return cached
     if Path(path).is_absolute():
         return path
     try:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from analysis.commands.cli import app
 from study.errors import StudyError
+from study.spec.cache import CACHE_VARIABLE
 from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config
 from study.training.loading import load_corpus
@@ -151,3 +152,35 @@ def test_a_start_and_a_tokenizer_need_pretrained_weights(study_file, tmp_path):
         load_config(file)
     assert "arms[dense]: `start: pretrained` needs `model.pretrained`, the folder of its weights" in str(raised.value)
     assert "`corpus.tokenizer: model` needs `model.pretrained`, the folder of the tokenizer" in str(raised.value)
+
+
+def test_a_model_may_be_in_the_cache_folder_wherever_that_is(pretrained_study, tmp_path, monkeypatch):
+    file = pretrained_study(arms=[ARMS[0]], model={"pretrained": "cache:models/model"})
+    (tmp_path / "models").mkdir()
+    (tmp_path / "model").rename(tmp_path / "models" / "model")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    config = load_config(file)
+    assert (config.model.pretrained, config.model.named) == ("cache:models/model", "model")
+    run_at(file, tmp_path / "out", "seeds=1")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "models").rename(tmp_path / "elsewhere" / "models")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "elsewhere"))
+    assert run_at(file, tmp_path / "out", "seeds=1").n_missing == 0
+
+
+def test_a_model_may_be_one_of_the_hub(pretrained_study, tmp_path, monkeypatch):
+    """Without a network, from the library's cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    file = pretrained_study(arms=[ARMS[0]], model={"pretrained": "hub:owner/tiny"})
+    known = tmp_path / "hub" / "models--owner--tiny"
+    (known / "snapshots").mkdir(parents=True)
+    (tmp_path / "model").rename(known / "snapshots" / "0123")
+    with pytest.raises(StudyError, match=r"model\.pretrained: hub:owner/tiny is neither in the hub") as raised:
+        load_config(file)
+    assert "\n" not in str(raised.value)
+    (known / "refs").mkdir()
+    (known / "refs" / "main").write_text("0123")
+    config = load_config(file)
+    assert (config.model.pretrained, config.model.named) == ("hub:owner/tiny", "tiny")
+    assert run_at(file, tmp_path / "out", "seeds=1").n_complete == 1
