@@ -233,18 +233,19 @@ def _what(spec: TrialSpec) -> str:
 
 
 def _shape(spec: TrialSpec) -> str:
+    healed = f", {spec.heal.shown}" if spec.heal is not None else ""
     if spec.family == "dense":
         size = f"d_model={spec.model.width}" if spec.model.width else spec.model.named
-        return size + (f", from {spec.start}" if spec.start is not None else "")
+        return size + (f", from {spec.start}" if spec.start is not None else "") + healed
     if spec.keep is not None:
         narrow, gauge = (" fewer hidden units" if spec.narrow else "", " fixed gauge" if spec.gauge == "fixed" else "")
         of = f"{spec.family}, {spec.size}, {spec.metric}, {spec.spread}{gauge}{narrow}"
-        return f"{of}, from {spec.start}"
+        return f"{of}, from {spec.start}{healed}"
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
     size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
     start = f"from {spec.start} ({spec.refinement})" if spec.start is not None else spec.init
     gauge = " fixed gauge" if spec.gauge == "fixed" else ""
-    return f"{size} {spec.factorisation}{sites}{gauge}, {start}"
+    return f"{size} {spec.factorisation}{sites}{gauge}, {start}{healed}"
 
 
 def _note(trial: Trial) -> str:
