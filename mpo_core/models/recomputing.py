@@ -11,6 +11,8 @@ from mpo_core.models.picogpt import PicoGPT
 # Nothing in a model draws random numbers, so the state of the generators need not be kept.
 CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False}
 """Options of `torch.utils.checkpoint.checkpoint`."""
+METHODS = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+"""Names of a model's own method that takes such options; Hugging Face has both, the second until its version 6."""
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -20,7 +22,7 @@ def recompute_blocks(model: nn.Module) -> None:
     and of all blocks' inputs, instead of that of all blocks. Passes without gradients do not change.
 
     Args:
-        model: a PicoGPT; or a model with the method `gradient_checkpointing_enable` of Hugging Face's models.
+        model: a PicoGPT; or a model with one of the `METHODS`, as those of Hugging Face and perhaps a user's own.
     Raises:
         ValueError: another model, or one of Hugging Face that cannot do it.
     Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost.
@@ -28,10 +30,9 @@ def recompute_blocks(model: nn.Module) -> None:
     if isinstance(model, PicoGPT):
         model.checkpoint_options = CHECKPOINT
         return
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+    enable: Any = next(filter(None, (getattr(model, name, None) for name in METHODS)), None)
     if enable is None:
         raise ValueError(
-            f"{type(model).__name__} cannot compute its activations again: it has no method "
-            "`gradient_checkpointing_enable(gradient_checkpointing_kwargs)`"
+            f"{type(model).__name__} cannot compute its activations again: it has no method `{METHODS[0]}(options)`"
         )
-    enable(gradient_checkpointing_kwargs=dict(CHECKPOINT))
+    enable(dict(CHECKPOINT))
