@@ -21,16 +21,18 @@ from study.spec.config import StudyConfig
 from study.spec.trial import Trial, TrialSpec
 
 if TYPE_CHECKING:  # these need PyTorch, which takes seconds to import
+    from study.commands.memory import UnitMemory
     from study.commands.plan import Plan
     from study.commands.run import Outcome
     from study.commands.status import StudyStatus
 
 
-def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> None:
+def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int, memory: UnitMemory | None) -> None:
     """Print every listed trial, what a search may choose, the cost on this machine, and what will not be compared.
 
     Args:
         slots: number of runs at a time.
+        memory: that of the largest unit; None if it is not known.
     """
     table = _table(
         console,
@@ -73,6 +75,7 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         row.spec.keep is not None for search in plan.searches for row in search.rows.values()
     ):
         say(console, "note: the time of compression with `keep` is not included")
+    say(console, "memory: not known for this model" if memory is None else memory.shown)
     say_not_compared(partial(say, console), config)
 
 
