@@ -36,7 +36,8 @@ def healed_of(small_study):
     """The trial of an arm that starts from a dense one."""
 
     def make(protocol=None, model=None, **arm):
-        arm = {"name": "mpo", "family": "mpo", "chi": 3, "start": "dense"} | arm
+        kind = {} if "family" in arm else {"family": "mpo", "chi": 3}
+        arm = {"name": "further", "start": "dense"} | kind | arm
         arms = [{"name": "dense", "family": "dense"}, arm]
         study = small_study(arms=arms, protocol={"batch_size": 8, "weight_decay": 0.0} | (protocol or {}))
         return listed_specs(validate({**study, "model": model or {**PICOGPT, "context": 16}}, "here"))[-1]
