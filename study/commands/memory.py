@@ -125,14 +125,15 @@ def _largest(config: StudyConfig) -> Iterator[tuple[str, TrialSpec]]:
     named += [(f"largest of arm {arm.name}", _largest_of(config, arm)) for arm in searched_arms(config)]
     kinds: dict[Any, tuple[str, TrialSpec]] = {}
     for what, spec in named:
-        kind = (spec.family, spec.start, spec.refinement, spec.heal, spec.forward, spec.protocol.optimiser)
+        how = (spec.refinement, spec.metric, spec.heal, spec.forward, spec.protocol.optimiser)
+        kind = (spec.family, spec.start, spec.keep is None, *how)
         if kind not in kinds or _size(spec) > _size(kinds[kind][1]):
             kinds[kind] = (what, spec)
     yield from kinds.values()
 
 
-def _size(spec: TrialSpec) -> tuple[int, int, int]:
-    return spec.model.width or 0, spec.chi or spec.as_chi or 0, spec.protocol.steps
+def _size(spec: TrialSpec) -> tuple[float, ...]:
+    return spec.model.width or 0, spec.chi or spec.as_chi or spec.keep or 0, spec.protocol.steps
 
 
 def _largest_of(config: StudyConfig, arm: Arm) -> TrialSpec:

@@ -267,7 +267,7 @@ def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: flo
         protocol = spec.protocol.model_copy(update=harmless)
         changes: dict[str, Any] = {"start": None, "refinement": None, "protocol": protocol}
         if spec.keep is not None:  # its layers need trained weights and a fit, which takes minutes
-            changes |= {"family": "dense", "keep": None, "metric": None}
+            changes |= {"family": "dense", "keep": None, "metric": None, "heal": None}
         training = Training(spec.model_copy(update=changes), 0, corpus)
         seconds = []
         begun = time.perf_counter()

@@ -100,8 +100,10 @@ def _start_bytes(spec: TrialSpec, model: nn.Module, dense: nn.Module) -> int:
         return whole + read
     largest = max(layer.in_features * layer.out_features for layer in layers)
     fit = _FLOAT64 * _FIT_MATRICES * largest
-    if spec.refinement in ("whitened", "als", "outputs"):
+    if spec.refinement in ("whitened", "als", "outputs") or spec.metric in ("outputs", "loss"):
         fit += _FLOAT64 * sum(layer.in_features**2 for layer in layers)
+    if spec.metric == "loss":
+        fit += _FLOAT64 * sum(layer.out_features**2 for layer in layers)
     return whole + max(read, own + whole * (spec.start_arm is not None) + fit)
 
 

@@ -10,6 +10,7 @@ from study_fixtures import DENSE, printed_by_run, results_at, undisturbed_and_re
 
 from analysis.runs.load import load_study, resolve_study
 from mpo_core import StructuredLinear
+from study.commands.plan import plan
 from study.errors import StudyError
 from study.spec.definition import definition
 from study.spec.heal import Heal
@@ -249,3 +250,15 @@ def test_a_study_heals_says_once_that_seeds_are_alone_and_records_how(tmp_path):
     results = results_at(tmp_path / "study")
     assert results[1, 0].curve[0]["val_loss"] == results[2, 0].curve[0]["val_loss"]  # the same compressed model
     assert results[1, 0].final["final/train_loss"] > 5 * results[2, 0].final["final/train_loss"]
+
+
+def test_arms_with_keep_are_healed_and_planned(config_of, corpus, start, healed_of):
+    arm = {"family": "low_rank", "keep": 0.5, "metric": "outputs"}
+    spec = healed_of(BOTH, {"calibration_batches": 2}, **arm)
+    training = Training(spec, 0, corpus, start_weights=start)
+    training.run()
+    assert torch.equal(training.model.state_dict()["embedding.weight"], start["embedding.weight"])
+    planned = plan(config_of(BOTH, {"calibration_batches": 2}, **arm), corpus)
+    assert all(trial.seconds > 0 for trial in planned.trials)
+    plain = trial_shape(healed_of(None, {"calibration_batches": 2}, **arm), corpus.vocab_size, 100, config_of().model)
+    assert planned.trials[-1].shape.n_params == plain.n_params
