@@ -24,12 +24,12 @@ from study.training.optimisers import kind_of_optimiser
 from study.training.train import EVALUATION_TOKENS
 
 PROCESS_BYTES = 350_000_000
-"""A process with PyTorch and this program, before it has a model; measured with PyTorch 2.13."""
+"""About what a process with PyTorch and this program takes before it has a model; PyTorch 2.13 took 310 MB."""
 LIBRARY_BYTES = 150_000_000
 """What the library transformers adds to it."""
 _HEAP, _HEAP_RECOMPUTED = 1.3, 2.0
 """Memory of activations, divided by their size, without and with `recompute`. The C library's allocator keeps places of
-freed tensors that do not fit the next ones exactly; measured with that of Linux."""
+freed tensors that do not fit the next ones exactly. Fitted to eight peaks on Linux; the second is often too low."""
 _FLOAT64 = 8
 _FIT_MATRICES = 8
 """Matrices of the size of a weight, in float64, that a decomposition of it has at the same time."""
