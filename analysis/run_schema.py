@@ -182,6 +182,7 @@ PARAMS = (
     Field("spread", "param", str, "how kept parameters are spread over layers: loss, errors, even"),
     Field("narrow", "param", str, "whether compression may remove hidden units of MLPs"),
     Field("layers", "param", str, "patterns of the layers that are replaced, if not the usual ones"),
+    Field("heal", "param", str, "what was trained after compression, and by which loss; absent: all, cross-entropy"),
     Field("lr_rule", "param", str, "learning rates of the cores: uniform, mup"),
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
     Field("gauge", "param", str, "gauge of the factors: free, fixed"),

@@ -39,6 +39,7 @@ from mpo_core.models.language_model import (
     reconstruct_flops,
 )
 from mpo_core.models.picogpt import GPTConfig, PicoGPT
+from mpo_core.models.recomputing import recompute_blocks
 from mpo_core.param_groups import param_groups
 from mpo_core.tensor_train.algebra import (
     balance_cores,
@@ -103,6 +104,7 @@ __all__ = [
     "parameters_by_role",
     "perplexity",
     "pretrained_sha256",
+    "recompute_blocks",
     "reconstruct_flops",
     "rel_error",
     "rel_errors",

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.tensor_train.initialisation import normal_
@@ -107,7 +109,8 @@ class PicoGPT(nn.Module):
     """A GPT with sinusoidal positions, ReLU and no LM-head bias; 808,448 parameters at the default sizes.
 
     Construction draws no random numbers: linear and embedding weights are zero until `init_parameters` or
-    `load_state_dict` gives them values.
+    `load_state_dict` gives them values. With `checkpoint_options`, which `recompute_blocks` sets, the backward pass
+    computes every block again.
     """
 
     positions: Tensor
@@ -120,6 +123,7 @@ class PicoGPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_options: dict[str, Any] | None = None
         device = torch.get_default_device() if device is None else device
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, device="meta", dtype=dtype)
         _zero(self.embedding, device)
@@ -143,7 +147,12 @@ class PicoGPT(nn.Module):
             raise ValueError(f"`T <= context` must hold, but got T={length}, context={self.config.context}")
         x = self.embedding(tokens) + self.positions[first:length]  # (B, T, C)
         for index, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache.layers[index])
+            if cache is not None:
+                x = block(x, cache.layers[index])
+            elif self.checkpoint_options is not None and torch.is_grad_enabled():
+                x = checkpoint(block, x, **self.checkpoint_options)
+            else:
+                x = block(x)
         return self.lm_head(self.final_norm(x))  # (B, T, V)
 
     def other_flops_per_token(self, context: int) -> int:

@@ -82,6 +82,7 @@ def plan(
     overrides: Overrides = [],  # noqa: B006 (typer only reads the default)
 ) -> None:
     """Show every trial with its parameters, FLOPs and time on this machine, without training."""
+    from study.commands.memory import unit_memory
     from study.commands.opening import study_corpus
     from study.commands.plan import (
         as_json as plan_as_json,
@@ -89,12 +90,17 @@ def plan(
     from study.commands.plan import plan as make_plan
 
     config = load_config(file, overrides)
-    planned = make_plan(config, study_corpus(config))
+    corpus = study_corpus(config)
+    memory = unit_memory(config, corpus.vocab_size)
+    warning = None if memory is None else memory.warning(is_cluster=False)
+    if warning is not None and not as_json:  # before models are timed, which needs that memory too
+        say(console, warning)
+    planned = make_plan(config, corpus)
     slots = max(1, int((os.cpu_count() or 1) / config.execution.cpus))
     if as_json:
-        sys.stdout.write(plan_as_json(config, planned, slots) + "\n")
+        sys.stdout.write(plan_as_json(config, planned, slots, memory) + "\n")
         return
-    show_plan(console, config, planned, slots)
+    show_plan(console, config, planned, slots, memory)
 
 
 @app.command()

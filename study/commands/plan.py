@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from study.commands.memory import UnitMemory, machine_bytes
 from study.search.telling import why_skipped
 from study.spec.arms import Arm
 from study.spec.comparable import not_compared
 from study.spec.config import StudyConfig
+from study.spec.heal import Heal
 from study.spec.models import Model
 from study.spec.search_space import listed_specs, resolve, searched_arms
 from study.spec.trial import TrialShape, TrialSpec
@@ -90,13 +92,13 @@ def plan(config: StudyConfig, corpus: Corpus) -> Plan:
     optimiser steps. A searched space is estimated from `N_DRAWS` draws, however large it is.
     """
     corpus.check_context(config.model.context)
-    rates: dict[tuple[str, Model, str], float] = {}
+    rates: dict[tuple[str, Model, str, Heal | None], float] = {}
 
     def shape_of(spec: TrialSpec) -> TrialShape:
         return trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model, config.bits)
 
     def planned(spec: TrialSpec, shape: TrialShape) -> PlannedTrial:
-        kind = (spec.family, spec.model, spec.protocol.optimiser)
+        kind = (spec.family, spec.model, spec.protocol.optimiser, spec.heal)
         if kind not in rates:
             rates[kind] = _measured_rate(spec, shape, corpus, config.execution.cpus)
         return PlannedTrial(spec, shape, shape.flops / rates[kind])
@@ -108,12 +110,13 @@ def plan(config: StudyConfig, corpus: Corpus) -> Plan:
     return Plan(trials, searches, config.search.trials, len(config.seed_list), list(rates.values()), n_different)
 
 
-def as_json(config: StudyConfig, planned: Plan, slots: int) -> str:
+def as_json(config: StudyConfig, planned: Plan, slots: int, memory: UnitMemory | None) -> str:
     """The plan as JSON; `flops` and `seconds` of a trial are for one seed.
 
     Args:
         slots: number of runs at a time. `run_seconds` is the time of all runs one after another; `seconds` of the whole
             plan is the time with this many at once.
+        memory: that of the largest unit, in bytes; None if it is not known.
     """
     plain = {
         "name": config.name,
@@ -125,6 +128,9 @@ def as_json(config: StudyConfig, planned: Plan, slots: int) -> str:
         "run_seconds": planned.unit_seconds,
         "seconds": planned.unit_seconds / slots,
         "slots": slots,
+        "unit_bytes": None if memory is None else memory.n_bytes,
+        "largest_unit": None if memory is None else memory.trial,
+        "machine_bytes": machine_bytes(),
         "not_compared": not_compared(config),
         "trials": [_plain(trial) for trial in planned.trials],
         "searches": [
@@ -261,7 +267,7 @@ def _measured_rate(spec: TrialSpec, shape: TrialShape, corpus: Corpus, cpus: flo
         protocol = spec.protocol.model_copy(update=harmless)
         changes: dict[str, Any] = {"start": None, "refinement": None, "protocol": protocol}
         if spec.keep is not None:  # its layers need trained weights and a fit, which takes minutes
-            changes |= {"family": "dense", "keep": None, "metric": None}
+            changes |= {"family": "dense", "keep": None, "metric": None, "heal": None}
         training = Training(spec.model_copy(update=changes), 0, corpus)
         seconds = []
         begun = time.perf_counter()

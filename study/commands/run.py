@@ -11,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 
 from study.commands.backup import BackgroundBackup, Backup, open_backup
+from study.commands.memory import say_memory
 from study.commands.mirrors import Mirrors
 from study.commands.opening import check_may_grow, open_ledger, study_corpus
 from study.commands.progress import StudyProgress, say
@@ -88,6 +89,9 @@ def run_study(
         ledger = open_ledger(config, corpus, directory, growth, tell)
         config = ledger.config
         _note_start(ledger, tell)
+        if growth.extend or not ledger.results:
+            address = _address(address) if executor == "ray" else "local"
+            say_memory(tell, config, corpus.vocab_size, is_cluster=address != "local")
         uri = tracking or directory.tracking_uri() or DEFAULT_TRACKING_URI
         with StudyProgress(console, ledger) as progress:
             tracker = None
@@ -212,7 +216,7 @@ def _execute(
         if executor == "inline":
             run_inline(queue, progress.on_evaluation)
             return
-        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        address = _address(address)
         if address == "local":
             # Ray reads this variable on import. It is meant for systems with restrictive firewalls; its effect is that
             # Ray's processes listen only on 127.0.0.1.
@@ -220,6 +224,11 @@ def _execute(
         from study.scheduler.ray import run_on_ray  # the inline executor must work without Ray
 
         run_on_ray(queue, progress.on_evaluation, directory.path, address)
+
+
+def _address(given: str | None) -> str:
+    """Address of the Ray cluster; "local": this machine alone."""
+    return given or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _outcome(ledger: Ledger, aborted: str | None, trouble: str | None, lost: str | None) -> Outcome:

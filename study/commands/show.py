@@ -21,16 +21,18 @@ from study.spec.config import StudyConfig
 from study.spec.trial import Trial, TrialSpec
 
 if TYPE_CHECKING:  # these need PyTorch, which takes seconds to import
+    from study.commands.memory import UnitMemory
     from study.commands.plan import Plan
     from study.commands.run import Outcome
     from study.commands.status import StudyStatus
 
 
-def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> None:
+def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int, memory: UnitMemory | None) -> None:
     """Print every listed trial, what a search may choose, the cost on this machine, and what will not be compared.
 
     Args:
         slots: number of runs at a time.
+        memory: that of the largest unit; None if it is not known.
     """
     table = _table(
         console,
@@ -73,6 +75,7 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int) -> 
         row.spec.keep is not None for search in plan.searches for row in search.rows.values()
     ):
         say(console, "note: the time of compression with `keep` is not included")
+    say(console, "memory: not known for this model" if memory is None else memory.shown)
     say_not_compared(partial(say, console), config)
 
 
@@ -233,18 +236,19 @@ def _what(spec: TrialSpec) -> str:
 
 
 def _shape(spec: TrialSpec) -> str:
+    healed = f", {spec.heal.shown}" if spec.heal is not None else ""
     if spec.family == "dense":
         size = f"d_model={spec.model.width}" if spec.model.width else spec.model.named
-        return size + (f", from {spec.start}" if spec.start is not None else "")
+        return size + (f", from {spec.start}" if spec.start is not None else "") + healed
     if spec.keep is not None:
         narrow, gauge = (" fewer hidden units" if spec.narrow else "", " fixed gauge" if spec.gauge == "fixed" else "")
         of = f"{spec.family}, {spec.size}, {spec.metric}, {spec.spread}{gauge}{narrow}"
-        return f"{of}, from {spec.start}"
+        return f"{of}, from {spec.start}{healed}"
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
     size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
     start = f"from {spec.start} ({spec.refinement})" if spec.start is not None else spec.init
     gauge = " fixed gauge" if spec.gauge == "fixed" else ""
-    return f"{size} {spec.factorisation}{sites}{gauge}, {start}"
+    return f"{size} {spec.factorisation}{sites}{gauge}, {start}{healed}"
 
 
 def _note(trial: Trial) -> str:

@@ -156,6 +156,7 @@ def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
         "study": study,
         "family_label": trial.shape.label,
         "start": spec.start or "scratch",
+        "heal": None if spec.heal is None else spec.heal.shown,
         "optimiser": spec.protocol.optimiser,
         "n_seeds": states.count("complete"),
         "n_failed": states.count("failed"),

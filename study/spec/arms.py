@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from study.spec.heal import Heal, is_plain
 from study.spec.values import (
     Choices,
     DecayFraction,
@@ -70,6 +71,11 @@ class _Arm(Strict):
         description="Number of trials of another study, for each size, among which this arm's values were chosen. "
         "`mpo-study winners` writes it. Arms with equal budgets were tuned over equally many trials.",
     )
+    heal: Heal | None = Field(
+        default=None,
+        description="How an arm with a `start` is trained, see [below](#healing).",
+        exclude_if=is_plain,
+    )
 
     @property
     def start_arm(self) -> str | None:
@@ -115,6 +121,12 @@ class _Arm(Strict):
                 raise ValueError(f"`{name}` names a value twice: {shorten(str(list(given)), 80, placeholder=' ...')}")
         return self
 
+    @model_validator(mode="after")
+    def _healed_from_a_start(self) -> _Arm:
+        if self.heal is not None and getattr(self, "start", None) is None:
+            raise ValueError("`heal` has no meaning without `start`: there is no trained model to heal")
+        return self
+
 
 class DenseArm(_Arm):
     """Dense linear layers: the reference, a narrower model as a control, or one that is trained further."""
@@ -150,6 +162,8 @@ class DenseArm(_Arm):
         given = [key for key in ("init", "d_model", "d_ff", "model") if getattr(self, key) is not None]
         if self.start is not None and given:
             raise ValueError(f"`{given[0]}` has no meaning beside `start`: the model is that arm's")
+        if self.heal is not None and self.heal.layers == "structured":
+            raise ValueError("`heal.layers: structured` is not allowed in a dense arm: none of its layers is replaced")
         return self
 
 

@@ -187,10 +187,13 @@ class StudyConfig(Strict):
                     yield f"arms[{arm.name}]: `start: pretrained` needs `model.pretrained`, the folder of its weights"
             elif arm.start is not None:
                 yield from self._problems_of_start(arm)
-            if arm.start is None and (self.protocol.steps if arm.steps is None else arm.steps) == 0:
+            n_steps = self.protocol.steps if arm.steps is None else arm.steps
+            if arm.start is None and n_steps == 0:
                 yield f"arms[{arm.name}]: `steps` must be at least 1 without a `start`"
             if isinstance(arm, DenseArm) and arm.model is not None:
                 yield from self._problems_of_own_sizes(arm, arm.model)
+            if arm.heal is not None and n_steps == 0:
+                yield f"arms[{arm.name}]: `heal` needs `steps` of at least 1: without steps nothing is trained"
             if isinstance(arm, DenseArm) and self.model.width is None:
                 for key in ("d_model", "d_ff", "init"):
                     if getattr(arm, key) is not None:

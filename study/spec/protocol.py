@@ -47,6 +47,13 @@ class Protocol(Strict):
         "memory. It must divide `batch_size`. The step is the same up to rounding.",
         exclude_if=lambda value: value == 1,
     )
+    recompute: bool = Field(
+        default=False,
+        description="Keep only the inputs of every block for the backward pass, which computes its activations again, "
+        "to save memory. Results stay the same, bit for bit on a CPU; a step takes about a third longer. A module of "
+        "your own needs a method for it, see [Extending](extending.md#a-model).",
+        exclude_if=lambda value: not value,
+    )
     optimiser: OptimiserName = Field(
         default="adamw",
         description="`adamw` updates every parameter. `muon` updates the matrices, except the head's, and AdamW all "

@@ -106,7 +106,7 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
     shapes = _filled_in(model.model_json_schema())["properties"]
     for name, field in model.model_fields.items():
         section, item = _section(field), _item(field)
-        if prefix and section is not None:  # has no heading of its own
+        if section is not None and model is not StudyConfig:  # has no heading of its own
             if field.description:
                 yield f"| `{prefix}{name}` | section | – | {field.description} |"
             yield from _rows(section, f"{prefix}{name}.")

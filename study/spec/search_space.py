@@ -107,7 +107,7 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
     Raises:
         StudyError: the values are incompatible.
     """
-    data: dict[str, Any] = {"arm": arm.name, "family": arm.family, "start": arm.start}
+    data: dict[str, Any] = {"arm": arm.name, "family": arm.family, "start": arm.start, "heal": arm.heal}
     data |= {key: value for key, value in chosen.items() if key not in (*PROTOCOL_VALUES, "d_model")}
     if isinstance(arm, CompressedArm):
         data.setdefault("lr_rule", "uniform")

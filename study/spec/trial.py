@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, field_validator
 
 from study.spec.arms import PRETRAINED
 from study.spec.config import StudyConfig
+from study.spec.heal import Heal, is_plain
 from study.spec.models import Model
 from study.spec.protocol import Protocol
 from study.spec.values import Name, Strict
@@ -46,6 +47,13 @@ class TrialSpec(Strict):
     spread: Literal["loss", "errors", "even"] | None = Field(default=None, exclude_if=lambda value: value is None)
     narrow: bool | None = Field(default=None, exclude_if=lambda value: value is None)
     """These four are those of an arm with `keep`; None in other arms."""
+    heal: Heal | None = Field(default=None, exclude_if=lambda value: value is None)
+    """None means all layers, by cross-entropy, and is not written, like `gauge`."""
+
+    @field_validator("heal")
+    @classmethod
+    def _one_form(cls, heal: Heal | None) -> Heal | None:
+        return None if is_plain(heal) else heal
 
     @property
     def start_arm(self) -> str | None:
@@ -184,7 +192,9 @@ def evaluation_steps(protocol: Protocol) -> list[int]:
 def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, start: TrialSpec | None) -> str:
     """Hash, equal for trials that may be paired.
 
-    It covers corpus, evaluation, tokens, schedule shape, tuning trials and precision.
+    It covers corpus, evaluation, tokens, schedule shape, tuning trials and precision. It leaves out how the tokens are
+    used: kind of layer, optimiser, and `heal`, whose effect at equal tokens is what a study measures. (A step of
+    distillation takes more FLOPs; `plan` shows them.)
 
     Args:
         start: the trial that the spec starts from; None from scratch.

@@ -204,6 +204,7 @@ def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
         "trial": trial.number,
         "family_label": trial.shape.label,
         "start": spec.start or "scratch",
+        "heal": None if spec.heal is None else spec.heal.shown,
         "vocab_size": record.vocab_size,
         "sites": ", ".join(sorted({str(len(bonds) - 1) for bonds in trial.shape.bonds.values()})) or None,
         "largest_bond": max((max(bonds) for bonds in trial.shape.bonds.values()), default=None),

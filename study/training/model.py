@@ -17,6 +17,7 @@ from study.spec.kinds import DECOMPOSED
 from study.spec.models import MAX_PARAMS, Model, with_checksum, with_settings
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
 from study.training.calibration import shared_statistics
+from study.training.healing import freeze_unhealed, is_distilled
 from study.training.weights import load_weights
 
 
@@ -157,6 +158,11 @@ def check_model(config: StudyConfig, vocab_size: int) -> None:
     """Raise a StudyError if a model cannot be studied, before anything runs; PicoGPT always can."""
     if config.model.architecture == "picogpt" or min(config.model.context, vocab_size) < 2:
         return
+    if config.protocol.recompute:
+        try:
+            mpo_core.recompute_blocks(dense_model(config.model, vocab_size, "meta"))
+        except Exception as error:  # code of a library, or of the user
+            raise StudyError(f"protocol.recompute: {first_line(error)}") from error
     _check_sizes(config.model, vocab_size, config.has_pretrained)
     for arm in config.arms:
         if isinstance(arm, DenseArm) and arm.model is not None:
@@ -209,14 +215,16 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
     """
     try:
         model, report = build_model(spec, vocab_size, None)
-        step_flops, flops = _step_flops(spec, model), _flops(spec, model, n_validation)
+        dense, _ = build_model(spec.model_copy(update={"family": "dense", "model": reference}), vocab_size, None)
+        step_flops = _step_flops(spec, model, dense)
+        flops = _flops(spec, model, n_validation, step_flops)
+        n_left_out = _n_left_out(spec, dense)
+        counts = [count(model if n_left_out is None else dense) - (n_left_out or 0) for count in _COUNTS]
+        freeze_unhealed(model, spec)  # only to know that it can be done; frozen parameters have been counted
     except ValueError as error:  # for example: the smallest layer of a control's kind is larger than the MPO's
         raise StudyError(f"arms[{spec.arm}]: {error}") from None
-    dense, _ = build_model(spec.model_copy(update={"family": "dense", "model": reference}), vocab_size, None)
     rows = [] if report is None else report.rows
     is_mpo = spec.family == "mpo" and spec.keep is None
-    n_left_out = _n_left_out(spec, dense)
-    counts = [count(model if n_left_out is None else dense) - (n_left_out or 0) for count in _COUNTS]
     has_gauge = any(len(row.bonds) > 2 if is_mpo else row.kind != "dense" for row in rows)
     layers = [(row.name, row.d_out, row.d_in, row.bonds) if is_mpo else (row.name, row.structure) for row in rows]
     return TrialShape(
@@ -285,9 +293,17 @@ def _identity(spec: TrialSpec, layers: list[Any], has_gauge: bool) -> str:
     return json_hash(essence)
 
 
-def _step_flops(spec: TrialSpec, model: nn.Module) -> float:
+def _step_flops(spec: TrialSpec, model: nn.Module, teacher: nn.Module) -> float:
+    """FLOPs of an optimiser step: the backward pass costs twice the forward.
+
+    `heal.layers: structured` is counted as training everything, an upper bound: it saves the gradients of weights that
+    stay dense. `recompute` is counted as a whole further forward pass, also an upper bound: the head is not computed
+    again. Distillation adds a forward pass of the teacher.
+    """
     tokens = spec.protocol.batch_size * spec.model.context
-    return 3 * _forward_flops(spec, model, tokens)  # the backward pass costs twice the forward
+    n_passes = 4 if spec.protocol.recompute else 3
+    flops = n_passes * _forward_flops(spec, model, tokens)
+    return flops + (mpo_core.flops_per_token(teacher, spec.model.context) * tokens if is_distilled(spec) else 0)
 
 
 def _forward_flops(spec: TrialSpec, model: nn.Module, n_tokens: int) -> float:
@@ -299,10 +315,10 @@ def _forward_flops(spec: TrialSpec, model: nn.Module, n_tokens: int) -> float:
     return flops
 
 
-def _flops(spec: TrialSpec, model: nn.Module, n_validation: int) -> float:
+def _flops(spec: TrialSpec, model: nn.Module, n_validation: int, step_flops: float) -> float:
     protocol = spec.protocol
     sampled = protocol.sampled_eval_batches * protocol.sampled_eval_batch_size * spec.model.context
     evaluation = _forward_flops(spec, model, n_validation + sampled)
     if spec.forward != "chain":
         evaluation -= mpo_core.reconstruct_flops(model)
-    return protocol.steps * _step_flops(spec, model) + len(evaluation_steps(protocol)) * evaluation
+    return protocol.steps * step_flops + len(evaluation_steps(protocol)) * evaluation

@@ -63,6 +63,10 @@ def why_alone(spec: TrialSpec) -> str | None:
         return f"optimiser {spec.protocol.optimiser}"
     if spec.keep is not None:
         return "`keep`, which gives each seed layers of its own sizes"
+    if spec.protocol.recompute:
+        return "protocol.recompute"
+    if spec.heal is not None and spec.heal.loss == "distillation":  # every seed has a teacher of its own
+        return "heal.loss distillation"
     return None if spec.model.architecture == "picogpt" else f"model {spec.model.named}"
 
 
@@ -167,10 +171,13 @@ class MuonAndAdamW:
 
     def __init__(self, groups: Iterable[Group], device: torch.device | str) -> None:
         groups = list(groups)
+        rest = [group for group in groups if "shapes" not in group]
+        if groups and not rest:  # a model whose other parameters are frozen; AdamW takes an empty group, but not none
+            rest = [groups[0] | {"params": []}]
         self._matrices: list[tuple[Tensor, tuple[int, int, int], Sequence[Tensor]]] = []
         of_muon = [self._as_matrices(group) for group in groups if "shapes" in group]
         self._muon = torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw")
-        self._adamw = adamw((group for group in groups if "shapes" not in group), device)
+        self._adamw = adamw(rest, device)
         self._n_matrices = sum(len(matrices) for _, _, matrices in self._matrices)
 
     def _as_matrices(self, group: Group) -> Group:

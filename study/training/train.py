@@ -23,6 +23,7 @@ from study.training.calibration import calibration_batches
 from study.training.captured import DeviceStep
 from study.training.checkpoints import Checkpoints
 from study.training.corpus import Corpus
+from study.training.healing import freeze_unhealed, is_distilled, training_loss
 from study.training.model import build_model
 from study.training.optimisers import Optimiser, kind_of_optimiser, set_learning_rate, why_alone
 from study.training.precision import logits_in, products_in
@@ -78,15 +79,19 @@ class Training:
     ) -> None:
         protocol, context = spec.protocol, spec.model.context
         self.spec, self.corpus, self.device = spec, corpus, device
+        generator_for = partial(generator, seed, "init")
         model, self.compression = build_model(
-            spec,
-            corpus.vocab_size,
-            partial(generator, seed, "init"),
-            start_weights,
-            calibration_batches(spec, seed, corpus),
-            device,
+            spec, corpus.vocab_size, generator_for, start_weights, calibration_batches(spec, seed, corpus), device
         )
+        freeze_unhealed(model, spec)
+        if protocol.recompute:
+            mpo_core.recompute_blocks(model)
         self.model = model.to(device)
+        self._teacher: nn.Module | None = None
+        if is_distilled(spec):  # built again for every process, so it is in no checkpoint
+            uncompressed = spec.model_copy(update={"family": "dense"})
+            teacher, _ = build_model(uncompressed, corpus.vocab_size, generator_for, start_weights)
+            self._teacher = teacher.to(device).eval().requires_grad_(False)
         self.parameters = list(self.model.parameters())
         kind = kind_of_optimiser(spec)
         self.optimiser: Optimiser = kind.make(kind.groups(self.model, spec), device)
@@ -166,8 +171,7 @@ class Training:
         self.optimiser.zero_grad()
         losses = []
         for tokens, following in zip(inputs.chunk(n_parts), targets.chunk(n_parts), strict=True):
-            logits = logits_in(protocol.precision, self.device, mpo_core.logits_of, self.model, tokens)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten()) / n_parts
+            loss = training_loss(self.spec, self.model, self._teacher, tokens, following, self.device) / n_parts
             loss.backward()
             losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.parameters, protocol.grad_clip)

@@ -268,9 +268,9 @@ def contents(path: Path, name: str = "tiny") -> dict[str, list]:
     }
 
 
-def undisturbed_and_resumed(spec, seed: int, corpus, n_steps: int) -> tuple[Training, Training]:
+def undisturbed_and_resumed(spec, seed: int, corpus, n_steps: int, **options) -> tuple[Training, Training]:
     """Two trainings to the last step: one at once, and one from a written checkpoint after n_steps."""
-    undisturbed, interrupted, resumed = (Training(spec, seed, corpus) for _ in range(3))
+    undisturbed, interrupted, resumed = (Training(spec, seed, corpus, **options) for _ in range(3))
     undisturbed.run()
     for _ in range(n_steps):
         if interrupted.evaluation_is_due:

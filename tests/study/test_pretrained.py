@@ -20,6 +20,7 @@ from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config
 from study.training.loading import load_corpus
 from study.training.train import Training
+from study.training.weights import weights_of
 from study.training.windows import consecutive_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
@@ -91,11 +92,31 @@ def test_compression_alone_and_training_after_it_are_reported(study_file, tmp_pa
     assert "there is no dense model" not in said.output
 
 
-def test_a_healed_run_that_was_interrupted_ends_as_an_undisturbed_one(study_file):
-    config = load_config(study_file())
-    corpus, spec = corpus_of(config), next(spec for spec in listed_specs(config) if spec.arm == "healed")
+@pytest.mark.parametrize("heal", [{}, {"layers": "structured", "loss": "distillation", "temperature": 2.0}], ids=str)
+def test_a_healed_run_that_was_interrupted_ends_as_an_undisturbed_one(study_file, heal):
+    config = load_config(study_file(arms=[ARMS[3] | {"heal": heal}]))
+    corpus, [spec] = corpus_of(config), listed_specs(config)
     undisturbed, resumed = undisturbed_and_resumed(spec, 1, corpus, n_steps=1)
     assert resumed.curve == undisturbed.curve
+
+
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_a_pretrained_model_teaches_its_compressed_form(study_file, model):
+    heal = {"layers": "structured", "loss": "distillation"}
+    config = load_config(study_file(model, arms=[ARMS[3] | {"heal": heal}]))
+    corpus, [spec] = corpus_of(config), listed_specs(config)
+    training, expected = Training(spec, 0, corpus), model()
+    inputs, _ = training.training_windows.batch(0)
+    with torch.no_grad():
+        ours, theirs = (each(inputs.long()).logits.log_softmax(-1) for each in (training.model, expected))
+        loss = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+    training.optimiser_step()
+    assert training._loss_sum == pytest.approx(loss, rel=1e-4)
+    training.run()
+    trained, given = weights_of(training.model), expected.state_dict()
+    kept = [name for name in trained if name in given and not name.endswith("bias")]
+    assert len(kept) > 5
+    assert all(torch.equal(trained[name], given[name]) for name in kept)
 
 
 def test_other_weights_are_another_study(study_file, tmp_path):
