@@ -17,7 +17,7 @@ from study.spec.values import Range, options
 from study.training.memory import unit_bytes
 from study.training.model import build_model
 from study.training.optimisers import why_alone
-from study.training.train import EVALUATION_TOKENS
+from study.training.train import evaluation_tokens
 
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 """The memory that a container may use, on Linux; "max" without a limit."""
@@ -115,7 +115,7 @@ def _n_together(config: StudyConfig, spec: TrialSpec) -> int:
 def _at_most(spec: TrialSpec, vocab_size: int) -> float:
     """A coarse upper bound of the bytes of tensors: for each token, 12 for each parameter and each logit."""
     dense, _ = build_model(spec.model_copy(update={"family": "dense"}), vocab_size, None)
-    n_tokens = max(spec.protocol.batch_size * spec.model.context, EVALUATION_TOKENS)
+    n_tokens = max(spec.protocol.batch_size * spec.model.context, evaluation_tokens(vocab_size))
     return 12 * n_tokens * (mpo_core.n_params(dense) + vocab_size)
 
 

@@ -21,7 +21,7 @@ from study.spec.trial import TrialSpec
 from study.training.healing import freeze_unhealed, is_distilled, training_loss
 from study.training.model import build_model
 from study.training.optimisers import kind_of_optimiser
-from study.training.train import EVALUATION_TOKENS
+from study.training.train import evaluation_tokens
 
 PROCESS_BYTES = 350_000_000
 """About what a process with PyTorch and this program takes before it has a model; PyTorch 2.13 took 310 MB."""
@@ -68,7 +68,7 @@ def unit_bytes(spec: TrialSpec, vocab_size: int, n_seeds: int = 1) -> int:
         # A checkpoint copies weights and moments.
         peaks += [state + moments + round(heap * step), state + gradients + moments + own + moments]
         state += gradients + moments
-    peaks.append(state + round(heap * _peak_of_an_evaluation(spec, model)))
+    peaks.append(state + round(heap * _peak_of_an_evaluation(spec, model, vocab_size)))
     process = PROCESS_BYTES + LIBRARY_BYTES * (spec.model.architecture == "huggingface")
     return process + n_seeds * max(peaks)
 
@@ -154,12 +154,12 @@ def _peak_of_a_step(spec: TrialSpec, model: nn.Module, teacher: nn.Module | None
     return live.peak
 
 
-def _peak_of_an_evaluation(spec: TrialSpec, model: nn.Module) -> int:
+def _peak_of_an_evaluation(spec: TrialSpec, model: nn.Module, vocab_size: int) -> int:
     """Bytes of activations at the peak of an evaluation, besides weights, gradients and moments."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     context = spec.model.context
-    n_sequences = max(1, EVALUATION_TOKENS // context, spec.protocol.sampled_eval_batch_size)
+    n_sequences = max(1, evaluation_tokens(vocab_size) // context, spec.protocol.sampled_eval_batch_size)
     with FakeTensorMode(), torch.no_grad():
         _give_no_values([model])
         model.eval()

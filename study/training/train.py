@@ -38,6 +38,11 @@ EVALUATION_LOGITS = 1 << 26
 """Most logits of such a batch, which may therefore have fewer tokens."""
 
 
+def evaluation_tokens(vocab_size: int) -> int:
+    """Tokens per batch of the full validation, if a sequence is no longer."""
+    return min(EVALUATION_TOKENS, EVALUATION_LOGITS // vocab_size)
+
+
 class Diverged(Exception):
     """The loss or its gradient is no longer finite."""
 
@@ -201,8 +206,8 @@ class Training:
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The whole validation split."""
         context = self.spec.model.context
-        n_tokens = min(EVALUATION_TOKENS, EVALUATION_LOGITS // self.corpus.vocab_size)
-        return consecutive_windows(self.corpus.validation, context, max(1, n_tokens // context))
+        n_sequences = max(1, evaluation_tokens(self.corpus.vocab_size) // context)
+        return consecutive_windows(self.corpus.validation, context, n_sequences)
 
     def sampled_batches(self) -> range:
         """Indices of this step's batches in `sampled_windows`."""

@@ -113,6 +113,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [PICOGPT, LLAMA], ids=["picogpt", "llama"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_estimate_is_near_the_measured_peak(healed_of, tmp_path, corpus, small_text, model, recompute):
