@@ -66,7 +66,7 @@ def test_bytes_of_shapes_are_those_of_real_tensors(healed_of, corpus, model, cha
     with _LiveBytes() as live:
         evaluate(training.model, iter([(tokens.clone(), tokens)]))
     shapes, _ = build_model(spec, corpus.vocab_size, None)
-    assert _peak_of_an_evaluation(spec, shapes) == pytest.approx(live.peak, rel=0.1)
+    assert _peak_of_an_evaluation(spec, shapes, corpus.vocab_size) == pytest.approx(live.peak, rel=0.1)
 
 
 def _with(model, spec):
