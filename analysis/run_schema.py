@@ -181,6 +181,7 @@ PARAMS = (
     Field("metric", "param", str, "error that compression keeps small: of weights, of outputs, or the predicted loss"),
     Field("spread", "param", str, "how kept parameters are spread over layers: loss, errors, even"),
     Field("narrow", "param", str, "whether compression may remove hidden units of MLPs"),
+    Field("resized", "param", str, "settings of the study's model that this dense arm changes"),
     Field("layers", "param", str, "patterns of the layers that are replaced, if not the usual ones"),
     Field("heal", "param", str, "what was trained after compression, and by which loss; absent: all, cross-entropy"),
     Field("lr_rule", "param", str, "learning rates of the cores: uniform, mup"),
@@ -239,8 +240,8 @@ METRICS = (
     Metric("flops_per_token", float, "FLOPs per token of a forward pass", ("count",), "FLOPs", "minimize"),
     Metric("decode_ms", float, "time to decode a token at batch 1, on the worker", ("once",), "ms", "minimize"),
     Metric("prefill_ms", float, "time to read a context at batch 1, on the worker", ("once",), "ms", "minimize"),
-    Metric("dense_decode_ms", float, "the same of the dense model, in turns", ("once",), "ms"),
-    Metric("dense_prefill_ms", float, "the same of the dense model, in turns", ("once",), "ms"),
+    Metric("dense_decode_ms", float, "the same of a dense model of its sizes, in turns", ("once",), "ms"),
+    Metric("dense_prefill_ms", float, "the same of a dense model of its sizes, in turns", ("once",), "ms"),
 )
 
 NEWER_COUNTS = ("bytes", "flops_per_token")

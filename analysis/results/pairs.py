@@ -14,6 +14,7 @@ from analysis.statistics.seed_blocks import MIN_SEEDS
 DENSE = "dense"
 SMALLER_DENSE = "dense, smaller"
 LARGER_DENSE = "dense, larger"
+CHANGED_DENSE = "dense, changed"
 DENSE_TUNED = "dense fine-tuned"
 MPO_SCRATCH = "MPO from scratch"
 MPO_TUNED = "MPO fine-tuned"
@@ -46,6 +47,7 @@ KNOWN = (
     ),
     *("n_failed", "stopped", "budget_hash", "learning_rate", "embedding_learning_rate", "lr_rule", "decay"),
     *("gauge", "factorisation", "n_sites", "optimiser", "metric", "spread", "narrow", "heal"),
+    "resized",
 )
 """Properties of a trial that determine its pairs, by their names in runs."""
 
@@ -105,12 +107,19 @@ def pairs(trials: Iterable[Known], contrasts: Iterable[tuple[str, str, str]], is
                 yield Pair(*pair, relation, declared=False)
 
 
-def group_of(family: str, label: str, start: str, steps: int, percent_of_dense: float) -> str:
+def group_of(
+    family: str, label: str, start: str, steps: int, percent_of_dense: float, resized: str | None = None
+) -> str:
     """The group of a trial: its family by its label, as readers distinguish families.
 
     A dense model that has a start and no steps is that start.
+
+    Args:
+        resized: settings of the study's model that the trial changes; it is then no reference, whatever its size.
     """
     if family == "dense" and (start == "scratch" or steps == 0):
+        if percent_of_dense == 100 and isinstance(resized, str):
+            return CHANGED_DENSE
         return DENSE if percent_of_dense == 100 else LARGER_DENSE if percent_of_dense > 100 else SMALLER_DENSE
     return f"{label} {'from scratch' if start == 'scratch' else 'compressed' if steps == 0 else 'fine-tuned'}"
 
@@ -121,7 +130,9 @@ def _described(trial: Known) -> Known:
     embeddings = layers if embeddings is None else embeddings
     percent = 100 * trial["n_params"] / trial["n_params_dense"] if trial["n_params_dense"] else math.nan
     described = trial | {
-        "group": group_of(trial["family"], trial["family_label"], trial["start"], trial["steps"], percent),
+        "group": group_of(
+            trial["family"], trial["family_label"], trial["start"], trial["steps"], percent, trial["resized"]
+        ),
         "cap": next((trial[key] for key in ("chi", "as_chi", "keep") if trial[key] is not None), None),
         "embedding_learning_rate": embeddings,
         "gauge": trial["gauge"] or "free",

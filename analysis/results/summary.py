@@ -99,7 +99,8 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
     summary["group"] = [
         group_of(*row)
         for row in zip(
-            *(summary[key] for key in ("family", "family_label", "start", "steps", "percent_of_dense")), strict=True
+            *(summary[key] for key in ("family", "family_label", "start", "steps", "percent_of_dense", "resized")),
+            strict=True,
         )
     ]
     summary["label"] = _labels(summary)
@@ -217,12 +218,14 @@ def _labels(summary: pd.DataFrame) -> pd.Series:
             return f"as χ={row['as_chi']}"
         if pd.notna(row["keep"]):
             return f"keep {row['keep']:g}"
+        if row["family"] == "dense" and pd.notna(row["resized"]):
+            return row["resized"]
         if row["group"] in (SMALLER_DENSE, LARGER_DENSE) and reference_shape:
             differing = [key for key, value in reference_shape.items() if pd.notna(value) and row[key] != value]
             return _NAMED[differing[0]](row[differing[0]]) if differing else row["arm"]
         return row["group"] if row["group"] == DENSE else row["arm"]
 
-    named_first = summary[["group", "arm", "chi", "as_chi", "keep", *dense.columns]]
+    named_first = summary[["group", "arm", "chi", "as_chi", "keep", "family", "resized", *dense.columns]]
     labels = pd.Series([shortest(row) for row in named_first.to_dict("records")], summary.index, dtype="str")
     for key, form in _NAMED.items():
         codes, distinct = pd.factorize(summary[key], use_na_sentinel=False)

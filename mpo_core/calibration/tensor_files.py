@@ -30,6 +30,7 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     except KeyError as error:
         raise ValueError(f"{path}: safetensors does not store tensors of {error}") from None
     except SafetensorError as error:  # disk errors too
+        partial.unlink(missing_ok=True)
         raise OSError(f"{path}: {error}") from None
     make_final(partial, path)
 

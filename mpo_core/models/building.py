@@ -107,7 +107,8 @@ def _code_of(module: ModuleType, architecture: str) -> str:
     folder = Path(top.__file__).parent if top is not None and top is not module and top.__file__ else None
     if folder is None:
         return _sha256(Path(file))
-    sources = {path.relative_to(folder).as_posix(): _sha256(path) for path in folder.rglob("*.py")}
+    files = [path for path in folder.rglob("*.py") if not path.name.startswith(".")]  # for example an editor's lock
+    sources = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
     return hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from study.ledger.directory import StudyDirectory
 from study.ledger.frontier import frontier, points
 from study.ledger.snapshot import Snapshot, read_ledger
 from study.spec.arms import PROTOCOL_VALUES, RATES, Arm
-from study.spec.config import StudyConfig
+from study.spec.config import BITS, StudyConfig
 from study.spec.definition import settled
 from study.spec.search_space import check_trials
 from study.spec.study_file import dump_sections, parse_yaml, validate
@@ -34,7 +34,7 @@ Winners = list[tuple[Content, Trial]]
 
 FEWEST = 5
 """Smallest default number of seeds of the new study."""
-_WORDS = {"chi": "chi{}", "as_chi": "as-chi{}", "d_model": "d{}", "n_sites": "L{}", "keep": "keep{}"}
+_WORDS = {"chi": "chi{}", "as_chi": "as-chi{}", "d_model": "d{}", "n_sites": "L{}", "keep": "keep{:.4g}"}
 """How a value is written in an arm's name; other fields use the value itself."""
 
 
@@ -231,7 +231,8 @@ def _fixed(
     if tuned_among is None:
         tuned_among = arm.tuned_among
     for trial, own in zip(winners, values, strict=True):
-        name = "-".join([arm.name, *(_WORDS.get(key, "{}").format(own[key]) for key in differing)])
+        words = [_WORDS.get(key, "{}").format(own[key]) for key in differing]
+        name = "-".join([arm.name, *(word.replace(".", "_") for word in words)])  # a name has no dot
         names = (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3)))
         content: Content = {"name": next(each for each in names if each not in taken), "family": arm.family}
         content |= {key: value for key, value in given.items() if key not in ("name", "tuned_among")} | own
@@ -276,6 +277,7 @@ def _sections(
         "seeds": len(seeds) if list(seeds) == list(range(len(seeds))) else list(seeds),
         "objectives": list(config.objectives),
         "claims": {key: content for key, content in claims.items() if content},
+        "bits": config.bits if config.bits != BITS else None,
         "rel_error_chi": list(config.rel_error_chi),
         "execution": config.execution.model_dump(mode="json", exclude_defaults=True),
         "arms": [content for new in arms.values() for content, _ in new],

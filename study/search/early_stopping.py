@@ -44,9 +44,9 @@ def stops_after(
 
 
 def _is_stoppable(config: StudyConfig, trial: Trial) -> bool:
-    """Whether it is a searched MPO trial and not a repeat; references, controls and starts are dense or listed."""
+    """Whether it is a searched MPO trial with χ and no repeat; references, controls and starts are dense or listed."""
     is_own = trial.duplicate_of is None and trial.skipped is None and trial.stop is None
-    return is_own and trial.spec.family == "mpo" and config.arm(trial.spec.arm).is_searched
+    return is_own and trial.spec.family == "mpo" and trial.spec.keep is None and config.arm(trial.spec.arm).is_searched
 
 
 def _stop(

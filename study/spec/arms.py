@@ -40,6 +40,7 @@ PRETRAINED = "pretrained"
 AUTO = "auto"
 """Family and factorisation for which each matrix takes what has the least error."""
 
+_Pattern = Annotated[str, Field(max_length=200)]
 _BY_SIZE = "`{8: 3e-3, 16: 1e-3}` sets it by χ, or by d_model for a dense arm."
 
 
@@ -202,7 +203,9 @@ class CompressedArm(_Arm):
         "[below](#inits-and-gauges).",
         exclude_if=lambda value: value is None,  # a file without it is recorded as it was before there were gauges
     )
-    layers: Annotated[tuple[str, ...], Field(min_length=1, max_length=1000)] | None = Field(
+    layers: (
+        Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(min_length=1, max_length=1000)] | None
+    ) = Field(
         default=None,
         description="Which linear layers are replaced: patterns of their names, such as `model.layers.*`. Default: "
         "all of PicoGPT; all but the head of other models.",
@@ -317,7 +320,7 @@ class KeptArm(CompressedArm):
         description="Whether MLPs also lose hidden units, where that costs less predicted loss. Needs `spread: loss`.",
     )
     forward: Value[Literal["reconstruct", "chain"]] | None = Field(
-        default=None, description="As in other arms of `mpo`. Only for `mpo` and `auto`."
+        default=None, description="As in other arms of `mpo`. Only for `mpo`; a layer that `auto` chose is a `chain`."
     )
 
     @model_validator(mode="after")
@@ -330,8 +333,10 @@ class KeptArm(CompressedArm):
             for key in ("factorisation", "n_sites"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"`{key}` is for `family: mpo`, but the family is {self.family}")
-        if self.forward is not None and self.family not in ("mpo", AUTO):
-            raise ValueError(f"`forward` is for `family: mpo` and `auto`, but the family is {self.family}")
+        if self.forward is not None and self.family != "mpo":
+            raise ValueError(f"`forward` is for `family: mpo`, but the family is {self.family}")
+        if self.forward is not None and AUTO in options(self.factorisation):
+            raise ValueError("`forward` is not allowed with `factorisation: auto`, whose layers are applied as chains")
         if self.n_sites is not None and AUTO in options(self.factorisation):
             raise ValueError("`n_sites` is not allowed with `factorisation: auto`, which has two sites")
         metrics, spreads = options(self.metric), options(self.spread)

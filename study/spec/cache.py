@@ -23,4 +23,4 @@ def in_cache(path: str) -> str | None:
 def cache_folder() -> Path:
     """The folder: `$MPO_STUDY_CACHE`, or this user's cache folder."""
     given = os.environ.get(CACHE_VARIABLE)
-    return Path(given) if given else user_cache_path("mpo-study", appauthor=False)
+    return Path(given).absolute() if given else user_cache_path("mpo-study", appauthor=False)

@@ -13,7 +13,7 @@ from analysis.run_schema import MARGINS, OBJECTIVES
 from study.errors import did_you_mean
 from study.spec.arms import BY_SIZE_FIELDS, PRETRAINED, Arm, DenseArm, MPOArm
 from study.spec.corpus import MODEL_TOKENIZER, Corpus
-from study.spec.models import HuggingFaceModel, Model, PicoGPTModel
+from study.spec.models import HuggingFaceModel, Model, OwnModel, PicoGPTModel
 from study.spec.protocol import Protocol
 from study.spec.search import Objective, Search
 from study.spec.values import (
@@ -47,7 +47,8 @@ class Contrast(Strict):
 
     arm: Name = Field(description="An arm of the study.")
     against: Name = Field(
-        description="Another arm. If it has several trials, the counterpart is the one with the same χ or `as_chi`."
+        description="Another arm. If it has several trials, the counterpart is the one with the same χ, `as_chi` or "
+        "`keep`."
     )
 
 
@@ -204,6 +205,9 @@ class StudyConfig(Strict):
                     yield from _problems_of_sizes(f"arms[{arm.name}]: `{key}`", given, sizes)
         if self.corpus.tokenizer == MODEL_TOKENIZER and not self.has_pretrained:
             yield "`corpus.tokenizer: model` needs `model.pretrained`, the folder of the tokenizer"
+        if "decode_ms" in self.objectives and (isinstance(self.model, OwnModel) or self.model.context < 2):
+            why = "a module of your own has none" if isinstance(self.model, OwnModel) else "`model.context` is 1"
+            yield f"objective decode_ms needs a model with a cache of keys and values for earlier tokens, but {why}"
         yield from self._problems_of_contrasts(names)
         if 0 < self.execution.gpus < LEAST_SHARE:
             yield f"`execution.gpus` must be 0 or at least {LEAST_SHARE}, but got {self.execution.gpus}"

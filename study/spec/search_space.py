@@ -17,7 +17,7 @@ from optuna.distributions import (
 
 from analysis import run_schema
 from study.errors import StudyError
-from study.spec.arms import PROTOCOL_VALUES, SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm, KeptArm
+from study.spec.arms import AUTO, PROTOCOL_VALUES, SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm, KeptArm
 from study.spec.config import StudyConfig
 from study.spec.trial import TrialSpec
 from study.spec.values import Choices, Range, options
@@ -117,6 +117,8 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
         data.setdefault("spread", "loss" if chosen["metric"] == "loss" else "errors")
         if arm.family == "mpo":
             data.setdefault("factorisation", "balanced")
+        if AUTO in (arm.family, data.get("factorisation")):
+            data["forward"] = "chain"
     elif isinstance(arm, CompressedArm):
         plain = "weights" if isinstance(arm, ControlArm) else "tt_svd"
         data.setdefault(*(("init", "variance") if arm.start is None else ("refinement", plain)))
@@ -137,6 +139,7 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
         model["d_ff"] = _of_size(arm.d_ff, size)
     if isinstance(arm, DenseArm) and arm.model is not None:
         model |= arm.model
+        data["resized"] = ", ".join(f"{key}={value}" for key, value in sorted(arm.model.items()))
     try:
         return TrialSpec.model_validate(data | {"model": model, "protocol": protocol})
     except ValueError as error:

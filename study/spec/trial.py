@@ -40,6 +40,8 @@ class TrialSpec(Strict):
     """None means `reconstruct`."""
     gauge: Literal["free", "fixed"] | None = Field(default=None, exclude_if=lambda value: value is None)
     """None means `free`, and is not written: a spec and its hash are then what they were before there were gauges."""
+    resized: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Settings of the study's model that a dense arm changes, as text."""
     layers: tuple[str, ...] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Patterns of the layers that are replaced; None means the model's usual ones."""
     keep: float | None = Field(default=None, exclude_if=lambda value: value is None)

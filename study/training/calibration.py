@@ -7,6 +7,8 @@ the first one on a machine collects them into the cache, and the others read the
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 
 import mpo_core
 from study.spec.cache import cache_folder
+from study.spec.models import Model, with_checksum
 from study.spec.trial import TrialSpec, json_hash
 from study.training.corpus import Corpus
+from study.training.precision import device_name
 from study.training.program import this_program
 from study.training.weights import weights_of
 from study.training.windows import Windows
@@ -27,7 +31,7 @@ from study.training.windows import Windows
 HELD_OUT = 0.2
 """Share of the batches to which no layer is fitted; errors are measured on them as well."""
 DAYS_KEPT = 7
-"""Statistics that nobody used for so many days are removed."""
+"""Days without use after which statistics are removed."""
 
 
 def calibration_batches(spec: TrialSpec, seed: int, corpus: Corpus) -> list[Tensor]:
@@ -41,14 +45,21 @@ def calibration_batches(spec: TrialSpec, seed: int, corpus: Corpus) -> list[Tens
 
 
 def shared_statistics(
-    model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], device: torch.device | str
+    sizes: Model, model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], device: torch.device | str
 ) -> mpo_core.Statistics:
     """Statistics of the named layers, with the loss, from the cache; collected on `device` if they are not there.
 
-    The file is bound to the weights, the layers, the batches, the program and the conditions of rounding.
+    The file is bound to the model's code, configuration and weights, the layers, the batches, the program, and the
+    conditions of rounding.
+
+    Args:
+        sizes: of the model; its checksum covers the configuration of a pretrained model, or the code of a user's own.
     """
-    conditions = [str(torch.device(device)), torch.get_num_threads(), this_program()["fingerprint"]]
-    key = json_hash([_digest(weights_of(model)), list(names), _digest(dict(enumerate(batches))), HELD_OUT, conditions])
+    own = with_checksum(sizes).model_dump(mode="json", exclude={"pretrained"})
+    library = getattr(sys.modules.get("transformers"), "__version__", None)
+    conditions = [device_name(device), torch.get_num_threads(), this_program()["fingerprint"], library]
+    what = [own, _digest(weights_of(model)), list(names), _digest(dict(enumerate(batches))), HELD_OUT]
+    key = json_hash([what, conditions])
     folder = cache_folder() / "statistics"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key}.safetensors"
@@ -64,7 +75,8 @@ def shared_statistics(
             )
             model.to("cpu")
             collected.save(path)
-        path.touch()
+        # Its time of writing stays as it is: a process that reads the file knows it by that.
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     return mpo_core.Statistics.load(path)
 
 
@@ -81,5 +93,5 @@ def _remove_old(folder: Path) -> None:
     oldest = time.time() - DAYS_KEPT * 86_400
     for path in folder.iterdir():
         with suppress(OSError):  # another process may remove it too
-            if path.stat().st_mtime < oldest:
+            if max(path.stat().st_atime, path.stat().st_mtime) < oldest:
                 path.unlink()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,29 +100,28 @@ def _layers(spec: TrialSpec, model: nn.Module) -> dict[str, tuple[str, ...]]:
 def _kept(
     spec: TrialSpec, model: nn.Module, calibration: Sequence[torch.Tensor], device: torch.device | str
 ) -> tuple[nn.Module, mpo_core.CompressionReport]:
-    """The model of a spec with `keep`. On the meta device, where there is nothing to fit, every layer gets an equal
-    share: its FLOPs are then an estimate."""
+    """The model of a spec with `keep`, and what became of the layers that can be replaced.
+
+    Raises:
+        ValueError: a layer has to stay dense, for example because no calibration text reaches it.
+    """
     assert spec.keep is not None
     chosen = _layers(spec, model)
     dense = mpo_core.replaceable_layers(model, **chosen)
-    options = {key: getattr(spec, key) for key in ("gauge", "forward", "n_sites") if getattr(spec, key) is not None}
-    if spec.factorisation not in (None, AUTO):
-        options["factorisation"] = spec.factorisation
+    if dense[0].linear.weight.is_meta:
+        return _evenly_kept(spec, model, dense, chosen)
     layer: Any = spec.family
     if spec.factorisation == AUTO:
         shapes = dict.fromkeys(tuple(each.linear.weight.shape) for each in dense)
-        layer = [("mpo", split) for shape in shapes for split in mpo_core.MPOLinear.options_to_try(*shape)]
-    if dense[0].linear.weight.is_meta:
-        shares = {each.name: int(spec.keep * each.linear.weight.numel()) for each in dense}
-        simple = "low_rank" if spec.family == AUTO else spec.family
-        kind = mpo_core.kind_called(simple)
-        options = {key: value for key, value in options.items() if key in kind.option_names()}
-        return mpo_core.compress(model, layer=simple, **chosen, max_params=shares, init=kind.inits[0], **options)
-    statistics = None
-    if calibration:
-        names = [name for each in dense for name in (each.name, *each.sharers)]
-        statistics = shared_statistics(model, names, calibration, device)
-    return mpo_core.compress(
+        tried = [split for shape in shapes for split in mpo_core.MPOLinear.options_to_try(*shape)]
+        layer = [("mpo", split) for split in tried]
+    names = [name for each in dense for name in (each.name, *each.sharers)]
+    statistics = shared_statistics(spec.model, model, names, calibration, device) if calibration else None
+    for each in dense:
+        assert spec.metric is not None
+        if statistics and (why := statistics.why_not((each.name, *each.sharers), spec.metric)):
+            raise ValueError(f"`keep` cannot be met: {each.name} has to stay dense: {why}")
+    small, report = mpo_core.compress(
         model,
         layer=layer,
         **chosen,
@@ -130,8 +130,45 @@ def _kept(
         metric=spec.metric,
         spread=spec.spread,
         narrow=bool(spec.narrow),
-        **options,
+        **_options(spec),
     )
+    return small, replace(report, rows=tuple(row for row in report.rows if row.name in set(names)))
+
+
+def _evenly_kept(
+    spec: TrialSpec, model: nn.Module, dense: Sequence[Any], chosen: Mapping[str, Any]
+) -> tuple[nn.Module, mpo_core.CompressionReport]:
+    """The shapes of a spec with `keep`, with the same share of every layer; of low rank, if kinds or splits are chosen.
+
+    These are the shapes with `spread: even`; with another spread they have as many FLOPs, about.
+    """
+    assert spec.keep is not None
+    kind = mpo_core.kind_called("low_rank" if _is_chosen(spec) else spec.family)
+    options = {key: value for key, value in _options(spec).items() if key in kind.option_names()}
+    shares = {each.name: int(spec.keep * each.linear.weight.numel()) for each in dense}
+
+    def made() -> tuple[nn.Module, mpo_core.CompressionReport]:
+        return mpo_core.compress(model, layer=kind.kind, **chosen, max_params=shares, init=kind.inits[0], **options)
+
+    small, report = made()
+    masks = {row.name: row.n_counted - row.n_params_after for row in report.rows}
+    if not any(masks.values()):
+        return small, report
+    shares = {name: share - masks[name] for name, share in shares.items()}  # a mask takes its part of the share
+    return made()
+
+
+def _is_chosen(spec: TrialSpec) -> bool:
+    """Whether each matrix chooses its kind or its split."""
+    return AUTO in (spec.family, spec.factorisation)
+
+
+def _options(spec: TrialSpec) -> dict[str, Any]:
+    """Options of the kind of layer."""
+    given = {key: getattr(spec, key) for key in ("gauge", "forward", "n_sites", "factorisation")}
+    if _is_chosen(spec):  # chains only, and each split has its own sites
+        given = {"gauge": spec.gauge}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def dense_model(sizes: Model, vocab_size: int, device: str | None = None, with_weights: bool = False) -> nn.Module:
@@ -218,8 +255,10 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         dense, _ = build_model(spec.model_copy(update={"family": "dense", "model": reference}), vocab_size, None)
         step_flops = _step_flops(spec, model, dense)
         flops = _flops(spec, model, n_validation, step_flops)
-        n_left_out = _n_left_out(spec, dense)
-        counts = [count(model if n_left_out is None else dense) - (n_left_out or 0) for count in _COUNTS]
+        n_index_bits, n_left_out = _n_index_bits(model), 0
+        if spec.keep is not None and (spec.spread != "even" or _is_chosen(spec)):
+            n_left_out = _n_left_out(spec, dense) + n_index_bits // BITS
+        counts = [count(dense if n_left_out else model) - n_left_out for count in _COUNTS]
         freeze_unhealed(model, spec)  # only to know that it can be done; frozen parameters have been counted
     except ValueError as error:  # for example: the smallest layer of a control's kind is larger than the MPO's
         raise StudyError(f"arms[{spec.arm}]: {error}") from None
@@ -237,37 +276,29 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         step_flops=step_flops,
         flops=flops,
         vocab_size=vocab_size,
-        bytes=_bytes(model, counts[0], bits, spec.keep is not None),
+        bytes=math.ceil((counts[0] * bits + n_index_bits) / 8),
         flops_per_token=_forward_flops(spec, model, spec.model.context) / spec.model.context,
     )
 
 
-def _bytes(model: nn.Module, n_params: int, bits: int, are_indices_counted: bool) -> int:
-    """Bytes of the stored model: its parameters with this many bits each, and its masks and indices.
-
-    Args:
-        are_indices_counted: whether n_params include masks and indices, a parameter for `BITS` bits.
-    """
+def _n_index_bits(model: nn.Module) -> int:
+    """Bits of all masks and indices; those of layers that share a matrix count once."""
     layers = [module for module in model.modules() if isinstance(module, mpo_core.StructuredLinear)]
-    n_index_bits = sum({id(layer.factors()[0]): layer.n_index_bits for layer in layers}.values())
-    n_values = n_params - (n_index_bits / BITS if are_indices_counted else 0)
-    return math.ceil((n_values * bits + n_index_bits) / 8)
+    return sum({id(layer.factors()[0]): layer.n_index_bits for layer in layers}.values())
 
 
 _COUNTS = (mpo_core.n_params, mpo_core.n_params_compressed)
 
 
-def _n_left_out(spec: TrialSpec, dense: nn.Module) -> int | None:
-    """How many parameters of the dense model a spec with `keep` saves at least; None without `keep`.
+def _n_left_out(spec: TrialSpec, dense: nn.Module) -> int:
+    """How many parameters of the dense model a spec with `keep` saves, masks and indices counted as parameters.
 
-    Which layers lose them depends on the weights and the seed, but not how many they are together, within one step of
-    a layer.
+    With a spread by errors or loss, which layers lose them depends on weights and seed, but not how many they are
+    together, within one step of a layer.
     """
-    if spec.keep is None:
-        return None
-    n_replaced = sum(
-        layer.linear.weight.numel() for layer in mpo_core.replaceable_layers(dense, **_layers(spec, dense))
-    )
+    assert spec.keep is not None
+    replaced = mpo_core.replaceable_layers(dense, **_layers(spec, dense))
+    n_replaced = sum(layer.linear.weight.numel() for layer in replaced)
     return n_replaced - int(spec.keep * n_replaced)
 
 
@@ -278,7 +309,7 @@ def _identity(spec: TrialSpec, layers: list[Any], has_gauge: bool) -> str:
         has_gauge: whether the gauge changes any layer.
     """
     by_shape = {"chi", "as_chi", "n_sites", "factorisation"} if spec.keep is None else set()
-    essence = spec.model_dump(mode="json", exclude={"arm", "layers", "gauge", *by_shape})
+    essence = spec.model_dump(mode="json", exclude={"arm", "layers", "gauge", "resized", *by_shape})
     if has_gauge and spec.gauge == "fixed":  # the free gauge is left out: it was the only one at first
         essence["gauge"] = spec.gauge
     essence["layers"] = layers

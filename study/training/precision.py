@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+
+def device_name(device: torch.device | str) -> str:
+    """The kind of GPU or CPU, on which rounding depends."""
+    kind = torch.device(device).type
+    return torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine() or kind
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from study.spec.trial import SeedResult, TrialSpec, now
 from study.training.checkpoints import Checkpoints
 from study.training.corpus import Corpus
 from study.training.model import dense_model
-from study.training.precision import products_in
+from study.training.precision import device_name, products_in
 from study.training.program import this_program
 from study.training.stacked import StackedTraining
 from study.training.timing import times
@@ -55,21 +54,30 @@ def train_seed(
     Returns:
         The result and the trained weights; a run that diverges gives a failed result, with its curve up to that step.
     """
-    run = SeedRun(
-        spec,
-        seed,
-        corpus,
-        trial=trial,
-        device=device,
-        start_weights=start_weights,
-        start_tokens=start_tokens,
-        rel_error_chis=rel_error_chis,
-        capture=capture,
-        timing=timing,
-    )
+
+    def begin() -> SeedRun:
+        return SeedRun(
+            spec,
+            seed,
+            corpus,
+            trial=trial,
+            device=device,
+            start_weights=start_weights,
+            start_tokens=start_tokens,
+            rel_error_chis=rel_error_chis,
+            capture=capture,
+            timing=timing,
+        )
+
+    run = begin()
     checkpoint = checkpoints.load() if checkpoints is not None else None
     if checkpoint is not None:
-        run.training.restore(*checkpoint)
+        try:
+            run.training.restore(*checkpoint)
+        except RuntimeError:
+            if spec.keep is None:
+                raise
+            run = begin()  # under other conditions of rounding the fit may give layers of other sizes
     try:
         run.training.run(checkpoints, checkpoint_seconds, on_evaluation)
     except Diverged as error:
@@ -123,9 +131,8 @@ class SeedRun:
 
 def _ran_on(device: torch.device | str, n_stacked: int) -> dict[str, str]:
     """Everything except spec and seed that results depend on, with the keys of `run_schema.RAN_ON`."""
-    kind = torch.device(device).type
     return {
-        schema.DEVICE: torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine() or kind,
+        schema.DEVICE: device_name(device),
         schema.THREADS: str(torch.get_num_threads()),
         schema.TORCH: torch.__version__,
         schema.STACKED: str(n_stacked),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 from study_fixtures import DENSE, results_at, run_at, write_study
+from typer.testing import CliRunner
 
 import mpo_core
+from analysis.commands.cli import app
 from study.errors import StudyError
 from study.ledger.snapshot import read_ledger
 from study.spec.search_space import listed_specs
@@ -158,4 +161,31 @@ def test_settings_that_do_not_fit_are_one_line(tmp_path, changes, message):
 def test_picogpt_has_keys_of_its_own_for_a_narrower_model(tmp_path):
     file = write_study(tmp_path, arms=[DENSE, {"name": "narrow", "family": "dense", "model": {"width": 4}}])
     with pytest.raises(StudyError, match=r"arms\[narrow\].model: is for a model from scratch that is not PicoGPT"):
+        load_config(file)
+
+
+@pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
+def test_a_changed_control_is_never_the_reference(tmp_path):
+    changed = {"name": "changed", "family": "dense", "model": {"rms_norm_eps": 1e-3}}
+    file = write_llama(tmp_path, [changed, DENSE, {"name": "mpo", "family": "mpo", "chi": 2}])
+    run_at(file, tmp_path / "out", tracking=None)
+    said = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--out", str(tmp_path / "report")])
+    assert said.exit_code == 0, said.output
+    trials = pd.read_csv(next((tmp_path / "report").rglob("trials.csv"))).set_index("arm")
+    assert trials["group"].to_dict() == {"changed": "dense, changed", "dense": "dense", "mpo": "MPO from scratch"}
+    assert trials["label"]["changed"] == "rms_norm_eps=0.001"
+    assert trials["is_reference"].to_dict() == {"changed": False, "dense": True, "mpo": False}
+
+
+@pytest.mark.parametrize("model", ["own", "context"])
+def test_decoding_needs_a_cache(tmp_path, model):
+    objectives = ["decode_ms", "val_loss"]
+    if model == "context":
+        file = write_study(tmp_path, arms=[DENSE], objectives=objectives, model={"context": 1})
+    else:
+        file = write_llama(tmp_path, [DENSE])
+        study = yaml.safe_load(file.read_text(encoding="utf-8"))
+        own = {"architecture": "own_models:OwnGRU", "context": 8, "width": 12}
+        file.write_text(yaml.safe_dump({**study, "model": own, "objectives": objectives}), encoding="utf-8")
+    with pytest.raises(StudyError, match="objective decode_ms needs a model with a cache"):
         load_config(file)

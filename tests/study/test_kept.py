@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
+import language_models
 import pandas as pd
 import pytest
 import torch
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 import mpo_core
 from analysis.commands.cli import app
+from mpo_core import MPOLinear
 from study.errors import StudyError
 from study.spec.cache import CACHE_VARIABLE
 from study.spec.search_space import listed_specs
@@ -20,7 +23,10 @@ from study.spec.study_file import load_config
 from study.training import calibration
 from study.training.loading import load_corpus
 from study.training.model import trial_shape
+from study.training.seed_run import train_seed
+from study.training.storage import Storage
 from study.training.train import Training
+from study.training.unit import checkpoints_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:::mlflow", "ignore::DeprecationWarning", "ignore:the predicted loss:UserWarning"
@@ -103,18 +109,91 @@ def test_a_trial_is_the_model_that_compress_makes(pretrained_study):
 
 
 @pytest.mark.parametrize("number", range(1, 7))
-def test_the_recorded_size_is_the_limit_that_every_seed_comes_close_to(pretrained_study, number):
+def test_the_recorded_size_is_that_of_every_seed_within_a_step_of_a_layer(pretrained_study, number):
     config = load_config(pretrained_study(arms=ARMS))
     corpus, spec = corpus_of(config), listed_specs(config)[number]
     shape = trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model)
     training = Training(spec, 0, corpus)
     rows = training.compression.rows
-    masks = sum(row.n_counted - row.n_params_after for row in rows)
-    n_params = mpo_core.n_params(training.model) + masks
-    largest_step = max(row.out_features + row.in_features for row in rows)
-    n_layers = len(rows) if spec.spread == "even" else 1
-    assert shape.n_params - n_layers * largest_step <= n_params <= shape.n_params
+    counted = mpo_core.n_params(training.model) + sum(row.n_counted - row.n_params_after for row in rows)
+    step = max(row.out_features + row.in_features for row in rows)
+    # A parameter has four bytes, and so have 32 bits of masks and indices.
+    assert shape.bytes / 4 - (0 if spec.spread == "even" else step) <= counted <= shape.bytes / 4 + 1
+    assert shape.n_params <= shape.bytes / 4
     assert 0 < shape.flops < trial_shape(listed_specs(config)[0], corpus.vocab_size, 1000, config.model).flops
+
+
+@pytest.mark.parametrize("family", ["monarch", "mpo", "low_rank", "pruned"])
+def test_an_even_spread_is_recorded_exactly(pretrained_study, family):
+    arm = {"name": "even", "family": family, **PRETRAINED, "keep": [0.95, 0.6], "metric": "outputs", "spread": "even"}
+    config = load_config(pretrained_study(arms=[ARMS[0], arm]))
+    corpus = corpus_of(config)
+    for spec in listed_specs(config)[1:]:
+        shape = trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model)
+        assert shape.n_params == mpo_core.n_params(Training(spec, 0, corpus).model)
+
+
+def test_chosen_chains_are_recorded_as_chains(pretrained_study):
+    config = load_config(pretrained_study(arms=ARMS))
+    corpus = corpus_of(config)
+    for spec in listed_specs(config)[4:6]:
+        assert spec.forward == "chain"
+        chains = [module for module in Training(spec, 0, corpus).model.modules() if isinstance(module, MPOLinear)]
+        assert all(chain.forward_mode == "chain" for chain in chains)
+        assert chains or spec.family == "auto"
+
+
+def test_a_layer_that_no_calibration_text_reaches_is_no_silent_exception(pretrained_study, tmp_path):
+    arm = {"name": "kept", "family": "low_rank", **PRETRAINED}
+    file = pretrained_study(arms=[ARMS[0], arm], seeds=1)
+    model = language_models.llama()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.zero_()
+    language_models.write(model, tmp_path / "model")
+    outcome = run_at(file, tmp_path / "out")
+    assert outcome.n_failed == 1
+    failure = results_at(tmp_path / "out")[1, 0].failure
+    assert "`keep` cannot be met: model.layers.1.self_attn.q_proj has to stay dense" in failure
+
+
+def test_statistics_can_be_read_while_another_process_asks_for_them(pretrained_study):
+    config = load_config(pretrained_study(arms=ARMS))
+    corpus, specs = corpus_of(config), listed_specs(config)
+    dense, batches = Training(specs[0], 0, corpus).model, calibration.calibration_batches(specs[2], 0, corpus)
+    name = "model.layers.0.mlp.up_proj"
+    first, second = (calibration.shared_statistics(config.model, dense, [name], batches, "cpu") for _ in range(2))
+    for statistics in (first, second):
+        assert statistics.metric(name, "loss").on(dense.get_submodule(name).weight).norm(torch.ones(24, 16)) > 0
+
+
+def test_statistics_are_those_of_the_configuration(pretrained_study, tmp_path):
+    arms = [ARMS[0], {"name": "kept", "family": "low_rank", **PRETRAINED}]
+    losses = []
+    for activation in ("silu", "relu"):
+        file = pretrained_study(arms=arms)
+        path = tmp_path / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": activation}))
+        config = load_config(file)
+        losses.append(_predicted(Training(listed_specs(config)[1], 0, corpus_of(config))))
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    assert _predicted(Training(listed_specs(config)[1], 0, corpus_of(config))) == losses[1] != losses[0]
+
+
+def _predicted(training):
+    return sum(row.predicted_loss for row in training.compression.rows)
+
+
+def test_a_checkpoint_with_layers_of_other_sizes_begins_anew(pretrained_study, tmp_path):
+    arms = [{"name": "healed", "family": "low_rank", **PRETRAINED, **HEAL}]
+    config = load_config(pretrained_study(arms=arms))
+    corpus, [spec] = corpus_of(config), listed_specs(config)
+    expected, _ = train_seed(spec, 0, corpus)
+    checkpoints = checkpoints_of(Storage(str(tmp_path / "storage")), "study", 0, 0, spec)
+    other = Training(spec.model_copy(update={"keep": 0.8}), 0, corpus)
+    other.optimiser_step()
+    checkpoints.save(1, *other.state())
+    result, _ = train_seed(spec, 0, corpus, checkpoints=checkpoints)
+    assert [row["val_loss"] for row in result.curve] == [row["val_loss"] for row in expected.curve]
 
 
 def test_statistics_are_collected_once_for_a_seed(pretrained_study, monkeypatch):
@@ -187,6 +266,8 @@ def test_keep_can_be_searched(pretrained_study, tmp_path):
         ({"family": "mpo", **PRETRAINED, "factorisation": "auto", "n_sites": 3}, "`n_sites` is not allowed with"),
         ({"family": "low_rank", **PRETRAINED, "metric": "outputs", "spread": "loss"}, "`spread: loss` needs"),
         ({"family": "low_rank", **PRETRAINED, "metric": "outputs", "narrow": True}, "`narrow: true` needs"),
+        ({"family": "auto", **PRETRAINED, "forward": "chain"}, "`forward` is for `family: mpo`"),
+        ({"family": "mpo", **PRETRAINED, "factorisation": "auto", "forward": "chain"}, "`forward` is not allowed with"),
         ({"family": "pruned", **PRETRAINED, "gauge": "fixed"}, "gauge: family pruned does not have it"),
         ({"family": "low_rnak", **PRETRAINED}, "family: must be"),
         ({"family": "low_rank", **PRETRAINED, "layers": ["model.layer.*"]}, "matches include"),
