@@ -6,8 +6,10 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from study_fixtures import (
+    USUAL_FINALS,
     cli,
     contents,
     mlflow_template,  # noqa: F401 (a fixture)
@@ -80,8 +82,10 @@ def test_analysis_reads_what_the_ledger_holds(finished):
     seeds = runs.seeds.set_index(["trial", "seed"])
     assert sorted(seeds.index) == sorted(results)
     for key, result in results.items():
+        assert result.final.keys() == USUAL_FINALS
         for field in schema.FINALS:
-            assert seeds.loc[key, field.key] == result.final[field.key]
+            shown = seeds.loc[key, field.key]
+            assert shown == result.final[field.key] if field.key in USUAL_FINALS else pd.isna(shown)
 
     curves = load_curves(runs, keys=["val_loss", "val_acc", "tokens"])
     for (trial, seed), curve in curves.groupby(["trial", "seed"]):

@@ -215,7 +215,7 @@ def test_load_study_keeps_nothing_of_a_study_that_may_be_changing(study, state):
         study.settle("mistaken")
     study.check()
     assert study.load().cache is None
-    assert not study.spec.cache.exists()
+    assert not study.cache.exists()
 
 
 def test_load_study_keeps_nothing_that_it_read_while_the_study_changed(study, monkeypatch):
@@ -232,7 +232,7 @@ def test_load_study_keeps_nothing_that_it_read_while_the_study_changed(study, mo
     monkeypatch.setattr(MlflowClient, "search_runs", search_runs)
     assert study.load().cache is None
     assert changed
-    assert not study.spec.cache.exists()
+    assert not study.cache.exists()
     study.check()
 
 
@@ -253,7 +253,7 @@ def empty(path):
 def test_load_study_replaces_a_damaged_cache(study, requests):
     sound = study.load()
     for name in ("trials.parquet", "study.parquet", MANIFEST):
-        truncate(study.spec.cache / name)
+        truncate(study.cache / name)
         del requests[:]
         same(study.load(), sound)
         assert "'seed'" in requests
@@ -265,13 +265,13 @@ def test_load_study_replaces_a_damaged_cache(study, requests):
 def test_load_study_replaces_a_cache_that_is_anothers(study, requests):
     sound = study.load()
     for key in ("version", "schema", "study", "revision", "deleted", "pandas"):
-        manifest = json.loads((study.spec.cache / MANIFEST).read_text())
+        manifest = json.loads((study.cache / MANIFEST).read_text())
         manifest["stamp"][key] = "another"
-        (study.spec.cache / MANIFEST).write_text(json.dumps(manifest))
+        (study.cache / MANIFEST).write_text(json.dumps(manifest))
         del requests[:]
         same(study.load(), sound)
         assert "'seed'" in requests
-        assert json.loads((study.spec.cache / MANIFEST).read_text())["stamp"][key] != "another"
+        assert json.loads((study.cache / MANIFEST).read_text())["stamp"][key] != "another"
 
 
 @pytest.mark.parametrize("name", ["trials", "seeds", "failures", "unfinished", "rel_errors", "skipped"])
@@ -336,7 +336,7 @@ def test_cache_keeps_frames_beside_others_of_its_state_only(tmp_path):
 
 
 def test_load_study_reads_where_nothing_can_be_kept(study):
-    study.spec.cache.write_text("a file, where the folder would be")
+    study.cache.write_text("a file, where the folder would be")
     study.check()
     assert len(load_curves(study.load(), [0]))
 
@@ -361,14 +361,14 @@ def test_load_curves_keeps_nothing_once_the_study_has_changed(study):
     runs = study.load()
     retry(study)
     load_curves(runs, [0])
-    assert not (study.spec.cache / "curves.parquet").exists()
+    assert not (study.cache / "curves.parquet").exists()
 
 
 def test_cache_behind_a_link_is_not_written(study, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "seeds.parquet").write_text("precious")
-    study.spec.cache.symlink_to(elsewhere)
+    study.cache.symlink_to(elsewhere)
     same(study.load(), load_study(study.address))
     assert [(path.name, path.read_text()) for path in elsewhere.iterdir()] == [("seeds.parquet", "precious")]
 

@@ -43,6 +43,13 @@ SEARCHED = {
     "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
 }
 
+OF_SOME = {
+    *("kept", "predicted_loss", "held_out_loss"),
+    *("decode_ms", "prefill_ms", "dense_decode_ms", "dense_prefill_ms"),
+}
+USUAL_FINALS = {field.key for field in schema.FINALS} - OF_SOME
+"""What every complete seed records; the others are of trials with `keep`, or of timed ones."""
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
 
 

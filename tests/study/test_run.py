@@ -14,6 +14,7 @@ from study_fixtures import (
     ENVIRONMENT,
     MPO,
     TUNED,
+    USUAL_FINALS,
     ledger_at,
     mlflow_template,  # noqa: F401 (a fixture)
     printed_by_run,
@@ -89,7 +90,7 @@ def test_run_study_completes_every_trial_and_seed(tmp_path, folder):
     results = results_at(folder)
     assert sorted(results) == [(trial, seed) for trial in range(4) for seed in range(2)]
     for result in results.values():
-        assert set(result.final) == {field.key for field in schema.FINALS}
+        assert set(result.final) == USUAL_FINALS
         assert [row["step"] for row in result.curve] == ([0, 2, 4, 6] if result.trial < 3 else [0, 2, 4])
         assert result.final["final/val_loss"] == result.curve[-1]["val_loss"]
     assert {(result.trial, result.weights is not None) for result in results.values()} == {

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from study_fixtures import USUAL_FINALS
 
 import mpo_core
 from analysis import run_schema
@@ -157,7 +158,7 @@ def test_every_recorded_key_is_in_the_run_schema(spec_of, corpus):
     assert [row["step"] for row in result.curve] == [0, 4, 8, 12]
     assert [row.keys() - {"step"} for row in result.curve[1:]] == [curve_keys] * 3
     assert result.curve[0].keys() - {"step"} == curve_keys - {"train_loss"}  # there is none before the first step
-    assert result.final.keys() == {field.key for field in run_schema.FINALS}
+    assert result.final.keys() == USUAL_FINALS
     assert [row["tokens"] for row in result.curve] == [0, 128, 256, 384]
     assert (result.final["train_tokens"], result.final["total_tokens"]) == (384, 384)
     assert (result.trial, result.seed, result.state, result.failure) == (7, 1, "complete", None)
