@@ -60,7 +60,7 @@ def test_bytes_are_those_of_the_values_and_of_one_bit_for_each_weight_of_a_mask(
     assert pruned.bytes in [math.ceil((bits * pruned.n_params + n) / 8) for n in n_masked]
 
 
-def test_a_share_counts_masks_as_parameters_but_not_twice_in_bytes(tmp_path):
+def test_a_mask_takes_its_part_of_a_share_and_counts_once_in_bytes(tmp_path):
     kept = {
         "name": "kept",
         "family": "pruned",
@@ -72,10 +72,9 @@ def test_a_share_counts_masks_as_parameters_but_not_twice_in_bytes(tmp_path):
     file = write_study(tmp_path, arms=[DENSE, kept])
     at_32, at_8 = shapes(file), shapes(write_study(tmp_path, arms=[DENSE, kept], bits=8))
     dense, pruned = at_32
-    assert dense.n_params - pruned.n_params == N_LINEAR // 2
-    assert pruned.bytes == 4 * pruned.n_params
-    n_values = pruned.n_params - N_LINEAR / 32
-    assert at_8[1].bytes == n_values + N_LINEAR / 8
+    assert dense.n_params - pruned.n_params == N_LINEAR // 2 + N_LINEAR // 32
+    assert pruned.bytes == 4 * (dense.n_params - N_LINEAR // 2)
+    assert at_8[1].bytes == pruned.n_params + N_LINEAR // 8
     assert [shape.n_params for shape in at_8] == [shape.n_params for shape in at_32]
 
 
