@@ -178,7 +178,7 @@ PARAMS = (
     Field("init", "param", str, "init mode"),
     Field("refinement", "param", str, "how trained weights became factors"),
     Field("keep", "param", float, "share of the replaced layers' parameters that is kept, masks and indices counted"),
-    Field("metric", "param", str, "error that compression keeps small: of weights, of outputs, or the predicted loss"),
+    Field("metric", "param", str, "which error compression keeps small: weights, outputs, loss"),
     Field("spread", "param", str, "how kept parameters are spread over layers: loss, errors, even"),
     Field("narrow", "param", str, "whether compression may remove hidden units of MLPs"),
     Field("resized", "param", str, "settings of the study's model that this dense arm changes"),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import resource
 import time
 import warnings
@@ -121,8 +120,8 @@ def measure(
     difference, error = paired_difference(after, before)
     return {
         "kept": report.kept,
-        "predicted": _sum(report, "predicted_loss"),
-        "held_out": _sum(report, "held_out_loss"),
+        "predicted": report.total("predicted_loss"),
+        "held_out": report.total("held_out_loss"),
         "dense": before.value,
         "perplexity": after.value,
         "standard_error": after.standard_error,
@@ -185,11 +184,6 @@ _LOSSES = ("predicted", "held_out")
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return (json.loads(line) for line in lines)
-
-
-def _sum(report: Any, field: str) -> float | None:
-    losses = [getattr(row, field) for row in report.rows]
-    return None if any(loss is None for loss in losses) else math.fsum(losses)
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float:

@@ -34,6 +34,8 @@ from analysis.results.summary import (
 from analysis.results.uncertainty import FrontierUncertainty
 from analysis.runs.study_runs import StudyRuns
 
+CHARACTERS, BYTES = schema.ABSENT["tokenizer"], "bytes"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -78,16 +80,14 @@ def _with_units_of_text(shown: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFr
     the perplexity of a token where tokens are words and parts of words."""
     tokenizers = summary["tokenizer"]
     place = list(shown.columns).index("val loss (nats)") + 1
-    if (~tokenizers.isin([CHARACTERS, BYTES])).any():
-        perplexity = summary[schema.mean_key(VAL_LOSS.key)].map(math.exp).where(~tokenizers.isin([CHARACTERS, BYTES]))
+    has_words = ~tokenizers.isin([CHARACTERS, BYTES])
+    if has_words.any():
+        perplexity = summary[schema.mean_key(VAL_LOSS.key)].map(math.exp).where(has_words)
         shown.insert(place, "perplexity of a token", [digits(value, 1) for value in perplexity])
     if (tokenizers != CHARACTERS).any():
         means = summary[schema.mean_key(BITS_PER_BYTE)]
         shown.insert(place, "bits per byte", [digits(value, 3) for value in means])
     return shown
-
-
-CHARACTERS, BYTES = schema.ABSENT["tokenizer"], "bytes"
 
 
 def frontier_table(summary: pd.DataFrame, uncertainties: Mapping[str, FrontierUncertainty]) -> Table:

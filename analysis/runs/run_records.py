@@ -15,20 +15,8 @@ from analysis.errors import AnalysisError
 OPTIONAL_PARAMS = (
     *("seed", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
     *("gauge", "forward", "sites", "largest_bond", "tuned_among", "embedding_learning_rate"),
-    *(
-        "model_sha256",
-        "d_model",
-        "n_heads",
-        "n_layers",
-        "d_ff",
-        "keep",
-        "metric",
-        "spread",
-        "narrow",
-        "layers",
-        "resized",
-        "heal",
-    ),
+    *("model_sha256", "d_model", "n_heads", "n_layers", "d_ff", "keep", "metric", "spread", "narrow", "layers"),
+    *("resized", "heal"),
 )
 """Params without meaning for some family, model or kind of run; every run must have every other param of the schema."""
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"

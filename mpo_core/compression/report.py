@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -65,6 +66,11 @@ class CompressionReport:
         """Share of the parameters of all rows that is left, with masks and indices counted. It includes matrices that
         had to stay dense, which `keep` does not."""
         return sum(row.n_counted for row in self.rows) / max(1, sum(row.n_params_before for row in self.rows))
+
+    def total(self, field: str) -> float | None:
+        """The sum of a field of all rows, such as "predicted_loss"; None if a row has none."""
+        values = [getattr(row, field) for row in self.rows]
+        return None if any(value is None for value in values) else math.fsum(values)
 
     def to_frame(self) -> pd.DataFrame:
         """One line per row, one column per field; needs pandas."""

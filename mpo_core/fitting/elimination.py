@@ -15,7 +15,7 @@ BATCH = 1 / 48
 
 
 class Left(NamedTuple):
-    """What is left of a matrix W (out_features, in_features) without some of its inputs."""
+    """A matrix W (out_features, in_features) without some of its inputs."""
 
     inputs: Tensor
     """The indices of the inputs that are left, in order."""
@@ -27,7 +27,7 @@ class Left(NamedTuple):
 
 @torch.no_grad()
 def eliminate(W: Tensor, metric: Metric, sizes: Iterable[int]) -> dict[int, Left]:
-    """What is left of W at each number of inputs.
+    """W with fewer inputs, for each of these numbers of inputs.
 
     Greedy: the inputs whose removal raises the error least go first, after the columns of the others are fitted again.
 

@@ -16,6 +16,7 @@ from analysis.runs.urls import hide_password
 from analysis.statistics.seed_blocks import MIN_SEEDS
 from study.commands.progress import say
 from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
+from study.spec.arms import KeptArm
 from study.spec.comparable import not_compared
 from study.spec.config import StudyConfig
 from study.spec.trial import Trial, TrialSpec
@@ -71,9 +72,7 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int, mem
         f"{runs}, one run at a time; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
         f"(at {min(plan.rates) / 1e9:.3g} to {max(plan.rates) / 1e9:.3g} GFLOP/s each, measured on the CPU just now)."
     )
-    if any(trial.spec.keep is not None for trial in plan.trials) or any(
-        row.spec.keep is not None for search in plan.searches for row in search.rows.values()
-    ):
+    if any(isinstance(arm, KeptArm) for arm in config.arms):
         say(console, "note: the time of compression with `keep` is not included")
     say(console, "memory: not known for this model" if memory is None else memory.shown)
     say_not_compared(partial(say, console), config)

@@ -307,8 +307,8 @@ class KeptArm(CompressedArm):
     )
     metric: Value[Literal["weights", "outputs", "loss"]] = Field(
         default="loss",
-        description="The error that the new layers have least of: of the weights, of the layers' outputs, or the "
-        "predicted rise of the loss. The last two are measured over protocol.calibration_batches.",
+        description="Which error compression keeps small: that of the `weights`, that of the layers' `outputs`, or the "
+        "predicted rise of the `loss`. The last two are measured over protocol.calibration_batches.",
     )
     spread: Value[Literal["loss", "errors", "even"]] | None = Field(
         default=None,

@@ -122,7 +122,7 @@ class TrialShape:
     vocab_size: int = 1
     """Vocabulary size of the corpus: a uniform guess has a loss of its logarithm."""
     bytes: int | None = None
-    """Of the stored model, with parameters of the study's `bits`, masks and indices; None in an older ledger."""
+    """Size of the stored model, with parameters of the study's `bits`, masks and indices; None in an older ledger."""
     flops_per_token: FiniteFloat | None = None
     """FLOPs of a forward pass over the whole context, for each token; None in an older ledger."""
 

@@ -6,7 +6,6 @@ the first one on a machine collects them into the cache, and the others read the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -25,7 +24,6 @@ from study.spec.trial import TrialSpec, json_hash
 from study.training.corpus import Corpus
 from study.training.precision import device_name
 from study.training.program import this_program
-from study.training.weights import weights_of
 from study.training.windows import Windows
 
 HELD_OUT = 0.2
@@ -58,7 +56,7 @@ def shared_statistics(
     own = with_checksum(sizes).model_dump(mode="json", exclude={"pretrained"})
     library = getattr(sys.modules.get("transformers"), "__version__", None)
     conditions = [device_name(device), torch.get_num_threads(), this_program()["fingerprint"], library]
-    what = [own, _digest(weights_of(model)), list(names), _digest(dict(enumerate(batches))), HELD_OUT]
+    what = [own, mpo_core.digest_of_model(model), list(names), mpo_core.digest_of(batches), HELD_OUT]
     key = json_hash([what, conditions])
     folder = cache_folder() / "statistics"
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,15 +76,6 @@ def shared_statistics(
         # Its time of writing stays as it is: a process that reads the file knows it by that.
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     return mpo_core.Statistics.load(path)
-
-
-def _digest(tensors: dict[str, Tensor] | dict[int, Tensor]) -> str:
-    """SHA-256 of tensors and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _remove_old(folder: Path) -> None:

@@ -161,13 +161,9 @@ def _final_metrics(training: Training, start_tokens: int) -> dict[str, float]:
 
 
 def _of_compression(report: mpo_core.CompressionReport) -> dict[str, float]:
-    """What is left of the parameters, and the predicted rise of the loss in nats per token, if that was fitted."""
-    found = {"kept": report.kept}
-    for name, field in (("predicted_loss", "predicted_loss"), ("held_out_loss", "held_out_loss")):
-        losses = [getattr(row, field) for row in report.rows]
-        if all(loss is not None for loss in losses):
-            found[name] = math.fsum(losses)
-    return found
+    """The share of the parameters that is left, and the predicted rise of the loss in nats per token, if fitted."""
+    losses = {name: report.total(name) for name in ("predicted_loss", "held_out_loss")}
+    return {"kept": report.kept} | {name: loss for name, loss in losses.items() if loss is not None}
 
 
 def _times(training: Training, device: torch.device | str) -> dict[str, float]:

@@ -43,6 +43,17 @@ SEARCHED = {
     "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
 }
 
+LLAMA = {
+    "architecture": "huggingface",
+    "config": "llama",
+    "context": 8,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""The model of a study file: a tiny LLaMA from scratch."""
 OF_SOME = {
     *("kept", "predicted_loss", "held_out_loss"),
     *("decode_ms", "prefill_ms", "dense_decode_ms", "dense_prefill_ms"),

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from study_fixtures import DENSE, results_at, run_at, write_study
+from study_fixtures import DENSE, LLAMA, results_at, run_at, write_study
 from typer.testing import CliRunner
 
 import mpo_core
@@ -26,10 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
 N_LINEAR = 12 * 8 * 8
 """Weights of the linear layers of a block of width 8 in the small study."""
 PRUNED = {"name": "pruned", "family": "pruned", "as_chi": 2}
-LLAMA = {
-    "architecture": "huggingface", "config": "llama", "hidden_size": 16, "intermediate_size": 24,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "context": 8,
-}  # fmt: skip
 
 
 def write_llama(folder, arms):

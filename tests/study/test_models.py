@@ -10,7 +10,7 @@ import own_models
 import pytest
 import torch
 import yaml
-from study_fixtures import undisturbed_and_resumed
+from study_fixtures import LLAMA, undisturbed_and_resumed
 
 import study
 from study.commands.opening import study_corpus
@@ -25,20 +25,10 @@ from study.training.weights import load_weights, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 
-LLAMA = {
-    "architecture": "huggingface",
-    "config": "llama",
-    "context": 8,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 MODELS = {
-    "llama": LLAMA,
-    "tied llama": {**LLAMA, "tie_word_embeddings": True},
-    "qwen2": {**LLAMA, "config": "qwen2"},
+    "llama": {**LLAMA, "num_hidden_layers": 1},
+    "tied llama": {**LLAMA, "num_hidden_layers": 1, "tie_word_embeddings": True},
+    "qwen2": {**LLAMA, "num_hidden_layers": 1, "config": "qwen2"},
     "gpt2": {"architecture": "huggingface", "config": "gpt2", "context": 8, "n_embd": 16, "n_head": 2, "n_layer": 1},
     "own": {"architecture": "own_models:OwnGRU", "context": 8, "width": 12},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from study_fixtures import printed_by_run, undisturbed_and_resumed, write_study
+from study_fixtures import LLAMA, printed_by_run, undisturbed_and_resumed, write_study
 
 from mpo_core import n_params
 from study.errors import StudyError
@@ -16,15 +16,6 @@ from study.training.model import check_model, trial_shape
 from study.training.seed_run import train_seed, train_seeds
 from study.training.train import Training
 
-LLAMA = {
-    "architecture": "huggingface",
-    "config": "llama",
-    "context": 8,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 OWN = {"architecture": "own_models:OwnGRU", "context": 8, "width": 12}
 
 
