@@ -114,8 +114,8 @@ def check_whole(work, undisturbed):
     assert (len(loaded.seeds), len(loaded.failures), len(loaded.unfinished)) == (8, 0, 0)
     seeds = loaded.seeds.set_index(["trial", "seed"])
     for key, result in results.items():
-        for field in schema.FINALS:
-            assert seeds.loc[key, field.key] == result.final[field.key]
+        for metric, value in result.final.items():
+            assert seeds.loc[key, metric] == value
     for [(_, _, status, _, _, params, _, metrics)] in runs.values():
         assert status == "FINISHED"
         if "seed" in params:
