@@ -19,7 +19,6 @@ from study_fixtures import (
     write_study,
 )
 
-from analysis import run_schema as schema
 from analysis.runs.load import load_study, resolve_study
 
 LONG = {"protocol": {"steps": 400, "eval_every": 40}, "execution": {"checkpoint_seconds": 0.1}}
