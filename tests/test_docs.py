@@ -34,8 +34,10 @@ WITH_PYTHON = [path for path in DOCUMENTS if path.name not in WITHOUT_PYTHON]
 
 @pytest.fixture
 def _model_and_text(tmp_path, monkeypatch):
-    """What docs/mpo_core.md compresses, with another model under its name."""
-    language_models.write(language_models.llama(context=512), tmp_path / "SmolLM2-135M-Instruct")
+    """The model and text of docs/mpo_core.md, with another model under its name."""
+    model = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    model.parent.mkdir()
+    language_models.write(language_models.llama(context=512), model)
     lines = [json.dumps({"text": language_models.text(550, seed)}) for seed in range(50)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -97,7 +99,7 @@ def test_put_table_replaces_what_was_there(tmp_path, monkeypatch):
 def test_whole_study_files_in_the_documents_can_be_planned(tmp_path):
     """With a model and texts of these names beside them."""
     document = (ROOT / "docs/study.md").read_text(encoding="utf-8")
-    (tmp_path / "SmolLM2-135M").symlink_to(tmp_path / "SmolLM2-135M-Instruct")
+    (tmp_path / "SmolLM2-135M").symlink_to(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     names = []
     for block in re.findall(r"```yaml\n(?:#[^\n]*\n)?(name: .*?)```", document, re.DOTALL):
         (tmp_path / "study.yaml").write_text(block, encoding="utf-8")

@@ -51,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         torch.set_num_threads(given.threads or n_threads)
         print(run(given, progress))
-    except (ValueError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:  # torch raises RuntimeError: no memory left
         progress.clear()
         print(f"mpo-compress: {' '.join(str(error).split()) or 'stopped'}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
+        return 130 if isinstance(error, KeyboardInterrupt) else 1 if isinstance(error, OSError) else 2
     finally:
         torch.set_num_threads(n_threads)
     return 0

@@ -10,10 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mpo_core.calibration.collection_folder import digest_of_model
 from mpo_core.calibration.statistics import Statistics
-
-SAMPLED = 1000
-"""Most values of a tensor that its fingerprint takes."""
 
 
 def load_kept(path: Path, about: dict[str, Any]) -> Statistics | None:
@@ -64,19 +62,10 @@ def keep(statistics: Statistics, path: Path, about: dict[str, Any]) -> None:
 
 
 def describe(model: nn.Module, calibration: Tensor, names: list[str], has_loss: bool) -> dict[str, Any]:
-    """What statistics belong to: fingerprints of the model and of the tokens, whether of a loss, and of which layers.
-
-    The model's has names, shapes and dtypes of all parameters, and some of their values.
-    """
-    of_model = sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        some = values[:: max(1, -(-len(values) // SAMPLED))].double().tolist()
-        of_model.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), some]).encode())
-    of_text = sha256(json.dumps(calibration.tolist()).encode())
+    """Fingerprints of the model and of the tokens; whether the statistics have a loss, and of which layers they are."""
     return {
-        "model": of_model.hexdigest(),
-        "text": of_text.hexdigest(),
+        "model": digest_of_model(model),
+        "text": sha256(json.dumps(calibration.tolist()).encode()).hexdigest(),
         "has_loss": has_loss,
         "layers": names,
     }

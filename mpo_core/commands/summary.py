@@ -1,4 +1,4 @@
-"""What a compression cost, for a terminal of 80 columns."""
+"""The cost of a compression, for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mpo_core.compression.report import CompressedLayer, CompressionReport
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured."""
+    """The results of a run of the command."""
 
     out: Path
     before: Perplexity
     after: Perplexity
     evaluated: str
-    """What the standard errors are over: "documents" or "sequences"."""
+    """The standard errors are over these: "documents" or "sequences"."""
     report: CompressionReport
     n_bytes: tuple[int, int]
     """Bytes of all weights, dense and compressed."""
@@ -34,7 +34,7 @@ class Outcome:
 
 
 def summary(outcome: Outcome) -> str:
-    """What changed, what it took, and how the result is loaded."""
+    """Sizes and losses before and after, time and memory, and how the result is loaded."""
     report, measured = outcome.report, (outcome.before, outcome.after)
     rows = [row for row in report.rows if row.n_params_before]
     difference, error = paired_difference(outcome.after, outcome.before)
@@ -77,18 +77,17 @@ _SIZES = (lambda row: row.n_params_before, lambda row: row.n_params_after)
 
 def _narrowed(rows: Sequence[CompressedLayer]) -> list[str]:
     n = sum(row.n_params_before > row.out_features * row.in_features for row in rows)
-    return [f"{n or 'none'} of these layers belong to MLPs that have fewer hidden units now"]
+    return [f"{n} of these layers belong to MLPs that have fewer hidden units now"] if n else []
 
 
 def _predicted(report: CompressionReport) -> list[str]:
-    rows = [row for row in report.rows if row.n_params_before]
-    fitted, held_out = ([getattr(row, f"{which}_loss") for row in rows] for which in ("predicted", "held_out"))
-    if None in fitted:
+    fitted, held_out = report.total("predicted_loss"), report.total("held_out_loss")
+    if fitted is None:
         return []
-    line = f"predicted rise of the loss: {sum(fitted):.3f} nats on the text that layers are fitted to"
-    if None not in held_out:
-        line += f", {sum(held_out):.3f} on calibration text held out"
-        line += ": more --tokens would help" if sum(held_out) > PARTED * sum(fitted) else ""
+    line = f"predicted rise of the loss: {fitted:.3f} nats on the text that layers are fitted to"
+    if held_out is not None:
+        line += f", {held_out:.3f} on calibration text held out"
+        line += ": more --tokens would help" if held_out > PARTED * fitted else ""
     return [line]
 
 

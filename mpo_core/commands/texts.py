@@ -31,7 +31,7 @@ class Split(NamedTuple):
     evaluation: list[Tensor]
     """One entry per document; or per sequence, if they come from fewer than two whole documents."""
     evaluated: str
-    """What the entries of `evaluation` are: "documents" or "sequences"."""
+    """The kind of the entries of `evaluation`: "documents" or "sequences"."""
 
 
 def read_documents(paths: Sequence[Path]) -> list[str]:
@@ -150,7 +150,7 @@ def _rounds(pool: Sequence[Pieces], seed: int) -> Iterator[Drawn]:
 
 
 def _drawn(pool: Sequence[Pieces], n_tokens: int) -> list[Drawn]:
-    """The first pieces that together have so many tokens, or all. A piece of one token predicts nothing."""
+    """The first pieces that together have this number of tokens, or all. A piece of one token predicts nothing."""
     drawn: list[Drawn] = []
     for each in _rounds(pool, seed=0):
         if n_tokens <= 0:

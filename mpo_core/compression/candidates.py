@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,7 +24,7 @@ Layer = Choices | Mapping[str, Choices] | Callable[[str, nn.Linear], StructuredL
 
 
 class Candidates:
-    """What may replace a matrix.
+    """The choices for each matrix.
 
     Args:
         layer, options: see `compress`.
@@ -62,7 +63,9 @@ class Candidates:
         return [sizer for choice in choices for sizer in self._sizers(linear, *choice)]
 
     def check_fit(self, layers: Sequence[DenseLayer]) -> None:
-        """Raise ValueError if a choice with options of its own, one of several, fits none of the layers."""
+        """Raise ValueError if a choice with options of its own, one of several, fits none of the layers; or if a kind
+        fits some, but not with the options that are given for all."""
+        self._check_shared(layers)
         for pattern, choices in self._choices.items():
             matched = [layer for layer in layers if self._pattern_of(layer.name) == pattern]
             for name, own in choices if len(choices) > 1 and matched else ():
@@ -77,6 +80,27 @@ class Candidates:
                 else:
                     choice = name, dict(own)
                     raise ValueError(f"{choice} in `layer` fits no layer; for example {matched[0].name}: {why[0]}")
+
+    def _check_shared(self, layers: Sequence[DenseLayer]) -> None:
+        fitting: set[type[StructuredLinear]] = set()
+        refused: dict[type[StructuredLinear], str] = {}
+        shapes: set[tuple[str | None, int, int]] = set()
+        for layer in layers if self._options and not self.are_fixed else ():
+            linear = layer.linear
+            shape = self._pattern_of(layer.name), linear.out_features, linear.in_features
+            for sizer in self.of(layer.name, linear) if shape not in shapes else ():
+                shared = self._shared(sizer.kind)
+                why = sizer.why_not(linear)
+                alone = {name: value for name, value in sizer.options.items() if name not in shared}
+                if why is None:
+                    fitting.add(sizer.kind)
+                elif replace(sizer, options=alone).why_not(linear) is None:
+                    given = ", ".join(f"{name}={value!r}" for name, value in shared.items())
+                    refused.setdefault(sizer.kind, f"layer {sizer.kind.kind!r} cannot have {given}: {why}")
+            shapes.add(shape)
+        for kind, why in refused.items():
+            if kind not in fitting:
+                raise ValueError(why)
 
     def fit(self, name: str, linear: nn.Linear) -> bool:
         """Whether a layer of that name may have the shape of an nn.Linear on the meta device."""
@@ -109,12 +133,14 @@ class Candidates:
         if name == AUTO:
             if own or self._made["init"]:
                 raise ValueError("layer='auto' chooses by errors: it takes no options of its own and no `init`")
+            for kind in kinds().values():
+                kind.check_options(self._shared(kind))
             return
         kind, init = kind_called(name), self._made["init"]
         if init is not None and init not in kind.inits:
             raise ValueError(f"`init` of layer={kind.kind!r} must be one of {', '.join(kind.inits)}, but got {init!r}")
-        allowed = self._allowed(kind)
-        _check_options((f"layer={kind.kind!r} has", "it has"), own, allowed)
+        _check_options((f"layer={kind.kind!r} has", "it has"), own, self._allowed(kind))
+        kind.check_options({**self._shared(kind), **own})
 
 
 def _check_options(who: tuple[str, str], options: Mapping[str, Any], allowed: set[str]) -> None:

@@ -14,6 +14,8 @@ from mpo_core.tensor_train.bonds import check_fraction, check_whole
 
 
 def check_size(layer: Layer, allow_growth: bool, narrow: bool, spread: str, **sizes: Any) -> None:
+    if isinstance(layer, type):
+        raise ValueError(f"`layer` must be the name of a kind, such as 'low_rank', but got the class {layer.__name__}")
     keep, max_params, rel_error = sizes["keep"], sizes["max_params"], sizes["rel_error"]
     given = [name for name, size in sizes.items() if size is not None]
     if len(given) != (0 if callable(layer) else 1):
@@ -55,6 +57,8 @@ def check_init(init: str | None, statistics: object, has_size: bool) -> None:
 
 
 def chosen_metric(metric: str | None, statistics: Statistics | None) -> str:
+    if statistics is not None and not isinstance(statistics, Statistics):
+        raise ValueError(f"`statistics` must be from collect_statistics or Statistics.load, but got {statistics!r}")
     if metric is None:
         return "weights" if statistics is None else "loss" if statistics.has_loss else "outputs"
     if metric not in METRICS:

@@ -31,6 +31,7 @@ from mpo_core.models.dense_layers import (
     original_features,
 )
 from mpo_core.tensor_train.bonds import check_whole
+from mpo_core.values import check_matrix
 
 
 def compress(
@@ -141,6 +142,8 @@ def compress(
     targets = [dense for dense in found if dense.reason is None]
     if candidates is not None:
         candidates.check_fit(targets)
+        if init is None:
+            _check_weights(targets)
     if statistics is not None and targets:
         found = [_measured(dense, statistics, metric) for dense in found]
         first, targets = targets[0].name, [dense for dense in found if dense.reason is None]
@@ -199,7 +202,13 @@ def compress(
                 ladders[dense.name] = ladder_of(of, dense, share, metric_of(dense), spread == "loss")
                 if progress is not None:
                     progress("sizes", done + 1, len(targets))
-            rungs = allocate(ladders, most)
+            try:
+                rungs = allocate(ladders, most)
+            except ValueError as error:
+                if keep is None:
+                    raise
+                why = str(error).split(", but")[0]
+                raise ValueError(f"keep={keep} of {n_dense:,} parameters is too small: {why}") from error
             sizes = {name: rung.n_params for name, rung in rungs.items()}
             chosen = {name: rung.candidate for name, rung in rungs.items()}
         else:
@@ -266,6 +275,17 @@ def compress(
     if narrowed is not None:
         narrowed.mark(compressed)
     return compressed, CompressionReport(tuple(in_order), n_params(whole), n_params(compressed), n_tokens)
+
+
+def _check_weights(layers: Sequence[DenseLayer]) -> None:
+    """Raise ValueError with the name of a layer whose weight cannot be decomposed."""
+    for dense in layers:
+        if dense.linear.weight.is_meta:
+            continue
+        try:
+            check_matrix(dense.linear.weight.detach())
+        except ValueError as error:
+            raise ValueError(f"{dense.name}: {error}") from error
 
 
 def _replace(model: nn.Module, compressed: nn.Module, dense: DenseLayer, new: StructuredLinear) -> None:

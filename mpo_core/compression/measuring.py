@@ -48,13 +48,17 @@ def errors_of(
     W: Tensor, W_hat: Tensor | None, metric: str, fitted: Metric | None, held_out: Metric | None
 ) -> dict[str, float | None]:
     """Errors of a layer in the report, by field; W_hat is None for a layer that stays as it is."""
-    errors: dict[str, float | None] = {"rel_error": 0.0 if W_hat is None else relative_error(W, W_hat)}
+    if W_hat is None:
+        none = dict.fromkeys(("error", "held_out_error"), 0.0) if metric != "weights" else {}
+        losses = dict.fromkeys(("predicted_loss", "held_out_loss"), 0.0) if metric == "loss" else {}
+        return {"rel_error": 0.0, **none, **losses}
+    errors: dict[str, float | None] = {"rel_error": relative_error(W, W_hat)}
     for name, loss, one in (("error", "predicted_loss", fitted), ("held_out_error", "held_out_loss", held_out)):
         if one is None:
             continue
         one = one.on(W)
-        change = 0.0 if W_hat is None else one.norm(W.double() - W_hat.double())
-        errors[name] = 0.0 if W_hat is None else error_ratio(change, one.norm(W))
+        change = one.norm(W.double() - W_hat.double())
+        errors[name] = error_ratio(change, one.norm(W))
         if metric == "loss":
             errors[loss] = change**2 / 2
     return errors

@@ -1,4 +1,4 @@
-"""What compression did to each layer."""
+"""The effect of compression on each layer."""
 
 from __future__ import annotations
 
@@ -68,8 +68,11 @@ class CompressionReport:
         return sum(row.n_counted for row in self.rows) / max(1, sum(row.n_params_before for row in self.rows))
 
     def total(self, field: str) -> float | None:
-        """The sum of a field of all rows, such as "predicted_loss"; None if a row has none."""
-        values = [getattr(row, field) for row in self.rows]
+        """The sum of a field over all matrices, such as "predicted_loss"; None if one has none.
+
+        A matrix that several layers share counts once.
+        """
+        values = [getattr(row, field) for row in self.rows if row.n_params_before]
         return None if any(value is None for value in values) else math.fsum(values)
 
     def to_frame(self) -> pd.DataFrame:

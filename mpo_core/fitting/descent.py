@@ -102,7 +102,7 @@ def minimise(
     return x, value
 
 
-def check_steps(max_steps: int, tolerance: float) -> None:
+def check_steps(max_steps: int, tolerance: float = TOLERANCE) -> None:
     """Raise ValueError unless max_steps is a whole number, and neither it nor the tolerance is negative."""
     check_whole(max_steps=max_steps)
     if max_steps < 0 or tolerance < 0:

@@ -54,9 +54,8 @@ def fit_cores(
     if (chi is None) == (bonds is None):
         raise ValueError(f"exactly one of `chi` and `bonds` must be given, but got chi={chi}, bonds={bonds}")
     metric = metric or Metric()
+    check_method(method)
     method = method or ("tt_svd" if metric.is_plain else "lbfgs")
-    if method not in FIT_METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(FIT_METHODS)}, but got {method!r}")
     if W.ndim != 2:
         raise ValueError(f"`W` must have two dimensions, but got shape {tuple(W.shape)}")
     metric = metric.on(W)
@@ -79,6 +78,12 @@ def fit_cores(
     if method == "whitened":
         return cores
     return improve_cores(W, cores, metric, max_steps=max_steps, tolerance=tolerance)
+
+
+def check_method(method: str | None) -> None:
+    """Raise ValueError if it is none of `FIT_METHODS`; None stands for the default."""
+    if method not in (None, *FIT_METHODS):
+        raise ValueError(f"`method` must be one of {', '.join(FIT_METHODS)}, but got {method!r}")
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ class Rung:
 
     @property
     def cost(self) -> int:
-        """What it counts in a budget: its parameters, and one for as many bits of indices as a parameter has."""
+        """Its cost in a budget: its parameters, and one for as many bits of indices as a parameter has."""
         return self.n_params + -(-self.n_index_bits // self.bits)
 
 

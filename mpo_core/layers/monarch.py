@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.descent import MAX_STEPS, descend
+from mpo_core.fitting.descent import MAX_STEPS, check_steps, descend
 from mpo_core.fitting.ladders import Rung
 from mpo_core.fitting.metric import Metric, root, solve_root
 from mpo_core.layers.structured import (
@@ -152,6 +152,11 @@ class MonarchLinear(StructuredLinear, kind="monarch", label="Monarch"):
         """The errors before the steps; in a metric `corrected` by the errors after them at some sizes."""
         ladder = super().rungs(W, metric, **{"max_steps": 0, **options})
         return cls.corrected_rungs(W, metric, ladder, options)
+
+    @classmethod
+    def check_options(cls, options: dict[str, Any]) -> None:
+        """Raise ValueError for a number of steps that the fit refuses."""
+        check_steps(options.get("max_steps", MAX_STEPS))
 
     @classmethod
     def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:

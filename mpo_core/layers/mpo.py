@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpo_core.fitting.descent import MAX_STEPS, TOLERANCE
-from mpo_core.fitting.fit import fit_cores
+from mpo_core.fitting.descent import MAX_STEPS, TOLERANCE, check_steps
+from mpo_core.fitting.fit import check_method, fit_cores
 from mpo_core.fitting.ladders import Rung, chain_ladder
 from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.shared_space import STEPS, SharedSpace
@@ -200,13 +200,20 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
 
     @classmethod
     def fit_error(cls, W: Tensor, max_params: int, metric: Metric | None = None, **options: Any) -> float:
-        """Without making the cores, where a `SharedSpace` is fitted."""
+        """Without making the cores, where a `SharedSpace` is fitted: by a `STEPS`th of `max_steps`, since one of its
+        steps does so much more than one of `descend`."""
         shape = cls(W.shape[1], W.shape[0], max_params=max_params, device="meta", **cls.of_constructor(options))
         is_steps = metric is not None and not metric.is_plain and options.get("method") in (None, "lbfgs")
         if metric is None or not (is_steps and shape._is_exact and SharedSpace.is_for(shape.d_out, shape.d_in)):
             return super().fit_error(W, max_params, metric, **options)
         fit = SharedSpace.of(W, metric.on(W), shape.d_out, shape.d_in)
         return fit.error(shape.bonds[1], -(-options.get("max_steps", MAX_STEPS) // STEPS), TOLERANCE)
+
+    @classmethod
+    def check_options(cls, options: dict[str, Any]) -> None:
+        """Raise ValueError for a `method` or a number of steps that the fit refuses."""
+        check_method(options.get("method"))
+        check_steps(options.get("max_steps", MAX_STEPS))
 
     @classmethod
     def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:

@@ -206,6 +206,10 @@ class StructuredLinear(nn.Module):
         return (_keywords(cls.__init__) | _keywords(cls.from_matrix)) - {*_OF_COMPRESS, *cls.other_sizes, cls.size}
 
     @classmethod
+    def check_options(cls, options: dict[str, Any]) -> None:
+        """Raise ValueError if an option that only `from_matrix` takes has a value that it refuses. Default: none."""
+
+    @classmethod
     def of_constructor(cls, options: dict[str, Any]) -> dict[str, Any]:
         """The options that the constructor takes; only `from_matrix` takes the others."""
         taken = _keywords(cls.__init__)

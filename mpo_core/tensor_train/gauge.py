@@ -91,6 +91,6 @@ def fix_cores(cores: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def free_cores(stored: Sequence[Tensor], orders: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The cores of these shapes, differentiable; undoes `fix_cores` but for the gauge."""
+    """The cores of these shapes, differentiable; undoes `fix_cores`, apart from the gauge."""
     placed = [place_rows(C, order) for C, order in zip(stored[:-1], orders, strict=True)]
     return [core.reshape(tuple(shape)) for core, shape in zip([*placed, stored[-1]], shapes, strict=True)]

@@ -168,12 +168,34 @@ def test_kinds_say_how_auto_tries_them():
         ({"layer": {}, "keep": 0.5}, "`layer` must name at least one kind, but got none"),
         ({"layer": {"x*": "mpo"}, "keep": 0.5}, r"`layer` has the pattern 'x\*', but it matches none of the layers"),
         ({"layer": "best", "keep": 0.5}, "no kind of layer is called 'best'"),
+        ({"layer": "auto", "keep": 0.5, "gauge": "fix"}, "^layer '(mpo|low_rank)' cannot have gauge='fix'"),
+        ({"layer": "auto", "keep": 0.5, "forward": "kept"}, "^layer 'mpo' cannot have forward='kept': "),
+        ({"layer": "auto", "keep": 0.5, "n_blocks": 5}, "^layer 'monarch' cannot have n_blocks=5: "),
+        ({"layer": "auto", "keep": 0.5, "method": "lbfgs "}, "^`method` must be one of tt_svd, whitened, lbfgs, but"),
+        ({"layer": "auto", "keep": 0.5, "max_steps": -1}, "`max_steps` and `tolerance` must not be negative"),
+        ({"layer": ["low_rank", ("mpo", {"max_steps": 2.5})], "keep": 0.5}, "`max_steps` must be a whole number"),
+        (
+            {"layer": LowRankLinear, "keep": 0.5},
+            "`layer` must be the name of a kind, such as 'low_rank', but got",
+        ),
+        ({"keep": 0.5, "statistics": "file"}, "`statistics` must be from collect_statistics or Statistics.load, but"),
+        ({"layer": "low_rank", "keep": 0.01}, "^keep=0.01 of 64 parameters is too small: the smallest sizes of all la"),
     ],
 )
 def test_choices_that_are_refused(options, message):
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match=message):
         compress(model, **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spread", ["errors", "even"])
+@pytest.mark.parametrize("layer", ["auto", "low_rank", ["low_rank", "pruned"]], ids=str)
+def test_a_weight_that_is_not_finite_is_named(layer, spread, value):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16))
+    model[1].weight.data[0, 0] = value
+    with pytest.raises(ValueError, match=r"^1: `W` must be finite to be decomposed, but 1 entries are not"):
+        compress(model, keep=0.5, layer=layer, spread=spread)
 
 
 def test_a_list_works_where_one_of_its_kinds_does():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import subprocess
@@ -214,6 +215,7 @@ def test_statistics_are_collected_once(run, monkeypatch):
     ("options", "message"),
     [
         ({"model": "gpt2"}, "kept belongs to another model: choose another file, or remove it"),
+        ({"damage": lambda: _set("llama/config.json", "rope_theta", 3.0)}, "kept belongs to another model"),
         ({"options": ["--dtype", "bfloat16"]}, "kept belongs to another model"),
         ({"options": ["--seed", "1"]}, "kept belongs to other text, --tokens, "),
         ({"options": ["--include", "*"]}, ""),
@@ -241,13 +243,19 @@ def test_statistics_of_something_else_are_refused(run, options, message):
 # What it refuses ------------------------------------------------------------------------------------------------------
 
 
+def _set(path, key, value):
+    config = json.loads(Path(path).read_text())
+    config.setdefault("rope_parameters", {})[key] = value
+    Path(path).write_text(json.dumps(config | {key: value}))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"keep": "0"}, "argument --keep: must be above 0 and at most 1, but got 0 (see mpo-compress --help)"),
         ({"keep": "1.5"}, "must be above 0 and at most 1, but got 1.5"),
         ({"keep": "some"}, "must be above 0 and at most 1, but got some"),
-        ({"keep": "0.001"}, "the smallest sizes of all layers have "),
+        ({"keep": "0.001"}, " parameters is too small: the smallest sizes of all layers have "),
         ({"options": ["--tokens", "0"]}, "argument --tokens: must be a whole number from 1 on, but got 0"),
         ({"options": ["--seed", "9" * 20]}, "argument --seed: must be a whole number from 0 on, but got 999"),
         ({"options": ["--length", "2"]}, "argument --length: must be a whole number from 3 on, but got 2"),

@@ -163,6 +163,20 @@ def test_held_out_errors_are_reported_and_too_little_calibration_is_warned_of():
         assert row.held_out_loss == pytest.approx(held_out.norm(W - W_hat) ** 2 / 2)
 
 
+def test_totals_count_each_matrix_once_and_a_dense_one_loses_nothing():
+    model = nn.Sequential(make_linear(16, 16), nn.Tanh(), make_linear(16, 16), nn.Tanh(), make_linear(8, 16))
+    model[2].weight = model[0].weight
+    statistics = collect_statistics(model, list(normal(10, 8, 16)), loss=square_losses)
+    _, report = compress(model, layer="low_rank", keep=0.5, statistics=statistics)
+    for field in ("predicted_loss", "held_out_loss"):
+        assert report.total(field) == pytest.approx(sum(getattr(report.rows[index], field) for index in (0, 2)))
+    few = collect_statistics(model, list(normal(10, 8, 16)), loss=square_losses, modules=["4"])
+    _, report = compress(model, layer="low_rank", keep=0.5, statistics=few)
+    dense, _, last = report.rows
+    assert (dense.kind, dense.predicted_loss, dense.held_out_error) == ("dense", 0, 0)
+    assert report.total("predicted_loss") == last.predicted_loss > 0
+
+
 # Metrics --------------------------------------------------------------------------------------------------------------
 
 
