@@ -64,14 +64,13 @@ def minimise(
     *,
     max_steps: int,
     tolerance: float,
-    window: int = WINDOW,
     first_scale: float | None = None,
 ) -> tuple[Tensor, float]:
     """The x that L-BFGS reaches from x (n,), and half its squared error. No step raises it (Armijo's condition).
 
     Args:
         evaluate: function from x to half the squared error, and its gradient (n,).
-        max_steps: at most that many steps. tolerance: stop if `window` steps lower the error by less than this fraction
+        max_steps: at most that many steps. tolerance: stop if `WINDOW` steps lower the error by less than this fraction
             of it.
         first_scale: the first step as a multiple of the gradient. Default: that to the minimum zero of a parabola.
     Source: Liu & Nocedal 1989; Nocedal & Wright 2006, Algorithms 3.1 and 7.4.
@@ -98,7 +97,7 @@ def minimise(
         x, value, gradient = x + step, then, new_gradient
         values.append(value)
         # The square of the error falls twice as fast.
-        if len(values) > window and values[-1 - window] - value <= 2 * tolerance * values[-1 - window]:
+        if len(values) > WINDOW and values[-1 - WINDOW] - value <= 2 * tolerance * values[-1 - WINDOW]:
             break
     return x, value
 

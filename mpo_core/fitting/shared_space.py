@@ -14,10 +14,8 @@ from mpo_core.fitting.whitening import kronecker_factors
 from mpo_core.tensor_train.algebra import balance_cores
 from mpo_core.values import error_ratio, times_power, to_unit
 
-WINDOW = 5
-"""The fit ends where that many steps lower the error by less than the tolerance."""
 STEPS = 4
-"""A step does about as much as that many of `descend`, so a fit takes a STEPS-th of the steps that it may take."""
+"""A step does about as much as that many of `descend`, so a quick fit takes a STEPS-th of the steps."""
 LEAST = 1e-3
 """Singular values count as at least this share of the largest, as in `chain_fit`."""
 
@@ -38,17 +36,20 @@ class SharedSpace:
 
     def __init__(self, W: Tensor, metric: Metric, d_out: Sequence[int], d_in: Sequence[int]) -> None:
         self._is_turned = 1 not in d_out
-        gram, gram_root, of_rows = metric.gram, metric.input_root, metric.output_root
         rows, columns, M = d_out, d_in, W
+        moments = (metric.gram, metric.input_root), (metric.sensitivity, metric.output_root)
         if self._is_turned:
-            gram, gram_root, of_rows = metric.sensitivity, metric.output_root, metric.input_root
-            rows, columns, M = d_in, d_out, W.T
+            rows, columns, M, moments = d_in, d_out, W.T, moments[::-1]
+        (gram, gram_root), (_, of_rows) = moments
         self._first = 0 if rows[1] == 1 else 1  # the site of A
         self._k, self._p = columns[self._first], columns[1 - self._first]
         self._W, self._of_rows, n = W.clone(), of_rows, self._k * self._p
         M, exponent = to_unit(M.double())
-        G = torch.eye(n, dtype=M.dtype, device=M.device) if gram is None else gram
-        R = G if gram_root is None else gram_root
+        if gram is None or gram_root is None:
+            G = R = torch.eye(n, dtype=M.dtype, device=M.device)
+        else:  # its scale changes no relative error
+            size = torch.frexp(gram.diagonal().amax()).exponent // 2
+            G, R = times_power(gram, -2 * size), times_power(gram_root, -size)
         is_definite = gram_root is None or not gram_root.triu(1).any()  # see `root`
         if self._first == 1:  # part by part
             order = torch.arange(n, device=M.device).reshape(self._p, self._k).T.reshape(-1)
@@ -70,12 +71,15 @@ class SharedSpace:
         M = (M.reshape(-1, self._p) @ L).reshape(len(M), self._k, self._p)
         moment = M.reshape(-1, self._p).T @ (of_parts @ M).reshape(-1, self._p)
         values, vectors = torch.linalg.eigh(moment)
-        self._values, self._space = values.flip(0).clamp(min=0), vectors.flip(1).T
+        self._values = values.flip(0).clamp(min=0)
+        # The parts may matter by other shares than `of_parts` says, if some inputs are always zero.
+        unweighted = torch.linalg.eigh(M.reshape(-1, self._p).T @ M.reshape(-1, self._p))[1]
+        self._spaces = [each.flip(1).T for each in (vectors, unweighted)]
         V = M.reshape(len(M), n) @ whitened
         self._total = max(float(torch.sum(M.reshape(V.shape) * V)), 0.0)
-        dtype = torch.promote_types(W.dtype, torch.float32)
-        self._G = whitened.to(dtype).reshape(self._k, self._p, n)
-        self._M, self._V = M.transpose(0, 1).to(dtype).contiguous(), V.to(dtype)
+        exact = whitened.reshape(self._k, self._p, n), M.transpose(0, 1).contiguous(), V
+        self._precision = torch.promote_types(W.dtype, torch.float32)
+        self._given = {torch.float64: exact, self._precision: tuple(each.to(self._precision) for each in exact)}
 
     @staticmethod
     def is_for(d_out: Sequence[int], d_in: Sequence[int]) -> bool:
@@ -92,7 +96,7 @@ class SharedSpace:
         return known[sizes]
 
     def squared_tail(self) -> list[float]:
-        """Entry χ: the share of the squared norm beyond the χ leading directions, which are the start of the fit."""
+        """Entry χ: the share of the squared norm beyond the χ leading directions, which are a start of the fit."""
         total = float(self._values.sum())
         if total == 0:
             return [0.0] * (self._p + 1)
@@ -106,8 +110,9 @@ class SharedSpace:
     def cores(self, chi: int, max_steps: int, tolerance: float) -> list[Tensor]:
         """The cores of that fit, float64, with equal norms."""
         B, _ = self._fit(chi, max_steps, tolerance)
-        A = self._best(B)[0].double().reshape(self._k * chi, -1)
-        B = torch.linalg.solve_triangular(self._of_columns, B.double(), upper=False, left=False)
+        B = B.double()  # the equations for A may be ill-conditioned
+        A = self._best(B)[0].reshape(self._k * chi, -1)
+        B = torch.linalg.solve_triangular(self._of_columns, B, upper=False, left=False)
         A = A.T if self._of_rows is None else solve_root(self._of_rows, A.T)  # (m, k·χ)
         A = times_power(A, self._exponent).reshape(len(A), self._k, chi)
         if self._first == 0:
@@ -119,7 +124,8 @@ class SharedSpace:
 
     def _fit(self, chi: int, max_steps: int, tolerance: float) -> tuple[Tensor, float]:
         """B (χ, p), and half the squared error."""
-        B = self._space[:chi].to(self._V)
+        starts = [space[:chi].to(self._precision) for space in self._spaces]
+        B = min(starts, key=lambda B: self._evaluated(B)[0])
         A = self._best(B)[0].double()
         # Seen from the components, B is a rotation.
         values, vectors = torch.linalg.eigh((A @ A.mT).sum(0))
@@ -134,17 +140,16 @@ class SharedSpace:
         x, value = minimise(
             evaluate,
             (B * scales).reshape(-1),
-            max_steps=-(-max_steps // STEPS),
+            max_steps=max_steps,
             tolerance=tolerance,
-            window=WINDOW,
             first_scale=1.0,
         )
         return x.reshape(B.shape) / scales, value
 
     def _best(self, B: Tensor) -> tuple[Tensor, Tensor]:
         """The best A (k, χ, m) for B (χ, p), and B times the parts of the metric (k·χ, n)."""
-        k, p, chi = self._k, self._p, len(B)
-        BG = (B @ self._G).reshape(k * chi, k * p)
+        (G, _, V), k, p, chi = self._given[B.dtype], self._k, self._p, len(B)
+        BG = (B @ G).reshape(k * chi, k * p)
         H = (BG.reshape(k * chi * k, p) @ B.T).reshape(k * chi, k * chi)
         # Parts of B that the metric does not see make H singular. If all shifts fail, B is out of range, and the value
         # is NaN or far too large, so that the step is refused.
@@ -154,14 +159,15 @@ class SharedSpace:
             factor, failed = torch.linalg.cholesky_ex(shifted)
             if not failed:
                 break
-        seen = B @ self._V.reshape(-1, k, p).permute(1, 2, 0)
+        seen = B @ V.reshape(-1, k, p).permute(1, 2, 0)
         return torch.cholesky_solve(seen.reshape(k * chi, -1), factor).reshape(k, chi, -1), BG
 
     def _evaluated(self, B: Tensor) -> tuple[float, Tensor]:
         """Half the squared error with the best A for B (χ, p), and its gradient with respect to B."""
+        _, M, V = self._given[B.dtype]
         A, BG = self._best(B)
-        weighted = torch.addmm(self._V, A.reshape(len(BG), -1).T, BG, alpha=-1)  # E G
+        weighted = torch.addmm(V, A.reshape(len(BG), -1).T, BG, alpha=-1)  # E G
         weighted = weighted.reshape(-1, self._k, self._p).transpose(0, 1)
-        value = float(torch.sum((self._M - A.mT @ B) * weighted)) / 2
+        value = float(torch.sum((M - A.mT @ B) * weighted)) / 2
         # A is the best for B, so that the error has no slope along it.
         return value, -(A @ weighted).sum(0)

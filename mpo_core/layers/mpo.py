@@ -13,7 +13,7 @@ from mpo_core.fitting.descent import MAX_STEPS, TOLERANCE
 from mpo_core.fitting.fit import fit_cores
 from mpo_core.fitting.ladders import Rung, chain_ladder
 from mpo_core.fitting.metric import Metric
-from mpo_core.fitting.shared_space import SharedSpace
+from mpo_core.fitting.shared_space import STEPS, SharedSpace
 from mpo_core.layers.cached_matrix import CachedMatrix
 from mpo_core.layers.cost_model import choose, rates_of
 from mpo_core.layers.structured import StructuredLinear, check_error, check_one_cap
@@ -206,7 +206,7 @@ class MPOLinear(StructuredLinear, kind="mpo", label="MPO"):
         if metric is None or not (is_steps and shape._is_exact and SharedSpace.is_for(shape.d_out, shape.d_in)):
             return super().fit_error(W, max_params, metric, **options)
         fit = SharedSpace.of(W, metric.on(W), shape.d_out, shape.d_in)
-        return fit.error(shape.bonds[1], options.get("max_steps", MAX_STEPS), TOLERANCE)
+        return fit.error(shape.bonds[1], -(-options.get("max_steps", MAX_STEPS) // STEPS), TOLERANCE)
 
     @classmethod
     def options_to_try(cls, out_features: int, in_features: int) -> list[dict[str, Any]]:

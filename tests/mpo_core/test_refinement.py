@@ -16,7 +16,7 @@ from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.shared_space import SharedSpace
 from mpo_core.fitting.whitening import kronecker_factors
 from mpo_core.layers.monarch import MonarchLinear
-from mpo_core.tensor_train.algebra import contract, rel_error, tt_svd
+from mpo_core.tensor_train.algebra import balance_cores, contract, rel_error, tt_svd
 from mpo_core.tensor_train.bonds import clip_bonds
 
 few = settings(max_examples=40, deadline=None)
@@ -493,6 +493,37 @@ def test_the_errors_of_a_shared_space_never_rise_with_steps_or_size(d_out, d_in)
     assert all(later <= earlier for earlier, later in pairwise(tail))
     assert (tail[0], tail[-1]) == (pytest.approx(1), 0)
     assert space.error(len(tail) - 1, 0, 0) < 1e-6  # all of W
+
+
+@pytest.mark.parametrize("n_samples", [96, 400])
+@pytest.mark.parametrize("dead", [slice(0, 0), slice(0, 64), slice(0, None, 3)], ids=["none", "a block", "a third"])
+@pytest.mark.parametrize("chi", [4, 8, 16])
+def test_a_shared_space_is_as_near_as_the_joint_descent_if_inputs_are_zero(dead, chi, n_samples):
+    """W is nearly of rank 8; the inputs span a subspace, or some are always zero."""
+    W = (normal(48, 8, seed=0) @ normal(8, 192, seed=1) + 0.03 * normal(48, 192, seed=2)).float()
+    x = (normal(n_samples, 192, seed=3) * torch.logspace(0, -2, 192)) @ torch.linalg.qr(normal(192, 192, seed=4))[0]
+    x[:, dead] = 0
+    metric, sizes = Metric(x.T @ x), ([48, 1], [2, 96])
+    start = [core.float() for core in balance_cores(whitened_tt_svd(W.double(), *sizes, chi, metric))]
+    joint = metric.error(W, contract(improve_cores(W, start, metric)))
+    assert metric.error(W, contract(fit_cores(W, *sizes, chi=chi, metric=metric))) < 1.1 * joint
+
+
+@pytest.mark.parametrize("scale", [1e-57, 1e57])
+@pytest.mark.parametrize(("d_out", "d_in"), SHARED[:4])
+def test_the_scale_of_a_metric_does_not_change_a_shared_space(d_out, d_in, scale):
+    W, gram, sensitivity = normal(6, 12, seed=0), make_gram(12, 1), make_gram(6, 2)
+    spaces = [SharedSpace(W, Metric(s * gram, s * sensitivity), d_out, d_in) for s in (1.0, scale)]
+    assert spaces[1].error(2, 100, 1e-3) == pytest.approx(spaces[0].error(2, 100, 1e-3), rel=1e-6)
+    torch.testing.assert_close(*[contract(space.cores(2, 100, 1e-3)) for space in spaces])
+
+
+def test_a_shared_space_of_all_of_a_weight_is_exact():
+    """The equations for A are ill-conditioned here: three inputs are a hundred times larger."""
+    x = normal(400, 96, seed=1) * torch.logspace(0, -2, 96)
+    x[:, :3] *= 100
+    W, metric = normal(48, 96, seed=0).float(), Metric(x.T @ x)
+    assert metric.error(W, contract(fit_cores(W, [48, 1], [48, 2], chi=2, metric=metric))) < 1e-5
 
 
 def test_a_shared_space_is_kept_for_one_weight_alone():

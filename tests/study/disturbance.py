@@ -19,7 +19,6 @@ from study_fixtures import (
     write_study,
 )
 
-from analysis import run_schema as schema
 from analysis.runs.load import load_study, resolve_study
 
 LONG = {"protocol": {"steps": 400, "eval_every": 40}, "execution": {"checkpoint_seconds": 0.1}}
@@ -114,8 +113,8 @@ def check_whole(work, undisturbed):
     assert (len(loaded.seeds), len(loaded.failures), len(loaded.unfinished)) == (8, 0, 0)
     seeds = loaded.seeds.set_index(["trial", "seed"])
     for key, result in results.items():
-        for field in schema.FINALS:
-            assert seeds.loc[key, field.key] == result.final[field.key]
+        for metric, value in result.final.items():
+            assert seeds.loc[key, metric] == value
     for [(_, _, status, _, _, params, _, metrics)] in runs.values():
         assert status == "FINISHED"
         if "seed" in params:

@@ -100,8 +100,9 @@ def test_weights_gradients_and_moments_count(healed_of):
     assert compressed < plain - 4 * 4 * n_dense
 
 
-MEASURE = """
-import json, resource, sys
+MEASURE = r"""
+import re, sys
+from pathlib import Path
 import torch
 from study.spec.trial import TrialSpec
 from study.training.loading import load_corpus
@@ -109,7 +110,8 @@ from study.training.seed_run import train_seed
 torch.set_num_threads(1)
 result, _ = train_seed(TrialSpec.model_validate_json(sys.argv[1]), 0, load_corpus(sys.argv[2]))
 assert result.state == "complete", result.failure
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# `ru_maxrss` would start from the peak of the process that started this one.
+print(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]))
 """
 
 
