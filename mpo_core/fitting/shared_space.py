@@ -16,6 +16,8 @@ from mpo_core.values import error_ratio, times_power, to_unit
 
 STEPS = 4
 """A step does about as much as that many of `descend`, so a quick fit takes a STEPS-th of the steps."""
+UNSEEN = 1e-6
+"""Inputs of which some have less than this share of the mean square are a reason to try a second start."""
 LEAST = 1e-3
 """Singular values count as at least this share of the largest, as in `chain_fit`."""
 
@@ -72,14 +74,16 @@ class SharedSpace:
         moment = M.reshape(-1, self._p).T @ (of_parts @ M).reshape(-1, self._p)
         values, vectors = torch.linalg.eigh(moment)
         self._values = values.flip(0).clamp(min=0)
-        # The parts may matter by other shares than `of_parts` says, if some inputs are always zero.
-        unweighted = torch.linalg.eigh(M.reshape(-1, self._p).T @ M.reshape(-1, self._p))[1]
-        self._spaces = [each.flip(1).T for each in (vectors, unweighted)]
         V = M.reshape(len(M), n) @ whitened
         self._total = max(float(torch.sum(M.reshape(V.shape) * V)), 0.0)
         exact = whitened.reshape(self._k, self._p, n), M.transpose(0, 1).contiguous(), V
         self._precision = torch.promote_types(W.dtype, torch.float32)
         self._given = {torch.float64: exact, self._precision: tuple(each.to(self._precision) for each in exact)}
+        self._start = vectors.flip(1).T.to(self._precision)
+        if (G.diagonal() < UNSEEN * G.diagonal().mean()).any():  # the parts may matter by other shares than `of_parts`
+            vectors = torch.linalg.eigh(M.reshape(-1, self._p).T @ M.reshape(-1, self._p))[1]
+            starts = self._start, vectors.flip(1).T.to(self._precision)
+            self._start = min(starts, key=lambda start: self._evaluated(start[: -(-self._p // 4)])[0])
 
     @staticmethod
     def is_for(d_out: Sequence[int], d_in: Sequence[int]) -> bool:
@@ -124,8 +128,7 @@ class SharedSpace:
 
     def _fit(self, chi: int, max_steps: int, tolerance: float) -> tuple[Tensor, float]:
         """B (χ, p), and half the squared error."""
-        starts = [space[:chi].to(self._precision) for space in self._spaces]
-        B = min(starts, key=lambda B: self._evaluated(B)[0])
+        B = self._start[:chi]
         A = self._best(B)[0].double()
         # Seen from the components, B is a rotation.
         values, vectors = torch.linalg.eigh((A @ A.mT).sum(0))

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import mpo_core
-from study.spec.arms import Arm
 from study.spec.config import StudyConfig
-from study.spec.search_space import listed_specs, resolve, searched_arms
+from study.spec.search_space import extreme, listed_specs, searched_arms
 from study.spec.trial import TrialSpec
-from study.spec.values import Range, options
 from study.training.memory import unit_bytes
 from study.training.model import build_model
 from study.training.optimisers import why_alone
@@ -122,7 +120,7 @@ def _at_most(spec: TrialSpec, vocab_size: int) -> float:
 def _largest(config: StudyConfig) -> Iterator[tuple[str, TrialSpec]]:
     """The largest trial of each kind, with its name."""
     named = [(f"trial {number}, {spec.arm}", spec) for number, spec in enumerate(listed_specs(config))]
-    named += [(f"largest of arm {arm.name}", _largest_of(config, arm)) for arm in searched_arms(config)]
+    named += [(f"largest of arm {arm.name}", extreme(config, arm, max)) for arm in searched_arms(config)]
     kinds: dict[Any, tuple[str, TrialSpec]] = {}
     for what, spec in named:
         how = (spec.refinement, spec.metric, spec.heal, spec.forward, spec.protocol.optimiser)
@@ -135,15 +133,3 @@ def _largest(config: StudyConfig) -> Iterator[tuple[str, TrialSpec]]:
 
 def _size(spec: TrialSpec) -> tuple[float, ...]:
     return spec.model.width or 0, spec.chi or spec.as_chi or spec.keep or 0, spec.protocol.steps
-
-
-def _largest_of(config: StudyConfig, arm: Arm) -> TrialSpec:
-    """The trial of a searched arm with the largest of all numbers, and the first of all words."""
-
-    def end(value: Any) -> Any:
-        if isinstance(value, Range):
-            return value.high
-        given = options(value)
-        return given[0] if isinstance(given[0], str) else max(given)
-
-    return resolve(config, arm, {key: end(value) for key, value in arm.values().items()})

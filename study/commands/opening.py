@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
@@ -10,6 +11,7 @@ from study.ledger.growth import NO_GROWTH, Growth, grow
 from study.ledger.ledger import Ledger
 from study.ledger.snapshot import read_ledger
 from study.spec.config import StudyConfig
+from study.spec.search_space import extreme, searched_arms
 from study.spec.trial import TrialShape, TrialSpec
 from study.training.corpus import Corpus
 from study.training.corpus_storage import stored_corpus
@@ -19,12 +21,21 @@ from study.training.storage import Storage
 
 
 def study_corpus(config: StudyConfig) -> Corpus:
-    """The study's corpus, long enough for its context; the study's model can be trained on it."""
+    """The study's corpus, long enough for its context; the study's model can be trained on it.
+
+    The smallest model of each searched arm can be made, so that no trial is asked for in vain.
+    """
     given = config.corpus
     corpus = load_corpus(given.path, given.sha256, given.validation_fraction, given.tokenizer, given.text_column)
     corpus.check_context(config.model.context)
     check_model(config, corpus.vocab_size)
+    for arm in searched_arms(config):
+        _shape(extreme(config, arm, min), config, corpus)
     return corpus
+
+
+def _shape(spec: TrialSpec, config: StudyConfig, corpus: Corpus) -> TrialShape:
+    return trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model, config.bits)
 
 
 def check_may_grow(directory: StudyDirectory, growth: Growth) -> None:
@@ -48,10 +59,7 @@ def open_ledger(
         growth: growth to apply first.
         say: receives one line about that growth.
     """
-
-    def shape_of(spec: TrialSpec) -> TrialShape:
-        return trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model, config.bits)
-
+    shape_of = partial(_shape, config=config, corpus=corpus)
     uuid = directory.uuid()
     if uuid is not None:
         directory.check_ledger()

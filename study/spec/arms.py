@@ -41,7 +41,7 @@ AUTO = "auto"
 """Family and factorisation for which each matrix takes what has the least error."""
 
 _Pattern = Annotated[str, Field(max_length=200)]
-_BY_SIZE = "`{8: 3e-3, 16: 1e-3}` sets it by χ, or by d_model for a dense arm."
+_BY_SIZE = "`{8: 3e-3, 16: 1e-3}` sets it by χ, or by d_model for a dense arm; not allowed with `keep`."
 
 
 class _Arm(Strict):
@@ -182,8 +182,7 @@ class CompressedArm(_Arm):
     start: Name | None = Field(
         default=None,
         description="A dense arm with one trial, or `pretrained`. The arm's trained model of the same seed, or the "
-        "pretrained model, is compressed, then fine-tuned. "
-        "Default: from scratch.",
+        "pretrained model, is compressed, then fine-tuned. Default: from scratch. Required with `keep`.",
     )
     lr_rule: Value[Literal["uniform", "mup"]] | None = Field(
         default=None,

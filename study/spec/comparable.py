@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from study.spec.arms import Arm, DenseArm, MPOArm
+from study.spec.arms import Arm, DenseArm
 from study.spec.config import StudyConfig
 from study.spec.protocol import Protocol
 from study.spec.search_space import example, start_spec
@@ -34,7 +34,7 @@ def not_compared(config: StudyConfig) -> list[str]:
         nearest = dense[:1]
         if arm.start is not None:
             nearest = [other for other in config.arms if isinstance(other, DenseArm) and other.start == arm.start]
-        rivals = _uncompared_controls(config, arm, dense) if isinstance(arm, MPOArm) else []
+        rivals = _uncompared_controls(config, arm, dense) if arm.family == "mpo" else []
         if arm not in (*dense, *nearest) and not _has_reference(config, arm, dense, nearest):
             rivals = list({rival.name: rival for rival in [*nearest, *rivals]}.values())
             if not nearest and arm.start is not None:
@@ -68,7 +68,7 @@ def _uncompared_controls(config: StudyConfig, arm: Arm, dense: Sequence[Arm]) ->
     return [
         other
         for other in config.arms
-        if not isinstance(other, MPOArm)
+        if other.family != "mpo"
         and other not in dense
         and other.start == arm.start
         and not _one_budget(config, arm, other)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -154,6 +154,20 @@ def _of_size(value: Any, size: int | None) -> Any:
 def example(config: StudyConfig, arm: Arm) -> TrialSpec:
     """A trial of an arm, with the first value of each field that is listed or searched."""
     return resolve(config, arm, {key: _examples(value)[0] for key, value in arm.values().items()})
+
+
+def extreme(config: StudyConfig, arm: Arm, end: Callable[[Any], Any]) -> TrialSpec:
+    """The trial of an arm with the smallest or the largest of all numbers, and the first of all words.
+
+    Args:
+        end: `min` or `max`.
+    """
+
+    def chosen(value: Any) -> Any:
+        given = (value.low, value.high) if isinstance(value, Range) else options(value)
+        return given[0] if isinstance(given[0], str) else end(given)
+
+    return resolve(config, arm, {key: chosen(value) for key, value in arm.values().items()})
 
 
 def start_spec(config: StudyConfig, spec: TrialSpec) -> TrialSpec | None:

@@ -251,8 +251,20 @@ def test_keep_can_be_searched(pretrained_study, tmp_path):
     searched = {"name": "found", "family": "low_rank", **PRETRAINED, "keep": {"low": 0.3, "high": 0.9}}
     searched["gauge"] = {"choices": ["free", "fixed"]}
     arms = [ARMS[0], searched]
-    outcome = run_at(pretrained_study(arms=arms, search={"sampler": "random", "trials": 3}), tmp_path / "out")
+    search = {"sampler": "random", "trials": 3}
+    outcome = run_at(pretrained_study(arms=arms, search=search), tmp_path / "out")
     assert (outcome.n_failed, outcome.n_complete) == (0, 12)
+
+
+def test_a_searched_keep_too_small_for_a_layer_is_refused_before_anything_runs(pretrained_study, tmp_path):
+    searched = {"name": "found", "family": "low_rank", **PRETRAINED, "keep": {"low": 0.01, "high": 0.9}}
+    study = pretrained_study(arms=[ARMS[0], searched], search={"sampler": "random", "trials": 3})
+    with pytest.raises(
+        StudyError, match=r"^arms\[found\]: model\.layers\.0\.self_attn\.q_proj: .* 32 parameters"
+    ) as raised:
+        run_at(study, tmp_path / "out")
+    assert len(str(raised.value).splitlines()) == 1
+    assert not (tmp_path / "out" / "ledger.db").exists()
 
 
 @pytest.mark.parametrize(
