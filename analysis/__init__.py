@@ -1,1 +1,1 @@
-"""What the runs of a study say: typed frames, intervals, the frontier, figures, tables and the report."""
+"""The results of a study's runs: typed frames, intervals, the frontier, figures, tables and the report."""

@@ -27,7 +27,7 @@ class HypervolumeReference:
     base: float
     """Base of the logarithm of the sizes."""
     direction: Direction = "minimize"
-    """What is better in the values."""
+    """Which values are better."""
 
 
 class HypervolumeInterval(NamedTuple):

@@ -76,7 +76,7 @@ class BatchCalls:
         self._calls.append([self._packed(args), self._packed(kwargs)])
 
     def metadata(self) -> dict[str, str]:
-        """What `unpacked` needs beside the tensors."""
+        """The data that `unpacked` needs beside the tensors."""
         return {"calls": json.dumps(self._calls), "devices": json.dumps(self._devices)}
 
     def _packed(self, value: Any) -> Any:

@@ -79,7 +79,7 @@ class Blocks:
 
 
 class Chain:
-    """What one forward of the model, and the backward pass of its loss, says about the blocks."""
+    """The blocks, as one forward of the model and the backward pass of its loss show them."""
 
     def __init__(self, blocks: Blocks, with_gradients: bool, put_input: Callable[[int, Tensor], None]) -> None:
         self.blocks, self.with_gradients, self.put_input = blocks, with_gradients, put_input
@@ -156,7 +156,7 @@ class Chain:
         return hook
 
     def last_output(self) -> Tensor | None:
-        """What the last block gave; None if the model has written into it."""
+        """The output of the last block; None if the model has written into it."""
         assert self.output is not None
         return self.output.detach() if version_of(self.output) == self.version else None
 

@@ -162,7 +162,7 @@ class CollectionFolder:
         write_whole(self._file(kind, block, batch), {"": tensor}, {"device": str(tensor.device)})
 
     def get(self, kind: str, block: int, batch: int) -> Tensor:
-        """What `put` stored, on its device."""
+        """The tensor that `put` stored, on its device."""
         with self._opened(self._file(kind, block, batch)) as file:
             return file.get_tensor("").to(file.metadata()["device"])
 

@@ -153,7 +153,7 @@ class Statistics:
 
 
 def described(path: Path) -> dict[str, Any]:
-    """What a file of statistics says about its moments, and whatever else was written.
+    """The description of the moments in a file of statistics, and all else that was written there.
 
     Raises:
         ValueError: it is not such a file.

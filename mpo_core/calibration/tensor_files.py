@@ -48,7 +48,7 @@ class StoredTensor(NamedTuple):
     path: str
     key: str
     stamp: tuple[int, int]
-    """What `stamp_of` said of the file when it was opened."""
+    """The `stamp_of` the file when it was opened."""
 
     def read(self) -> Tensor:
         """The tensor, memory-mapped.

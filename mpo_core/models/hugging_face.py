@@ -251,7 +251,7 @@ def _meant(given: str, known: Sequence[str]) -> str:
 
 
 def _said(what: str, load: Callable[[], Any]) -> Any:
-    """What a function returns; an error in one line."""
+    """The value of a function; its error in one line."""
     try:
         return load()
     except Exception as error:  # the library raises many kinds

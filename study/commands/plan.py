@@ -1,4 +1,4 @@
-"""What a study will cost, before anything is trained."""
+"""The cost of a study, before anything is trained."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PlannedTrial:
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """What the sampler may choose for one arm, from trials drawn over its whole space.
+    """The sizes that the sampler may choose for one arm, from trials drawn over its whole space.
 
     rows: "least", "median" and "largest" by parameters, among draws within the limits of the search if there are any.
     larger_than_dense, beyond_limits: shares of the draws; a draw beyond the search's limits is never trained.

@@ -53,7 +53,7 @@ class Contrast(Strict):
 
 
 class Claims(Strict):
-    """What the study decides, fixed before it runs. The analysis tests these claims; all else is exploration."""
+    """The claims that the study decides, fixed before it runs. The analysis tests them; all else is exploration."""
 
     margins: Margins = Margins()
     contrasts: tuple[Contrast, ...] = Field(
@@ -172,7 +172,7 @@ class StudyConfig(Strict):
         return self
 
     def _problems(self) -> Iterator[str]:
-        """What does not go together, one line each."""
+        """Values that do not go together, one line each."""
         if isinstance(self.seeds, tuple):
             yield from _repeats("seeds", self.seeds)
         yield from _repeats("objectives", self.objectives)

@@ -37,7 +37,7 @@ class PicoGPTModel(Strict):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `mpo_core.build_language_model` takes besides the context and the vocabulary."""
+        """The arguments of `mpo_core.build_language_model` besides the context and the vocabulary."""
         return self.model_dump(exclude={"architecture", "context"})
 
     @property
@@ -80,12 +80,12 @@ class _OtherModel(Strict, ABC):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What `analysis.run_schema` has names for."""
+        """The values that `analysis.run_schema` has names for."""
         return {"model": self.shown, "model_sha256": self.sha256, "context": self.context}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `mpo_core.build_language_model` takes besides the context and the vocabulary."""
+        """The arguments of `mpo_core.build_language_model` besides the context and the vocabulary."""
         return self.extras
 
     @property
@@ -143,7 +143,7 @@ class HuggingFaceModel(_OtherModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `mpo_core.build_language_model` takes besides the context and the vocabulary."""
+        """The arguments of `mpo_core.build_language_model` besides the context and the vocabulary."""
         return {"config": self.config, **super().settings} if self.config else {"pretrained": self.folder}
 
     @property

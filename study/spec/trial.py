@@ -64,7 +64,7 @@ class TrialSpec(Strict):
 
     @property
     def size(self) -> str | None:
-        """What the trial's arm says about the size of its layers, in words; None for a dense model."""
+        """The size of the layers in words, as the arm gives it; None for a dense model."""
         if self.keep is not None:
             return f"keep {self.keep:g}"
         return f"χ={self.chi or self.as_chi}" if self.chi or self.as_chi else None
@@ -217,7 +217,7 @@ def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, start:
 
 
 def _schedule(protocol: Protocol) -> list[Any]:
-    """What determines the learning rate's course; for `cosine` without its name: it was the only one at first."""
+    """All that determines the learning rate's course; for `cosine` without its name: it was the only one at first."""
     length = [protocol.steps, protocol.warmup_steps]
     return length if protocol.schedule == "cosine" else [*length, protocol.schedule, protocol.decay_share]
 

@@ -1,4 +1,4 @@
-"""What MLflow has of a study: its experiment, and the runs in it."""
+"""The data that MLflow has of a study: its experiment, and the runs in it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OVER = ("FINISHED", "FAILED", "KILLED")
 
 @dataclass
 class KnownRun:
-    """What this writer knows about a run in MLflow."""
+    """A run in MLflow, as this writer knows it."""
 
     run_id: str
     started: int

@@ -16,7 +16,7 @@ from study.training.tokenizer import Characters, Unit
 
 
 class Corpus(ABC):
-    """What training needs of a text, whatever its tokenizer."""
+    """A text as training needs it, whatever its tokenizer."""
 
     sha256: str
     """Checksum of the text and of everything on which its tokens and splits depend."""
@@ -35,7 +35,7 @@ class Corpus(ABC):
     @property
     @abstractmethod
     def unit(self) -> Unit:
-        """What a token is."""
+        """The unit that a token stands for."""
 
     @property
     @abstractmethod

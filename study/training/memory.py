@@ -26,7 +26,7 @@ from study.training.train import evaluation_tokens
 PROCESS_BYTES = 350_000_000
 """About what a process with PyTorch and this program takes before it has a model; PyTorch 2.13 took 310 MB."""
 LIBRARY_BYTES = 150_000_000
-"""What the library transformers adds to it."""
+"""The library transformers adds this."""
 _HEAP, _HEAP_RECOMPUTED = 1.3, 2.0
 """Memory of activations, divided by their size, without and with `recompute`. The C library's allocator keeps places of
 freed tensors that do not fit the next ones exactly. Fitted to eight peaks on Linux; the second is often too low."""

@@ -58,7 +58,7 @@ def kind_of_optimiser(spec: TrialSpec) -> OptimiserKind:
 
 
 def why_alone(spec: TrialSpec) -> str | None:
-    """What keeps seeds of this spec from being trained as one model, and steps from being recorded; None: nothing."""
+    """Why seeds of this spec cannot be trained as one model, nor steps be recorded; None if they can."""
     if not kind_of_optimiser(spec).is_elementwise:
         return f"optimiser {spec.protocol.optimiser}"
     if spec.keep is not None:

@@ -126,7 +126,7 @@ def tokenised(source: Source, found: TextSummary, tokenizer: Tokenizer, validati
 
 @dataclass
 class _Documents:
-    """What is known of every document: tokens, bytes of text, and bytes of text of the first token."""
+    """Numbers of every document: tokens, bytes of text, and bytes of text of the first token."""
 
     n_tokens: array[int] = field(default_factory=lambda: array("q"))
     n_bytes: array[int] = field(default_factory=lambda: array("q"))

@@ -31,7 +31,7 @@ class Damaged(Exception):
 
 
 class Description(Strict):
-    """What is in a token file, and all that its tokens and splits depend on.
+    """The content of a token file, and all that its tokens and splits depend on.
 
     n_predicted_bytes: UTF-8 bytes of the text of all validation tokens but the first.
     """
