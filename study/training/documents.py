@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 
 
 class TextSummary(NamedTuple):
-    """A summary of the whole text, from one reading. alphabet: its distinct characters, sorted, if they were asked for."""
+    """A summary of the text from one reading. alphabet: its distinct characters, sorted, if they were asked for."""
 
     sha256: str
     n_characters: int
