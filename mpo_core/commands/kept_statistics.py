@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mpo_core.calibration.collection_folder import digest_of_model
+from mpo_core.calibration.collection_folder import digest_of, digest_of_model
 from mpo_core.calibration.statistics import Statistics
 
 
@@ -65,7 +64,7 @@ def describe(model: nn.Module, calibration: Tensor, names: list[str], has_loss: 
     """Fingerprints of the model and of the tokens; whether the statistics have a loss, and of which layers they are."""
     return {
         "model": digest_of_model(model),
-        "text": sha256(json.dumps(calibration.tolist()).encode()).hexdigest(),
+        "text": digest_of(calibration),
         "has_loss": has_loss,
         "layers": names,
     }

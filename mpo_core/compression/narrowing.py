@@ -22,7 +22,6 @@ from mpo_core.layers.computed_weights import copied_results
 from mpo_core.layers.low_rank import LowRankLinear
 from mpo_core.models.dense_layers import DenseLayer, Model, note_original_features, original_features
 from mpo_core.models.hidden_units import HiddenUnits, find_hidden_units, with_inputs, with_outputs
-from mpo_core.values import check_matrix
 
 SHARES = tuple(eighths / 8 for eighths in range(8, 0, -1))
 """Shares of its hidden units that an MLP may keep."""
@@ -95,13 +94,13 @@ def narrow_mlps(
     afterwards and had max_params parameters together.
 
     Args:
-        layers: those that may be replaced.
+        layers: those that may be replaced; `check_matrix` accepts their weights.
         statistics: they must have gradients of a loss.
         gauge: the gauge of the low-rank layers.
         fits: function from a layer's name and an nn.Linear on the meta device to whether the layer may have its shape.
         progress: called with the number of MLPs done and that of all.
     Raises:
-        ValueError: a matrix that `check_matrix` refuses or a metric of another size, with the name of the layer.
+        ValueError: a metric of another size, with the name of the layer.
     Warns:
         UserWarning: the model has no hidden units that can be removed.
     """
@@ -116,11 +115,6 @@ def narrow_mlps(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    for name, linear in linears.items():
-        try:
-            check_matrix(linear.weight)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
     groups = find_hidden_units(model, layers)
     if not groups:
         warnings.warn("`narrow` found no hidden units that can be removed", stacklevel=3)

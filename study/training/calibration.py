@@ -56,8 +56,8 @@ def shared_statistics(
     own = with_checksum(sizes).model_dump(mode="json", exclude={"pretrained"})
     library = getattr(sys.modules.get("transformers"), "__version__", None)
     conditions = [device_name(device), torch.get_num_threads(), this_program()["fingerprint"], library]
-    what = [own, mpo_core.digest_of_model(model), list(names), mpo_core.digest_of(batches), HELD_OUT]
-    key = json_hash([what, conditions])
+    inputs = [own, mpo_core.digest_of_model(model), list(names), mpo_core.digest_of(batches), HELD_OUT]
+    key = json_hash([inputs, conditions])
     folder = cache_folder() / "statistics"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key}.safetensors"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from study_fixtures import (
+    USUAL_FINALS,
     contents,
     mlflow_template,  # noqa: F401 (a fixture)
     results_at,
@@ -113,6 +114,7 @@ def check_whole(work, undisturbed):
     assert (len(loaded.seeds), len(loaded.failures), len(loaded.unfinished)) == (8, 0, 0)
     seeds = loaded.seeds.set_index(["trial", "seed"])
     for key, result in results.items():
+        assert result.final.keys() == USUAL_FINALS
         for metric, value in result.final.items():
             assert seeds.loc[key, metric] == value
     for [(_, _, status, _, _, params, _, metrics)] in runs.values():

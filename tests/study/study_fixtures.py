@@ -59,7 +59,7 @@ OF_SOME = {
     *("decode_ms", "prefill_ms", "dense_decode_ms", "dense_prefill_ms"),
 }
 USUAL_FINALS = {field.key for field in schema.FINALS} - OF_SOME
-"""What every complete seed records; the others are of trials with `keep`, or of timed ones."""
+"""The metrics of every complete seed; the others are of trials with `keep`, or of timed ones."""
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
 
