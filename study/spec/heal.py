@@ -15,7 +15,7 @@ class Heal(Strict):
     layers: Literal["all", "structured"] = Field(
         default="all",
         description="Trained parameters: `all`, or those of the replaced layers (`structured`), their factors and "
-        "biases. All others then keep the values of the start.",
+        "biases. All others then keep the values of the start; so does a layer that stays dense after `narrow`.",
     )
     loss: Literal["cross_entropy", "distillation"] = Field(
         default="cross_entropy",

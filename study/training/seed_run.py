@@ -125,6 +125,7 @@ class SeedRun:
         trained = _rel_errors(training, self._rel_error_chis, "trained")
         final = _final_metrics(training, self._start_tokens)
         if self._timing:
+            training.release()  # the dense model takes its place
             final |= _times(training, device)
         return replace(result, final=final, rel_errors=self._rel_errors | trained)
 

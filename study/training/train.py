@@ -169,6 +169,12 @@ class Training:
         self.note_step(*values.tolist())
         self._device_step.update(self.optimiser.step)
 
+    def release(self) -> None:
+        """Free what only further steps need: gradients, moments, captured steps and the teacher."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        del self.optimiser, self._device_step, self._teacher
+
     def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Loss and gradient norm, (2,); leaves the clipped gradient in the parameters. Never waits for a GPU."""
         protocol = self.spec.protocol

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from study.errors import StudyError
 from study.ledger.snapshot import read_ledger
 from study.spec.search_space import listed_specs
 from study.spec.study_file import load_config
+from study.training import seed_run
 from study.training.loading import load_corpus
 from study.training.model import trial_shape
 from study.training.train import Training
@@ -104,6 +106,28 @@ def test_times_are_recorded_where_they_are_asked_for_and_change_no_other_number(
             assert {key: each[key] for key in without if key != "train_seconds"} == {
                 key: without[key] for key in without if key != "train_seconds"
             }
+
+
+def test_times_are_measured_when_gradients_and_moments_are_freed(spec_of, corpus, monkeypatch):
+    optimisers, gradients = [], []
+
+    def measure(model, *rest):
+        gradients.extend(parameter.grad for parameter in model.parameters())
+        assert all(optimiser() is None for optimiser in optimisers)
+        return {"prefill_ms": 1.0}
+
+    def release(training, released=Training.release):
+        assert any(parameter.grad is not None for parameter in training.parameters)
+        optimisers.append(weakref.ref(training.optimiser))
+        released(training)
+
+    monkeypatch.setattr(seed_run, "times", measure)
+    monkeypatch.setattr(Training, "release", release)
+    result, _ = seed_run.train_seed(spec_of(), 0, corpus, timing=True)
+    assert result.final["prefill_ms"] == 1.0
+    assert len(optimisers) == 1
+    assert gradients
+    assert set(gradients) == {None}
 
 
 def test_a_search_may_minimise_bytes_and_times(tmp_path):
