@@ -202,13 +202,13 @@ def compress(
                 ladders[dense.name] = ladder_of(of, dense, share, metric_of(dense), spread == "loss")
                 if progress is not None:
                     progress("sizes", done + 1, len(targets))
-            try:
-                rungs = allocate(ladders, most)
-            except ValueError as error:
-                if keep is None:
-                    raise
-                why = str(error).split(", but")[0]
-                raise ValueError(f"keep={keep} of {n_dense:,} parameters is too small: {why}") from error
+            least = sum(min(rung.cost for rung in ladder) for ladder in ladders.values())
+            if keep is not None and least > most:
+                raise ValueError(
+                    f"keep={keep} of {n_dense:,} parameters is too small: the smallest sizes of all layers have "
+                    f"{least:,} parameters together"
+                )
+            rungs = allocate(ladders, most)
             sizes = {name: rung.n_params for name, rung in rungs.items()}
             chosen = {name: rung.candidate for name, rung in rungs.items()}
         else:
