@@ -16,6 +16,7 @@ from mpo_core.compression.report import CompressionReport
 from mpo_core.compression.saving import load, save
 from mpo_core.fitting.chain_fit import improve_cores
 from mpo_core.fitting.metric import Metric
+from mpo_core.layers.block_train import BlockTrainLinear
 from mpo_core.layers.cost_model import DeviceRates, set_rates
 from mpo_core.layers.low_rank import LowRankLinear
 from mpo_core.layers.monarch import MonarchLinear
@@ -23,6 +24,7 @@ from mpo_core.layers.mpo import FORWARD_MODES, MPOLinear
 from mpo_core.layers.pruned import PrunedLinear
 from mpo_core.layers.registry import kind_called, kinds
 from mpo_core.layers.structured import StructuredLinear
+from mpo_core.layers.tree import TreeLinear
 from mpo_core.models.building import build_language_model, code_of
 from mpo_core.models.dense_layers import replaceable_layers
 from mpo_core.models.generation import generate
@@ -58,6 +60,7 @@ from mpo_core.tensor_train.initialisation import spectral_norm
 
 __all__ = [
     "FORWARD_MODES",
+    "BlockTrainLinear",
     "CompressionReport",
     "DeviceRates",
     "GPTConfig",
@@ -70,6 +73,7 @@ __all__ = [
     "PrunedLinear",
     "Statistics",
     "StructuredLinear",
+    "TreeLinear",
     "balance_cores",
     "build_language_model",
     "cache_of",

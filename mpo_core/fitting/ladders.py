@@ -121,10 +121,10 @@ def _relative_tails(W: Tensor, metric: Metric, d_out: Sequence[int], d_in: Seque
     M = Whitened.of(metric.padded(W.shape, rows, columns), d_out, d_in).matrix(M)
     T = M.reshape(*d_out, *d_in).permute([axis for site in range(n_sites) for axis in (site, n_sites + site)])
     heights = [math.prod(d_out[:site]) * math.prod(d_in[:site]) for site in range(1, n_sites)]
-    return [_squared_tail(T.reshape(height, -1)) for height in heights]
+    return [squared_tail(T.reshape(height, -1)) for height in heights]
 
 
-def _squared_tail(M: Tensor) -> list[float]:
+def squared_tail(M: Tensor) -> list[float]:
     """Entry k: the share of ‖M‖² beyond the k largest singular values."""
     M = M if M.shape[0] <= M.shape[1] else M.T
     # Eigenvalues of M Mᵀ are several times cheaper than singular values, and exact enough for a choice of sizes.

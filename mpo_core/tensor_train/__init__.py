@@ -1,1 +1,1 @@
-"""Tensor trains: algebra on lists of cores, their bonds, factorisations, inits and contraction."""
+"""Tensor trains and trees: algebra on lists of tensors, their bonds, factorisations, inits and contraction."""

@@ -40,7 +40,8 @@ def test_residual_is_that_of_least_squares(seed):
 def test_seeds_that_nobody_shares_leave_no_residual_and_all_variance_to_the_seeds():
     table = np.array([[1.0, 2, 4, NAN, NAN, NAN], [NAN, NAN, NAN, 5, 5, 8]])
     found = uneven_two_way(table)
-    assert (found.df, found.residual_variance, found.seed_df) == (0, 0, 4)
+    assert (found.df, found.residual_variance) == (0, 0)
+    assert found.seed_df == pytest.approx(4)
     within = np.nanvar(table, axis=1, ddof=1).mean()
     assert found.seed_variance == found.marginal_variance == pytest.approx(within)
     assert found.marginal_df == pytest.approx(4)
