@@ -116,6 +116,7 @@ def test_means_in_mlflow_are_those_of_the_analysis(finished):
             assert value == pytest.approx(means[int(params["trial"])], rel=1e-15)
 
 
+@pytest.mark.slow
 def test_finished_study_run_again_on_ray_starts_no_ray_and_changes_no_run(finished):
     file, folder, _ = finished
     before, results = contents(folder / "mlflow.db"), results_at(folder)

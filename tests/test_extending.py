@@ -55,6 +55,7 @@ def test_the_kind_is_known_by_name(kind):
 LEADING = {"family": "leading", "as_chi": 2}
 
 
+@pytest.mark.slow
 def test_a_study_lists_searches_starts_and_stacks_the_kind_and_reports_it(tmp_path):
     rate = {"low": 1e-3, "high": 1e-1, "log": True}
     arms = [

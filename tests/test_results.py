@@ -121,6 +121,7 @@ def test_trials_of_the_ledger_are_those_that_the_study_lists_now(study):
         assert now.identity == trial.shape.identity
 
 
+@pytest.mark.slow
 def test_make_results_writes_reports_and_fills_documents(tmp_path):
     """The command itself, on one study, beside the project."""
     shutil.copy(ROOT / "Makefile", tmp_path)

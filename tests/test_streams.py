@@ -56,6 +56,7 @@ def test_streams_that_were_closed_before_are_no_error():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_run_goes_on_without_its_reader_and_in_an_encoding_without_chi(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     file = write_study(tmp_path)

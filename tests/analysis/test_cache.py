@@ -373,6 +373,7 @@ def test_cache_behind_a_link_is_not_written(study, tmp_path):
     assert [(path.name, path.read_text()) for path in elsewhere.iterdir()] == [("seeds.parquet", "precious")]
 
 
+@pytest.mark.slow
 def test_folder_of_the_cache_that_has_files_of_others_keeps_them(study, tmp_path):
     cache = tmp_path / "kept"
     cache.mkdir()

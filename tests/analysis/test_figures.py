@@ -46,6 +46,7 @@ def drawn(request) -> dict[str, Drawn]:
     return {name: Drawn(figure) for name, figure in draw(request.param).items()}
 
 
+@pytest.mark.slow
 def test_figures_write_the_same_bytes_twice(tmp_path):
     for when in ("once", "again"):
         (tmp_path / when).mkdir()

@@ -103,6 +103,7 @@ def calibration(stated, true, low, high):
     return stated[inside].mean(), share, np.sqrt((residual**2).sum()) / inside.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [SPREAD, CLOSE, FEW_SEEDS, FEW, UNEVEN, MANY])
 def test_band_covers_94_to_95_percent_pointwise(case):
     share, error = share_and_error(simulated(case)["band"])

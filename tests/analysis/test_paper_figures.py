@@ -167,6 +167,7 @@ def test_figure_3_has_the_published_ends_right_of_the_curves():
         assert drawn == pytest.approx(list(last["mean"]))
 
 
+@pytest.mark.slow
 def test_figures_are_written_the_same_twice(tmp_path):
     found = frames(STUDIES["mixed"])
     for name in ("a", "b"):
@@ -219,6 +220,7 @@ def test_folder_written_again_is_the_same_and_keeps_other_files(folder, address,
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_folder_written_again_replaces_what_it_wrote_and_nothing_else(folder, address, tmp_path):
     runs = load_study(address)
     (tmp_path / "published.csv").write_text("mine")
@@ -234,6 +236,7 @@ def test_folder_written_again_replaces_what_it_wrote_and_nothing_else(folder, ad
     assert (tmp_path / "models.csv").read_text() != "changed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "taken name"])
 def test_what_cannot_be_written_leaves_nothing_half_done(address, tmp_path, kind):
     out = tmp_path / "out"
@@ -248,6 +251,7 @@ def test_what_cannot_be_written_leaves_nothing_half_done(address, tmp_path, kind
     assert left == (["out"] if kind == "file" else ["out", "comparison.csv"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 120])
 def test_command_fits_the_terminal_and_says_which_trials(address, tmp_path, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -123,6 +123,7 @@ def test_report_says_what_a_reader_must_know(page, runs):
         assert sentence in text.replace("\xa0", " "), sentence
 
 
+@pytest.mark.slow
 def test_report_tells_what_was_tuned_here_from_what_was_tuned_before(tmp_path):
     tuned = {"elsewhere": (3, 3), "here": (6, None), "both": (6, 3), "never": (1, None)}
     found = [
@@ -156,6 +157,7 @@ def test_report_saves_the_data_each_figure_shows(report, summary, runs):
     assert sorted(curves["trial"].unique()) == list(range(11))
 
 
+@pytest.mark.slow
 def test_light_report_is_the_same_with_fewer_files(report, runs, tmp_path):
     shutil.copytree(report, tmp_path, dirs_exist_ok=True)
     write_report(runs, tmp_path, light=True)
@@ -174,12 +176,14 @@ def test_light_report_is_the_same_with_fewer_files(report, runs, tmp_path):
         assert reference.startswith("#") or reference in light
 
 
+@pytest.mark.slow
 def test_report_written_again_is_the_same_bytes(report, runs):
     before = files(report)
     write_report(runs, report)
     assert files(report) == before
 
 
+@pytest.mark.slow
 def test_report_replaces_the_last_one_and_leaves_foreign_files_alone(runs, tmp_path):
     write_report(runs, tmp_path, light=True)
     assert (tmp_path / "figures" / "rel_error.svg").exists()
@@ -250,6 +254,7 @@ def test_report_of_single_seeds_claims_nothing_and_escapes_names(tmp_path):
     assert "All trials here share one." in page.text
 
 
+@pytest.mark.slow
 def test_report_says_what_was_stopped_early_and_what_follows(tmp_path):
     usual = simulated_study.awkward_studies()["usual"]
     why = "trial 5 is better in val_loss by 0.02 or more on every seed shared"

@@ -135,6 +135,7 @@ def test_low_rank_ladder_is_exact(metric):
         assert rung.error == pytest.approx(error**2, abs=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_sites", [2, 3])
 def test_a_calibrated_ladder_of_chains_holds_the_errors_of_fits(n_sites):
     """Exact where it was measured, near in between; the bound that it starts from is off by a factor of 100."""

@@ -117,6 +117,7 @@ def test_it_does_what_the_functions_do(run, family, kind, options):
     assert Path("small/report.txt").read_text(encoding="utf-8").startswith(out.rstrip("\n"))
 
 
+@pytest.mark.slow
 def test_a_stranger_runs_the_entry_point_and_the_lines_it_prints(run):
     module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mpo-compress"].split(
         ":"

@@ -85,6 +85,7 @@ def test_modes_agree_under_vmap_and_grad(mode):
 
 
 @modes
+@pytest.mark.slow
 @pytest.mark.parametrize("trains", [True, False])
 def test_modes_compile_to_one_graph(mode, trains):
     torch.compiler.reset()  # graphs of the other cases count towards a limit

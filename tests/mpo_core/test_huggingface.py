@@ -165,6 +165,7 @@ def test_llama_at_full_chi_gives_the_same_logits(tie):
     assert kept == (["lm_head"] if tie else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OWN_KINDS)
 def test_llama_in_bfloat16_takes_every_kind_of_layer(kind):
     model = make_llama(tie=False, dtype=torch.bfloat16)

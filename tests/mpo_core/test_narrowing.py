@@ -244,6 +244,7 @@ def test_the_layers_of_the_result_are_the_callers_own():
     assert not ours & {parameter.data_ptr() for parameter in small.parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gauge", ["free", "fixed"])
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
 def test_the_budget_holds_for_every_kind(keep, gauge):

@@ -29,6 +29,7 @@ def test_scores_are_those_of_counts_by_hand():
     assert bigram_scores(corpus) == pytest.approx((sum(losses) / 5, sum(hits) / 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", ["README.md", "docs/results/README.md"])
 def test_documents_say_what_the_command_prints(document):
     command = [sys.executable, "-m", "study.training.bigram"]

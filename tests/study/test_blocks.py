@@ -249,6 +249,7 @@ def stop_at(file, folder, n_evaluations):
     ledger.close()
 
 
+@pytest.mark.slow
 def test_study_does_not_depend_on_the_size_of_its_blocks(tmp_path, monkeypatch):
     alone = write_study(tmp_path, seeds=3)
     run_at(alone, tmp_path / "alone")
@@ -260,6 +261,7 @@ def test_study_does_not_depend_on_the_size_of_its_blocks(tmp_path, monkeypatch):
     assert {r.ran_on["mpo.stacked"] for r in results_at(tmp_path / "alone").values()} == {"1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(1, 3), (3, 1), (2, 3)])
 def test_study_begun_with_one_block_size_is_finished_with_another(tmp_path, first, then):
     run_at(write_study(tmp_path, seeds=3), tmp_path / "alone")

@@ -183,6 +183,7 @@ def test_picogpt_has_keys_of_its_own_for_a_narrower_model(tmp_path):
         load_config(file)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 def test_a_changed_control_is_never_the_reference(tmp_path):
     changed = {"name": "changed", "family": "dense", "model": {"rms_norm_eps": 1e-3}}

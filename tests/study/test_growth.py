@@ -90,6 +90,7 @@ def test_parse_more_reads_plus_and_a_number():
 # By searched trials ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_search_grown_is_the_search_begun_larger(tmp_path, folder, interrupted, sampler):
     small, large = (write_search(tmp_path / str(n), sampler=sampler, trials=n, seeds=1) for n in (6, 13))
@@ -142,6 +143,7 @@ CLIPPED = {"name": "clipped", "family": "mpo", "chi": [500, 1000]}
 """At d_model 8 no bond reaches 500: the second one repeats the first."""
 
 
+@pytest.mark.slow
 def test_growth_by_seeds_with_starts_and_duplicates_reaches_ledger_and_mlflow(
     tmp_path,
     folder,
@@ -247,6 +249,7 @@ def test_cli_takes_one_way_to_grow_at_a_time(tmp_path, command, monkeypatch):
 # By what the file adds ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_study_file_that_only_adds_extends_a_study_when_told_to(tmp_path, folder):
     run_at(write_study(tmp_path, arms=[DENSE, MPO]), folder)
     run_at(write_study(tmp_path, arms=[DENSE, MPO]), folder, growth=Growth(seeds=1))
@@ -414,6 +417,7 @@ def test_refine_has_nothing_to_do_where_all_is_decided(tmp_path, folder):
     assert ledger_of(folder).growths.more_seeds == {}
 
 
+@pytest.mark.slow
 def test_analysis_learns_what_was_over_when_a_study_grew(tmp_path, folder, mlflow_template):  # noqa: F811
     file = write_study(tmp_path, arms=[DENSE, MPO])
     folder.mkdir()
@@ -433,6 +437,7 @@ def test_analysis_learns_what_was_over_when_a_study_grew(tmp_path, folder, mlflo
     )
 
 
+@pytest.mark.slow
 def test_refined_trials_have_their_own_number_of_seeds_in_mlflow(tmp_path, folder, mlflow_template):  # noqa: F811
     file = write_study(tmp_path, arms=[MPO], seeds=3)
     folder.mkdir()

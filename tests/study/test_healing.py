@@ -233,6 +233,7 @@ def test_flops_of_distillation_count_the_teachers_forward_pass(config_of, corpus
     assert distilled.flops - plain.flops == 6 * of_dense.step_flops / 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 def test_a_study_heals_says_once_that_seeds_are_alone_and_records_how(tmp_path):
     arms = [

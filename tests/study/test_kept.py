@@ -55,6 +55,7 @@ def corpus_of(config):
     return load_corpus(corpus.paths, corpus.sha256, corpus.validation_fraction, tokenizer=corpus.tokenizer)
 
 
+@pytest.mark.slow
 def test_every_kind_is_compressed_to_its_share_and_reported(pretrained_study, tmp_path, cache):
     file = pretrained_study(
         arms=ARMS, claims={"contrasts": [{"arm": "mpo", "against": "even"}]}, protocol={"calibration_batches": 5}

@@ -72,6 +72,7 @@ def program(tmp_path_factory):
     return program
 
 
+@pytest.mark.slow
 def test_metric_that_is_added_in_the_schema_and_where_it_is_computed_is_searched_recorded_and_read(program, tmp_path):
     searched = MPO | {"chi": {"low": 2, "high": 8}}
     settings = {"search": {"sampler": "tpe", "trials": 3}, "objectives": ["val_bits"]}
@@ -84,6 +85,7 @@ def test_metric_that_is_added_in_the_schema_and_where_it_is_computed_is_searched
     assert len(optuna_states(StudyDirectory(folder).ledger_url)) == 3
 
 
+@pytest.mark.slow
 def test_runs_from_before_a_metric_was_recorded_are_synced_and_read(program, tmp_path):
     folder = tmp_path / "results"
     run_at(write_study(tmp_path, arms=[MPO], seeds=3), folder, tracking=None)

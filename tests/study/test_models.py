@@ -187,6 +187,7 @@ def test_picogpt_is_recorded_as_before_there_were_other_models(small_study):
     assert set(definition(validate(given, "here"))["model"]) == {"d_model", "n_heads", "n_layers", "context", "d_ff"}
 
 
+@pytest.mark.slow
 def test_the_shipped_gpt2_study_is_sized_and_trains_for_ten_steps(tmp_path):
     """With its own twelve layers, on short sequences."""
     lines = [json.dumps({"text": f"document {number} says that {number} is a number"}) for number in range(40)]

@@ -226,6 +226,7 @@ def test_winners_have_the_best_optimiser(tmp_path):
     assert (arm.name, arm.optimiser, arm.tuned_among) == ("dense", best, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 def test_a_sampler_chooses_the_optimiser_and_runs_record_it(tmp_path):
     searched = SEARCHED | {"optimiser": {"choices": ["adamw", "muon"]}}

@@ -67,6 +67,7 @@ def test_a_pretrained_model_is_evaluated_as_it_is(study_file, model):
     assert row["tokens"] == 0
 
 
+@pytest.mark.slow
 def test_compression_alone_and_training_after_it_are_reported(study_file, tmp_path):
     file = study_file()
     outcome = run_at(file, tmp_path / "out", tracking=None)

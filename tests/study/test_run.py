@@ -147,6 +147,7 @@ def test_run_study_tells_readers_how_many_runs_are_missing(tmp_path, folder, mlf
     assert (len(runs.seeds), runs.n_missing) == (8, 0)
 
 
+@pytest.mark.slow
 def test_run_study_interrupted_finds_the_same_trials_in_a_search(tmp_path, folder):
     file = write_search(tmp_path, sampler="tpe", trials=12, seeds=1, objectives=["val_loss"])
     for after in (3, 5, 18, 13):

@@ -97,6 +97,7 @@ def starts_of(spec_of, corpus, seeds=SEEDS, **options):
 # What a seed gets -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS)
 def test_each_seed_gets_the_result_it_has_alone(spec_of, corpus, tolerance, arm):
     spec = spec_of(**arm)

@@ -149,6 +149,7 @@ def test_workers_of_a_remote_storage_use_their_own_copy(tmp_path):
 # Elsewhere ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_files", [True, False])
 def test_export_takes_tokens_and_tokenizer_along(tmp_path, monkeypatch, has_files):
     file, folder = write_token_study(tmp_path / "work", arms=[DENSE, MPO]), tmp_path / "a"
@@ -169,6 +170,7 @@ def test_export_takes_tokens_and_tokenizer_along(tmp_path, monkeypatch, has_file
     assert substance(tmp_path / "c", "tokens") == substance(tmp_path / "b", "tokens")
 
 
+@pytest.mark.slow
 def test_mlflow_and_analysis_know_the_tokenizer(tmp_path, mlflow_template):  # noqa: F811
     files = {
         "tokens": write_token_study(tmp_path, arms=[DENSE, MPO], seeds=3),

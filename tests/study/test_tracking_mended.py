@@ -172,12 +172,14 @@ def test_analysis_says_in_one_line_that_somebody_changed_a_run(tampered, change)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delete", DELETIONS)
 def test_sync_writes_a_deleted_run_again(tampered, delete):
     delete(tampered)
     tampered.check_mended()
 
 
+@pytest.mark.slow
 def test_sync_mends_whatever_somebody_changed(tampered):
     for change in CHANGES:
         change(tampered)

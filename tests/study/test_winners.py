@@ -224,6 +224,7 @@ def test_each_winner_is_an_arm_with_a_name_of_its_own(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_larger", [2.0, 0.2])
 def test_rate_of_the_embeddings_is_tuned_with_that_of_the_layers(tmp_path, of_larger):
     rates = {"learning_rate": [0.01, 0.1], "embedding_learning_rate": [0.02, 0.2, 2.0]}
@@ -304,6 +305,7 @@ def test_trial_with_a_failed_seed_cannot_win(tmp_path):
 # Searches -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_frontier_of_a_search_becomes_arms_of_fixed_values(tmp_path):
     searched = SEARCHED | {"factorisation": "balanced", "n_sites": {"choices": [1, 2]}, "chi": {"low": 1, "high": 9}}
     dense = {"name": "dense-tuned", "family": "dense", "learning_rate": {"low": 0.001, "high": 0.1}}
