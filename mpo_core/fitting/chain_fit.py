@@ -57,7 +57,7 @@ def improve_cores(
     target, exponent = to_unit(whitened.matrix(W))
     start = [*units[:-1], times_power(units[-1], total)]
     chain = on_cores([*units[:-1], times_power(units[-1] / scale, total - exponent)], *whitened.roots)
-    factors, values = _centred(chain)
+    factors, values = centred(chain)
     weights = [value.to(precision) for value in values]
 
     def matrix(*factors: Tensor) -> Tensor:
@@ -71,14 +71,14 @@ def improve_cores(
         max_steps=max_steps,
         tolerance=tolerance,
     )
-    centred = [*[core.double() / value for core, value in zip(fitted, values, strict=False)], fitted[-1].double()]
-    unwhitened = on_cores(centred, *whitened.inverse_roots)
+    unweighted = [*[core.double() / value for core, value in zip(fitted, values, strict=False)], fitted[-1].double()]
+    unwhitened = on_cores(unweighted, *whitened.inverse_roots)
     best = balance_cores([*unwhitened[:-1], times_power(unwhitened[-1], exponent) * scale])
     rounded = [core.to(dtype) for core in best]
     return rounded if error_of([core.to(W) for core in rounded]) <= error_of(start) else list(cores)
 
 
-def _centred(cores: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def centred(cores: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Factors F_l and positive vectors v_l with the chain F_0 v_0⁻¹, F_1 v_1⁻¹, …, F_L; v_l are the bonds' singular
     values.
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mpo_core.fitting.ladders import squared_tail
 from mpo_core.fitting.whitening import FLOOR, Roots, on_cores
-from mpo_core.tensor_train.tree import Node, by_sites, left_half, nodes_of
+from mpo_core.tensor_train.algebra import by_sites
+from mpo_core.tensor_train.tree import Node, left_half, nodes_of
 from mpo_core.values import in_range
 
 

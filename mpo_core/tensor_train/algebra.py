@@ -66,7 +66,7 @@ def tt_svd(
     rel_error = _check_target(chi, bonds, rel_error)
     caps = clip_bonds(chi if bonds is None else bonds, d_out, d_in)
 
-    rest, scale = in_range(_interleave(W, d_out, d_in).to(_at_least_float32(W.dtype)))
+    rest, scale = in_range(by_sites(W, d_out, d_in).to(_at_least_float32(W.dtype)))
     size = float(torch.linalg.vector_norm(rest, dtype=torch.float64))
     # Rounding of that size is carried along the sweep: it scales with W's norm, not with each step's largest value.
     negligible = 16 * math.sqrt(max(W.shape)) * torch.finfo(rest.dtype).eps * size
@@ -323,7 +323,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _interleave(W: Tensor, d_out: Sequence[int], d_in: Sequence[int]) -> Tensor:
+def by_sites(W: Tensor, d_out: Sequence[int], d_in: Sequence[int]) -> Tensor:
     """(out_features, in_features) -> (d_out[0], d_in[0], ..., d_out[L-1], d_in[L-1])."""
     n_sites = len(d_out)
     return W.reshape(*d_out, *d_in).permute([axis for site in range(n_sites) for axis in (site, n_sites + site)])

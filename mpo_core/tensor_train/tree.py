@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpo_core.tensor_train.algebra import contract, merge_cores
+from mpo_core.tensor_train.algebra import by_sites, contract, merge_cores
 from mpo_core.tensor_train.bonds import check_sizes, check_whole, site_sizes
 from mpo_core.tensor_train.contraction import Product
 from mpo_core.tensor_train.leading_subspace import leading_left
@@ -219,9 +219,3 @@ def balanced(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
     mean = norms.log().mean().exp()
     return [tensor * (mean / norm) for tensor, norm in zip(tensors, norms, strict=True)]
-
-
-def by_sites(W: Tensor, d_out: Sequence[int], d_in: Sequence[int]) -> Tensor:
-    """W as a vector over the pairs of indices of each site, site 0 the most significant."""
-    n_sites = len(d_out)
-    return W.reshape(*d_out, *d_in).permute([axis for site in range(n_sites) for axis in (site, n_sites + site)])
