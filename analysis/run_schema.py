@@ -187,6 +187,7 @@ PARAMS = (
     Field("lr_rule", "param", str, "learning rates of the cores: uniform, mup"),
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
     Field("gauge", "param", str, "gauge of the factors: free, fixed"),
+    Field("bonds", "param", str, "how the bonds changed during the training; absent: they did not"),
     Field("forward", "param", str, "how an MPO layer is applied: reconstruct, chain"),
     Field("optimiser", "param", str, "optimiser: adamw, muon"),
     Field("learning_rate", "param", float, "peak learning rate"),
@@ -231,6 +232,7 @@ METRICS = (
     Metric("train_tokens", int, "tokens this run trained on", ("once",), "tokens"),
     Metric("total_tokens", int, "tokens trained on, including the start's", ("once",), "tokens"),
     Metric("kept", float, "share of the replaced layers' parameters that this seed has, of `keep`", ("once",)),
+    Metric("n_params_end", int, "trainable parameters at the end, if bonds change", ("once",), "parameters"),
     Metric("predicted_loss", float, "predicted rise of the loss by compression, fitted batches", ("once",), "nats"),
     Metric("held_out_loss", float, "predicted rise of the loss, held-out calibration batches", ("once",), "nats"),
     Metric("n_params", int, "trainable parameters", ("count",), "parameters", "minimize"),
@@ -308,6 +310,23 @@ def parse_rel_error_key(key: str) -> tuple[str, int, str] | None:
     return (match[1], int(match[2]), match[3]) if match else None
 
 
+# Bonds that change ----------------------------------------------------------------------------------------------------
+
+_BOND = re.compile(r"bond/(.+)/(\d+)")
+
+
+def bond_key(layer: str, number: int) -> str:
+    """Metric of a seed run whose bonds change, at the start and after each change: the bond after core `number` of the
+    layer with that module name."""
+    return f"bond/{layer}/{number}"
+
+
+def parse_bond_key(key: str) -> tuple[str, int] | None:
+    """(layer, number) of a key made by `bond_key`, or None for any other key."""
+    match = _BOND.fullmatch(key)
+    return (match[1], int(match[2])) if match else None
+
+
 # What a run holds -----------------------------------------------------------------------------------------------------
 
 PARAM_KEYS = frozenset(field.key for field in PARAMS)
@@ -322,7 +341,7 @@ _NOT_CONTENT = (DIGEST, REVISION, MISSING, WEIGHTS_LOST)
 
 def is_own_metric(key: str) -> bool:
     """Return whether a metric of this name belongs to the study; anybody may log other metrics to its runs."""
-    return key in _OWN_METRICS or parse_rel_error_key(key) is not None
+    return key in _OWN_METRICS or parse_rel_error_key(key) is not None or parse_bond_key(key) is not None
 
 
 def is_own_tag(tag: str) -> bool:

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.figures import data
+from analysis.figures.bonds import bond_rows, bonds_figure
 from analysis.figures.curves import learning_curves_figure
 from analysis.figures.families import families_figure, family_points
 from analysis.figures.forest import forest_figure, forest_pairs
@@ -23,6 +24,7 @@ from analysis.results.importance import factor_importance
 from analysis.results.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
 from analysis.results.retained import retained_points
 from analysis.results.summary import MEASURES, VAL_LOSS, Measure
+from analysis.run_schema import bond_key, parse_bond_key
 from analysis.runs.curves import load_curves
 
 
@@ -48,6 +50,7 @@ def drawings(findings: Findings) -> list[Drawing]:
         *_retained(findings),
         *_learning_curves(findings, note),
         *_rel_errors(findings),
+        *_bonds(findings),
         *_importance(findings),
         *_ranks(findings),
     ]
@@ -150,6 +153,25 @@ def _rel_errors(findings: Findings) -> Iterator[Drawing]:
                 "of layers, before and after training, on logarithmic axes.",
                 {"rel_error": errors},
             )
+
+
+def _bonds(findings: Findings) -> Iterator[Drawing]:
+    for trial, own in findings.runs.bonds.groupby("trial"):
+        keys = [bond_key(*place) for place in own[["layer", "number"]].drop_duplicates().itertuples(index=False)]
+        curves = load_curves(findings.runs, [trial], keys)
+        long = curves.melt(["trial", "seed", "step"], keys, "key", "bond").dropna()
+        long[["layer", "number"]] = long["key"].map(parse_bond_key).tolist()
+        rows = bond_rows(long)
+        known = findings.summary.set_index("trial").loc[trial]
+        name = f"bonds_trial_{trial}"
+        yield Drawing(
+            name,
+            bonds_figure(rows, int(known["steps"])),
+            f"Bonds of {known['label']} ({known['group']}) during the training",
+            f"{rows['order'].nunique()} bonds at {rows['step'].nunique()} steps, from {rows['bond'].min():.3g} to "
+            f"{rows['bond'].max():.3g}.",
+            {name: rows},
+        )
 
 
 def _importance(findings: Findings) -> Iterator[Drawing]:

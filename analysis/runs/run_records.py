@@ -16,7 +16,7 @@ OPTIONAL_PARAMS = (
     *("seed", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
     *("gauge", "forward", "sites", "largest_bond", "tuned_among", "embedding_learning_rate"),
     *("model_sha256", "d_model", "n_heads", "n_layers", "d_ff", "keep", "metric", "spread", "narrow", "layers"),
-    *("resized", "heal"),
+    *("resized", "heal", "bonds"),
 )
 """Params without meaning for some family, model or kind of run; every run must have every other param of the schema."""
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"
@@ -197,6 +197,19 @@ def rel_errors_frame(runs: list[RunRecord]) -> pd.DataFrame:
     )
 
 
+def bonds_frame(runs: list[RunRecord]) -> pd.DataFrame:
+    """The last value of each bond that could change."""
+    rows = []
+    for run in runs:
+        names = {key: param_of(run, key) for key in ("trial", "seed")}
+        for key, value in run.metrics.items():
+            parsed = schema.parse_bond_key(key)
+            if parsed is not None:
+                rows.append(names | {"layer": parsed[0], "number": parsed[1], "bond": int(value)})
+    rows.sort(key=lambda row: (row["trial"], row["seed"], row["layer"], row["number"]))
+    return _frame(rows, {"trial": "int64", "seed": "int64", "layer": "str", "number": "int64", "bond": "int64"})
+
+
 def no_frames() -> dict[str, pd.DataFrame]:
     """Empty frames, by their name in `runs.StudyRuns`, with the same columns and types as the frames of any runs."""
     return {
@@ -205,5 +218,6 @@ def no_frames() -> dict[str, pd.DataFrame]:
         "failures": failures_frame([]),
         "unfinished": unfinished_frame([], []),
         "rel_errors": rel_errors_frame([]),
+        "bonds": bonds_frame([]),
         "skipped": skipped_frame([]),
     }

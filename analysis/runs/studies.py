@@ -119,7 +119,7 @@ def _renumbered(study: StudyRuns, name: str, offset: int) -> dict[str, pd.DataFr
     frames = {}
     for key in FRAMES:
         frame = getattr(study, key).copy()
-        if key not in ("seeds", "rel_errors"):
+        if key not in ("seeds", "rel_errors", "bonds"):
             frame["study"] = pd.Series(name, frame.index, dtype="str")
             frame["study_trial"] = frame["trial"]
         frame["trial"] += offset

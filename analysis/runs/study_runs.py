@@ -25,6 +25,7 @@ from analysis.runs.run_records import (
     MEND,
     OVER,
     RunRecord,
+    bonds_frame,
     failures_frame,
     param_of,
     rel_errors_frame,
@@ -35,7 +36,7 @@ from analysis.runs.run_records import (
 )
 from analysis.runs.urls import hide_password
 
-FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "skipped")
+FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "bonds", "skipped")
 """The frames of `StudyRuns`."""
 
 
@@ -94,6 +95,8 @@ class StudyRuns:
     unfinished: trial, arm, seed, status, of seeds that are neither complete nor failed; seed is missing for a trial
         that waits for seeds without a run.
     rel_errors: trial, seed, when, chi, layer, rel_error, of complete seeds.
+    bonds: trial, seed, layer, number, bond, of complete seeds whose bonds changed: the bond after core `number` at the
+        end.
     skipped: trial, arm, family, chi, n_params, reason, of trials that were never trained because they break a limit of
         the search.
     latest: the time, in UTC, when the last of these runs ended; None if none has.
@@ -113,6 +116,7 @@ class StudyRuns:
     failures: pd.DataFrame
     unfinished: pd.DataFrame
     rel_errors: pd.DataFrame
+    bonds: pd.DataFrame
     skipped: pd.DataFrame
     n_duplicates: int
     latest: pd.Timestamp | None
@@ -202,6 +206,7 @@ def study_runs(
         failures=failures_frame([*trial_runs, *failed]),
         unfinished=unfinished_frame(trial_runs, unfinished),
         rel_errors=rel_errors_frame(complete),
+        bonds=bonds_frame(complete),
         skipped=skipped_frame(skipped_runs),
         n_duplicates=len(duplicates),
         latest=pd.Timestamp(max(ends), unit="ms", tz="UTC") if ends else None,

@@ -247,7 +247,8 @@ def _shape(spec: TrialSpec) -> str:
     size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
     start = f"from {spec.start} ({spec.refinement})" if spec.start is not None else spec.init
     gauge = " fixed gauge" if spec.gauge == "fixed" else ""
-    return f"{size} {spec.factorisation}{sites}{gauge}, {start}{healed}"
+    changing = f", bonds {spec.bonds.shown}" if spec.bonds is not None else ""
+    return f"{size} {spec.factorisation}{sites}{gauge}, {start}{changing}{healed}"
 
 
 def _note(trial: Trial) -> str:

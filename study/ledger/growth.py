@@ -157,6 +157,7 @@ def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
         "family_label": trial.shape.label,
         "start": spec.start or "scratch",
         "heal": None if spec.heal is None else spec.heal.shown,
+        "bonds": None if spec.bonds is None else spec.bonds.shown,
         "optimiser": spec.protocol.optimiser,
         "n_seeds": states.count("complete"),
         "n_failed": states.count("failed"),

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from study.spec.bonds import Bonds
 from study.spec.heal import Heal, is_plain
 from study.spec.values import (
     Choices,
@@ -251,10 +252,17 @@ class MPOArm(SizedArm):
         description="`reconstruct` forms W in every forward pass; `chain` contracts the input with the cores. Both "
         "give the same outputs up to rounding. Default: `reconstruct`.",
     )
+    bonds: Bonds | None = Field(
+        default=None,
+        description="How the bonds change during the training, see [below](#bonds-that-change). Default: they stay.",
+        exclude_if=lambda value: value is None,
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> MPOArm:
         _refuse_init_beside_start(self)
+        if self.bonds is not None and "fixed" in options(self.gauge):
+            raise ValueError("`bonds` needs `gauge: free`: in the fixed gauge a direction is no part of every core")
         return self
 
 

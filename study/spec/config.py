@@ -24,6 +24,7 @@ from study.spec.values import (
     Range,
     Seeds,
     Strict,
+    options,
 )
 
 BITS = 32
@@ -195,6 +196,8 @@ class StudyConfig(Strict):
                 yield from self._problems_of_own_sizes(arm, arm.model)
             if arm.heal is not None and n_steps == 0:
                 yield f"arms[{arm.name}]: `heal` needs `steps` of at least 1: without steps nothing is trained"
+            if isinstance(arm, MPOArm) and arm.bonds is not None:
+                yield from self._problems_of_bonds(arm, n_steps)
             if isinstance(arm, DenseArm) and self.model.width is None:
                 for key in ("d_model", "d_ff", "init"):
                     if getattr(arm, key) is not None:
@@ -295,6 +298,21 @@ class StudyConfig(Strict):
                 "`search.early_stopping.min_seeds` must be below the number of seeds, otherwise no seed is saved, "
                 f"but got {stopping.min_seeds} and {len(self.seed_list)}"
             )
+
+    def _problems_of_bonds(self, arm: MPOArm, n_steps: int) -> Iterator[str]:
+        assert arm.bonds is not None
+        if not arm.bonds.steps(n_steps):
+            last = int(arm.bonds.until * n_steps)
+            yield (
+                f"arms[{arm.name}]: `bonds.every` must be at most {last} (`bonds.until` of {n_steps} steps), but is "
+                f"{arm.bonds.every}: the bonds would never change"
+            )
+        if "muon" in options(arm.optimiser or self.protocol.optimiser):
+            yield f"arms[{arm.name}]: `bonds` needs `optimiser: adamw`, whose moments can be carried over"
+        if self.protocol.recompute:
+            yield f"arms[{arm.name}]: `bonds` is not allowed with `protocol.recompute`"
+        if self.protocol.calibration_batches < 2:
+            yield f"arms[{arm.name}]: `bonds` needs `protocol.calibration_batches` of at least 2"
 
     def _problems_of_start(self, arm: Arm) -> Iterator[str]:
         candidates = [

@@ -17,7 +17,17 @@ from optuna.distributions import (
 
 from analysis import run_schema
 from study.errors import StudyError
-from study.spec.arms import AUTO, PROTOCOL_VALUES, SIZE_FIELDS, Arm, CompressedArm, ControlArm, DenseArm, KeptArm
+from study.spec.arms import (
+    AUTO,
+    PROTOCOL_VALUES,
+    SIZE_FIELDS,
+    Arm,
+    CompressedArm,
+    ControlArm,
+    DenseArm,
+    KeptArm,
+    MPOArm,
+)
 from study.spec.config import StudyConfig
 from study.spec.trial import TrialSpec
 from study.spec.values import Choices, Range, options
@@ -113,6 +123,8 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
         data.setdefault("lr_rule", "uniform")
         data.setdefault("decay", "parameter")
         data["layers"] = arm.layers
+    if isinstance(arm, MPOArm):
+        data["bonds"] = arm.bonds
     if isinstance(arm, KeptArm):
         data.setdefault("spread", "loss" if chosen["metric"] == "loss" else "errors")
         if arm.family == "mpo":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, FiniteFloat, field_validator
 
 from study.spec.arms import PRETRAINED
+from study.spec.bonds import Bonds
 from study.spec.config import StudyConfig
 from study.spec.heal import Heal, is_plain
 from study.spec.models import Model
@@ -51,6 +52,8 @@ class TrialSpec(Strict):
     """These four are those of an arm with `keep`; None in other arms."""
     heal: Heal | None = Field(default=None, exclude_if=lambda value: value is None)
     """None means all layers, by cross-entropy, and is not written, like `gauge`."""
+    bonds: Bonds | None = Field(default=None, exclude_if=lambda value: value is None)
+    """How bonds change; None means that they stay, and is not written."""
 
     @field_validator("heal")
     @classmethod
@@ -81,6 +84,7 @@ class SeedResult:
 
     `curve` has one row per evaluation (keys of `run_schema.CURVES`, and "step"). `final` has the keys of
     `run_schema.FINALS`, `rel_errors` those of `run_schema.rel_error_key`, and `ran_on` those of `run_schema.RAN_ON`.
+    If bonds change, `bonds` has for each layer [step, bond, bond, …] at the start and after each change.
     Times are UTC, ISO 8601.
     """
 
@@ -93,6 +97,7 @@ class SeedResult:
     curve: list[dict[str, FiniteFloat]] = field(default_factory=list)
     rel_errors: dict[str, FiniteFloat] = field(default_factory=dict)
     ran_on: dict[str, str] = field(default_factory=dict)
+    bonds: dict[str, list[list[int]]] = field(default_factory=dict)
     weights: str | None = None
     failure: str | None = None
     failure_step: int | None = None

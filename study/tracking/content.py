@@ -153,6 +153,11 @@ def seed_content(record: StudyRecord, trial: Trial, result: SeedResult) -> RunCo
     for row in result.curve:
         values = {key: value for key, value in row.items() if key != "step"}
         points += _points(values, ended, step=int(row["step"]))
+    for layer, changes in result.bonds.items():
+        for step, *bonds in changes:
+            points += _points(
+                {schema.bond_key(layer, place): bond for place, bond in enumerate(bonds)}, ended, step=step
+            )
     key = schema.run_key(record.uuid, trial.number, result.seed)
     return RunContent(
         key=key,
@@ -205,6 +210,7 @@ def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
         "family_label": trial.shape.label,
         "start": spec.start or "scratch",
         "heal": None if spec.heal is None else spec.heal.shown,
+        "bonds": None if spec.bonds is None else spec.bonds.shown,
         "vocab_size": record.vocab_size,
         "sites": ", ".join(sorted({str(len(bonds) - 1) for bonds in trial.shape.bonds.values()})) or None,
         "largest_bond": max((max(bonds) for bonds in trial.shape.bonds.values()), default=None),

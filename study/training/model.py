@@ -17,6 +17,7 @@ from study.spec.config import BITS, StudyConfig
 from study.spec.kinds import DECOMPOSED
 from study.spec.models import MAX_PARAMS, Model, with_checksum, with_settings
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
+from study.training.bonds import room_to_grow
 from study.training.calibration import shared_statistics
 from study.training.healing import freeze_unhealed, is_distilled
 from study.training.weights import load_weights
@@ -259,6 +260,8 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         if spec.keep is not None and (spec.spread != "even" or _is_chosen(spec)):
             n_left_out = _n_left_out(spec, dense) + n_index_bits // BITS
         counts = [count(dense if n_left_out else model) - n_left_out for count in _COUNTS]
+        if spec.bonds is not None and spec.bonds.max_params is not None:
+            counts = [count + room_to_grow(model, spec.bonds.max_params) for count in counts]
         freeze_unhealed(model, spec)  # only to know that it can be done; frozen parameters have been counted
     except ValueError as error:  # for example: the smallest layer of a control's kind is larger than the MPO's
         raise StudyError(f"arms[{spec.arm}]: {error}") from None

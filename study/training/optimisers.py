@@ -63,6 +63,8 @@ def why_alone(spec: TrialSpec) -> str | None:
         return f"optimiser {spec.protocol.optimiser}"
     if spec.keep is not None:
         return "`keep`, which gives each seed layers of its own sizes"
+    if spec.bonds is not None:
+        return "`bonds`, which change the layers of each seed in its own way"
     if spec.protocol.recompute:
         return "protocol.recompute"
     if spec.heal is not None and spec.heal.loss == "distillation":  # every seed has a teacher of its own

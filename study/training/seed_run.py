@@ -119,6 +119,7 @@ class SeedRun:
             curve=training.curve,
             rel_errors=self._rel_errors,
             ran_on=_ran_on(device, n_stacked),
+            bonds=training.bonds,
         )
         if failure is not None:
             return replace(result, failure=f"diverged: {failure}", failure_step=failure.step)
@@ -151,6 +152,8 @@ def _final_metrics(training: Training, start_tokens: int) -> dict[str, float]:
     }
     if training.spec.keep is not None and training.compression is not None:
         final |= _of_compression(training.compression)
+    if training.spec.bonds is not None:
+        final["n_params_end"] = mpo_core.n_params(training.model)
     for metric in schema.METRICS:
         if "last" in metric.recorded and metric.name in last:  # without steps there is no training loss
             final[f"final/{metric.name}"] = last[metric.name]

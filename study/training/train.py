@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import mpo_core
 from study.spec.trial import TrialSpec, evaluation_steps
+from study.training.bonds import Moments, bonds_of, chains_of, change_bonds
 from study.training.calibration import calibration_batches
 from study.training.captured import DeviceStep
 from study.training.checkpoints import Checkpoints
@@ -97,11 +98,17 @@ class Training:
             uncompressed = spec.model_copy(update={"family": "dense"})
             teacher, _ = build_model(uncompressed, corpus.vocab_size, generator_for, start_weights)
             self._teacher = teacher.to(device).eval().requires_grad_(False)
-        self.parameters = list(self.model.parameters())
-        kind = kind_of_optimiser(spec)
-        self.optimiser: Optimiser = kind.make(kind.groups(self.model, spec), device)
         self._is_captured = capture and why_alone(spec) is None and torch.device(device).type == "cuda"
-        self._device_step = DeviceStep(self._is_captured)
+        self._begin_optimiser()
+        self._bond_steps = range(0) if spec.bonds is None else spec.bonds.steps(protocol.steps)
+        self._bond_windows = Windows(
+            corpus.train,
+            len(self._bond_steps) * protocol.calibration_batches,
+            protocol.batch_size,
+            context,
+            seed,
+            "bonds",
+        )
         purpose = "data" if spec.start is None else "fine-tune data"
         self.training_windows = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
         self._evaluation_steps = evaluation_steps(protocol)
@@ -120,6 +127,12 @@ class Training:
         self.seconds = 0.0
         self.failure: Diverged | None = None
         self._loss_sum, self._loss_count = 0.0, 0
+        self._most_in_chains = 0
+        self.bonds: dict[str, list[list[int]]] = {}
+        if spec.bonds is not None:
+            own = sum(chain.n_params_matrix for chain in chains_of(self.model).values())
+            self._most_in_chains = spec.bonds.max_params or own
+            self._note_bonds()
 
     def run(
         self,
@@ -156,13 +169,46 @@ class Training:
                 saved = time.monotonic()
             self.optimiser_step()
 
+    def _begin_optimiser(self, moments: Moments | None = None) -> None:
+        """Make the optimiser of the model as it is now, with these moments of its parameters."""
+        kind = kind_of_optimiser(self.spec)
+        self.parameters = list(self.model.parameters())
+        self.optimiser: Optimiser = kind.make(kind.groups(self.model, self.spec), self.device)
+        if moments:
+            begun = self.optimiser.state_dict()
+            state = {at: moments[each] for at, each in enumerate(self._in_order()) if each in moments}
+            self.optimiser.load_state_dict({"state": state, "param_groups": begun["param_groups"]})
+        self._device_step = DeviceStep(self._is_captured)
+
+    def _in_order(self) -> list[Tensor]:
+        """The parameters in the order of the optimiser's numbers."""
+        return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+
+    def _change_bonds(self) -> None:
+        """Change the bonds before the current step."""
+        assert self.spec.bonds is not None
+        n, change = self.spec.protocol.calibration_batches, self._bond_steps.index(self.step)
+        batches = [self._bond_windows.batch(change * n + index)[0].to(self.device) for index in range(n)]
+        state = self.optimiser.state_dict()["state"]
+        moments = {each: state[at] for at, each in enumerate(self._in_order()) if at in state}
+        self._begin_optimiser(change_bonds(self.model, self.spec.bonds, self._most_in_chains, batches, moments))
+        self._note_bonds()
+
+    def _note_bonds(self) -> None:
+        for name, bonds in bonds_of(self.model).items():
+            noted = self.bonds.setdefault(name, [])
+            if not noted or noted[-1][1:] != bonds:
+                noted.append([self.step, *bonds])
+
     @property
     def evaluation_is_due(self) -> bool:
         """Whether the model is to be evaluated at this step and has not been yet."""
         return self.step in self._evaluation_steps and (not self.curve or self.curve[-1]["step"] < self.step)
 
     def optimiser_step(self) -> None:
-        """Draw the step's batch and update the parameters once."""
+        """Draw the step's batch and update the parameters once; before it, change the bonds if they are to change."""
+        if self.step in self._bond_steps:
+            self._change_bonds()
         inputs, targets = self.training_windows.batch(self.step)
         values = self._device_step.gradients(self._gradients, inputs.to(self.device), targets.to(self.device))
         set_learning_rate(self.optimiser, learning_rate_at(self.step, self.spec.protocol))
@@ -254,13 +300,14 @@ class Training:
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
         names = ("step", "curve", "seconds", "_loss_sum", "_loss_count")
-        content = {name: getattr(self, name) for name in names}
+        content = {name: getattr(self, name) for name in (*names, *(("bonds",) if self.bonds else ()))}
         return tensors, content | {"failure": self.failure and [self.failure.what, self.failure.step]}
 
     def restore(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         load_weights(self.model, model)
+        self._begin_optimiser()  # the bonds, and so the parameters, may be others
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimiser."):

@@ -19,7 +19,7 @@ from analysis.runs.cache import MANIFEST, Cache
 from analysis.runs.curves import load_curves
 from analysis.runs.load import StudyAddress, load_study
 
-FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "skipped")
+FRAMES = ("trials", "seeds", "failures", "unfinished", "rel_errors", "bonds", "skipped")
 USUAL = [replace(c, unfinished=()) for c in simulated_study.configurations()]
 FOUND = [USUAL[0], USUAL[3], replace(USUAL[3], duplicate_of=1), replace(USUAL[5], seeds=(), skipped="too large")]
 

@@ -55,7 +55,7 @@ LLAMA = {
 }
 """The model of a study file: a tiny LLaMA from scratch."""
 OF_SOME = {
-    *("kept", "predicted_loss", "held_out_loss"),
+    *("kept", "predicted_loss", "held_out_loss", "n_params_end"),
     *("decode_ms", "prefill_ms", "dense_decode_ms", "dense_prefill_ms"),
 }
 USUAL_FINALS = {field.key for field in schema.FINALS} - OF_SOME
