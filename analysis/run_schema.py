@@ -188,6 +188,9 @@ PARAMS = (
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
     Field("gauge", "param", str, "gauge of the factors: free, fixed"),
     Field("bonds", "param", str, "how the bonds changed during the training; absent: they did not"),
+    Field(
+        "sweep", "param", int, "steps for each core if one core of a layer is trained at a time; absent: all at once"
+    ),
     Field("forward", "param", str, "how an MPO layer is applied: reconstruct, chain"),
     Field("optimiser", "param", str, "optimiser: adamw, muon"),
     Field("learning_rate", "param", float, "peak learning rate"),

@@ -19,6 +19,7 @@ from mpo_core.fitting.metric import Metric
 from mpo_core.fitting.whitening import Whitened, on_cores, times_sites
 from mpo_core.tensor_train.algebra import bonds_and_sizes, by_sites, orthogonalize
 from mpo_core.tensor_train.bonds import n_params, site_sizes
+from mpo_core.tensor_train.gauge_changes import GaugeChange
 
 _LEAST = 1e-3
 """Singular values below this share of a bond's largest count as that share when the gauge is chosen: its inverse must
@@ -38,6 +39,8 @@ class ChainDirections:
 
     cores: list[Tensor]
     """The same W in this gauge, float64."""
+    change: GaugeChange
+    """The change from the given cores to these."""
     losses: list[list[float]]
     """For each bond between two cores: ½ ‖·‖² in the metric of each direction, descending. With the metric "loss", it
     is the predicted rise of the loss if the direction is cut."""
@@ -69,24 +72,8 @@ class ChainDirections:
         )
         self._scales = ratios / ratios.log().mean().exp()
         self.cores = [core * scale for core, scale in zip(gauged, self._scales, strict=True)]
-        self._changes = [one[None], *_changes(before, self.cores), one[None]]
-        self._inverses = [torch.linalg.pinv(change) for change in self._changes]
+        self.change = GaugeChange(before, self.cores)
         self._chain, self._n_sites = chain, n_sites
-
-    @torch.no_grad()
-    def carried(self, tensors: Sequence[Tensor], power: int = 1) -> list[Tensor]:
-        """What the gauge makes of tensors of the cores' shapes that change as gradients do, such as moments.
-
-        With cores A_l = X_l Â_l X_{l+1}⁻¹ a gradient is X_lᵀ ∂A_l X_{l+1}⁻ᵀ. power 2: for second moments, the entries
-        of the factors are squared, as if the entries of the gradient were uncorrelated.
-        """
-        carried = []
-        for site, tensor in enumerate(tensors):
-            left, right = self._changes[site], self._inverses[site + 1]
-            if power == 2:
-                left, right = left.square(), right.square()
-            carried.append(torch.einsum("ab,aoic,dc->boid", left, tensor.double(), right))
-        return carried
 
     @torch.no_grad()
     def growth(self, gradient: Tensor, again: Tensor, most: int) -> list[Growth]:
@@ -168,17 +155,6 @@ def _right(cores: Sequence[Tensor], like: Tensor) -> Tensor:
     for core in reversed(cores):
         product = (core.reshape(-1, core.shape[3]) @ product).reshape(core.shape[0], -1)
     return product
-
-
-def _changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
-    """X of each bond between two cores, with after[l] = X_l⁻¹ before[l] X_{l+1}."""
-    own = mixed = before[0].new_ones(1, 1)
-    found = []
-    for old, new in zip(before[:-1], after[:-1], strict=True):
-        own = torch.einsum("ab,aoic,boid->cd", own, old, old)
-        mixed = torch.einsum("ab,aoic,boid->cd", mixed, old, new)
-        found.append(torch.linalg.pinv(own, hermitian=True) @ mixed)
-    return found
 
 
 # Which directions change ----------------------------------------------------------------------------------------------

@@ -248,6 +248,7 @@ def _shape(spec: TrialSpec) -> str:
     start = f"from {spec.start} ({spec.refinement})" if spec.start is not None else spec.init
     gauge = " fixed gauge" if spec.gauge == "fixed" else ""
     changing = f", bonds {spec.bonds.shown}" if spec.bonds is not None else ""
+    changing += f", one core at a time for {spec.sweep.every} steps" if spec.sweep is not None else ""
     return f"{size} {spec.factorisation}{sites}{gauge}, {start}{changing}{healed}"
 
 

@@ -158,6 +158,7 @@ def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
         "start": spec.start or "scratch",
         "heal": None if spec.heal is None else spec.heal.shown,
         "bonds": None if spec.bonds is None else spec.bonds.shown,
+        "sweep": None if spec.sweep is None else spec.sweep.every,
         "optimiser": spec.protocol.optimiser,
         "n_seeds": states.count("complete"),
         "n_failed": states.count("failed"),

@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from study.spec.bonds import Bonds
 from study.spec.heal import Heal, is_plain
+from study.spec.sweep import Sweep
 from study.spec.values import (
     Choices,
     DecayFraction,
@@ -257,12 +258,20 @@ class MPOArm(SizedArm):
         description="How the bonds change during the training, see [below](#bonds-that-change). Default: they stay.",
         exclude_if=lambda value: value is None,
     )
+    sweep: Sweep | None = Field(
+        default=None,
+        description="One core of each layer is trained at a time, see [below](#sweeps). Default: all cores at once.",
+        exclude_if=lambda value: value is None,
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> MPOArm:
         _refuse_init_beside_start(self)
-        if self.bonds is not None and "fixed" in options(self.gauge):
-            raise ValueError("`bonds` needs `gauge: free`: in the fixed gauge a direction is no part of every core")
+        for key in ("bonds", "sweep"):
+            if getattr(self, key) is not None and "fixed" in options(self.gauge):
+                raise ValueError(f"`{key}` needs `gauge: free`: it changes the gauge of the cores")
+        if self.bonds is not None and self.sweep is not None:
+            raise ValueError("`bonds` and `sweep` are not allowed together: both change the gauge of the cores")
         return self
 
 

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from analysis.run_schema import MARGINS, OBJECTIVES
 from study.errors import did_you_mean
 from study.spec.arms import BY_SIZE_FIELDS, PRETRAINED, Arm, DenseArm, MPOArm
+from study.spec.bonds import Bonds
 from study.spec.corpus import MODEL_TOKENIZER, Corpus
 from study.spec.models import HuggingFaceModel, Model, OwnModel, PicoGPTModel
 from study.spec.protocol import Protocol
@@ -196,8 +197,12 @@ class StudyConfig(Strict):
                 yield from self._problems_of_own_sizes(arm, arm.model)
             if arm.heal is not None and n_steps == 0:
                 yield f"arms[{arm.name}]: `heal` needs `steps` of at least 1: without steps nothing is trained"
-            if isinstance(arm, MPOArm) and arm.bonds is not None:
-                yield from self._problems_of_bonds(arm, n_steps)
+            if isinstance(arm, MPOArm):
+                for key in ("bonds", "sweep"):
+                    if getattr(arm, key) is not None and "muon" in options(arm.optimiser or self.protocol.optimiser):
+                        yield f"arms[{arm.name}]: `{key}` needs `optimiser: adamw`, whose moments can be carried over"
+                if arm.bonds is not None:
+                    yield from self._problems_of_bonds(arm, arm.bonds, n_steps)
             if isinstance(arm, DenseArm) and self.model.width is None:
                 for key in ("d_model", "d_ff", "init"):
                     if getattr(arm, key) is not None:
@@ -299,16 +304,13 @@ class StudyConfig(Strict):
                 f"but got {stopping.min_seeds} and {len(self.seed_list)}"
             )
 
-    def _problems_of_bonds(self, arm: MPOArm, n_steps: int) -> Iterator[str]:
-        assert arm.bonds is not None
-        if not arm.bonds.steps(n_steps):
-            last = int(arm.bonds.until * n_steps)
+    def _problems_of_bonds(self, arm: MPOArm, bonds: Bonds, n_steps: int) -> Iterator[str]:
+        if not bonds.steps(n_steps):
+            last = int(bonds.until * n_steps)
             yield (
                 f"arms[{arm.name}]: `bonds.every` must be at most {last} (`bonds.until` of {n_steps} steps), but is "
-                f"{arm.bonds.every}: the bonds would never change"
+                f"{bonds.every}: the bonds would never change"
             )
-        if "muon" in options(arm.optimiser or self.protocol.optimiser):
-            yield f"arms[{arm.name}]: `bonds` needs `optimiser: adamw`, whose moments can be carried over"
         if self.protocol.recompute:
             yield f"arms[{arm.name}]: `bonds` is not allowed with `protocol.recompute`"
         if self.protocol.calibration_batches < 2:

@@ -124,7 +124,7 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
         data.setdefault("decay", "parameter")
         data["layers"] = arm.layers
     if isinstance(arm, MPOArm):
-        data["bonds"] = arm.bonds
+        data |= {"bonds": arm.bonds, "sweep": arm.sweep}
     if isinstance(arm, KeptArm):
         data.setdefault("spread", "loss" if chosen["metric"] == "loss" else "errors")
         if arm.family == "mpo":

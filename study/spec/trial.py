@@ -17,6 +17,7 @@ from study.spec.config import StudyConfig
 from study.spec.heal import Heal, is_plain
 from study.spec.models import Model
 from study.spec.protocol import Protocol
+from study.spec.sweep import Sweep
 from study.spec.values import Name, Strict
 
 
@@ -54,6 +55,8 @@ class TrialSpec(Strict):
     """None means all layers, by cross-entropy, and is not written, like `gauge`."""
     bonds: Bonds | None = Field(default=None, exclude_if=lambda value: value is None)
     """How bonds change; None means that they stay, and is not written."""
+    sweep: Sweep | None = Field(default=None, exclude_if=lambda value: value is None)
+    """None means that all cores are trained at once, and is not written."""
 
     @field_validator("heal")
     @classmethod

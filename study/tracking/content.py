@@ -211,6 +211,7 @@ def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
         "start": spec.start or "scratch",
         "heal": None if spec.heal is None else spec.heal.shown,
         "bonds": None if spec.bonds is None else spec.bonds.shown,
+        "sweep": None if spec.sweep is None else spec.sweep.every,
         "vocab_size": record.vocab_size,
         "sites": ", ".join(sorted({str(len(bonds) - 1) for bonds in trial.shape.bonds.values()})) or None,
         "largest_bond": max((max(bonds) for bonds in trial.shape.bonds.values()), default=None),

@@ -13,7 +13,9 @@ from study.spec.bonds import Bonds
 from study.training.weights import set_bonds
 
 Moments = dict[Tensor, dict[str, Tensor]]
-"""State of an optimiser by parameter: first moments `exp_avg`, second moments `exp_avg_sq`, and numbers."""
+"""State of an optimiser by parameter: the moments of `MOMENTS`, and numbers."""
+MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
+"""The moments of AdamW by name: the power of the gradient of which each is a mean."""
 
 
 def chains_of(model: nn.Module) -> dict[str, mpo_core.MPOLinear]:
@@ -119,8 +121,8 @@ def _changed(
             core = torch.cat([core, core.new_full((grown[site], *core.shape[1:]), filled)])
         return core
 
-    carried = {key: directions.carried([moments[core][key] for core in layer.cores], power)
-               for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)) if layer.cores[0] in moments}  # fmt: skip
+    carried = {key: directions.change.carried([moments[core][key] for core in layer.cores], power)
+               for key, power in MOMENTS.items() if layer.cores[0] in moments}  # fmt: skip
     of_cores: Moments = {}
     for site, (old, core) in enumerate(zip(layer.cores, new.cores, strict=True)):
         columns = growths[site].columns[: kept[site], ..., : grown[site + 1]] if grown[site + 1] else None

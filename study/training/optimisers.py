@@ -65,6 +65,8 @@ def why_alone(spec: TrialSpec) -> str | None:
         return "`keep`, which gives each seed layers of its own sizes"
     if spec.bonds is not None:
         return "`bonds`, which change the layers of each seed in its own way"
+    if spec.sweep is not None:
+        return "`sweep`, which trains some of the cores at a time"
     if spec.protocol.recompute:
         return "protocol.recompute"
     if spec.heal is not None and spec.heal.loss == "distillation":  # every seed has a teacher of its own

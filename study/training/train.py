@@ -30,6 +30,7 @@ from study.training.optimisers import Optimiser, kind_of_optimiser, set_learning
 from study.training.precision import logits_in, products_in
 from study.training.randomness import generator
 from study.training.schedules import learning_rate_at
+from study.training.sweeps import move_centres, train_one_core
 from study.training.weights import load_weights, weights_of
 from study.training.windows import Windows, consecutive_windows
 
@@ -184,14 +185,18 @@ class Training:
         """The parameters in the order of the optimiser's numbers."""
         return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
 
+    def _moments(self) -> Moments:
+        """The optimiser's state of each parameter that it has one of; the tensors are its own."""
+        state = self.optimiser.state_dict()["state"]
+        return {each: state[at] for at, each in enumerate(self._in_order()) if at in state}
+
     def _change_bonds(self) -> None:
         """Change the bonds before the current step."""
         assert self.spec.bonds is not None
         n, change = self.spec.protocol.calibration_batches, self._bond_steps.index(self.step)
         batches = [self._bond_windows.batch(change * n + index)[0].to(self.device) for index in range(n)]
-        state = self.optimiser.state_dict()["state"]
-        moments = {each: state[at] for at, each in enumerate(self._in_order()) if at in state}
-        self._begin_optimiser(change_bonds(self.model, self.spec.bonds, self._most_in_chains, batches, moments))
+        most, moments = self._most_in_chains, self._moments()
+        self._begin_optimiser(change_bonds(self.model, self.spec.bonds, most, batches, moments))
         self._note_bonds()
 
     def _note_bonds(self) -> None:
@@ -206,9 +211,14 @@ class Training:
         return self.step in self._evaluation_steps and (not self.curve or self.curve[-1]["step"] < self.step)
 
     def optimiser_step(self) -> None:
-        """Draw the step's batch and update the parameters once; before it, change the bonds if they are to change."""
+        """Draw the step's batch and update the parameters once; before it, change bonds or cores whose turn it is."""
         if self.step in self._bond_steps:
             self._change_bonds()
+        if (sweep := self.spec.sweep) is not None:
+            if self.step % sweep.every == 0:
+                move_centres(self.model, sweep, self.step, self._moments())
+                self._device_step = DeviceStep(self._is_captured)
+            train_one_core(self.model, sweep, self.step)
         inputs, targets = self.training_windows.batch(self.step)
         values = self._device_step.gradients(self._gradients, inputs.to(self.device), targets.to(self.device))
         set_learning_rate(self.optimiser, learning_rate_at(self.step, self.spec.protocol))

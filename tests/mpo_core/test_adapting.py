@@ -48,7 +48,7 @@ def test_gauge_keeps_the_matrix_and_carries_gradients(d_out, d_in, has_metric):
         cores = [core.clone().requires_grad_() for core in cores]
         return torch.autograd.grad((contract(cores) * G).sum(), cores)
 
-    torch.testing.assert_close(found.carried(gradients(cores)), list(gradients(found.cores)))
+    torch.testing.assert_close(found.change.carried(gradients(cores)), list(gradients(found.cores)))
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), SIZES)
