@@ -187,6 +187,7 @@ PARAMS = (
     Field("lr_rule", "param", str, "learning rates of the cores: uniform, mup"),
     Field("decay", "param", str, "what weight decay shrinks: each parameter, or the matrix"),
     Field("gauge", "param", str, "gauge of the factors: free, fixed"),
+    Field("options", "param", str, "options of the kind of layer"),
     Field("bonds", "param", str, "how the bonds changed during the training; absent: they did not"),
     Field(
         "sweep", "param", int, "steps for each core if one core of a layer is trained at a time; absent: all at once"

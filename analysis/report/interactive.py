@@ -34,7 +34,7 @@ _SYMBOLS = {
 _FACTORS = (
     *("family", "start", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
     *("gauge", "forward", "precision", "d_model", "learning_rate", "embedding_learning_rate", "steps"),
-    *("optimiser", "schedule", "heal", "bonds", "sweep"),
+    *("optimiser", "schedule", "heal", "options", "bonds", "sweep"),
 )
 _LOGARITHMIC = ("learning_rate", "embedding_learning_rate", "n_params")
 _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, sans-serif"

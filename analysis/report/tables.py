@@ -240,7 +240,7 @@ def arms_table(summary: pd.DataFrame) -> Table:
 
 _TRAINED_WITH = (
     *("family", "start", "init", "refinement", "keep", "metric", "spread", "narrow", "layers", "gauge", "lr_rule"),
-    *("decay", "factorisation", "sites", "precision", "heal", "bonds", "sweep"),
+    *("decay", "factorisation", "sites", "precision", "heal", "options", "bonds", "sweep"),
     *("learning_rate", "embedding_learning_rate", "steps", "warmup_steps", "batch_size", "context", "weight_decay"),
     *("model", "tokenizer", "optimiser", "schedule", "d_model", "tuning_trials", "tuned_among"),
 )

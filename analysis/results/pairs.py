@@ -27,7 +27,7 @@ Known = dict[str, Any]
 """A trial: a dict with the keys `KNOWN`."""
 _TRAINED = (
     *("budget_hash", "learning_rate", "own_embedding_rate", "lr_rule", "decay", "gauge", "factorisation", "n_sites"),
-    *("optimiser", "metric", "spread", "narrow", "heal", "bonds", "sweep"),
+    *("optimiser", "metric", "spread", "narrow", "heal", "options", "bonds", "sweep"),
 )
 KNOWN = (
     *(
@@ -46,7 +46,19 @@ KNOWN = (
         "n_seeds",
     ),
     *("n_failed", "stopped", "budget_hash", "learning_rate", "embedding_learning_rate", "lr_rule", "decay"),
-    *("gauge", "factorisation", "n_sites", "optimiser", "metric", "spread", "narrow", "heal", "bonds", "sweep"),
+    *(
+        "gauge",
+        "factorisation",
+        "n_sites",
+        "optimiser",
+        "metric",
+        "spread",
+        "narrow",
+        "heal",
+        "options",
+        "bonds",
+        "sweep",
+    ),
     "resized",
 )
 """Properties of a trial that determine its pairs, by their names in runs."""

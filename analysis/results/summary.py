@@ -192,7 +192,7 @@ def _scientific(value: float) -> str:
 _NAMED = {
     "d_model": "d_model={}".format, "n_layers": "{} layers".format, "d_ff": "d_ff={}".format,
     "n_sites": "L={}".format, "factorisation": str, "init": str,
-    "refinement": str, "heal": str, "bonds": str, "sweep": "sweep every {}".format,
+    "refinement": str, "heal": str, "options": str, "bonds": str, "sweep": "sweep every {}".format,
     "learning_rate": lambda value: f"lr {_scientific(value)}", "lr_rule": "{} rates".format,
     "optimiser": str, "embedding_learning_rate": lambda value: f"embeddings {_scientific(value)}",
     "metric": "{} metric".format, "spread": "{} spread".format, "narrow": lambda value: "narrow" * (value == "True"),

@@ -241,15 +241,17 @@ def _shape(spec: TrialSpec) -> str:
         return size + (f", from {spec.start}" if spec.start is not None else "") + healed
     if spec.keep is not None:
         narrow, gauge = (" fewer hidden units" if spec.narrow else "", " fixed gauge" if spec.gauge == "fixed" else "")
-        of = f"{spec.family}, {spec.size}, {spec.metric}, {spec.spread}{gauge}{narrow}"
+        own = f", {spec.options_shown}" if spec.options is not None else ""
+        of = f"{spec.family}, {spec.size}{own}, {spec.metric}, {spec.spread}{gauge}{narrow}"
         return f"{of}, from {spec.start}{healed}"
+    own = f" {spec.options_shown}" if spec.options is not None else ""
     sites = f" L={spec.n_sites}" if spec.n_sites is not None else ""
     size = f"χ={spec.chi}" if spec.family == "mpo" else f"{spec.family} as χ={spec.as_chi}"
     start = f"from {spec.start} ({spec.refinement})" if spec.start is not None else spec.init
     gauge = " fixed gauge" if spec.gauge == "fixed" else ""
     changing = f", bonds {spec.bonds.shown}" if spec.bonds is not None else ""
     changing += f", one core at a time for {spec.sweep.every} steps" if spec.sweep is not None else ""
-    return f"{size} {spec.factorisation}{sites}{gauge}, {start}{changing}{healed}"
+    return f"{size} {spec.factorisation}{sites}{own}{gauge}, {start}{changing}{healed}"
 
 
 def _note(trial: Trial) -> str:

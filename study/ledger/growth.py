@@ -157,6 +157,7 @@ def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
         "family_label": trial.shape.label,
         "start": spec.start or "scratch",
         "heal": None if spec.heal is None else spec.heal.shown,
+        "options": spec.options_shown,
         "bonds": None if spec.bonds is None else spec.bonds.shown,
         "sweep": None if spec.sweep is None else spec.sweep.every,
         "optimiser": spec.protocol.optimiser,

@@ -201,7 +201,7 @@ class CompressedArm(_Arm):
         description="`fixed`: χ rows of every factor but the last are those of the identity; they are neither stored "
         "nor trained. This saves χ² parameters for each bond (χ is the rank in low_rank). A fresh layer of the same χ "
         "has the same W in both gauges, up to rounding. Default: `free`. Only some families have it, see "
-        "[below](#inits-and-gauges).",
+        "[below](#inits-gauges-and-options).",
         exclude_if=lambda value: value is None,  # a file without it is recorded as it was before there were gauges
     )
     layers: (
@@ -210,6 +210,13 @@ class CompressedArm(_Arm):
         default=None,
         description="Which linear layers are replaced: patterns of their names, such as `model.layers.*`. Default: "
         "all of PicoGPT; all but the head of other models.",
+        exclude_if=lambda value: value is None,
+    )
+
+    options: dict[Name, bool | int | float | str | tuple[int, ...]] | None = Field(
+        default=None,
+        description="Options of the kind of layer, such as `{n_sites: 6}` of a `tree` or `{n_blocks: 8}` of `monarch`. "
+        "They are those of the class in `mpo_core`, see [below](#inits-gauges-and-options). Not for `mpo`.",
         exclude_if=lambda value: value is None,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from study.errors import StudyError, did_you_mean
 from study.spec.arms import AUTO, ControlArm, DenseArm, KeptArm, MPOArm
@@ -39,6 +40,13 @@ def inits(family: str) -> tuple[str, ...]:
     return (*own, DECOMPOSED) if family == "mpo" else own
 
 
+def own_options(family: str) -> list[str]:
+    """The keys that `options` of an arm of that family may have; an MPO has keys of the arm instead."""
+    from mpo_core import kind_called
+
+    return [] if family in ("mpo", AUTO) else sorted(kind_called(family).option_names() - {"gauge", "max_steps"})
+
+
 def families_with_gauge() -> list[str]:
     """The families whose kind of layer has the option `gauge`."""
     from mpo_core import kinds
@@ -62,8 +70,18 @@ def _problems_of_options(arm: MPOArm | ControlArm | KeptArm) -> Iterator[str]:
         for init in options(arm.init):
             if init not in allowed:
                 yield f"arms[{arm.name}].init: {_must_be(allowed, init)}"
+    if arm.options is not None:
+        yield from _problems_of_own_options(arm.name, arm.family, arm.options)
     if arm.gauge is not None and arm.family not in (families := [*families_with_gauge(), AUTO]):
         yield f"arms[{arm.name}].gauge: family {arm.family} does not have it; families that do: {', '.join(families)}"
+
+
+def _problems_of_own_options(arm: str, family: str, given: Mapping[str, Any]) -> Iterator[str]:
+    known = own_options(family)
+    for key in given:
+        if key not in known:
+            has = f"its options: {', '.join(known)}" if known else "it has no `options`"
+            yield f"arms[{arm}].options: family {family} does not have {json.dumps(key)}; {has}"
 
 
 def _must_be(allowed: Sequence[str], given: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -15,7 +15,7 @@ from analysis.report.places import fill_place
 from mpo_core import kinds
 from study.spec.arms import ARMS
 from study.spec.config import StudyConfig
-from study.spec.kinds import families_with_gauge, inits
+from study.spec.kinds import families_with_gauge, inits, own_options
 from study.spec.models import MODELS
 from study.spec.values import Choices, Range
 
@@ -48,14 +48,23 @@ def keys() -> str:
         families = [name] if name != "control" else [kind for kind in shipped if kind != "mpo"]
         heading = "Any family with `keep`" if name == "kept" else f"`family: {'`, `'.join(families)}`"
         lines += ["", f"### {heading}", "", _summary(arm), "", *_table(arm)]
-    lines += ["", "### Inits and gauges", "", "| family | `init` of an arm from scratch | `gauge` |"]
-    lines.append("| --- | --- | --- |")
+    lines += [
+        "",
+        "### Inits, gauges and options",
+        "",
+        "| family | `init` of an arm from scratch | `gauge` | `options` |",
+    ]
+    lines.append("| --- | --- | --- | --- |")
     gauges = dict.fromkeys(families_with_gauge(), "`free`, `fixed`")
     lines += [
-        f"| `{family}` | {', '.join(f'`{init}`' for init in inits(family))} | {gauges.get(family, '–')} |"
+        f"| `{family}` | {_code(inits(family))} | {gauges.get(family, '–')} | {_code(own_options(family)) or '–'} |"
         for family in shipped
     ]
     return "\n".join(lines) + "\n"
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def write(folder: str | Path) -> None:

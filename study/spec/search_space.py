@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -122,7 +123,7 @@ def resolve(config: StudyConfig, arm: Arm, chosen: dict[str, Any]) -> TrialSpec:
     if isinstance(arm, CompressedArm):
         data.setdefault("lr_rule", "uniform")
         data.setdefault("decay", "parameter")
-        data["layers"] = arm.layers
+        data |= {"layers": arm.layers, "options": json.dumps(arm.options, sort_keys=True) if arm.options else None}
     if isinstance(arm, MPOArm):
         data |= {"bonds": arm.bonds, "sweep": arm.sweep}
     if isinstance(arm, KeptArm):

@@ -46,6 +46,8 @@ class TrialSpec(Strict):
     """Settings of the study's model that a dense arm changes, as text."""
     layers: tuple[str, ...] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Patterns of the layers that are replaced; None means the model's usual ones."""
+    options: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Options of the kind of layer, as JSON; `kind_options` has them."""
     keep: float | None = Field(default=None, exclude_if=lambda value: value is None)
     metric: Literal["weights", "outputs", "loss"] | None = Field(default=None, exclude_if=lambda value: value is None)
     spread: Literal["loss", "errors", "even"] | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -67,6 +69,16 @@ class TrialSpec(Strict):
     def start_arm(self) -> str | None:
         """The arm that this trial waits for."""
         return None if self.start == PRETRAINED else self.start
+
+    @property
+    def kind_options(self) -> dict[str, Any]:
+        """The options of the kind of layer, by name."""
+        return json.loads(self.options) if self.options else {}
+
+    @property
+    def options_shown(self) -> str | None:
+        """Those options in words, such as "n_sites=6"; None without any."""
+        return ", ".join(f"{key}={value}" for key, value in self.kind_options.items()) or None
 
     @property
     def size(self) -> str | None:

@@ -210,6 +210,7 @@ def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
         "family_label": trial.shape.label,
         "start": spec.start or "scratch",
         "heal": None if spec.heal is None else spec.heal.shown,
+        "options": spec.options_shown,
         "bonds": None if spec.bonds is None else spec.bonds.shown,
         "sweep": None if spec.sweep is None else spec.sweep.every,
         "vocab_size": record.vocab_size,

@@ -73,6 +73,7 @@ def build_model(
             generator_for=generator_for,
             statistics=statistics,
             **gauge,
+            **spec.kind_options,
         )
     return mpo_core.compress(
         model,
@@ -169,6 +170,7 @@ def _options(spec: TrialSpec) -> dict[str, Any]:
     given = {key: getattr(spec, key) for key in ("gauge", "forward", "n_sites", "factorisation")}
     if _is_chosen(spec):  # chains only, and each split has its own sites
         given = {"gauge": spec.gauge}
+    given |= spec.kind_options
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -233,7 +235,7 @@ def _sizes_as_mpo(spec: TrialSpec, vocab_size: int) -> dict[str, int]:
 
     The MPO is in the free gauge, whatever the spec's own gauge, so that controls of both gauges have the same limit.
     """
-    changes = {"family": "mpo", "chi": spec.as_chi, "init": "variance", "start": None, "gauge": None}
+    changes = {"family": "mpo", "chi": spec.as_chi, "init": "variance", "start": None, "gauge": None, "options": None}
     as_mpo = spec.model_copy(update=changes)
     _, report = build_model(as_mpo, vocab_size, None)
     assert report is not None

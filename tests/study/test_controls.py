@@ -24,11 +24,13 @@ from study.training.train import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore::DeprecationWarning")
 
-FAMILIES = ("low_rank", "monarch", "pruned")
+FAMILIES = ("low_rank", "monarch", "pruned", "tree", "block_train")
 LAYERS = {
     "low_rank": mpo_core.LowRankLinear,
     "monarch": mpo_core.MonarchLinear,
     "pruned": mpo_core.PrunedLinear,
+    "tree": mpo_core.TreeLinear,
+    "block_train": mpo_core.BlockTrainLinear,
 }
 WIDE = {"d_model": 16, "n_heads": 2, "n_layers": 1, "context": 8}
 
@@ -44,6 +46,21 @@ def matrices(model):
 
 def built(spec, corpus, seed=0):
     return build_model(spec, corpus.vocab_size, partial(generator, seed, "init"))[0]
+
+
+def test_options_of_the_kind_are_those_of_its_layers_and_another_trial(spec_of, corpus):
+    plain = spec_of(model=WIDE, family="tree", as_chi=4)
+    deep = spec_of(model=WIDE, family="tree", as_chi=4, options={"n_sites": 2, "forward": "chain"})
+    layers = [layer for layer in built(deep, corpus).modules() if isinstance(layer, mpo_core.TreeLinear)]
+    assert layers
+    assert {(len(layer.d_out), layer.forward_mode) for layer in layers} == {(2, "chain")}
+    shapes = [trial_shape(spec, corpus.vocab_size, len(corpus.validation), spec.model) for spec in (plain, deep)]
+    assert shapes[0].identity != shapes[1].identity
+    assert deep.options_shown == "forward=chain, n_sites=2"
+    with pytest.raises(StudyError, match=r"arms\[mpo\]: .*`1 <= n_sites <= 6` must hold"):
+        trial_shape(
+            spec_of(model=WIDE, family="tree", as_chi=4, options={"n_sites": 9}), corpus.vocab_size, 100, plain.model
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
