@@ -120,25 +120,33 @@ def flops_per_token(model: nn.Module, context: int) -> int:
     """Forward FLOPs per token at sequence length `context`, one multiply-add counted as two.
 
     Every linear map counts 2 · out_features · in_features. This includes MPO layers, because they apply their
-    reconstructed W. Other structured layers count as they are applied. `other_flops_per_token` is added. Embedding,
-    norms, softmax, activations and biases are left out. So is reconstruction, which does not depend on the number of
-    tokens: see `reconstruct_flops`.
+    reconstructed W. Other structured layers count as they are applied to one token. `other_flops_per_token` is added.
+    Embedding, norms, softmax, activations and biases are left out. So is reconstruction, which does not depend on the
+    number of tokens: see `reconstruct_flops`.
     """
     linear = 0
     for module in model.modules():
         if isinstance(module, MPOLinear):
             linear += 2 * module.out_features * module.in_features
         elif isinstance(module, StructuredLinear):
-            linear += module.flops(1)
+            linear += module.flops(1) - module.flops(0)
         elif is_dense(module):
             linear += 2 * math.prod(shape_of(module))
     return linear + other_flops_per_token(model, context)
 
 
 def reconstruct_flops(model: nn.Module) -> int:
-    """FLOPs per forward, for any batch, to reconstruct W of every MPOLinear in the order that `contract` uses."""
-    layers = [module for module in model.modules() if isinstance(module, MPOLinear)]
-    return sum(2 * contraction_order(layer.bonds, layer.d_out, layer.d_in)[1] for layer in layers)
+    """FLOPs per forward, for any batch, to reconstruct W of every MPOLinear in the order that `contract` uses.
+
+    Other structured layers count what they form before they are applied, such as the halves of a tree.
+    """
+    return sum(
+        2 * contraction_order(layer.bonds, layer.d_out, layer.d_in)[1]
+        if isinstance(layer, MPOLinear)
+        else layer.flops(0)
+        for layer in model.modules()
+        if isinstance(layer, StructuredLinear)
+    )
 
 
 def draw_parameters(model: nn.Module, generator_for: Callable[[str], torch.Generator], init: str | None = None) -> None:

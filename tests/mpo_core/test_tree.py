@@ -8,6 +8,7 @@ import pytest
 import torch
 from structured_linear_case import StructuredLinearTestCase, make_linear, metric_of, normal, seeded
 
+import mpo_core
 from mpo_core.fitting.tree_fit import centred, squared_tails
 from mpo_core.layers.mpo import MPOLinear
 from mpo_core.layers.tree import TreeLinear
@@ -135,6 +136,17 @@ def test_fit_in_a_metric_is_no_worse_than_a_chain_of_as_many_parameters_allows()
         start = TreeLinear.from_linear(linear, chi=chi, metric=metric, max_steps=0)
         fitted = TreeLinear.from_linear(linear, chi=chi, metric=metric)
         assert fitted.error(linear.weight, metric) < start.error(linear.weight, metric)
+
+
+@pytest.mark.parametrize("forward", ["reconstruct", "chain"])
+def test_flops_are_those_of_forming_and_of_each_token(forward):
+    layer = TreeLinear(36, 24, chi=4, forward=forward)
+    assert layer.flops(0) > 0
+    assert layer.flops(3) == layer.flops(0) + 3 * (layer.flops(1) - layer.flops(0))
+    model = torch.nn.Sequential(layer)
+    assert mpo_core.reconstruct_flops(model) == layer.flops(0)
+    if forward == "reconstruct":
+        assert mpo_core.flops_per_token(model, 8) == 2 * 36 * 24
 
 
 @pytest.mark.parametrize("power", [-900, 900])
