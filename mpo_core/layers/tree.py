@@ -98,7 +98,7 @@ class TreeLinear(StructuredLinear, kind="tree"):
         if factorisation == "min_params":
             raise ValueError("`factorisation` must be one of paper, balanced, but got 'min_params'")
         how = {"d_out": d_out, "d_in": d_in, "factorisation": factorisation}
-        n_sites = n_sites or (4 if d_out is None and factorisation != "paper" else None)
+        n_sites = 4 if n_sites is None and d_out is None and factorisation != "paper" else n_sites
         self.d_out, self.d_in = splitter(out_features, in_features, n_sites=n_sites, **how)(1)
         sizes = site_sizes(self.d_out, self.d_in)
         largest = max(clip_ranks(math.prod(sizes), self.d_out, self.d_in))

@@ -124,6 +124,7 @@ def _largest(config: StudyConfig) -> Iterator[tuple[str, TrialSpec]]:
     kinds: dict[Any, tuple[str, TrialSpec]] = {}
     for what, spec in named:
         how = (spec.refinement, spec.metric, spec.heal, spec.forward, spec.protocol.optimiser)
+        how += (spec.options, spec.bonds is None)
         sizes = spec.model if spec.model.width is None else None  # whose largest is not known by one number
         kind = (spec.family, sizes, spec.start, spec.keep is None, *how)
         if kind not in kinds or _size(spec) > _size(kinds[kind][1]):

@@ -92,13 +92,13 @@ def plan(config: StudyConfig, corpus: Corpus) -> Plan:
     optimiser steps. A searched space is estimated from `N_DRAWS` draws, however large it is.
     """
     corpus.check_context(config.model.context)
-    rates: dict[tuple[str, bool, Model, str, Heal | None], float] = {}
+    rates: dict[tuple[str, bool, Model, str, Heal | None, str | None], float] = {}
 
     def shape_of(spec: TrialSpec) -> TrialShape:
         return trial_shape(spec, corpus.vocab_size, len(corpus.validation), config.model, config.bits)
 
     def planned(spec: TrialSpec, shape: TrialShape) -> PlannedTrial:
-        kind = (spec.family, spec.keep is None, spec.model, spec.protocol.optimiser, spec.heal)
+        kind = (spec.family, spec.keep is None, spec.model, spec.protocol.optimiser, spec.heal, spec.options)
         if kind not in rates:
             rates[kind] = _measured_rate(spec, shape, corpus, config.execution.cpus)
         return PlannedTrial(spec, shape, shape.flops / rates[kind])

@@ -201,6 +201,11 @@ class StudyConfig(Strict):
                 for key in ("bonds", "sweep"):
                     if getattr(arm, key) is not None and "muon" in options(arm.optimiser or self.protocol.optimiser):
                         yield f"arms[{arm.name}]: `{key}` needs `optimiser: adamw`, whose moments can be carried over"
+                if arm.sweep is not None and arm.sweep.every >= n_steps:
+                    yield (
+                        f"arms[{arm.name}]: `sweep.every` must be below {n_steps}, the arm's steps, but is "
+                        f"{arm.sweep.every}: only the first core would be trained"
+                    )
                 if arm.bonds is not None:
                     yield from self._problems_of_bonds(arm, arm.bonds, n_steps)
             if isinstance(arm, DenseArm) and self.model.width is None:
@@ -306,7 +311,7 @@ class StudyConfig(Strict):
 
     def _problems_of_bonds(self, arm: MPOArm, bonds: Bonds, n_steps: int) -> Iterator[str]:
         if not bonds.steps(n_steps):
-            last = int(bonds.until * n_steps)
+            last = min(round(bonds.until * n_steps), n_steps - 1)
             yield (
                 f"arms[{arm.name}]: `bonds.every` must be at most {last} (`bonds.until` of {n_steps} steps), but is "
                 f"{bonds.every}: the bonds would never change"

@@ -89,7 +89,9 @@ class Protocol(Strict):
         default=8, description="Sequences in each of those batches."
     )
     calibration_batches: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        default=8, description="Training batches over which `refinement: whitened` and `als` fit a layer's outputs."
+        default=8,
+        description="Training batches over which `refinement: whitened` and `als` fit a layer's outputs, on which "
+        "statistics for `keep` are collected, and on which each change of `bonds` is measured.",
     )
 
     @model_validator(mode="after")

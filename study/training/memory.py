@@ -43,6 +43,7 @@ def unit_bytes(spec: TrialSpec, vocab_size: int, n_seeds: int = 1) -> int:
     - the start: the dense model, its weights as read, the statistics of the calibration, and a decomposition;
     - a step: gradients, the optimiser's moments, and the activations of one of the step's parts, or a copy of the state
       for a checkpoint;
+    - a change of bonds: a dense model, its gradients twice, its statistics, and the moments again;
     - an evaluation: the logits of its batch.
 
     The text is left out. So is what libraries use besides tensors.
@@ -68,6 +69,8 @@ def unit_bytes(spec: TrialSpec, vocab_size: int, n_seeds: int = 1) -> int:
         # A checkpoint copies weights and moments.
         peaks += [state + moments + round(heap * step), state + gradients + moments + own + moments]
         state += gradients + moments
+        if spec.bonds is not None:
+            peaks.append(state + moments + _change_bytes(model, dense) + round(heap * step))
     peaks.append(state + round(heap * _peak_of_an_evaluation(spec, model, vocab_size)))
     process = PROCESS_BYTES + LIBRARY_BYTES * (spec.model.architecture == "huggingface")
     return process + n_seeds * max(peaks)
@@ -87,6 +90,13 @@ def _moment_bytes(spec: TrialSpec, model: nn.Module) -> int:
     """Muon has one moment of a matrix, AdamW two of every parameter."""
     groups = kind_of_optimiser(spec).groups(model, spec)
     return sum(_size(each) * (1 if "shapes" in group else 2) for group in groups for each in group["params"])
+
+
+def _change_bytes(model: nn.Module, dense: nn.Module) -> int:
+    """Bytes of the tensors by which a change of bonds is measured, besides activations."""
+    layers = [module for module in model.modules() if isinstance(module, mpo_core.MPOLinear)]
+    moments = sum(layer.in_features**2 + layer.out_features**2 for layer in layers)
+    return 3 * _n_bytes(dense) + _FLOAT64 * moments
 
 
 def _start_bytes(spec: TrialSpec, model: nn.Module, dense: nn.Module) -> int:

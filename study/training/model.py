@@ -17,7 +17,7 @@ from study.spec.config import BITS, StudyConfig
 from study.spec.kinds import DECOMPOSED
 from study.spec.models import MAX_PARAMS, Model, with_checksum, with_settings
 from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
-from study.training.bonds import room_to_grow
+from study.training.bonds import check_chains, room_to_grow
 from study.training.calibration import shared_statistics
 from study.training.healing import freeze_unhealed, is_distilled
 from study.training.weights import load_weights
@@ -262,8 +262,13 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         if spec.keep is not None and (spec.spread != "even" or _is_chosen(spec)):
             n_left_out = _n_left_out(spec, dense) + n_index_bits // BITS
         counts = [count(dense if n_left_out else model) - n_left_out for count in _COUNTS]
-        if spec.bonds is not None and spec.bonds.max_params is not None:
-            counts = [count + room_to_grow(model, spec.bonds.max_params) for count in counts]
+        for key in ("bonds", "sweep"):
+            if getattr(spec, key) is not None:
+                check_chains(model, key)
+        if spec.bonds is not None:
+            flops += _change_flops(spec, dense)
+            if spec.bonds.max_params is not None:
+                counts = [count + room_to_grow(model, spec.bonds.max_params) for count in counts]
         freeze_unhealed(model, spec)  # only to know that it can be done; frozen parameters have been counted
     except ValueError as error:  # for example: the smallest layer of a control's kind is larger than the MPO's
         raise StudyError(f"arms[{spec.arm}]: {error}") from None
@@ -277,7 +282,7 @@ def trial_shape(spec: TrialSpec, vocab_size: int, n_validation: int, reference: 
         n_params_dense=mpo_core.n_params(dense),
         bonds={row.name: row.bonds for row in rows if is_mpo},
         label=spec.family if spec.family in ("dense", AUTO) else mpo_core.kind_called(spec.family).label,
-        identity=_identity(spec, layers, has_gauge),
+        identity=_identity(spec, layers, has_gauge, _own_options(spec, model)),
         step_flops=step_flops,
         flops=flops,
         vocab_size=vocab_size,
@@ -307,14 +312,25 @@ def _n_left_out(spec: TrialSpec, dense: nn.Module) -> int:
     return n_replaced - int(spec.keep * n_replaced)
 
 
-def _identity(spec: TrialSpec, layers: list[Any], has_gauge: bool) -> str:
-    """Hash, equal for two specs exactly if they train the same model in the same way.
+def _own_options(spec: TrialSpec, model: nn.Module) -> list[Any]:
+    """The options that every layer has in effect, if the spec gives any."""
+    if not spec.kind_options:
+        return []
+    layers = [layer for layer in model.modules() if isinstance(layer, mpo_core.StructuredLinear)]
+    return [layer.options() for layer in layers]
+
+
+def _identity(spec: TrialSpec, layers: list[Any], has_gauge: bool, options: list[Any]) -> str:
+    """Hash, equal for two specs exactly if they train the same model in the same way; except that a spec which gives an
+    option its default value has another one.
 
     Args:
-        has_gauge: whether the gauge changes any layer.
+        has_gauge: whether the gauge changes any layer. options: `_own_options`.
     """
     by_shape = {"chi", "as_chi", "n_sites", "factorisation"} if spec.keep is None else set()
-    essence = spec.model_dump(mode="json", exclude={"arm", "layers", "gauge", "resized", *by_shape})
+    essence = spec.model_dump(mode="json", exclude={"arm", "layers", "gauge", "resized", "options", *by_shape})
+    if options:
+        essence["options"] = options
     if has_gauge and spec.gauge == "fixed":  # the free gauge is left out: it was the only one at first
         essence["gauge"] = spec.gauge
     essence["layers"] = layers
@@ -340,6 +356,14 @@ def _step_flops(spec: TrialSpec, model: nn.Module, teacher: nn.Module) -> float:
     n_passes = 4 if spec.protocol.recompute else 3
     flops = n_passes * _forward_flops(spec, model, tokens)
     return flops + (mpo_core.flops_per_token(teacher, spec.model.context) * tokens if is_distilled(spec) else 0)
+
+
+def _change_flops(spec: TrialSpec, dense: nn.Module) -> float:
+    """FLOPs of measuring the prices of directions: statistics and gradients, each by a pass forward and back."""
+    assert spec.bonds is not None
+    protocol = spec.protocol
+    n_tokens = len(spec.bonds.steps(protocol.steps)) * protocol.calibration_batches * protocol.batch_size
+    return 2 * 3 * n_tokens * spec.model.context * mpo_core.flops_per_token(dense, spec.model.context)
 
 
 def _forward_flops(spec: TrialSpec, model: nn.Module, n_tokens: int) -> float:

@@ -112,7 +112,8 @@ def _groups(model: nn.Module, spec: TrialSpec, embedding_lr: float | None) -> li
         protocol.learning_rate,
         rule=spec.lr_rule or "uniform",
         weight_decay=protocol.weight_decay,
-        decay=spec.decay or "parameter",
+        # In a sweep the core whose turn it is has all of W's decay: the others, being isometries, have none.
+        decay="parameter" if spec.sweep is not None else spec.decay or "parameter",
         embedding_lr=embedding_lr,
     )
     return [group | {"betas": protocol.betas} for group in groups]

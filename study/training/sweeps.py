@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mpo_core.tensor_train.gauge_changes import with_centre
 from study.spec.sweep import Sweep
-from study.training.bonds import MOMENTS, Moments, chains_of
+from study.training.bonds import MOMENTS, Moments, NotFinite, chains_of
 
 
 def train_one_core(model: nn.Module, sweep: Sweep, step: int) -> None:
@@ -22,9 +23,14 @@ def move_centres(model: nn.Module, sweep: Sweep, step: int, moments: Moments) ->
 
     The layer's matrix stays as it is. The moments of its cores are carried over, in place; a core that had no turn yet
     has none.
+
+    Raises:
+        NotFinite: a core is not finite.
     """
     for chain in chains_of(model).values():
         before = [core.detach().clone() for core in chain.cores]
+        if not all(torch.isfinite(core).all() for core in before):
+            raise NotFinite
         after, change = with_centre(before, sweep.site(step, chain.n_sites))
         for core, new in zip(chain.cores, after, strict=True):
             core.data.copy_(new)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import mpo_core
 from study.spec.trial import TrialSpec, evaluation_steps
-from study.training.bonds import Moments, bonds_of, chains_of, change_bonds
+from study.training.bonds import Moments, NotFinite, bonds_of, chains_of, change_bonds
 from study.training.calibration import calibration_batches
 from study.training.captured import DeviceStep
 from study.training.checkpoints import Checkpoints
@@ -196,7 +196,11 @@ class Training:
         n, change = self.spec.protocol.calibration_batches, self._bond_steps.index(self.step)
         batches = [self._bond_windows.batch(change * n + index)[0].to(self.device) for index in range(n)]
         most, moments = self._most_in_chains, self._moments()
-        self._begin_optimiser(change_bonds(self.model, self.spec.bonds, most, batches, moments))
+        try:
+            moments = change_bonds(self.model, self.spec.bonds, most, batches, moments)
+        except NotFinite:
+            raise Diverged("the loss or its gradient", self.step) from None
+        self._begin_optimiser(moments)
         self._note_bonds()
 
     def _note_bonds(self) -> None:
@@ -211,13 +215,19 @@ class Training:
         return self.step in self._evaluation_steps and (not self.curve or self.curve[-1]["step"] < self.step)
 
     def optimiser_step(self) -> None:
-        """Draw the step's batch and update the parameters once; before it, change bonds or cores whose turn it is."""
+        """Draw the step's batch and update the parameters once; before it, change bonds or cores whose turn it is.
+
+        Raises:
+            Diverged: the loss, the gradient or a core is not finite.
+        """
         if self.step in self._bond_steps:
             self._change_bonds()
         if (sweep := self.spec.sweep) is not None:
             if self.step % sweep.every == 0:
-                move_centres(self.model, sweep, self.step, self._moments())
-                self._device_step = DeviceStep(self._is_captured)
+                try:
+                    move_centres(self.model, sweep, self.step, self._moments())
+                except NotFinite:
+                    raise Diverged("a core", self.step) from None
             train_one_core(self.model, sweep, self.step)
         inputs, targets = self.training_windows.batch(self.step)
         values = self._device_step.gradients(self._gradients, inputs.to(self.device), targets.to(self.device))
@@ -316,8 +326,9 @@ class Training:
     def restore(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        load_weights(self.model, model)
-        self._begin_optimiser()  # the bonds, and so the parameters, may be others
+        load_weights(self.model, model, bonds_differ=self.spec.bonds is not None)
+        if self.spec.bonds is not None:
+            self._begin_optimiser()  # the parameters are others
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimiser."):

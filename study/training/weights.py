@@ -16,13 +16,16 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in every.items() if names.setdefault(id(tensor), name) == name}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy what `weights_of` gave into a model of the same shapes, except for the bonds of MPO layers.
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, bonds_differ: bool = False) -> None:
+    """Copy what `weights_of` gave into a model of the same shapes.
 
+    Args:
+        bonds_differ: whether MPO layers take over the bonds of the weights.
     Raises:
         RuntimeError: a tensor is missing, unknown or of another shape.
     """
-    adopt_bonds(model, weights)
+    if bonds_differ:
+        adopt_bonds(model, weights)
     names: dict[int, str] = {}
     first = {name: names.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
     tied = {name: weights[other] for name, other in first.items() if name != other and other in weights}

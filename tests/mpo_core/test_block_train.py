@@ -62,7 +62,7 @@ def test_two_sites_are_a_monarch_matrix():
 
 
 @pytest.mark.parametrize("n_sites", [2, 3, 4])
-def test_the_error_is_what_the_cuts_discard(n_sites):
+def test_the_error_falls_with_the_rank(n_sites):
     W = normal(48, 64)
     errors = [
         rel_error(W, BlockTrainLinear.from_matrix(W, rank=rank, n_sites=n_sites).to_matrix()) for rank in range(1, 7)

@@ -130,7 +130,7 @@ def test_fresh_weights_have_the_variance_of_a_dense_layer(n_sites):
     assert 96 * float(torch.stack(squares).mean()) == pytest.approx(1, abs=0.2)
 
 
-def test_fit_in_a_metric_is_no_worse_than_a_chain_of_as_many_parameters_allows():
+def test_steps_of_the_fit_lower_the_error_in_the_metric():
     linear, metric = make_linear(48, 64), metric_of(48, 64)
     for chi in (2, 4, 8):
         start = TreeLinear.from_linear(linear, chi=chi, metric=metric, max_steps=0)

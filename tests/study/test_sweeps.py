@@ -50,7 +50,7 @@ def test_one_core_of_each_layer_changes_at_a_time_and_all_else_does(swept, corpu
         assert any("embedding" in name for name in changed)
 
 
-def test_a_change_of_gauge_changes_no_output_and_carries_the_moments(swept, corpus):
+def test_a_change_of_gauge_changes_no_output_and_moments_change_with_it(swept, corpus):
     training = Training(swept(every=5), 0, corpus)
     for _ in range(7):
         training.optimiser_step()
