@@ -55,7 +55,7 @@ def sample(
     if not tokens.numel():
         raise StudyError("--prompt: the tokenizer makes no token of it; give another text")
     model, _ = build_model(spec, corpus.vocab_size, lambda name: generator(run.seed, "init", name))
-    load_weights(model, weights, bonds_differ=trial.spec.bonds is not None)
+    load_weights(model, weights, bonds_differ=spec.bonds is not None)
     drawn = mpo_core.generate(
         model, tokens, n_new, generator=generator(draw, "sample"), temperature=temperature, top_k=top_k
     )

@@ -208,7 +208,7 @@ def test_t5_reads_the_weight_of_a_layer_and_runs(activation, kind):
     )
     with torch.random.fork_rng(devices=[]):
         model = seeded(T5ForConditionalGeneration(config))
-    compressed, report = compress(model, layer=kind, keep=0.5, include=["*.wi*", "*.wo"])
+    compressed, report = compress(model, layer=kind, keep=0.5, spread="even", include=["*.wi*", "*.wo"])
     assert all(row.kind == kind for row in report.rows if row.name.endswith("wo"))
     tokens = make_tokens(2, 9)
     with torch.no_grad():
