@@ -22,6 +22,7 @@ def invoke(monkeypatch):
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_report_command_by_address_writes_and_says_what(invoke, study_dir, tmp_path):
     uri = resolve_study(study_dir).tracking_uri
     result = invoke("report", "--tracking-uri", uri, "--experiment", "tiny", "-o", tmp_path / "out")
@@ -33,6 +34,7 @@ def test_report_command_by_address_writes_and_says_what(invoke, study_dir, tmp_p
     assert max(len(line) for line in result.output.splitlines() if "wrote" not in line) <= 80
 
 
+@pytest.mark.slow
 def test_report_command_is_quiet_on_stderr_and_defaults_to_the_study_directory(tmp_path):
     """As a person runs it: another process, no environment of the tests."""
     folder = tmp_path / "study"

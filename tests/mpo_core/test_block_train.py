@@ -18,6 +18,7 @@ class TestBlockTrain(StructuredLinearTestCase):
     kind, size = BlockTrainLinear, {"rank": 1, "d_out": [2, 2, 3], "d_in": [5, 2, 2]}
 
 
+@pytest.mark.slow
 class TestOfTwoSites(StructuredLinearTestCase):
     kind, size = BlockTrainLinear, {"rank": 2, "n_sites": 2}
 

@@ -311,6 +311,7 @@ def test_decompress_brings_dense_layers_back(kind):
     assert {p.data_ptr() for p in dense.parameters()}.isdisjoint(p.data_ptr() for p in compressed.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OWN_KINDS)
 def test_compress_takes_bfloat16(kind):
     model = make_model(torch.bfloat16)

@@ -22,6 +22,7 @@ class TestTree(StructuredLinearTestCase):
     kind, size = TreeLinear, {"chi": 3, "d_out": [2, 2, 3], "d_in": [5, 2, 2]}
 
 
+@pytest.mark.slow
 class TestChainOfHalves(StructuredLinearTestCase):
     kind, size = TreeLinear, {"chi": 3, "n_sites": 4, "forward": "chain"}
 

@@ -196,7 +196,7 @@ def test_several_arms_are_chosen_between(search, sampler):
         assert {name.partition(".")[0] for name in trial.params} == {"arm", spec.arm}
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "nsga3", "gp"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "nsga3", pytest.param("gp", marks=pytest.mark.slow)])
 def test_search_repeats_itself(search, sampler):
     first, again = (run_study(search(sampler), 15, distance)[1] for _ in range(2))
     assert first == again

@@ -257,6 +257,7 @@ def end_after(n_saved, spec, corpus, folder, **options):
         train_seeds(spec, SEEDS, corpus, checkpoints=checkpoints_in(folder, Ending), checkpoint_seconds=0, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arm",
     [{}, {"chi": 3}, {"chi": 3, "start": "dense"}, {"chi": 8, "n_sites": 3, "start": "dense", "gauge": "fixed"}],

@@ -85,6 +85,7 @@ def test_study_file_without_the_new_keys_is_the_study_that_it_was(tmp_path):
 # A study of tokens ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_study_of_tokens_is_run_grown_sampled_and_selected_from(tmp_path, command):
     arms = [DENSE | {"learning_rate": [0.02, 0.001]}, MPO, TUNED | {"start": "fixed"}, DENSE | {"name": "fixed"}]
     file, folder = write_token_study(tmp_path, arms=arms, execution={"keep_weights": True}), tmp_path / "results"

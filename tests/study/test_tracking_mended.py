@@ -164,6 +164,7 @@ def deleted_failure(it):
 DELETIONS = [deleted_seed, deleted_failure]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [*CHANGES, *DELETIONS])
 def test_analysis_says_in_one_line_that_somebody_changed_a_run(tampered, change):
     change(tampered)

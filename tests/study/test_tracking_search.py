@@ -83,6 +83,7 @@ def test_published_report_is_on_the_summary_run_and_changes_nothing_else(searche
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_trial_of_a_search_that_grew_has_its_run_as_it_is_now(tmp_path):
     chi = {"name": "found", "family": "mpo", "chi": {"choices": [2, 40]}}
     file = write_search(tmp_path, arms=[DENSE, chi], seeds=1, search={"trials": 4, "max_params": 0.6})

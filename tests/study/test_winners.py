@@ -350,6 +350,7 @@ def test_frontier_of_a_search_becomes_arms_of_fixed_values(tmp_path):
     assert (outcome.n_complete, outcome.n_failed) == (5 * (len(better) + 2), 0)
 
 
+@pytest.mark.slow
 def test_what_a_search_found_is_compared_with_the_nearest_it_found_of_the_rivals(tmp_path):
     dense = {
         "name": "dense-tuned", "family": "dense",
@@ -383,6 +384,7 @@ def test_what_a_search_found_is_compared_with_the_nearest_it_found_of_the_rivals
     assert len({c.against for c in new.claims.contrasts}) > 1
 
 
+@pytest.mark.slow
 def test_what_a_search_found_is_compared_with_the_nearest_of_listed_rivals_whatever_their_caps(tmp_path):
     low_rank = {"name": "low-rank", "family": "low_rank", "as_chi": [2, 8], "init": ["variance", "svd_fresh"]}
     claims = {"contrasts": [{"arm": "found", "against": "low-rank"}]}
