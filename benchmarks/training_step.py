@@ -4,13 +4,16 @@ The dense step is compared with a plain eager loop (`benchmarks.plain_gpt`) that
 windows. Losses of the first steps must agree. It is also compared with this machine's own float32 matrix products. Its
 rate is the FLOPs of the step's matrix products over its time; the rival is the rate of the fastest square product. A
 backward pass counts as two forward passes; other operations than matrix products count no FLOPs. A step with MPO layers
-is compared with the dense step.
+is compared with the dense step. Steps with changing bonds, sweeps and deeper networks are compared with those of an MPO
+of fixed bonds and about as many parameters, on the quick study's model: `STEPS` steps together, in which bonds change
+once.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -29,6 +32,9 @@ from study.training.train import Training
 PLAIN = "PicoGPT training step against a plain eager loop"
 RATE = "PicoGPT training step against the machine's matrix products"
 MPO = "MPO training step against the dense one"
+OTHERS = "Changing bonds, sweeps and deeper networks against an MPO of fixed bonds"
+STEPS = 50
+QUICK = {"d_model": 64, "n_heads": 4, "n_layers": 2, "context": 64}
 SQUARES = (512, 1024, 2048)
 
 SHARES = "where the dense step's time goes"
@@ -55,12 +61,18 @@ LIMITS = {
 def rows() -> list[Row]:
     corpus = load_corpus()
     dense = training(corpus, family="dense")
-    return [against_plain(corpus), *against_the_machine(dense), *shares(dense), *mpo_against_dense(corpus, dense)]
+    return [
+        against_plain(corpus),
+        *against_the_machine(dense),
+        *shares(dense),
+        *mpo_against_dense(corpus, dense),
+        *others_against_fixed_bonds(corpus),
+    ]
 
 
-def training(corpus: Corpus, **family: object) -> Training:
-    protocol = Protocol(steps=100_000)
-    spec = TrialSpec.model_validate({"arm": "benchmark", "model": PicoGPTModel(), "protocol": protocol, **family})
+def training(corpus: Corpus, sizes: dict[str, int] | None = None, batch_size: int = 32, **family: object) -> Training:
+    protocol, model = Protocol(steps=100_000, batch_size=batch_size), PicoGPTModel(**(sizes or {}))
+    spec = TrialSpec.model_validate({"arm": "benchmark", "model": model, "protocol": protocol, **family})
     return Training(spec, 0, corpus)
 
 
@@ -161,6 +173,28 @@ def mpo_against_dense(corpus: Corpus, dense: Training) -> list[Row]:
         what = f"MPO step, χ={chi}"
         found.append(paired(MPO, what, mpo.optimiser_step, "dense step", dense.optimiser_step, target=target))
     return found
+
+
+def others_against_fixed_bonds(corpus: Corpus) -> list[Row]:
+    def steps(**family: object) -> Callable[[], None]:
+        own = training(corpus, QUICK, 8, **{"factorisation": "balanced", "init": "variance", **family})
+
+        def run() -> None:
+            for _ in range(STEPS):
+                own.optimiser_step()
+
+        return run
+
+    fixed = steps(family="mpo", chi=8)
+    others: dict[str, dict[str, object]] = {
+        f"bonds that change every {STEPS} steps": {"family": "mpo", "chi": 8, "bonds": {"every": STEPS}},
+        "a sweep, ten steps for each core": {"family": "mpo", "chi": 8, "sweep": {"every": 10}},
+        "MPO of four sites": {"family": "mpo", "chi": 8, "n_sites": 4},
+        "tree of four sites": {"family": "tree", "as_chi": 8},
+        "tree of six sites": {"family": "tree", "as_chi": 8, "options": '{"n_sites": 6}'},
+        "block train of three sites": {"family": "block_train", "as_chi": 8},
+    }
+    return [paired(OTHERS, what, steps(**family), "MPO, χ=8", fixed) for what, family in others.items()]
 
 
 if __name__ == "__main__":
