@@ -196,6 +196,7 @@ PARAMS = (
     Field("optimiser", "param", str, "optimiser: adamw, muon"),
     Field("learning_rate", "param", float, "peak learning rate"),
     Field("embedding_learning_rate", "param", float, "peak learning rate of the embeddings, if they have their own"),
+    Field("rate_width", "param", int, "d_model at which the rates of matrices hold; absent: they are used as they are"),
     Field("schedule", "param", str, "schedule of the learning rate: cosine, wsd"),
     Field("steps", "param", int, "optimiser steps"),
     Field("warmup_steps", "param", int, "warm-up steps"),

@@ -41,7 +41,7 @@ def paper_trials(runs: StudyRuns) -> PaperTrials:
     usual &= trials["gauge"].fillna("free").eq("free")
     usual &= trials["precision"].eq("float32")
     usual &= trials["optimiser"].eq("adamw") & trials["schedule"].eq("cosine") & trials["heal"].isna()
-    usual &= trials["bonds"].isna() & trials["sweep"].isna()
+    usual &= trials["bonds"].isna() & trials["sweep"].isna() & trials["rate_width"].isna()
     usual &= trials["embedding_learning_rate"].fillna(trials["learning_rate"]).eq(trials["learning_rate"])
     trials = trials[usual & trials["corpus_sha256"].eq(published.CORPUS_SHA256) & _has(trials, published.SIZES)]
     scratch = trials[_has(trials, published.PROTOCOL) & trials["start"].eq("scratch") & trials["init"].eq("paper")]

@@ -194,6 +194,7 @@ _NAMED = {
     "n_sites": "L={}".format, "factorisation": str, "init": str,
     "refinement": str, "heal": str, "options": str, "bonds": str, "sweep": "sweep every {}".format,
     "learning_rate": lambda value: f"lr {_scientific(value)}", "lr_rule": "{} rates".format,
+    "rate_width": "rates of width {}".format,
     "optimiser": str, "embedding_learning_rate": lambda value: f"embeddings {_scientific(value)}",
     "metric": "{} metric".format, "spread": "{} spread".format, "narrow": lambda value: "narrow" * (value == "True"),
     "decay": "decay of each {}".format, "gauge": "{} gauge".format, "forward": "by {}".format,

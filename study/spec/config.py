@@ -224,6 +224,8 @@ class StudyConfig(Strict):
         yield from self._problems_of_contrasts(names)
         if 0 < self.execution.gpus < LEAST_SHARE:
             yield f"`execution.gpus` must be 0 or at least {LEAST_SHARE}, but got {self.execution.gpus}"
+        if self.protocol.rate_width is not None and self.model.width is None:
+            yield f"`protocol.rate_width` is PicoGPT's, but the study's model is {self.model.named}"
         if self.protocol.precision == "tf32" and self.execution.gpus == 0:
             yield "`protocol.precision: tf32` needs `execution.gpus`: only a GPU has that format"
         for key in ("batch_size", "sampled_eval_batch_size"):

@@ -126,3 +126,19 @@ def test_in_the_fixed_gauge_decay_of_the_matrix_is_exact_and_rates_are_those_of_
 def test_param_groups_say_what_is_allowed(change, message):
     with pytest.raises(ValueError, match=message):
         param_groups(nn.Linear(2, 2), **({"lr": 0.1} | change))
+
+
+@pytest.mark.parametrize("rule", ["uniform", "mup"])
+def test_rates_of_matrices_alone_are_scaled(rule):
+    embedding, tied = nn.Embedding(16, 16), nn.Linear(16, 16, bias=False)
+    tied.weight = embedding.weight
+    plain, mpo = nn.Linear(16, 16), MPOLinear(16, 16, chi=2)
+    model = nn.ModuleDict({"embedding": embedding, "norm": nn.LayerNorm(16), "plain": plain, "mpo": mpo, "head": tied})
+    before, after = ({id(parameter): (group["lr"], group["weight_decay"]) for group in
+                      param_groups(model, 0.1, rule=rule, weight_decay=0.3, decay="matrix", matrix_scale=scale)
+                      for parameter in group["params"]} for scale in (1.0, 0.25))  # fmt: skip
+    scaled = {id(plain.weight), *map(id, mpo.cores)}
+    for key, (rate, decay) in before.items():
+        assert after[key] == pytest.approx((rate * (0.25 if key in scaled else 1), decay))
+    with pytest.raises(ValueError, match="`matrix_scale` must be above 0, but got 0"):
+        param_groups(model, 0.1, matrix_scale=0)
