@@ -23,7 +23,7 @@ def bond_rows(bonds: pd.DataFrame) -> pd.DataFrame:
     """
     steps = np.sort(bonds["step"].unique())
     wide = bonds.pivot(index=["layer", "number", "seed"], columns="step", values="bond").reindex(columns=steps)
-    long = wide.ffill(axis=1).stack().rename("bond").reset_index()
+    long = wide.ffill(axis=1).melt(ignore_index=False, var_name="step", value_name="bond").dropna().reset_index()
     several = long.groupby("layer")["number"].transform("nunique") > 1
     long["row"] = long["layer"] + np.where(several, ", bond " + (long["number"] + 1).astype(str), "")
     places = {row: place for place, row in enumerate(long["row"].unique())}

@@ -156,18 +156,20 @@ def _rel_errors(findings: Findings) -> Iterator[Drawing]:
 
 
 def _bonds(findings: Findings) -> Iterator[Drawing]:
-    for trial, own in findings.runs.bonds.groupby("trial"):
+    every, summary = findings.runs.bonds, findings.summary
+    for trial in sorted(set(every["trial"].tolist())):
+        own = every[every["trial"] == trial]
         keys = [bond_key(*place) for place in own[["layer", "number"]].drop_duplicates().itertuples(index=False)]
         curves = load_curves(findings.runs, [trial], keys)
         long = curves.melt(["trial", "seed", "step"], keys, "key", "bond").dropna()
         long[["layer", "number"]] = long["key"].map(parse_bond_key).tolist()
         rows = bond_rows(long)
-        known = findings.summary.set_index("trial").loc[trial]
+        known = summary[summary["trial"] == trial]
         name = f"bonds_trial_{trial}"
         yield Drawing(
             name,
-            bonds_figure(rows, int(known["steps"])),
-            f"Bonds of {known['label']} ({known['group']}) during the training",
+            bonds_figure(rows, int(known["steps"].item())),
+            f"Bonds of {known['label'].item()} ({known['group'].item()}) during the training",
             f"{rows['order'].nunique()} bonds at {rows['step'].nunique()} steps, from {rows['bond'].min():.3g} to "
             f"{rows['bond'].max():.3g}.",
             {name: rows},

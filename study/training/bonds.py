@@ -110,7 +110,7 @@ def _measured(
 ) -> tuple[mpo_core.Statistics, dict[str, tuple[Tensor, Tensor]]]:
     """Statistics of the layers with the loss, and mean gradients by their matrices over two halves of the batches."""
     dense = mpo_core.decompress(model).eval()
-    weights = [dense.get_submodule(name).weight for name in names]
+    weights = [dense.get_parameter(f"{name}.weight") for name in names]
     halves: list[list[Tensor]] = []
     with torch.enable_grad():
         for half in (batches[0::2], batches[1::2]):
