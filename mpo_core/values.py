@@ -82,3 +82,17 @@ def error_ratio(error: float, norm: float) -> float:
     if norm == 0:
         return 0.0 if error == 0 else math.inf
     return error / norm
+
+
+def with_equal_norms(tensors: Sequence[Tensor], exponent: Tensor) -> list[Tensor]:
+    """Factors of one product times 2^exponent, with equal norms, which suits an optimiser; float64.
+
+    If a factor is zero, so is the product, and the norms stay. A power that does not divide evenly is in the last one.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
+    if (norms > 0).all():
+        mean = norms.log().mean().exp()
+        tensors = [tensor * (mean / size) for tensor, size in zip(tensors, norms, strict=True)]
+    share = exponent.div(len(tensors), rounding_mode="floor")
+    *first, last = tensors
+    return [*(times_power(tensor, share) for tensor in first), times_power(last, exponent - share * len(first))]

@@ -33,8 +33,8 @@ class ChainDirections:
     up to one factor that they share.
 
     Args:
-        cores: of W (out_features, in_features); no bond is out of its neighbours' reach.
-        metric: of W. Default: the Frobenius norm.
+        cores: a chain of W (out_features, in_features); every bond is within its neighbours' reach.
+        metric: the metric of W. Default: the Frobenius norm.
     """
 
     cores: list[Tensor]

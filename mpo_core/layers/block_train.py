@@ -25,7 +25,7 @@ from mpo_core.tensor_train.contraction import Product
 from mpo_core.tensor_train.factorisation import Sizes, factorisations, factorise
 from mpo_core.tensor_train.initialisation import normal_
 from mpo_core.tensor_train.splitting import splitter
-from mpo_core.values import check_matrix, norm, times_power, to_unit
+from mpo_core.values import check_matrix, norm, to_unit, with_equal_norms
 
 Shapes = list[tuple[int, int, int, int, int, int]]
 """For each site (items before, items after, rank before, d_in, d_out, rank after)."""
@@ -130,7 +130,7 @@ class BlockTrainLinear(StructuredLinear, kind="block_train"):
         cores[-1] = cores[-1] / of_rows.to(scaled).reshape(before, 1, d_out, 1)
         _, after, _, d_in, _, _ = layer.shapes[0]
         cores[0] = cores[0] / of_columns.to(scaled).reshape(d_in, after).T.reshape(1, after, 1, d_in)
-        cores = _balanced(cores)
+        cores = with_equal_norms(cores, torch.zeros_like(exponent))  # steps of `descend` are better so
         if not metric.is_plain and max_steps != 0:
             dtype = torch.promote_types(W.dtype, torch.float32)
             cores = descend(
@@ -140,12 +140,9 @@ class BlockTrainLinear(StructuredLinear, kind="block_train"):
                 metric.to_unit().to(dtype=dtype),
                 max_steps=max_steps,
             )
-            cores = _balanced([core.double() for core in cores])
-        share = exponent.div(len(cores), rounding_mode="floor")
-        *first, last = cores
-        for ours, core in zip(layer.cores, first, strict=False):
-            ours.data.copy_(times_power(core, share))
-        layer.cores[-1].data.copy_(times_power(last, exponent - share * len(first)))
+            cores = [core.double() for core in cores]
+        for ours, core in zip(layer.cores, with_equal_norms(cores, exponent), strict=True):
+            ours.data.copy_(core)
         return layer
 
     @classmethod
@@ -296,12 +293,3 @@ def _weights(moment: Tensor | None, n: int) -> Tensor:
         return torch.ones(n)
     diagonal = moment.diagonal().double()
     return diagonal.clamp(min=1e-12 * float(diagonal.max()) or 1.0).sqrt()
-
-
-def _balanced(cores: Sequence[Tensor]) -> list[Tensor]:
-    """Cores of the same W with equal norms, which suits an optimiser."""
-    norms = torch.stack([norm(core) for core in cores])
-    if not (norms > 0).all():
-        return list(cores)
-    mean = norms.log().mean().exp()
-    return [core * (mean / size) for core, size in zip(cores, norms, strict=True)]

@@ -28,7 +28,6 @@ from mpo_core.tensor_train.contraction import Product, chain, chain_products, co
 from mpo_core.tensor_train.initialisation import normal_, variance_std
 from mpo_core.tensor_train.splitting import splitter
 from mpo_core.tensor_train.tree import (
-    balanced,
     chain_of,
     clip_ranks,
     hierarchical_svd,
@@ -39,7 +38,7 @@ from mpo_core.tensor_train.tree import (
     shapes_of,
     to_matrix,
 )
-from mpo_core.values import check_matrix, times_power, to_unit
+from mpo_core.values import check_matrix, to_unit, with_equal_norms
 
 FORWARD_MODES = ("reconstruct", "chain")
 STEP = 1.05
@@ -164,12 +163,8 @@ class TreeLinear(StructuredLinear, kind="tree"):
             )
             tensors = [factor.double() / value for factor, value in zip(factors, values, strict=True)]
             tensors = on_leaves(tensors, nodes, *whitened.inverse_roots)
-        *first, last = balanced(tensors)
-        # A power of two shared by all tensors keeps their norms equal; the rest of it is the last one's.
-        share = exponent.div(len(tensors), rounding_mode="floor")
-        for node, tensor in zip(layer.nodes, first, strict=False):
-            node.data.copy_(times_power(tensor, share))
-        layer.nodes[-1].data.copy_(times_power(last, exponent - share * len(first)))
+        for node, tensor in zip(layer.nodes, with_equal_norms(tensors, exponent), strict=True):
+            node.data.copy_(tensor)
         return layer
 
     @classmethod

@@ -210,12 +210,3 @@ def _merged(left: Tensor, right: Tensor, node: Tensor) -> Tensor:
     joined = (left.reshape(o * i, a) @ node.reshape(a, b * c)).reshape(o * i, b, c)
     product = joined.transpose(1, 2).reshape(o * i * c, b) @ right.reshape(p * j, b).T
     return product.reshape(o, i, c, p, j).permute(0, 3, 1, 4, 2).reshape(1, o * p, i * j, c)
-
-
-def balanced(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of the same W with equal norms, which suits an optimiser. Those of W = 0 are returned as they are."""
-    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
-    if not (norms > 0).all():
-        return list(tensors)
-    mean = norms.log().mean().exp()
-    return [tensor * (mean / norm) for tensor, norm in zip(tensors, norms, strict=True)]

@@ -76,7 +76,7 @@ def change_bonds(
     Args:
         max_params: the most parameters of all these layers together.
         batches: tokens (B, T); at least two.
-        moments: of the optimiser, for the parameters of the model.
+        moments: the optimiser's state of the model's parameters.
     Returns:
         The moments for the parameters as they are now. Cores are new parameters; their moments are carried over.
     Raises:

@@ -76,7 +76,7 @@ def test_bonds_grow_to_the_budget_and_leave_the_outputs_as_they_are(adaptive, co
         assert after[parameter]["exp_avg_sq"].shape == parameter.shape
         assert (after[parameter]["exp_avg_sq"] >= 0).all()
         assert float(after[parameter]["step"]) == 3
-    # What is not a core, biases and embeddings, is the same parameter with the same moments.
+    # Biases and embeddings are the same parameters, with the same moments.
     cores = {core for chain in chains_of(model).values() for core in chain.cores}
     same = [parameter for parameter in model.parameters() if parameter not in cores]
     assert same
