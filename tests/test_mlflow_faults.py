@@ -40,7 +40,7 @@ from study.commands.opening import study_corpus
 from study.errors import StudyError
 from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.spec.study_file import load_config
-from study.tracking.background import BackgroundTracker
+from study.tracking.background import BackgroundTracker, is_left_writing
 from study.tracking.opening import open_tracker, study_record
 from study.tracking.server import serve
 from study.training.storage import Storage
@@ -181,9 +181,10 @@ class _Answers(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", "100000")
             self.end_headers()
-            for _ in range(100_000):
+            while self.server.mode == "drip":
                 self.wfile.write(b" ")
                 time.sleep(0.3)
+            self.close_connection = True
             return None
         answers = {
             "500": (500, b"no"),
@@ -278,6 +279,8 @@ def test_server_that_drips_holds_up_neither_the_start_nor_the_end(work, undistur
         in printed
     )
     assert outcome.tracking_trouble == "it has not answered within 2 seconds"
+    between.mode = "500"
+    wait_until(lambda: not is_left_writing())  # it would write the rest before `sync` does
     between.mode = "pass"
     code, _, err = cli("sync", "kept", cwd=work)
     assert (code, err) == (0, "")
