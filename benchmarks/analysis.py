@@ -2,7 +2,7 @@
 
 "Statistics and frontier" is `Findings.of`: all that the report and the command compute before they draw or print. These
 are means and intervals, all comparisons with the dense model and with controls of equal parameters (declared or not),
-and the sentences. They are also support, band, hypervolume and size needed of both frontiers.
+and the sentences. They are also probabilities, band, hypervolume and size needed of both frontiers.
 
 The study is invented. It has a dense model, MPOs from scratch, and as many controls: low rank and narrower dense
 models. Losses fall with the logarithm of the parameters.

@@ -1,7 +1,7 @@
-"""The frontier's support and hypervolume, against moocore draw by draw.
+"""The frontier's probabilities and hypervolume, against moocore draw by draw.
 
 Both get the same draws, include the time for drawing them, and must agree. What moocore does not have is timed against
-our own support.
+our own probabilities.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import moocore
 import numpy as np
 
 from analysis.statistics.band import mean_frontier_band
-from analysis.statistics.draws import SeedMeans
+from analysis.statistics.frontier_probability import frontier_probability, size_needed
 from analysis.statistics.hypervolume import HypervolumeReference, hypervolume_interval
-from analysis.statistics.support import frontier_support, size_needed
+from analysis.statistics.posterior import Posterior
 from benchmarks.measurement import Row, paired, run_alone
 
 SECTION = "frontier"
@@ -34,43 +34,48 @@ def rows(n_configurations: int = 2_000, n_seeds: int = 5, n_draws: int = 10_000)
     means = 40 + 4 * np.log10(sizes / 1e6) + rng.normal(0, 0.4, sizes.size)
     values = means + rng.normal(0, 0.4, (n_seeds, sizes.size))
     reference = HypervolumeReference(worst_value=30, largest_size=1e6, base=10, direction="maximize")
-    seed_means = SeedMeans.of(values)
+
+    def posterior() -> Posterior:
+        return Posterior.of(sizes, values)
 
     def fresh() -> np.random.Generator:
         return np.random.default_rng(1)
 
-    def support() -> np.ndarray:
-        return frontier_support(sizes, values, fresh(), epsilon=0.1, direction="maximize", n_draws=n_draws).on_frontier
+    def probability() -> np.ndarray:
+        found = frontier_probability(sizes, posterior(), fresh(), epsilon=0.1, direction="maximize", n_draws=n_draws)
+        return found.on_frontier
 
-    def support_by_moocore() -> np.ndarray:
+    def probability_by_moocore() -> np.ndarray:
         counts = np.zeros(sizes.size)
-        for drawn in seed_means.contrast_draws(n_draws, fresh()):
+        for drawn in posterior().draws(n_draws, fresh()):
             for row in drawn:
                 points = np.column_stack((sizes, row))
                 counts += moocore.is_nondominated(points, maximise=MAXIMISE, keep_weakly=True)
         return counts / n_draws
 
     def hypervolumes() -> np.ndarray:
-        interval = hypervolume_interval(sizes, values, reference, fresh(), n_draws=n_draws)
+        interval = hypervolume_interval(sizes, posterior(), reference, fresh(), n_draws=n_draws)
         return np.array([interval.low, interval.high])
 
     def hypervolumes_by_moocore() -> np.ndarray:
         area = moocore.Hypervolume(ref=[np.log10(reference.largest_size), reference.worst_value], maximise=MAXIMISE)
         log_sizes = np.log10(sizes)
-        redrawn = [
-            area(np.column_stack((log_sizes, row))) for drawn in seed_means.draws(n_draws, fresh()) for row in drawn
+        drawn = [
+            area(np.column_stack((log_sizes, row))) for part in posterior().draws(n_draws, fresh()) for row in part
         ]
-        return 2 * area(np.column_stack((log_sizes, seed_means.means))) - np.quantile(redrawn, [0.975, 0.025])
+        return np.quantile(drawn, [0.025, 0.975])
 
     def band() -> np.ndarray:
-        return mean_frontier_band(sizes, values, fresh(), direction="maximize", n_draws=n_draws).low
+        return mean_frontier_band(sizes, posterior(), fresh(), direction="maximize", n_draws=n_draws).low
 
     def needed() -> np.ndarray:
         last = sizes.size - 1
-        return size_needed(sizes, values, last, fresh(), delta=0.5, direction="maximize", n_draws=n_draws).support
+        found = size_needed(sizes, posterior(), last, fresh(), delta=0.5, direction="maximize", n_draws=n_draws)
+        return found.probability
 
+    ours_is = "our probability, also within ε"
     compared: list[tuple[str, Callable[[], np.ndarray], str, Callable[[], np.ndarray]]] = [
-        ("support and ε-support", support, "moocore's mask (no ε)", support_by_moocore),
+        ("probability on the frontier, also within ε", probability, "moocore's mask (no ε)", probability_by_moocore),
         ("hypervolume interval", hypervolumes, "moocore's hypervolume", hypervolumes_by_moocore),
     ]
     note = f"{n_configurations:,} configurations, {n_seeds} seeds, {n_draws:,} draws"
@@ -79,7 +84,7 @@ def rows(n_configurations: int = 2_000, n_seeds: int = 5, n_draws: int = 10_000)
         np.testing.assert_allclose(ours(), rival(), rtol=1e-9)
         found.append(paired(SECTION, what, ours, against, rival, target=1.0, pairs=PAIRS, note=note))
     for what, ours in (("band of the frontier of means", band), ("size needed", needed)):
-        found.append(paired(SECTION, what, ours, "our support and ε-support", support, pairs=PAIRS, note=note))
+        found.append(paired(SECTION, what, ours, ours_is, probability, pairs=PAIRS, note=note))
     return found
 
 

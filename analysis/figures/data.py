@@ -28,10 +28,10 @@ MAX_CURVES = 6
 """Maximum number of learning curves in one panel."""
 
 
-def frontier_points(summary: pd.DataFrame, measure: Measure, support: pd.DataFrame) -> pd.DataFrame:
+def frontier_points(summary: pd.DataFrame, measure: Measure, chances: pd.DataFrame) -> pd.DataFrame:
     """One row per trial with a complete seed: identity, n_params, n_seeds, mean and half_width in the measure's unit,
-    on_frontier, is_reference (if it is the sole one), support and near_support. The last two are NaN if the trial is
-    not in `support` (see `uncertainty.FrontierUncertainty`)."""
+    on_frontier, is_reference (if it is the sole one), probability and near_probability. The last two are NaN if the
+    trial is not in `chances` (see `uncertainty.FrontierUncertainty`)."""
     points = summary.loc[
         summary["n_seeds"] > 0,
         ["trial", "arm", "group", "label", "n_params", "percent_of_dense", "n_seeds"],
@@ -40,7 +40,7 @@ def frontier_points(summary: pd.DataFrame, measure: Measure, support: pd.DataFra
     points["mean"] = measure.scale * summary[schema.mean_key(measure.key)]
     points["half_width"] = measure.scale * summary[half_width_key(measure.key)]
     points["on_frontier"] = summary[frontier_key(measure)]
-    shares = support.set_index("trial").astype("float64").reindex(points["trial"])
+    shares = chances.set_index("trial").astype("float64").reindex(points["trial"])
     return pd.concat((points.reset_index(drop=True), shares.reset_index(drop=True)), axis=1)
 
 

@@ -58,7 +58,7 @@ def drawings(findings: Findings) -> list[Drawing]:
 
 def _frontier(findings: Findings, measure: Measure, note: str) -> Drawing:
     summary, uncertainty = findings.summary, findings.uncertainties[measure.name]
-    points = data.frontier_points(summary, measure, uncertainty.support)
+    points = data.frontier_points(summary, measure, uncertainty.chances)
     seeds = data.seed_points(summary, findings.runs.seeds, measure)
     name = f"frontier_{measure.name}"
     on_frontier = points[points["on_frontier"]]
@@ -87,7 +87,7 @@ def _forests(findings: Findings) -> Iterator[Drawing]:
                 name,
                 forest_figure(pairs, n_pairs),
                 f"Difference to {against}",
-                f"{n_pairs} paired differences to {against}, in validation loss and accuracy, one row each, with 95 % "
+                f"{n_pairs} differences to {against}, in validation loss and accuracy, one row each, with 95 % "
                 "intervals beside the line of no difference"
                 + (" and that of the margin." if relation == REFERENCE else "."),
                 {name: pairs},

@@ -128,6 +128,6 @@ def _foot(once: pd.DataFrame, n_sizes: int) -> str:
     return style.footer(
         f"Means over complete seeds, {n_statement(counts)}; {interval_statement('bars', counts)}, each mean's own; "
         "final step, whole validation split.",
-        "Only the paired difference says whether two differ: overlapping intervals do not make them equal.",
+        "Only the test of a difference says whether two differ: overlapping intervals do not make them equal.",
         f"Shown: the {n_sizes - left_out} largest of {n_sizes} sizes." if left_out else "",
     )

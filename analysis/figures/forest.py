@@ -21,12 +21,10 @@ from analysis.results.summary import MEASURES, MIN_SEEDS, Measure, group_order, 
 MAX_ROWS = 30
 """Maximum number of pairs in one forest."""
 
-_BLOCK = "#6b6b6b"
+_ADJUSTED = {True: "as one family over both measures", False: "by Benjamini–Hochberg"}
 _MARGIN = "#b03a00"
 _NO_BREAK = "\u00a0"
 _MARGIN_LINE: dict[str, Any] = {"linewidth": 1.1, "linestyle": (0, (2, 1)), "zorder": 2, "gid": "margin"}
-_BLOCK_BELOW = 0.048
-"""Inches by which the block model's interval is below the pair's own."""
 _BUDGETS = {"total_tokens": "total tokens", "tuning_trials": "tuning trials"}
 """Parts of a budget that are written beside a pair if they differ, with the headings of their columns."""
 _BEYOND = 3.0
@@ -133,8 +131,8 @@ def _draw(axes: Axes, own: pd.DataFrame, measure: Measure, y: list[float]) -> No
         if row["margin"] > 0 and len(margins) > 1:
             span = [middle - 0.095, middle + 0.095]
             axes.plot([worse * row["margin"]] * 2, span, color=_MARGIN, **_MARGIN_LINE)
-        difference, half, block = row["difference"], row["half_width"], row["block_half_width"]
-        if np.isnan(difference):  # they share no seed
+        difference, half = row["difference"], row["half_width"]
+        if np.isnan(difference):  # one of them has no seed, or a paired test no shared one
             continue
         enough = row["n"] >= MIN_SEEDS
         if not low <= difference <= high:
@@ -147,11 +145,12 @@ def _draw(axes: Axes, own: pd.DataFrame, measure: Measure, y: list[float]) -> No
         else:
             ends = (np.maximum(difference - half, low), np.minimum(difference + half, high))
             whole = row["verdict"] != FAILED
-            marks.point(axes, (difference, middle), ends, look[row["group"]], row["n"], along="x", filled=whole)
-        if enough and np.isfinite(block) and difference - block < high and difference + block > low:
-            below = middle + _BLOCK_BELOW
-            span = np.clip((difference - block, difference + block), low, high)
-            axes.plot(span, [below, below], color=_BLOCK, linewidth=0.6, zorder=2.5, gid="block")
+            at = difference, middle
+            marks.point(axes, at, ends, look[row["group"]], row["n"], along="x", filled=whole, thick=True)
+        if np.isfinite(row["low"]) and row["low"] < high and row["high"] > low:
+            span = np.clip((row["low"], row["high"]), low, high)
+            color = look[row["group"]].color
+            axes.plot(span, [middle, middle], color=color, linewidth=0.7, zorder=2.5, gid="simultaneous")
         reach = half if enough and np.isfinite(half) else 0
         for end, beyond, shape in ((low, difference - reach < low, "<"), (high, difference + reach > high, ">")):
             if beyond:
@@ -165,9 +164,8 @@ def _limits(own: pd.DataFrame) -> tuple[float, float]:
     drawn = own.dropna(subset=["difference"])
     difference, half = drawn["difference"], drawn["half_width"].fillna(0)
     reach = (_BEYOND * (difference.abs() + half).quantile(0.8) if len(drawn) else 0) or margin or 1.0
-    longer = np.maximum(half, drawn["block_half_width"].fillna(0))
-    low = max((difference - longer).min(), -reach) if len(drawn) else 0
-    high = min((difference + longer).max(), reach) if len(drawn) else 0
+    low = max(np.minimum(difference - half, drawn["low"].fillna(0)).min(), -reach) if len(drawn) else 0
+    high = min(np.maximum(difference + half, drawn["high"].fillna(0)).max(), reach) if len(drawn) else 0
     low, high = min(low, -1.5 * margin, 0), max(high, 1.5 * margin, 0)
     space = 0.06 * (high - low) or 0.1
     return low - space, high + space
@@ -176,10 +174,10 @@ def _limits(own: pd.DataFrame) -> tuple[float, float]:
 def _legend(pairs: pd.DataFrame, measures: list[Measure]) -> list[Line2D]:
     handles = []
     if (pairs["n"] >= MIN_SEEDS).any():
-        text = "95 % t interval of the paired differences"
-        handles.append(Line2D([], [], color="#333333", linewidth=1.0, marker="o", markersize=marks.SIZE, label=text))
-    if pairs["block_half_width"].notna().any():
-        handles.append(Line2D([], [], color=_BLOCK, linewidth=0.6, label="the same by the block model"))
+        handles.append(Line2D([], [], color="#333333", linewidth=marks.THICK, label="95 % interval of each difference"))
+    if pairs["low"].notna().any():
+        text = "95 % for all declared together: without zero if decided"
+        handles.append(Line2D([], [], color="#333333", linewidth=0.7, label=text))
     margins = []
     for measure in measures:
         values = sorted(pairs.loc[(pairs["measure"] == measure.name) & (pairs["margin"] > 0), "margin"].unique())
@@ -196,25 +194,15 @@ def _legend(pairs: pd.DataFrame, measures: list[Measure]) -> list[Line2D]:
 
 def _foot(pairs: pd.DataFrame, first: pd.DataFrame, n_pairs: int | None) -> str:
     left_out = (n_pairs or len(first)) - len(first)
-    tests = [
-        f"{name} for {'those declared in the study file' if declared else 'the others'}"
-        for declared, name in ((True, "Holm"), (False, "Benjamini–Hochberg"))
-        if (first["declared"] == declared).any()
-    ]
-    if len(tests) == 1:
-        tests = ["Holm" if first["declared"].all() else "Benjamini–Hochberg"]
     some_declared = first["declared"].any() and not first["declared"].all()
+    adjusted = f"declared pairs {_ADJUSTED[True]}, the others {_ADJUSTED[False]}"
+    if not some_declared:
+        adjusted = _ADJUSTED[bool(first["declared"].all())]
     return style.footer(
-        f"Configuration minus rival on the seeds both have, {n_statement(first['n'])}; final step, whole validation "
-        "split.",
-        f"Better and worse: p adjusted after {', '.join(tests)}."
-        if pairs["verdict"].isin([BETTER, WORSE, UNDECIDED]).any()
-        else "",
-        "Not inferior: worse by less than the margin, one-sided at .025, from a group's largest χ to the first failure."
+        f"Configuration minus rival, {n_statement(first['n'])}; final step, whole validation split.",
+        f"Better and worse: p adjusted {adjusted}." if pairs["verdict"].isin([BETTER, WORSE, UNDECIDED]).any() else "",
+        "Not inferior: worse by less than the margin, from a group's largest χ to the first failure."
         if (pairs["margin"] > 0).any()
-        else "",
-        "The block model pools the variance of all configurations: too short where these differ."
-        if pairs["block_half_width"].notna().any()
         else "",
         "Arrows: the interval goes beyond the axis." if _beyond(pairs) else "",
         "* Declared in the study file." if some_declared else "",

@@ -15,7 +15,7 @@ from matplotlib.transforms import ScaledTranslation
 from analysis.figures import labels, panels, style
 from analysis.results.numbers import percent
 from analysis.results.summary import MIN_SEEDS, NO_FRONTIER, Measure, n_statement
-from analysis.results.uncertainty import N_DRAWS, FrontierUncertainty
+from analysis.results.uncertainty import FrontierUncertainty
 from analysis.statistics.nondominated import frontier_mask, step_line
 
 _MARKER_SIZE = 5.2
@@ -25,7 +25,7 @@ _LABELLED = 20
 """Up to this number of configurations, each gets a label; beyond it, only those on the frontier and the reference."""
 _BAND = "#dbe9f6"
 _WORTH_SAYING = 0.05
-"""Minimum support that is written in the label of a configuration off the frontier."""
+"""Minimum probability that is written in the label of a configuration off the frontier."""
 _SEEDS_BESIDE = 3.7
 """Points between a mean and the dots of its seeds, which it would hide; other configurations may be close by."""
 
@@ -33,7 +33,7 @@ _SEEDS_BESIDE = 3.7
 def frontier_figure(
     points: pd.DataFrame, seeds: pd.DataFrame, uncertainty: FrontierUncertainty, measure: Measure, note: str = ""
 ) -> Figure:
-    """Mean of a measure against trainable parameters, with the frontier of the means, its support and its band.
+    """Mean of a measure against trainable parameters, with the frontier of the means, its probabilities and its band.
 
     Args:
         points: `data.frontier_points` of the measure; at least one row.
@@ -51,10 +51,9 @@ def frontier_figure(
     )
     if len(enough) and not points["on_frontier"].any():
         statement += f" No frontier: {NO_FRONTIER}."
-    redrawn = (
-        f"In brackets: support, the share of {N_DRAWS:,} redraws of the means, with the noise of the "
-        f"{uncertainty.rests_on}, in which a configuration is on the frontier; off the frontier, only from "
-        f"{percent(_WORTH_SAYING)} up. "
+    uncertain = (
+        f"In brackets: probability that a configuration truly is on the frontier, from {uncertainty.rests_on}; off the "
+        f"frontier of the means, only from {percent(_WORTH_SAYING)} up. "
         "Band: 95 %, pointwise, for the frontier of the true means; the observed one tends to look too good."
         if len(band)
         else ""
@@ -78,7 +77,7 @@ def frontier_figure(
         named = " and ".join(word for word, which in shown if which.any())
         only = f"Labelled: {named or 'none, for lack of room'}." if len(points) > _LABELLED else ""
         but = "the frontier's steps are at the true sizes" if points["on_frontier"].any() else ""
-        text = style.footer(statement, redrawn, panels.moved_statement(points, but), only, missing, note)
+        text = style.footer(statement, uncertain, panels.moved_statement(points, but), only, missing, note)
         below = 0.46 + 0.155 * -(-len(legend) // 3) + style.footer_height(text)
         _lay_out(figure, axes, below)
         figure.legend(
@@ -222,8 +221,8 @@ def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
 
 
 def _labelled(row: dict[Any, Any]) -> str:
-    """The label, with the support if the configuration is on the frontier of the means or nearly so."""
-    share = row["support"]
+    """The label, with the probability if the configuration is on the frontier of the means or nearly so."""
+    share = row["probability"]
     is_worth_it = pd.notna(share) and (row["on_frontier"] or share >= _WORTH_SAYING)
     return f"{row['label']} ({percent(share)})" if is_worth_it else row["label"]
 

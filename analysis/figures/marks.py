@@ -15,22 +15,26 @@ from analysis.statistics.seed_blocks import MIN_SEEDS
 
 SIZE = 4.6
 """Points across a marker."""
+THICK = 2.4
+"""Points across an interval that has a longer one beside it."""
 
 
 def point(
     axes: Axes, xy: tuple[float, float], ends: tuple[float, float], look: style.GroupStyle, n: int, *,
-    along: Literal["x", "y"] = "y", filled: bool = True,
+    along: Literal["x", "y"] = "y", filled: bool = True, thick: bool = False,
 ) -> None:  # fmt: skip
     """A mean with the ends of its interval in the direction `along`.
 
-    Below MIN_SEEDS it is grey, hollow and without interval. If an end is NaN, the interval is left out.
+    Below MIN_SEEDS it is grey, hollow and without interval. If an end is NaN, the interval is left out. `thick` is for
+    an interval on a longer, thin one.
     """
     enough = n >= MIN_SEEDS
     color = look.color if enough else style.FEW
     if enough and not np.isnan(ends).any():
         x, y = (ends, (xy[1], xy[1])) if along == "x" else ((xy[0], xy[0]), ends)
-        cap = {"marker": "|" if along == "x" else "_", "markersize": 3.6, "markeredgewidth": 0.9}
-        axes.plot(x, y, color=color, linewidth=1.0, zorder=3, gid="interval", **cap)
+        cap = {} if thick else {"marker": "|" if along == "x" else "_", "markersize": 3.6, "markeredgewidth": 0.9}
+        width = THICK if thick else 1.0
+        axes.plot(x, y, color=color, linewidth=width, zorder=3, solid_capstyle="butt", gid="interval", **cap)
     axes.plot(
         *([value] for value in xy), linestyle="none", marker=look.marker, markersize=SIZE, markeredgewidth=1.0,
         markeredgecolor=color, markerfacecolor=color if enough and filled else "white", zorder=5, gid="mean",

@@ -91,7 +91,9 @@ def missing(trials: PaperTrials) -> str | None:
 
 
 def _has(trials: pd.DataFrame, params: dict) -> pd.Series:
-    return pd.Series(np.all([trials[key] == value for key, value in params.items()], axis=0), trials.index, dtype=bool)
+    # A model of another kind has none of these sizes.
+    has = [(trials[key] == value).fillna(False).astype(bool) for key, value in params.items()]
+    return pd.Series(np.all(has, axis=0), trials.index, dtype=bool)
 
 
 def _mpo_of(trials: pd.DataFrame, chi: int) -> pd.Series:

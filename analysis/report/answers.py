@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import pandas as pd
 
-from analysis.report.tables import comparisons_table, frontier_table
+from analysis.report.tables import arms_compared_table, comparisons_table, frontier_table
 from analysis.results.comparisons import LEVEL, declared_against_reference, reference_trial
 from analysis.results.findings import Findings
 from analysis.results.numbers import count_shown, counted, decimals_for, digits, range_shown
 from analysis.results.pairs import EQUAL_PARAMETERS, REFERENCE
 from analysis.results.retained import retained_points
-from analysis.results.seed_noise import seed_noise
-from analysis.results.summary import DENSE, MEASURES, NO_FRONTIER, VAL_LOSS, sole_reference
-from analysis.statistics.power import TARGET, resolved_gap, seeds_needed
+from analysis.results.summary import DENSE, MEASURES, NO_FRONTIER, Measure, sole_reference
+from analysis.statistics.power import TARGET, Contrast, family_gaps
 from analysis.statistics.seed_blocks import MIN_SEEDS
 
 _MOST = 8
@@ -25,6 +25,7 @@ _VERDICT = (
     *("compared", "against", "measure", "difference", "verdict", "not inferior", "margin", "p adjusted", "seeds"),
     "tokens",
 )
+_OF_ARMS = ("compared", "against", "measure", "difference", "verdict", "p adjusted", "seeds")
 
 
 class Answer(NamedTuple):
@@ -41,6 +42,9 @@ def answers(findings: Findings) -> list[Answer]:
     is_shown = (compared["relation"] == EQUAL_PARAMETERS) | _of_mpo(findings, REFERENCE)
     others = compared[compared["declared"].astype(bool) & ~is_shown]
     declared = [Answer("declared", "What else does the study file declare?", _verdicts(others))] if len(others) else []
+    if len(findings.arms):
+        arms = arms_compared_table(findings.arms).shown[list(_OF_ARMS)]
+        declared = [Answer("arms", "Which arm is better, over all its sizes?", arms), *declared]
     return [
         Answer("run", "What was run?", _what_was_run(findings)),
         Answer("frontier", "What is on the frontier?", _on_frontier(findings)),
@@ -73,7 +77,7 @@ def _on_frontier(findings: Findings) -> pd.DataFrame:
     shown = frontier_table(findings.summary, findings.uncertainties).shown
     if shown.empty:
         return _only(f"none, because {NO_FRONTIER}")
-    return shown[[*_FRONTIER, *(column for column in shown.columns[shown.columns.str.startswith("support")])]]
+    return shown[[*_FRONTIER, *(column for column in shown.columns[shown.columns.str.startswith("P(")])]]
 
 
 def _against_controls(findings: Findings) -> pd.DataFrame:
@@ -102,7 +106,7 @@ def _against_dense(findings: Findings) -> pd.DataFrame:
 
 
 def _smallest(findings: Findings) -> pd.DataFrame:
-    """The smallest configuration of any family, by the paired tests, because redraws assume one noise for all."""
+    """The smallest configuration of any family, by the tests of the pairs, which need no model of all means."""
     compared = findings.compared[findings.compared["relation"] == REFERENCE]
     if sole_reference(findings.summary).empty:
         return _only("not named: there is no dense model, or several, and the choice among them needs fresh seeds")
@@ -149,23 +153,63 @@ def _how_sure(findings: Findings) -> pd.DataFrame:
         rows.append(("grown", f"{study}when {counted(growth.n_over, 'run')} {were} over ({growth.by}{seeds})"))
     pairs = compared.drop_duplicates(["trial", "against"])["declared"].astype(bool)
     when = "in the study file" if runs.growths else "before the study ran"
-    declared = f"{pairs.sum()} comparisons, {when}; a family for each measure (Holm, {LEVEL:g})"
-    explored = f"{(~pairs).sum()} comparisons (Benjamini and Hochberg); confirm findings on fresh seeds"
+    n_declared, n_explored = (counted(int(own.sum()), "comparison") for own in (pairs, ~pairs))
+    family = f"one family over both measures: any false claim in at most {100 * LEVEL:g} % of studies"
+    declared = f"{n_declared}, {when}; {family}"
+    explored = f"{n_explored} (Benjamini and Hochberg); confirm findings on fresh seeds"
     rows += [("declared", declared)] * bool(pairs.any()) + [("exploration", explored)] * bool((~pairs).any())
-    tested = "95 % t intervals of the paired differences of each pair's own seeds"
-    nothing = f"no pair has {MIN_SEEDS} common seeds or more"
+    is_paired = compared.loc[compared["p"].notna(), "paired"].astype(bool)
+    kinds = ["paired, where both begin from the same weights"] * bool(is_paired.any())
+    kinds += ["Welch's, for independent runs"] * bool((~is_paired).any())
+    tested = f"95 % t intervals: {'; '.join(kinds)}"
+    nothing = f"no pair has {MIN_SEEDS} seeds or more of each"
     rows.append(("intervals", tested if compared["p"].notna().any() else nothing))
-    noise = seed_noise(runs, findings.summary, VAL_LOSS)
-    if noise is not None:
-        found = resolved_gap(noise.n, noise.sd, noise.correlation)
-        margin = runs.claims.margins.get(VAL_LOSS.name, VAL_LOSS.margin)
-        try:
-            needed = str(seeds_needed(margin, noise.sd, noise.correlation))
-        except ValueError:
-            needed = "over 100,000"
-        gap = f"{found:.2g} nats with {noise.n} seeds; {margin:g} nats need {needed} seeds"
-        rows.append((f"gap that one paired test finds in {100 * TARGET:.0f} % of studies", gap))
+    for measure in MEASURES:
+        if found := _gap_found(findings, measure):
+            rows.append((f"{measure.short}: gap that a contrast finds in {100 * TARGET:.0f} % of such studies", found))
     return pd.DataFrame(rows, columns=["what", "is"])
+
+
+def _gap_found(findings: Findings, measure: Measure) -> str | None:
+    """The gaps that the declared contrasts find, with these seeds and with more: the least and the largest of them.
+
+    A contrast without a tested pair counts in the family, and has no gap.
+    """
+    compared = findings.compared
+    declared = compared[(compared["measure"] == measure.name) & compared["declared"].astype(bool)]
+    n_seeds_of = findings.summary.set_index("trial")["n_seeds"]
+    contrasts, noise, n_chains = [], [], 0
+    for _, own in declared.groupby(["study", "arm", "against_arm"], sort=False):
+        contrasts.append(Contrast(len(own), own["against"].nunique() == 1, bool(own["paired"].all())))
+        shared = 2 / own["n"]
+        n, n_against = (own[name].map(n_seeds_of) for name in ("trial", "against"))
+        # A pair's standard error as the standard deviation of one run, of which a difference has two.
+        noise.append(
+            math.sqrt((own["standard_error"] ** 2 / shared.where(own["paired"], 1 / n + 1 / n_against)).mean())
+        )
+        n_chains += bool(own["margin"].notna().any())
+    tested = declared[declared["standard_error"].notna()]
+    if not any(sd > 0 for sd in noise):
+        return None
+    unit = "points" if measure.unit == "%" else measure.unit
+
+    def found(n: int) -> str:
+        gaps = [(sd, gap) for sd, gap in zip(noise, family_gaps(n, contrasts, n_chains), strict=True) if sd > 0]
+        at_size = [sd * gap.of_sizes for sd, gap in gaps]
+        of_arms = [sd * gap.of_arms for sd, gap in gaps if gap.of_arms is not None]
+        over = f", {_between(of_arms)} over the sizes of an arm" if of_arms else ""
+        return f"with {n} seeds {_between(at_size)} {unit} at one size{over}"
+
+    n_seeds = int(tested["n"].min())
+    more = next((n for n in (5, 8, 12) if n > n_seeds), None)
+    known = "; ".join(found(n) for n in (n_seeds, more) if n is not None)
+    left_out = sum(not sd > 0 for sd in noise)
+    return f"{known}; not known for {counted(left_out, 'contrast')}" if left_out else known
+
+
+def _between(values: list[float]) -> str:
+    least, largest = (f"{value:.2g}" for value in (min(values), max(values)))
+    return least if least == largest else f"{least} to {largest}"
 
 
 def _verdicts(compared: pd.DataFrame) -> pd.DataFrame:

@@ -34,7 +34,7 @@ _SYMBOLS = {
 _FACTORS = (
     *("family", "start", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
     *("gauge", "forward", "precision", "d_model", "learning_rate", "embedding_learning_rate", "steps"),
-    *("optimiser", "schedule", "heal", "options", "bonds", "sweep"),
+    *("optimiser", "schedule", "heal", "options", "bonds", "sweep", "rate_width"),
 )
 _LOGARITHMIC = ("learning_rate", "embedding_learning_rate", "n_params")
 _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, sans-serif"
@@ -119,8 +119,8 @@ def _hover(row: dict[Any, Any], measure: Measure) -> str:
         f"{measure.title.lower()}: {row['mean']:.5g}{interval} {measure.unit}",
         f"{row['n_params']:,} parameters ({row['percent_of_dense']:.1f} % of dense)",
     ]
-    if not math.isnan(row["support"]):
-        lines.append(f"support on the frontier: {percent(row['support'])}")
+    if not math.isnan(row["probability"]):
+        lines.append(f"P(on frontier): {percent(row['probability'])}")
     return "<br>".join([*lines, f"run {escape(row['run_id'])}"])
 
 

@@ -63,6 +63,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
             tables.trials_table(listed),
             tables.frontier_table(listed, findings.uncertainties),
             tables.comparisons_table(findings.compared),
+            tables.arms_compared_table(findings.arms),
             tables.size_needed_table(findings.uncertainties),
             tables.hypervolume_table(findings.uncertainties),
             tables.budgets_table(summary),
@@ -71,7 +72,7 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
         )
     }
     for table in written.values():
-        if table.name not in ("stopped", "skipped") or len(table.data):  # most studies stop and skip nothing
+        if table.name not in ("stopped", "skipped", "arms_compared") or len(table.data):  # most studies have none
             tables.write(table, folder / "tables")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis.report"), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -106,7 +107,7 @@ def _write_explore(findings: Findings, environment: jinja2.Environment, folder: 
     runs, summary = findings.runs, findings.summary
     charts = []
     for measure in MEASURES:
-        points = data.frontier_points(summary, measure, findings.uncertainties[measure.name].support)
+        points = data.frontier_points(summary, measure, findings.uncertainties[measure.name].chances)
         charts.append(
             {
                 "title": f"{measure.title} against parameters",

@@ -21,6 +21,7 @@ from analysis.results.numbers import (
     signed,
     with_interval,
 )
+from analysis.results.selection import is_sound
 from analysis.results.summary import (
     BITS_PER_BYTE,
     MEASURES,
@@ -31,7 +32,7 @@ from analysis.results.summary import (
     frontier_key,
     half_width_key,
 )
-from analysis.results.uncertainty import FrontierUncertainty
+from analysis.results.uncertainty import CAUTIOUS, FrontierUncertainty
 from analysis.runs.study_runs import StudyRuns
 
 CHARACTERS, BYTES = schema.ABSENT["tokenizer"], "bytes"
@@ -75,6 +76,55 @@ def trials_table(summary: pd.DataFrame) -> Table:
     return Table("trials", summary, _with_units_of_text(shown, summary))
 
 
+def rates_table(summary: pd.DataFrame) -> Table:
+    """The mean validation loss at each learning rate of each arm and size that has several, and the best rate.
+
+    If a rate has several trials, for example with several rates of the embeddings, the one of lowest mean counts.
+    Trials with a failed seed, or stopped early, have no mean here.
+    """
+    mean = schema.mean_key(VAL_LOSS.key)
+    keys = ["arm", "family", "n_params"]
+    sound = summary[is_sound(summary)].dropna(subset=[mean])
+    data = sound.groupby([*keys, "learning_rate"], sort=False, as_index=False)[mean].min()
+    data = data[data.groupby(keys)["learning_rate"].transform("nunique") > 1].reset_index(drop=True)
+    losses = data.pivot(index=keys, columns="learning_rate", values=mean).reindex(data[keys].drop_duplicates())
+    shown = pd.DataFrame(
+        {
+            "arm": losses.index.get_level_values("arm"),
+            "parameters": [count_shown(value) for value in losses.index.get_level_values("n_params")],
+            "best rate": [f"{value:g}" for value in losses.idxmin(axis=1)],
+        }
+        | {
+            f"loss at {rate:g}": ["–" if pd.isna(value) else digits(value, 3) for value in losses[rate]]
+            for rate in losses
+        }
+    )
+    return Table("rates", data, shown)
+
+
+def arms_compared_table(arms: pd.DataFrame) -> Table:
+    """Every declared contrast of arms with several sizes: the mean difference over the sizes, and its verdict."""
+    rows = []
+    for row in arms.to_dict("records"):
+        decimals = decimals_for(pd.Series([row["half_width"]]))
+        planned = f" of {row['n_planned']}" if row["n_sizes"] < row["n_planned"] else ""
+        rows.append(
+            {
+                "compared": f"{row['arm']}, mean over {row['n_sizes']}{planned} sizes",
+                "against": row["against_arm"],
+                "measure": _UNITS[row["measure"]],
+                "difference": difference_shown(row),
+                "verdict": row["verdict"],
+                "seeds": str(row["n"]),
+                "p": _p_value(row["p"]),
+                "p adjusted": f"{_p_value(row['p_adjusted'])} (family)",
+                "95 %, all declared together": _interval_shown(row["low"], row["high"], decimals),
+                "test": "paired" if row["paired"] else "Welch",
+            }
+        )
+    return Table("arms_compared", arms.reset_index(drop=True), pd.DataFrame(rows))
+
+
 def _with_units_of_text(shown: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     """With the loss in units that readers of language models know, if tokens are not characters: bits per byte, and
     the perplexity of a token where tokens are words and parts of words."""
@@ -91,15 +141,15 @@ def _with_units_of_text(shown: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFr
 
 
 def frontier_table(summary: pd.DataFrame, uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
-    """The trials on the frontier of any measure, the smallest first, with their support."""
+    """The trials on the frontier of any measure, the smallest first, with the probability that they truly are."""
     on_any = summary[[frontier_key(measure) for measure in MEASURES]].any(axis=1)
     rows = summary[on_any].sort_values("n_params", kind="stable")
     shown = trials_table(summary).shown.loc[rows.index, list(_ON_FRONTIER)].reset_index(drop=True)
     data = rows.reset_index(drop=True)
     for measure in MEASURES:
-        support = uncertainties[measure.name].support.set_index("trial")["support"].reindex(data["trial"])
-        data[f"support/{measure.name}"] = support.to_numpy(dtype="float64")
-        shown[f"support, {measure.short}"] = ["–" if pd.isna(share) else percent(share) for share in support]
+        chances = uncertainties[measure.name].chances.set_index("trial")["probability"].reindex(data["trial"])
+        data[f"probability/{measure.name}"] = chances.to_numpy(dtype="float64")
+        shown[f"P(on frontier), {measure.short}"] = ["–" if pd.isna(share) else percent(share) for share in chances]
     return Table("frontier", data, shown)
 
 
@@ -109,13 +159,21 @@ _ON_FRONTIER = (
 )
 
 
+def _interval_shown(low: float, high: float, decimals: int) -> str:
+    """The interval of a declared difference. It ends at zero only where it excludes zero."""
+    if pd.isna(low):
+        return "–"
+    first = "above 0" if low == 0 else signed(low, math.nan, decimals)
+    last = "below 0" if high == 0 else signed(high, math.nan, decimals)
+    return f"{first} to {last}"
+
+
 def comparisons_table(compared: pd.DataFrame) -> Table:
     """Every comparison, the declared ones first: the difference with its interval, the tests, the verdict."""
     data = compared.sort_values(["declared", "relation", "measure"], ascending=[False, False, False], kind="stable")
     rows = []
     for row in data.to_dict("records"):
         decimals = decimals_for(pd.Series([row["half_width"]]))
-        block = digits(row["block_half_width"], decimals) if pd.notna(row["block_half_width"]) else "–"
         rows.append(
             {
                 "compared": f"{row['label']} ({row['group']})",
@@ -128,8 +186,8 @@ def comparisons_table(compared: pd.DataFrame) -> Table:
                 "seeds": str(row["n"]),
                 "p": _p_value(row["p"]),
                 "p adjusted": f"{_p_value(row['p_adjusted'])} ({row['adjustment']})",
-                "± of the block": block,
-                "worst not excluded": "–" if pd.isna(row["bound"]) else signed(row["bound"], math.nan, decimals),
+                "95 %, all declared together": _interval_shown(row["low"], row["high"], decimals),
+                "test": "paired" if row["paired"] else "Welch",
                 "margin": "–" if pd.isna(row["margin"]) else f"{row['margin']:g}",
                 "tokens": _both(row["total_tokens"], row["against_total_tokens"]),
                 "tuning trials": _both(row["tuning_trials"], row["against_tuning_trials"]),
@@ -140,16 +198,21 @@ def comparisons_table(compared: pd.DataFrame) -> Table:
 
 def size_needed_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:
     """By measure, how large a configuration has to be in order to lose at most the margin against dense. Shown are the
-    sizes that are the smallest such one in at least one of 200 redraws, or by the means."""
+    sizes that are the smallest such one with a probability of at least half a per cent, or by the means, or that are
+    large enough with a probability of 95 %."""
     data = _joined([each.size_needed.assign(measure=key, margin=each.epsilon) for key, each in uncertainties.items()])
-    data = data[(data["support"] >= 0.005) | data["observed"].astype(bool)].reset_index(drop=True)
+    is_chosen = data["observed"].astype(bool) | data["cautious"].astype(bool)
+    data = data[(data["probability"] >= 0.005) | is_chosen].reset_index(drop=True)
+    marks = {"observed": "by the means", "cautious": f"with {100 * CAUTIOUS:.0f} %"}
     shown = pd.DataFrame(
         {
             "measure": [_UNITS[name] for name in data["measure"]],
             "margin": [f"{margin:g}" for margin in data["margin"]],
             "parameters": [count_shown(size) for size in data["n_params"]],
-            "smallest within the margin, by the means": ["yes" if is_it else "" for is_it in data["observed"]],
-            "share of redraws": [percent(share) for share in data["support"]],
+            "smallest within the margin": [
+                ", ".join(mark for column, mark in marks.items() if row[column]) for row in data.to_dict("records")
+            ],
+            "probability": [percent(share) for share in data["probability"]],
             "this size or smaller": [percent(share) for share in data["cumulative"]],
         }
     )
@@ -241,8 +304,8 @@ def arms_table(summary: pd.DataFrame) -> Table:
 _TRAINED_WITH = (
     *("family", "start", "init", "refinement", "keep", "metric", "spread", "narrow", "layers", "gauge", "lr_rule"),
     *("decay", "factorisation", "sites", "precision", "heal", "options", "bonds", "sweep"),
-    *("learning_rate", "embedding_learning_rate", "steps", "warmup_steps", "batch_size", "context", "weight_decay"),
-    *("model", "tokenizer", "optimiser", "schedule", "d_model", "tuning_trials", "tuned_among"),
+    *("learning_rate", "embedding_learning_rate", "rate_width", "steps", "warmup_steps", "batch_size", "context"),
+    *("weight_decay", "model", "tokenizer", "optimiser", "schedule", "d_model", "tuning_trials", "tuned_among"),
 )
 
 

@@ -1,28 +1,26 @@
-"""Comparisons of trials: which pairs are compared, and the difference on the seeds that both have."""
+"""Comparisons of trials: which pairs are compared, and the tests of their differences."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis import run_schema as schema
 from analysis.results.pairs import DENSE, KNOWN, REFERENCE, Known, Pair, pairs
-from analysis.results.selection import seed_table
 from analysis.results.summary import MEASURES, Measure
 from analysis.runs.study_runs import StudyRuns
-from analysis.statistics.contrasts import (
-    ONE_SIDED,
-    block_tests,
-    contrasts,
-    fixed_sequence,
-    non_inferiority,
+from analysis.statistics.differences import (
+    TTest,
+    compatible_intervals,
+    group_test,
+    not_inferior,
+    pair_tests,
+    rounding_step,
 )
-from analysis.statistics.multiplicity import holm
-from analysis.statistics.seed_blocks import MIN_SEEDS
+from analysis.statistics.multiplicity import family, graphical
 
 LEVEL = 0.05
 """Level of a family of tests, two-sided."""
@@ -31,16 +29,28 @@ BETTER, WORSE, NOT_INFERIOR, UNDECIDED = "better", "worse", "not inferior", "und
 TOO_FEW, FAILED, STOPPED, UNFINISHED = "too few seeds", "failed seeds", "stopped early", "study unfinished"
 
 COLUMNS = (
-    *("measure", "trial", "label", "group", "n_params", "total_tokens", "tuning_trials", "against", "against_label"),
+    *("measure", "study", "arm", "against_arm", "trial", "label", "group", "n_params", "total_tokens"),
+    *("tuning_trials", "against", "against_label"),
     *("against_group", "against_n_params", "against_total_tokens", "against_tuning_trials", "relation", "declared"),
-    *("same_budget", "n", "difference"),
-    *("half_width", "p", "p_adjusted", "adjustment", "block_half_width", "block_p", "margin", "bound", "non_inferior"),
-    "verdict",
+    *("same_budget", "n", "difference", "standard_error"),
+    *("half_width", "low", "high", "p", "p_adjusted", "adjustment", "margin", "non_inferior", "verdict", "paired"),
+)
+OF_ARMS = (
+    *("measure", "study", "arm", "against_arm", "n_sizes", "n_planned", "n", "difference", "half_width", "low", "high"),
+    *("p", "p_adjusted", "verdict", "paired"),
 )
 
 
-def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
-    """Test the differences that a study is about, on the seeds that both trials have.
+class Compared(NamedTuple):
+    """pairs: one row per measure and pair of trials, with `COLUMNS`. arms: one row per measure and declared contrast of
+    arms with several sizes, with `OF_ARMS`."""
+
+    pairs: pd.DataFrame
+    arms: pd.DataFrame
+
+
+def compare(runs: StudyRuns, summary: pd.DataFrame) -> Compared:
+    """Test the differences that a study is about.
 
     Compared are the pairs that the study file declares, of any budgets. Within one budget, each trial is also compared
     with the dense models of the reference's kind: from each of their arms, the one trained most alike. Each MPO trial
@@ -48,26 +58,38 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> pd.DataFrame:
     from the same start. A trial that starts from an arm has a reference of its own: the first dense trial of its
     budget that was trained on from the same start. Trials that were stopped early are only in declared pairs.
 
-    Claims rest on each pair's own t test (see `statistics.contrasts.contrasts`). For each measure, the declared pairs
-    are one family, adjusted by Holm. A declared pair that could not be tested, even because it has no complete seed,
-    counts in the family as p = 1. The other pairs are exploration, adjusted by Benjamini and Hochberg. While the study
-    lacks runs, nothing declared is decided: the family is incomplete, and the order of tests has not begun where it
-    must. Non-inferiority to the reference, by the study file's margin, is tested at .025 one-sided, within each group
-    and against each reference. The tests go from the largest χ (or, without χ, the largest model) downwards, up to the
-    first that fails. If two are equally large, Holm is used.
+    Two trials that share their start are tested by the differences on shared seeds, others by Welch's test on all of
+    their seeds (`statistics.differences.pair_tests`). All that the study file declares is one family over both
+    measures, with a level of .05 for any false claim (`statistics.multiplicity.family`). A contrast of arms with
+    several sizes is tested on the mean over its sizes, and at each size. If it is against a reference, non-inferiority
+    is tested too, by the study file's margin, from the largest χ (or, without χ, the largest model) downwards, up to
+    the first that fails. A trial that is better is not inferior. Declared tests without a result count as p = 1. The
+    other pairs are exploration, adjusted by Benjamini and Hochberg. While the study lacks runs, nothing declared is
+    decided: the family is incomplete.
 
     Returns:
-        One row per measure and pair, with `COLUMNS`. difference (trial − against), half_width (95 %), margin and bound
-        are in the measure's unit. bound: worst difference that is not excluded. block_half_width, block_p: from the
-        block model over all trials of the trial's budget that have the seeds of most; NaN if either trial lacks them.
-        verdict: on this difference alone; it claims nothing for a pair with fewer than 3 shared seeds, a failed seed or
-        a trial that was stopped early.
+        difference (trial − against), half_width (of its own 95 % interval) and margin are in the measure's unit. low
+        and high are the interval of a declared difference. It excludes zero exactly if the verdict is better or worse.
+        All intervals of a family hold together in at least 95 % of simulated studies (`benchmarks.calibration`). A
+        verdict claims nothing for a pair with fewer than 3 seeds, a failed seed or a trial that was stopped early, nor
+        for arms with such a pair. n: seeds of the trial that has fewest, of a paired test the shared ones.
     """
     rows = summary.set_index("trial")
     known: list[Known] = _known(summary).to_dict("records")  # type: ignore[assignment]
     found = list(pairs(known, runs.claims.contrasts, runs.n_lacking > 0))
-    frames = [_measured(runs, rows, found, measure) for measure in MEASURES] if found else []
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
+    if not found:
+        return Compared(pd.DataFrame(columns=list(COLUMNS)), pd.DataFrame(columns=list(OF_ARMS)))
+    measured = [_measured(runs, rows, found, measure) for measure in MEASURES]
+    frame = pd.concat([own for own, _ in measured], ignore_index=True)
+    arms = pd.DataFrame(
+        [row for _, of_arms in measured for row in of_arms],
+        columns=[*OF_ARMS, "df", "standard_error", "gain", "unsound"],
+    )
+    for table in (frame, arms):
+        table["p_adjusted"], table["low"], table["high"], table["verdict"] = math.nan, math.nan, math.nan, UNDECIDED
+    _explore(frame)
+    _decide(frame, arms, is_unfinished=runs.n_lacking > 0)
+    return Compared(frame[list(COLUMNS)], arms[list(OF_ARMS)])
 
 
 def reference_trial(summary: pd.DataFrame) -> int | None:
@@ -90,113 +112,179 @@ def _known(summary: pd.DataFrame) -> pd.DataFrame:
 # Tests ----------------------------------------------------------------------------------------------------------------
 
 
-def _measured(runs: StudyRuns, rows: pd.DataFrame, paired: list[Pair], measure: Measure) -> pd.DataFrame:
-    trial, against = rows.loc[[pair.trial for pair in paired]], rows.loc[[pair.against for pair in paired]]
-    frame = pd.DataFrame(paired).assign(measure=measure.name)
+def _measured(
+    runs: StudyRuns, rows: pd.DataFrame, found: list[Pair], measure: Measure
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """The pairs with their own tests, and those of declared contrasts of arms over their sizes."""
+    trial, against = rows.loc[[pair.trial for pair in found]], rows.loc[[pair.against for pair in found]]
+    frame = pd.DataFrame(found).assign(measure=measure.name)
     for name in ("label", "group", "n_params", "total_tokens", "tuning_trials"):
         frame[name] = trial[name].to_numpy()
         frame[f"against_{name}"] = against[name].to_numpy()
+    for name in ("study", "arm"):
+        frame[name], frame[f"against_{name}"] = trial[name].to_numpy(), against[name].to_numpy()
     frame["same_budget"] = trial["budget_hash"].to_numpy() == against["budget_hash"].to_numpy()
+    frame["paired"] = _share_a_start(trial, against)
+    frame["order"] = trial["chi"].fillna(trial["as_chi"]).fillna(trial["n_params"]).to_numpy(dtype=np.float64)
+    stopped = trial["stopped"].notna().to_numpy()
+    frame["unsound"] = pd.Series(None, frame.index, dtype="object").mask(stopped, STOPPED)
+    failed = trial["n_failed"].to_numpy() + against["n_failed"].to_numpy() > 0
+    frame.loc[failed & ~stopped, "unsound"] = FAILED
+
     values = (measure.scale * runs.seeds.pivot(index="trial", columns="seed", values=measure.key)).sort_index(axis=1)
     values = values.reindex(rows.index).astype("float64")
-    stopped = trial["stopped"].notna().to_numpy()
-    failed = stopped | (trial["n_failed"].to_numpy() + against["n_failed"].to_numpy() > 0)
-    is_unfinished = runs.n_lacking > 0
-    margin = measure.scale * runs.claims.margins.get(measure.name, math.nan)
-    _add_pair_tests(frame, values, margin, measure.direction, failed)
-    _add_block_tests(frame, rows, values, failed)
-    _adjust(frame, is_unfinished)
-    frame["study"], frame["arm"] = trial["study"].to_numpy(), trial["arm"].to_numpy()
-    frame["order"] = trial["chi"].fillna(trial["as_chi"]).fillna(trial["n_params"]).to_numpy(dtype=np.float64)
-    frame["non_inferior"] = np.zeros(len(frame), dtype=bool) if is_unfinished else _non_inferior(frame)
-    frame["verdict"] = [
-        STOPPED if is_stopped else FAILED if is_failed else _verdict(row, measure.direction)
-        for row, is_failed, is_stopped in zip(frame[list(_JUDGED)].to_dict("records"), failed, stopped, strict=True)
-    ]
-    return frame[list(COLUMNS)]
-
-
-def _add_pair_tests(
-    frame: pd.DataFrame, values: pd.DataFrame, margin: float, direction: schema.Direction | None, failed: np.ndarray
-) -> None:
-    assert direction is not None
-    for column in ("difference", "half_width", "p", "bound", "inferiority_p"):
-        frame[column] = math.nan
-    has = values.notna()
-    shared = (has.loc[frame["trial"]].to_numpy() & has.loc[frame["against"]].to_numpy()).astype(bool)
-    frame["n"] = shared.sum(axis=1)
-    # Pairs with the same seeds are tested in one call, each as a table of one row: the result has the shape (pairs, 1).
-    alike = pd.Series(list(map(bytes, np.packbits(shared, axis=1))), frame.index)
-    for _, group in frame[frame["n"] > 0].groupby(alike):
-        own = values.loc[:, shared[group.index[0]]]
-        found = contrasts(own.loc[group["trial"]].to_numpy()[:, None], own.loc[group["against"]].to_numpy())
-        frame.loc[group.index, "difference"] = found.difference[:, 0]
-        if found.n < MIN_SEEDS:
-            continue
-        frame.loc[group.index, "half_width"], frame.loc[group.index, "p"] = (
-            found.pair.half_width[:, 0],
-            found.pair.p[:, 0],
-        )
-        if margin > 0:
-            result = non_inferiority(found.difference, found.pair, margin, direction)
-            frame.loc[group.index, "bound"] = result.bound[:, 0]
-            frame.loc[group.index, "inferiority_p"] = result.p[:, 0]
-    frame.loc[failed, ["half_width", "p", "bound", "inferiority_p"]] = math.nan
+    step = rounding_step(values)
+    at, other = (values.index.get_indexer(pd.Index(frame[name])) for name in ("trial", "against"))
+    test = pair_tests(values, at, other, frame["paired"], step=step)
+    sound = frame["unsound"].isna().to_numpy()
+    frame["n"], frame["difference"] = test.n, test.difference
+    frame["half_width"] = np.where(sound, test.half_width(), math.nan)
+    for name in ("standard_error", "df", "p"):
+        frame[name] = np.where(sound, getattr(test, name), math.nan)
     # The margin applies to the reference only: it is another question if a control is not much better.
+    margin = measure.scale * runs.claims.margins.get(measure.name, math.nan)
     frame["margin"] = np.where(frame["relation"] == REFERENCE, margin, math.nan)
-    frame.loc[frame["relation"] != REFERENCE, ["bound", "inferiority_p"]] = math.nan
+    assert measure.direction is not None
+    inferior = not_inferior(test, margin, measure.direction) if margin > 0 else np.full(len(frame), math.nan)
+    frame["inferiority_p"] = np.where(sound & frame["margin"].notna(), inferior, math.nan)
+    frame["gain"] = frame["difference"] * (1 if measure.direction == "maximize" else -1)
 
-
-def _add_block_tests(frame: pd.DataFrame, rows: pd.DataFrame, values: pd.DataFrame, failed: np.ndarray) -> None:
-    frame["block_half_width"] = frame["block_p"] = math.nan
-    seeds = values.melt(var_name="seed", value_name="value", ignore_index=False).dropna().reset_index()
-    reference = rows.index[rows["is_reference"]]
-    budgets = rows["budget_hash"].reindex(frame["trial"]).to_numpy()
-    for budget, group in frame[~failed].groupby(budgets[~failed]):
-        inside = rows.index[rows["budget_hash"] == budget].union(reference).union(pd.Index(group["against"]))
-        table = seed_table(rows.loc[inside].reset_index(), seeds, "value")
-        group = group[group["trial"].isin(table.index) & group["against"].isin(table.index)]
-        if group.empty:
+    of_arms = []
+    for keys, own in frame[frame["declared"]].groupby(list(_CONTRAST), sort=False):
+        if len(own) == 1:
             continue
-        at, against = (table.index.get_indexer(pd.Index(group[name])) for name in ("trial", "against"))
-        block = block_tests(table.to_numpy(), at, against)
-        frame.loc[group.index, "block_half_width"], frame.loc[group.index, "block_p"] = block.half_width, block.p
+        tested = own[own["p"].notna()]
+        row = dict(zip(_CONTRAST, keys, strict=True)) | {"measure": measure.name, "n_planned": len(own)}
+        whole = _of_sizes(values, rows, tested, step)
+        if len(tested) < len(own):  # which sizes are left may depend on their results
+            whole |= {"p": math.nan, "unsound": next(iter(own["unsound"].dropna()), None)}
+        gain = whole["difference"] * (1 if measure.direction == "maximize" else -1)
+        of_arms.append(row | whole | {"gain": gain})
+    return frame, of_arms
 
 
-def _adjust(frame: pd.DataFrame, is_unfinished: bool) -> None:
-    declared = frame["declared"].to_numpy(dtype=bool)
-    frame["adjustment"] = np.where(declared, "Holm", "BH")
-    p = frame["p"].to_numpy(dtype=np.float64)
-    adjusted = np.full(p.shape, math.nan)
-    if not is_unfinished:
-        planned = p[declared]  # pairs without a result count as planned tests
-        adjusted[declared] = np.where(np.isnan(planned), math.nan, holm(np.nan_to_num(planned, nan=1.0)))
-    explored = ~declared & ~np.isnan(p)
-    if explored.any():
-        adjusted[explored] = stats.false_discovery_control(p[explored])
-    frame["p_adjusted"] = adjusted
+_CONTRAST = ("study", "arm", "against_arm")
 
 
-def _non_inferior(frame: pd.DataFrame) -> np.ndarray:
-    holds = np.zeros(len(frame), dtype=bool)
-    tested = frame[frame["relation"] == REFERENCE]
-    for _, arm in tested.groupby(["study", "group", "against"]):
-        at, p, order = arm.index.to_numpy(), arm["inferiority_p"].to_numpy(), arm["order"].to_numpy()
-        if np.unique(order).size == order.size:
-            holds[at] = fixed_sequence(p, order)
-        else:
-            holds[at] = holm(np.nan_to_num(p, nan=1.0)) < ONE_SIDED
-    return holds
+def _of_sizes(values: pd.DataFrame, rows: pd.DataFrame, pairs: pd.DataFrame, step: float) -> dict[str, Any]:
+    """The test of the mean difference over the sizes of a contrast of arms."""
+    weights = pd.concat([pairs["trial"], pairs["against"]]).to_frame("trial")
+    weights["weight"] = np.repeat([1.0, -1.0], len(pairs)) / max(len(pairs), 1)
+    weight = weights.groupby("trial")["weight"].sum()
+    blocks = _blocks(rows.loc[weight.index])
+    found: dict[str, Any] = {"n_sizes": len(pairs), "paired": len(set(blocks)) == 1}
+    if pairs.empty:
+        return found | {"n": 0} | dict.fromkeys(("difference", "half_width", "standard_error", "df", "p"), math.nan)
+    test = group_test(values.loc[weight.index], weight, blocks, step=step)
+    own = {name: getattr(test, name)[0] for name in ("n", "difference", "standard_error", "df", "p")}
+    return found | own | {"half_width": test.half_width()[0]}
 
 
-_JUDGED = ("p", "p_adjusted", "difference", "non_inferior")
+def _blocks(trials: pd.DataFrame) -> list[int]:
+    """A number for each trial, equal for those whose runs of one seed begin with the same weights, or one with
+    another's result."""
+    keys = list(zip(trials["study"], trials["arm"], trials["start"], strict=True))
+    starts = {(study, arm): start for study, arm, start in keys}
+    roots = []
+    for study, arm, start in keys:
+        root = arm
+        while start != "scratch":
+            root, start = start, starts.get((study, start), "scratch")
+        roots.append((study, root) if root != arm else None)
+    known = set(roots)
+    names = [
+        root or ((study, arm) if (study, arm) in known else trial)
+        for trial, root, (study, arm, _) in zip(trials.index, roots, keys, strict=True)
+    ]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
 
 
-def _verdict(row: dict[Any, Any], direction: schema.Direction) -> str:
+def _share_a_start(trial: pd.DataFrame, against: pd.DataFrame) -> np.ndarray:
+    """Whether the runs of one seed of two trials begin with the same weights, or one with the result of the other."""
+    same = trial["start"].to_numpy() == against["start"].to_numpy()
+    from_it = trial["start"].to_numpy() == against["arm"].to_numpy()
+    to_it = against["start"].to_numpy() == trial["arm"].to_numpy()
+    one_study = trial["study"].to_numpy() == against["study"].to_numpy()
+    return one_study & ((same & (trial["start"].to_numpy() != "scratch")) | from_it | to_it)
+
+
+def _explore(frame: pd.DataFrame) -> None:
+    """The adjusted p values and non-inferiority of the pairs that are not declared, for each measure."""
+    frame["adjustment"] = np.where(frame["declared"], "family", "BH")
+    frame["non_inferior"] = False
+    for _, own in frame[~frame["declared"].astype(bool)].groupby("measure"):
+        for name in ("p", "inferiority_p"):
+            known = own[name].dropna()
+            if known.empty:
+                continue
+            adjusted = stats.false_discovery_control(known)
+            if name == "p":
+                frame.loc[known.index, "p_adjusted"] = adjusted
+            else:
+                frame.loc[known.index, "non_inferior"] = adjusted <= LEVEL / 2
+    _judge(frame, ~frame["declared"].astype(bool))
+
+
+def _decide(frame: pd.DataFrame, arms: pd.DataFrame, *, is_unfinished: bool) -> None:
+    """The adjusted p values, intervals and verdicts of all that is declared, as one family."""
+    declared = frame[frame["declared"].astype(bool)]
+    contrasts = list(declared.groupby(["measure", *_CONTRAST], sort=False))
+    row_of = {tuple(keys): at for at, keys in enumerate(arms[["measure", *_CONTRAST]].to_numpy().tolist())}
+    chains = []
+    for _, own in contrasts:
+        tested = own[own["margin"].notna()]
+        if len(tested):
+            chains.append(tested.sort_values(["order", "n_params"], ascending=False, kind="stable").index)
+    tests = family([len(own) for _, own in contrasts], [len(chain) for chain in chains])
+    at_first = tests.graph.shares_of_tests()
+    p = np.ones(len(at_first))
+    for (keys, own), whole, sizes in zip(contrasts, tests.overall, tests.sizes, strict=True):
+        p[sizes] = own["p"].fillna(1.0)
+        if sizes != [whole]:
+            p[whole] = np.nan_to_num(arms["p"].to_numpy()[row_of[keys]], nan=1.0)
+    for chain, numbers in zip(chains, tests.chains, strict=True):
+        p[numbers] = np.minimum(2 * frame.loc[chain, "inferiority_p"].fillna(0.5), 1)
+    if is_unfinished:
+        frame.loc[declared.index, "verdict"] = UNFINISHED
+        arms["verdict"] = UNFINISHED
+        return
+    decisions = graphical(p, tests.graph, LEVEL)
+    shares = np.where(decisions.shares > 0, decisions.shares, at_first)
+    for (keys, own), whole, sizes in zip(contrasts, tests.overall, tests.sizes, strict=True):
+        _note(frame, own.index, decisions.adjusted[sizes], shares[sizes])
+        if sizes != [whole]:
+            _note(arms, arms.index[[row_of[keys]]], decisions.adjusted[[whole]], shares[[whole]])
+    for chain, numbers in zip(chains, tests.chains, strict=True):
+        frame.loc[chain, "non_inferior"] = decisions.adjusted[numbers] <= LEVEL
+    _judge(frame, frame["declared"].astype(bool))
+    _judge(arms, np.ones(len(arms), dtype=bool))
+
+
+def _note(frame: pd.DataFrame, index: pd.Index, adjusted: np.ndarray, shares: np.ndarray) -> None:
+    """Write adjusted p values, and the intervals that agree with them."""
+    own = frame.loc[index]
+    frame.loc[index, "p_adjusted"] = np.where(own["p"].notna(), adjusted, math.nan)
+    difference, error, df, p = own[["difference", "standard_error", "df", "p"]].to_numpy(dtype=np.float64).T
+    test = TTest(difference, error, df, p, own["n"].to_numpy())
+    frame.loc[index, "low"], frame.loc[index, "high"] = compatible_intervals(test, adjusted, shares, LEVEL)
+
+
+def _judge(frame: pd.DataFrame, which: Any) -> None:
+    """Write the verdicts of some rows; better implies not inferior."""
+    rows = frame[which]
+    verdicts = [_verdict(row) for row in rows.to_dict("records")]
+    frame.loc[rows.index, "verdict"] = verdicts
+    if "non_inferior" in frame:
+        better = rows.index[[verdict == BETTER for verdict in verdicts]]
+        frame.loc[better[frame.loc[better, "margin"] > 0], "non_inferior"] = True
+
+
+def _verdict(row: dict[Any, Any]) -> str:
+    if isinstance(row.get("unsound"), str):
+        return row["unsound"]
     if math.isnan(row["p"]):
         return TOO_FEW
-    if math.isnan(row["p_adjusted"]):
-        return UNFINISHED
-    if row["p_adjusted"] < LEVEL:
-        return BETTER if (row["difference"] > 0) == (direction == "maximize") else WORSE
-    return NOT_INFERIOR if row["non_inferior"] else UNDECIDED
+    if row["p_adjusted"] <= LEVEL:
+        return BETTER if row["gain"] > 0 else WORSE
+    return NOT_INFERIOR if row.get("non_inferior") else UNDECIDED

@@ -14,17 +14,18 @@ from analysis.runs.study_runs import StudyRuns
 
 @dataclass(frozen=True)
 class Findings:
-    """summary: `summary.summarise`. compared: `comparisons.compare`. uncertainties: by the name of the measure."""
+    """summary: `summary.summarise`. compared, arms: `comparisons.compare`. uncertainties: by measure, by its name."""
 
     runs: StudyRuns
     summary: pd.DataFrame
     compared: pd.DataFrame
+    arms: pd.DataFrame
     uncertainties: dict[str, FrontierUncertainty]
 
     @classmethod
     def of(cls, runs: StudyRuns) -> Findings:
         summary = summarise(runs)
         compared = compare(runs, summary)
-        declared = declared_against_reference(compared)
+        declared = declared_against_reference(compared.pairs)
         uncertainties = {measure.name: frontier_uncertainty(runs, summary, measure, declared) for measure in MEASURES}
-        return cls(runs, summary, compared, uncertainties)
+        return cls(runs, summary, compared.pairs, compared.arms, uncertainties)

@@ -145,7 +145,10 @@ def _described(trial: Known) -> Known:
         "group": group_of(
             trial["family"], trial["family_label"], trial["start"], trial["steps"], percent, trial["resized"]
         ),
-        "cap": next((trial[key] for key in ("chi", "as_chi", "keep") if trial[key] is not None), None),
+        # Bonds that change may leave χ far behind.
+        "cap": None
+        if trial["bonds"] is not None
+        else next((trial[key] for key in ("chi", "as_chi", "keep") if trial[key] is not None), None),
         "embedding_learning_rate": embeddings,
         "gauge": trial["gauge"] or "free",
         # A rate that equals the layers' is not a rate of its own.
@@ -161,7 +164,7 @@ def _declared_pairs(
         own = [trial for trial in trials if trial["study"] == study]
         rivals = [trial for trial in own if trial["arm"] == rival and trial["stopped"] is None]
         reference, trained_on = _reference_of(own), _trained_on(own)
-        of_cap: dict[Any, list[Known]] = {}
+        by_size, of_cap = _BySize(rivals), dict[Any, list[Known]]()
         for trial in rivals:
             if trial["cap"] is not None:
                 of_cap.setdefault(trial["cap"], []).append(trial)
@@ -174,7 +177,7 @@ def _declared_pairs(
                 for other in same
                 if other["keep"] is not None or other["family"] == "mpo" or _sites(other) == _sites(trial)
             ]
-            against = _counterpart(trial, meant, rivals)
+            against = _counterpart(trial, meant, by_size)
             is_equal = against["family"] != "mpo" and bool(_controls(trial, [against]))
             is_other_dense = (
                 DENSE == against["group"] != trial["group"] and against["budget_hash"] == trial["budget_hash"]
@@ -217,12 +220,13 @@ def _first(dense: list[Known]) -> Known | None:
     return min(enough or some or dense, key=lambda trial: trial["trial"], default=None)
 
 
-def _counterpart(trial: Known, same: list[Known], rivals: list[Known]) -> Known:
+def _counterpart(trial: Known, same: list[Known], rivals: _BySize) -> Known:
     """The rival of the same χ, or else the nearest in parameters; of several, the one trained most alike, then the
     first."""
     if same:
         return min(same, key=lambda rival: (_unlike(trial, rival), _distance(trial, rival), rival["trial"]))
-    return min(rivals, key=lambda rival: (_distance(trial, rival), _unlike(trial, rival), rival["trial"]))
+    near = rivals.nearest(trial["n_params"])
+    return min(near, key=lambda rival: (_distance(trial, rival), _unlike(trial, rival), rival["trial"]))
 
 
 def _controls(trial: Known, others: list[Known]) -> list[Known]:
@@ -264,6 +268,13 @@ class _BySize:
         reach = 1 + 1.01 * EQUAL_SIZE
         within = slice(bisect_left(self._sizes, size / reach), bisect_right(self._sizes, size * reach))
         return [self._trials[at] for at in sorted(self._ascending[within])]
+
+    def nearest(self, size: float) -> list[Known]:
+        """Trials of the next smaller size (below the given one), and of the next larger or equal one."""
+        at = bisect_left(self._sizes, size)
+        sizes = self._sizes[max(at - 1, 0) : at + 1]
+        within = slice(bisect_left(self._sizes, sizes[0]), bisect_right(self._sizes, sizes[-1]))
+        return [self._trials[at] for at in self._ascending[within]]
 
 
 def _nearness(trial: Known, other: Known) -> tuple[tuple[int, float], float]:

@@ -1,4 +1,4 @@
-"""Uncertainty of a frontier: support of its points, a band around it, its hypervolume, the size that a margin needs."""
+"""Uncertainty of a frontier: who is on it, a band around it, its hypervolume, the size that a margin needs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from analysis.results.selection import seed_table, seeds_stated
 from analysis.results.summary import Measure, sole_reference
 from analysis.runs.study_runs import StudyRuns
 from analysis.statistics.band import mean_frontier_band
+from analysis.statistics.frontier_probability import frontier_probability, size_needed
 from analysis.statistics.hypervolume import HypervolumeReference, hypervolume_interval
+from analysis.statistics.posterior import Posterior
 from analysis.statistics.seed_blocks import is_complete
-from analysis.statistics.support import frontier_support, size_needed
 
 N_DRAWS = 10_000
-"""Number of redraws of the means for each share; the standard error of a share is at most half a percent."""
+"""Number of draws of the true means; the standard error of a probability is at most half a percent."""
 HYPERVOLUME_BASE = 10.0
+CAUTIOUS = 0.95
+"""Probability that a cautious choice of a size is large enough."""
 
 
 class FrontierUncertainty(NamedTuple):
     """The uncertainty of one frontier by the seeds, in the measure's unit. A frame without results is empty.
 
-    support: trial, support (share of redraws in which it is on the frontier), near_support (within epsilon of it).
+    chances: trial, probability (that it is on the frontier), near_probability (that it is within epsilon of it).
     band: n_params, observed (best mean up to that size), low, high: 95 % pointwise for the frontier of the true means.
     hypervolume: one row; observed, low, high (95 %), worst_value, largest_size, base.
-    size_needed: n_params; support, cumulative: how often each size is the smallest that loses at most epsilon against
-        the dense reference; observed: whether it is the smallest by the means.
+    size_needed: n_params; probability, cumulative: that each size is the smallest that loses at most epsilon against
+        the dense reference; observed: whether it is the smallest by the means; cautious: whether it is the one up to
+        which the probabilities add up to CAUTIOUS.
     rests_on: the seeds and trials used, in words; left out are trials with fewer than MIN_SEEDS, or not all seeds.
     """
 
-    support: pd.DataFrame
+    chances: pd.DataFrame
     band: pd.DataFrame
     hypervolume: pd.DataFrame
     size_needed: pd.DataFrame
@@ -44,7 +48,7 @@ class FrontierUncertainty(NamedTuple):
 def frontier_uncertainty(
     runs: StudyRuns, summary: pd.DataFrame, measure: Measure, declared: Collection[int] = ()
 ) -> FrontierUncertainty:
-    """Redraw the means of all trials, each over its own seeds, with the noise of all (`analysis.statistics.draws`).
+    """Draw the true means of all trials, each from its own seeds, with the noise of all (`statistics.posterior`).
 
     The draws come from a fixed seed: the same runs give the same numbers. The area of the hypervolume is bounded by the
     dense model's size and by the result of random guessing: the loss at equal probability of all tokens, or an accuracy
@@ -57,27 +61,27 @@ def frontier_uncertainty(
     """
     table = measure.scale * seed_table(summary, runs.seeds, measure.key)
     epsilon = measure.scale * runs.claims.margins.get(measure.name, measure.margin)
-    support, band, hypervolume, needed = (
-        pd.DataFrame(columns=list(columns)) for columns in (_SUPPORT, _BAND, _HYPERVOLUME, _SIZE_NEEDED)
+    chances, band, hypervolume, needed = (
+        pd.DataFrame(columns=list(columns)) for columns in (_CHANCES, _BAND, _HYPERVOLUME, _SIZE_NEEDED)
     )
-    empty = FrontierUncertainty(support, band, hypervolume, needed, epsilon, _rests_on(table))
+    empty = FrontierUncertainty(chances, band, hypervolume, needed, epsilon, _rests_on(table))
     if len(table) < 2:
         return empty
     rows = summary.set_index("trial").loc[table.index]
-    sizes, values, direction = rows["n_params"].to_numpy(dtype=np.float64), table.to_numpy().T, measure.direction
-    rng = np.random.default_rng(0)
-    support = frontier_support(sizes, values, rng, epsilon=epsilon, direction=direction, n_draws=N_DRAWS)
-    band = mean_frontier_band(sizes, values, rng, direction=direction)
+    sizes, direction = rows["n_params"].to_numpy(dtype=np.float64), measure.direction
+    rng, posterior = np.random.default_rng(0), Posterior.of(sizes, table.to_numpy().T)
+    chances = frontier_probability(sizes, posterior, rng, epsilon=epsilon, direction=direction, n_draws=N_DRAWS)
+    band = mean_frontier_band(sizes, posterior, rng, direction=direction)
     corner = HypervolumeReference(
         worst_value=math.log(int(rows["vocab_size"].iloc[0])) if direction == "minimize" else 0.0,
         largest_size=float(rows["n_params_dense"].iloc[0]),
         base=HYPERVOLUME_BASE,
         direction=direction,
     )
-    area = hypervolume_interval(sizes, values, corner, rng)
+    area = hypervolume_interval(sizes, posterior, corner, rng)
     return empty._replace(
-        support=pd.DataFrame(
-            {"trial": table.index, "support": support.on_frontier, "near_support": support.near_frontier}
+        chances=pd.DataFrame(
+            {"trial": table.index, "probability": chances.on_frontier, "near_probability": chances.near_frontier}
         ),
         band=pd.DataFrame(dict(zip(_BAND, (band.sizes.astype(np.int64), *band[1:]), strict=True))),
         hypervolume=pd.DataFrame(
@@ -87,10 +91,10 @@ def frontier_uncertainty(
     )
 
 
-_SUPPORT = ("trial", "support", "near_support")
+_CHANCES = ("trial", "probability", "near_probability")
 _BAND = ("n_params", "observed", "low", "high")
 _HYPERVOLUME = ("observed", "low", "high", "worst_value", "largest_size", "base")
-_SIZE_NEEDED = ("n_params", "support", "cumulative", "observed")
+_SIZE_NEEDED = ("n_params", "probability", "cumulative", "observed", "cautious")
 
 
 def _rests_on(table: pd.DataFrame) -> str:
@@ -114,14 +118,15 @@ def _size_needed(
     table = table[(budgets[table.index] == budgets[reference]) | table.index.isin(list(declared))]
     sizes = summary.set_index("trial")["n_params"][table.index].to_numpy(dtype=np.float64)
     row = int(table.index.get_indexer(pd.Index([reference]))[0])
-    needed = size_needed(
-        sizes, table.to_numpy().T, row, rng, delta=epsilon, direction=measure.direction, n_draws=N_DRAWS
-    )
+    posterior = Posterior.of(sizes, table.to_numpy().T)
+    needed = size_needed(sizes, posterior, row, rng, delta=epsilon, direction=measure.direction, n_draws=N_DRAWS)
+    cumulative = needed.probability.cumsum()
     return pd.DataFrame(
         {
             "n_params": needed.sizes.astype(np.int64),
-            "support": needed.support,
-            "cumulative": needed.support.cumsum(),
+            "probability": needed.probability,
+            "cumulative": cumulative,
             "observed": needed.sizes == needed.observed,
+            "cautious": np.arange(len(cumulative)) == np.searchsorted(cumulative, CAUTIOUS),
         }
     )

@@ -21,8 +21,8 @@ def join_studies(studies: Sequence[StudyRuns]) -> StudyRuns:
 
     Trial numbers continue from one study to the next; those of the first study stay. Frames that name trials get two
     more columns: study, the name of the trial's study, and study_trial, its number in that study. Sizes are relative to
-    the dense model of the first study: its n_params_dense is used for all studies. Trials may be paired if their budget
-    hashes are equal, as in one study.
+    the dense model of the first study: its n_params_dense is used for all studies. Trials may be compared if their
+    budget hashes are equal, as in one study.
 
     Raises:
         AnalysisError: there are none, one is given twice, or two differ in tokenizer, corpus, split, vocabulary,

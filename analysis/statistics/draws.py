@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analysis.statistics.seed_blocks import UnevenTwoWay, is_complete, marginal_variance, two_way, uneven_two_way
+from analysis.statistics.seed_blocks import UnevenTwoWay, is_complete, two_way, uneven_two_way
 
 CHUNK_VALUES = 1 << 17
 """Number of values drawn at once: 1 MB, which stays in a processor's cache. It changes no draw."""
@@ -30,14 +30,8 @@ class SeedMeans:
     residual_df: int
     """Degrees of freedom of the pooled sd: (C − 1)(n − 1)."""
     grand_se: float
-    """Standard error of the mean of all means: sd over seeds of the mean over configurations, / √n. For unequal seeds
-    it is NaN: each draw shifts the seeds one by one."""
-    grand_df: float
-    """Degrees of freedom of `grand_se`: n − 1; for unequal seeds, those of the seeds' variance."""
-    marginal_se: NDArray[np.float64]
-    """(C,): standard error of each mean, including its seeds' shift."""
-    marginal_df: float
-    """Degrees of freedom of `marginal_se`, at least n − 1."""
+    """Standard error of the mean of all means: sd over seeds of the mean over configurations, / √n; NaN for
+    unequal seeds."""
     uneven: UnevenTwoWay | None = None
     """The underlying model if configurations do not all have the same seeds."""
 
@@ -59,23 +53,18 @@ class SeedMeans:
         model, n = two_way(values.T), values.shape[0]
         residual_se = float(np.sqrt(model.residual_variance / n)) if model.df else 0.0
         grand_se = float(model.seed_means.std(ddof=1) / np.sqrt(n))
-        variance, df = marginal_variance(model)
-        marginal_se = np.full(model.means.shape, np.sqrt(variance / n))
-        return cls(model.means, residual_se, model.df, grand_se, n - 1, marginal_se, float(df))
+        return cls(model.means, residual_se, model.df, grand_se)
 
     @classmethod
     def _of_uneven(cls, model: UnevenTwoWay) -> SeedMeans:
         shares = (model.weights**2).sum(axis=1)  # 1/n of each configuration
         residual_se = float(np.sqrt(model.residual_variance * shares.mean()))
-        marginal_se = np.sqrt(model.marginal_variance * shares)
-        return cls(
-            model.means, residual_se, model.df, np.nan, model.seed_df, marginal_se, model.marginal_df, uneven=model
-        )
+        return cls(model.means, residual_se, model.df, np.nan, uneven=model)
 
     def take(self, rows: NDArray[np.intp]) -> SeedMeans:
         """The configurations `rows`, in that order, with the noise of all configurations."""
         uneven = self.uneven and self.uneven._replace(means=self.means[rows], weights=self.uneven.weights[rows])
-        return replace(self, means=self.means[rows], marginal_se=self.marginal_se[rows], uneven=uneven)
+        return replace(self, means=self.means[rows], uneven=uneven)
 
     def contrast_draws(self, n_draws: int, rng: np.random.Generator) -> Iterator[NDArray[np.float64]]:
         """Draws for quantities that depend only on differences between configurations: without the seeds' shift.
@@ -93,18 +82,8 @@ class SeedMeans:
         """As `contrast_draws`, but always normal: for the average effect of noise as large as the estimated one."""
         return self._draws(n_draws, rng, known_scale=True)
 
-    def draws(self, n_draws: int, rng: np.random.Generator) -> Iterator[NDArray[np.float64]]:
-        """Draws for quantities that also depend on the level of the means: as `contrast_draws`, and shifted together.
-
-        The mean of the C means is drawn as t with n − 1 degrees of freedom. The deviations from it sum to zero, so that
-        the two sources of noise are counted once each. For a single configuration this draws Student's t.
-
-        For unequal seeds, all three kinds of draws shift each seed by itself, in all configurations that have it.
-        """
-        return self._draws(n_draws, rng, with_shift=True)
-
     def _draws(
-        self, n_draws: int, rng: np.random.Generator, *, known_scale: bool = False, with_shift: bool = False
+        self, n_draws: int, rng: np.random.Generator, *, known_scale: bool = False
     ) -> Iterator[NDArray[np.float64]]:
         chunk = max(1, CHUNK_VALUES // self.means.size)
         # First, one number per draw is drawn for all draws: the rest is then the same stream for any chunk size.
@@ -113,13 +92,10 @@ class SeedMeans:
             scales *= np.sqrt(self.residual_df / rng.chisquare(self.residual_df, n_draws))
         if self.uneven is not None:
             return (yield from self._uneven_draws(self.uneven, scales, rng, chunk, known_scale))
-        shifts = self.grand_se * rng.standard_t(self.grand_df, n_draws) if with_shift else None
         for start in range(0, n_draws, chunk):
             part = slice(start, start + chunk)
             drawn = rng.standard_normal((scales[part].size, self.means.size))
             drawn *= scales[part, None]
-            if shifts is not None:
-                drawn += (shifts[part] - drawn.mean(axis=1))[:, None]
             drawn += self.means
             yield drawn
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.run_schema import Direction
-from analysis.statistics.draws import SeedMeans
+from analysis.statistics.posterior import Posterior
 from analysis.statistics.running_best import SortedSizes
 
 
@@ -31,7 +31,7 @@ class HypervolumeReference:
 
 
 class HypervolumeInterval(NamedTuple):
-    """Hypervolume of the frontier of the means, and limits for that of the frontier of the true means."""
+    """Hypervolume of the frontier of the means, and limits for that of the frontier of the true means, at least 0."""
 
     observed: float
     low: float
@@ -40,34 +40,32 @@ class HypervolumeInterval(NamedTuple):
 
 def hypervolume_interval(
     sizes: ArrayLike,
-    values: ArrayLike,
+    posterior: Posterior,
     reference: HypervolumeReference,
     rng: np.random.Generator,
     *,
     n_draws: int = 2_000,
 ) -> HypervolumeInterval:
-    """95 % interval for the hypervolume of the frontier of the true means: 2 · observed − quantiles of redrawn ones.
+    """95 % interval for the hypervolume of the frontier of the true means: central quantiles over drawn true means.
 
-    The hypervolume of the observed means is too large, since the best of noisy means is too good. The reflection
-    removes this bias (see `band.mean_frontier_band`). With many configurations, the interval may exclude the
-    observed number.
+    The hypervolume of the measured means is too large, since the best of noisy means is too good. With many
+    configurations, the interval may exclude it (see `band.mean_frontier_band`).
 
-    94 to 98 % were covered in the simulated studies that `band.mean_frontier_band` names, and
-    65 % if all true means are equal.
+    93 to 98 % were covered in the simulated studies that `band.mean_frontier_band` names, and 32 % if all true means
+    are exactly equal.
 
     Args:
         sizes: (C,), positive, minimised.
-        values: (n, C), one row per seed, at least 2 for each configuration; NaN if it lacks the seed.
-    Returns:
-        Limits of at least 0.
-    Source: Davison and Hinkley 1997, Bootstrap methods and their application, section 5.2 (basic limits).
+        posterior: that of the same configurations.
+    Raises:
+        ValueError: shapes differ.
     """
-    sorted_sizes, seed_means = SortedSizes.of(sizes), SeedMeans.of(values)
+    sorted_sizes = SortedSizes.of(sizes)
     widths = _widths(sorted_sizes, reference)
-    observed = float(_areas(sorted_sizes, widths, seed_means.means, reference))
-    redrawn = [_areas(sorted_sizes, widths, drawn, reference) for drawn in seed_means.draws(n_draws, rng)]
-    below, over = np.quantile(np.concatenate(redrawn), (0.025, 0.975))
-    return HypervolumeInterval(observed, max(0.0, float(2 * observed - over)), max(0.0, float(2 * observed - below)))
+    observed = float(_areas(sorted_sizes, widths, posterior.means, reference))
+    drawn = [_areas(sorted_sizes, widths, each, reference) for each in posterior.draws(n_draws, rng)]
+    low, high = np.quantile(np.concatenate(drawn), (0.025, 0.975))
+    return HypervolumeInterval(observed, float(low), float(high))
 
 
 def _widths(sorted_sizes: SortedSizes, reference: HypervolumeReference) -> NDArray[np.float64]:

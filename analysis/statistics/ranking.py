@@ -41,7 +41,7 @@ def rank_intervals(
 ) -> RankInterval:
     """Ranks of the means over seeds, and quantiles of their ranks over draws of the means.
 
-    A draw is mean_c + √(s²_res/n) z_c with z standard normal; s²_res is the residual mean square of the block model
+    A draw is mean_c + √(s²_res/n) z_c with z standard normal; s²_res is the residual mean square of the two-way model
     (see `seed_blocks`). The shared part of a seed moves all means alike, and changes no rank. If configurations lack
     seeds it does change ranks, and the draws are those of `draws.SeedMeans.noise_draws`. The limits are drawn
     ranks: the outermost that leave at most 2.5 % of the draws beyond.

@@ -73,21 +73,6 @@ class SortedSizes:
         # At the last configuration of a size, the running best includes all of that size.
         return best_of(direction).accumulate(self.ascending(values), axis=-1).take(self.ends, axis=-1)
 
-    def attained_by(self, values: NDArray[np.float64], direction: Direction) -> NDArray[np.intp]:
-        """The configuration that attains the running best at each distinct size; the last if several are equal.
-
-        Args:
-            values: (C,), in the order in which the sizes were given.
-        Returns:
-            (G,) indices into that order.
-        Raises:
-            ValueError: as `running_best`.
-        """
-        values = self.ascending(values)
-        attains = values == best_of(direction).accumulate(values)
-        latest = np.maximum.accumulate(np.where(attains, np.arange(values.size), 0))
-        return self.order[latest[self.ends]]
-
     def standing(self, values: NDArray[np.float64], direction: Direction) -> Standing:
         """The standing of configurations in each row; those that attain an improved running best are on the frontier.
 

@@ -54,9 +54,7 @@ class UnevenTwoWay(NamedTuple):
 
     means: (C,), each over its own seeds. weights: (C, S), 1/n if a configuration has a seed, else 0.
     residual_variance: as in `TwoWay`, 0 if df is 0. df: its degrees of freedom. seed_variance: Var(b), at least 0.
-    seed_df: its degrees of freedom, fewer than seeds if few configurations have some of the seeds. variance: average
-    variance of one value within configurations.
-    marginal_variance, marginal_df: as in `marginal_variance`.
+    seed_df: its degrees of freedom, fewer than seeds if few configurations have some of the seeds.
     """
 
     means: NDArray[np.float64]
@@ -65,13 +63,10 @@ class UnevenTwoWay(NamedTuple):
     df: int
     seed_variance: float
     seed_df: float
-    variance: float
-    marginal_variance: float
-    marginal_df: float
 
 
 def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
-    """The two-way model, fitted by least squares; for a complete table it equals `two_way` and `marginal_variance`.
+    """The two-way model, fitted by least squares; for a complete table it equals `two_way`.
 
     Within configurations, the seeds' shifts explain R of the sum of squares, with r degrees of freedom. For N values of
     C configurations, R has the expectation (N − C) Var(b) + r Var(ε), from which Var(b) is estimated. R is a sum of r
@@ -102,11 +97,10 @@ def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
     n_free = int(counts.sum()) - len(table)
     df, explained = n_free - sizes.size, max(0.0, float(shifts @ sums))
     residual = float((left**2).sum()) / df if df else 0.0
-    of_seeds, of_rest = explained / n_free, residual * df / n_free
+    of_seeds = explained / n_free
     seed_variance = max(0.0, of_seeds - residual * sizes.size / n_free)
     squares = sizes * seed_variance + residual if of_seeds > 0 else sizes
     seed_df = float(squares.sum() ** 2 / (squares**2).sum())
-    share = of_seeds / (of_seeds + of_rest) if of_seeds + of_rest > 0 else 1.0
     return UnevenTwoWay(
         means,
         weights,
@@ -114,35 +108,12 @@ def uneven_two_way(values: ArrayLike) -> UnevenTwoWay:
         df,
         seed_variance,
         seed_df,
-        float((within**2).sum()) / n_free,
-        of_seeds + of_rest,
-        1 / (share**2 / seed_df + ((1 - share) ** 2 / df if df else 0)),
     )
 
 
 def is_complete(values: ArrayLike) -> bool:
     """Return whether no value is missing."""
     return not np.isnan(np.asarray(values, dtype=np.float64)).any()
-
-
-def marginal_variance(model: TwoWay) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Variance of one value, including the shared part of its seed, and Satterthwaite's degrees of freedom; both (...).
-
-    In the model a mean over n seeds has the variance (σ_b² + σ²) / n. Two independent mean squares estimate the sum. V,
-    the sample variance of the n seed means, has the expectation σ_b² + σ²/C and n − 1 degrees of freedom. s²_res has
-    the expectation σ² and (C − 1)(n − 1) degrees of freedom. So s²_marg = V + s²_res (C − 1)/C has the expectation
-    σ_b² + σ². Its degrees of freedom match the first two moments of a scaled χ², and are between n − 1 (all variance
-    shared; also C = 1) and C(n − 1) (none shared).
-
-    Source: Satterthwaite 1946, An approximate distribution of estimates of variance components.
-    """
-    rows, n = model.means.shape[-1], model.n
-    shared = model.seed_means.var(axis=-1, ddof=1)
-    residual = model.residual_variance * (rows - 1) / rows if rows > 1 else np.zeros_like(shared)
-    variance = shared + residual
-    # Share of the sum. For a sum of 0, which no df would widen, all of it counts as shared.
-    share = np.divide(shared, variance, out=np.ones_like(shared), where=variance > 0)
-    return variance, (n - 1) / (share**2 + (1 - share) ** 2 / max(rows - 1, 1))
 
 
 def complete_table(values: ArrayLike, name: str = "values") -> NDArray[np.float64]:

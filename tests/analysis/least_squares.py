@@ -1,4 +1,4 @@
-"""Two-way analysis of variance by a least-squares fit of both factors: the oracle of the block model."""
+"""Two-way analysis of variance by a least-squares fit of both factors: the oracle of the two-way model."""
 
 from __future__ import annotations
 

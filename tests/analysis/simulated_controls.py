@@ -56,4 +56,4 @@ def compared(
     runs, _ = simulated_runs(found, n_evaluations=2, **settings)
     runs = replace(runs, claims=Claims(margins, tuple(Contrast(runs.name, *pair) for pair in contrasts)))
     summary = summarise(runs)
-    return runs, summary, compare(runs, summary)
+    return runs, summary, compare(runs, summary).pairs

@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
 
@@ -11,12 +10,12 @@ from analysis.figures.data import curve_trials, frontier_points
 from analysis.report.answers import answers
 from analysis.results.findings import Findings
 from analysis.results.retained import retained_points
-from analysis.results.seed_noise import seed_noise
 from analysis.results.summary import VAL_LOSS, summarise
 from analysis.results.uncertainty import frontier_uncertainty
 from analysis.runs.study_runs import Claims, Contrast, Growth
 from analysis.statistics.intervals import ratio_interval
-from analysis.statistics.power import resolved_gap
+from analysis.statistics.power import Contrast as Planned
+from analysis.statistics.power import family_gaps
 
 DENSE = Configuration("dense", N_PARAMS_DENSE, 1.60, "dense", seeds=range(5))
 MARGINS = {"val_loss": 0.02, "val_acc": 0.005}
@@ -32,10 +31,13 @@ def low_rank(chi, loss):
 
 def answered(found, contrasts=(), n_missing=0, growths=()):
     """The tables of the first screen, by the names of their questions."""
+    return {answer.name: answer.rows for answer in answers(findings_of(found, contrasts, n_missing, growths))}
+
+
+def findings_of(found, contrasts=(), n_missing=0, growths=()):
     runs, _ = simulated_runs(found, noise=0.002)
     claims = Claims(dict(MARGINS), tuple(Contrast("tiny", *pair) for pair in contrasts))
-    findings = Findings.of(replace(runs, claims=claims, n_missing=n_missing, growths=growths))
-    return {answer.name: answer.rows for answer in answers(findings)}
+    return Findings.of(replace(runs, claims=claims, n_missing=n_missing, growths=growths))
 
 
 def verdicts(rows, measure="loss (nats)"):
@@ -56,7 +58,7 @@ def test_first_screen_says_what_was_run_and_what_is_on_the_frontier():
         "seeds each": "5",
         "training tokens of a run": "16,384,000",
     }
-    on = said["frontier"][["configuration", "family", "support, loss"]].to_numpy().tolist()
+    on = said["frontier"][["configuration", "family", "P(on frontier), loss"]].to_numpy().tolist()
     assert on == [["χ=8", "MPO from scratch", "100 %"], ["dense", "dense", "100 %"]]
 
 
@@ -80,7 +82,7 @@ def test_first_screen_counts_the_verdicts_of_many_like_comparisons():
     assert verdicts(rows) == [many]
     declared = answered(found, [("mpo", "low-rank")])["controls"]
     assert len(verdicts(declared)) == 9
-    assert declared["p adjusted"].str.endswith("(Holm)").all()
+    assert declared["p adjusted"].str.endswith("(family)").all()
 
 
 def test_first_screen_names_the_rivals_where_one_mpo_has_several():
@@ -149,7 +151,7 @@ def test_of_several_dense_models_none_stands_for_dense_in_figures_and_tables():
         summary = summarise(runs)
         uncertainty = frontier_uncertainty(runs, summary, VAL_LOSS)
         return [
-            frontier_points(summary, VAL_LOSS, uncertainty.support)["is_reference"].any(),
+            frontier_points(summary, VAL_LOSS, uncertainty.chances)["is_reference"].any(),
             curve_trials(summary)["is_reference"].any(),
             len(uncertainty.size_needed) > 0,
             len(retained_points(runs, summary)) > 0,
@@ -202,7 +204,7 @@ def test_first_screen_names_the_tokens_where_budgets_differ():
         ([DENSE, mpo(8, 1.8, stopped="trial 0 is better")], "dense", "no MPO has a complete seed"),
         ([DENSE, mpo(8, 1.8, failed=(9,))], "dense", "failed seeds"),
         ([replace(DENSE, seeds=(7, 8)), mpo(8, 1.8)], "dense", "too few seeds"),
-        ([DENSE], "certainty", "no pair has 3 common seeds"),
+        ([DENSE], "certainty", "no pair has 3 seeds or more of each"),
         ([replace(DENSE, failed=(9,)), mpo(8, 1.8, failed=(9,))], "frontier", "none, because"),
         ([replace(DENSE, seeds=(0,))], "frontier", "none, because"),
     ],
@@ -226,29 +228,27 @@ def test_first_screen_says_how_much_was_seen_before_a_study_grew():
     ]
 
 
-def test_seed_noise_finds_the_standard_deviation_and_what_seeds_share():
-    rng = np.random.default_rng(5)
-    found = [DENSE, *(mpo(chi, 1.7) for chi in (4, 8, 16, 32))]
-    found = [replace(one, seeds=range(400)) for one in found]
-    runs, _ = simulated_runs(found, n_evaluations=1, noise=0.0)
-    shared = 0.3 * rng.normal(size=400)
-    seeds = runs.seeds.assign(
-        **{VAL_LOSS.key: shared[runs.seeds["seed"]] + 0.4 * rng.normal(size=len(runs.seeds)) + runs.seeds["trial"]}
-    )
-    runs = replace(runs, seeds=seeds)
-    noise = seed_noise(runs, summarise(runs), VAL_LOSS)
-    assert noise is not None
-    assert noise.sd == pytest.approx(0.5, rel=0.05)
-    assert noise.correlation == pytest.approx(0.36, abs=0.04)
-    assert noise.n == 400
-
-
-def test_gap_that_the_seeds_resolve_is_said():
+def test_gap_that_the_seeds_find_is_said_for_each_measure():
     found = [DENSE, mpo(8, 1.8), mpo(16, 1.7)]
-    runs, _ = simulated_runs(found, noise=0.002)
-    noise = seed_noise(runs, summarise(runs), VAL_LOSS)
-    assert noise is not None
-    gap = resolved_gap(5, noise.sd, noise.correlation)
-    assert math.isfinite(gap)
-    said = facts(answered(found)["certainty"])["gap that one paired test finds in 80 % of studies"]
-    assert said.startswith(f"{gap:.2g} nats with 5 seeds; 0.02 nats need ")
+    said = facts(answered(found, [("mpo", "dense")])["certainty"])
+    [loss, accuracy] = [text for name, text in said.items() if "gap that a contrast finds in 80 %" in name]
+    compared = findings_of(found, [("mpo", "dense")]).compared
+    for measure, text, unit in (("val_loss", loss, "nats"), ("val_acc", accuracy, "points")):
+        own = compared[compared["measure"] == measure]
+        noise = math.sqrt((own["standard_error"] ** 2 * 5 / 2).mean())
+        shown = []
+        for n in (5, 8):
+            [gap] = family_gaps(n, [Planned(2, one_rival=True)], 1)
+            at_size, over = f"{noise * gap.of_sizes:.2g}", f"{noise * gap.of_arms:.2g}"
+            shown.append(f"with {n} seeds {at_size} {unit} at one size, {over} over the sizes of an arm")
+        assert text == "; ".join(shown)
+    assert not any("gap that" in name for name in facts(answered(found)["certainty"]))
+
+
+def test_a_failed_seed_leaves_the_gaps_of_the_other_contrasts():
+    found = [DENSE, mpo(8, 1.8), replace(low_rank(8, 1.9), failed=(9,))]
+    said = facts(answered(found, [("mpo", "dense"), ("mpo", "low-rank")])["certainty"])
+    [loss, accuracy] = [text for name, text in said.items() if "gap that a contrast finds in 80 %" in name]
+    assert loss.startswith("with 5 seeds ")
+    assert loss.endswith("; not known for 1 contrast")
+    assert accuracy.endswith("; not known for 1 contrast")

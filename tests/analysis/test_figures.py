@@ -25,7 +25,7 @@ STUDIES = simulated_study.awkward_studies()
 def drawn_frontier(runs, summary, measure, note=""):
     """The figure, and the points it shows."""
     uncertainty = frontier_uncertainty(runs, summary, measure)
-    points = data.frontier_points(summary, measure, uncertainty.support)
+    points = data.frontier_points(summary, measure, uncertainty.chances)
     return frontier_figure(points, data.seed_points(summary, runs.seeds, measure), uncertainty, measure, note), points
 
 
@@ -234,7 +234,7 @@ def test_frontier_figure_says_when_every_configuration_has_a_failed_seed():
     assert "No frontier: no configuration has 3 complete seeds without a failed one." in said
 
 
-def test_frontier_figure_draws_its_band_and_names_the_support(summary, runs):
+def test_frontier_figure_draws_its_band_and_names_the_probabilities(summary, runs):
     figure, points = drawn_frontier(runs, summary, VAL_LOSS)
     uncertainty = frontier_uncertainty(runs, summary, VAL_LOSS)
     [band] = [part for part in figure.axes[0].collections if isinstance(part, PolyCollection) and part.get_zorder() < 1]
@@ -244,8 +244,8 @@ def test_frontier_figure_draws_its_band_and_names_the_support(summary, runs):
     texts = {text.get_text() for text in figure.axes[0].texts}
     named = points.assign(label=labels.told_apart(points["label"], points["group"]))
     for row in named[named["on_frontier"]].to_dict("records"):
-        assert f"{row['label']} ({percent(row['support'])})" in texts
-    assert "10,000 redraws" in figure.texts[0].get_text().replace("\n", " ")
+        assert f"{row['label']} ({percent(row['probability'])})" in texts
+    assert f"from {uncertainty.rests_on}" in figure.texts[0].get_text().replace("\n", " ")
 
 
 def test_curve_means_average_over_seeds():

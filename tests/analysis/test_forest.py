@@ -49,10 +49,14 @@ def test_forest_draws_each_difference_with_both_intervals(relation):
         own = pairs[pairs["measure"] == measure.name]
         axes = panel(figure, measure.name)
         assert [line.get_xdata()[0] for line in artists(axes, "mean")] == pytest.approx(own["difference"].tolist())
-        for gid, half in (("interval", own["half_width"]), ("block", own["block_half_width"])):
-            drawn = np.array([line.get_xdata() for line in artists(axes, gid)])
-            expected = np.column_stack((own["difference"] - half, own["difference"] + half))[half.notna()]
-            assert drawn == pytest.approx(expected), (measure, gid)
+        half, declared = own["half_width"], own["low"].notna()
+        assert declared.tolist() == own["declared"].tolist()
+        for gid, low, high in (
+            ("interval", own["difference"] - half, own["difference"] + half),
+            ("simultaneous", own["low"][declared], own["high"][declared]),
+        ):
+            drawn = np.array([line.get_xdata() for line in artists(axes, gid)]).reshape(-1, 2)
+            assert drawn == pytest.approx(np.column_stack((low, high))), (measure, gid)
         heights = [line.get_ydata()[0] for line in artists(axes, "mean")]
         assert heights == sorted(heights), "rows from the top"
     texts = [text.get_text() for text in figure.texts]
@@ -79,23 +83,29 @@ def test_different_margins_are_drawn_row_by_row():
     assert len(lines) == pairs["trial"].nunique()
 
 
-def test_a_pair_without_interval_is_hollow_and_one_without_seeds_is_not_drawn():
+def test_a_pair_without_interval_is_hollow():
     pairs = forest_pairs(comparisons_of("long"), REFERENCE)
     own = pairs[pairs["measure"] == "val_loss"].reset_index(drop=True)
     assert set(own["verdict"]) >= {"too few seeds", "failed seeds"}
-    assert (own["n"] == 0).sum() == 1
     figure = forest_figure(pairs)
     axes = panel(figure, "val_loss")
     drawn = {line.get_xdata()[0]: line for line in artists(axes, "mean")}
-    assert len(drawn) == len(own) - 1
+    assert len(drawn) == len(own)
     for row in own.dropna(subset="difference").to_dict("records"):
         claimed = row["verdict"] not in ("too few seeds", "failed seeds")
         assert (drawn[row["difference"]].get_markerfacecolor() != "white") == claimed
         assert (drawn[row["difference"]].get_markeredgecolor() == "#8c8c8c") == (row["n"] < 3)
-    assert len(artists(axes, "interval")) == own["half_width"].notna().sum() < len(own) - 1
-    assert "n = 0 to 3" in footer_of(figure)
+    assert len(artists(axes, "interval")) == own["half_width"].notna().sum() < len(own)
+    assert "n = 2 to 3" in footer_of(figure)
     texts = [text.get_text() for text in figure.texts]
     assert "d_model=28, n=2" in texts
+
+
+def test_a_pair_without_seeds_is_not_drawn():
+    pairs = forest_pairs(comparisons_of("lost"), REFERENCE)
+    own = pairs[pairs["measure"] == "val_loss"]
+    assert own["difference"].isna().any()
+    assert len(artists(panel(forest_figure(pairs), "val_loss"), "mean")) == own["difference"].notna().sum()
 
 
 def test_tokens_are_shown_only_where_budgets_differ():
@@ -151,10 +161,17 @@ def test_of_many_pairs_the_declared_ones_and_the_largest_are_shown():
     check_texts(figure)
 
 
+def test_legend_names_both_intervals():
+    figure = forest_figure(forest_pairs(comparisons_of("controls"), DECLARED))
+    named = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+    assert {"95 % interval of each difference", "95 % for all declared together: without zero if decided"} <= named
+
+
 def test_footer_names_the_adjustments_that_were_made():
     frame = comparisons_of("controls")
-    assert "after Holm." in footer_of(forest_figure(forest_pairs(frame, DECLARED)))
+    family = "as one family over both measures"
+    assert f"adjusted {family}." in footer_of(forest_figure(forest_pairs(frame, DECLARED)))
     mixed = footer_of(forest_figure(forest_pairs(frame, EQUAL_PARAMETERS)))
-    assert "Holm for those declared in the study file, Benjamini–Hochberg for the others" in mixed
+    assert f"declared pairs {family}, the others by Benjamini–Hochberg." in mixed
     plain = comparisons_of("controls", contrasts=())
-    assert "after Benjamini–Hochberg." in footer_of(forest_figure(forest_pairs(plain, REFERENCE)))
+    assert "adjusted by Benjamini–Hochberg." in footer_of(forest_figure(forest_pairs(plain, REFERENCE)))

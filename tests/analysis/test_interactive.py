@@ -16,7 +16,7 @@ from analysis.runs.studies import join_studies
 
 
 def points_of(runs, summary):
-    return data.frontier_points(summary, VAL_LOSS, frontier_uncertainty(runs, summary, VAL_LOSS).support)
+    return data.frontier_points(summary, VAL_LOSS, frontier_uncertainty(runs, summary, VAL_LOSS).chances)
 
 
 def traces(html):

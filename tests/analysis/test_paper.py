@@ -140,6 +140,12 @@ def test_own_counts_are_a_quadratic_in_chi():
 # What is wrong in the paper, found by the comparison ------------------------------------------------------------------
 
 
+def test_a_model_of_another_kind_is_none_of_the_papers():
+    other = {"n_heads": None, "n_layers": None, "d_ff": None, "model": "llama"}
+    found = [replace(one, extra=one.extra | other) for one in paper_study()]
+    assert paper_trials(simulated_runs(found)[0]).frame.empty
+
+
 def test_printed_totals_are_not_those_of_the_architecture(comparison):
     totals = of(comparison, "parameters")
     assert list(totals["ours"]) == [808_448, 42_336, 79_168, 177_408, 472_192]

@@ -27,6 +27,7 @@ def rows_of(found, measure=VAL_LOSS, **settings):
     return rank_rows(summarise(runs), runs.seeds, measure, np.random.default_rng(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("one seed", "one configuration")])
 def test_rank_figure_keeps_all_its_text_apart_and_inside(name):
     for measure in (VAL_LOSS, VAL_ACC):
@@ -35,6 +36,7 @@ def test_rank_figure_keeps_all_its_text_apart_and_inside(name):
         assert figure.get_figwidth() == style.WIDTH
 
 
+@pytest.mark.slow
 def test_rank_figure_writes_the_same_bytes_twice(tmp_path):
     for when in ("once", "again"):
         style.save(rank_figure(rows_of(STUDIES["crowded"]), VAL_LOSS), tmp_path / when)

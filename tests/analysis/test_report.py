@@ -115,7 +115,7 @@ def test_report_says_what_a_reader_must_know(page, runs):
         "full validation split",
         "comparisons (Benjamini and Hochberg)",
         "What is on the frontier?",
-        "Support is how often a configuration is on it",
+        "P(on frontier) is the probability that a configuration truly is on it",
         *runs.budgets,
         runs.uuid,
         runs.trials["corpus_sha256"][0],
@@ -206,6 +206,7 @@ def test_report_overwrites_nothing_it_did_not_write(runs, tmp_path):
     assert files(tmp_path) == {"index.html": b"my own page"}
 
 
+@pytest.mark.slow
 def test_report_names_a_file_where_its_folder_must_be(runs, tmp_path):
     (tmp_path / "figures").write_text("mine")
     with pytest.raises(AnalysisError, match=r"figures exists and is not a folder"):
@@ -272,6 +273,7 @@ def test_report_says_what_was_stopped_early_and_what_follows(tmp_path):
 HOSTILE = "<script>alert(1)</script>"
 
 
+@pytest.mark.slow
 def test_report_shows_names_and_failures_as_text(runs, tmp_path):
     """What MLflow holds may be anybody's."""
     hostile = replace(

@@ -39,10 +39,10 @@ def test_frontier_table_holds_the_frontier_from_the_smallest_up(summary, uncerta
     assert set(table.shown["on frontier of"]) <= {"loss", "accuracy", "loss, accuracy"}
 
 
-def test_frontier_table_says_the_support(summary, uncertainties):
+def test_frontier_table_says_the_probabilities(summary, uncertainties):
     table = tables.frontier_table(summary, uncertainties)
-    support = uncertainties["val_loss"].support.set_index("trial")["support"]
-    for shown, trial in zip(table.shown["support, loss"], table.data["trial"], strict=True):
+    support = uncertainties["val_loss"].chances.set_index("trial")["probability"]
+    for shown, trial in zip(table.shown["P(on frontier), loss"], table.data["trial"], strict=True):
         assert shown == numbers.percent(support[trial])
 
 
@@ -57,11 +57,16 @@ def test_comparisons_table_shows_declared_ones_first_with_their_tests(findings):
     assert row["margin"] == "–"  # this study declares none
 
 
-def test_size_needed_table_adds_up_and_marks_what_is_observed(uncertainties):
+def test_size_needed_table_adds_up_and_marks_both_choices(uncertainties):
     table = tables.size_needed_table(uncertainties)
     own = table.shown[table.shown["measure"] == "loss (nats)"]
     assert own["this size or smaller"].iloc[-1] == "100 %"
-    assert (own["smallest within the margin, by the means"] == "yes").sum() == 1
+    marks = own["smallest within the margin"]
+    assert marks.str.contains("by the means").sum() == 1
+    [cautious] = own.index[marks.str.contains("with 95 %")]
+    data = table.data.loc[table.data["measure"] == "val_loss"]
+    assert data.loc[cautious, "cumulative"] >= 0.95
+    assert (data.loc[data.index < cautious, "cumulative"] < 0.95).all()
 
 
 def test_hypervolume_table_says_what_it_is_measured_against(uncertainties):
@@ -98,6 +103,24 @@ def test_budgets_table_shows_both_totals_of_tokens(summary):
     shown = tables.budgets_table(summary).shown.set_index("budget")
     assert list(shown.loc["0ddba11e"]) == ["mpo-tuned", "4", "4,096,000", "20,480,000"]
     assert shown.loc["b7d1f00d", "arms"] == "dense, mpo, narrow-28, narrow-44"
+
+
+def test_rates_table_has_the_best_rate_of_each_arm_and_size():
+    rows = [
+        ("mpo", 1000, 0.01, 2.5), ("mpo", 1000, 0.02, 2.25), ("mpo", 1000, 0.02, 2.75),  # two rates of the embeddings
+        ("mpo", 2000, 0.01, 2.0), ("mpo", 2000, 0.02, 1.0), ("mpo", 2000, 0.04, 2.125),
+        ("dense", 9000, 0.01, 1.5),
+    ]  # fmt: skip
+    summary = pd.DataFrame(rows, columns=["arm", "n_params", "learning_rate", "mean/final/val_loss"])
+    summary = summary.assign(n_failed=[0, 0, 0, 0, 1, 0, 0], stopped=None)
+    shown = tables.rates_table(summary.assign(family=summary["arm"])).shown
+    assert shown.columns.tolist() == [
+        "arm", "parameters", "best rate", "loss at 0.01", "loss at 0.02", "loss at 0.04"
+    ]  # fmt: skip
+    assert shown.to_numpy().tolist() == [
+        ["mpo", "1,000", "0.02", "2.500", "2.250", "–"],
+        ["mpo", "2,000", "0.01", "2.000", "–", "2.125"],
+    ]
 
 
 def test_failures_and_unfinished_tables_list_each(runs):

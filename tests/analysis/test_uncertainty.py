@@ -26,14 +26,14 @@ def uncertainty_of(found, measure=VAL_LOSS, margins=None, **settings):
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
-def test_clear_points_have_full_support_and_close_ones_share_it(measure):
+def test_clear_points_are_surely_on_the_frontier_and_close_ones_perhaps(measure):
     found, _, summary = uncertainty_of(FOUND, measure)
-    support = found.support.set_index("trial")["support"]
-    assert support[[1, 2]].tolist() == [1, 1]
-    assert all(0.02 < share < 0.98 for share in support[[0, 4]])
-    assert (found.support["near_support"] >= found.support["support"]).all()
+    chances = found.chances.set_index("trial")["probability"]
+    assert chances[[1, 2]].tolist() == [1, 1]
+    assert all(0.02 < share < 0.98 for share in chances[[0, 4]])
+    assert (found.chances["near_probability"] >= found.chances["probability"]).all()
     on = summary.set_index("trial")[frontier_key(measure)]
-    assert support[on].min() > 0.05
+    assert chances[on].min() > 0.05
     assert found.rests_on == "5 seeds that 5 configurations share"
 
 
@@ -49,7 +49,7 @@ def test_band_holds_a_frontier_without_noise_and_is_in_the_measure_s_unit():
 
 def test_same_runs_give_the_same_numbers():
     first, second = (uncertainty_of(FOUND)[0] for _ in range(2))
-    for name in ("support", "band", "hypervolume", "size_needed"):
+    for name in ("chances", "band", "hypervolume", "size_needed"):
         assert getattr(first, name).equals(getattr(second, name))
 
 
@@ -58,7 +58,7 @@ def test_size_needed_goes_by_the_margin_of_the_study():
     assert found.epsilon == 0.25
     needed = found.size_needed.set_index("n_params")
     assert needed.index[needed["observed"].astype(bool)].tolist() == [N_PARAMS_MPO[8]]
-    assert needed["support"][N_PARAMS_MPO[8]] == 1
+    assert needed["probability"][N_PARAMS_MPO[8]] == 1
     assert needed["cumulative"].iloc[-1] == pytest.approx(1, abs=1 / N_DRAWS)
     default, _, _ = uncertainty_of(FOUND, noise=0.001)
     assert default.epsilon == VAL_LOSS.margin
@@ -78,7 +78,7 @@ def test_hypervolume_is_measured_against_guessing_and_the_dense_size():
     assert row["low"] < row["observed"] < row["high"]
 
 
-def test_trials_of_other_or_more_seeds_are_redrawn_with_all_of_theirs():
+def test_trials_of_other_or_more_seeds_count_with_all_of_theirs():
     other = Configuration("mpo", 60_000, 2.5, chi=6, seeds=(7, 8, 9))
     few = Configuration("mpo", 61_000, 1.0, chi=7, seeds=(0, 1))
     refined = replace(FOUND[3], seeds=range(9))
@@ -86,7 +86,7 @@ def test_trials_of_other_or_more_seeds_are_redrawn_with_all_of_theirs():
     summary = summarise(runs)
     found = frontier_uncertainty(runs, summary, VAL_LOSS)
     assert found.rests_on == "3 to 9 seeds of each of 6 configurations"
-    assert set(found.support["trial"]) == {0, 1, 2, 3, 4, 5}
+    assert set(found.chances["trial"]) == {0, 1, 2, 3, 4, 5}
     means = summary[summary["n_seeds"] >= 3].sort_values("n_params")
     assert found.band["observed"].tolist() == pytest.approx(means["mean/final/val_loss"].cummin().tolist(), abs=1e-12)
     # A seed that one trial alone has counts, too.
@@ -94,17 +94,17 @@ def test_trials_of_other_or_more_seeds_are_redrawn_with_all_of_theirs():
     changed = replace(runs, seeds=runs.seeds.assign(**{"final/val_loss": runs.seeds["final/val_loss"] - 5 * is_last}))
     again = frontier_uncertainty(changed, summarise(changed), VAL_LOSS)
     assert again.hypervolume["observed"].item() > found.hypervolume["observed"].item()
-    assert not again.support.equals(found.support)
+    assert not again.chances.equals(found.chances)
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
 def test_too_few_seeds_give_empty_frames(seeds):
     found, _, _ = uncertainty_of([replace(one, seeds=seeds) for one in FOUND])
-    assert all(getattr(found, name).empty for name in ("support", "band", "hypervolume", "size_needed"))
-    assert list(found.support.columns) == ["trial", "support", "near_support"]
+    assert all(getattr(found, name).empty for name in ("chances", "band", "hypervolume", "size_needed"))
+    assert list(found.chances.columns) == ["trial", "probability", "near_probability"]
 
 
 def test_study_without_dense_needs_no_size():
     found, _, _ = uncertainty_of(FOUND[1:])
     assert found.size_needed.empty
-    assert len(found.support) == 4
+    assert len(found.chances) == 4
