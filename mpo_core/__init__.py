@@ -6,6 +6,7 @@ Needs only torch, and safetensors to save a model. Names used throughout: `chi` 
 
 from mpo_core.calibration.collecting import collect_statistics, next_token_losses
 from mpo_core.calibration.collection_folder import digest_of, digest_of_model
+from mpo_core.calibration.moments import UnusableValues
 from mpo_core.calibration.statistics import Statistics
 from mpo_core.compression.compress import compress
 from mpo_core.compression.counting import n_params, n_params_compressed
@@ -74,6 +75,7 @@ __all__ = [
     "Statistics",
     "StructuredLinear",
     "TreeLinear",
+    "UnusableValues",
     "balance_cores",
     "build_language_model",
     "cache_of",

@@ -39,7 +39,7 @@ def param_groups(
             to them (a head). Default: `lr`.
         matrix_scale: multiplies the rates of the weights of linear layers, dense or structured, except those tied to an
             embedding. With `lr` tuned at another width, it is that width divided by this one, so that the changes of
-            the outputs of a layer keep their size.
+            the outputs of a layer keep their size under Adam; those of structured layers with rule "mup".
     Returns:
         One dict per combination, in the order of the model: "params", "lr", "weight_decay", and "lr_mult", the factor
         by which a schedule's rate has to be multiplied.

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITHOUT_PYTHON = (
     "extending.md",
+    "findings.md",
+    "running.md",
     "study.md",
     "cluster.md",
     "analysis.md",
@@ -68,7 +70,7 @@ def test_places_of_tables_in_a_document_are_filled():
     places = [
         (path.name, name, table)
         for path in DOCUMENTS
-        if path.name != "README.md"  # whose places test_results.py fills
+        if path.name not in ("README.md", "findings.md")  # whose places test_results.py fills
         for name, table in re.findall(r"<!-- begin (\S+) -->(.*?)<!-- end \1 -->", path.read_text("utf-8"), re.DOTALL)
     ]
     assert places
@@ -77,10 +79,20 @@ def test_places_of_tables_in_a_document_are_filled():
         assert len(rows) > 2, f"{document}: {name}"
 
 
+def anchors(path):
+    """The anchors of a document's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_of_a_document_lead_somewhere():
     for path in [*DOCUMENTS, ROOT / "docs/results/README.md"]:
-        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+        for link in re.findall(r"\]\((?!https?://)([^)]+)\)", path.read_text(encoding="utf-8")):
+            target, _, anchor = link.partition("#")
+            to = path.parent / target if target else path
+            assert to.exists(), f"{path.name}: {link}"
+            assert not anchor or anchor in anchors(to), f"{path.name}: {link}"
 
 
 def test_put_table_replaces_what_was_there(tmp_path, monkeypatch):

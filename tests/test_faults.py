@@ -181,6 +181,26 @@ def test_unit_whose_worker_dies_three_times_is_a_recorded_failure(tmp_path):
     assert "Ray does not say why" not in result.failure
 
 
+def test_unit_too_large_for_its_node_is_tried_alone_and_then_a_recorded_failure(tmp_path, monkeypatch):
+    endless = {"protocol": {"steps": 1_000_000, "eval_every": 1_000_000}, "execution": {"checkpoint_seconds": 0.1}}
+    write_study(tmp_path, arms=[DENSE], seeds=1, **endless)
+    # Ray looks every 12 s and ends the worker, which has begun by then unless the machine is slow.
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "12000")
+    driver = start(tmp_path, "--tracking", "off")
+    out, err = driver.communicate(timeout=600)
+    assert driver.returncode == 1, err
+    assert "Traceback" not in out + err
+    results = results_at(tmp_path / "kept").values()
+    if not results:  # on a slow machine, workers die before they begin
+        assert "given up after 3 workers for each died before they began" in out + err
+        return
+    assert "a node ran out of memory, so Ray ended a worker; from here on at most" in out + err
+    assert "1 trials, 0 runs complete, 1 failed" in out
+    [result] = results
+    assert result.failure.startswith("its worker died 3 times without progress: ")
+
+
 def test_study_on_a_node_that_cannot_import_it_stops_and_fails_nothing(work, undisturbed, monkeypatch):
     broken = work / "broken"
     broken.mkdir()

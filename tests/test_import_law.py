@@ -107,7 +107,7 @@ def test_run_schema_needs_the_standard_library_alone():
 
 
 def test_study_takes_of_the_analysis_its_schema_and_its_pure_functions_alone():
-    """Names of what a run records, URLs as shown, output streams, what `refine` goes by, places in documents."""
+    """Names of what a run records, URLs, streams, what `refine` and `plan` go by, places in documents."""
     taken = {name for path in FILES["study"] for name in imports(path) if name.partition(".")[0] == "analysis"}
     modules = (
         *(
@@ -118,7 +118,7 @@ def test_study_takes_of_the_analysis_its_schema_and_its_pure_functions_alone():
             "analysis.statistics.nondominated",
             "analysis.report.places",
         ),
-        *("analysis.statistics.intervals", "analysis.statistics.seed_blocks"),
+        *("analysis.statistics.intervals", "analysis.statistics.power", "analysis.statistics.seed_blocks"),
     )
     assert {next((module for module in modules if name.startswith(module)), name) for name in taken} == {*modules}
 

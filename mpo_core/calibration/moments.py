@@ -17,6 +17,10 @@ _ROWS = 512
 """Samples, and rows of a moment, that are multiplied at a time."""
 
 
+class UnusableValues(ValueError):
+    """No second moment can be formed: values are infinite, NaN or too large."""
+
+
 class Moment:
     """The second moment of vectors, E[v vᵀ], summed batch by batch.
 
@@ -61,7 +65,8 @@ class Moment:
         """Add vectors (..., size); all leading axes count as samples.
 
         Raises:
-            ValueError: an entry is infinite, NaN or too large to be squared, or the size is another than before.
+            UnusableValues: an entry is infinite, NaN or too large to be squared.
+            ValueError: the size is another than before.
         """
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         total = self.total
@@ -70,10 +75,10 @@ class Moment:
             raise ValueError(f"vectors must have shape (..., {size}), but got {tuple(vectors.shape)}")
         samples = vectors.reshape(-1, vectors.shape[-1]).to(dtype)
         if not torch.isfinite(samples).all():
-            raise ValueError(f"values must be finite, but {int((~torch.isfinite(samples)).sum())} are not")
+            raise UnusableValues(f"values must be finite, but {int((~torch.isfinite(samples)).sum())} are not")
         largest = float(samples.abs().amax()) if samples.numel() else 0.0
         if largest > _LARGEST[dtype]:
-            raise ValueError(f"values must be at most {_LARGEST[dtype]:g}, but got one of {largest:.3g}")
+            raise UnusableValues(f"values must be at most {_LARGEST[dtype]:g}, but got one of {largest:.3g}")
         if total is None:
             total = torch.zeros(samples.shape[1], samples.shape[1], dtype=dtype, device=samples.device)
         self.total = total = total.to(samples.device)

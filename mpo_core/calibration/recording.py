@@ -100,4 +100,4 @@ def _named(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{name}: of its calibration {what}s, {error}") from error
+        raise type(error)(f"{name}: of its calibration {what}s, {error}") from error

@@ -26,7 +26,8 @@ def study_corpus(config: StudyConfig) -> Corpus:
     The smallest model of each searched arm can be made, so that no trial is asked for in vain.
     """
     given = config.corpus
-    corpus = load_corpus(given.path, given.sha256, given.validation_fraction, given.tokenizer, given.text_column)
+    tokenizer = given.tokenizer_folder or given.tokenizer
+    corpus = load_corpus(given.paths or None, given.sha256, given.validation_fraction, tokenizer, given.text_column)
     corpus.check_context(config.model.context)
     check_model(config, corpus.vocab_size)
     for arm in searched_arms(config):

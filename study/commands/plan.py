@@ -16,7 +16,7 @@ import torch
 from study.commands.memory import UnitMemory, machine_bytes
 from study.search.telling import why_skipped
 from study.spec.arms import Arm
-from study.spec.comparable import not_compared
+from study.spec.comparable import not_compared, planned_gaps
 from study.spec.config import StudyConfig
 from study.spec.heal import Heal
 from study.spec.models import Model
@@ -132,6 +132,11 @@ def as_json(config: StudyConfig, planned: Plan, slots: int, memory: UnitMemory |
         "largest_unit": None if memory is None else memory.trial,
         "machine_bytes": machine_bytes(),
         "not_compared": not_compared(config),
+        "gaps": [
+            {"arm": gap.arm, "against": gap.against}
+            | {"by_seeds": {n: resolved._asdict() for n, resolved in gap.by_seeds.items()}}
+            for gap in planned_gaps(config)
+        ],
         "trials": [_plain(trial) for trial in planned.trials],
         "searches": [
             {

@@ -20,6 +20,7 @@ from study.ledger.directory import StudyDirectory
 from study.ledger.frontier import frontier, points
 from study.ledger.snapshot import Snapshot, read_ledger
 from study.spec.arms import PROTOCOL_VALUES, RATES, Arm
+from study.spec.cache import CACHE
 from study.spec.config import BITS, StudyConfig
 from study.spec.definition import settled
 from study.spec.search_space import check_trials
@@ -261,10 +262,10 @@ def _sections(
     corpus = config.corpus.model_dump(mode="json", exclude_defaults=True)
     folder = os.path.dirname(os.path.realpath(file))
     if config.corpus.path is not None:
-        paths = [Path(os.path.relpath(path, folder)).as_posix() for path in config.corpus.paths]
-        is_one = isinstance(config.corpus.path, str)
-        corpus |= {"path": paths[0] if is_one else paths, "sha256": snapshot.corpus_sha256}
-    if config.corpus.tokenizer_folder is not None:
+        given = config.corpus.given_paths
+        paths = [each if each.startswith(CACHE) else Path(os.path.relpath(each, folder)).as_posix() for each in given]
+        corpus |= {"path": paths[0] if isinstance(config.corpus.path, str) else paths, "sha256": snapshot.corpus_sha256}
+    if config.corpus.tokenizer_folder is not None and not config.corpus.tokenizer.startswith(CACHE):
         # A relative path with a slash is never read as the name of a tokenizer.
         corpus["tokenizer"] = os.path.join(".", os.path.relpath(config.corpus.tokenizer_folder, folder))
     claims = {"margins": config.claims.margins.model_dump(), "contrasts": list(_contrasts(config, arms))}
@@ -289,12 +290,14 @@ def _contrasts(config: StudyConfig, arms: Mapping[str, Winners]) -> Iterator[Con
     """Each declared contrast, for each new arm that comes from one of its arms.
 
     The rivals are those of the same χ, otherwise those nearest in parameters. For a searched arm, always the
-    nearest: a trial found by a search may have another number of sites than the control of its χ is meant for.
+    nearest: a trial found by a search may have another number of sites than the control of its χ is meant for. Bonds
+    that change may leave χ far behind, so such an arm has the nearest too.
     """
     for contrast in config.claims.contrasts:
         rivals = arms[contrast.against]
         for own, trial in arms[contrast.arm] if rivals else ():
-            size = None if config.arm(contrast.arm).is_searched else trial.spec.size
+            fixed = not config.arm(contrast.arm).is_searched and trial.spec.bonds is None
+            size = trial.spec.size if fixed else None
             alike = [rival for rival, other in rivals if size is not None and other.spec.size == size]
             if not alike:
                 away = [abs(math.log(other.shape.n_params / trial.shape.n_params)) for _, other in rivals]

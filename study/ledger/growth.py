@@ -103,7 +103,7 @@ def _refine(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
         say("nothing to refine: the present seeds decide for every trial whether it is on the frontier")
         return False
     wanted = {n: list(_more(tuple(ledger.tally.seeds_of(ledger.trials[n])), growth.refine)) for n in sorted(chosen)}
-    for trial, rival in _compared_with(ledger, chosen):  # they are compared on shared seeds
+    for trial, rival in _compared_with(ledger, chosen):  # a comparison gains little if only one side has more
         wanted[rival] = [*wanted.get(rival, []), *wanted[trial]]
     for number in sorted(wanted):  # each seed starts from the start's run with that seed
         arm = ledger.trials[number].spec.start

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 import ray
 from ray import cloudpickle, tune
+from ray.exceptions import OutOfMemoryError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 from ray.job_config import JobConfig
 
@@ -62,17 +63,22 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, study: Path, address: 
     Raises:
         StudyError: there is no Ray at that address, Ray cannot be started, or none of its nodes can hold a unit.
     """
-    with private_folder(study) as folder:
-        try:
-            _connect(address, folder)
-            _run(queue, on_evaluation, folder)
-        finally:
-            _shut_down()
+    slots = None
+    while True:
+        with private_folder(study) as folder:
+            try:
+                _connect(address, folder)
+                slots = _run(queue, on_evaluation, folder, slots)
+            finally:
+                _shut_down()
+        if slots is None:
+            return
 
 
-def _run(queue: Queue, on_evaluation: OnEvaluation, folder: Path) -> None:
+def _run(queue: Queue, on_evaluation: OnEvaluation, folder: Path, most: int | None) -> int | None:
+    """Run units, at most `most` at once. If memory was too small, returns how many to run at once from now on."""
     execution = queue.config.execution
-    slots = execution.max_units or n_slots(execution.cpus, execution.gpus)
+    slots = most or execution.max_units or n_slots(execution.cpus, execution.gpus)
     if execution.max_units is not None and n_slots(execution.cpus, execution.gpus) == 0:
         queue.say("no node of this Ray cluster can hold a unit yet; waiting for its autoscaler")
     if slots == 0:
@@ -82,10 +88,10 @@ def _run(queue: Queue, on_evaluation: OnEvaluation, folder: Path) -> None:
             f"execution.gpus={execution.gpus:g}; in total it has {there.get('CPU', 0):g} CPUs and "
             f"{there.get('GPU', 0):g} GPUs"
         )
-    _fit(queue, on_evaluation, folder, slots)
+    return _fit(queue, on_evaluation, folder, slots)
 
 
-def _fit(queue: Queue, on_evaluation: OnEvaluation, folder: Path, slots: int) -> None:
+def _fit(queue: Queue, on_evaluation: OnEvaluation, folder: Path, slots: int) -> int | None:
     execution = queue.config.execution
     watch = NodeWatch(
         lambda: execution.max_units is not None or n_slots(execution.cpus, execution.gpus) > 0, queue.forgive_death
@@ -128,11 +134,20 @@ def _fit(queue: Queue, on_evaluation: OnEvaluation, folder: Path, slots: int) ->
             queue.aborted = NO_NODES
         elif isinstance(error, OSError) and error.errno is not None:  # the driver's disk is full, for example
             queue.aborted = f"{error} (Ray's folder is {folder})"
+        elif isinstance(error.__cause__, OutOfMemoryError):  # Tune ends at this death of a worker
+            searcher.take_back("a node ran out of memory", is_death=slots == 1)
+            if slots > 1:
+                queue.say(
+                    f"a node ran out of memory, so Ray ended a worker; from here on at most {slots - 1} "
+                    f"unit{'s' * (slots != 2)} at once"
+                )
+            return max(slots - 1, 1)
         else:
             raise
     finally:
         with suppress(Exception):  # if Ray is gone, so is its store
             _internal_kv_del(storage_key)
+    return None
 
 
 def _shut_down() -> None:

@@ -190,6 +190,19 @@ class LedgerSearcher(_Stateless, Searcher):
             self._queue.note_progress(unit, seed, row["step"])
             self._on_evaluation(unit, seed, row)
 
+    def take_back(self, why: str, is_death: bool) -> None:
+        """Take back all units that workers have, since their workers end now.
+
+        Args:
+            is_death: whether it counts as the death of each unit's worker, for this reason.
+        """
+        for unit in self._units.values():
+            if is_death:
+                self._queue.note_death(unit, why)
+            else:
+                self._queue.put_back(unit)
+        self._units.clear()
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result is not None and not error:
             self.on_trial_result(trial_id, result)

@@ -277,6 +277,8 @@ class MPOArm(SizedArm):
         for key in ("bonds", "sweep"):
             if getattr(self, key) is not None and "fixed" in options(self.gauge):
                 raise ValueError(f"`{key}` needs `gauge: free`: it changes the gauge of the cores")
+        if self.sweep is not None and self.decay is not None:
+            raise ValueError("`decay` is not allowed beside `sweep`: the core that is trained has all of W's decay")
         if self.bonds is not None and self.sweep is not None:
             raise ValueError("`bonds` and `sweep` are not allowed together: both change the gauge of the cores")
         return self

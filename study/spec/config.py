@@ -45,7 +45,7 @@ class Margins(Strict):
 
 
 class Contrast(Strict):
-    """Compare each trial of an arm with its counterpart in another arm, on the seeds that both have."""
+    """Compare each trial of an arm with its counterpart in another arm."""
 
     arm: Name = Field(description="An arm of the study.")
     against: Name = Field(
@@ -127,7 +127,7 @@ class StudyConfig(Strict):
     corpus: Corpus = Corpus()
     model: Model = Field(default=PicoGPTModel(), description="The language model.")
     protocol: Protocol = Protocol()
-    seeds: Seeds = Field(default=3, description="How many seeds (0, 1, ...), or a list of them.")
+    seeds: Seeds = Field(default=5, description="How many seeds (0, 1, ...), or a list of them.")
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = Field(
         default=("n_params", "val_loss"), description="What the sampler optimises: means over seeds at the last step."
     )
@@ -226,6 +226,9 @@ class StudyConfig(Strict):
             yield f"`execution.gpus` must be 0 or at least {LEAST_SHARE}, but got {self.execution.gpus}"
         if self.protocol.rate_width is not None and self.model.width is None:
             yield f"`protocol.rate_width` is PicoGPT's, but the study's model is {self.model.named}"
+        optimisers = {self.protocol.optimiser, *(each for arm in self.arms for each in options(arm.optimiser))}
+        if self.protocol.rate_width is not None and "muon" in optimisers:
+            yield "`protocol.rate_width` is a rule for adamw, but the study has muon"
         if self.protocol.precision == "tf32" and self.execution.gpus == 0:
             yield "`protocol.precision: tf32` needs `execution.gpus`: only a GPU has that format"
         for key in ("batch_size", "sampled_eval_batch_size"):

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from study.spec.cache import in_cache
 from study.spec.values import FixedOrListed, Strict
 
 CHARACTERS, BYTES = "characters", "bytes"
@@ -42,11 +43,18 @@ class Corpus(Strict):
     )
 
     @property
-    def paths(self) -> tuple[str, ...]:
-        """The files; empty for the default text."""
+    def given_paths(self) -> tuple[str, ...]:
+        """The files as they are given; empty for the default text."""
         return () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """The files on this machine; empty for the default text."""
+        return tuple(in_cache(path) or path for path in self.given_paths)
+
+    @property
     def tokenizer_folder(self) -> str | None:
-        """The folder of the tokenizer, if it has one."""
-        return None if self.tokenizer in (CHARACTERS, BYTES) else self.tokenizer
+        """The folder of the tokenizer on this machine, if it has one."""
+        if self.tokenizer in (CHARACTERS, BYTES):
+            return None
+        return in_cache(self.tokenizer) or self.tokenizer

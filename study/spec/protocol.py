@@ -92,7 +92,8 @@ class Protocol(Strict):
         default=None,
         description="The `d_model` at which the learning rates hold. In a PicoGPT of another width, those of all "
         "matrices but the embeddings are multiplied by `rate_width` / `d_model`, so that rates tuned on a small model "
-        "suit a wide one (µP). Default: rates are used as they are.",
+        "suit a wide one (µP; for compressed layers together with `lr_rule: mup`). Only for adamw. Default: rates are "
+        "used as they are.",
         exclude_if=lambda value: value is None,
     )
     calibration_batches: Annotated[int, Field(ge=1, le=10_000)] = Field(

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from study.errors import StudyError, did_you_mean
-from study.spec.cache import CACHE, in_cache
+from study.spec.cache import CACHE
 from study.spec.config import StudyConfig
 from study.spec.corpus import MODEL_TOKENIZER, Corpus
 from study.spec.defects import defects
@@ -68,17 +68,16 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
             model = model.model_copy(update={"pretrained": _absolute("model.pretrained", model.pretrained, path)})
         if corpus.tokenizer == MODEL_TOKENIZER:
             try:
-                corpus = corpus.model_copy(update={"tokenizer": model.folder})
+                is_cached = str(model.pretrained).startswith(CACHE)
+                corpus = corpus.model_copy(update={"tokenizer": model.pretrained if is_cached else model.folder})
             except ValueError as error:
                 raise StudyError(f"{path}: model.pretrained: {error}") from None
     return config.model_copy(update={"model": model, "corpus": _with_absolute_paths(corpus, path)})
 
 
 def _absolute(key: str, path: str, file: Path) -> str:
-    """A path in a study file, which does not depend on where the file is; `cache:` stands for the cache folder."""
-    if (cached := in_cache(path)) is not None:
-        return cached
-    if Path(path).is_absolute():
+    """A path in a study file, which does not depend on where the file is."""
+    if path.startswith(CACHE) or Path(path).is_absolute():
         return path
     try:
         return os.path.realpath(file.parent / path)  # `resolve` raises on circular links
@@ -94,12 +93,12 @@ def _with_absolute_paths(corpus: Corpus, file: Path) -> Corpus:
 
     changes: dict[str, Any] = {}
     if corpus.path is not None:
-        paths = tuple(absolute("path", path) for path in corpus.paths)
+        paths = tuple(absolute("path", path) for path in corpus.given_paths)
         if len(set(paths)) < len(paths):
             raise StudyError(f"{file}: corpus.path: names {max(paths, key=paths.count)} more than once")
         changes["path"] = paths[0] if isinstance(corpus.path, str) else paths
     if corpus.tokenizer_folder is not None:
-        changes["tokenizer"] = absolute("tokenizer", corpus.tokenizer_folder)
+        changes["tokenizer"] = absolute("tokenizer", corpus.tokenizer)
     return corpus.model_copy(update=changes)
 
 

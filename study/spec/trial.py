@@ -212,7 +212,7 @@ def evaluation_steps(protocol: Protocol) -> list[int]:
 
 
 def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, start: TrialSpec | None) -> str:
-    """Hash, equal for trials that may be paired.
+    """Hash, equal for trials that may be compared.
 
     It covers corpus, evaluation, tokens, schedule shape, tuning trials and precision. It leaves out how the tokens are
     used: kind of layer, optimiser, and `heal`, whose effect at equal tokens is what a study measures. (A step of

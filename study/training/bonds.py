@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ import mpo_core
 from mpo_core.fitting.adapting import BondPrices, ChainDirections, Growth, choose_bonds
 from mpo_core.tensor_train.bonds import clip_bonds, n_params
 from study.spec.bonds import Bonds
+from study.spec.trial import TrialSpec
+from study.training.corpus import Corpus
 from study.training.weights import set_bonds
+from study.training.windows import Windows
 
 Moments = dict[Tensor, dict[str, Tensor]]
 """State of an optimiser by parameter: the moments of `MOMENTS`, and numbers."""
@@ -20,7 +24,7 @@ MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
 
 
 class NotFinite(Exception):
-    """A loss, a gradient or a core is not finite, so that no change can be measured."""
+    """A loss, a gradient or a core is not finite, or too large, so that no change can be measured."""
 
 
 def chains_of(model: nn.Module) -> dict[str, mpo_core.MPOLinear]:
@@ -105,26 +109,94 @@ def change_bonds(
     return moments
 
 
+class BondChanges:
+    """The changes of the bonds of one run."""
+
+    bonds: dict[str, list[list[int]]]
+    """By layer: [step, bonds between its cores] of the start and of each change."""
+
+    def __init__(self, spec: TrialSpec, seed: int, corpus: Corpus, model: nn.Module) -> None:
+        assert spec.bonds is not None
+        protocol = spec.protocol
+        self._spec = spec.bonds
+        self._n_batches = protocol.calibration_batches
+        self.steps = spec.bonds.steps(protocol.steps)
+        """Steps before which the bonds change."""
+        n_batches = len(self.steps) * self._n_batches
+        self._windows = Windows(corpus.train, n_batches, protocol.batch_size, spec.model.context, seed, "bonds")
+        own = sum(chain.n_params_matrix for chain in chains_of(model).values())
+        self._max_params = spec.bonds.max_params or own
+        self.bonds = {name: [[0, *bonds]] for name, bonds in bonds_of(model).items()}
+
+    def change(self, model: nn.Module, step: int, moments: Moments, device: torch.device | str) -> Moments:
+        """Change the bonds before this step, as `change_bonds` does, and note them."""
+        first = self.steps.index(step) * self._n_batches
+        batches = [self._windows.batch(first + index)[0].to(device) for index in range(self._n_batches)]
+        moments = change_bonds(model, self._spec, self._max_params, batches, moments)
+        for name, bonds in bonds_of(model).items():
+            if self.bonds[name][-1][1:] != bonds:
+                self.bonds[name].append([step, *bonds])
+        return moments
+
+
 def _measured(
     model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]
 ) -> tuple[mpo_core.Statistics, dict[str, tuple[Tensor, Tensor]]]:
     """Statistics of the layers with the loss, and mean gradients by their matrices over two halves of the batches."""
     dense = mpo_core.decompress(model).eval()
-    weights = [dense.get_parameter(f"{name}.weight") for name in names]
-    halves: list[list[Tensor]] = []
-    with torch.enable_grad():
-        for half in (batches[0::2], batches[1::2]):
-            total = [torch.zeros_like(weight) for weight in weights]
-            for tokens in half:
-                loss = mpo_core.next_token_losses(dense, tokens).mean()
-                gradients = torch.autograd.grad(loss, weights)
-                if not all(torch.isfinite(each).all() for each in (loss, *gradients)):
-                    raise NotFinite
-                for sum_, gradient in zip(total, gradients, strict=True):
-                    sum_ += gradient / len(half)
-            halves.append(total)
-    statistics = mpo_core.collect_statistics(dense, batches, loss=mpo_core.next_token_losses, modules=names, held_out=0)
-    return statistics, {name: (one, other) for name, one, other in zip(names, *halves, strict=True)}
+    gradients = _Gradients(dense, names)
+    of_halves = [(index % 2, tokens) for index, tokens in enumerate(batches)]
+    try:
+        statistics = mpo_core.collect_statistics(dense, of_halves, loss=gradients.losses, modules=names, held_out=0)
+    except mpo_core.UnusableValues:
+        raise NotFinite from None
+    return statistics, gradients.means()
+
+
+class _Gradients:
+    """Gradients of the loss by the matrices of some layers, over two halves of the batches."""
+
+    def __init__(self, dense: nn.Module, names: Sequence[str]) -> None:
+        self._layers = {name: dense.get_submodule(name) for name in names}
+        weights = {name: layer.get_parameter("weight") for name, layer in self._layers.items()}
+        self._sums = [{name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2)]
+        self._n_losses = [0, 0]
+
+    def losses(self, dense: nn.Module, batch: tuple[int, Tensor]) -> Tensor:
+        """The losses of the tokens of a batch; their backward pass adds to the sums of the batch's half."""
+        half, tokens = batch
+        hooks = [
+            layer.register_forward_hook(partial(self._watch, self._sums[half][name]))
+            for name, layer in self._layers.items()
+        ]
+        try:
+            losses = mpo_core.next_token_losses(dense, tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._n_losses[half] += losses.numel()
+        return losses
+
+    @staticmethod
+    def _watch(sum_: Tensor, _module: nn.Module, args: tuple[Tensor, ...], outputs: Tensor) -> None:
+        inputs = args[0].detach().flatten(0, -2)
+
+        def add(g: Tensor) -> None:
+            sum_.addmm_(g.flatten(0, -2).T, inputs)
+
+        outputs.register_hook(add)
+
+    def means(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The mean gradient of each half, by layer.
+
+        Raises:
+            NotFinite: one is not finite.
+        """
+        first, second = ({name: total / n for name, total in sums.items()}
+                         for sums, n in zip(self._sums, self._n_losses, strict=True))  # fmt: skip
+        if not all(torch.isfinite(each).all() for each in (*first.values(), *second.values())):
+            raise NotFinite
+        return {name: (first[name], second[name]) for name in first}
 
 
 def _changed(

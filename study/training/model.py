@@ -359,11 +359,11 @@ def _step_flops(spec: TrialSpec, model: nn.Module, teacher: nn.Module) -> float:
 
 
 def _change_flops(spec: TrialSpec, dense: nn.Module) -> float:
-    """FLOPs of measuring the prices of directions: statistics and gradients, each by a pass forward and back."""
+    """FLOPs of measuring the prices of directions, by a pass forward and back."""
     assert spec.bonds is not None
     protocol = spec.protocol
     n_tokens = len(spec.bonds.steps(protocol.steps)) * protocol.calibration_batches * protocol.batch_size
-    return 2 * 3 * n_tokens * spec.model.context * mpo_core.flops_per_token(dense, spec.model.context)
+    return 3 * n_tokens * spec.model.context * mpo_core.flops_per_token(dense, spec.model.context)
 
 
 def _forward_flops(spec: TrialSpec, model: nn.Module, n_tokens: int) -> float:

@@ -115,9 +115,17 @@ def _groups(model: nn.Module, spec: TrialSpec, embedding_lr: float | None) -> li
         # In a sweep the core whose turn it is has all of W's decay: the others, being isometries, have none.
         decay="parameter" if spec.sweep is not None else spec.decay or "parameter",
         embedding_lr=embedding_lr,
-        matrix_scale=1.0 if protocol.rate_width is None else protocol.rate_width / (spec.model.width or 1),
+        matrix_scale=_matrix_scale(spec),
     )
     return [group | {"betas": protocol.betas} for group in groups]
+
+
+def _matrix_scale(spec: TrialSpec) -> float:
+    """By how much the rates of matrices differ from those that the study file gives."""
+    if spec.protocol.rate_width is None:
+        return 1.0
+    assert spec.model.width is not None  # the study file's check
+    return spec.protocol.rate_width / spec.model.width
 
 
 # Muon -----------------------------------------------------------------------------------------------------------------

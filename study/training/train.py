@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import mpo_core
 from study.spec.trial import TrialSpec, evaluation_steps
-from study.training.bonds import Moments, NotFinite, bonds_of, chains_of, change_bonds
+from study.training.bonds import BondChanges, Moments, NotFinite
 from study.training.calibration import calibration_batches
 from study.training.captured import DeviceStep
 from study.training.checkpoints import Checkpoints
 from study.training.corpus import Corpus
+from study.training.freed_memory import return_freed_memory
 from study.training.healing import freeze_unhealed, is_distilled, training_loss
 from study.training.model import build_model
 from study.training.optimisers import Optimiser, kind_of_optimiser, set_learning_rate, why_alone
@@ -90,6 +91,8 @@ class Training:
         model, self.compression = build_model(
             spec, corpus.vocab_size, generator_for, start_weights, calibration_batches(spec, seed, corpus), device
         )
+        if spec.keep is not None:
+            return_freed_memory()  # the statistics, and what the compression took
         freeze_unhealed(model, spec)
         if protocol.recompute:
             mpo_core.recompute_blocks(model)
@@ -101,15 +104,6 @@ class Training:
             self._teacher = teacher.to(device).eval().requires_grad_(False)
         self._is_captured = capture and why_alone(spec) is None and torch.device(device).type == "cuda"
         self._begin_optimiser()
-        self._bond_steps = range(0) if spec.bonds is None else spec.bonds.steps(protocol.steps)
-        self._bond_windows = Windows(
-            corpus.train,
-            len(self._bond_steps) * protocol.calibration_batches,
-            protocol.batch_size,
-            context,
-            seed,
-            "bonds",
-        )
         purpose = "data" if spec.start is None else "fine-tune data"
         self.training_windows = Windows(corpus.train, protocol.steps, protocol.batch_size, context, seed, purpose)
         self._evaluation_steps = evaluation_steps(protocol)
@@ -128,12 +122,7 @@ class Training:
         self.seconds = 0.0
         self.failure: Diverged | None = None
         self._loss_sum, self._loss_count = 0.0, 0
-        self._most_in_chains = 0
-        self.bonds: dict[str, list[list[int]]] = {}
-        if spec.bonds is not None:
-            own = sum(chain.n_params_matrix for chain in chains_of(self.model).values())
-            self._most_in_chains = spec.bonds.max_params or own
-            self._note_bonds()
+        self._bond_changes = None if spec.bonds is None else BondChanges(spec, seed, corpus, self.model)
 
     def run(
         self,
@@ -190,24 +179,10 @@ class Training:
         state = self.optimiser.state_dict()["state"]
         return {each: state[at] for at, each in enumerate(self._in_order()) if at in state}
 
-    def _change_bonds(self) -> None:
-        """Change the bonds before the current step."""
-        assert self.spec.bonds is not None
-        n, change = self.spec.protocol.calibration_batches, self._bond_steps.index(self.step)
-        batches = [self._bond_windows.batch(change * n + index)[0].to(self.device) for index in range(n)]
-        most, moments = self._most_in_chains, self._moments()
-        try:
-            moments = change_bonds(self.model, self.spec.bonds, most, batches, moments)
-        except NotFinite:
-            raise Diverged("the loss or its gradient", self.step) from None
-        self._begin_optimiser(moments)
-        self._note_bonds()
-
-    def _note_bonds(self) -> None:
-        for name, bonds in bonds_of(self.model).items():
-            noted = self.bonds.setdefault(name, [])
-            if not noted or noted[-1][1:] != bonds:
-                noted.append([self.step, *bonds])
+    @property
+    def bonds(self) -> dict[str, list[list[int]]]:
+        """For each layer whose bonds change, [step, bonds between its cores] of the start and of each change."""
+        return {} if self._bond_changes is None else self._bond_changes.bonds
 
     @property
     def evaluation_is_due(self) -> bool:
@@ -220,8 +195,12 @@ class Training:
         Raises:
             Diverged: the loss, the gradient or a core is not finite.
         """
-        if self.step in self._bond_steps:
-            self._change_bonds()
+        if self._bond_changes is not None and self.step in self._bond_changes.steps:
+            try:
+                moments = self._bond_changes.change(self.model, self.step, self._moments(), self.device)
+            except NotFinite:
+                raise Diverged("the loss, or a value behind it,", self.step) from None
+            self._begin_optimiser(moments)
         if (sweep := self.spec.sweep) is not None:
             if self.step % sweep.every == 0:
                 try:
@@ -320,14 +299,15 @@ class Training:
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
         names = ("step", "curve", "seconds", "_loss_sum", "_loss_count")
-        content = {name: getattr(self, name) for name in (*names, *(("bonds",) if self.bonds else ()))}
+        content = {name: getattr(self, name) for name in names} | ({"bonds": self.bonds} if self.bonds else {})
         return tensors, content | {"failure": self.failure and [self.failure.what, self.failure.step]}
 
     def restore(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        load_weights(self.model, model, bonds_differ=self.spec.bonds is not None)
-        if self.spec.bonds is not None:
+        load_weights(self.model, model, bonds_differ=self._bond_changes is not None)
+        if self._bond_changes is not None:
+            self._bond_changes.bonds = content["bonds"]
             self._begin_optimiser()  # the parameters are others
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -338,4 +318,5 @@ class Training:
         self.optimiser.load_state_dict({"state": moments, "param_groups": optimiser["param_groups"]})
         self._device_step = DeviceStep(self._is_captured)  # moments and rates are new tensors
         for name, value in content.items():
-            setattr(self, name, Diverged(*value) if name == "failure" and value else value)
+            if name != "bonds":
+                setattr(self, name, Diverged(*value) if name == "failure" and value else value)

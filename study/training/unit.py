@@ -18,6 +18,7 @@ from study.spec.values import Strict
 from study.training.checkpoints import Checkpoints, Damaged, pack_tensors, unpack_tensors
 from study.training.corpus import Corpus
 from study.training.corpus_storage import stored_corpus
+from study.training.freed_memory import return_freed_memory
 from study.training.optimisers import why_alone
 from study.training.seed_run import train_seed, train_seeds
 from study.training.storage import Storage
@@ -83,6 +84,7 @@ def run_unit(
     results = []
     for seed in unit.seeds:
         started = now()
+        return_freed_memory()  # that of the unit or the seed before
         try:
             results.append(_without_non_finite(_run_seed(unit, seed, storage, corpus, on_evaluation, say)))
         except (OSError, *OUT_OF_MEMORY):

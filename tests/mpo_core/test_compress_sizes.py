@@ -196,6 +196,7 @@ def test_compress_by_output_error_finds_a_size_within_a_step_of_the_smallest():
 # By budget ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OWN_KINDS)
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_compress_spreads_a_budget(kind, calibrated):
@@ -219,6 +220,7 @@ def test_compress_spreads_a_budget_better_than_one_cap_for_all():
     assert sum(error**2 for error in errors(report)) < 0.8 * sum(error**2 for error in errors(uniform))
 
 
+@pytest.mark.slow
 def test_compress_spreads_a_calibrated_budget_by_the_errors_of_fits():
     """One layer whose inputs lie in few directions, which only a fit makes use of, and one whose inputs do not."""
     for seed in range(2):

@@ -158,6 +158,7 @@ def test_calibration_is_measured_once_and_can_be_given(calibrated):
     assert rates_of("cpu", torch.float32) is measured
 
 
+@pytest.mark.slow
 def test_calibration_is_measured_in_the_middle_of_anything(calibrated):
     layer = MPOLinear(32, 32, chi=4, generator=torch.Generator().manual_seed(0), forward="auto")
     x = torch.ones(3, 32)

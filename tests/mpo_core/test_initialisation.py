@@ -119,6 +119,7 @@ def test_orthogonal_init_is_orthogonal_balanced_and_has_the_norm_of_variance_one
         torch.testing.assert_close(M.T @ M, identity * M.square().sum() / M.shape[1])
 
 
+@pytest.mark.slow
 def test_orthogonal_init_is_haar_random():
     """The first core has the moments of a Haar-random 6×2 frame: E[q] = 0, E[q²] = 1/6, E[q_11² q_12²] = 1/48.
 

@@ -59,6 +59,7 @@ def test_rank_below_k_is_exact(shape, rank):
     assert_as_good_as_the_svd(M, torch.ones(rank), 0, 16 * torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "singular_values", [torch.where(INDEX <= K, 1.0, 0.97), torch.ones(96)], ids=["no gap", "flat"]
 )

@@ -80,6 +80,7 @@ def test_queue_forms_a_block_of_what_is_missing(tmp_path, open_queue):
     assert blocks(again) == [("dense", (0, 2, 3)), ("dense", (4,))]
 
 
+@pytest.mark.slow
 def test_queue_forms_a_block_of_those_whose_starts_are_ready(tmp_path, open_queue):
     file = write_study(tmp_path, seeds=5, arms=[DENSE, TUNED], execution={"seeds_per_unit": 2})
     queue = open_queue(file)
@@ -273,6 +274,7 @@ def test_study_begun_with_one_block_size_is_finished_with_another(tmp_path, firs
     assert_same_study(tmp_path / "study", tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_study_of_blocks_interrupted_ends_bit_identical(tmp_path):
     file = write_study(tmp_path, seeds=3, execution={"checkpoint_seconds": 0, "seeds_per_unit": 3})
     for evaluations in (2, 8, 5, 14):

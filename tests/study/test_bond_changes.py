@@ -66,7 +66,7 @@ def test_bonds_grow_to_the_budget_and_leave_the_outputs_as_they_are(adaptive, co
     order = training._in_order()
     state = training.optimiser.state_dict()["state"]
     moments = {parameter: state[at] for at, parameter in enumerate(order)}
-    batches = [training._bond_windows.batch(index)[0] for index in range(2)]
+    batches = [training._bond_changes._windows.batch(index)[0] for index in range(2)]
     after = change_bonds(model, bonds, most, batches, moments)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), before, atol=1e-4, rtol=1e-4)

@@ -96,6 +96,7 @@ def test_study_in_the_middle_goes_on_after_an_import_as_it_would_have(tmp_path, 
     assert substance(tmp_path / "a", name) == substance(tmp_path / "b", name)
 
 
+@pytest.mark.slow
 def test_import_then_sync_and_analysis_give_what_they_gave(tmp_path, mlflow_template):  # noqa: F811
     from analysis.runs.load import load_study, resolve_study
 

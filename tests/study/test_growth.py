@@ -335,6 +335,7 @@ def decide(file, folder, losses):
     ledger.close()
 
 
+@pytest.mark.slow
 def test_refine_adds_seeds_to_undecided_trials_and_their_starts_alone(tmp_path, folder, interrupted):
     arms = [{"name": "small", "family": "mpo", "chi": 1}, DENSE, MPO | {"chi": [2, 3]}, TUNED | {"chi": 4}, CLIPPED]
     file = write_study(tmp_path, arms=arms, seeds=3)
@@ -455,6 +456,7 @@ def test_refined_trials_have_their_own_number_of_seeds_in_mlflow(tmp_path, folde
 # By the command line --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cli_grows_a_study(tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = write_search(tmp_path, trials=2, seeds=1)

@@ -141,6 +141,7 @@ def test_structured_layers_change_and_all_else_stays_bit_for_bit(healed_of, corp
     }
 
 
+@pytest.mark.slow
 def test_factors_alone_can_be_trained_by_muon(small_study, corpus):
     """Without biases AdamW has no parameters."""
     model = {"architecture": "huggingface", "config": "llama", "context": 8, "hidden_size": 16, "intermediate_size": 24,

@@ -109,6 +109,7 @@ def test_a_trial_is_the_model_that_compress_makes(pretrained_study):
     assert torch.allclose(mpo_core.logits_of(trained.model, tokens), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(1, 7))
 def test_the_recorded_size_is_that_of_every_seed_within_a_step_of_a_layer(pretrained_study, number):
     config = load_config(pretrained_study(arms=ARMS))
@@ -197,6 +198,7 @@ def test_a_checkpoint_with_layers_of_other_sizes_begins_anew(pretrained_study, t
     assert [row["val_loss"] for row in result.curve] == [row["val_loss"] for row in expected.curve]
 
 
+@pytest.mark.slow
 def test_statistics_are_collected_once_for_a_seed(pretrained_study, monkeypatch):
     config = load_config(pretrained_study(arms=ARMS))
     corpus, specs = corpus_of(config), listed_specs(config)
@@ -226,6 +228,7 @@ def test_old_statistics_are_removed(pretrained_study, cache):
     assert new != old
 
 
+@pytest.mark.slow
 def test_a_healed_run_that_was_interrupted_ends_as_an_undisturbed_one(pretrained_study):
     arms = [{"name": "healed", "family": "mpo", **PRETRAINED, "factorisation": "auto", "gauge": "fixed", **HEAL}]
     config = load_config(pretrained_study(arms=arms))

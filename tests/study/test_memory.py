@@ -77,6 +77,7 @@ def _with(model, spec):
     return model
 
 
+@pytest.mark.slow
 def test_what_saves_memory_is_seen_and_what_takes_it(healed_of):
     plain = unit_bytes(healed_of({"batch_size": 512}), 65)
     assert unit_bytes(healed_of({"batch_size": 512, "gradient_accumulation": 8}), 65) < plain - 50e6

@@ -114,6 +114,7 @@ def test_tied_weights_are_kept_once(study_of, corpus):
         load_weights(model, {key: tensor for key, tensor in weights.items() if "embed" not in key})
 
 
+@pytest.mark.slow
 def test_a_study_of_a_model_of_hugging_face_runs_samples_and_names_its_model(study_of, write_study, tmp_path, command):
     path, folder = write_study(study_of("gpt2", execution={"keep_weights": True})), tmp_path / "out"
     code, out, err = command("run", path, "--dir", folder, "--executor", "inline")

@@ -246,3 +246,18 @@ def test_study_says_once_that_seeds_are_trained_one_by_one(tmp_path):
     assert printed.count("with optimiser muon, seeds are trained one by one") == 1
     stacked = {result.ran_on["mpo.stacked"] for result in results_at(tmp_path / "study").values()}
     assert stacked == {"1", "3"}
+
+
+@pytest.mark.parametrize("arm", [{}, {"chi": 2}, {"family": "dense", "d_model": 4}])
+def test_rates_of_matrices_fall_with_the_width(spec_of, corpus, arm):
+    def rates(protocol):
+        training = Training(spec_of(protocol, **arm), 0, corpus)
+        names = {id(parameter): name for name, parameter in training.model.named_parameters()}
+        groups = training.optimiser.param_groups
+        return {names[id(each)]: group["lr_mult"] for group in groups for each in group["params"]}
+
+    width = spec_of(**arm).model.width
+    plain, wide = rates({}), rates({"rate_width": 2 * width})
+    is_matrix = {name: not ("norm" in name or "embedding" in name or name.endswith("bias")) for name in plain}
+    assert len(set(is_matrix.values())) == 2
+    assert wide == {name: pytest.approx(rate * (2 if is_matrix[name] else 1)) for name, rate in plain.items()}

@@ -9,10 +9,11 @@ from collections import Counter
 import pytest
 import torch
 
+from analysis.statistics.power import Contrast, family_gaps
 from study.commands.plan import _draws, _extremes, _quantile, plan
 from study.errors import StudyError
 from study.spec.arms import MPOArm
-from study.spec.comparable import not_compared
+from study.spec.comparable import not_compared, planned_gaps
 from study.spec.search_space import listed_specs, resolve
 from study.spec.study_file import validate
 from study.spec.values import Choices, Range
@@ -198,6 +199,23 @@ def test_what_will_not_be_compared_is_told_with_the_reason(small_study, changes,
     lines = not_compared(validate(small_study(**{"seeds": 3} | changes), "here"))
     assert len(lines) == len(said)
     assert all(words in line for line, words in zip(lines, said, strict=True))
+
+
+def test_gaps_that_the_declared_contrasts_find(small_study):
+    arms = [DENSE, {"name": "mpo", "family": "mpo", "chi": [2, 3]}, LOW_RANK]
+    given = {"arms": arms, "seeds": 5, "claims": pairs(("mpo", "dense"), ("mpo", LOW_RANK["name"]))}
+    against_dense, against_low_rank = planned_gaps(validate(small_study(**given), "here"))
+    # Two contrasts and a chain against dense, for each of two measures: six parts of the level.
+    sizes = [Contrast(2, one_rival=True), Contrast(2)]
+    for at, gap in enumerate((against_dense, against_low_rank)):
+        assert gap.by_seeds == {n: family_gaps(n, sizes, 1)[at] for n in (5, 8)}
+    assert (against_low_rank.arm, against_low_rank.against) == ("mpo", LOW_RANK["name"])
+    assert planned_gaps(validate(small_study(**given | {"seeds": 2}), "here")) == []
+    [gap] = planned_gaps(validate(small_study(arms=[DENSE, TUNED], seeds=5, claims=pairs(("tuned", "dense"))), "here"))
+    assert gap.by_seeds[5] == family_gaps(5, [Contrast(1, one_rival=True, paired=True)], 1)[0]
+    searched = {"arms": [DENSE, SEARCHED], "seeds": 5, "claims": pairs(("mpo", "dense"))} | SEARCH
+    assert planned_gaps(validate(small_study(**searched), "here")) == []
+    assert planned_gaps(validate(small_study(arms=arms, seeds=5), "here")) == []
 
 
 def test_search_may_range_over_all_numbers_there_are():

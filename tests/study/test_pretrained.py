@@ -183,6 +183,11 @@ def test_a_model_may_be_in_the_cache_folder_wherever_that_is(pretrained_study, t
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     config = load_config(file)
     assert (config.model.pretrained, config.model.named) == ("cache:models/model", "model")
+    # The record means the same on every machine.
+    assert config.corpus.tokenizer == "cache:models/model"
+    assert config.corpus.tokenizer_folder == str(tmp_path / "models" / "model")
+    other = load_config(file, ["corpus.path=cache:text.txt"]).corpus
+    assert (other.path, other.paths) == ("cache:text.txt", (str(tmp_path / "text.txt"),))
     run_at(file, tmp_path / "out", "seeds=1")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "models").rename(tmp_path / "elsewhere" / "models")

@@ -242,6 +242,7 @@ def test_run_study_gives_each_seed_what_it_gives_alone(tmp_path, folder):
     assert replace(same, **rest) == replace(alone, **rest)
 
 
+@pytest.mark.slow
 def test_run_study_without_tracking_imports_neither_ray_nor_mlflow(tmp_path, folder):
     file = write_study(tmp_path, seeds=1, arms=[DENSE])
     script = (
@@ -281,6 +282,7 @@ def test_run_study_refuses_a_folder_whose_ledger_is_gone(tmp_path, folder):
     assert run_at(file, folder).n_complete == 1
 
 
+@pytest.mark.slow
 def test_run_study_trains_a_start_again_whose_weights_are_gone(tmp_path, folder):
     file = write_study(tmp_path)
     interrupt(file, folder, after=10)  # both starts are trained
@@ -294,6 +296,7 @@ def test_run_study_trains_a_start_again_whose_weights_are_gone(tmp_path, folder)
     assert substance(folder) == substance(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_run_study_goes_on_with_another_storage(tmp_path, folder):
     file = write_study(tmp_path)
     interrupt(file, folder, after=10)
@@ -361,6 +364,7 @@ def out_of_memory_at(monkeypatch, arm, times):
     monkeypatch.setattr("study.training.unit.train_seed", train)
 
 
+@pytest.mark.slow
 def test_run_study_out_of_memory_in_one_trial_goes_on_with_the_others(tmp_path, folder, monkeypatch):
     file = write_study(tmp_path, seeds=1)
     out_of_memory_at(monkeypatch, "dense", times=2)
@@ -372,6 +376,7 @@ def test_run_study_out_of_memory_in_one_trial_goes_on_with_the_others(tmp_path, 
     assert results_at(tmp_path / "again")[1, 0].failure == reason
 
 
+@pytest.mark.slow
 def test_run_study_retries_failures_but_not_divergence(tmp_path, folder, monkeypatch, mlflow_template):  # noqa: F811
     wild = {"name": "wild", "family": "dense", "learning_rate": 1e30}
     file = write_study(tmp_path, arms=[DENSE, wild, TUNED])

@@ -48,6 +48,7 @@ def limited(tmp_path, **search):
 # Limits on parameters -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["number", "fraction"])
 def test_trial_beyond_a_limit_is_skipped_and_lacks_nothing(tmp_path, kind):
     free = ledger_at(limited(tmp_path), tmp_path / "free")

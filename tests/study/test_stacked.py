@@ -140,6 +140,7 @@ def without_queries_and_keys(weights):
     return {name: weight for name, weight in weights.items() if ".query." not in name and ".key." not in name}
 
 
+@pytest.mark.slow
 def test_a_longer_training_that_clips_stays_near_the_single_one(spec_of, corpus, float64):
     spec = spec_of({"steps": 100, "grad_clip": 0.05, "weight_decay": 0.3, "eval_every": 25}, {"n_layers": 2}, chi=4)
     for seed, one in zip((3, 4), train_seeds(spec, (3, 4), corpus), strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from study_fixtures import DENSE, results_at, run_at, undisturbed_and_resumed, write_study
 
+import mpo_core
 from study.spec.sweep import Sweep
 from study.training.bonds import chains_of
 from study.training.model import trial_shape
@@ -70,6 +71,32 @@ def test_a_change_of_gauge_changes_no_output_and_moments_change_with_it(swept, c
         for core in list(chain.cores)[:-1]:
             M = core.detach().reshape(-1, core.shape[3]).double()
             torch.testing.assert_close(M.T @ M, torch.eye(M.shape[1], dtype=torch.float64), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_sites", [2, 3])
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_first_moments_of_a_gradient_are_the_gradient_after_the_change(n_sites, turn):
+    config = mpo_core.GPTConfig(vocab_size=12, d_model=16, n_heads=2, n_layers=1, context=8)
+    model = mpo_core.PicoGPT(config, dtype=torch.float64)
+    model.init_parameters(lambda name: torch.Generator().manual_seed(len(name)), "variance")
+    model, _ = mpo_core.compress(model, chi=4, n_sites=n_sites, factorisation="balanced")
+    tokens = torch.arange(24).reshape(3, 8) * 5 % 12
+    cores = [core for chain in chains_of(model).values() for core in chain.cores]
+
+    def gradients():
+        return torch.autograd.grad(mpo_core.next_token_losses(model, tokens).mean(), cores)
+
+    moments = {
+        core: {"exp_avg": gradient.clone(), "exp_avg_sq": gradient.square()}
+        for core, gradient in zip(cores, gradients(), strict=True)
+    }
+    own = [moments[core]["exp_avg"] for core in cores]
+    before = [core.detach().clone() for core in cores]
+    move_centres(model, Sweep(every=1), turn, moments)
+    assert not all(torch.equal(core, old) for core, old in zip(cores, before, strict=True))
+    for core, moment, gradient in zip(cores, own, gradients(), strict=True):
+        assert moments[core]["exp_avg"] is moment  # the optimiser's own tensor
+        torch.testing.assert_close(moment, gradient)
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 5, 8])

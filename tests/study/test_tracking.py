@@ -563,6 +563,7 @@ def test_artifacts_in_a_shared_database_stay_with_a_copy_that_is_there(tmp_path,
 # With a running study -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_study_writes_mlflow_as_it_goes_and_again_nothing(tmp_path, mlflow_template):  # noqa: F811
     file, folder = write_study(tmp_path), tmp_path / "study"
     folder.mkdir()

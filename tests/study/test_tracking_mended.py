@@ -193,6 +193,7 @@ def test_sync_mends_whatever_somebody_changed(tampered):
     tampered.check_mended()
 
 
+@pytest.mark.slow
 def test_what_others_add_of_their_own_stays(tampered):
     tampered.client.log_metric(tampered.id(0, 0), "my_metric", 0.5)
     tampered.client.set_tag(tampered.id(0, 0), "my_tag", "x")

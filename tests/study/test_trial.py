@@ -198,13 +198,13 @@ def test_trials_without_newer_keys_are_those_on_record():
         {"name": "tuned", "family": "mpo", "chi": 8, "start": "dense", "forward": "chain"},
         {"name": "low", "family": "low_rank", "as_chi": 8},
     ]
-    config = validate({"name": "a", "arms": arms}, "here")
+    config = validate({"name": "a", "seeds": 3, "arms": arms}, "here")  # its default was 3
     written = config.model_dump_json()
     assert not any(f'"{key}"' in written for key in SINCE)
     recorded = "af03d30c5057fdc2d5176129e732ae4de78b2dc82fdfa0229c2fdc4474fe9267"
     assert json_hash(definition(config)) == recorded
     spelled_out = {"optimiser": "adamw", "schedule": "cosine", "gradient_accumulation": 1}
-    defaults = validate({"name": "a", "arms": arms, "protocol": spelled_out}, "here")
+    defaults = validate({"name": "a", "seeds": 3, "arms": arms, "protocol": spelled_out}, "here")
     assert json_hash(definition(defaults)) == recorded
     found = []
     for spec in listed_specs(config):

@@ -416,6 +416,22 @@ def test_what_a_search_found_is_compared_with_the_nearest_of_listed_rivals_whate
     assert len(new.claims.contrasts) == len(expected)
 
 
+@pytest.mark.slow
+def test_bonds_that_grow_are_compared_with_the_size_that_they_may_have(tmp_path):
+    arms = [
+        DENSE,
+        {"name": "mpo", "family": "mpo", "chi": [1, 3], "learning_rate": RATES},
+        {"name": "grown", "family": "mpo", "chi": 1, "bonds": {"every": 1, "max_params": 1500}, "learning_rate": RATES},
+    ]
+    claims = {"contrasts": [{"arm": "grown", "against": "mpo"}]}
+    folder = tuning(tmp_path, arms=arms, claims=claims)
+    sizes = {trial.spec.chi: trial.shape.n_params for trial in read_ledger(ledger_of(folder), "tuning").trials
+             if trial.spec.arm == "mpo"}  # fmt: skip
+    assert sizes[1] < sizes[3]
+    new = written(folder, tmp_path / "new.yaml")
+    assert [(contrast.arm, contrast.against) for contrast in new.claims.contrasts] == [("grown", "mpo-chi3")]
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
