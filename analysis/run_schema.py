@@ -263,6 +263,12 @@ OBJECTIVES = {
     metric.name: metric for metric in METRICS if metric.direction and {"last", "once", "count"} & {*metric.recorded}
 }
 """The metrics that a sampler can optimise, by their names in study files."""
+LEVEL = 0.05
+"""Chance of any false claim among all that a study declares, two-sided. The levels of several looks add up to it."""
+
+MIN_SEEDS = 3
+"""With fewer seeds nothing is claimed: intervals, tests and bounds are NaN."""
+
 MARGINS = {metric.name: metric.margin for metric in METRICS if metric.margin is not None}
 """How much worse still counts as equal. A study file may say otherwise. Claims rest on these metrics: a complete
 seed has finite values of them. Any other metric may be absent."""

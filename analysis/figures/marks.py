@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from analysis.figures import labels, style
-from analysis.statistics.seed_blocks import MIN_SEEDS
+from analysis.run_schema import MIN_SEEDS
 
 SIZE = 4.6
 """Points across a marker."""

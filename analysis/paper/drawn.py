@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.results.summary import interval_statement, n_statement
-from analysis.statistics.seed_blocks import MIN_SEEDS
+from analysis.run_schema import MIN_SEEDS
 
 PUBLISHED, MEASURED = "#d55e00", "#0072b2"
 """Their colours."""

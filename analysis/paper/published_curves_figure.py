@@ -15,8 +15,8 @@ from analysis.figures import style
 from analysis.paper import published
 from analysis.paper.drawn import measured_here
 from analysis.paper.trials import PaperTrials
+from analysis.run_schema import MIN_SEEDS
 from analysis.statistics.intervals import mean_interval
-from analysis.statistics.seed_blocks import MIN_SEEDS
 
 _PANELS = (
     ("train_loss", 1.0, "Training loss (nats)"),

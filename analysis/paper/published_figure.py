@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from analysis.figures import labels, style
 from analysis.paper.drawn import MEASURED, PUBLISHED, draw_measured, measured_here
-from analysis.statistics.seed_blocks import MIN_SEEDS
+from analysis.run_schema import MIN_SEEDS
 
 _PANELS = (("validation loss", "Validation loss (nats)"), ("validation accuracy", "Validation token accuracy (%)"))
 _OURS = ("published", "ours", "low", "high", "n")

@@ -18,8 +18,8 @@ from analysis.paper.drawn import MEASURED, PUBLISHED, draw_measured, measured_he
 from analysis.paper.rel_errors import LARGEST, MEAN, errors_of, of_seeds
 from analysis.paper.trials import PaperTrials
 from analysis.paper.values import over_seeds
+from analysis.run_schema import MIN_SEEDS
 from analysis.runs.study_runs import StudyRuns
-from analysis.statistics.seed_blocks import MIN_SEEDS
 
 _COLUMNS = ("when", "layers", "chi", "n_layers", "published", "measured", "low", "high", "n_seeds")
 _OVERALL = {MEAN: "o", LARGEST: "^"}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from analysis.run_schema import MIN_SEEDS
 from analysis.statistics.intervals import mean_interval, ratio_interval
-from analysis.statistics.seed_blocks import MIN_SEEDS
 
 COLUMNS = (
     *("place", "row", "quantity", "unit", "published", "said", "ours", "low", "high", "n", "difference", "kind"),

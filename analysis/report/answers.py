@@ -8,14 +8,14 @@ from typing import NamedTuple
 import pandas as pd
 
 from analysis.report.tables import arms_compared_table, comparisons_table, frontier_table
-from analysis.results.comparisons import LEVEL, declared_against_reference, reference_trial
+from analysis.results.comparisons import declared_against_reference, reference_trial
 from analysis.results.findings import Findings
 from analysis.results.numbers import count_shown, counted, decimals_for, digits, range_shown
 from analysis.results.pairs import EQUAL_PARAMETERS, REFERENCE
 from analysis.results.retained import retained_points
 from analysis.results.summary import DENSE, MEASURES, NO_FRONTIER, Measure, sole_reference
+from analysis.run_schema import LEVEL, MIN_SEEDS
 from analysis.statistics.power import TARGET, Contrast, family_gaps
-from analysis.statistics.seed_blocks import MIN_SEEDS
 
 _MOST = 8
 """Largest number of like comparisons that have a row each; more are counted in one row."""
@@ -151,6 +151,7 @@ def _how_sure(findings: Findings) -> pd.DataFrame:
         if growth.seeds_after != growth.seeds_before:
             seeds = f", from {growth.seeds_before} to {counted(growth.seeds_after, 'seed')} a trial"
         rows.append(("grown", f"{study}when {counted(growth.n_over, 'run')} {were} over ({growth.by}{seeds})"))
+    rows += _design(findings)
     pairs = compared.drop_duplicates(["trial", "against"])["declared"].astype(bool)
     when = "in the study file" if runs.growths else "before the study ran"
     n_declared, n_explored = (counted(int(own.sum()), "comparison") for own in (pairs, ~pairs))
@@ -170,8 +171,26 @@ def _how_sure(findings: Findings) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["what", "is"])
 
 
+def _design(findings: Findings) -> list[tuple[str, str]]:
+    """Rows on the seeds that declared tests use, if they are not simply all."""
+    runs = findings.runs
+    if not findings.compared["declared"].any():
+        return []
+    if runs.claims.looks:
+        looks = "; ".join(f"after {n} seeds at level {level:g}" for n, level in runs.claims.looks.items())
+        return [("looks", f"{looks}. A comparison is shown as of the look that decided it, or its last one")]
+    rows = []
+    if any(growth.is_refinement for growth in runs.growths):
+        own = "declared comparisons leave out the seeds that `refine` added because of results"
+        rows.append(("seeds", f"{own}; the frontier and all means have them"))
+    if any(growth.seeds_after > growth.seeds_before and growth.n_over for growth in runs.growths):
+        why = "seeds were added when results were there. The level holds only if the results were no reason for it; "
+        rows.append(("caution", f"{why}otherwise declare `claims.looks` beforehand"))
+    return rows
+
+
 def _gap_found(findings: Findings, measure: Measure) -> str | None:
-    """The gaps that the declared contrasts find, with these seeds and with more: the least and the largest of them.
+    """The least and the largest gap that the declared contrasts find, with these seeds and with more, or at each look.
 
     A contrast without a tested pair counts in the family, and has no gap.
     """
@@ -193,16 +212,18 @@ def _gap_found(findings: Findings, measure: Measure) -> str | None:
         return None
     unit = "points" if measure.unit == "%" else measure.unit
 
-    def found(n: int) -> str:
-        gaps = [(sd, gap) for sd, gap in zip(noise, family_gaps(n, contrasts, n_chains), strict=True) if sd > 0]
+    def found(n: int, level: float) -> str:
+        of_family = family_gaps(n, contrasts, n_chains, level=level)
+        gaps = [(sd, gap) for sd, gap in zip(noise, of_family, strict=True) if sd > 0]
         at_size = [sd * gap.of_sizes for sd, gap in gaps]
         of_arms = [sd * gap.of_arms for sd, gap in gaps if gap.of_arms is not None]
         over = f", {_between(of_arms)} over the sizes of an arm" if of_arms else ""
         return f"with {n} seeds {_between(at_size)} {unit} at one size{over}"
 
     n_seeds = int(tested["n"].min())
-    more = next((n for n in (5, 8, 12) if n > n_seeds), None)
-    known = "; ".join(found(n) for n in (n_seeds, more) if n is not None)
+    more = next((n for n in (5, 8, 12) if n > n_seeds), n_seeds)
+    levels = findings.runs.claims.looks or {n_seeds: LEVEL, more: LEVEL}
+    known = "; ".join(found(n, level) for n, level in levels.items())
     left_out = sum(not sd > 0 for sd in noise)
     return f"{known}; not known for {counted(left_out, 'contrast')}" if left_out else known
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,8 @@ from scipy import stats
 
 from analysis.results.pairs import DENSE, KNOWN, REFERENCE, Known, Pair, pairs
 from analysis.results.summary import MEASURES, Measure
-from analysis.runs.study_runs import StudyRuns
+from analysis.run_schema import LEVEL
+from analysis.runs.study_runs import Claims, Growth
 from analysis.statistics.differences import (
     TTest,
     compatible_intervals,
@@ -20,10 +21,7 @@ from analysis.statistics.differences import (
     pair_tests,
     rounding_step,
 )
-from analysis.statistics.multiplicity import family, graphical
-
-LEVEL = 0.05
-"""Level of a family of tests, two-sided."""
+from analysis.statistics.multiplicity import family, sequential
 
 BETTER, WORSE, NOT_INFERIOR, UNDECIDED = "better", "worse", "not inferior", "undecided"
 TOO_FEW, FAILED, STOPPED, UNFINISHED = "too few seeds", "failed seeds", "stopped early", "study unfinished"
@@ -49,7 +47,20 @@ class Compared(NamedTuple):
     arms: pd.DataFrame
 
 
-def compare(runs: StudyRuns, summary: pd.DataFrame) -> Compared:
+class Results(Protocol):
+    """The part of `analysis.runs.study_runs.StudyRuns` that comparisons need."""
+
+    @property
+    def claims(self) -> Claims: ...
+    @property
+    def growths(self) -> tuple[Growth, ...]: ...
+    @property
+    def n_lacking(self) -> int: ...
+    @property
+    def seeds(self) -> pd.DataFrame: ...
+
+
+def compare(runs: Results, summary: pd.DataFrame) -> Compared:
     """Test the differences that a study is about.
 
     Compared are the pairs that the study file declares, of any budgets. Within one budget, each trial is also compared
@@ -67,6 +78,10 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> Compared:
     other pairs are exploration, adjusted by Benjamini and Hochberg. While the study lacks runs, nothing declared is
     decided: the family is incomplete.
 
+    If the study file declares looks, the family is tested at each with its level, on the first seeds of each trial
+    (`statistics.multiplicity.sequential`). A test is shown as of the look that decided it, else of the last that it
+    has. Without looks, seeds that `refine` added are left out of declared tests: they were added because of results.
+
     Returns:
         difference (trial − against), half_width (of its own 95 % interval) and margin are in the measure's unit. low
         and high are the interval of a declared difference. It excludes zero exactly if the verdict is better or worse.
@@ -79,7 +94,27 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> Compared:
     found = list(pairs(known, runs.claims.contrasts, runs.n_lacking > 0))
     if not found:
         return Compared(pd.DataFrame(columns=list(COLUMNS)), pd.DataFrame(columns=list(OF_ARMS)))
-    measured = [_measured(runs, rows, found, measure) for measure in MEASURES]
+    frame, arms = _tested(runs, rows, found)
+    _explore(frame)
+    if declared := [pair for pair in found if pair.declared]:
+        looks = dict(runs.claims.looks) or {0: LEVEL}
+        first = min(looks)
+        by_look = [_tested(runs, rows, declared, _first_seeds(runs, rows, n), n > first) for n in looks]
+        own, arms = _decide(by_look, list(looks.values()), is_unfinished=runs.n_lacking > 0)
+        frame.loc[frame["declared"], own.columns] = own.set_axis(frame.index[frame["declared"]])
+    return Compared(frame[list(COLUMNS)], arms[list(OF_ARMS)])
+
+
+def _tested(
+    runs: Results, rows: pd.DataFrame, found: list[Pair], n_first: np.ndarray | None = None, only_whole: bool = False
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The pairs, and the declared contrasts of arms, with their own tests; nothing is decided yet.
+
+    Args:
+        n_first: for each of `rows`, the number of its first seeds that are used. Default: all.
+        only_whole: whether a row with fewer seeds than that is left out.
+    """
+    measured = [_measured(runs, rows, found, measure, n_first, only_whole) for measure in MEASURES]
     frame = pd.concat([own for own, _ in measured], ignore_index=True)
     arms = pd.DataFrame(
         [row for _, of_arms in measured for row in of_arms],
@@ -87,9 +122,18 @@ def compare(runs: StudyRuns, summary: pd.DataFrame) -> Compared:
     )
     for table in (frame, arms):
         table["p_adjusted"], table["low"], table["high"], table["verdict"] = math.nan, math.nan, math.nan, UNDECIDED
-    _explore(frame)
-    _decide(frame, arms, is_unfinished=runs.n_lacking > 0)
-    return Compared(frame[list(COLUMNS)], arms[list(OF_ARMS)])
+    frame["adjustment"], frame["non_inferior"] = np.where(frame["declared"], "family", "BH"), False
+    return frame, arms
+
+
+def _first_seeds(runs: Results, rows: pd.DataFrame, n: int) -> np.ndarray:
+    """For each trial the number of its first seeds that declared tests use; n: that of a look, 0 without looks."""
+    if n:
+        return np.full(len(rows), n)
+    planned = {growth.study: growth.seeds_after for growth in runs.growths}
+    refined = {growth.study for growth in runs.growths if growth.is_refinement}
+    many = runs.seeds["trial"].value_counts().max() if len(runs.seeds) else 0
+    return np.array([planned[study] if study in refined else many for study in rows["study"]])
 
 
 def reference_trial(summary: pd.DataFrame) -> int | None:
@@ -113,7 +157,12 @@ def _known(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _measured(
-    runs: StudyRuns, rows: pd.DataFrame, found: list[Pair], measure: Measure
+    runs: Results,
+    rows: pd.DataFrame,
+    found: list[Pair],
+    measure: Measure,
+    n_first: np.ndarray | None,
+    only_whole: bool,
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """The pairs with their own tests, and those of declared contrasts of arms over their sizes."""
     trial, against = rows.loc[[pair.trial for pair in found]], rows.loc[[pair.against for pair in found]]
@@ -134,6 +183,11 @@ def _measured(
     values = (measure.scale * runs.seeds.pivot(index="trial", columns="seed", values=measure.key)).sort_index(axis=1)
     values = values.reindex(rows.index).astype("float64")
     step = rounding_step(values)
+    if n_first is not None:
+        n_seeds = values.notna().cumsum(axis=1)
+        values = values.where(n_seeds.le(n_first, axis=0))
+        if only_whole:
+            values[(n_seeds.iloc[:, -1] < n_first).to_numpy()] = math.nan
     at, other = (values.index.get_indexer(pd.Index(frame[name])) for name in ("trial", "against"))
     test = pair_tests(values, at, other, frame["paired"], step=step)
     sound = frame["unsound"].isna().to_numpy()
@@ -211,8 +265,6 @@ def _share_a_start(trial: pd.DataFrame, against: pd.DataFrame) -> np.ndarray:
 
 def _explore(frame: pd.DataFrame) -> None:
     """The adjusted p values and non-inferiority of the pairs that are not declared, for each measure."""
-    frame["adjustment"] = np.where(frame["declared"], "family", "BH")
-    frame["non_inferior"] = False
     for _, own in frame[~frame["declared"].astype(bool)].groupby("measure"):
         for name in ("p", "inferiority_p"):
             known = own[name].dropna()
@@ -226,10 +278,17 @@ def _explore(frame: pd.DataFrame) -> None:
     _judge(frame, ~frame["declared"].astype(bool))
 
 
-def _decide(frame: pd.DataFrame, arms: pd.DataFrame, *, is_unfinished: bool) -> None:
-    """The adjusted p values, intervals and verdicts of all that is declared, as one family."""
-    declared = frame[frame["declared"].astype(bool)]
-    contrasts = list(declared.groupby(["measure", *_CONTRAST], sort=False))
+def _decide(
+    by_look: list[tuple[pd.DataFrame, pd.DataFrame]], levels: list[float], *, is_unfinished: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The declared pairs and contrasts of arms with their adjusted p values, intervals and verdicts, as one family.
+
+    Args:
+        by_look: the tests at each look; the rows are the same at all.
+        levels: of each look.
+    """
+    frame, arms = by_look[0]
+    contrasts = list(frame.groupby(["measure", *_CONTRAST], sort=False))
     row_of = {tuple(keys): at for at, keys in enumerate(arms[["measure", *_CONTRAST]].to_numpy().tolist())}
     chains = []
     for _, own in contrasts:
@@ -238,36 +297,56 @@ def _decide(frame: pd.DataFrame, arms: pd.DataFrame, *, is_unfinished: bool) -> 
             chains.append(tested.sort_values(["order", "n_params"], ascending=False, kind="stable").index)
     tests = family([len(own) for _, own in contrasts], [len(chain) for chain in chains])
     at_first = tests.graph.shares_of_tests()
-    p = np.ones(len(at_first))
+    of_pairs, of_arms = np.zeros(len(frame), dtype=np.intp), np.zeros(len(arms), dtype=np.intp)
     for (keys, own), whole, sizes in zip(contrasts, tests.overall, tests.sizes, strict=True):
-        p[sizes] = own["p"].fillna(1.0)
+        of_pairs[own.index] = sizes
         if sizes != [whole]:
-            p[whole] = np.nan_to_num(arms["p"].to_numpy()[row_of[keys]], nan=1.0)
-    for chain, numbers in zip(chains, tests.chains, strict=True):
-        p[numbers] = np.minimum(2 * frame.loc[chain, "inferiority_p"].fillna(0.5), 1)
+            of_arms[row_of[keys]] = whole
+    p = np.full((len(by_look), len(at_first)), math.nan)
+    for values, (pairs_then, arms_then) in zip(p, by_look, strict=True):
+        values[of_pairs], values[of_arms] = pairs_then["p"], arms_then["p"]
+        for chain, numbers in zip(chains, tests.chains, strict=True):
+            values[numbers] = np.minimum(2 * pairs_then.loc[chain, "inferiority_p"], 1)
+    found = sequential(np.nan_to_num(p, nan=1.0), tests.graph, levels)
+    every = np.arange(len(at_first))
+    level = np.array(levels)[found.look]
+    is_rejected = np.array([each.adjusted for each in found.decisions])[found.look, every] <= level
+    last = np.where(np.isnan(p).all(axis=0), 0, len(p) - 1 - np.isnan(p)[::-1].argmin(axis=0))
+    look = np.where(is_rejected, found.look, last)
+    frame, arms = (
+        _at_looks([pairs_then for pairs_then, _ in by_look], look[of_pairs]),
+        _at_looks([arms_then for _, arms_then in by_look], look[of_arms]),
+    )
     if is_unfinished:
-        frame.loc[declared.index, "verdict"] = UNFINISHED
-        arms["verdict"] = UNFINISHED
-        return
-    decisions = graphical(p, tests.graph, LEVEL)
-    shares = np.where(decisions.shares > 0, decisions.shares, at_first)
-    for (keys, own), whole, sizes in zip(contrasts, tests.overall, tests.sizes, strict=True):
-        _note(frame, own.index, decisions.adjusted[sizes], shares[sizes])
-        if sizes != [whole]:
-            _note(arms, arms.index[[row_of[keys]]], decisions.adjusted[[whole]], shares[[whole]])
+        frame["verdict"] = arms["verdict"] = UNFINISHED
+        return frame, arms
+    for table, numbers in ((frame, of_pairs), (arms, of_arms)):
+        decisions = [found.decisions[at] for at in look[numbers]]
+        adjusted = np.array([each.adjusted[number] for each, number in zip(decisions, numbers, strict=True)])
+        left = np.array([each.shares[number] for each, number in zip(decisions, numbers, strict=True)])
+        _note(table, adjusted, np.where(left > 0, left, at_first[numbers]), np.array(levels)[look[numbers]])
     for chain, numbers in zip(chains, tests.chains, strict=True):
-        frame.loc[chain, "non_inferior"] = decisions.adjusted[numbers] <= LEVEL
-    _judge(frame, frame["declared"].astype(bool))
+        frame.loc[chain, "non_inferior"] = is_rejected[numbers]
+    _judge(frame, np.ones(len(frame), dtype=bool))
     _judge(arms, np.ones(len(arms), dtype=bool))
+    return frame, arms
 
 
-def _note(frame: pd.DataFrame, index: pd.Index, adjusted: np.ndarray, shares: np.ndarray) -> None:
-    """Write adjusted p values, and the intervals that agree with them."""
-    own = frame.loc[index]
-    frame.loc[index, "p_adjusted"] = np.where(own["p"].notna(), adjusted, math.nan)
-    difference, error, df, p = own[["difference", "standard_error", "df", "p"]].to_numpy(dtype=np.float64).T
-    test = TTest(difference, error, df, p, own["n"].to_numpy())
-    frame.loc[index, "low"], frame.loc[index, "high"] = compatible_intervals(test, adjusted, shares, LEVEL)
+def _at_looks(tables: list[pd.DataFrame], look: np.ndarray) -> pd.DataFrame:
+    """Each row as of its look."""
+    stacked = pd.concat(tables, ignore_index=True)
+    return stacked.iloc[look * len(look) + np.arange(len(look))].reset_index(drop=True)
+
+
+def _note(table: pd.DataFrame, adjusted: np.ndarray, shares: np.ndarray, level: np.ndarray) -> None:
+    """Write adjusted p values, which are compared with `LEVEL`, and the intervals that agree with them."""
+    is_known, is_rejected = table["p"].notna().to_numpy(), adjusted <= level
+    scaled = adjusted * LEVEL / level
+    scaled = np.where(is_rejected, np.minimum(scaled, LEVEL), np.clip(scaled, np.nextafter(LEVEL, 1), 1))
+    table["p_adjusted"] = np.where(is_known, scaled, math.nan)
+    difference, error, df, p = table[["difference", "standard_error", "df", "p"]].to_numpy(dtype=np.float64).T
+    test = TTest(difference, error, df, p, table["n"].to_numpy())
+    table["low"], table["high"] = compatible_intervals(test, adjusted, shares, level)
 
 
 def _judge(frame: pd.DataFrame, which: Any) -> None:

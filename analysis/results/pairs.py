@@ -9,7 +9,7 @@ from functools import partial
 from operator import ne
 from typing import Any, NamedTuple
 
-from analysis.statistics.seed_blocks import MIN_SEEDS
+from analysis.run_schema import MIN_SEEDS
 
 DENSE = "dense"
 SMALLER_DENSE = "dense, smaller"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.statistics.seed_blocks import MIN_SEEDS
+from analysis.run_schema import MIN_SEEDS
 
 INCOMPLETE = f"with a failed seed, stopped early or with fewer than {MIN_SEEDS} seeds"
 OTHER_BUDGET = "of another budget"

@@ -11,10 +11,10 @@ import pandas as pd
 from analysis import run_schema as schema
 from analysis.results.pairs import DENSE, DENSE_TUNED, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED, SMALLER_DENSE, group_of
 from analysis.results.selection import is_sound
+from analysis.run_schema import MIN_SEEDS
 from analysis.runs.study_runs import StudyRuns
 from analysis.statistics.intervals import mean_interval
 from analysis.statistics.nondominated import on_frontier
-from analysis.statistics.seed_blocks import MIN_SEEDS
 
 TOKENS = ("train_tokens", "total_tokens")
 SECONDS = "train_seconds"

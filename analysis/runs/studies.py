@@ -84,7 +84,12 @@ def _claims(studies: Sequence[StudyRuns], names: Sequence[str]) -> Claims:
         for study, name in zip(studies, names, strict=True)
         for contrast in study.claims.contrasts
     ]
-    return Claims(_shared([study.claims.margins for study in studies]), tuple(contrasts))
+    declaring = [study for study in studies if study.claims.contrasts]
+    looks = [study.claims.looks for study in declaring]
+    if any(each != looks[0] for each in looks):
+        shown = ", ".join(f"{study.name}: {study.claims.looks or 'none'}" for study in declaring)
+        raise AnalysisError(f"studies with different claims.looks are no family of tests ({shown}); give one at a time")
+    return Claims(_shared([study.claims.margins for study in studies]), tuple(contrasts), looks[0] if looks else {})
 
 
 def _shared(all_of_them: Sequence[dict[str, Any]]) -> dict[str, Any]:

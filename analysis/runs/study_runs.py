@@ -65,20 +65,28 @@ class Contrast(NamedTuple):
 @dataclass(frozen=True)
 class Claims:
     """Declarations of the study file before the study ran. margins: how much worse does not yet count as a loss, by
-    metric of the curves (nats, or a fraction)."""
+    metric of the curves (nats, or a fraction). looks: the numbers of seeds at which the contrasts are tested, with the
+    level of each; empty if they are tested once, on all seeds."""
 
     margins: dict[str, float] = field(default_factory=dict)
     contrasts: tuple[Contrast, ...] = ()
+    looks: dict[int, float] = field(default_factory=dict)
 
 
 class Growth(NamedTuple):
-    """Growth of a study after its start. by: the command. n_over: number of runs whose results were there by then."""
+    """Growth of a study after its start. by: the command. n_over: number of runs whose results were there by then.
+    seeds_before, seeds_after: number of seeds that every trial has."""
 
     study: str
     by: str
     seeds_before: int
     seeds_after: int
     n_over: int
+
+    @property
+    def is_refinement(self) -> bool:
+        """Whether single trials got more seeds, because of their results."""
+        return self.by.startswith("refine")
 
 
 @dataclass(frozen=True)
@@ -239,9 +247,9 @@ def said_by_summary(summary_runs: Sequence[RunRecord], study: str, uuid: str) ->
 
 def _claims(study: str, declared: dict[str, Any]) -> Claims:
     margins = {key: float(value) for key, value in declared.get("margins", {}).items()}
-    return Claims(
-        margins, tuple(Contrast(study, pair["arm"], pair["against"]) for pair in declared.get("contrasts", ()))
-    )
+    contrasts = tuple(Contrast(study, pair["arm"], pair["against"]) for pair in declared.get("contrasts", ()))
+    looks = {int(n): float(level) for n, level in declared.get("looks", {}).items()}
+    return Claims(margins, contrasts, dict(sorted(looks.items())))
 
 
 def _growths(study: str, grown: list[dict[str, Any]]) -> tuple[Growth, ...]:

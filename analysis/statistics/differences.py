@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from analysis.run_schema import Direction
-from analysis.statistics.seed_blocks import MIN_SEEDS
+from analysis.run_schema import MIN_SEEDS, Direction
 
 FLOOR = 0.5
 """Values that are rounded to a step have a standard deviation of at least this share of it."""
@@ -125,7 +124,7 @@ def not_inferior(test: TTest, margin: float, direction: Direction) -> NDArray[np
 
 
 def compatible_intervals(
-    test: TTest, adjusted: ArrayLike, shares: ArrayLike, level: float
+    test: TTest, adjusted: ArrayLike, shares: ArrayLike, level: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ends of intervals that exclude zero exactly where `multiplicity.graphical` rejects, (P,) each.
 
@@ -135,10 +134,12 @@ def compatible_intervals(
     Args:
         adjusted: (P,), adjusted p values.
         shares: (P,), the share of the level that a test has left; of a rejected test, the share that it had at first.
+        level: (P,) or one for all.
     Source: Guilbaud 2008, Simultaneous confidence regions corresponding to Holm's step-down procedure and other
         closed-testing procedures.
     """
-    rejected, half = np.asarray(adjusted) <= level, test.half_width(level * np.asarray(shares, dtype=np.float64))
+    levels = np.asarray(level, dtype=np.float64)
+    rejected, half = np.asarray(adjusted) <= levels, test.half_width(levels * np.asarray(shares, dtype=np.float64))
     low = np.where(rejected & (test.difference > 0), 0.0, test.difference - half)
     high = np.where(rejected & (test.difference < 0), 0.0, test.difference + half)
     return low, high

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from analysis.statistics.seed_blocks import MIN_SEEDS, complete_seeds
+from analysis.run_schema import MIN_SEEDS
+from analysis.statistics.seed_blocks import complete_seeds
 
 
 def t_quantile(df: float) -> float:

@@ -89,6 +89,44 @@ def graphical(p: ArrayLike, graph: Graph, level: float) -> Decisions:
     return Decisions(adjusted, left)
 
 
+class Looks(NamedTuple):
+    """Decisions of tests at several looks, by `sequential`.
+
+    look: (m,), the number of the look that decided: the first that rejected, or the last. decisions: those of each
+    look, whose adjusted values are compared with the level of that look.
+    """
+
+    look: NDArray[np.intp]
+    decisions: list[Decisions]
+
+
+def sequential(p: ArrayLike, graph: Graph, levels: Sequence[float]) -> Looks:
+    """Test hypotheses at several looks, each with more data than the one before; what was rejected stays so.
+
+    A look has the graph with its own level, where hypotheses that were rejected before count as p = 0. The chance of
+    any false rejection at any look is at most the sum of the levels. The reason: until the first false rejection, all
+    that was rejected is false, so that each look by itself errs at most at its level. This holds for any dependence of
+    the looks. Which hypotheses get more data may depend on the data before; the others count as p = 1.
+
+    Args:
+        p: (K, m), the p values at each look in [0, 1], from all data until then; 1 for those without new data.
+        levels: (K,), fixed beforehand.
+    Source: the levels add up as in Slud and Wei 1982, Two-sample repeated significance tests based on the modified
+        Wilcoxon statistic; the graph as in `graphical`.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    look = np.full(values.shape[1], len(levels) - 1)
+    rejected = np.zeros(values.shape[1], dtype=np.bool_)
+    decisions = []
+    for number, (own, level) in enumerate(zip(values, levels, strict=True)):
+        found = graphical(np.where(rejected, 0.0, own), graph, level)
+        is_new = (found.adjusted <= level) & ~rejected
+        look[is_new] = number
+        rejected |= is_new
+        decisions.append(found)
+    return Looks(look, decisions)
+
+
 def _remove(group: int, share: NDArray[np.float64], passes: NDArray[np.float64], n_open: NDArray[np.intp]) -> None:
     """Take one test out of a group, in place: what it had and got goes where it passed it to."""
     n, own = n_open[group], passes[group, group]

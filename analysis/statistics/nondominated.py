@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analysis.run_schema import Direction
+from analysis.run_schema import MIN_SEEDS, Direction
 from analysis.statistics.running_best import SortedSizes
-from analysis.statistics.seed_blocks import MIN_SEEDS
 
 
 def frontier_mask(

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
+from analysis.run_schema import LEVEL
 from analysis.statistics.multiplicity import family
 
 TARGET = 0.8
 """Power that is asked for."""
-LEVEL = 0.05
 N_DRAWS = 4096
 PAIR = (1.0, -1.0)
 """Weights of a difference between two independent means."""
@@ -77,7 +77,7 @@ class Resolved(NamedTuple):
     of_sizes: float
 
 
-def family_gaps(n: int, contrasts: Sequence[Contrast], n_chains: int) -> list[Resolved]:
+def family_gaps(n: int, contrasts: Sequence[Contrast], n_chains: int, *, level: float = LEVEL) -> list[Resolved]:
     """The gaps that declared contrasts find with the part of the level that they have at first.
 
     Tests that reject pass their part on, so a study with large gaps finds more than this.
@@ -86,6 +86,7 @@ def family_gaps(n: int, contrasts: Sequence[Contrast], n_chains: int) -> list[Re
         n: seeds of each trial, at least 3.
         contrasts: each counts for both measures.
         n_chains: number of contrasts with tests of non-inferiority; each counts for both measures.
+        level: of the whole family; that of one look if there are several.
     Returns:
         Of contrasts whose pairs share their start, in standard deviations of a difference by √2.
     """
@@ -93,7 +94,7 @@ def family_gaps(n: int, contrasts: Sequence[Contrast], n_chains: int) -> list[Re
     shares = tests.graph.shares_of_tests()
     resolved = []
     for contrast, whole, sizes in zip(contrasts, tests.overall[::2], tests.sizes[::2], strict=True):
-        of_whole, of_size = LEVEL * shares[whole], LEVEL * shares[sizes[0]]
+        of_whole, of_size = level * shares[whole], level * shares[sizes[0]]
         rival = (1.0,) if contrast.one_rival else _over(contrast.n_sizes)
         over_sizes = PAIRED if contrast.paired else _over(contrast.n_sizes) + rival
         resolved.append(

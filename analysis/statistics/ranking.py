@@ -9,9 +9,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from analysis.run_schema import Direction
+from analysis.run_schema import MIN_SEEDS, Direction
 from analysis.statistics.draws import SeedMeans
-from analysis.statistics.seed_blocks import MIN_SEEDS, complete_table, two_way
+from analysis.statistics.seed_blocks import complete_table, two_way
 
 
 def rank_agreement(values: ArrayLike) -> float:

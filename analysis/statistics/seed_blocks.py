@@ -12,9 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-MIN_SEEDS = 3
-"""With fewer seeds nothing is claimed: intervals, tests and bounds are NaN."""
-
 
 class TwoWay(NamedTuple):
     """Means and variances of tables of configurations × seeds.

@@ -150,18 +150,27 @@ def run(
 @app.command()
 def refine(
     directory: Folder,
-    seeds: Annotated[str, typer.Option(metavar="+N", help="Add N seeds to each selected trial.")],
+    seeds: Annotated[
+        str | None, typer.Option(metavar="+N", help="With `--on frontier`: add N seeds to each selected trial.")
+    ] = None,
     on: Annotated[
         Where,
-        typer.Option(help="Selects trials that are perhaps on the frontier of n_params and val_loss."),
+        typer.Option(
+            help="`frontier` selects trials that are on or near the frontier of n_params and val_loss. `contrasts` "
+            "selects the trials of declared contrasts that are undecided, and adds seeds up to the next look."
+        ),
     ] = Where.frontier,
     storage: StorageOption = None,
     executor: ExecutorOption = Executor.ray,
     address: AddressOption = None,
     tracking: TrackingOption = None,
 ) -> None:
-    """Add seeds to the trials for which it is undecided whether they are on the frontier, and run them."""
+    """Add seeds where they decide most, near the frontier or in undecided contrasts, and run them."""
     folder = StudyDirectory(directory)
+    if on == Where.contrasts and seeds is not None:
+        raise StudyError("--seeds: not with --on contrasts, whose numbers of seeds are in the study file, claims.looks")
+    if on == Where.frontier and seeds is None:
+        raise StudyError("--seeds: needed with --on frontier, for example --seeds +5")
     _run(
         folder.load_config(),
         folder,
@@ -169,7 +178,7 @@ def refine(
         executor=executor.value,
         address=address,
         tracking=tracking,
-        growth=Growth(refine=parse_more("--seeds", seeds)),
+        growth=Growth(refine=parse_more("--seeds", seeds), contrasts=on == Where.contrasts),
     )
 
 

@@ -29,6 +29,7 @@ class Executor(StrEnum):
 
 class Where(StrEnum):
     frontier = "frontier"
+    contrasts = "contrasts"
 
 
 ExecutorOption = Annotated[Executor, typer.Option(help="Where units run: in Ray's workers, or in this process.")]

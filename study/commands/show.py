@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from analysis.run_schema import MIN_SEEDS
 from analysis.runs.urls import hide_password
-from analysis.statistics.seed_blocks import MIN_SEEDS
 from study.commands.progress import say
 from study.ledger.directory import DEFAULT_TRACKING_URI, StudyDirectory
 from study.spec.arms import KeptArm

@@ -1,20 +1,21 @@
 """The frontier of a study that still grows: parameters against validation loss, means over seeds.
 
 The analysis defines which points are on it, and how many seeds that takes. This module serves `status`, and `refine`,
-which decides which trials need more seeds.
+which adds seeds to the trials near it.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.run_schema import MIN_SEEDS
 from analysis.statistics.nondominated import on_frontier
-from analysis.statistics.seed_blocks import MIN_SEEDS
 from study.spec.trial import SeedResult, Trial
 
 
@@ -62,26 +63,27 @@ def frontier(among: Sequence[Point], fewest: int = MIN_SEEDS) -> list[Point]:
     return sorted(found, key=lambda point: (point.n_params, point.mean, point.trial))
 
 
-def undecided(among: Sequence[Point]) -> list[Point]:
-    """The points whose 95 % t interval of the mean reaches the frontier of the others' means, or that lack seeds.
+def near_frontier(among: Sequence[Point]) -> list[Point]:
+    """The points that are on the frontier or within two standard errors of it, and those with a single seed.
 
-    The frontier at a point is the lowest mean among other points with at most as many parameters. The point is on the
-    frontier if its mean lies below. A single seed has no interval, so its point is always undecided. A point that is
-    better than the frontier with fewer than MIN_SEEDS seeds is undecided too, since it does not count as on it yet.
+    The frontier at a point is the lowest mean among other points with at most as many parameters. The standard error is
+    that of the two means' difference, with one variance over seeds for all points. A point on the frontier counts
+    however far it is ahead: it was chosen for its result, which may be luck.
     """
-    would_be_on = {point.trial for point in frontier(among, fewest=1)}
-    means = [(point.n_params, point.mean, point) for point in among]
+    squares = sum((loss - point.mean) ** 2 for point in among for loss in point.losses)
+    df = sum(len(point.losses) - 1 for point in among)
+    variance = squares / df if df else math.inf
+    by_size = sorted(among, key=lambda point: point.n_params)
+    sizes = [point.n_params for point in by_size]
+    best: list[list[Point]] = [[]]  # the best two of the first 0, 1, ... points
+    for point in by_size:
+        best.append(sorted([*best[-1], point], key=lambda one: one.mean)[:2])
     found = []
-    for n_params, mean, point in means:
-        rivals = [theirs for size, theirs, other in means if size <= n_params and other is not point]
-        is_close = bool(rivals) and abs(mean - min(rivals)) <= half_width(point.losses)
-        if is_close or (point.trial in would_be_on and len(point.losses) < MIN_SEEDS):
+    for point in among:
+        rival = next((other for other in best[bisect_right(sizes, point.n_params)] if other is not point), None)
+        reach = math.inf
+        if rival is not None and len(point.losses) > 1:
+            reach = 2 * math.sqrt(variance * (1 / len(point.losses) + 1 / len(rival.losses)))
+        if rival is None or point.mean - rival.mean <= reach:
             found.append(point)
     return found
-
-
-def half_width(losses: Sequence[float]) -> float:
-    """Half the 95 % t interval of the mean; infinite for one seed."""
-    from analysis.statistics.intervals import mean_interval  # imports SciPy, which a plain run does not need
-
-    return float(mean_interval(losses).half_width) if len(losses) > 1 else math.inf

@@ -120,9 +120,9 @@ class Ledger:
         self.changed = now()
         before = self.growths[-1].seeds_after if self.growths else len(self._first_seeds)
         after = before if config is None else len(config.seed_list)
-        self.growths.append(GrowthRecord(self.changed, command, before, after))
+        self.growths.append(GrowthRecord(self.changed, command, before, after, more_seeds or {}))
         with in_one_line(self._url):
-            write_growth(self._engine, self.uuid, self.growths[-1], config, more_seeds)
+            write_growth(self._engine, self.uuid, self.growths[-1], config)
 
     def _reconcile(self) -> None:
         """Bring Optuna's tables in line with ours."""

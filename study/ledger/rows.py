@@ -114,12 +114,16 @@ def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """One growth: its time, the user's command, and the number of seeds planned for every trial before and after."""
+    """One growth: its time, the user's command, and the number of seeds planned for every trial before and after.
+
+    more_seeds: the seeds that single trials got, by their numbers.
+    """
 
     made: str
     command: str
     seeds_before: int
     seeds_after: int
+    more_seeds: Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,21 @@ class Growths:
     """The growths of a study.
 
     records: each growth, in order. history: the study as it was begun, and after each growth of the whole study.
-    more_seeds: the seeds that single trials got, by their numbers. changed: time of the last growth or the beginning.
+    changed: time of the last growth or the beginning.
     """
 
     records: Sequence[GrowthRecord]
     history: Sequence[StudyConfig]
-    more_seeds: Mapping[int, Sequence[int]]
     changed: str
+
+    @property
+    def more_seeds(self) -> Mapping[int, Sequence[int]]:
+        """All seeds that single trials got, by their numbers."""
+        found: dict[int, list[int]] = {}
+        for record in self.records:
+            for number, seeds in record.more_seeds.items():
+                found.setdefault(number, []).extend(seeds)
+        return found
 
 
 def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
@@ -151,20 +163,21 @@ def read_growths(engine: sa.Engine, study_uuid: str, name: str) -> Growths:
             before = len(history[-1].seed_list)
             if row["config"]:
                 history.append(StudyConfig.model_validate_json(row["config"]))
-            records.append(GrowthRecord(row["made"], row["command"], before, len(history[-1].seed_list)))
+            more_seeds = dict(_more_seeds(row["seeds"]))
+            records.append(GrowthRecord(row["made"], row["command"], before, len(history[-1].seed_list), more_seeds))
     except ValidationError as error:
         raise StudyError(
             f"study {name} was begun by another version of mpo-study, whose study file this version cannot read: "
             f"{error.errors()[0]['msg']}; use that version, or begin a new study with another --dir"
         ) from None
-    more_seeds: dict[int, list[int]] = {}
+    return Growths(records, history, changed=records[-1].made if records else study["created"])
+
+
+def _more_seeds(text: str | None) -> list[tuple[int, list[int]]]:
     try:
-        for row in rows:
-            for number, seeds in _MORE_SEEDS.validate_json(row["seeds"] or "[]", strict=True):
-                more_seeds.setdefault(number, []).extend(seeds)
+        return _MORE_SEEDS.validate_json(text or "[]", strict=True)
     except ValueError as error:
         raise Damaged(f"a growth: {first_defect(error)}") from None
-    return Growths(records, history, more_seeds, changed=records[-1].made if records else study["created"])
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -196,7 +209,6 @@ def write_growth(
     study_uuid: str,
     record: GrowthRecord,
     config: StudyConfig | None,
-    more_seeds: Mapping[int, Sequence[int]] | None,
 ) -> None:
     """Write a growth; for the arguments see `Ledger.record_growth`."""
     with engine.begin() as connection:
@@ -207,5 +219,5 @@ def write_growth(
             made=record.made,
             command=record.command,
             config=config.model_dump_json() if config is not None else None,
-            seeds=json.dumps(list(more_seeds.items())) if more_seeds is not None else None,
+            seeds=json.dumps(list(record.more_seeds.items())) if record.more_seeds else None,
         )

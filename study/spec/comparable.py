@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from analysis.run_schema import LEVEL, MIN_SEEDS
 from study.spec.arms import Arm, DenseArm
 from study.spec.config import StudyConfig
 from study.spec.protocol import Protocol
@@ -29,13 +30,12 @@ class PlannedGap(NamedTuple):
 
 
 def planned_gaps(config: StudyConfig) -> list[PlannedGap]:
-    """The gaps of the declared contrasts of listed arms, with the study's seeds and with more.
+    """The gaps of the declared contrasts of listed arms, with the study's seeds and with more, or at each look.
 
     A contrast of a searched arm has as many sizes as trials are found, which is not known beforehand. It has no gap
     here, and counts as one contrast of the family.
     """
     from analysis.statistics.power import Contrast, family_gaps  # imports SciPy, which is slow
-    from analysis.statistics.seed_blocks import MIN_SEEDS
 
     n_seeds = len(config.seed_list)
     declared = config.claims.contrasts
@@ -49,8 +49,9 @@ def planned_gaps(config: StudyConfig) -> list[PlannedGap]:
         is_paired = alike or arm.start == against.name or against.start == arm.name
         contrasts.append(Contrast(max(n_listed[arm.name], 1), n_listed[against.name] <= 1, is_paired))
         n_chains += _is_reference(config, against) or (alike and against.family == "dense")
-    more = next((n for n in (5, 8, 12) if n > n_seeds), None)
-    gaps = {n: family_gaps(n, contrasts, n_chains) for n in (n_seeds, more) if n is not None}
+    more = next((n for n in (5, 8, 12) if n > n_seeds), n_seeds)
+    levels = config.claims.looks or {n_seeds: LEVEL, more: LEVEL}
+    gaps = {n: family_gaps(n, contrasts, n_chains, level=level) for n, level in levels.items()}
     return [
         PlannedGap(each.arm, each.against, {n: found[at] for n, found in gaps.items()})
         for at, each in enumerate(declared)
@@ -66,7 +67,6 @@ def not_compared(config: StudyConfig) -> list[str]:
     that have the same start. The analysis compares arms of the same budget (see `budget_hash`), and pairs that
     `claims.contrasts` declares.
     """
-    from analysis.statistics.seed_blocks import MIN_SEEDS  # imports NumPy, which is slow
 
     if len(config.arms) == 1:
         return []

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from analysis.run_schema import MARGINS, OBJECTIVES
+from analysis.run_schema import LEVEL, MARGINS, MIN_SEEDS, OBJECTIVES
 from study.errors import did_you_mean
 from study.spec.arms import BY_SIZE_FIELDS, PRETRAINED, Arm, DenseArm, MPOArm
 from study.spec.bonds import Bonds
@@ -54,6 +54,21 @@ class Contrast(Strict):
     )
 
 
+def _looks(value: Any) -> Any:
+    """The looks in order; a key of JSON is text."""
+    if not isinstance(value, dict):
+        raise ValueError(f"must give a level for each number of seeds, such as {{3: 0.01, 5: 0.04}}, but got {value!r}")
+    try:
+        looks = dict(sorted((int(number), level) for number, level in value.items()))
+    except (TypeError, ValueError):
+        raise ValueError(f"the numbers of seeds must be whole, but are {', '.join(map(str, value))}") from None
+    if looks and min(looks) < MIN_SEEDS:
+        raise ValueError(f"the numbers of seeds must be at least {MIN_SEEDS}, but one is {min(looks)}")
+    if all(isinstance(level, (int, float)) for level in looks.values()) and sum(looks.values()) > LEVEL * (1 + 1e-9):
+        raise ValueError(f"the levels must add up to at most {LEVEL:g}, but their sum is {sum(looks.values()):.3g}")
+    return looks
+
+
 class Claims(Strict):
     """The claims that the study decides, fixed before it runs. The analysis tests them; all else is exploration."""
 
@@ -63,6 +78,14 @@ class Claims(Strict):
         max_length=10_000,
         description="Comparisons that are claimed, tested as one family. Arms with different budgets are compared only "
         "if they are declared here.",
+    )
+    looks: Annotated[dict[int, PositiveFloat], BeforeValidator(_looks)] = Field(
+        default={},
+        description="When the contrasts are tested, if seeds are added until they are decided (`mpo-study refine --on "
+        "contrasts`): numbers of seeds, each with the level of its test. For example `{3: 0.005, 5: 0.015, 8: 0.03}`. "
+        "The numbers are at least 3, the levels together at most 0.05, and `seeds` is one of the numbers. Default: one "
+        "test at level 0.05, on the seeds that every trial has.",
+        exclude_if=lambda value: not value,
     )
 
 
@@ -260,6 +283,12 @@ class StudyConfig(Strict):
         yield from _repeats("claims.contrasts", [f"{arm} against {against}" for arm, against in pairs])
         for arm in dict.fromkeys(arm for arm, against in pairs if arm == against):
             yield f"`claims.contrasts` sets arm {arm} against itself"
+        looks = self.claims.looks
+        if looks and not pairs:
+            yield "`claims.looks` needs `claims.contrasts`: nothing else is tested at looks"
+        if looks and len(self.seed_list) not in looks:
+            numbers = ", ".join(map(str, looks))
+            yield f"`seeds` must be as many as one of `claims.looks` ({numbers}), but are {len(self.seed_list)}"
 
     def _problems_of_sampler(self, searched: list[str]) -> Iterator[str]:
         name, n_trials = self.search.sampler, self.search.trials

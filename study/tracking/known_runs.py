@@ -44,6 +44,8 @@ class KnownRun:
     """Whether this writer has written the run, or compared it with its required content."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics found to be correct in the run, kept until the others are written."""
+    logged: frozenset[str] = frozenset()
+    """Keys of all metrics in the run, if it is checked."""
 
 
 def open_experiment(client: MlflowClient, record: StudyRecord, artifacts: str | None) -> str:

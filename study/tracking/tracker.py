@@ -124,7 +124,9 @@ class Tracker:
             params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
             own = {key: value for key, value in metrics.items() if schema.is_own_metric(key)}
             wrong = [key for key in schema.PARAM_KEYS & params.keys() if params[key] != content.params.get(key)]
-            if wrong or not any(is_part(own, each.metrics) for each in (content, *earlier())):
+            if wrong or own.keys() - content.metrics.keys():
+                return True
+            if not any(is_part(own, each.metrics) for each in (content, *earlier())):
                 return True
             known.metrics = {key: value for key, value in own.items() if is_part({key: value}, content.metrics)}
             for tag in filter(schema.is_own_tag, tags.keys() - content.tags.keys()):
@@ -238,7 +240,11 @@ class Tracker:
                 self._delete(content.key)
                 known = None
             else:
-                known.is_checked = True
+                known.is_checked, known.logged = True, frozenset(content.metrics)
+        elif known is not None and known.logged - content.metrics.keys():
+            # A mean exists while all seeds have its metric. The seeds of a grown study may lack one, such as times.
+            self._delete(content.key)
+            known = None
         if known is None:
             tags = content.tags if parent is None else content.tags | {schema.PARENT: parent}
             run = self._writer.create_run(
@@ -268,7 +274,7 @@ class Tracker:
         params = [Param(key, text) for key, text in content.params.items()]
         tags = [RunTag(tag, text) for tag, text in (content.tags | {schema.DIGEST: content.digest}).items()]
         self._writer.log_batch(known.run_id, metrics, params, tags)
-        known.digest, known.metrics = content.digest, {}
+        known.digest, known.metrics, known.logged = content.digest, {}, frozenset(content.metrics)
 
     def _delete(self, key: str) -> None:
         self._writer.delete_run(self._known[key].run_id)

@@ -336,7 +336,7 @@ def decide(file, folder, losses):
 
 
 @pytest.mark.slow
-def test_refine_adds_seeds_to_undecided_trials_and_their_starts_alone(tmp_path, folder, interrupted):
+def test_refine_adds_seeds_near_the_frontier_and_to_starts_alone(tmp_path, folder, interrupted):
     arms = [{"name": "small", "family": "mpo", "chi": 1}, DENSE, MPO | {"chi": [2, 3]}, TUNED | {"chi": 4}, CLIPPED]
     file = write_study(tmp_path, arms=arms, seeds=3)
     # By size: small (chi 1), mpo 2, mpo 3, tuned 4, dense and the clipped ones; trials in the order of the file.
@@ -348,48 +348,132 @@ def test_refine_adds_seeds_to_undecided_trials_and_their_starts_alone(tmp_path, 
         run_at(file, folder, growth=Growth(refine=3))
     outcome, printed = printed_by_run(file, folder, tracking="off", growth=growth)
     assert "continuing: this study has already grown by refine --seeds +2" in printed
-    assert (outcome.n_complete, outcome.n_missing) == (18 + 4, 0)
+    assert (outcome.n_complete, outcome.n_missing) == (18 + 8, 0)
     seeds = {number: sorted(seed for n, seed in results_at(folder) if n == number) for number in range(6)}
     few, more = [0, 1, 2], [0, 1, 2, 3, 4]
-    assert seeds == {0: few, 1: more, 2: few, 3: few, 4: more, 5: few}
+    assert seeds == {0: more, 1: more, 2: more, 3: few, 4: more, 5: few}
     ledger = ledger_at(file, folder)
-    assert [len(ledger.tally.seeds_of(trial)) for trial in ledger.trials.values()] == [3, 5, 3, 3, 5, 3, 3]
+    assert [len(ledger.tally.seeds_of(trial)) for trial in ledger.trials.values()] == [5, 5, 5, 3, 5, 3, 3]
     assert ledger.config.seeds == 3
     ledger.close()
 
     # All others get the same seeds when the whole study grows: results stay comparable seed by seed.
     outcome = run_at(file, folder, growth=Growth(seeds=1))
-    assert (outcome.n_complete, outcome.n_missing) == (22 + 4, 0)
-    assert sorted(seed for n, seed in results_at(folder) if n == 2) == [0, 1, 2, 3]
+    assert (outcome.n_complete, outcome.n_missing) == (26 + 2, 0)
+    assert sorted(seed for n, seed in results_at(folder) if n == 3) == [0, 1, 2, 3]
 
 
 SURE = (0.0, 0.001, 0.002)
-WIDE = (-1.0, 0.0, 1.0)
+
+
+def fill(ledger, means, spread=SURE, failed=()):
+    """Record made-up results: the mean of each trial plus the spread over its seeds; a first seed may have failed."""
+    while ledger.ask() is not None:
+        pass
+    for number, mean in enumerate(means):
+        for seed, off in zip(ledger.tally.missing_seeds(ledger.trials[number]), spread, strict=False):
+            failure = "lost" if number in failed and seed == 0 else None
+            ledger.record(made_up(number, seed, loss=mean + off, failure=failure))
 
 
 @pytest.mark.parametrize(
-    ("wide", "failed", "more"),
+    ("failed", "more"),
     [
-        (4, (), {0: [3], 2: [3], 4: [3]}),
-        (5, (), {0: [3], 2: [3], 5: [3]}),  # no control stands for chi 4: the nearest one
-        (4, (0,), {2: [3], 4: [3]}),  # of a reference that failed nothing is claimed
+        ((), {0: [3], 1: [3], 2: [3], 3: [3], 5: [3]}),  # no control stands for chi 4: the nearest one
+        ((0,), {1: [3], 2: [3], 3: [3], 5: [3]}),  # of a reference that failed nothing is claimed
     ],
 )
-def test_refine_brings_along_what_a_trial_is_compared_with(tmp_path, folder, wide, failed, more):
+def test_refine_brings_along_what_a_trial_is_compared_with(tmp_path, folder, failed, more):
     arms = [DENSE, {"name": "control", "family": "low_rank", "as_chi": [2, 3]}, MPO | {"chi": [2, 3, 4]}]
     claims = {"contrasts": [{"arm": "mpo", "against": "control"}]}
     ledger = ledger_at(write_study(tmp_path, arms=arms, seeds=3, claims=claims), folder)
-    while ledger.ask() is not None:
-        pass
-    for number, mean in enumerate([2.0, 5.0, 5.0, 3.0, 2.9, 2.5]):
-        spread = (-1.0, 0.0, 1.0) if number == wide else (0.0, 0.001, 0.002)
-        for seed in range(3):
-            failure = "lost" if number in failed and seed == 0 else None
-            ledger.record(made_up(number, seed, loss=mean + spread[seed], failure=failure))
+    fill(ledger, [9.0, 9.0, 9.0, 2.0, 9.0, 1.9], failed=failed)
     lines = []
     assert grow(ledger, Growth(refine=1), lines.append)
     assert ledger_of(folder).growths.more_seeds == more
     assert "which these are compared with or start from" in lines[0]
+    ledger.close()
+
+
+def test_a_trial_that_a_refinement_left_out_does_not_come_back(tmp_path, folder):
+    file = write_study(tmp_path, arms=[MPO | {"chi": [2, 3, 4]}], seeds=3)
+    ledger = ledger_at(file, folder)
+    fill(ledger, [3.0, 4.0, 2.0])
+    assert grow(ledger, Growth(refine=1), lambda line: None)
+    assert ledger_of(folder).growths.more_seeds == {0: [3], 2: [3]}
+    ledger.close()
+    ledger = ledger_at(file, folder)
+    fill(ledger, [3.0, 4.0, 50.0])
+    ledger.close()
+    ledger = ledger_at(file, folder)
+    assert grow(ledger, Growth(refine=2), lambda line: None)
+    assert ledger_of(folder).growths.more_seeds == {0: [3, 4, 5], 2: [3, 4, 5]}  # trial 1 is nearer now
+    ledger.close()
+
+
+# Until contrasts are decided ------------------------------------------------------------------------------------------
+
+LOOKS = {"contrasts": [{"arm": "mpo", "against": "control"}], "looks": {3: 0.01, 5: 0.04}}
+TWO_ARMS = [{"name": "control", "family": "low_rank", "as_chi": [2, 3]}, MPO | {"chi": [2, 3]}]
+
+
+def opened_with(tmp_path, folder, losses, **changes):
+    """A ledger with these losses of each trial, by seed."""
+    file = write_study(tmp_path, **{"arms": TWO_ARMS, "seeds": 3, "claims": LOOKS} | changes)
+    ledger = ledger_at(file, folder)
+    while ledger.ask() is not None:
+        pass
+    for number, of_seeds in enumerate(losses):
+        for seed in ledger.tally.missing_seeds(ledger.trials[number]):
+            ledger.record(made_up(number, seed, loss=of_seeds[seed]))
+    return ledger
+
+
+def test_contrasts_that_are_undecided_get_the_seeds_of_the_next_look(tmp_path, folder):
+    sure, wide = (2.0, 2.0001, 1.9999, 2.0, 2.0), (1.9, 2.1, 2.0, 2.05, 1.95)
+    # Trials 0 and 2 are of χ 2, and decided at once; trials 1 and 3 are alike; their mean over sizes is decided too.
+    losses = [sure, wide, [loss + 90 for loss in sure], [loss + 0.01 for loss in wide]]
+    ledger, lines = opened_with(tmp_path, folder, losses), []
+    assert grow(ledger, Growth(contrasts=True), lines.append)
+    assert lines == ["1 pair of trials undecided; seeds for the look at 5: trials 1, 3; in total 4 runs"]
+    assert ledger_of(folder).growths.more_seeds == {1: [3, 4], 3: [3, 4]}
+    ledger.close()
+    ledger = opened_with(tmp_path, folder, losses)
+    assert not grow(ledger, Growth(contrasts=True), lines.append)
+    assert lines[1:] == ["nothing to refine: 1 pair of trials undecided, and this was the last look"]
+    ledger.close()
+
+
+def test_undecided_mean_over_sizes_takes_all_sizes_and_their_starts(tmp_path, folder):
+    wide = (1.0, 3.0, 2.0)
+    arms = [DENSE, *({**arm, "start": "dense", "steps": 3} for arm in TWO_ARMS)]
+    ledger = opened_with(tmp_path, folder, [wide] * 5, arms=arms)
+    lines = []
+    assert grow(ledger, Growth(contrasts=True), lines.append)
+    assert ledger_of(folder).growths.more_seeds == {number: [3, 4] for number in range(5)}
+    assert lines[0].endswith("trials 1, 2, 3, 4; also for trial 0, which these start from; in total 10 runs"), lines
+    ledger.close()
+
+
+def test_contrasts_that_are_decided_get_no_seeds(tmp_path, folder):
+    ledger, lines = opened_with(tmp_path, folder, [(n, n + 0.001, n + 0.002) for n in (1, 1, 50, 60)]), []
+    assert not grow(ledger, Growth(contrasts=True), lines.append)
+    assert lines == ["nothing to refine: every declared contrast is decided, or has failed seeds"]
+    ledger.close()
+
+
+def test_contrasts_without_looks_are_not_refined(tmp_path, folder):
+    ledger = opened_with(tmp_path, folder, [(1.0, 2.0, 3.0)] * 4, claims={"contrasts": LOOKS["contrasts"]})
+    with pytest.raises(StudyError, match=r"^study tiny declares no `claims.looks`: .* refine --on frontier$"):
+        grow(ledger, Growth(contrasts=True), lambda line: None)
+    ledger.close()
+
+
+def test_study_with_looks_grows_to_a_look_alone(tmp_path, folder):
+    ledger = opened_with(tmp_path, folder, [(1.0, 2.0, 3.0)] * 4)
+    with pytest.raises(StudyError, match=r"--seeds \+1: .*`seeds` must be as many as one of `claims.looks` \(3, 5\)"):
+        grow(ledger, Growth(seeds=1), lambda line: None)
+    assert grow(ledger, Growth(seeds=2), lambda line: None)
     ledger.close()
 
 
@@ -407,15 +491,6 @@ def with_losses(folder, losses):
                 )
     connection.close()
     sign_results(folder)
-
-
-def test_refine_has_nothing_to_do_where_all_is_decided(tmp_path, folder):
-    file = write_study(tmp_path, arms=[MPO], seeds=3)
-    decide(file, folder, [(3.0, 3.001, 3.0), (1.0, 1.001, 1.0)])
-    outcome, printed = printed_by_run(file, folder, tracking="off", growth=Growth(refine=5))
-    assert "nothing to refine" in printed
-    assert (outcome.n_complete, outcome.n_missing) == (6, 0)
-    assert ledger_of(folder).growths.more_seeds == {}
 
 
 @pytest.mark.slow
@@ -440,12 +515,13 @@ def test_analysis_learns_what_was_over_when_a_study_grew(tmp_path, folder, mlflo
 
 @pytest.mark.slow
 def test_refined_trials_have_their_own_number_of_seeds_in_mlflow(tmp_path, folder, mlflow_template):  # noqa: F811
-    file = write_study(tmp_path, arms=[MPO], seeds=3)
+    file = write_study(tmp_path, arms=[MPO | {"chi": [2, 3, 4]}], seeds=3)
     folder.mkdir()
     shutil.copy(mlflow_template, folder / "mlflow.db")
-    decide(file, folder, [(3.0, 3.001, 3.0), (1.0, 8.0, 1.0)])
+    decide(file, folder, [(3.0, 3.001, 3.0), (4.0, 4.001, 4.0), (1.0, 1.2, 1.0)])
     run_at(file, folder, tracking=None, growth=Growth(refine=1))
-    assert {number: one[:2] for number, one in parents(folder).items()} == {0: ("FINISHED", 3), 1: ("FINISHED", 4)}
+    n_seeds = {number: one[:2] for number, one in parents(folder).items()}
+    assert n_seeds == {0: ("FINISHED", 4), 1: ("FINISHED", 3), 2: ("FINISHED", 4)}
     # What is on the frontier, status and report agree on.
     summary = summarise(load_study(resolve_study(folder))).set_index("trial")
     on = [point.trial for point in study_status(StudyDirectory(folder)).frontier]
@@ -471,6 +547,11 @@ def test_cli_grows_a_study(tmp_path, command, monkeypatch):
     code, _, err = command("refine", "kept", "--seeds", "3")
     assert code == 2
     assert err == "mpo-study: --seeds 3: must be + and a whole number, for example --seeds +5\n"
+    code, _, err = command("refine", "kept")
+    assert (code, err) == (2, "mpo-study: --seeds: needed with --on frontier, for example --seeds +5\n")
+    code, _, err = command("refine", "kept", "--on", "contrasts", "--seeds", "+5")
+    assert code == 2
+    assert err.startswith("mpo-study: --seeds: not with --on contrasts, ")
 
 
 @pytest.mark.fault
