@@ -26,12 +26,13 @@ from analysis.statistics.differences import (
     pair_tests,
     rounding_step,
 )
-from analysis.statistics.multiplicity import family, graphical
+from analysis.statistics.multiplicity import family, graphical, sequential
 from benchmarks.document import put_table
 
 LEVEL = 0.05
 KINDS = ("equal", "unequal", "skewed", "ties")
 SEEDS = (3, 5, 8)
+LOOKS = {3: 0.005, 5: 0.015, 8: 0.03}
 N_SIZES, N_MEASURES = 4, 2
 _FIRST = np.array([[1, 2, 3, 4], [5, 6, 7, 8], [13, 14, 15, 16]])
 _SECOND = np.array([[0, 0, 0, 0], [9, 10, 11, 12], [17, 18, 19, 20]])
@@ -75,22 +76,8 @@ def decide(seed: int, kind: str, n: int, losses: NDArray[np.float64], margin: fl
     truth = (losses[_FIRST] - losses[_SECOND]).astype(float)
     truths = np.concatenate([np.concatenate([[own.mean()], own]) for _ in range(N_MEASURES) for own in truth])
     for _ in range(n_studies):
-        p, tests = np.ones(len(AT_FIRST)), []
-        for measure in range(N_MEASURES):
-            values = losses[:, None] + noise(rng, kind, (N_ROWS, n))
-            values = np.round(values) if kind == "ties" else values
-            step = rounding_step(values)
-            pairs = pair_tests(values, _FIRST.ravel(), _SECOND.ravel(), False, step=step)
-            for contrast, (first, second) in enumerate(zip(_FIRST, _SECOND, strict=True)):
-                rows = np.union1d(first, second)
-                weights = [((first == row).sum() - (second == row).sum()) / N_SIZES for row in rows]
-                tests.append(group_test(values[rows], weights, rows, step=step))
-                tests.append(TTest(*(each[contrast * N_SIZES : (contrast + 1) * N_SIZES] for each in pairs)))
-            of_dense = TTest(*(each[:N_SIZES] for each in pairs))
-            p[FAMILY.chains[measure]] = np.minimum(1, 2 * not_inferior(of_dense, margin, "minimize")[::-1])
-        whole = TTest(*(np.concatenate(each) for each in zip(*tests, strict=True)))
+        whole, p = _tests(_study(rng, kind, n, losses), margin)
         m = len(whole.p)
-        p[:m] = whole.p
         found = graphical(p, FAMILY.graph, LEVEL)
         rejected = found.adjusted <= LEVEL
         signs = (np.sign(whole.difference) * rejected[:m]).reshape(N_MEASURES, len(_FIRST), 1 + N_SIZES)
@@ -103,21 +90,104 @@ def decide(seed: int, kind: str, n: int, losses: NDArray[np.float64], margin: fl
     return Decided(np.array(overall), np.array(sizes), np.array(claims), np.array(covered))
 
 
-def null_errors(seed: int, kind: str, n: int, n_studies: int) -> NDArray[np.bool_]:
-    """In which studies without any difference something is called better or worse."""
-    found = decide(seed, kind, n, np.zeros(N_ROWS), 1.0, n_studies)
-    return (found.overall != 0).any(axis=(1, 2)) | (found.sizes != 0).any(axis=(1, 2, 3))
+def decide_at_looks(
+    seed: int, kind: str, losses: NDArray[np.float64], margin: float, n_studies: int
+) -> tuple[Decided, NDArray[np.float64]]:
+    """Simulate studies that are tested at `LOOKS`; between looks, trials of undecided contrasts get more seeds.
+
+    Returns:
+        The decisions, whose intervals are not computed (covered is false); and the number of runs of each study, as a
+        share of those with the seeds of the last look for all.
+    """
+    rng = np.random.default_rng(seed)
+    overall, sizes, claims, runs = [], [], [], []
+    numbers = list(LOOKS)
+    for _ in range(n_studies):
+        study, n_seeds = _study(rng, kind, numbers[-1], losses), np.full(N_ROWS, numbers[0])
+        differences, p = [], []
+        for n in numbers:
+            has = n_seeds >= n
+            whole, values = _tests([each[:, :n] for each in study], margin)
+            pairs = has[_FIRST] & has[_SECOND]
+            known = np.concatenate([np.concatenate([[own.all()], own]) for _ in range(N_MEASURES) for own in pairs])
+            of_chains = [chain_has for _ in range(N_MEASURES) for chain_has in pairs[0][::-1]]
+            values[: len(known)][~known] = 1.0
+            values[len(known) :][~np.array(of_chains)] = 1.0
+            differences.append(whole.difference)
+            p.append(values)
+            found = sequential(np.array(p), FAMILY.graph, list(LOOKS.values())[: len(p)])
+            level = np.array(list(LOOKS.values()))[found.look]
+            rejected = np.array([each.adjusted for each in found.decisions])[found.look, np.arange(len(level))] <= level
+            holds = np.array([rejected[chain][::-1] for chain in FAMILY.chains])
+            open_ = ~rejected[: len(known)].reshape(N_MEASURES, len(_FIRST), 1 + N_SIZES)
+            open_[:, 0, 1:] &= ~holds  # not inferior is a decision
+            wanted = (open_[..., 1:] | open_[..., :1]).any(axis=0) & pairs
+            following = next((other for other in numbers if other > n), n)
+            for rows in (_FIRST[wanted], _SECOND[wanted]):
+                n_seeds[rows] = following
+        at = found.look[: len(known)]
+        signs = np.sign(np.array(differences)[at, np.arange(len(at))]) * rejected[: len(known)]
+        signs = signs.reshape(N_MEASURES, len(_FIRST), 1 + N_SIZES)
+        overall.append(signs[..., 0])
+        sizes.append(signs[..., 1:])
+        claims.append(holds)
+        runs.append(n_seeds.mean() / numbers[-1])
+    return Decided(np.array(overall), np.array(sizes), np.array(claims), np.zeros(n_studies, bool)), np.array(runs)
 
 
-def mixed_errors(seed: int, kind: str, n: int, n_studies: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """In which studies with some differences a claim is false, and in which all simultaneous intervals hold.
+def _study(rng: np.random.Generator, kind: str, n: int, losses: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Values of each measure, (N_ROWS, n)."""
+    values = [losses[:, None] + noise(rng, kind, (N_ROWS, n)) for _ in range(N_MEASURES)]
+    return [np.round(each) for each in values] if kind == "ties" else values
 
-    All sizes are worse than dense by the margin. Of the first pair of arms two sizes are better by two standard
+
+def _tests(study: list[NDArray[np.float64]], margin: float) -> tuple[TTest, NDArray[np.float64]]:
+    """The tests of all contrasts, each as overall, then its sizes; and the p values of these and of the chains."""
+    p, tests = np.ones(len(AT_FIRST)), []
+    for measure, values in enumerate(study):
+        step = rounding_step(values)
+        pairs = pair_tests(values, _FIRST.ravel(), _SECOND.ravel(), False, step=step)
+        for contrast, (first, second) in enumerate(zip(_FIRST, _SECOND, strict=True)):
+            rows = np.union1d(first, second)
+            weights = [((first == row).sum() - (second == row).sum()) / N_SIZES for row in rows]
+            tests.append(group_test(values[rows], weights, rows, step=step))
+            tests.append(TTest(*(each[contrast * N_SIZES : (contrast + 1) * N_SIZES] for each in pairs)))
+        of_dense = TTest(*(each[:N_SIZES] for each in pairs))
+        p[FAMILY.chains[measure]] = np.minimum(1, 2 * not_inferior(of_dense, margin, "minimize")[::-1])
+    whole = TTest(*(np.concatenate(each) for each in zip(*tests, strict=True)))
+    p[: len(whole.p)] = whole.p
+    return whole, p
+
+
+NOTHING = np.zeros(N_ROWS)
+"""True losses without any difference."""
+
+
+def some() -> NDArray[np.float64]:
+    """True losses with some differences.
+
+    All sizes are worse than dense by 1, the margin. Of the first pair of arms two sizes are better by two standard
     deviations, and two are alike. The second pair is alike.
     """
     losses = np.zeros(N_ROWS)
     losses[1:5], losses[5:7] = 1.0, -2.0
-    found = decide(seed, kind, n, losses, 1.0, n_studies)
+    return losses
+
+
+def gap(size: float) -> NDArray[np.float64]:
+    """True losses where one arm of the first pair is better by a gap at every size."""
+    losses = np.zeros(N_ROWS)
+    losses[5:9] = -size
+    return losses
+
+
+def null_errors(found: Decided) -> NDArray[np.bool_]:
+    """In which studies of `NOTHING` something is called better or worse."""
+    return (found.overall != 0).any(axis=(1, 2)) | (found.sizes != 0).any(axis=(1, 2, 3))
+
+
+def mixed_errors(found: Decided) -> NDArray[np.bool_]:
+    """In which studies of `some` a claim is false."""
     worse = found.overall[:, :, 0] < 0, found.overall[:, :, 1] > 0, found.overall[:, :, 2] != 0
     wrong = np.any([each.any(axis=1) for each in worse], axis=0) | found.not_inferior.any(axis=(1, 2))
     of_sizes = (
@@ -126,14 +196,11 @@ def mixed_errors(seed: int, kind: str, n: int, n_studies: int) -> tuple[NDArray[
         found.sizes[:, :, 1, 2:] != 0,
         found.sizes[:, :, 2] != 0,
     )
-    return wrong | np.any([each.any(axis=(1, 2)) for each in of_sizes], axis=0), found.covered
+    return wrong | np.any([each.any(axis=(1, 2)) for each in of_sizes], axis=0)
 
 
-def power(seed: int, kind: str, n: int, gap: float, n_studies: int) -> tuple[float, float]:
-    """Shares of overall tests, and of sizes, that are found where one arm is better by a gap at every size."""
-    losses = np.zeros(N_ROWS)
-    losses[5:9] = -gap
-    found = decide(seed, kind, n, losses, 1.0, n_studies)
+def power(found: Decided) -> tuple[float, float]:
+    """Shares of overall tests, and of sizes, that are found in studies of `gap`."""
     return float((found.overall[:, :, 1] < 0).mean()), float((found.sizes[:, :, 1] < 0).mean())
 
 
@@ -143,13 +210,27 @@ HEADINGS = (
     *("noise", "seeds", "false verdict, nothing differs", "false claim, some differ", "all intervals hold"),
     *("arm found, gap of 2 sd", "each size found, 2 sd", "each size found, 4 sd"),
 )
+AT_LOOKS = (*HEADINGS[:4], *HEADINGS[5:], "runs, nothing differs", "runs, gap of 4 sd")
 
 
 def rows(n_studies: int) -> Iterator[tuple[str, ...]]:
     for kind, n in product(KINDS, SEEDS):
-        false, (claims, covered) = null_errors(1, kind, n, n_studies), mixed_errors(2, kind, n, n_studies)
-        (whole, two), (_, four) = power(3, kind, n, 2.0, n_studies), power(4, kind, n, 4.0, n_studies)
-        yield kind, str(n), *(f"{rate:.3f}" for rate in (false.mean(), claims.mean(), covered.mean(), whole, two, four))
+        nothing, mixed, two, four = (
+            decide(seed, kind, n, losses, 1.0, n_studies)
+            for seed, losses in enumerate((NOTHING, some(), gap(2.0), gap(4.0)), start=1)
+        )
+        rates = null_errors(nothing).mean(), mixed_errors(mixed).mean(), mixed.covered.mean()
+        yield kind, str(n), *(f"{rate:.3f}" for rate in (*rates, *power(two), power(four)[1]))
+
+
+def rows_at_looks(n_studies: int) -> Iterator[tuple[str, ...]]:
+    for kind in KINDS:
+        (nothing, n_nothing), (mixed, _), (two, _), (four, n_four) = (
+            decide_at_looks(seed, kind, losses, 1.0, n_studies)
+            for seed, losses in enumerate((NOTHING, some(), gap(2.0), gap(4.0)), start=1)
+        )
+        rates = null_errors(nothing).mean(), mixed_errors(mixed).mean(), *power(two), power(four)[1]
+        yield kind, ", ".join(map(str, LOOKS)), *(f"{rate:.3f}" for rate in (*rates, n_nothing.mean(), n_four.mean()))
 
 
 def main() -> None:
@@ -160,6 +241,9 @@ def main() -> None:
         "is simulated."
     )
     put_table("docs/analysis.md", "calibration", caption, HEADINGS, list(rows(n_studies)))
+    levels = ", ".join(f"{level:g} at {n}" for n, level in LOOKS.items())
+    caption = f"As above, with looks (levels {levels} seeds). Runs are shares of those with 8 seeds for every trial."
+    put_table("docs/analysis.md", "looks", caption, AT_LOOKS, list(rows_at_looks(n_studies)))
 
 
 if __name__ == "__main__":

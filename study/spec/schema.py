@@ -145,7 +145,8 @@ def _kind(schema: dict[str, Any]) -> str:
     """A type in words."""
     options = [option for option in _options(schema) if option.get("type") != "null"]
     if [option.get("type") for option in options] == ["object"] and "additionalProperties" in options[0]:
-        return "mapping of names to values"
+        is_of_numbers = options[0]["additionalProperties"] not in (True, False)
+        return "mapping of whole numbers to numbers" if is_of_numbers else "mapping of names to values"
     single = [option for option in options if option.get("type") != "object"]
     if len(single) < len(options):  # those objects are {choices: ...} and {low: ..., high: ...}
         single = [option for option in single if option["type"] != "array"]

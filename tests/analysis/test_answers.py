@@ -29,14 +29,14 @@ def low_rank(chi, loss):
     return Configuration("low-rank", N_PARAMS_MPO[chi], loss, "low_rank", seeds=range(5), extra={"as_chi": chi})
 
 
-def answered(found, contrasts=(), n_missing=0, growths=()):
+def answered(found, contrasts=(), n_missing=0, growths=(), looks=None):
     """The tables of the first screen, by the names of their questions."""
-    return {answer.name: answer.rows for answer in answers(findings_of(found, contrasts, n_missing, growths))}
+    return {answer.name: answer.rows for answer in answers(findings_of(found, contrasts, n_missing, growths, looks))}
 
 
-def findings_of(found, contrasts=(), n_missing=0, growths=()):
+def findings_of(found, contrasts=(), n_missing=0, growths=(), looks=None):
     runs, _ = simulated_runs(found, noise=0.002)
-    claims = Claims(dict(MARGINS), tuple(Contrast("tiny", *pair) for pair in contrasts))
+    claims = Claims(dict(MARGINS), tuple(Contrast("tiny", *pair) for pair in contrasts), looks or {})
     return Findings.of(replace(runs, claims=claims, n_missing=n_missing, growths=growths))
 
 
@@ -226,6 +226,22 @@ def test_first_screen_says_how_much_was_seen_before_a_study_grew():
         "when 24 runs were over (--extend, from 3 to 5 seeds a trial)",
         "when 1 run was over (refine --seeds +2)",
     ]
+
+
+def test_first_screen_says_which_seeds_declared_tests_use():
+    found, contrast = [DENSE, mpo(8, 1.8)], [("mpo", "dense")]
+    said = facts(answered(found, contrast)["certainty"])
+    assert not {"looks", "seeds", "caution"} & said.keys()
+    refined = facts(answered(found, contrast, growths=(Growth("tiny", "refine --seeds +2", 5, 5, 9),))["certainty"])
+    assert refined["seeds"].startswith("declared comparisons leave out the seeds that `refine` added")
+    assert "caution" not in refined
+    grown = facts(answered(found, contrast, growths=(Growth("tiny", "--seeds +2", 3, 5, 9),))["certainty"])
+    assert grown["caution"].startswith("seeds were added when results were there.")
+    looked = facts(answered(found, contrast, looks={3: 0.01, 5: 0.04})["certainty"])
+    assert looked["looks"].startswith("after 3 seeds at level 0.01; after 5 seeds at level 0.04.")
+    gap = looked["loss: gap that a contrast finds in 80 % of such studies"]
+    assert "with 3 seeds" in gap
+    assert "with 5 seeds" in gap
 
 
 def test_gap_that_the_seeds_find_is_said_for_each_measure():

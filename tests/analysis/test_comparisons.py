@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 from simulated_study import N_PARAMS_DENSE, N_PARAMS_MPO, Configuration, simulated_runs
 
+from analysis.errors import AnalysisError
 from analysis.results.comparisons import (
     BETTER,
     COLUMNS,
@@ -28,7 +29,7 @@ from analysis.results.pairs import DECLARED, EQUAL_PARAMETERS, REFERENCE
 from analysis.results.selection import seed_table
 from analysis.results.summary import summarise
 from analysis.runs.studies import join_studies
-from analysis.runs.study_runs import Claims, Contrast
+from analysis.runs.study_runs import Claims, Contrast, Growth
 from analysis.statistics.multiplicity import family, graphical
 
 DENSE = Configuration("dense", N_PARAMS_DENSE, 1.60, "dense", seeds=range(5))
@@ -605,3 +606,68 @@ def test_reference_trial_is_the_summary_s():
     runs, _ = simulated_runs([mpo(4, 2.0), DENSE])
     assert reference_trial(summarise(runs)) == 1
     assert reference_trial(pd.DataFrame({"trial": [1], "is_reference": [False]})) is None
+
+
+# Looks ----------------------------------------------------------------------------------------------------------------
+
+LOOKS = {3: 0.01, 5: 0.04}
+
+
+def at_looks(found, looks, contrasts=(("mpo", "low_rank"),), growths=(), noise=0.02):
+    runs = simulated_runs(found, noise=noise)[0]
+    claims = Claims(dict(MARGINS), tuple(Contrast("tiny", *pair) for pair in contrasts), looks)
+    runs = replace(runs, claims=claims, growths=growths)
+    return compare(runs, summarise(runs)), runs
+
+
+def test_each_declared_test_is_shown_as_of_the_look_that_decided_it():
+    # χ = 8 is decided on three seeds; χ = 16 is not, and only its trials have five.
+    found = [mpo(8, 1.2, seeds=range(3)), mpo(16, 1.61), control(8, 1.8, seeds=range(3)), control(16, 1.6)]
+    (frame, arms), runs = at_looks(found, LOOKS)
+    one = frame[frame["measure"] == "val_loss"].set_index("trial")
+    assert one.loc[0, ["n", "verdict"]].tolist() == [3, BETTER]
+    assert one.loc[1, ["n", "verdict"]].tolist() == [5, UNDECIDED]
+    oracle = stats.ttest_ind(values_of(runs, 1), values_of(runs, 3), equal_var=False)
+    assert one.at[1, "p"] == pytest.approx(oracle.pvalue)
+    assert one.at[1, "low"] < 0 < one.at[1, "high"]
+    of_three, _ = at_looks(found, {3: 0.01})
+    alone = of_three.pairs[of_three.pairs["measure"] == "val_loss"].set_index("trial")
+    for name in ("difference", "low", "high"):
+        assert one.at[0, name] == pytest.approx(alone.at[0, name])
+    assert one.at[0, "p_adjusted"] == pytest.approx(alone.at[0, "p_adjusted"])
+    assert arms.set_index("measure").at["val_loss", "n"] == 3
+
+
+def test_levels_of_looks_are_spent_on_their_look_alone():
+    found = [mpo(16, 1.50), control(16, 1.6)]
+    wide, _ = at_looks(found, {5: 0.05}, noise=0.05)
+    narrow, _ = at_looks(found, {3: 0.049, 5: 0.001}, noise=0.05)
+    for frame in (wide.pairs, narrow.pairs):
+        one = frame[frame["measure"] == "val_loss"].iloc[0]
+        assert (one["verdict"] == BETTER) == (one["p_adjusted"] <= 0.05) == (one["high"] <= 0)
+    both = [frame.pairs.set_index("measure").at["val_loss", "p_adjusted"] for frame in (wide, narrow)]
+    assert both[0] < both[1]
+
+
+def test_seeds_of_a_refinement_are_no_part_of_declared_tests_without_looks():
+    found = [mpo(16, 1.50), control(16, 1.6, seeds=range(3)), mpo(8, 1.9, seeds=range(3))]
+    refined = (Growth("tiny", "refine --seeds +2", 3, 3, 9),)
+    (frame, _), runs = at_looks(found, {}, growths=refined)
+    row = row_of(frame, 0, 1)
+    own = values_of(runs, 0)[:3]
+    assert row["n"] == 3
+    assert row["p"] == pytest.approx(stats.ttest_ind(own, values_of(runs, 1), equal_var=False).pvalue)
+    (frame, _), _ = at_looks(found, {}, growths=(Growth("tiny", "--seeds +2", 3, 5, 9),))
+    own = values_of(runs, 0)
+    assert row_of(frame, 0, 1)["p"] == pytest.approx(stats.ttest_ind(own, values_of(runs, 1), equal_var=False).pvalue)
+
+
+def test_studies_with_different_looks_are_no_family():
+    def study(name, looks):
+        runs = simulated_runs([mpo(16, 1.5), control(16, 1.6)], experiment=name, uuid=name)[0]
+        return replace(runs, claims=Claims(dict(MARGINS), (Contrast(name, "mpo", "low_rank"),), looks))
+
+    joined = join_studies([study("a", LOOKS), study("b", LOOKS)])
+    assert joined.claims.looks == LOOKS
+    with pytest.raises(AnalysisError, match=r"studies with different claims.looks .* \(a: .*b: none\)"):
+        join_studies([study("a", LOOKS), study("b", {})])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from analysis.statistics.multiplicity import Graph, family, graphical
+from analysis.statistics.multiplicity import Graph, family, graphical, sequential
 
 P = st.lists(st.sampled_from([0.0, 0.001, 0.01, 0.02, 0.025, 0.04, 0.05, 0.3, 1.0]), min_size=1, max_size=8)
 
@@ -183,3 +184,35 @@ def test_p_values_outside_their_range_are_refused(p):
 def test_no_tests_are_no_family():
     graph = family([], []).graph
     assert graphical([], graph, 0.05).adjusted.size == 0
+
+
+def test_what_a_look_rejects_stays_so_and_helps_the_others():
+    graph = family([1, 1], []).graph
+    found = sequential([[0.004, 0.5], [0.9, 0.02]], graph, [0.01, 0.04])
+    assert found.look.tolist() == [0, 1]
+    assert found.decisions[0].adjusted == pytest.approx([0.008, 0.5])
+    assert found.decisions[1].adjusted == pytest.approx([0.0, 0.02])  # all of the level is left for the second
+    again = sequential([[0.5, 0.5], [0.9, 0.02]], graph, [0.01, 0.04])
+    assert again.decisions[1].adjusted == pytest.approx([0.9, 0.04])
+
+
+@given(P)
+def test_one_look_is_the_graph_itself(p):
+    graph = family([1] * len(p), []).graph
+    found = sequential([p], graph, [0.05])
+    np.testing.assert_array_equal(found.decisions[0].adjusted, graphical(p, graph, 0.05).adjusted)
+
+
+def test_looks_err_at_most_as_often_as_their_levels_say_though_the_data_choose_what_goes_on():
+    """Two tests of nothing; the second gets more data only if the first was not rejected, and looks promising."""
+    rng, graph, levels = np.random.default_rng(0), family([1, 1], []).graph, [0.02, 0.03]
+    n_studies = 4000
+    values = rng.normal(size=(n_studies, 2, 8))
+    errors = 0
+    for study in values:
+        first = stats.ttest_1samp(study[:, :3], 0, axis=1).pvalue
+        second = stats.ttest_1samp(study, 0, axis=1).pvalue
+        p = np.array([first, np.where(first < 0.3, second, 1.0)])
+        found = sequential(p, graph, levels)
+        errors += any((each.adjusted <= level).any() for each, level in zip(found.decisions, levels, strict=True))
+    assert errors / n_studies <= 0.05 + 4 * np.sqrt(0.05 * 0.95 / n_studies)

@@ -26,6 +26,7 @@ from study_fixtures import (
 )
 
 from analysis import run_schema as schema
+from analysis.results.comparisons import compare
 from analysis.results.summary import VAL_LOSS, frontier_key, summarise
 from analysis.runs.load import load_study, resolve_study
 from study.commands.status import study_status
@@ -453,6 +454,26 @@ def test_undecided_mean_over_sizes_takes_all_sizes_and_their_starts(tmp_path, fo
     assert ledger_of(folder).growths.more_seeds == {number: [3, 4] for number in range(5)}
     assert lines[0].endswith("trials 1, 2, 3, 4; also for trial 0, which these start from; in total 10 runs"), lines
     ledger.close()
+
+
+@pytest.mark.slow
+def test_refine_runs_the_next_look_and_the_report_shows_it(tmp_path, folder, mlflow_template, command):  # noqa: F811
+    claims = LOOKS | {"looks": {3: 0.01, 4: 0.04}}
+    file = write_study(tmp_path, arms=TWO_ARMS, seeds=3, claims=claims)
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    run_at(file, folder, tracking=None)
+    wide = (2.0, 3.0, 2.5)
+    with_losses(folder, [(2.0, 2.0001, 2.0002), wide, (50.0, 50.0001, 50.0002), wide])
+    code, out, err = command("refine", folder, "--on", "contrasts", "--executor", "inline")
+    assert (code, err) == (0, "")
+    assert "seeds for the look at 4: trials " in out
+    assert command("sync", folder)[0] == 0
+    runs = load_study(resolve_study(folder))
+    compared = compare(runs, summarise(runs)).pairs
+    of_loss = compared[compared["declared"] & (compared["measure"] == "val_loss")].set_index("trial")
+    assert of_loss["verdict"].to_dict() == {2: "worse", 3: "undecided"}
+    assert of_loss["n"].to_dict() == {2: 3, 3: 4}
 
 
 def test_contrasts_that_are_decided_get_no_seeds(tmp_path, folder):
