@@ -151,8 +151,8 @@ def _tests(study: list[NDArray[np.float64]], margin: float) -> tuple[TTest, NDAr
             rows = np.union1d(first, second)
             weights = [((first == row).sum() - (second == row).sum()) / N_SIZES for row in rows]
             tests.append(group_test(values[rows], weights, rows, step=step))
-            tests.append(TTest(*(each[contrast * N_SIZES : (contrast + 1) * N_SIZES] for each in pairs)))
-        of_dense = TTest(*(each[:N_SIZES] for each in pairs))
+            tests.append(pairs.at(np.arange(contrast * N_SIZES, (contrast + 1) * N_SIZES)))
+        of_dense = pairs.at(np.arange(N_SIZES))
         p[FAMILY.chains[measure]] = np.minimum(1, 2 * not_inferior(of_dense, margin, "minimize")[::-1])
     whole = TTest(*(np.concatenate(each) for each in zip(*tests, strict=True)))
     p[: len(whole.p)] = whole.p

@@ -169,7 +169,10 @@ def _interval_shown(low: float, high: float, decimals: int) -> str:
 
 
 def comparisons_table(compared: pd.DataFrame) -> Table:
-    """Every comparison, the declared ones first: the difference with its interval, the tests, the verdict."""
+    """Every comparison, the declared ones first: the difference with its interval, the tests, the verdict.
+
+    "p adjusted, moderated" is there if the study file declares enough pairs for it.
+    """
     data = compared.sort_values(["declared", "relation", "measure"], ascending=[False, False, False], kind="stable")
     rows = []
     for row in data.to_dict("records"):
@@ -186,6 +189,7 @@ def comparisons_table(compared: pd.DataFrame) -> Table:
                 "seeds": str(row["n"]),
                 "p": _p_value(row["p"]),
                 "p adjusted": f"{_p_value(row['p_adjusted'])} ({row['adjustment']})",
+                "p adjusted, moderated": _p_value(row["p_moderated"]),
                 "95 %, all declared together": _interval_shown(row["low"], row["high"], decimals),
                 "test": "paired" if row["paired"] else "Welch",
                 "margin": "–" if pd.isna(row["margin"]) else f"{row['margin']:g}",
@@ -193,7 +197,10 @@ def comparisons_table(compared: pd.DataFrame) -> Table:
                 "tuning trials": _both(row["tuning_trials"], row["against_tuning_trials"]),
             }
         )
-    return Table("comparisons", data.reset_index(drop=True), pd.DataFrame(rows))
+    shown = pd.DataFrame(rows)
+    if data["p_moderated"].isna().all():
+        shown = shown.drop(columns="p adjusted, moderated", errors="ignore")
+    return Table("comparisons", data.reset_index(drop=True), shown)
 
 
 def size_needed_table(uncertainties: Mapping[str, FrontierUncertainty]) -> Table:

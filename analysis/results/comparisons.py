@@ -21,7 +21,8 @@ from analysis.statistics.differences import (
     pair_tests,
     rounding_step,
 )
-from analysis.statistics.multiplicity import family, sequential
+from analysis.statistics.moderated import moderated_tests
+from analysis.statistics.multiplicity import Graph, family, graphical, sequential
 
 BETTER, WORSE, NOT_INFERIOR, UNDECIDED = "better", "worse", "not inferior", "undecided"
 TOO_FEW, FAILED, STOPPED, UNFINISHED = "too few seeds", "failed seeds", "stopped early", "study unfinished"
@@ -31,7 +32,8 @@ COLUMNS = (
     *("tuning_trials", "against", "against_label"),
     *("against_group", "against_n_params", "against_total_tokens", "against_tuning_trials", "relation", "declared"),
     *("same_budget", "n", "difference", "standard_error"),
-    *("half_width", "low", "high", "p", "p_adjusted", "adjustment", "margin", "non_inferior", "verdict", "paired"),
+    *("half_width", "low", "high", "p", "p_adjusted", "adjustment", "p_moderated", "margin", "non_inferior"),
+    *("verdict", "paired"),
 )
 OF_ARMS = (
     *("measure", "study", "arm", "against_arm", "n_sizes", "n_planned", "n", "difference", "half_width", "low", "high"),
@@ -85,7 +87,9 @@ def compare(runs: Results, summary: pd.DataFrame) -> Compared:
     Returns:
         difference (trial − against), half_width (of its own 95 % interval) and margin are in the measure's unit. low
         and high are the interval of a declared difference. It excludes zero exactly if the verdict is better or worse.
-        All intervals of a family hold together in at least 95 % of simulated studies (`benchmarks.calibration`). A
+        All intervals of a family hold together in at least 95 % of simulated studies (`benchmarks.calibration`).
+        p_moderated is the adjusted p value of a declared pair if variances are moderated (`statistics.moderated`); no
+        verdict uses it. It is missing with fewer than 7 declared pairs, and if the study file declares looks. A
         verdict claims nothing for a pair with fewer than 3 seeds, a failed seed or a trial that was stopped early, nor
         for arms with such a pair. n: seeds of the trial that has fewest, of a paired test the shared ones.
     """
@@ -195,6 +199,12 @@ def _measured(
     frame["half_width"] = np.where(sound, test.half_width(), math.nan)
     for name in ("standard_error", "df", "p"):
         frame[name] = np.where(sound, getattr(test, name), math.nan)
+    counts = values.notna().sum(axis=1).to_numpy()
+    with np.errstate(divide="ignore"):
+        units = np.where(frame["paired"], 2 / test.n, 1 / counts[at] + 1 / counts[other])
+    declared, frame["p_moderated"] = sound & frame["declared"].to_numpy(), math.nan
+    moderated = moderated_tests(test.at(declared), units[declared])
+    frame.loc[declared, "p_moderated"] = moderated.p
     # The margin applies to the reference only: it is another question if a control is not much better.
     margin = measure.scale * runs.claims.margins.get(measure.name, math.nan)
     frame["margin"] = np.where(frame["relation"] == REFERENCE, margin, math.nan)
@@ -325,11 +335,23 @@ def _decide(
         adjusted = np.array([each.adjusted[number] for each, number in zip(decisions, numbers, strict=True)])
         left = np.array([each.shares[number] for each, number in zip(decisions, numbers, strict=True)])
         _note(table, adjusted, np.where(left > 0, left, at_first[numbers]), np.array(levels)[look[numbers]])
+    frame["p_moderated"] = _moderated(frame["p_moderated"], np.nan_to_num(p[0], nan=1.0), of_pairs, tests.graph, levels)
     for chain, numbers in zip(chains, tests.chains, strict=True):
         frame.loc[chain, "non_inferior"] = is_rejected[numbers]
     _judge(frame, np.ones(len(frame), dtype=bool))
     _judge(arms, np.ones(len(arms), dtype=bool))
     return frame, arms
+
+
+def _moderated(
+    p_moderated: pd.Series, p: np.ndarray, of_pairs: np.ndarray, graph: Graph, levels: list[float]
+) -> np.ndarray:
+    """p values of pairs with moderated variances, adjusted in the same family; all NaN if it is tested at looks."""
+    known = p_moderated.notna().to_numpy()
+    if len(levels) > 1 or not known.any():
+        return np.full(len(known), math.nan)
+    p[of_pairs[known]] = p_moderated[known]
+    return np.where(known, graphical(p, graph, LEVEL).adjusted[of_pairs], math.nan)
 
 
 def _at_looks(tables: list[pd.DataFrame], look: np.ndarray) -> pd.DataFrame:

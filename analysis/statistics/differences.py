@@ -26,6 +26,13 @@ class TTest(NamedTuple):
     p: NDArray[np.float64]
     n: NDArray[np.int64]
 
+    def at(self, which: ArrayLike) -> TTest:
+        """Some of the tests, by a mask or by numbers."""
+        chosen = np.asarray(which)
+        return TTest(
+            self.difference[chosen], self.standard_error[chosen], self.df[chosen], self.p[chosen], self.n[chosen]
+        )
+
     def half_width(self, level: ArrayLike = 0.05) -> NDArray[np.float64]:
         """Half the width of the two-sided intervals that miss with this probability; infinite at level 0."""
         with np.errstate(invalid="ignore"):
@@ -74,7 +81,7 @@ def pair_tests(
     fewest = np.minimum(n[first], n[second])
     welch_df = np.where(a + b == 0, fewest - 1, welch_df)
     shared_mean, of_shared, shared = _means(table[first] - table[second], 2 * floor)
-    return _t_test(
+    return t_test(
         np.where(paired, shared_mean, mean[first] - mean[second]),
         np.sqrt(np.where(paired, of_shared, a + b)),
         np.where(paired, shared - 1.0, welch_df),
@@ -108,7 +115,7 @@ def group_test(values: ArrayLike, coefficients: ArrayLike, blocks: ArrayLike, *,
     with np.errstate(invalid="ignore", divide="ignore"):
         df = np.where(variance == 0, n.min() - 1, variance**2 / (parts**2 / (n - 1)).sum())
     one = np.ones(1)
-    return _t_test(means.sum() * one, np.sqrt(variance) * one, df * one, np.array([n.min()]))
+    return t_test(means.sum() * one, np.sqrt(variance) * one, df * one, np.array([n.min()]))
 
 
 def not_inferior(test: TTest, margin: float, direction: Direction) -> NDArray[np.float64]:
@@ -155,7 +162,8 @@ def _means(table: NDArray[np.float64], floor: ArrayLike) -> tuple[NDArray, NDArr
     return mean, variance, n
 
 
-def _t_test(difference: NDArray, standard_error: NDArray, df: NDArray, n: NDArray) -> TTest:
+def t_test(difference: NDArray, standard_error: NDArray, df: NDArray, n: NDArray) -> TTest:
+    """The tests of differences; those with fewer than 3 seeds have none."""
     enough = n >= MIN_SEEDS
     standard_error, df = (np.where(enough, each, np.nan) for each in (standard_error, df))
     p = np.minimum(2 * _sf(np.abs(difference), standard_error, df), 1)

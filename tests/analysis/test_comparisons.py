@@ -671,3 +671,16 @@ def test_studies_with_different_looks_are_no_family():
     assert joined.claims.looks == LOOKS
     with pytest.raises(AnalysisError, match=r"studies with different claims.looks .* \(a: .*b: none\)"):
         join_studies([study("a", LOOKS), study("b", {})])
+
+
+def test_moderated_p_values_are_given_for_seven_declared_pairs_and_decide_nothing():
+    chis = (4, 8, 16, 32)
+    found = [DENSE, *(mpo(chi, 1.6) for chi in chis), *(control(chi, 1.62) for chi in chis)]
+    (frame, _), _ = at_looks(found, {}, (("mpo", "dense"), ("mpo", "low_rank")))
+    declared = frame["declared"].astype(bool)
+    assert frame.loc[declared, "p_moderated"].between(0, 1).all()
+    assert frame.loc[~declared, "p_moderated"].isna().all()
+    assert (frame.loc[declared, "p_moderated"] != frame.loc[declared, "p_adjusted"]).any()
+    for contrasts, looks in ((("mpo", "dense"),), {}), ((("mpo", "dense"), ("mpo", "low_rank")), LOOKS):
+        (frame, _), _ = at_looks(found, looks, contrasts)
+        assert frame["p_moderated"].isna().all()
