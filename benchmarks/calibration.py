@@ -73,8 +73,7 @@ def decide(seed: int, kind: str, n: int, losses: NDArray[np.float64], margin: fl
     """
     rng = np.random.default_rng(seed)
     overall, sizes, claims, covered = [], [], [], []
-    truth = (losses[_FIRST] - losses[_SECOND]).astype(float)
-    truths = np.concatenate([np.concatenate([[own.mean()], own]) for _ in range(N_MEASURES) for own in truth])
+    truths = _truths(losses)
     for _ in range(n_studies):
         whole, p = _tests(_study(rng, kind, n, losses), margin)
         m = len(whole.p)
@@ -96,43 +95,51 @@ def decide_at_looks(
     """Simulate studies that are tested at `LOOKS`; between looks, trials of undecided contrasts get more seeds.
 
     Returns:
-        The decisions, whose intervals are not computed (covered is false); and the number of runs of each study, as a
-        share of those with the seeds of the last look for all.
+        The decisions; and the number of runs of each study, as a share of those with the seeds of the last look for
+        all.
     """
     rng = np.random.default_rng(seed)
-    overall, sizes, claims, runs = [], [], [], []
-    numbers = list(LOOKS)
+    overall, sizes, claims, covered, runs = [], [], [], [], []
+    numbers, levels = list(LOOKS), np.array(list(LOOKS.values()))
+    truths = _truths(losses)
     for _ in range(n_studies):
         study, n_seeds = _study(rng, kind, numbers[-1], losses), np.full(N_ROWS, numbers[0])
-        differences, p = [], []
-        for n in numbers:
-            has = n_seeds >= n
+        tests, p, reached = [], [], []
+        for n, following in zip(numbers, [*numbers[1:], numbers[-1]], strict=True):
             whole, values = _tests([each[:, :n] for each in study], margin)
-            pairs = has[_FIRST] & has[_SECOND]
-            known = np.concatenate([np.concatenate([[own.all()], own]) for _ in range(N_MEASURES) for own in pairs])
-            of_chains = [chain_has for _ in range(N_MEASURES) for chain_has in pairs[0][::-1]]
-            values[: len(known)][~known] = 1.0
-            values[len(known) :][~np.array(of_chains)] = 1.0
-            differences.append(whole.difference)
-            p.append(values)
-            found = sequential(np.array(p), FAMILY.graph, list(LOOKS.values())[: len(p)])
-            level = np.array(list(LOOKS.values()))[found.look]
-            rejected = np.array([each.adjusted for each in found.decisions])[found.look, np.arange(len(level))] <= level
+            pairs = (n_seeds >= n)[_FIRST] & (n_seeds >= n)[_SECOND]
+            has = np.concatenate([np.concatenate([[own.all()], own]) for _ in range(N_MEASURES) for own in pairs])
+            of_chains = np.concatenate([pairs[0][::-1]] * N_MEASURES)
+            tests.append(whole)
+            reached.append(has)
+            p.append(np.where(np.concatenate([has, of_chains]), values, 1.0))
+            found = sequential(np.array(p), FAMILY.graph, list(levels[: len(p)]))
+            every, m = np.arange(len(AT_FIRST)), len(has)
+            rejected = np.array([each.adjusted for each in found.decisions])[found.look, every] <= levels[found.look]
             holds = np.array([rejected[chain][::-1] for chain in FAMILY.chains])
-            open_ = ~rejected[: len(known)].reshape(N_MEASURES, len(_FIRST), 1 + N_SIZES)
-            open_[:, 0, 1:] &= ~holds  # not inferior is a decision
-            wanted = (open_[..., 1:] | open_[..., :1]).any(axis=0) & pairs
-            following = next((other for other in numbers if other > n), n)
+            is_open = ~rejected[:m].reshape(N_MEASURES, len(_FIRST), 1 + N_SIZES)
+            is_open[:, 0, 1:] &= ~holds  # not inferior is a decision
+            wanted = (is_open[..., 1:] | is_open[..., :1]).any(axis=0) & pairs
             for rows in (_FIRST[wanted], _SECOND[wanted]):
                 n_seeds[rows] = following
-        at = found.look[: len(known)]
-        signs = np.sign(np.array(differences)[at, np.arange(len(at))]) * rejected[: len(known)]
-        signs = signs.reshape(N_MEASURES, len(_FIRST), 1 + N_SIZES)
+        last = len(numbers) - 1 - np.array(reached)[::-1].argmax(axis=0)
+        look = np.where(rejected[:m], found.look[:m], last)
+        shown = TTest(*(np.array(each)[look, every[:m]] for each in zip(*tests, strict=True)))
+        signs = (np.sign(shown.difference) * rejected[:m]).reshape(N_MEASURES, len(_FIRST), 1 + N_SIZES)
         overall.append(signs[..., 0])
         sizes.append(signs[..., 1:])
         claims.append(holds)
+        adjusted, left = (np.array(each)[look, every[:m]] for each in zip(*found.decisions, strict=True))
+        low, high = compatible_intervals(shown, adjusted, np.where(left > 0, left, AT_FIRST[:m]), levels[look])
+        covered.append(((low <= truths) & (truths <= high)).all())
         runs.append(n_seeds.mean() / numbers[-1])
-    return Decided(np.array(overall), np.array(sizes), np.array(claims), np.zeros(n_studies, bool)), np.array(runs)
+    return Decided(np.array(overall), np.array(sizes), np.array(claims), np.array(covered)), np.array(runs)
+
+
+def _truths(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The true difference of each test of a contrast, in the order of `_tests`."""
+    truth = (losses[_FIRST] - losses[_SECOND]).astype(float)
+    return np.concatenate([np.concatenate([[own.mean()], own]) for _ in range(N_MEASURES) for own in truth])
 
 
 def _study(rng: np.random.Generator, kind: str, n: int, losses: NDArray[np.float64]) -> list[NDArray[np.float64]]:
@@ -210,7 +217,7 @@ HEADINGS = (
     *("noise", "seeds", "false verdict, nothing differs", "false claim, some differ", "all intervals hold"),
     *("arm found, gap of 2 sd", "each size found, 2 sd", "each size found, 4 sd"),
 )
-AT_LOOKS = (*HEADINGS[:4], *HEADINGS[5:], "runs, nothing differs", "runs, gap of 4 sd")
+AT_LOOKS = (*HEADINGS, "runs, nothing differs", "runs, gap of 4 sd")
 
 
 def rows(n_studies: int) -> Iterator[tuple[str, ...]]:
@@ -229,7 +236,13 @@ def rows_at_looks(n_studies: int) -> Iterator[tuple[str, ...]]:
             decide_at_looks(seed, kind, losses, 1.0, n_studies)
             for seed, losses in enumerate((NOTHING, some(), gap(2.0), gap(4.0)), start=1)
         )
-        rates = null_errors(nothing).mean(), mixed_errors(mixed).mean(), *power(two), power(four)[1]
+        rates = (
+            null_errors(nothing).mean(),
+            mixed_errors(mixed).mean(),
+            mixed.covered.mean(),
+            *power(two),
+            power(four)[1],
+        )
         yield kind, ", ".join(map(str, LOOKS)), *(f"{rate:.3f}" for rate in (*rates, n_nothing.mean(), n_four.mean()))
 
 

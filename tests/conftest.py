@@ -18,8 +18,9 @@ sys.path += [str(Path(__file__).parent / package) for package in ("study", "mpo_
 @pytest.fixture(autouse=True)
 def _no_writer_is_left():
     """A test that leaves a writer of MLflow in the process fails, and not the next one that runs the command."""
+    before = set(threading.enumerate())
     yield
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - before:
         if thread.name == "tracking":
             thread.join(60)
             assert not thread.is_alive(), "a writer of MLflow is left in the process"

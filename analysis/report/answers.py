@@ -181,11 +181,10 @@ def _design(findings: Findings) -> list[tuple[str, str]]:
         return [("looks", f"{looks}. A comparison is shown as of the look that decided it, or its last one")]
     rows = []
     if any(growth.is_refinement for growth in runs.growths):
-        own = "declared comparisons leave out the seeds that `refine` added because of results"
-        rows.append(("seeds", f"{own}; the frontier and all means have them"))
+        left_out = "declared comparisons leave out the seeds that `refine` added because of results"
+        rows.append(("seeds", f"{left_out}; the frontier and all means have them"))
     if any(growth.seeds_after > growth.seeds_before and growth.n_over for growth in runs.growths):
-        why = "seeds were added when results were there. The level holds only if the results were no reason for it; "
-        rows.append(("caution", f"{why}otherwise declare `claims.looks` beforehand"))
+        rows.append(("caution", "seeds were added after results were known: see claims.looks in docs/study.md"))
     return rows
 
 

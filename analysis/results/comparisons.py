@@ -60,6 +60,8 @@ class Results(Protocol):
     def n_lacking(self) -> int: ...
     @property
     def seeds(self) -> pd.DataFrame: ...
+    @property
+    def failures(self) -> pd.DataFrame: ...
 
 
 def compare(runs: Results, summary: pd.DataFrame) -> Compared:
@@ -71,8 +73,8 @@ def compare(runs: Results, summary: pd.DataFrame) -> Compared:
     from the same start. A trial that starts from an arm has a reference of its own: the first dense trial of its
     budget that was trained on from the same start. Trials that were stopped early are only in declared pairs.
 
-    Two trials that share their start are tested by the differences on shared seeds, others by Welch's test on all of
-    their seeds (`statistics.differences.pair_tests`). All that the study file declares is one family over both
+    Two trials that share their start are tested by the differences on shared seeds, others by Welch's test
+    (`statistics.differences.pair_tests`). All that the study file declares is one family over both
     measures, with a level of .05 for any false claim (`statistics.multiplicity.family`). A contrast of arms with
     several sizes is tested on the mean over its sizes, and at each size. If it is against a reference, non-inferiority
     is tested too, by the study file's margin, from the largest χ (or, without χ, the largest model) downwards, up to
@@ -81,8 +83,9 @@ def compare(runs: Results, summary: pd.DataFrame) -> Compared:
     decided: the family is incomplete.
 
     If the study file declares looks, the family is tested at each with its level, on the first seeds of each trial
-    (`statistics.multiplicity.sequential`). A test is shown as of the look that decided it, else of the last that it
-    has. Without looks, seeds that `refine` added are left out of declared tests: they were added because of results.
+    (`statistics.multiplicity.sequential`). A test is shown as of the look that decided it, else of the last that both
+    of its trials have reached. Without looks, seeds that `refine` added are left out of declared tests: they were added
+    because of results.
 
     Returns:
         difference (trial − against), half_width (of its own 95 % interval) and margin are in the measure's unit. low
@@ -102,27 +105,25 @@ def compare(runs: Results, summary: pd.DataFrame) -> Compared:
     _explore(frame)
     if declared := [pair for pair in found if pair.declared]:
         looks = dict(runs.claims.looks) or {0: LEVEL}
-        first = min(looks)
-        by_look = [_tested(runs, rows, declared, _first_seeds(runs, rows, n), n > first) for n in looks]
+        by_look = [_tested(runs, rows, declared, _first_seeds(runs, rows, n)) for n in looks]
         own, arms = _decide(by_look, list(looks.values()), is_unfinished=runs.n_lacking > 0)
         frame.loc[frame["declared"], own.columns] = own.set_axis(frame.index[frame["declared"]])
     return Compared(frame[list(COLUMNS)], arms[list(OF_ARMS)])
 
 
 def _tested(
-    runs: Results, rows: pd.DataFrame, found: list[Pair], n_first: np.ndarray | None = None, only_whole: bool = False
+    runs: Results, rows: pd.DataFrame, found: list[Pair], first: _First | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The pairs, and the declared contrasts of arms, with their own tests; nothing is decided yet.
 
     Args:
-        n_first: for each of `rows`, the number of its first seeds that are used. Default: all.
-        only_whole: whether a row with fewer seeds than that is left out.
+        first: the seeds that are used. Default: all.
     """
-    measured = [_measured(runs, rows, found, measure, n_first, only_whole) for measure in MEASURES]
+    measured = [_measured(runs, rows, found, measure, first) for measure in MEASURES]
     frame = pd.concat([own for own, _ in measured], ignore_index=True)
     arms = pd.DataFrame(
         [row for _, of_arms in measured for row in of_arms],
-        columns=[*OF_ARMS, "df", "standard_error", "gain", "unsound"],
+        columns=[*OF_ARMS, "df", "standard_error", "gain", "unsound", "reached"],
     )
     for table in (frame, arms):
         table["p_adjusted"], table["low"], table["high"], table["verdict"] = math.nan, math.nan, math.nan, UNDECIDED
@@ -130,14 +131,34 @@ def _tested(
     return frame, arms
 
 
-def _first_seeds(runs: Results, rows: pd.DataFrame, n: int) -> np.ndarray:
-    """For each trial the number of its first seeds that declared tests use; n: that of a look, 0 without looks."""
-    if n:
-        return np.full(len(rows), n)
+class _First(NamedTuple):
+    """The first seeds of each trial, by the trials' numbers: which of its complete seeds they are (trials × seeds),
+    how many of them failed, and whether it has that many."""
+
+    used: pd.DataFrame
+    n_failed: pd.Series
+    reached: pd.Series
+
+
+def _first_seeds(runs: Results, rows: pd.DataFrame, n: int) -> _First | None:
+    """The seeds that declared tests use at a look, or without looks (n = 0); None for all.
+
+    Without looks those are the seeds that were planned for every trial, if `refine` added others.
+    """
     planned = {growth.study: growth.seeds_after for growth in runs.growths}
     refined = {growth.study for growth in runs.growths if growth.is_refinement}
-    many = runs.seeds["trial"].value_counts().max() if len(runs.seeds) else 0
-    return np.array([planned[study] if study in refined else many for study in rows["study"]])
+    if not (n or refined):
+        return None
+    wanted = pd.Series([n or (planned[study] if study in refined else math.inf) for study in rows["study"]], rows.index)
+    over = pd.concat([runs.seeds[["trial", "seed"]], runs.failures[["trial", "seed"]]], ignore_index=True)
+    over["failed"] = np.arange(len(over)) >= len(runs.seeds)
+    over["rank"] = over.groupby("trial")["seed"].rank().fillna(0)  # a whole trial that failed has no seed
+    first = over[over["rank"] <= over["trial"].map(wanted)]
+    complete = first[~first["failed"]]
+    used = pd.crosstab(complete["trial"], complete["seed"]).astype(bool)
+    n_failed = first.groupby("trial")["failed"].sum().reindex(rows.index, fill_value=0)
+    n_over = over.groupby("trial").size().reindex(rows.index, fill_value=0)
+    return _First(used, n_failed, (n_over >= wanted) | ~np.isfinite(wanted))
 
 
 def reference_trial(summary: pd.DataFrame) -> int | None:
@@ -165,8 +186,7 @@ def _measured(
     rows: pd.DataFrame,
     found: list[Pair],
     measure: Measure,
-    n_first: np.ndarray | None,
-    only_whole: bool,
+    first: _First | None,
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """The pairs with their own tests, and those of declared contrasts of arms over their sizes."""
     trial, against = rows.loc[[pair.trial for pair in found]], rows.loc[[pair.against for pair in found]]
@@ -181,20 +201,21 @@ def _measured(
     frame["order"] = trial["chi"].fillna(trial["as_chi"]).fillna(trial["n_params"]).to_numpy(dtype=np.float64)
     stopped = trial["stopped"].notna().to_numpy()
     frame["unsound"] = pd.Series(None, frame.index, dtype="object").mask(stopped, STOPPED)
-    failed = trial["n_failed"].to_numpy() + against["n_failed"].to_numpy() > 0
+    n_failed = rows["n_failed"] if first is None else first.n_failed
+    failed = n_failed.loc[trial.index].to_numpy() + n_failed.loc[against.index].to_numpy() > 0
     frame.loc[failed & ~stopped, "unsound"] = FAILED
+    frame["reached"] = first is None or (
+        first.reached.loc[trial.index].to_numpy() & first.reached.loc[against.index].to_numpy()
+    )
 
     values = (measure.scale * runs.seeds.pivot(index="trial", columns="seed", values=measure.key)).sort_index(axis=1)
     values = values.reindex(rows.index).astype("float64")
     step = rounding_step(values)
-    if n_first is not None:
-        n_seeds = values.notna().cumsum(axis=1)
-        values = values.where(n_seeds.le(n_first, axis=0))
-        if only_whole:
-            values[(n_seeds.iloc[:, -1] < n_first).to_numpy()] = math.nan
+    if first is not None:
+        values = values.where(first.used.reindex(index=values.index, columns=values.columns, fill_value=False))
     at, other = (values.index.get_indexer(pd.Index(frame[name])) for name in ("trial", "against"))
     test = pair_tests(values, at, other, frame["paired"], step=step)
-    sound = frame["unsound"].isna().to_numpy()
+    sound = (frame["unsound"].isna() & frame["reached"]).to_numpy()
     frame["n"], frame["difference"] = test.n, test.difference
     frame["half_width"] = np.where(sound, test.half_width(), math.nan)
     for name in ("standard_error", "df", "p"):
@@ -219,6 +240,7 @@ def _measured(
             continue
         tested = own[own["p"].notna()]
         row = dict(zip(_CONTRAST, keys, strict=True)) | {"measure": measure.name, "n_planned": len(own)}
+        row["reached"] = bool(own["reached"].all())
         whole = _of_sizes(values, rows, tested, step)
         if len(tested) < len(own):  # which sizes are left may depend on their results
             whole |= {"p": math.nan, "unsound": next(iter(own["unsound"].dropna()), None)}
@@ -313,15 +335,17 @@ def _decide(
         if sizes != [whole]:
             of_arms[row_of[keys]] = whole
     p = np.full((len(by_look), len(at_first)), math.nan)
-    for values, (pairs_then, arms_then) in zip(p, by_look, strict=True):
+    reached = np.zeros(p.shape, dtype=np.bool_)
+    for values, has, (pairs_then, arms_then) in zip(p, reached, by_look, strict=True):
         values[of_pairs], values[of_arms] = pairs_then["p"], arms_then["p"]
+        has[of_pairs], has[of_arms] = pairs_then["reached"], arms_then["reached"]
         for chain, numbers in zip(chains, tests.chains, strict=True):
             values[numbers] = np.minimum(2 * pairs_then.loc[chain, "inferiority_p"], 1)
     found = sequential(np.nan_to_num(p, nan=1.0), tests.graph, levels)
     every = np.arange(len(at_first))
     level = np.array(levels)[found.look]
     is_rejected = np.array([each.adjusted for each in found.decisions])[found.look, every] <= level
-    last = np.where(np.isnan(p).all(axis=0), 0, len(p) - 1 - np.isnan(p)[::-1].argmin(axis=0))
+    last = np.where(reached.any(axis=0), len(p) - 1 - reached[::-1].argmax(axis=0), 0)
     look = np.where(is_rejected, found.look, last)
     frame, arms = (
         _at_looks([pairs_then for pairs_then, _ in by_look], look[of_pairs]),

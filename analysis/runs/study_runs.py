@@ -66,7 +66,7 @@ class Contrast(NamedTuple):
 class Claims:
     """Declarations of the study file before the study ran. margins: how much worse does not yet count as a loss, by
     metric of the curves (nats, or a fraction). looks: the numbers of seeds at which the contrasts are tested, with the
-    level of each; empty if they are tested once, on all seeds."""
+    level of each; empty if they are tested once, on the seeds planned for every trial."""
 
     margins: dict[str, float] = field(default_factory=dict)
     contrasts: tuple[Contrast, ...] = ()

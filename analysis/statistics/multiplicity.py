@@ -104,9 +104,9 @@ def sequential(p: ArrayLike, graph: Graph, levels: Sequence[float]) -> Looks:
     """Test hypotheses at several looks, each with more data than the one before; what was rejected stays so.
 
     A look has the graph with its own level, where hypotheses that were rejected before count as p = 0. The chance of
-    any false rejection at any look is at most the sum of the levels. The reason: until the first false rejection, all
-    that was rejected is false, so that each look by itself errs at most at its level. This holds for any dependence of
-    the looks. Which hypotheses get more data may depend on the data before; the others count as p = 1.
+    any false rejection at any look is at most the sum of the levels. The reason: before the first false rejection,
+    every rejected hypothesis is false, so each look errs at most at its level. This holds for any dependence of the
+    looks. Which hypotheses get more data may depend on the data before; the others count as p = 1.
 
     Args:
         p: (K, m), the p values at each look in [0, 1], from all data until then; 1 for those without new data.

@@ -165,7 +165,7 @@ def refine(
     address: AddressOption = None,
     tracking: TrackingOption = None,
 ) -> None:
-    """Add seeds where they decide most, near the frontier or in undecided contrasts, and run them."""
+    """Add seeds to trials near the frontier, or to those of undecided contrasts, and run them."""
     folder = StudyDirectory(directory)
     if on == Where.contrasts and seeds is not None:
         raise StudyError("--seeds: not with --on contrasts, whose numbers of seeds are in the study file, claims.looks")

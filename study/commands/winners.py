@@ -269,6 +269,8 @@ def _sections(
         # A relative path with a slash is never read as the name of a tokenizer.
         corpus["tokenizer"] = os.path.join(".", os.path.relpath(config.corpus.tokenizer_folder, folder))
     claims = {"margins": config.claims.margins.model_dump(), "contrasts": list(_contrasts(config, arms))}
+    looks = config.claims.looks
+    claims |= {"looks": looks} if len(seeds) in looks and claims["contrasts"] else {}
     sections = {
         "name": name,
         "description": f"Winners of study {config.name}, measured on fresh seeds.",

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from study.errors import StudyError
 from study.ledger.ledger import Ledger
-from study.ledger.refinement import refine_contrasts, refine_frontier
+from study.ledger.refinement import more_seeds, refine_contrasts, refine_frontier
 from study.spec.config import StudyConfig
 
 
@@ -35,7 +35,7 @@ class Growth:
         """The options as the ledger records them."""
         if self.contrasts:
             return "refine --on contrasts"
-        asked = [("--trials", self.trials), ("--seeds", self.seeds), ("refine --seeds", self.refine)]
+        asked = [("--trials", self.trials), ("--seeds", self.seeds), ("refine --on frontier --seeds", self.refine)]
         return " ".join(f"{option} +{number}" for option, number in asked if number)
 
 
@@ -88,7 +88,9 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
         )
     if growth.trials and ledger.tally.search_ended is not None:
         raise StudyError(f"--trials +{growth.trials}: {ledger.tally.search_ended}")
-    seeds = config.seeds + growth.seeds if isinstance(config.seeds, int) else _more(config.seeds, growth.seeds)
+    seeds = (
+        config.seeds + growth.seeds if isinstance(config.seeds, int) else tuple(more_seeds(config.seeds, growth.seeds))
+    )
     search = config.search.model_copy(update={"trials": config.search.trials + growth.trials})
     try:
         grown = StudyConfig.model_validate_json(
@@ -99,11 +101,6 @@ def grow(ledger: Ledger, growth: Growth, say: Callable[[str], None]) -> bool:
     ledger.record_growth(command, grown)
     say(f"grown by {command}: {_size(grown)}, was {_size(config)}; to resume, omit this option")
     return True
-
-
-def _more(seeds: tuple[int, ...], n: int) -> tuple[int, ...]:
-    """The seeds, and `n` more after the largest."""
-    return (*seeds, *range(max(seeds) + 1, max(seeds) + 1 + n))
 
 
 def _size(config: StudyConfig) -> str:

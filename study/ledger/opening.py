@@ -78,4 +78,8 @@ def adds_to(growths: Growths, config: StudyConfig, extend: bool) -> bool:
             f"study {newest.name} was begun with another study file; it differs in {', '.join(changed)}; "
             f"{hint if adds else _UNDO}"
         )
+    new, following = [seed for seed in config.seed_list if seed not in newest.seed_list], max(newest.seed_list) + 1
+    if (newest.claims.looks or growths.more_seeds) and new != list(range(following, following + len(new))):
+        why = "claims.looks take the first seeds" if newest.claims.looks else "refine has added seeds to some trials"
+        raise StudyError(f"seeds: new ones must be {following} and following, since {why}; use --seeds +{len(new)}")
     return True

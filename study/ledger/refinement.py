@@ -37,8 +37,9 @@ def refine_frontier(ledger: Ledger, n_seeds: int) -> Refinement:
     left_out = _left_out(ledger)
     chosen = {point.trial for point in near_frontier([point for point in everywhere if point.trial not in left_out])}
     if not chosen:
-        return Refinement({}, "nothing to refine: no trial has a complete seed")
-    wanted = {n: _more(ledger.tally.seeds_of(ledger.trials[n]), n_seeds) for n in sorted(chosen)}
+        why = "all that earlier refinements took have failed seeds" if everywhere else "no trial has complete seeds"
+        return Refinement({}, f"nothing to refine: {why}")
+    wanted = {n: more_seeds(ledger.tally.seeds_of(ledger.trials[n]), n_seeds) for n in sorted(chosen)}
     for trial, rival in _compared_with(ledger, chosen):  # a comparison gains little if only one side has more
         wanted[rival] = [*wanted.get(rival, []), *wanted[trial]]
     more = _new(ledger, wanted)
@@ -62,21 +63,21 @@ def refine_contrasts(ledger: Ledger) -> Refinement:
         )
     undecided = _undecided_pairs(ledger)
     if not undecided:
-        return Refinement({}, "nothing to refine: every declared contrast is decided, or has failed seeds")
+        return Refinement({}, "nothing to refine: no declared contrast is undecided")
     planned = ledger.config.seed_list
     wanted: dict[int, list[int]] = {}
     for pair in undecided:
         n_seeds = min(len(ledger.tally.seeds_of(ledger.trials[number])) for number in pair)
         following = next((n for n in looks if n > n_seeds), None)
         if following is not None:
-            seeds = _more(planned, following - len(planned))
-            wanted |= dict.fromkeys(pair, seeds)
+            seeds = more_seeds(planned, following - len(planned))
+            wanted |= {number: max(wanted.get(number, []), seeds, key=len) for number in pair}
     n_undecided = f"{len(undecided)} pair{'s' * (len(undecided) != 1)} of trials undecided"
     if not wanted:
         return Refinement({}, f"nothing to refine: {n_undecided}, and this was the last look")
-    own, largest = set(wanted), max(map(len, wanted.values()))
+    own = set(wanted)
     more = _new(ledger, wanted)
-    found = f"{n_undecided}; seeds for the look at {largest}: {_trials(more.keys() & own)}"
+    found = f"{n_undecided}; seeds for the next look: {_trials(more.keys() & own)}"
     return Refinement(more, found + _others(more.keys() - own, "which these start from", more))
 
 
@@ -88,7 +89,7 @@ def _left_out(ledger: Ledger) -> set[int]:
     return {
         trial
         for growth in ledger.growths
-        if growth.command.startswith("refine --seeds")
+        if growth.command.startswith("refine --on frontier")
         for trial, ended in began.items()
         if ended <= growth.made and trial not in growth.more_seeds
     }
@@ -114,6 +115,7 @@ def _undecided_pairs(ledger: Ledger) -> list[tuple[int, int]]:
     import pandas as pd
 
     from analysis.results.comparisons import UNDECIDED, compare
+    from analysis.results.summary import MEASURES
     from analysis.runs.study_runs import Claims, Contrast
 
     config, states = ledger.config, _states(ledger)
@@ -131,7 +133,10 @@ def _undecided_pairs(ledger: Ledger) -> list[tuple[int, int]]:
         for result in ledger.results.values()
         if result.state == "complete"
     ]
-    found = compare(_Results(claims, pd.DataFrame(seeds)), summary)
+    keys = ["trial", "seed", *(measure.key for measure in MEASURES)]
+    lost = [(result.trial, result.seed) for result in ledger.results.values() if result.state == "failed"]
+    results = _Results(claims, pd.DataFrame(seeds, columns=keys), pd.DataFrame(lost, columns=keys[:2]))
+    found = compare(results, summary)
     whole = {(row["arm"], row["against_arm"]) for row in found.arms.to_dict("records") if row["verdict"] == UNDECIDED}
     return sorted(
         {
@@ -148,6 +153,7 @@ class _Results:
 
     claims: Claims
     seeds: pd.DataFrame
+    failures: pd.DataFrame
     growths: tuple[()] = ()
     n_lacking: int = 0
 
@@ -206,7 +212,7 @@ def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
     return {key: values[key] for key in KNOWN}
 
 
-def _more(seeds: Sequence[int], n: int) -> list[int]:
+def more_seeds(seeds: Sequence[int], n: int) -> list[int]:
     """The seeds, and `n` more after the largest."""
     return [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + n)]
 

@@ -116,7 +116,7 @@ def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
 class GrowthRecord:
     """One growth: its time, the user's command, and the number of seeds planned for every trial before and after.
 
-    more_seeds: the seeds that single trials got, by their numbers.
+    more_seeds: the seeds that single trials got by this growth, by their numbers.
     """
 
     made: str

@@ -67,7 +67,6 @@ def not_compared(config: StudyConfig) -> list[str]:
     that have the same start. The analysis compares arms of the same budget (see `budget_hash`), and pairs that
     `claims.contrasts` declares.
     """
-
     if len(config.arms) == 1:
         return []
     dense = [arm for arm in config.arms if _is_reference(config, arm)]

@@ -58,10 +58,12 @@ def _looks(value: Any) -> Any:
     """The looks in order; a key of JSON is text."""
     if not isinstance(value, dict):
         raise ValueError(f"must give a level for each number of seeds, such as {{3: 0.01, 5: 0.04}}, but got {value!r}")
-    try:
-        looks = dict(sorted((int(number), level) for number, level in value.items()))
-    except (TypeError, ValueError):
-        raise ValueError(f"the numbers of seeds must be whole, but are {', '.join(map(str, value))}") from None
+    numbers = [
+        int(key) for key in value if type(key) is int or (isinstance(key, str) and key.isdecimal())
+    ]  # as in JSON
+    if len(numbers) < len(value):
+        raise ValueError(f"the numbers of seeds must be whole, but are {', '.join(map(str, value))}")
+    looks = dict(sorted(zip(numbers, value.values(), strict=True)))
     if looks and min(looks) < MIN_SEEDS:
         raise ValueError(f"the numbers of seeds must be at least {MIN_SEEDS}, but one is {min(looks)}")
     if all(isinstance(level, (int, float)) for level in looks.values()) and sum(looks.values()) > LEVEL * (1 + 1e-9):
@@ -83,8 +85,9 @@ class Claims(Strict):
         default={},
         description="When the contrasts are tested, if seeds are added until they are decided (`mpo-study refine --on "
         "contrasts`): numbers of seeds, each with the level of its test. For example `{3: 0.005, 5: 0.015, 8: 0.03}`. "
-        "The numbers are at least 3, the levels together at most 0.05, and `seeds` is one of the numbers. Default: one "
-        "test at level 0.05, on the seeds that every trial has.",
+        "The numbers are at least 3, the levels together at most 0.05, and `seeds` is one of the numbers. Looks are "
+        "fixed when the study begins. Default: one test at level 0.05, on the seeds planned for every trial. If seeds "
+        "are added after results are known, the chance of a false claim stays within 0.05 only with looks.",
         exclude_if=lambda value: not value,
     )
 

@@ -88,6 +88,7 @@ class StrictDumper(yaml.SafeDumper):
     """Quotes strings that `_StrictLoader` would otherwise read as numbers."""
 
 
+StrictDumper.ignore_aliases = lambda self, data: True  # a reader should not meet &id001
 StrictDumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
 
 

@@ -236,7 +236,7 @@ def test_first_screen_says_which_seeds_declared_tests_use():
     assert refined["seeds"].startswith("declared comparisons leave out the seeds that `refine` added")
     assert "caution" not in refined
     grown = facts(answered(found, contrast, growths=(Growth("tiny", "--seeds +2", 3, 5, 9),))["certainty"])
-    assert grown["caution"].startswith("seeds were added when results were there.")
+    assert grown["caution"].startswith("seeds were added after results were known")
     looked = facts(answered(found, contrast, looks={3: 0.01, 5: 0.04})["certainty"])
     assert looked["looks"].startswith("after 3 seeds at level 0.01; after 5 seeds at level 0.04.")
     gap = looked["loss: gap that a contrast finds in 80 % of such studies"]

@@ -53,7 +53,9 @@ def test_five_seeds_find_at_each_size_what_three_do_not():
 @pytest.mark.parametrize("kind", KINDS)
 def test_looks_err_in_few_studies_though_seeds_are_added_for_what_is_undecided(kind):
     assert_at_most(null_errors(decide_at_looks(26, kind, NOTHING, 1.0, 300)[0]), 0.05)
-    assert_at_most(mixed_errors(decide_at_looks(27, kind, some(), 1.0, 300)[0]), 0.05)
+    mixed, _ = decide_at_looks(27, kind, some(), 1.0, 300)
+    assert_at_most(mixed_errors(mixed), 0.05)
+    assert_at_most(~mixed.covered, 0.05)
 
 
 def test_looks_find_nearly_what_all_seeds_find_with_fewer_runs():

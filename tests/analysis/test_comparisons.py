@@ -662,6 +662,27 @@ def test_seeds_of_a_refinement_are_no_part_of_declared_tests_without_looks():
     assert row_of(frame, 0, 1)["p"] == pytest.approx(stats.ttest_ind(own, values_of(runs, 1), equal_var=False).pvalue)
 
 
+def test_a_seed_that_fails_at_a_later_look_leaves_what_was_decided():
+    found = [DENSE, mpo(8, 1.2), mpo(16, 1.61)]
+    found[0] = replace(DENSE, seeds=range(4), failed=(4,))
+    (frame, arms), _ = at_looks(found, LOOKS, [("mpo", "dense")])
+    one = frame[frame["measure"] == "val_loss"].set_index("trial")
+    assert one.loc[1, ["n", "verdict"]].tolist() == [3, BETTER]
+    assert one.loc[2, "verdict"] == FAILED
+    assert arms.set_index("measure").at["val_loss", "verdict"] == BETTER
+    lost = replace(DENSE, seeds=(0, 1, 3, 4), failed=(2,))
+    (frame, _), _ = at_looks([lost, *found[1:]], LOOKS, [("mpo", "dense")])
+    assert set(frame["verdict"]) == {FAILED}
+
+
+def test_a_failed_seed_of_a_refinement_is_no_part_of_declared_tests_without_looks():
+    found = [replace(mpo(16, 1.2), seeds=range(3), failed=(3,)), control(16, 1.6, seeds=range(3))]
+    (frame, _), _ = at_looks(found, {}, growths=(Growth("tiny", "refine --on frontier --seeds +1", 3, 3, 6),))
+    assert row_of(frame, 0, 1)["verdict"] == BETTER
+    (frame, _), _ = at_looks(found, {})
+    assert row_of(frame, 0, 1)["verdict"] == FAILED
+
+
 def test_studies_with_different_looks_are_no_family():
     def study(name, looks):
         runs = simulated_runs([mpo(16, 1.5), control(16, 1.6)], experiment=name, uuid=name)[0]

@@ -348,7 +348,7 @@ def test_refine_adds_seeds_near_the_frontier_and_to_starts_alone(tmp_path, folde
     with pytest.raises(StudyError, match=r"study tiny is not finished: \d runs are missing, .*; run it again first"):
         run_at(file, folder, growth=Growth(refine=3))
     outcome, printed = printed_by_run(file, folder, tracking="off", growth=growth)
-    assert "continuing: this study has already grown by refine --seeds +2" in printed
+    assert "continuing: this study has already grown by refine --on frontier --seeds +2" in printed
     assert (outcome.n_complete, outcome.n_missing) == (18 + 8, 0)
     seeds = {number: sorted(seed for n, seed in results_at(folder) if n == number) for number in range(6)}
     few, more = [0, 1, 2], [0, 1, 2, 3, 4]
@@ -436,7 +436,7 @@ def test_contrasts_that_are_undecided_get_the_seeds_of_the_next_look(tmp_path, f
     losses = [sure, wide, [loss + 90 for loss in sure], [loss + 0.01 for loss in wide]]
     ledger, lines = opened_with(tmp_path, folder, losses), []
     assert grow(ledger, Growth(contrasts=True), lines.append)
-    assert lines == ["1 pair of trials undecided; seeds for the look at 5: trials 1, 3; in total 4 runs"]
+    assert lines == ["1 pair of trials undecided; seeds for the next look: trials 1, 3; in total 4 runs"]
     assert ledger_of(folder).growths.more_seeds == {1: [3, 4], 3: [3, 4]}
     ledger.close()
     ledger = opened_with(tmp_path, folder, losses)
@@ -467,7 +467,7 @@ def test_refine_runs_the_next_look_and_the_report_shows_it(tmp_path, folder, mlf
     with_losses(folder, [(2.0, 2.0001, 2.0002), wide, (50.0, 50.0001, 50.0002), wide])
     code, out, err = command("refine", folder, "--on", "contrasts", "--executor", "inline")
     assert (code, err) == (0, "")
-    assert "seeds for the look at 4: trials " in out
+    assert "seeds for the next look: trials " in out
     assert command("sync", folder)[0] == 0
     runs = load_study(resolve_study(folder))
     compared = compare(runs, summarise(runs)).pairs
@@ -479,8 +479,60 @@ def test_refine_runs_the_next_look_and_the_report_shows_it(tmp_path, folder, mlf
 def test_contrasts_that_are_decided_get_no_seeds(tmp_path, folder):
     ledger, lines = opened_with(tmp_path, folder, [(n, n + 0.001, n + 0.002) for n in (1, 1, 50, 60)]), []
     assert not grow(ledger, Growth(contrasts=True), lines.append)
-    assert lines == ["nothing to refine: every declared contrast is decided, or has failed seeds"]
+    assert lines == ["nothing to refine: no declared contrast is undecided"]
     ledger.close()
+
+
+def test_contrasts_at_different_looks_go_on_each_to_its_own(tmp_path, folder):
+    """Trial 0 is the rival of both: it needs the larger number of seeds."""
+    looks = {3: 0.005, 5: 0.015, 8: 0.03}
+    claims = {"contrasts": [{"arm": "mpo", "against": "dense"}], "looks": looks}
+    wide = (1.9, 2.1, 2.0, 2.05, 1.95)
+    ledger = opened_with(tmp_path, folder, [wide] * 2, arms=[DENSE, MPO | {"chi": [2]}], claims=claims)
+    assert grow(ledger, Growth(contrasts=True), lambda line: None)
+    ledger.close()
+    arms = [DENSE, MPO | {"chi": [2, 3]}]
+    file = write_study(tmp_path, arms=arms, seeds=3, claims=claims)
+    ledger = ledger_at(file, folder, extend=True)
+    ledger.close()
+    ledger, lines = opened_with(tmp_path, folder, [wide] * 3, arms=arms, claims=claims), []
+    assert {number: ledger.tally.seeds_of(trial) for number, trial in ledger.trials.items()} == {
+        0: [0, 1, 2, 3, 4], 1: [0, 1, 2, 3, 4], 2: [0, 1, 2],
+    }  # fmt: skip
+    assert grow(ledger, Growth(contrasts=True), lines.append)
+    ledger.close()
+    ledger = ledger_at(file, folder)
+    assert {number: len(ledger.tally.seeds_of(trial)) for number, trial in ledger.trials.items()} == {0: 8, 1: 8, 2: 5}
+    ledger.close()
+
+
+def test_contrasts_of_a_study_whose_seeds_all_failed_are_not_refined(tmp_path, folder):
+    ledger, lines = ledger_at(write_study(tmp_path, arms=TWO_ARMS, seeds=3, claims=LOOKS), folder), []
+    while ledger.ask() is not None:
+        pass
+    for number in range(4):
+        for seed in range(3):
+            ledger.record(made_up(number, seed, failure="lost"))
+    assert not grow(ledger, Growth(contrasts=True), lines.append)
+    assert lines == ["nothing to refine: no declared contrast is undecided"]
+    assert not grow(ledger, Growth(refine=1), lines.append)
+    assert lines[1:] == ["nothing to refine: no trial has complete seeds"]
+    ledger.close()
+
+
+@pytest.mark.parametrize("why", ["claims.looks take the first seeds", "refine has added seeds to some trials"])
+def test_seeds_that_would_not_be_the_last_ones_are_refused(tmp_path, folder, why):
+    """Which seeds are a trial's first ones would change."""
+    losses = [(1.0, 2.0, 3.0, 1.5, 2.5)] * 4
+    claims = LOOKS if "looks" in why else {"contrasts": LOOKS["contrasts"]}
+    ledger = opened_with(tmp_path, folder, losses, claims=claims)
+    if "refine" in why:
+        assert grow(ledger, Growth(refine=1), lambda line: None)
+    ledger.close()
+    file = write_study(tmp_path, arms=TWO_ARMS, seeds=[0, 1, 2, 10, 11], claims=claims)
+    with pytest.raises(StudyError, match=rf"^seeds: new ones must be 3 and following, since {why}; use --seeds \+2$"):
+        ledger_at(file, folder, extend=True)
+    ledger_at(write_study(tmp_path, arms=TWO_ARMS, seeds=5, claims=claims), folder, extend=True).close()
 
 
 def test_contrasts_without_looks_are_not_refined(tmp_path, folder):
@@ -530,7 +582,7 @@ def test_analysis_learns_what_was_over_when_a_study_grew(tmp_path, folder, mlflo
     assert load_study(resolve_study(folder)).growths == (
         ("tiny", "--seeds +1", 2, 3, 6),
         ("tiny", "--extend", 3, 3, 9),
-        ("tiny", "refine --seeds +2", 3, 3, 12),
+        ("tiny", "refine --on frontier --seeds +2", 3, 3, 12),
     )
 
 
