@@ -19,7 +19,7 @@ from analysis.paper.write import write_comparison
 from analysis.report.answers import answers
 from analysis.report.places import fill_place, places
 from analysis.report.report import INDEX, write_report
-from analysis.report.tables import comparisons_table, rates_table, to_markdown, trials_table
+from analysis.report.tables import average_table, comparisons_table, rates_table, to_markdown, trials_table
 from analysis.results.findings import Findings
 from analysis.results.summary import VAL_LOSS
 from analysis.runs.load import load_study, resolve_study
@@ -119,6 +119,7 @@ def parts(findings: Findings, shipped: str) -> dict[str, str]:
         "figure": f"![{caption}]({shipped}/frontier.svg)",
         "trials": to_markdown(trials_table(findings.summary).shown[list(TRIALS)]),
         "rates": to_markdown(rates_table(findings.summary).shown),
+        "average": to_markdown(average_table(findings.runs, findings.summary).shown),
         "mpo-loss": to_markdown(mpo[list(MPO_LOSS)]) if len(mpo) else "Nothing.\n",
     }
     found = {answer.name: (answer.question, to_markdown(answer.rows)) for answer in answers(findings)}

@@ -20,6 +20,8 @@ from analysis.runs.study_runs import StudyRuns
 
 INDEX, EXPLORE = "index.html", "explore.html"
 PARTS = ("figures", "tables", "scripts")
+RARE = ("stopped", "skipped", "arms_compared", "average")
+"""Tables that most studies have no rows for; such a table is not written."""
 FOLDER = OutputFolder("report", INDEX, "report.json", (INDEX, EXPLORE), PARTS)
 
 
@@ -68,11 +70,12 @@ def _write_all(findings: Findings, folder: Path, light: bool) -> None:
             tables.hypervolume_table(findings.uncertainties),
             tables.budgets_table(summary),
             tables.arms_table(summary),
+            tables.average_table(runs, summary),
             *tables.run_tables(runs),
         )
     }
     for table in written.values():
-        if table.name not in ("stopped", "skipped", "arms_compared") or len(table.data):  # most studies have none
+        if table.name not in RARE or len(table.data):
             tables.write(table, folder / "tables")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis.report"), autoescape=True, undefined=jinja2.StrictUndefined,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from analysis import run_schema as schema
@@ -34,6 +35,7 @@ from analysis.results.summary import (
 )
 from analysis.results.uncertainty import CAUTIOUS, FrontierUncertainty
 from analysis.runs.study_runs import StudyRuns
+from analysis.statistics.intervals import mean_interval
 
 CHARACTERS, BYTES = schema.ABSENT["tokenizer"], "bytes"
 
@@ -275,6 +277,47 @@ def run_tables(runs: StudyRuns) -> list[Table]:
         Table("stopped", stopped, _as_text(stopped.rename(columns=named))),
         Table("skipped", runs.skipped, _as_text(skipped.rename(columns={"n_params": "parameters", "chi": "χ"}))),
     ]
+
+
+def average_table(runs: StudyRuns, summary: pd.DataFrame) -> Table:
+    """For each configuration with averaged weights: their loss and its spread over seeds, beside the last weights'.
+
+    The last row has the geometric mean of the ratios of the spreads, with its 95 % t interval over configurations.
+    Configurations with fewer than 3 seeds are left out.
+    """
+    last, average = "final/val_loss", "final/ema_val_loss"
+    rows = []
+    for row in summary.to_dict("records"):
+        own = runs.seeds.loc[runs.seeds["trial"] == row["trial"], [last, average]].dropna()
+        if len(own) < schema.MIN_SEEDS:
+            continue
+        losses = {"last": own[last].mean(), "average": own[average].mean()}
+        spreads = {"spread_last": own[last].std(), "spread_average": own[average].std()}
+        ratio = spreads["spread_average"] / spreads["spread_last"] if spreads["spread_last"] > 0 else math.nan
+        named = {key: row[key] for key in ("trial", "label", "group")}
+        rows.append(named | {"n_seeds": len(own)} | losses | spreads | {"ratio": ratio})
+    data = pd.DataFrame(rows)
+    shown = pd.DataFrame(
+        {
+            "configuration": row["label"],
+            "family": row["group"],
+            "seeds": str(row["n_seeds"]),
+            "last weights (nats)": f"{row['last']:.4f}",
+            "averaged": f"{row['average']:.4f}",
+            "spread over seeds, last": f"{row['spread_last']:.4f}",
+            "spread, averaged": f"{row['spread_average']:.4f}",
+            "ratio of spreads": f"{row['ratio']:.2f}",
+        }
+        for row in rows
+    )
+    ratios = data["ratio"][data["ratio"] > 0] if rows else []
+    if len(ratios) >= schema.MIN_SEEDS:
+        found = mean_interval(np.log(ratios))
+        low, high = (math.exp(found.mean + sign * found.half_width) for sign in (-1, 1))
+        text = f"{math.exp(found.mean):.2f} ({low:.2f} to {high:.2f})"
+        whole = {"configuration": "all, geometric mean", "ratio of spreads": text}
+        shown = pd.concat([shown, pd.DataFrame([whole])], ignore_index=True).fillna("–")
+    return Table("average", data, shown)
 
 
 def budgets_table(summary: pd.DataFrame) -> Table:

@@ -16,7 +16,7 @@ OPTIONAL_PARAMS = (
     *("seed", "chi", "as_chi", "n_sites", "factorisation", "init", "refinement", "lr_rule", "decay"),
     *("gauge", "forward", "sites", "largest_bond", "tuned_among", "embedding_learning_rate"),
     *("model_sha256", "d_model", "n_heads", "n_layers", "d_ff", "keep", "metric", "spread", "narrow", "layers"),
-    *("resized", "heal", "options", "bonds", "sweep", "rate_width"),
+    *("resized", "heal", "options", "bonds", "sweep", "ema", "rate_width"),
 )
 """Params without meaning for some family, model or kind of run; every run must have every other param of the schema."""
 MEND = "`mpo-study sync DIR` writes it again from the study's ledger"

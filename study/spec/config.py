@@ -225,8 +225,12 @@ class StudyConfig(Strict):
                 yield f"arms[{arm.name}]: `heal` needs `steps` of at least 1: without steps nothing is trained"
             if isinstance(arm, MPOArm):
                 for key in ("bonds", "sweep"):
-                    if getattr(arm, key) is not None and "muon" in options(arm.optimiser or self.protocol.optimiser):
+                    if getattr(arm, key) is None:
+                        continue
+                    if "muon" in options(arm.optimiser or self.protocol.optimiser):
                         yield f"arms[{arm.name}]: `{key}` needs `optimiser: adamw`, whose moments can be carried over"
+                    if self.protocol.ema is not None:
+                        yield f"arms[{arm.name}]: `{key}` changes the gauge, so `protocol.ema` cannot average its cores"
                 if arm.sweep is not None and arm.sweep.every >= n_steps:
                     yield (
                         f"arms[{arm.name}]: `sweep.every` must be below {n_steps}, the arm's steps, but is "
@@ -250,6 +254,9 @@ class StudyConfig(Strict):
         yield from self._problems_of_contrasts(names)
         if 0 < self.execution.gpus < LEAST_SHARE:
             yield f"`execution.gpus` must be 0 or at least {LEAST_SHARE}, but got {self.execution.gpus}"
+        for objective in self.objectives:
+            if objective.startswith("ema_") and self.protocol.ema is None:
+                yield f"objective {objective} needs `protocol.ema`, the decay of the average"
         if self.protocol.rate_width is not None and self.model.width is None:
             yield f"`protocol.rate_width` is PicoGPT's, but the study's model is {self.model.named}"
         optimisers = {self.protocol.optimiser, *(each for arm in self.arms for each in options(arm.optimiser))}

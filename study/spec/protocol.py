@@ -88,6 +88,14 @@ class Protocol(Strict):
     sampled_eval_batch_size: Annotated[int, Field(ge=1, le=10_000)] = Field(
         default=8, description="Sequences in each of those batches."
     )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Decay of an exponential moving average of the weights, such as 0.99: after each step a weight "
+        "counts this much of what it counted before. The average is evaluated beside the last weights, as "
+        "`ema_val_loss` and `ema_val_acc`, so evaluations take up to twice as long. Seeds are trained one by one. "
+        "Default: no average.",
+        exclude_if=lambda value: value is None,
+    )
     rate_width: PositiveInt | None = Field(
         default=None,
         description="The `d_model` at which the learning rates hold. In a PicoGPT of another width, those of all "

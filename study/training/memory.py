@@ -64,7 +64,8 @@ def unit_bytes(spec: TrialSpec, vocab_size: int, n_seeds: int = 1) -> int:
     state, heap = held + own + places, _HEAP_RECOMPUTED if spec.protocol.recompute else _HEAP
     peaks = [_start_bytes(spec, model, dense) + places]
     if spec.protocol.steps:
-        moments, gradients = _moment_bytes(spec, model), _n_bytes(model, trainable=True)
+        gradients = _n_bytes(model, trainable=True)
+        moments = _moment_bytes(spec, model) + (gradients if spec.protocol.ema is not None else 0)
         step = _peak_of_a_step(spec, model, dense if is_distilled(spec) else None)
         # A checkpoint copies weights and moments.
         peaks += [state + moments + round(heap * step), state + gradients + moments + own + moments]

@@ -69,6 +69,8 @@ def why_alone(spec: TrialSpec) -> str | None:
         return "`sweep`, which trains some of the cores at a time"
     if spec.protocol.recompute:
         return "protocol.recompute"
+    if spec.protocol.ema is not None:
+        return "protocol.ema"
     if spec.heal is not None and spec.heal.loss == "distillation":  # every seed has a teacher of its own
         return "heal.loss distillation"
     return None if spec.model.architecture == "picogpt" else f"model {spec.model.named}"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import mpo_core
 from study.spec.trial import TrialSpec, evaluation_steps
+from study.training.average import WeightAverage
 from study.training.bonds import BondChanges, Moments, NotFinite
 from study.training.calibration import calibration_batches
 from study.training.captured import DeviceStep
@@ -123,6 +124,7 @@ class Training:
         self.failure: Diverged | None = None
         self._loss_sum, self._loss_count = 0.0, 0
         self._bond_changes = None if spec.bonds is None else BondChanges(spec, seed, corpus, self.model)
+        self._average = None if protocol.ema is None else WeightAverage(self.parameters, protocol.ema)
 
     def run(
         self,
@@ -213,6 +215,8 @@ class Training:
         set_learning_rate(self.optimiser, learning_rate_at(self.step, self.spec.protocol))
         self.note_step(*values.tolist())
         self._device_step.update(self.optimiser.step)
+        if self._average is not None:
+            self._average.update(self.step)
 
     def release(self) -> None:
         """Free what only further steps need: gradients, moments, captured steps and the teacher."""
@@ -251,8 +255,13 @@ class Training:
         how = self.device, self.spec.protocol.precision
         full = evaluate(self.model, self.validation_batches(), *how)
         sampled = evaluate(self.model, map(self.sampled_windows.batch, self.sampled_batches()), *how)
+        of_average = {}
+        if self._average is not None:
+            with self._average.in_the_model():
+                loss, accuracy = evaluate(self.model, self.validation_batches(), *how)
+            of_average = {"ema_val_loss": loss, "ema_val_acc": accuracy}
         self.model.train()
-        return self.row(full, sampled)
+        return self.row(full, sampled) | of_average
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The whole validation split."""
@@ -298,6 +307,8 @@ class Training:
         tensors = {f"model.{name}": tensor for name, tensor in weights_of(self.model).items()}
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
+        if self._average is not None:
+            tensors |= {f"average.{index}": value for index, value in enumerate(self._average.values)}
         names = ("step", "curve", "seconds", "_loss_sum", "_loss_count")
         content = {name: getattr(self, name) for name in names} | ({"bonds": self.bonds} if self.bonds else {})
         return tensors, content | {"failure": self.failure and [self.failure.what, self.failure.step]}
@@ -309,6 +320,9 @@ class Training:
         if self._bond_changes is not None:
             self._bond_changes.bonds = content["bonds"]
             self._begin_optimiser()  # the parameters are others
+        if self._average is not None:
+            for index, value in enumerate(self._average.values):
+                value.copy_(tensors[f"average.{index}"])
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimiser."):
