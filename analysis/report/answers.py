@@ -180,7 +180,7 @@ def _design(findings: Findings) -> list[tuple[str, str]]:
         looks = "; ".join(f"after {n} seeds at level {level:g}" for n, level in runs.claims.looks.items())
         return [("looks", f"{looks}. A comparison is shown as of the look that decided it, or its last one")]
     rows = []
-    if any(growth.is_refinement for growth in runs.growths):
+    if any(growth.is_of_some_trials for growth in runs.growths):
         left_out = "declared comparisons leave out the seeds that `refine` added because of results"
         rows.append(("seeds", f"{left_out}; the frontier and all means have them"))
     if any(growth.seeds_after > growth.seeds_before and growth.n_over for growth in runs.growths):

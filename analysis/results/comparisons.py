@@ -146,7 +146,7 @@ def _first_seeds(runs: Results, rows: pd.DataFrame, n: int) -> _First | None:
     Without looks those are the seeds that were planned for every trial, if `refine` added others.
     """
     planned = {growth.study: growth.seeds_after for growth in runs.growths}
-    refined = {growth.study for growth in runs.growths if growth.is_refinement}
+    refined = {growth.study for growth in runs.growths if growth.is_of_some_trials}
     if not (n or refined):
         return None
     wanted = pd.Series([n or (planned[study] if study in refined else math.inf) for study in rows["study"]], rows.index)

@@ -84,7 +84,7 @@ class Growth(NamedTuple):
     n_over: int
 
     @property
-    def is_refinement(self) -> bool:
+    def is_of_some_trials(self) -> bool:
         """Whether single trials got more seeds, because of their results."""
         return self.by.startswith("refine")
 

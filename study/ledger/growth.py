@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from study.errors import StudyError
 from study.ledger.ledger import Ledger
-from study.ledger.refinement import more_seeds, refine_contrasts, refine_frontier
+from study.ledger.refine import more_seeds, refine_contrasts, refine_frontier
 from study.spec.config import StudyConfig
 
 

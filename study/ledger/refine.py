@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Refinement:
+class NewSeeds:
     """more_seeds: the new seeds of each trial, by its number. shown: what was found, in words; a line if there is
     nothing to add."""
 
@@ -28,26 +28,26 @@ class Refinement:
     shown: str
 
 
-def refine_frontier(ledger: Ledger, n_seeds: int) -> Refinement:
+def refine_frontier(ledger: Ledger, n_seeds: int) -> NewSeeds:
     """`n_seeds` more for each trial near the frontier, its references, its declared rivals, and the starts of them all.
 
-    A trial that an earlier refinement left out stays out: it would come back only by the luck of others.
+    A trial that was left out before stays out: it would come back only by the luck of others.
     """
     everywhere = points(ledger.trials.values(), ledger.results.values())
     left_out = _left_out(ledger)
     chosen = {point.trial for point in near_frontier([point for point in everywhere if point.trial not in left_out])}
     if not chosen:
-        why = "all that earlier refinements took have failed seeds" if everywhere else "no trial has complete seeds"
-        return Refinement({}, f"nothing to refine: {why}")
+        why = "all trials that refine took before have failed seeds" if everywhere else "no trial has complete seeds"
+        return NewSeeds({}, f"nothing to refine: {why}")
     wanted = {n: more_seeds(ledger.tally.seeds_of(ledger.trials[n]), n_seeds) for n in sorted(chosen)}
     for trial, rival in _compared_with(ledger, chosen):  # a comparison gains little if only one side has more
         wanted[rival] = [*wanted.get(rival, []), *wanted[trial]]
     more = _new(ledger, wanted)
     found = f"near the frontier: {_trials(chosen)}, of {len(everywhere)}; new seeds for each: {n_seeds}"
-    return Refinement(more, found + _others(more.keys() - chosen, "which these are compared with or start from", more))
+    return NewSeeds(more, found + _others(more.keys() - chosen, "which these are compared with or start from", more))
 
 
-def refine_contrasts(ledger: Ledger) -> Refinement:
+def refine_contrasts(ledger: Ledger) -> NewSeeds:
     """Seeds up to the next look, for every trial of a declared contrast that is undecided, and for their starts.
 
     An undecided mean over the sizes of an arm takes all of its sizes.
@@ -63,7 +63,7 @@ def refine_contrasts(ledger: Ledger) -> Refinement:
         )
     undecided = _undecided_pairs(ledger)
     if not undecided:
-        return Refinement({}, "nothing to refine: no declared contrast is undecided")
+        return NewSeeds({}, "nothing to refine: no declared contrast is undecided")
     planned = ledger.config.seed_list
     wanted: dict[int, list[int]] = {}
     for pair in undecided:
@@ -74,11 +74,11 @@ def refine_contrasts(ledger: Ledger) -> Refinement:
             wanted |= {number: max(wanted.get(number, []), seeds, key=len) for number in pair}
     n_undecided = f"{len(undecided)} pair{'s' * (len(undecided) != 1)} of trials undecided"
     if not wanted:
-        return Refinement({}, f"nothing to refine: {n_undecided}, and this was the last look")
+        return NewSeeds({}, f"nothing to refine: {n_undecided}, and this was the last look")
     own = set(wanted)
     more = _new(ledger, wanted)
     found = f"{n_undecided}; seeds for the next look: {_trials(more.keys() & own)}"
-    return Refinement(more, found + _others(more.keys() - own, "which these start from", more))
+    return NewSeeds(more, found + _others(more.keys() - own, "which these start from", more))
 
 
 def _left_out(ledger: Ledger) -> set[int]:
