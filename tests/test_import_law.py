@@ -116,6 +116,7 @@ def test_study_takes_of_the_analysis_its_schema_and_its_pure_functions_alone():
             "analysis.commands.streams",
             "analysis.results.pairs",
             "analysis.results.comparisons",
+            "analysis.results.summary",
             "analysis.runs.study_runs",
             "analysis.statistics.nondominated",
             "analysis.report.places",
