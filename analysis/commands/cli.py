@@ -104,7 +104,9 @@ def report(
     for answer in answers(findings)[1:]:  # the user knows what was run
         shown, title = answer.rows, answer.question
         if "verdict" in shown:
-            shown, title = shown.loc[shown["measure"].str.startswith("loss"), _PRINTED], f"{title} (validation loss)"
+            # Many like comparisons are counted, and a count has no difference.
+            columns = [column for column in _PRINTED if column in shown]
+            shown, title = shown.loc[shown["measure"].str.startswith("loss"), columns], f"{title} (validation loss)"
         table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         for column in shown.columns:
             table.add_column(column, no_wrap=column in (*_PRINTED[2:], "parameters"))

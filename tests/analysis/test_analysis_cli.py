@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import simulated_study
 from typer.testing import CliRunner
@@ -32,6 +33,21 @@ def test_report_command_by_address_writes_and_says_what(invoke, study_dir, tmp_p
     assert "11 trials, 33 complete seeds, 1 failed, 1 unfinished" in result.output
     assert "808,448" in result.output
     assert max(len(line) for line in result.output.splitlines() if "wrote" not in line) <= 80
+
+
+@pytest.mark.slow
+def test_report_command_prints_counts_of_comparisons_that_are_too_many(invoke, tmp_path):
+    sizes = simulated_study.N_PARAMS_DENSE, simulated_study.N_PARAMS_MPO[8]
+    dense = simulated_study.Configuration("dense", sizes[0], 1.6, "dense", seeds=range(2))
+    found = [
+        simulated_study.Configuration("mpo", sizes[1], 1.7, chi=8, seeds=range(2), learning_rate=rate)
+        for rate in np.linspace(1e-3, 1e-2, 10)
+    ]
+    uri = simulated_study.write_study(tmp_path, [dense, *found], n_evaluations=2)
+    result = invoke("report", "--tracking-uri", uri, "--experiment", "tiny", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "10 × MPO from scratch" in result.output
+    assert "too few seeds at 10" in result.output
 
 
 @pytest.mark.slow
