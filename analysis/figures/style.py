@@ -70,7 +70,7 @@ _RC: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class GroupStyle:
-    """Colour and marker shape of a group; each of the two is enough to distinguish it."""
+    """Colour and marker shape of a group; of the usual groups each of the two is enough to distinguish it."""
 
     color: str
     marker: str
@@ -90,13 +90,21 @@ _KNOWN = {
     "Monarch fine-tuned": GroupStyle("#56b4e9", "h"),
     "pruned from scratch": GroupStyle("#e69f00", "X"),
     "pruned fine-tuned": GroupStyle("#e69f00", "*"),
+    "tree from scratch": GroupStyle("#882255", "p"),
+    "tree fine-tuned": GroupStyle("#882255", "8"),
+    "block train from scratch": GroupStyle("#7a7a00", "H"),
+    "block train fine-tuned": GroupStyle("#7a7a00", "v"),
 }
-_OTHERS = (GroupStyle("#cc79a7", "v"), GroupStyle("#56b4e9", "p"), GroupStyle("#e69f00", "d"))
+_OTHERS = [
+    GroupStyle(color, markers[index])
+    for index in range(4)
+    for color, markers in (("#cc79a7", "vpdH"), ("#56b4e9", "pdv8"), ("#e69f00", "dvpH"))
+]
 LINE_COLORS = ("#0072b2", "#d55e00", "#007a5a", "#cc79a7", "#000000", "#e69f00", "#56b4e9")
 
 
 def group_styles(groups: Iterable[str]) -> dict[str, GroupStyle]:
-    """A style for each group, in reading order; groups beyond the known ones share three styles in turn."""
+    """A style for each group, in reading order; more than 12 groups beyond the known ones share styles in turn."""
     others = 0
     styles = {}
     for group in group_order(groups):

@@ -235,6 +235,8 @@ def _labels(summary: pd.DataFrame) -> pd.Series:
         differ = (
             pd.Series(codes, summary.index).groupby([summary["group"], labels], sort=False).transform("nunique") > 1
         )
-        named = summary.loc[differ, key].map(lambda value, form=form: "" if pd.isna(value) else f", {form(value)}")
+        # In words, changes of bonds are long, and an arm has one way to change them: its name is enough.
+        shown = summary["arm"].where(summary[key].notna()) if key == "bonds" else summary[key]
+        named = shown[differ].map(lambda value, form=form: "" if pd.isna(value) else f", {form(value)}")
         labels[differ] += named.astype("str")
     return labels

@@ -351,3 +351,9 @@ def test_spread_moves_apart_in_order_and_stays_inside():
         assert moved.max() <= 100 + 1e-9
     assert labels.spread(np.array([80.0, 20.0]), 10, 0, 100).tolist() == [80.0, 20.0]
     assert labels.spread(np.array([50.0, 52.0]), 10, 0, 100).tolist() == [46.0, 56.0]
+
+
+def test_groups_of_one_figure_differ_in_colour_or_marker():
+    usual = [*style._KNOWN, *(f"kind {number} from scratch" for number in range(12))]
+    styles = style.group_styles(usual)
+    assert len({(look.color, look.marker) for look in styles.values()}) == len(usual)

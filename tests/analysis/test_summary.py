@@ -131,6 +131,13 @@ def test_labels_tell_rates_of_the_embeddings_apart():
     assert summary_of([DENSE, *found])["label"].tolist()[1:] == ["χ=8", "χ=8, embeddings 3e-2"]
 
 
+def test_labels_tell_changes_of_bonds_apart_by_the_arm():
+    shown = "every 50 steps until 0.75, grow 0.1, prune 0.1"
+    mpo = simulated_study.Configuration("mpo", 40_000, 1.7, chi=8)
+    found = [DENSE, mpo, replace(mpo, arm="adaptive", extra={"bonds": shown})]
+    assert summary_of(found).sort_values("trial")["label"].tolist()[1:] == ["χ=8", "χ=8, adaptive"]
+
+
 def test_labels_tell_gauges_apart():
     found = [replace(USUAL[3], chi=8, extra={"gauge": gauge}) for gauge in ("free", "fixed")]
     labels = summary_of(found).sort_values("trial")["label"].tolist()
