@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
-from analysis.figures import labels, panels, style
+from analysis.figures import labels, style
 from analysis.results.numbers import percent
 from analysis.results.summary import MIN_SEEDS, NO_FRONTIER, Measure, n_statement
 from analysis.results.uncertainty import FrontierUncertainty
@@ -21,8 +21,11 @@ from analysis.statistics.nondominated import frontier_mask, step_line
 _MARKER_SIZE = 5.2
 _AXES_HEIGHT, _ABOVE = 2.6, 0.45
 """Height in inches of the axes, and of the space above them."""
-_LABELLED = 20
-"""Up to this number of configurations, each gets a label; beyond it, only those on the frontier and the reference."""
+_LABELLED = 10
+"""Up to this number of configurations, each gets a label; beyond it, only those on the frontier and the reference. The
+others are faint then, without the dots of their seeds."""
+_FAINT = 0.5
+"""Share of white in a faint color."""
 _BAND = "#dbe9f6"
 _WORTH_SAYING = 0.05
 """Minimum probability that is written in the label of a configuration off the frontier."""
@@ -44,7 +47,7 @@ def frontier_figure(
     band = uncertainty.band
     enough = points.loc[points["n_seeds"] >= MIN_SEEDS, "n_seeds"]
     statement = (
-        f"Means over complete seeds, {n_statement(enough)}; bars: 95 % t intervals of the mean; dots: seeds, drawn "
+        f"Means over complete seeds, {n_statement(enough)}; bars: 95 % t intervals of the mean; dots: single seeds, "
         "beside their mean."
         if len(enough)
         else f"No configuration has {MIN_SEEDS} complete seeds: no intervals and no frontier."
@@ -59,15 +62,17 @@ def frontier_figure(
         else ""
     )
     with style.context():
-        legend = _legend(points, measure, has_band=len(band) > 0)
         figure = style.new_figure(_ABOVE + _AXES_HEIGHT + 1)
         axes = figure.add_axes((0, 0, 1, 1))
         _lay_out(figure, axes, below=1)
         _scale_axes(axes, points, seeds, band, measure)
         points = points.assign(
-            x=panels.side_by_side(axes, points["n_params"], points["group"]),
+            x=points["n_params"].astype("float64"),
             label=labels.told_apart(points["label"], points["group"]),
+            faint=(len(points) > _LABELLED) & ~(points["on_frontier"] | points["is_reference"]),
         )
+        has_dots = bool(((points["n_seeds"] > 1) & ~points["faint"]).any())
+        legend = _legend(points, measure, has_band=len(band) > 0, has_dots=has_dots)
         _draw_band(axes, band)
         _draw_reference(axes, points)
         hard, soft = _draw_points(axes, points, seeds)
@@ -75,9 +80,8 @@ def frontier_figure(
         missing = f"{left_out} label{'s' * (left_out > 1)} left out for lack of room." if left_out else ""
         shown = [("the frontier", points["on_frontier"]), ("dense", points["is_reference"])]
         named = " and ".join(word for word, which in shown if which.any())
-        only = f"Labelled: {named or 'none, for lack of room'}." if len(points) > _LABELLED else ""
-        but = "the frontier's steps are at the true sizes" if points["on_frontier"].any() else ""
-        text = style.footer(statement, uncertain, panels.moved_statement(points, but), only, missing, note)
+        only = f"Labelled: {named or 'none, for lack of room'}; the others are faint." if points["faint"].any() else ""
+        text = style.footer(statement, uncertain, only, missing, note)
         below = 0.46 + 0.155 * -(-len(legend) // 3) + style.footer_height(text)
         _lay_out(figure, axes, below)
         figure.legend(
@@ -142,7 +146,7 @@ def _draw_reference(axes: Axes, points: pd.DataFrame) -> None:
 
 def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple[labels.Boxes, labels.Boxes]:
     """Draw seeds, intervals, means and the step line; return the boxes that labels must not and should not touch."""
-    seeds = seeds[seeds["trial"].isin(points.loc[points["n_seeds"] > 1, "trial"])]
+    seeds = seeds[seeds["trial"].isin(points.loc[(points["n_seeds"] > 1) & ~points["faint"], "trial"])]
     seeds_x = seeds["trial"].map(dict(zip(points["trial"], points["x"], strict=True))).to_numpy(dtype=float)
     x_end = axes.get_xlim()[1]
     styles = style.group_styles(points["group"])
@@ -189,21 +193,21 @@ def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple
     bars = labels.boxes_along(axes, np.column_stack((x, mean - half)), np.column_stack((x, mean + half)), 1.5)
     hard = np.vstack((labels.boxes_around(axes, x, mean, 0.6 * _MARKER_SIZE), bars))
     corners = np.column_stack((steps_x, steps_y))
-    soft = [labels.boxes_along(axes, corners[:-1], corners[1:], 0.5)]
-    dots = labels.boxes_around(axes, seeds_x, seeds["value"].to_numpy(), 1.2)
-    soft += [dots + np.array((_SEEDS_BESIDE, 0, _SEEDS_BESIDE, 0))] * 2
+    lines = [labels.boxes_along(axes, corners[:-1], corners[1:], 0.5)]
     for y in points.loc[points["is_reference"], "mean"]:
         ends = np.array(axes.get_xlim())
-        soft.append(labels.boxes_along(axes, np.array([[ends[0], y]]), np.array([[ends[1], y]]), 0.5))
-    return hard, np.vstack(soft)
+        lines.append(labels.boxes_along(axes, np.array([[ends[0], y]]), np.array([[ends[1], y]]), 0.5))
+    dots = labels.boxes_around(axes, seeds_x, seeds["value"].to_numpy(), 1.2)
+    return np.vstack((hard, *lines)), dots + np.array((_SEEDS_BESIDE, 0, _SEEDS_BESIDE, 0))
 
 
 def _point_colors(points: pd.DataFrame) -> list[str]:
     styles = style.group_styles(points["group"])
-    return [
+    colors = [
         styles[group].color if n_seeds >= MIN_SEEDS else style.FEW
         for group, n_seeds in zip(points["group"], points["n_seeds"], strict=True)
     ]
+    return [style.tint(color, _FAINT) if faint else color for color, faint in zip(colors, points["faint"], strict=True)]
 
 
 def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
@@ -227,7 +231,7 @@ def _labelled(row: dict[Any, Any]) -> str:
     return f"{row['label']} ({percent(share)})" if is_worth_it else row["label"]
 
 
-def _legend(points: pd.DataFrame, measure: Measure, has_band: bool) -> list[Line2D | Patch]:
+def _legend(points: pd.DataFrame, measure: Measure, has_band: bool, has_dots: bool) -> list[Line2D | Patch]:
     def marker(shape: str, color: str, filled: bool, label: str) -> Line2D:
         return Line2D(
             [],
@@ -257,7 +261,7 @@ def _legend(points: pd.DataFrame, measure: Measure, has_band: bool) -> list[Line
         handles.append(marker("o", style.GREY, False, f"hollow: dominated{not_sound}"))
     if not enough.all():
         handles.append(marker("o", style.FEW, False, f"grey: fewer than {MIN_SEEDS} seeds"))
-    if (points["n_seeds"] > 1).any():
+    if has_dots:
         handles.append(Line2D([], [], linestyle="none", marker="o", markersize=2, color=style.FEW, label="one seed"))
     for row in points[points["is_reference"]].to_dict("records"):
         handles.append(Line2D([], [], color="#444444", linewidth=0.9, linestyle=(0, (5, 3)), label="mean of dense"))

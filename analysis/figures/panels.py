@@ -77,14 +77,12 @@ def scale_values(axes: Axes, values: pd.Series) -> None:
     axes.set_ylim(values.min() - margin, values.max() + margin)
 
 
-def moved_statement(drawn: pd.DataFrame, but: str = "") -> str:
+def moved_statement(drawn: pd.DataFrame) -> str:
     """A sentence on how far `side_by_side` moved the points; `n_params` is their size, and `x` where they are drawn."""
     away = float(np.abs(np.log(drawn["x"].astype("float64") / drawn["n_params"].astype("float64"))).max())
     if away == 0:
         return ""
-    return f"Configurations of about one size are drawn side by side, moved by up to {percent(np.expm1(away))}" + (
-        f"; {but}." if but else "."
-    )
+    return f"Configurations of about one size are drawn side by side, moved by up to {percent(np.expm1(away))}."
 
 
 def side_by_side(axes: Axes, sizes: pd.Series, groups: pd.Series) -> NDArray[np.float64]:

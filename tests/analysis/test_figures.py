@@ -29,6 +29,11 @@ def drawn_frontier(runs, summary, measure, note=""):
     return frontier_figure(points, data.seed_points(summary, runs.seeds, measure), uncertainty, measure, note), points
 
 
+def runs_of(name: str):
+    runs, _ = simulated_study.simulated_runs(STUDIES[name], n_evaluations=1)
+    return runs, summarise(runs)
+
+
 def draw(name: str) -> dict:
     """Every figure that the study has data for."""
     runs, curves = simulated_study.simulated_runs(STUDIES[name], n_evaluations=8)
@@ -110,11 +115,12 @@ def test_frontier_figure_shows_the_numbers_it_is_given(measure):
     markers = [line for line in axes.lines if line.get_linestyle() == "None" and str(line.get_marker()) in "Do^s"]
     drawn = {tuple(np.asarray(line.get_xydata())[0]): line for line in markers}
     assert len(drawn) == len(points)
-    beside = points.assign(x=panels.side_by_side(axes, points["n_params"], points["group"]))
-    for row in beside.to_dict("records"):
-        line = drawn[row["x"], row["mean"]]
+    for row in points.to_dict("records"):
+        line = drawn[row["n_params"], row["mean"]]
         assert (line.get_markerfacecolor() != "white") == row["on_frontier"]
-        assert (line.get_markeredgecolor() == "#8c8c8c") == (row["n_seeds"] < 3)
+        is_faint = not (row["on_frontier"] or row["is_reference"])  # since there are more than ten
+        grey = style.tint(style.FEW, 0.5) if is_faint else style.FEW
+        assert (line.get_markeredgecolor() == grey) == (row["n_seeds"] < 3)
     assert len(axes.containers) == (points["n_seeds"] >= 3).sum(), "an interval for three seeds or more"
     assert "n = 3 to 5" in figure.texts[0].get_text()
 
@@ -194,13 +200,34 @@ def test_frontier_figure_tells_configurations_of_one_size_apart():
     figure, _ = drawn_frontier(runs, summarise(runs), VAL_LOSS)
     axes = figure.axes[0]
     markers = [line for line in axes.lines if line.get_linestyle() == "None" and str(line.get_marker()) in "o<X"]
-    at = np.array([axes.transData.transform(np.asarray(line.get_xydata()))[0, 0] for line in markers])
-    apart_by = np.diff(np.sort(at[np.abs(at - at.mean()) < 50])) * 72 / figure.dpi
-    assert apart_by == pytest.approx([7.0, 7.0])
-    assert np.exp(np.mean([np.log(line.get_xdata()[0]) for line in markers])) == pytest.approx(size)
+    assert [np.asarray(line.get_xdata())[0] for line in markers] == [size] * 3
     texts = {text.get_text().split(" (")[0] for text in axes.texts}
     assert texts == {"dense", "χ=16", "low rank, as χ=16", "pruned, as χ=16"}
-    assert "side by side" in figure.texts[0].get_text().replace("\n", " ")
+
+
+def test_frontier_figure_of_many_configurations_labels_the_frontier_and_the_reference_and_fades_the_others():
+    figure, points = drawn_frontier(*runs_of("crowded"), VAL_LOSS)
+    axes = figure.axes[0]
+    few = points[points["on_frontier"] | points["is_reference"]]
+    assert len(few) < len(points) > 10
+    assert len(axes.texts) <= len(few)
+    full = {(look.color, look.marker) for look in style.group_styles(points["group"]).values()}
+    strong = [line for line in axes.lines if (line.get_markeredgecolor(), line.get_marker()) in full]
+    assert len(strong) == len(few)
+    assert "the others are faint" in figure.texts[0].get_text().replace("\n", " ")
+
+
+def test_no_line_runs_through_a_label_of_the_frontier_figure():
+    figure, _ = drawn_frontier(*runs_of("usual"), VAL_LOSS)
+    axes = figure.axes[0]
+    [steps] = [line for line in axes.lines if line.get_color() == style.GREY and len(line.get_xdata()) > 2]
+    corners = np.column_stack(steps.get_data())
+    segments = labels.boxes_along(axes, corners[:-1], corners[1:], 0.1)
+    renderer = figure.canvas.get_renderer()
+    assert axes.texts
+    for text in axes.texts:
+        box = text.get_window_extent(renderer).extents * 72 / figure.dpi
+        assert ((box[2:] <= segments[:, :2]) | (segments[:, 2:] <= box[:2])).any(axis=1).all(), text.get_text()
 
 
 def test_frontier_figure_shares_its_axis_with_the_percentage(summary, runs):
