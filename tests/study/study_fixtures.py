@@ -57,9 +57,10 @@ LLAMA = {
 OF_SOME = {
     *("kept", "predicted_loss", "held_out_loss", "n_params_end"),
     *("decode_ms", "prefill_ms", "dense_decode_ms", "dense_prefill_ms"),
+    *("final/ema_val_loss", "final/ema_val_acc"),
 }
 USUAL_FINALS = {field.key for field in schema.FINALS} - OF_SOME
-"""The metrics of every complete seed; the others are of trials with `keep`, or of timed ones."""
+"""The metrics of every complete seed; the others are of trials with `keep`, of timed ones, or of averaged weights."""
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
 
