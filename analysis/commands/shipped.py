@@ -26,6 +26,7 @@ from analysis.runs.load import load_study, resolve_study
 
 SHIPPED = {
     "report/figures/frontier_val_loss.svg": "frontier.svg",
+    "report/figures/frontier_val_loss.txt": "frontier.txt",
     "report/tables/trials.md": "trials.md",
     "report/tables/comparisons.md": "comparisons.md",
     "paper/comparison.md": "paper.md",
@@ -98,25 +99,28 @@ def place_text(document: Path, place: str, findings: Mapping[str, Findings], out
     study, _, part = place.partition(":")
     if study not in findings:
         raise ValueError(f"{document}: has a place for {place}, but the studies are {', '.join(findings)}")
-    said = parts(findings[study], Path(os.path.relpath(out / study, document.parent)).as_posix())
+    said = parts(findings[study], out / study, Path(os.path.relpath(out / study, document.parent)).as_posix())
     if part not in said:
         known = ", ".join(filter(None, said))
         raise ValueError(f"{document}: has a place for {place}, but the parts of a study are {known}")
     return said[part]
 
 
-def parts(findings: Findings, shipped: str) -> dict[str, str]:
+def parts(findings: Findings, folder: Path, shipped: str) -> dict[str, str]:
     """Texts about a study, in Markdown: the figure, the tables and the first screen's answers. The key "" holds all.
 
     Args:
-        shipped: folder of the study's shipped parts, relative to the document.
+        folder: that of the study's shipped parts.
+        shipped: the same, relative to the document.
     """
     of_mpo = findings.summary.loc[findings.summary["family"] == "mpo", "trial"]
     is_shown = findings.compared["trial"].isin(of_mpo) & (findings.compared["measure"] == VAL_LOSS.name)
     mpo = comparisons_table(findings.compared[is_shown]).shown
-    caption = f"Frontier of {findings.runs.name}: validation loss against trainable parameters"
+    title = f"Frontier of {findings.runs.name}: validation loss against trainable parameters"
+    caption = " ".join((folder / "frontier.txt").read_text(encoding="utf-8").split())
     said = {
-        "figure": f"![{caption}]({shipped}/frontier.svg)",
+        "figure": f"![{title}]({shipped}/frontier.svg)",
+        "caption": f"*{caption}*",
         "trials": to_markdown(trials_table(findings.summary).shown[list(TRIALS)]),
         "rates": to_markdown(rates_table(findings.summary).shown),
         "average": to_markdown(average_table(findings.runs, findings.summary).shown),
@@ -129,7 +133,7 @@ def parts(findings: Findings, shipped: str) -> dict[str, str]:
     )
     questions = [f"*{question}*\n\n{rows}" for question, rows in found.values()]
     said |= {name: rows for name, (_, rows) in found.items()}
-    return said | {"": "\n".join([said["figure"], "", said["trials"], *questions, link])}
+    return said | {"": "\n".join([said["figure"], "", said["caption"], "", said["trials"], *questions, link])}
 
 
 if __name__ == "__main__":

@@ -44,15 +44,14 @@ def bonds_figure(rows: pd.DataFrame, last_step: int) -> Figure:
     steps = np.sort(rows["step"].unique())
     wide = rows.pivot(index="order", columns="step", values="bond").reindex(columns=steps)
     names = rows.drop_duplicates("order").sort_values("order")["row"].tolist()
-    text = style.footer(
+    text = style.caption(
         f"Bonds of the MPO layers, means over seeds; {n_statement(rows['n_seeds'])}. A row has the colour of its bond "
         "from each change on; the number is the bond at the end."
     )
     with style.context():
-        foot = style.footer_height(text)
         height = max(1.0, _ROW * len(names))
-        figure = style.new_figure(foot + height + 0.75)
-        axes = style.add_axes(figure, 1.9, foot + 0.42, style.WIDTH - 2.4, height)
+        figure = style.new_figure(height + 0.75)
+        axes = style.add_axes(figure, 1.9, 0.42, style.WIDTH - 2.4, height)
         edges = np.append(steps, max(last_step, steps[-1] + 1))
         low, high = max(1.0, float(np.nanmin(wide))), max(2.0, float(np.nanmax(wide)))
         axes.pcolormesh(
@@ -65,5 +64,5 @@ def bonds_figure(rows: pd.DataFrame, last_step: int) -> Figure:
             axes.text(edges[-1], place + 0.5, f" {bond:.3g}", va="center", ha="left", fontsize=6)
         axes.set_xlabel("Step")
         axes.set_title("Bond of each layer", loc="left")
-        style.add_footer(figure, text)
+        figure.set_label(text)
     return figure

@@ -28,7 +28,7 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
     low, high = (shown["mean"] - shown["half_width"].fillna(0)).min(), shown["mean"].max()
     margin = 0.06 * (high - low) or 0.1
     final = means[means["is_reference"]].groupby("trial")["mean"].last()
-    text = style.footer(
+    text = style.caption(
         f"Means over complete seeds, {n_statement(means['n_seeds'])}; {interval_statement('bands', means['n_seeds'])}; "
         "thin lines: seeds.",
         "Dashed: dense at its last step." if len(final) else "",
@@ -45,8 +45,7 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
         n_columns = min(len(panels), most)
         n_rows = -(-len(panels) // n_columns)
         row_height = _PANEL_HEIGHT + 0.68
-        foot = style.footer_height(text)
-        figure = style.new_figure(row_height * n_rows + foot)
+        figure = style.new_figure(row_height * n_rows)
         for index, panel in enumerate(panels):
             row, column = divmod(index, n_columns)
             in_row = panels[row * n_columns : (row + 1) * n_columns]
@@ -54,7 +53,7 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
             columns = [max(beside[name] for name in panels[other::n_columns]) for other in range(n_columns)]
             width = (style.WIDTH - _LEFT - sum(columns) - 0.12 * (n_columns - 1)) / n_columns
             left = _LEFT + sum(columns[:column]) + column * (width + 0.12)
-            bottom = foot + 0.42 + row_height * (n_rows - 1 - row)
+            bottom = 0.42 + row_height * (n_rows - 1 - row)
             axes = style.add_axes(figure, left, bottom, width, _PANEL_HEIGHT)
             axes.set_ylim(low - margin, high + margin)
             for loss in final:
@@ -63,7 +62,7 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
             axes.tick_params(labelleft=column == 0)
             if panel == in_row[0]:
                 axes.set_ylabel("Validation loss (nats)")
-        style.add_footer(figure, text)
+        figure.set_label(text)
     return figure
 
 

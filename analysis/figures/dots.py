@@ -29,20 +29,20 @@ class Dot:
 
 
 def dots_figure(
-    dots: Sequence[Dot], title: str, beside_head: str, foot: str, legend: Sequence[Line2D] = ()
+    dots: Sequence[Dot], title: str, beside_head: str, caption: str, legend: Sequence[Line2D] = ()
 ) -> tuple[Figure, Axes]:
     """The figure and its axes; the limits and the label of x are still to be set.
 
     Args:
         beside_head: heading of the texts at the right.
-        foot: text of `style.footer`.
+        caption: text of `style.caption`.
         legend: handles above the rows, four in a line.
     """
     figure = style.new_figure(1)
     left = max(labels.text_size(figure, dot.name)[0] for dot in dots) / 72 + 0.24
     beside = [*(dot.beside for dot in dots), beside_head]
     right = max(labels.text_size(figure, text)[0] for text in beside if text) / 72 + 0.28
-    above, below = 0.27 + 0.155 * -(-len(legend) // 4), style.footer_height(foot) + 0.42
+    above, below = 0.27 + 0.155 * -(-len(legend) // 4), 0.42
     row_height = _LINE * max(dot.name.count("\n") + 1 for dot in dots) + _BETWEEN
     height = above + below + row_height * (len(dots) + 0.2)
     figure.set_size_inches(style.WIDTH, height)
@@ -70,5 +70,5 @@ def dots_figure(
             handles=list(legend), loc="upper left", ncols=4, borderaxespad=0, columnspacing=1.6, handlelength=1.8,
             labelspacing=0.35, bbox_to_anchor=(0.1 / style.WIDTH, 1 - 0.04 / height),
         )  # fmt: skip
-    style.add_footer(figure, foot)
+    figure.set_label(caption)
     return figure, axes

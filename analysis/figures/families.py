@@ -88,7 +88,7 @@ def families_figure(points: pd.DataFrame) -> Figure:
             heads=["parameters", *(["total tokens"] if budgets else [])],
             beside_head="",
             legend=_legend(once),
-            foot=_foot(once, n_sizes),
+            caption=_caption(once, n_sizes),
         )
         y = [middle for row, middle in zip(rows, sheet.y, strict=True) if not row.heading]
         for measure, axes in zip(MEASURES, sheet.panels, strict=True):
@@ -122,10 +122,10 @@ def _legend(once: pd.DataFrame) -> list[Line2D]:
     return handles
 
 
-def _foot(once: pd.DataFrame, n_sizes: int) -> str:
+def _caption(once: pd.DataFrame, n_sizes: int) -> str:
     counts = once["n_seeds"]
     left_out = n_sizes - once["size"].nunique()
-    return style.footer(
+    return style.caption(
         f"Means over complete seeds, {n_statement(counts)}; {interval_statement('bars', counts)}, each mean's own; "
         "final step, whole validation split.",
         "Only the test of a difference says whether two differ: overlapping intervals do not make them equal.",

@@ -72,7 +72,7 @@ def forest_figure(pairs: pd.DataFrame, n_pairs: int | None = None) -> Figure:
             heads=list(compress(_BUDGETS.values(), some)),
             beside_head="verdict",
             legend=_legend(pairs, measures),
-            foot=_foot(pairs, first, n_pairs),
+            caption=_caption(pairs, first, n_pairs),
         )
         y = [middle for row, middle in zip(rows, sheet.y, strict=True) if not row.heading]
         for measure, axes in zip(measures, sheet.panels, strict=True):
@@ -192,13 +192,13 @@ def _legend(pairs: pd.DataFrame, measures: list[Measure]) -> list[Line2D]:
     return handles
 
 
-def _foot(pairs: pd.DataFrame, first: pd.DataFrame, n_pairs: int | None) -> str:
+def _caption(pairs: pd.DataFrame, first: pd.DataFrame, n_pairs: int | None) -> str:
     left_out = (n_pairs or len(first)) - len(first)
     some_declared = first["declared"].any() and not first["declared"].all()
     adjusted = f"declared pairs {_ADJUSTED[True]}, the others {_ADJUSTED[False]}"
     if not some_declared:
         adjusted = _ADJUSTED[bool(first["declared"].all())]
-    return style.footer(
+    return style.caption(
         f"Configuration minus rival, {n_statement(first['n'])}; final step, whole validation split.",
         f"Better and worse: p adjusted {adjusted}." if pairs["verdict"].isin([BETTER, WORSE, UNDECIDED]).any() else "",
         "Not inferior: worse by less than the margin, from a group's largest χ to the first failure."

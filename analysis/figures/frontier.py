@@ -81,14 +81,14 @@ def frontier_figure(
         shown = [("the frontier", points["on_frontier"]), ("dense", points["is_reference"])]
         named = " and ".join(word for word, which in shown if which.any())
         only = f"Labelled: {named or 'none, for lack of room'}; the others are faint." if points["faint"].any() else ""
-        text = style.footer(statement, uncertain, only, missing, note)
-        below = 0.46 + 0.155 * -(-len(legend) // 3) + style.footer_height(text)
+        text = style.caption(statement, uncertain, only, missing, note)
+        below = 0.46 + 0.155 * -(-len(legend) // 3)
         _lay_out(figure, axes, below)
         figure.legend(
             handles=legend, loc="upper left", ncols=3, borderaxespad=0, columnspacing=1.8, handlelength=1.6,
             labelspacing=0.35, bbox_to_anchor=(0.55 / style.WIDTH, (below - 0.38) / figure.get_figheight()),
         )  # fmt: skip
-        style.add_footer(figure, text)
+        figure.set_label(text)
     return figure
 
 

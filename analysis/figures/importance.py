@@ -26,7 +26,7 @@ def importance_figure(shares: pd.DataFrame, measure: Measure) -> Figure:
     forest = first["evaluator"] == FANOVA
     rest = "interactions and what the forest smooths away" if forest else INTERACTIONS
     seeds = f"{first['n_seeds']} {'shared seeds' if first['n_seeds'].isdecimal() else 'seeds'}"
-    text = style.footer(
+    text = style.caption(
         f"Means of {first['n_trials']} MPO trials over n = {seeds}, {measure.title.lower()} at "
         "the last step over the whole validation split; dots: shares of their variance by main effect; hollow: "
         f"{rest}; bars: 2.5 to 97.5 % of the shares over redrawn means, with the noise pooled over trials.",

@@ -1,4 +1,4 @@
-"""Panels with parameters on a logarithmic axis, the legend and the footer under them."""
+"""Panels with parameters on a logarithmic axis, the legend under them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _APART, _EACH_BESIDE, _MOST_BESIDE = 7.0, 16, 20
 
 
 def new_panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels side by side, of their final size; `settle` it once its footer is known."""
+    """A figure of `count` panels side by side, of their final size; `settle` it once its legend is known."""
     figure = style.new_figure(1)
     axes = [figure.add_axes((0, 0, 1, 1)) for _ in range(count)]
     _place(figure, axes, 1)
     return figure, axes
 
 
-def settle(figure: Figure, axes: list[Axes], legend: Sequence[Artist], foot: str, columns: int = 3) -> None:
-    """Write legend and footer under the panels. The panels keep their size, so that labels keep their places."""
-    below = 0.46 + _LINE * -(-len(legend) // columns) + style.footer_height(foot)
+def settle(figure: Figure, axes: list[Axes], legend: Sequence[Artist], caption: str, columns: int = 3) -> None:
+    """Write the legend under the panels, which keep their size, so that labels keep their places."""
+    below = 0.46 + _LINE * -(-len(legend) // columns)
     _place(figure, axes, below)
     figure.legend(
         handles=list(legend), loc="upper left", ncols=columns, borderaxespad=0, columnspacing=1.8, handlelength=1.8,
         labelspacing=0.35, bbox_to_anchor=(0.55 / style.WIDTH, (below - 0.38) / figure.get_figheight()),
     )  # fmt: skip
-    style.add_footer(figure, foot)
+    figure.set_label(caption)
 
 
 def _place(figure: Figure, axes: list[Axes], below: float) -> None:

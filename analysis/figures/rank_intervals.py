@@ -72,7 +72,7 @@ def rank_figure(rows: pd.DataFrame, measure: Measure) -> Figure:
     first = rows.iloc[0]
     n_ranked = int(first["n_ranked"])
     that_share, on_shared = (" that all share", "") if first["n_seeds"].isdecimal() else ("", _ON_SHARED)
-    text = style.footer(
+    text = style.caption(
         f"Ranks of mean {measure.title.lower()} at the last step over the whole validation split, n = "
         f"{first['n_seeds']} seeds{that_share}; bars: 95 % intervals of each rank by itself, from draws of the "
         "means with the noise pooled over configurations: too short for the noisiest.",

@@ -24,18 +24,17 @@ def rel_error_figure(means: pd.DataFrame) -> Figure:
     low, high = drawn["mean"].min() / 1.15, drawn["mean"].max() * 1.15
     kinds = sorted(drawn["kind"].unique())  # each kind has its colour, whatever its errors
     colors = {kind: style.LINE_COLORS[index % len(style.LINE_COLORS)] for index, kind in enumerate(kinds)}
-    text = style.footer(
+    text = style.caption(
         f"TT-SVD of the dense model's layers, means over its blocks and seeds; {n_statement(means['n_seeds'])}; "
         f"{interval_statement('bars', means['n_seeds'])}.",
     )
     with style.context():
-        foot = style.footer_height(text)
-        figure = style.new_figure(foot + 2.75)
+        figure = style.new_figure(2.75)
         beside = (max(labels.text_size(figure, kind)[0] for kind in kinds) + 16) / 72
         width = (style.WIDTH - 0.55 - 0.12 * (len(panels) - 1)) / len(panels) - beside
         for column, when in enumerate(panels):
             left = 0.55 + column * (width + beside + 0.12)
-            axes = style.add_axes(figure, left, foot + 0.42, width, 2.08)
+            axes = style.add_axes(figure, left, 0.42, width, 2.08)
             axes.set_yscale("log")
             axes.set_ylim(low, high)
             style.set_log_ticks(axes.yaxis, low, high, lambda tick: f"{tick:g}")
@@ -44,7 +43,7 @@ def rel_error_figure(means: pd.DataFrame) -> Figure:
             axes.tick_params(labelleft=column == 0)
             if column == 0:
                 axes.set_ylabel("Relative error ‖W − Ŵ‖ / ‖W‖")
-        style.add_footer(figure, text)
+        figure.set_label(text)
     return figure
 
 

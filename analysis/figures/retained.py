@@ -45,7 +45,7 @@ def retained_figure(points: pd.DataFrame, n_dense: int, note: str = "") -> Figur
         ends = np.array(axes.get_xlim())
         soft = labels.boxes_along(axes, np.array([[ends[0], 100]]), np.array([[ends[1], 100]]), 0.5)
         left_out = labels.place_labels(axes, _labels(drawn, looks), hard, soft)
-        panels.settle(figure, [axes], _legend(points), _foot(drawn, left_out, note))
+        panels.settle(figure, [axes], _legend(points), _caption(drawn, left_out, note))
     return figure
 
 
@@ -78,10 +78,10 @@ def _legend(points: pd.DataFrame) -> list[Line2D]:
     return handles
 
 
-def _foot(points: pd.DataFrame, left_out: int, note: str) -> str:
+def _caption(points: pd.DataFrame, left_out: int, note: str) -> str:
     enough = (points["n"] >= MIN_SEEDS) & (points["n_failed"] == 0)
     open_ended = int(points.loc[enough, "low"].isna().sum())
-    return style.footer(
+    return style.caption(
         f"Mean accuracy over mean accuracy of dense, on the seeds both have, {n_statement(points['n'])}; final step, "
         "whole validation split.",
         "Bars: Fieller's 95 % intervals of the ratio, paired by seed." if enough.any() else "",

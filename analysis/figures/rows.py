@@ -49,7 +49,7 @@ class Sheet(NamedTuple):
 
 def lay_out(
     rows: Sequence[Row], titles: Sequence[str], subtitles: Sequence[tuple[str, str]], axis_labels: Sequence[str],
-    heads: Sequence[str], beside_head: str, legend: Sequence[Line2D], foot: str,
+    heads: Sequence[str], beside_head: str, legend: Sequence[Line2D], caption: str,
 ) -> Sheet:  # fmt: skip
     """Rows of text with one empty panel per title; only the x limits are left for `set_limits`.
 
@@ -59,7 +59,7 @@ def lay_out(
         heads: headings of the columns of cells.
         beside_head: heading of the texts to the right of the panels; "" for none.
         legend: legend handles.
-        foot: text of `style.footer`.
+        caption: text of `style.caption`.
     """
     figure = style.new_figure(1)
 
@@ -91,7 +91,7 @@ def lay_out(
         y.append(bottom + tall / 2)
         bottom += tall
     columns = min(2, len(legend)) or 1
-    below = _AXIS + _LEGEND_LINE * -(-len(legend) // columns) + style.footer_height(foot)
+    below = _AXIS + _LEGEND_LINE * -(-len(legend) // columns)
     height = _HEAD + bottom + below
     figure.set_size_inches(style.WIDTH, height)
 
@@ -145,7 +145,7 @@ def lay_out(
             handles=legend, loc="upper left", ncols=columns, borderaxespad=0, columnspacing=1.6, handlelength=1.8,
             labelspacing=0.35, bbox_to_anchor=(_EDGE / style.WIDTH, (below - _AXIS + 0.05) / height), borderpad=0,
         )  # fmt: skip
-    style.add_footer(figure, foot)
+    figure.set_label(caption)
     return Sheet(figure, panels, y)
 
 

@@ -151,12 +151,16 @@ def add_axes(figure: Figure, left: float, bottom: float, width: float, height: f
 
 
 def save(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Write `stem`.svg, .pdf and .png without dates, so that equal figures give equal bytes."""
+    """Write `stem`.svg, .pdf and .png without dates, so that equal figures give equal bytes.
+
+    The caption goes to `stem`.txt. The figure does not show it: a paper has its own.
+    """
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     paths = [stem.with_name(f"{stem.name}.{form}") for form in formats]
     with context():
         for path, form in zip(paths, formats, strict=True):
             figure.savefig(path, format=form, metadata=undated[form])
+    stem.with_name(f"{stem.name}.txt").write_text(textwrap.fill(str(figure.get_label()), 100) + "\n", encoding="utf-8")
     return paths
 
 
@@ -189,20 +193,9 @@ def set_chi_axis(axes: Axes, chis: Iterable[int], room: float) -> None:
     axes.set_xlabel("Bond-dimension cap χ")
 
 
-def footer(*sentences: str) -> str:
-    """Small print for the foot of a figure, so that it explains itself without the report: one wrapped paragraph."""
-    return textwrap.fill(" ".join(sentence for sentence in sentences if sentence), 132)
-
-
-def footer_height(text: str) -> float:
-    """Height in inches that `add_footer` needs."""
-    return 0.1 + 0.135 * (text.count("\n") + 1)
-
-
-def add_footer(figure: Figure, text: str) -> None:
-    """Write the text of `footer` at the foot of the figure."""
-    height = figure.get_figheight()
-    figure.text(0.08 / WIDTH, 0.06 / height, text, color="#333333", va="bottom", fontsize=7, linespacing=1.25)
+def caption(*sentences: str) -> str:
+    """The caption of a figure, so that it explains itself without the report. It is the label of the `Figure`."""
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def format_count(value: float) -> str:

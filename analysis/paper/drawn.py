@@ -16,7 +16,7 @@ PUBLISHED, MEASURED = "#d55e00", "#0072b2"
 
 
 def measured_here(n_seeds: pd.Series, what: str, drawn_as: str, further: str = "") -> list[str]:
-    """Sentences about the values of this study, for a footer; n_seeds is the number of seeds of each point."""
+    """Sentences about the values of this study, for a caption; n_seeds is the number of seeds of each point."""
     counts = n_seeds[n_seeds > 0]
     if counts.empty:
         return ["Nothing of this study is measured under the paper's protocol."]

@@ -65,7 +65,7 @@ def published_curves_figure(points: pd.DataFrame, note: str = "") -> Figure:
         note: sentence added under the figure.
     """
     counts = points.loc[points["n_seeds"] > 0, "n_seeds"]
-    text = style.footer(
+    text = style.caption(
         f"Hollow, right of step {_LAST:,.0f}: Table 4 as published, of one seed, uncertainty not reported; no number "
         "is published for other steps or for the training loss.",
         *measured_here(
@@ -76,13 +76,12 @@ def published_curves_figure(points: pd.DataFrame, note: str = "") -> Figure:
     )  # fmt: skip
     panels = [panel for panel in _PANELS if (points["quantity"] == panel[0]).any()]
     with style.context():
-        foot = style.footer_height(text)
-        figure = style.new_figure(foot + _PANEL_HEIGHT + 0.75)
+        figure = style.new_figure(_PANEL_HEIGHT + 0.75)
         height = figure.get_figheight()
         width = min(2.4, (style.WIDTH - len(panels) * _BETWEEN - _RIGHT) / len(panels))
         for column, (quantity, _, title) in enumerate(panels):
             left = _BETWEEN + column * (width + _BETWEEN)
-            axes = style.add_axes(figure, left, foot + 0.42, width, _PANEL_HEIGHT)
+            axes = style.add_axes(figure, left, 0.42, width, _PANEL_HEIGHT)
             _draw_panel(axes, points[points["quantity"] == quantity])
             axes.set_ylabel(title)
         models = [model.name for model in published.MODELS if model.name in set(points["model"])]
@@ -97,7 +96,7 @@ def published_curves_figure(points: pd.DataFrame, note: str = "") -> Figure:
             handles=handles, loc="upper left", bbox_to_anchor=(0.3 / style.WIDTH, 1 - 0.02 / height),
             ncols=len(handles), columnspacing=1.2, handlelength=1.8, handletextpad=0.5,
         )  # fmt: skip
-        style.add_footer(figure, text)
+        figure.set_label(text)
     return figure
 
 

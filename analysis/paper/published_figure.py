@@ -40,7 +40,7 @@ def published_figure(points: pd.DataFrame, note: str = "") -> Figure:
         note: sentence added under the figure.
     """
     counts = points.loc[points["n_seeds"] > 0, "n_seeds"]
-    text = style.footer(
+    text = style.caption(
         "Hollow: as published, of one seed, uncertainty not reported, at the published number of parameters.",
         *measured_here(
             counts, "Filled: measured here at the final step over the whole validation split", "bars",
@@ -49,13 +49,12 @@ def published_figure(points: pd.DataFrame, note: str = "") -> Figure:
         note,
     )  # fmt: skip
     with style.context():
-        foot = style.footer_height(text)
-        figure = style.new_figure(foot + 2.7)
+        figure = style.new_figure(2.7)
         height = figure.get_figheight()
         width = (style.WIDTH - 2 * 0.55 - 0.25) / 2
         for column, (quantity, title) in enumerate(_PANELS):
             left = 0.55 + column * (width + 0.55 + 0.1)
-            axes = style.add_axes(figure, left, foot + 0.42, width, 1.95)
+            axes = style.add_axes(figure, left, 0.42, width, 1.95)
             _draw(axes, points[points["quantity"] == quantity])
             axes.set_ylabel(title)
         handles = [
@@ -67,7 +66,7 @@ def published_figure(points: pd.DataFrame, note: str = "") -> Figure:
         figure.legend(
             handles=handles, loc="upper left", bbox_to_anchor=(0.55 / style.WIDTH, 1 - 0.02 / height), ncols=2
         )
-        style.add_footer(figure, text)
+        figure.set_label(text)
     return figure
 
 

@@ -63,7 +63,7 @@ def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
         note: sentence added under the figure.
     """
     counts = points.loc[points["n_seeds"] > 0, "n_seeds"]
-    text = style.footer(
+    text = style.caption(
         "Relative Frobenius errors of TT-SVD with Table 2's factorisations. Hollow: Table 3 as published, uncertainty "
         "not reported.",
         *measured_here(counts, "Filled: the dense model's layers in this study, means over layers, then seeds", "bars"),
@@ -74,8 +74,7 @@ def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
     low, high = values.min() / 1.15, max(1.0, values.max()) * 1.15
     panels = [panel for panel in _PANELS if len(_of_panel(points, panel[0], panel[1]))]
     with style.context():
-        foot = style.footer_height(text)
-        figure = style.new_figure(foot + _PANEL_HEIGHT + 0.67)
+        figure = style.new_figure(_PANEL_HEIGHT + 0.67)
         # The layers' symbols come from us, unlike other names, so that they may be parsed as math.
         with mpl.rc_context({"text.parse_math": True}):
             names = [max((_short(name) for name in _of_panel(points, when, overall)["layers"]), key=len)
@@ -84,7 +83,7 @@ def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
             width = min(2.4, (style.WIDTH - _LEFT - sum(beside) - _GAP * len(panels)) / len(panels))
             left = _LEFT
             for (when, overall, title), room in zip(panels, beside, strict=True):
-                axes = style.add_axes(figure, left, foot + 0.42, width, _PANEL_HEIGHT)
+                axes = style.add_axes(figure, left, 0.42, width, _PANEL_HEIGHT)
                 axes.set_yscale("log")
                 axes.set_ylim(low, high)
                 style.set_log_ticks(axes.yaxis, low, high, lambda tick: f"{tick:g}")
@@ -94,7 +93,7 @@ def published_rel_error_figure(points: pd.DataFrame, note: str = "") -> Figure:
                 if left == _LEFT:
                     axes.set_ylabel("Relative error ‖W − Ŵ‖ / ‖W‖")
                 left += width + room + _GAP
-        style.add_footer(figure, text)
+        figure.set_label(text)
     return figure
 
 

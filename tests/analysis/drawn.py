@@ -80,6 +80,5 @@ def artists(axes: Axes, gid: str) -> list[Line2D]:
     return [line for line in axes.lines if line.get_gid() == gid]
 
 
-def footer_of(figure: Figure) -> str:
-    """The text at the foot, in one line."""
-    return figure.texts[-1].get_text().replace("\n", " ")
+def caption_of(figure: Figure) -> str:
+    return str(figure.get_label())

@@ -128,7 +128,8 @@ def test_paper_writes_the_comparison_and_says_what_is_lacking(invoke, study_dir,
     names = {path.name for path in (tmp_path / "paper").iterdir()}
     figures = {
         f"{name}.{kind}"
-        for name in ("published", "published_curves", "published_rel_error") for kind in ("csv", "svg", "pdf", "png")
+        for name in ("published", "published_curves", "published_rel_error")
+        for kind in ("csv", "txt", "svg", "pdf", "png")
     }  # fmt: skip
     tables = {f"{name}.{kind}" for name in ("comparison", "models") for kind in ("csv", "md", "tex")}
     assert names == tables | figures | {"paper.json"}

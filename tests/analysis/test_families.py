@@ -3,7 +3,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import simulated_controls
-from drawn import artists, check_same_bytes, check_texts, footer_of
+from drawn import artists, caption_of, check_same_bytes, check_texts
 from simulated_study import N_PARAMS_MPO, Configuration
 
 from analysis.figures.families import MAX_ROWS, families_figure, family_points
@@ -95,5 +95,5 @@ def test_of_many_sizes_the_largest_are_shown():
     figure = families_figure(points)
     assert points["size"].nunique() == 25
     assert len(artists(figure.axes[0], "mean")) == MAX_ROWS
-    assert "Shown: the 20 largest of 25 sizes." in footer_of(figure)
+    assert "Shown: the 20 largest of 25 sizes." in caption_of(figure)
     check_texts(figure)

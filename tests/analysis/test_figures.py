@@ -122,7 +122,7 @@ def test_frontier_figure_shows_the_numbers_it_is_given(measure):
         grey = style.tint(style.FEW, 0.5) if is_faint else style.FEW
         assert (line.get_markeredgecolor() == grey) == (row["n_seeds"] < 3)
     assert len(axes.containers) == (points["n_seeds"] >= 3).sum(), "an interval for three seeds or more"
-    assert "n = 3 to 5" in figure.texts[0].get_text()
+    assert "n = 3 to 5" in figure.get_label()
 
 
 def beside(points_apart, groups):
@@ -214,7 +214,7 @@ def test_frontier_figure_of_many_configurations_labels_the_frontier_and_the_refe
     full = {(look.color, look.marker) for look in style.group_styles(points["group"]).values()}
     strong = [line for line in axes.lines if (line.get_markeredgecolor(), line.get_marker()) in full]
     assert len(strong) == len(few)
-    assert "the others are faint" in figure.texts[0].get_text().replace("\n", " ")
+    assert "the others are faint" in figure.get_label()
 
 
 def test_no_line_runs_through_a_label_of_the_frontier_figure():
@@ -240,8 +240,8 @@ def test_frontier_figure_says_when_there_is_no_frontier():
     runs, _ = simulated_study.simulated_runs(STUDIES["one seed"])
     summary = summarise(runs)
     figure, _ = drawn_frontier(runs, summary, VAL_ACC)
-    assert figure.texts[0].get_text().startswith("No configuration has 3 complete seeds: no intervals and no frontier.")
-    assert "steps" not in figure.texts[0].get_text()
+    assert figure.get_label().startswith("No configuration has 3 complete seeds: no intervals and no frontier.")
+    assert "steps" not in figure.get_label()
 
 
 def test_frontier_figure_says_why_what_nothing_dominates_is_hollow():
@@ -257,7 +257,7 @@ def test_frontier_figure_says_why_what_nothing_dominates_is_hollow():
 def test_frontier_figure_says_when_every_configuration_has_a_failed_seed():
     runs, _ = simulated_study.simulated_runs([replace(c, failed=(9,)) for c in STUDIES["usual"][:4]])
     figure, _ = drawn_frontier(runs, summarise(runs), VAL_LOSS)
-    said = " ".join(figure.texts[0].get_text().split())
+    said = figure.get_label()
     assert "No frontier: no configuration has 3 complete seeds without a failed one." in said
 
 
@@ -272,7 +272,7 @@ def test_frontier_figure_draws_its_band_and_names_the_probabilities(summary, run
     named = points.assign(label=labels.told_apart(points["label"], points["group"]))
     for row in named[named["on_frontier"]].to_dict("records"):
         assert f"{row['label']} ({percent(row['probability'])})" in texts
-    assert f"from {uncertainty.rests_on}" in figure.texts[0].get_text().replace("\n", " ")
+    assert f"from {uncertainty.rests_on}" in figure.get_label()
 
 
 def test_curve_means_average_over_seeds():

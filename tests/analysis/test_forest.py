@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import simulated_controls
-from drawn import artists, check_same_bytes, check_texts, footer_of
+from drawn import artists, caption_of, check_same_bytes, check_texts
 from simulated_study import Configuration
 
 from analysis.figures.forest import MAX_ROWS, forest_figure, forest_pairs
@@ -72,7 +72,7 @@ def test_margin_is_on_the_worse_side_of_each_measure():
     assert header == ["← better", "better →"]
     without = forest_figure(forest_pairs(comparisons_of("controls"), EQUAL_PARAMETERS))
     assert not artists(without.axes[0], "margin")
-    assert "inferior" not in footer_of(without)
+    assert "inferior" not in caption_of(without)
 
 
 def test_different_margins_are_drawn_row_by_row():
@@ -96,7 +96,7 @@ def test_a_pair_without_interval_is_hollow():
         assert (drawn[row["difference"]].get_markerfacecolor() != "white") == claimed
         assert (drawn[row["difference"]].get_markeredgecolor() == "#8c8c8c") == (row["n"] < 3)
     assert len(artists(axes, "interval")) == own["half_width"].notna().sum() < len(own)
-    assert "n = 2 to 3" in footer_of(figure)
+    assert "n = 2 to 3" in caption_of(figure)
     texts = [text.get_text() for text in figure.texts]
     assert "d_model=28, n=2" in texts
 
@@ -139,8 +139,8 @@ def test_an_outlier_is_cut_off_and_named_and_the_rest_stays_readable():
     assert f"+{outlier:.3g}" in [text.get_text() for text in axes.texts]
     [arrow] = artists(axes, "beyond")
     assert arrow.get_marker() == ">"
-    assert "Arrows" in footer_of(figure)
-    assert "Arrows" not in footer_of(forest_figure(forest_pairs(comparisons_of("controls"), REFERENCE)))
+    assert "Arrows" in caption_of(figure)
+    assert "Arrows" not in caption_of(forest_figure(forest_pairs(comparisons_of("controls"), REFERENCE)))
 
 
 def test_of_many_pairs_the_declared_ones_and_the_largest_are_shown():
@@ -155,8 +155,8 @@ def test_of_many_pairs_the_declared_ones_and_the_largest_are_shown():
     assert set(shown["trial"]) == {3, *range(12, 41)}
     assert shown["n_params"].is_monotonic_increasing
     figure = forest_figure(pairs, 40)
-    assert "Shown: 30 of 40 pairs" in footer_of(figure)
-    assert "* Declared" in footer_of(figure)
+    assert "Shown: 30 of 40 pairs" in caption_of(figure)
+    assert "* Declared" in caption_of(figure)
     assert [text.get_text() for text in figure.texts if text.get_text().endswith(" *")] == ["χ=6 *"]
     check_texts(figure)
 
@@ -170,8 +170,8 @@ def test_legend_names_both_intervals():
 def test_footer_names_the_adjustments_that_were_made():
     frame = comparisons_of("controls")
     family = "as one family over both measures"
-    assert f"adjusted {family}." in footer_of(forest_figure(forest_pairs(frame, DECLARED)))
-    mixed = footer_of(forest_figure(forest_pairs(frame, EQUAL_PARAMETERS)))
+    assert f"adjusted {family}." in caption_of(forest_figure(forest_pairs(frame, DECLARED)))
+    mixed = caption_of(forest_figure(forest_pairs(frame, EQUAL_PARAMETERS)))
     assert f"declared pairs {family}, the others by Benjamini–Hochberg." in mixed
     plain = comparisons_of("controls", contrasts=())
-    assert "adjusted by Benjamini–Hochberg." in footer_of(forest_figure(forest_pairs(plain, REFERENCE)))
+    assert "adjusted by Benjamini–Hochberg." in caption_of(forest_figure(forest_pairs(plain, REFERENCE)))

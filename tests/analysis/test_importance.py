@@ -242,7 +242,7 @@ def test_importance_figure_draws_the_rows_it_is_given(quick):
     assert [dot.get_xdata()[0] for dot in dots] == quick["share"].tolist()
     assert [dot.get_markerfacecolor() == "white" for dot in dots] == [*[False] * (len(dots) - 1), True]
     assert "fANOVA" in axes.get_xlabel()
-    text = figure.texts[-1].get_text().replace("\n", " ")
+    text = figure.get_label()
     assert "Means of 60 MPO trials over n = 3 shared seeds" in text
 
 

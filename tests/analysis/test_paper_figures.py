@@ -58,7 +58,7 @@ def drawn(request):
 
 
 def said(figure):
-    return " ".join("".join(text.get_text() for text in figure.texts).split())
+    return str(figure.get_label()).strip()
 
 
 def test_no_text_leaves_a_figure_or_touches_another(drawn):
@@ -200,7 +200,7 @@ def test_folder_has_tables_figures_and_what_they_show(folder):
     tables = {f"{name}.{kind}" for name in ("comparison", "models") for kind in ("csv", "md", "tex")}
     figures = {
         f"{name}.{kind}"
-        for name in ("published", "published_rel_error", "published_curves") for kind in ("csv", *style.FORMATS)
+        for name in ("published", "published_rel_error", "published_curves") for kind in ("csv", "txt", *style.FORMATS)
     }  # fmt: skip
     assert tables | figures == set(written.names)
     assert {path.name for path in out.iterdir()} == {*written.names, "paper.json"}

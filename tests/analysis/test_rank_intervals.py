@@ -62,7 +62,7 @@ def test_agreement_of_two_seeds_is_scipys_kendall_tau():
     table = runs.seeds.pivot(index="trial", columns="seed", values=VAL_LOSS.key).loc[rows["trial"]]
     pairs = [stats.kendalltau(table[a], table[b]).statistic for a, b in ((0, 1), (0, 2), (1, 2))]
     assert rows["kendall_tau"].to_numpy() == pytest.approx(np.mean(pairs))
-    text = rank_figure(rows, VAL_LOSS).texts[-1].get_text().replace("\n", " ")
+    text = rank_figure(rows, VAL_LOSS).get_label()
     assert f"Kendall's τ between two seeds: {np.mean(pairs):.2f} on average".replace("-", "−") in text
 
 
@@ -92,7 +92,7 @@ def test_of_many_the_best_are_shown_with_their_rank_among_all():
     assert len(rows) == MAX_ROWS
     assert set(rows["n_ranked"]) == {len(STUDIES["crowded"])}
     assert rows["high"].max() > MAX_ROWS
-    assert "The best 40 of 49 configurations." in rank_figure(rows, VAL_LOSS).texts[-1].get_text().replace("\n", " ")
+    assert "The best 40 of 49 configurations." in rank_figure(rows, VAL_LOSS).get_label()
 
 
 def test_incomplete_trials_and_other_budgets_are_left_out_and_counted():

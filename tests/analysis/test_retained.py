@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import simulated_controls
-from drawn import artists, check_same_bytes, check_texts, footer_of
+from drawn import artists, caption_of, check_same_bytes, check_texts
 from simulated_study import N_PARAMS_DENSE, Configuration, simulated_runs
 
 from analysis.figures.retained import retained_figure
@@ -101,7 +101,7 @@ def test_a_ratio_that_the_seeds_do_not_bound_is_drawn_without_bar_and_counted():
     open_ended = points.assign(low=np.nan, high=np.nan)
     figure = retained_figure(open_ended, N_PARAMS_DENSE)
     assert not artists(figure.axes[0], "interval")
-    assert "1 without bar: the seeds do not bound the ratio." in footer_of(figure)
+    assert "1 without bar: the seeds do not bound the ratio." in caption_of(figure)
     check_texts(figure)
 
 
