@@ -152,7 +152,7 @@ def paper(
         *remarks(written.trials),
         *([f"left open: {lacking}"] if lacking else []),
         f"wrote {out / 'comparison.csv'}, with the reasons; beside it as .md and .tex",
-        "and published.svg, published_rel_error.svg, published_curves.svg, each also as .pdf and .png, with .csv and .txt",
+        "and published, published_rel_error and published_curves, each as .svg, .pdf, .png, .csv and .txt",
     ):
         console.print(line, soft_wrap=True, highlight=False)
 
