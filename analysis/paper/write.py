@@ -26,7 +26,7 @@ FOLDER = OutputFolder(
     listed="paper.json",
     names=(
         *(f"{table}.{form}" for table in ("comparison", "models") for form in ("csv", "md", "tex")),
-        *(f"{figure}.{form}" for figure in FIGURES for form in ("csv", *style.FORMATS)),
+        *(f"{figure}.{form}" for figure in FIGURES for form in ("csv", "txt", *style.FORMATS)),
     ),
 )
 
