@@ -74,7 +74,9 @@ def test_report_shows_all_figures_and_fetches_nothing_from_elsewhere(browser, re
 
 def test_report_answers_on_its_first_screen(browser, report):  # noqa: F811
     opened(browser, report / INDEX)
-    for question in ("What was run?", "What is on the frontier?", "Does MPO beat its controls of equal parameters?"):
+    image = browser.find_element(By.CSS_SELECTOR, "#frontier_val_loss img")
+    assert image.location["y"] + image.size["height"] < DESK[1]
+    for question in ("What is on the frontier?", "Does MPO beat its controls of equal parameters?"):
         [heading] = [h for h in browser.find_elements(By.TAG_NAME, "h3") if h.text == question]
         assert heading.location["y"] < DESK[1]
 
