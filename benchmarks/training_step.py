@@ -5,7 +5,7 @@ windows. Losses of the first steps must agree. It is also compared with this mac
 rate is the FLOPs of the step's matrix products over its time; the rival is the rate of the fastest square product. A
 backward pass counts as two forward passes; other operations than matrix products count no FLOPs. A step with MPO layers
 is compared with the dense step. Steps with changing bonds, sweeps and deeper networks are compared with those of an MPO
-of fixed bonds and about as many parameters, on the quick study's model: `STEPS` steps together, in which bonds change
+of fixed bonds and about as many parameters, on the quick study's model: 50 steps together, in which bonds change
 once.
 """
 
