@@ -105,7 +105,9 @@ def compare(runs: Results, summary: pd.DataFrame) -> Compared:
     _explore(frame)
     if declared := [pair for pair in found if pair.declared]:
         looks = dict(runs.claims.looks) or {0: LEVEL}
-        by_look = [_tested(runs, rows, declared, _first_seeds(runs, rows, n)) for n in looks]
+        tested = frame[frame["declared"]].reset_index(drop=True), arms
+        first_seeds = [_first_seeds(runs, rows, n) for n in looks]
+        by_look = [tested if first is None else _tested(runs, rows, declared, first) for first in first_seeds]
         own, arms = _decide(by_look, list(looks.values()), is_unfinished=runs.n_lacking > 0)
         frame.loc[frame["declared"], own.columns] = own.set_axis(frame.index[frame["declared"]])
     return Compared(frame[list(COLUMNS)], arms[list(OF_ARMS)])
@@ -317,7 +319,7 @@ def _decide(
 
     Args:
         by_look: the tests at each look; the rows are the same at all.
-        levels: of each look.
+        levels: the level of each look.
     """
     frame, arms = by_look[0]
     contrasts = list(frame.groupby(["measure", *_CONTRAST], sort=False))

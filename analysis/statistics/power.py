@@ -86,7 +86,7 @@ def family_gaps(n: int, contrasts: Sequence[Contrast], n_chains: int, *, level: 
         n: seeds of each trial, at least 3.
         contrasts: each counts for both measures.
         n_chains: number of contrasts with tests of non-inferiority; each counts for both measures.
-        level: of the whole family; that of one look if there are several.
+        level: the level of the whole family, or of one look if there are several.
     Returns:
         Of contrasts whose pairs share their start, in standard deviations of a difference by √2.
     """

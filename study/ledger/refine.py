@@ -194,15 +194,10 @@ def _known(trial: Trial, study: str, states: Sequence[str]) -> Known:
     spec = trial.spec
     # Not by `model_dump`, which leaves out some fields at their defaults.
     values = dict(spec) | dict(spec.protocol) | vars(trial.shape)
-    values |= {
+    values |= spec.recorded | {
         "trial": trial.number,
         "study": study,
         "family_label": trial.shape.label,
-        "start": spec.start or "scratch",
-        "heal": None if spec.heal is None else spec.heal.shown,
-        "options": spec.options_shown,
-        "bonds": None if spec.bonds is None else spec.bonds.shown,
-        "sweep": None if spec.sweep is None else spec.sweep.every,
         "optimiser": spec.protocol.optimiser,
         "n_seeds": states.count("complete"),
         "n_failed": states.count("failed"),

@@ -81,6 +81,17 @@ class TrialSpec(Strict):
         return ", ".join(f"{key}={value}" for key, value in self.kind_options.items()) or None
 
     @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings that runs record in words, by the names of their params."""
+        return {
+            "start": self.start or "scratch",
+            "heal": None if self.heal is None else self.heal.shown,
+            "options": self.options_shown,
+            "bonds": None if self.bonds is None else self.bonds.shown,
+            "sweep": None if self.sweep is None else self.sweep.every,
+        }
+
+    @property
     def size(self) -> str | None:
         """The size of the layers in words, as the arm gives it; None for a dense model."""
         if self.keep is not None:

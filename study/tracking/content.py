@@ -205,14 +205,9 @@ def _group_tags(trial: Trial) -> dict[str, str]:
 def _params(record: StudyRecord, trial: Trial) -> dict[str, str]:
     spec = trial.spec
     values = spec.model_dump(exclude={"model"}) | spec.protocol.model_dump() | spec.model.recorded
-    values |= {
+    values |= spec.recorded | {
         "trial": trial.number,
         "family_label": trial.shape.label,
-        "start": spec.start or "scratch",
-        "heal": None if spec.heal is None else spec.heal.shown,
-        "options": spec.options_shown,
-        "bonds": None if spec.bonds is None else spec.bonds.shown,
-        "sweep": None if spec.sweep is None else spec.sweep.every,
         "vocab_size": record.vocab_size,
         "sites": ", ".join(sorted({str(len(bonds) - 1) for bonds in trial.shape.bonds.values()})) or None,
         "largest_bond": max((max(bonds) for bonds in trial.shape.bonds.values()), default=None),
