@@ -53,8 +53,9 @@ from study.ledger.ledger import Ledger
 from study.ledger.snapshot import Snapshot, read_ledger
 from study.scheduler.queue import Queue, study_chis
 from study.spec.config import StudyConfig
+from study.spec.protocol import evaluation_steps
 from study.spec.study_file import load_config
-from study.spec.trial import SeedResult, Trial, TrialSpec, evaluation_steps, now
+from study.spec.trial import SeedResult, Trial, TrialSpec, now
 from study.training.corpus import Corpus
 from study.training.loading import load_corpus
 from study.training.seed_run import train_seed

@@ -21,8 +21,8 @@ from torch.nn.functional import linear
 from benchmarks.measurement import Call, Row, call_of, paired, rate, run_alone, seconds_of
 from mpo_core.layers.mpo import MPOLinear
 from study.spec.models import PicoGPTModel
-from study.spec.protocol import Protocol
-from study.spec.trial import TrialSpec, evaluation_steps
+from study.spec.protocol import Protocol, evaluation_steps
+from study.spec.trial import TrialSpec
 from study.training.captured import WARM_UP
 from study.training.corpus import CharacterCorpus, Corpus
 from study.training.precision import products_in

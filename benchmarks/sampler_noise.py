@@ -54,15 +54,15 @@ def score(sampler: str, spread: float, seed: int) -> float:
         found.append((chi, mean, loss))
     sizes, means, losses = np.array(found).T
     chosen = on_frontier(sizes, means, np.full(N_TRIALS, N_SEEDS), np.full(N_TRIALS, True))
-    return area(sizes[chosen], losses[chosen])
+    return area(sizes[chosen], losses[chosen], worst=4.0, largest=32)
 
 
-def area(sizes: np.ndarray, losses: np.ndarray) -> float:
-    """Area between the step line of the lowest loss so far and a loss of 4, over log2 of the size, up to 32."""
+def area(sizes: np.ndarray, losses: np.ndarray, worst: float, largest: float) -> float:
+    """Area between the step line of the lowest loss so far and the worst loss, over log2 of the size, up to a size."""
     order = np.argsort(sizes)
-    ends = np.append(np.log2(sizes[order]), 5.0)
+    ends = np.log2(np.append(sizes[order], largest))
     best = np.minimum.accumulate(losses[order])
-    return float((np.maximum(4.0 - best, 0) * np.diff(ends)).sum())
+    return float((np.maximum(worst - best, 0) * np.diff(ends)).sum())
 
 
 def rows() -> Iterator[tuple[str, ...]]:

@@ -72,6 +72,8 @@ def show_plan(console: Console, config: StudyConfig, plan: Plan, slots: int, mem
         f"{runs}, one run at a time; about {_duration(plan.unit_seconds / slots)} on this machine, {slots} at a time "
         f"(at {min(plan.rates) / 1e9:.3g} to {max(plan.rates) / 1e9:.3g} GFLOP/s each, measured on the CPU just now)."
     )
+    if config.search.halving is not None:
+        say(console, "note: `search.halving` ends some of the searched trials early, so the search takes less time")
     if any(isinstance(arm, KeptArm) for arm in config.arms):
         say(console, "note: the time of compression with `keep` is not included")
     say(console, "memory: not known for this model" if memory is None else memory.shown)

@@ -35,12 +35,24 @@ from study.ledger.tables import driver_table, optuna_name
 from study.ledger.tally import Tally
 from study.ledger.trials import TRIAL, check_trials, from_attribute
 from study.search.early_stopping import stops_after
+from study.search.halving import Rungs
 from study.search.samplers import make_sampler
 from study.search.telling import what_to_tell, why_skipped, worst_values
 from study.spec.config import StudyConfig
 from study.spec.definition import settled
 from study.spec.search_space import directions, listed_specs, start_spec, suggest
-from study.spec.trial import SeedResult, Skipped, Stop, Trial, TrialShape, TrialSpec, budget_hash, now, tuning_trials
+from study.spec.trial import (
+    RungStop,
+    SeedResult,
+    Skipped,
+    Stop,
+    Trial,
+    TrialShape,
+    TrialSpec,
+    budget_hash,
+    now,
+    tuning_trials,
+)
 
 
 class Ledger:
@@ -89,7 +101,11 @@ class Ledger:
             self._start_arms = {arm.start_arm for arm in self.config.arms} - {None}
             name = optuna_name(self.config.name, self.uuid)
             self._optuna = OptunaStudy(url, name, directions(self.config))
-            self.results = KnownResults(read_results(self._engine, self.uuid))
+            on_record = read_results(self._engine, self.uuid)
+            self.results = KnownResults(result for result in on_record if result.state != "paused")
+            self._paused = {(each.trial, each.seed): each for each in on_record if each.state == "paused"}
+            """Results of seeds at a rung, by (trial, seed), which are not in `results`."""
+            self._rungs = Rungs(self.config, self._first_seeds)
             self.environments = [environment for _, environment in read_drivers(self._engine, self.uuid)]
             """Environments of the study's runs, in their order."""
             self._stops = read_stops(self._engine, self.uuid)
@@ -137,7 +153,10 @@ class Ledger:
                     f"arm {trial.spec.arm} cannot be a start: its trial {trial.number} repeats trial "
                     f"{trial.duplicate_of}, and was never trained itself"
                 )
-        check_results(self.results.values(), self.trials, self.tally.seeds_of)
+        check_results([*self.results.values(), *self._paused.values()], self.trials, self.tally.seeds_of)
+        if self.config.search.halving is not None:
+            for trial in self.trials.values():
+                self._rungs.restore(trial, self._by_seed(trial))
         for number in sorted(self._untold):
             self._tell_if_over(number)
 
@@ -262,6 +281,10 @@ class Ledger:
         stops = self._stops_after(new)
         write_results(self._engine, self.uuid, new, stops)
         for result in new:
+            if result.state == "paused":
+                self._paused[result.trial, result.seed] = result
+                continue
+            self._paused.pop((result.trial, result.seed), None)
             self.results.add(result)
             trial = self.trials[result.trial]
             self.tally.note(trial, result.seed)
@@ -275,7 +298,9 @@ class Ledger:
         for number in [new[0].trial, *(stop.trial for stop in stops)]:
             self._to_tell += [trial.number for trial in self.trials.sharing(number)]
 
-    def _stops_after(self, new: Sequence[SeedResult]) -> list[Stop]:
+    def _stops_after(self, new: Sequence[SeedResult]) -> list[Stop] | list[RungStop]:
+        if self.config.search.halving is not None:
+            return self._rung_stops_after(new)
         if self.config.search.early_stopping is None:
             return []
         own = {(result.trial, result.seed): result for result in new}
@@ -283,6 +308,26 @@ class Ledger:
         may_stop = [t for t in lacking if any((t.number, seed) not in own for seed in self.tally.missing_seeds(t))]
         may_stop.sort(key=lambda trial: trial.number)
         return stops_after(self.config, self.trials, ChainMap(own, self.results), new[-1], may_stop)
+
+    def _rung_stops_after(self, new: Sequence[SeedResult]) -> list[RungStop]:
+        trial = self.trials[new[0].trial]
+        if trial.stop is not None:
+            return []
+        by_seed = self._by_seed(trial) | {result.seed: result for result in new}
+        stop = self._rungs.note(trial, by_seed, after=(trial.number, new[-1].seed))
+        return [] if stop is None else [stop]
+
+    def _by_seed(self, trial: Trial) -> dict[int, SeedResult]:
+        """A trial's own results by seed, those of paused seeds included."""
+        keys = [(trial.number, seed) for seed in self.tally.seeds_of(trial)]
+        return {key[1]: known[key] for key in keys for known in (self.results, self._paused) if key in known}
+
+    def leg(self, trial: Trial) -> tuple[Sequence[int], int | None]:
+        """The missing seeds of a trial that may train now, and the step at which they pause; None: they do not."""
+        missing = self.tally.missing_seeds(trial)
+        if self.config.search.halving is None:
+            return missing, None
+        return self._rungs.leg(trial, missing, self._by_seed(trial))
 
     def reopen(self, results: Iterable[SeedResult]) -> None:
         """Treat results as missing until new ones replace them on record; Optuna keeps what it was told."""
@@ -318,7 +363,7 @@ class Ledger:
         if self.tally.first_missing(source) in self._first_seeds:  # first seeds come first
             return
         keys = [(source.number, seed) for seed in self._first_seeds]
-        results = [self.results[key] for key in keys if key in self.results]
+        results = [known[key] for key in keys for known in (self.results, self._paused) if key in known]
         is_lacking = len(results) < len(keys) or any(result.state == "failed" for result in results)
         worst = worst_values(self.config, source.shape, self.results.extremes) if is_lacking else {}
         told = what_to_tell(self.config, trial, source, results, worst)

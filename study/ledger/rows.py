@@ -17,9 +17,9 @@ from study.ledger.checksums import Damaged, insert, read_rows
 from study.ledger.tables import SCHEMA_VERSION, driver_table, growth_table, result_table, stop_table, study_table
 from study.ledger.trials import first_defect
 from study.spec.config import StudyConfig
-from study.spec.trial import SeedResult, Stop, Trial
+from study.spec.trial import RungStop, SeedResult, Stop, Trial
 
-_RESULT, _STOP = TypeAdapter(SeedResult), TypeAdapter(Stop)
+_RESULT, _STOP = TypeAdapter(SeedResult), TypeAdapter(Stop | RungStop)
 _MORE_SEEDS = TypeAdapter(list[tuple[int, list[int]]])
 
 
@@ -42,7 +42,7 @@ def read_study(engine: sa.Engine, name: str) -> dict[str, Any] | None:
 
 
 def read_results(engine: sa.Engine, study_uuid: str) -> list[SeedResult]:
-    """Every result on record, in the order of (trial, seed)."""
+    """Every result on record, those of paused seeds included, in the order of (trial, seed)."""
     with engine.connect() as connection:
         return list(map(_result, read_rows(connection, result_table, result_table.c.study_uuid == study_uuid)))
 
@@ -101,7 +101,7 @@ def read_drivers(engine: sa.Engine, study_uuid: str) -> list[tuple[str, dict[str
         raise Damaged(f"the environment of a driver: {first_defect(error)}") from None
 
 
-def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop]:
+def read_stops(engine: sa.Engine, study_uuid: str) -> dict[int, Stop | RungStop]:
     """Every decision to stop a trial, by its number."""
     with engine.connect() as connection:
         rows = read_rows(connection, stop_table, stop_table.c.study_uuid == study_uuid)
@@ -183,11 +183,13 @@ def _more_seeds(text: str | None) -> list[tuple[int, list[int]]]:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def write_results(engine: sa.Engine, study_uuid: str, results: Iterable[SeedResult], stops: Iterable[Stop]) -> None:
+def write_results(
+    engine: sa.Engine, study_uuid: str, results: Iterable[SeedResult], stops: Iterable[Stop | RungStop]
+) -> None:
     """Write results and the stops that they cause in one transaction, so that each decision is made only once.
 
-    Rows on record under the same keys are replaced: results of runs that were trained again, and stops of an attempt
-    whose answer was lost.
+    Rows on record under the same keys are replaced: results of paused seeds and of runs that were trained again, and
+    stops of an attempt whose answer was lost.
     """
     with engine.begin() as connection:
         for result in results:

@@ -23,7 +23,7 @@ from study.ledger.rows import (
 from study.ledger.tables import optuna_name, study_table
 from study.ledger.tally import seeds_of
 from study.ledger.trials import TRIAL, check_trials, from_attribute, read_frozen
-from study.spec.trial import SeedResult, Stop, Trial
+from study.spec.trial import RungStop, SeedResult, Stop, Trial
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ def _read(url: str, engine: sa.Engine, name: str) -> Snapshot:
     check_trials(by_number, {arm.name for arm in config.arms}, stops)
     check_results(results, by_number, partial(seeds_of, config, growths.more_seeds))
     started = max((started for started, _ in read_drivers(engine, uuid)), default=None)
+    results = [result for result in results if result.state != "paused"]
     return Snapshot(uuid, row["corpus_sha256"], trials, results, growths, started)
 
 
-def _read_trials(url: str, name: str, uuid: str, stops: Mapping[int, Stop]) -> list[Trial]:
+def _read_trials(url: str, name: str, uuid: str, stops: Mapping[int, Stop | RungStop]) -> list[Trial]:
     storage = open_optuna(url)
     try:
         study = optuna.load_study(storage=storage, study_name=optuna_name(name, uuid))

@@ -11,7 +11,7 @@ import optuna
 from pydantic import TypeAdapter, ValidationError
 
 from study.ledger.checksums import SUM, Damaged, checksum
-from study.spec.trial import Stop, Trial
+from study.spec.trial import RungStop, Stop, Trial
 
 TRIAL = "trial"
 """Optuna's user attribute that holds one of our trials: a single one, so that a trial is written atomically."""
@@ -55,7 +55,7 @@ def read_frozen(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 _TRIAL = TypeAdapter(Trial)
 
 
-def from_attribute(frozen: optuna.trial.FrozenTrial, stops: Mapping[int, Stop]) -> Trial:
+def from_attribute(frozen: optuna.trial.FrozenTrial, stops: Mapping[int, Stop | RungStop]) -> Trial:
     """The trial stored by Optuna.
 
     Raises:

@@ -102,7 +102,7 @@ class Queue:
         block: list[int] = []
         doomed: list[SeedResult] = []
         is_waiting = False
-        for seed in self.ledger.tally.missing_seeds(trial):
+        for seed in self.ledger.leg(trial)[0]:
             key = trial.number, seed
             if key in self.in_flight or key in self._given_up:
                 continue
@@ -164,6 +164,7 @@ class Queue:
         except LedgerGone as gone:
             self.aborted = str(gone)
             return
+        results = [result for result in results if result.state != "paused"]
         for result in results:
             self._forget_checkpoints(result.trial, [result.seed])
         for trial in stopped:  # it may leave half-trained seeds
@@ -285,6 +286,7 @@ class Queue:
         return Unit(
             trial=trial.number,
             seeds=seeds,
+            until=self.ledger.leg(trial)[1],
             spec=trial.spec,
             storage=self.storage.url,
             study_uuid=self.ledger.uuid,

@@ -59,7 +59,7 @@ def _stop(
 ) -> Stop | None:
     if rival.number == trial.number or rival.duplicate_of is not None or rival.stop is not None:
         return None
-    if rival.shape.n_params > trial.shape.n_params or _schedule(rival.spec) != _schedule(trial.spec):
+    if rival.shape.n_params > trial.shape.n_params or training_of(rival.spec) != training_of(trial.spec):
         return None
     of_rival = [results[rival.number, seed] for seed in seeds if (rival.number, seed) in results]
     if any(result.state == "failed" for result in of_rival):
@@ -79,7 +79,7 @@ def _stop(
     return Stop(trial.number, rival.number, rule.metric, rule.margin, numbers, own, rivals, after, when=now())
 
 
-def _schedule(spec: TrialSpec) -> tuple[object, ...]:
+def training_of(spec: TrialSpec) -> tuple[object, ...]:
     """Key that is equal if the same seed means the same data, and neither run has had more training."""
     protocol = spec.protocol
     return spec.start, protocol.steps, protocol.batch_size, spec.model.context

@@ -16,7 +16,7 @@ from study.spec.bonds import Bonds
 from study.spec.corpus import MODEL_TOKENIZER, Corpus
 from study.spec.models import HuggingFaceModel, Model, OwnModel, PicoGPTModel
 from study.spec.protocol import Protocol
-from study.spec.search import Objective, Search
+from study.spec.search import Halving, Objective, Search
 from study.spec.values import (
     Choices,
     Name,
@@ -338,7 +338,9 @@ class StudyConfig(Strict):
                 )
 
     def _problems_of_stopping(self) -> Iterator[str]:
-        stopping = self.search.early_stopping
+        stopping, halving = self.search.early_stopping, self.search.halving
+        if halving is not None:
+            yield from self._problems_of_halving(halving, stopping is not None)
         if stopping is None:
             return
         if not any(isinstance(arm, MPOArm) and arm.is_searched for arm in self.arms):
@@ -352,6 +354,20 @@ class StudyConfig(Strict):
                 "`search.early_stopping.min_seeds` must be below the number of seeds, otherwise no seed is saved, "
                 f"but got {stopping.min_seeds} and {len(self.seed_list)}"
             )
+
+    def _problems_of_halving(self, halving: Halving, has_other: bool) -> Iterator[str]:
+        if has_other:
+            yield "`search.halving` and `search.early_stopping` are not allowed together"
+        if not any(arm.is_searched for arm in self.arms):
+            yield "`search.halving` has no meaning: no arm has a searched value"
+        if halving.seeds > len(self.seed_list):
+            yield (
+                f"`search.halving.seeds` must be at most the number of seeds, but got {halving.seeds} and "
+                f"{len(self.seed_list)}"
+            )
+        for name in self.objectives:
+            if not {"curve", "count"} & {*OBJECTIVES[name].recorded}:
+                yield f"`search.halving` needs objectives that every evaluation measures, but {name} is not one"
 
     def _problems_of_bonds(self, arm: MPOArm, bonds: Bonds, n_steps: int) -> Iterator[str]:
         if not bonds.steps(n_steps):

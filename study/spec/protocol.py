@@ -138,3 +138,8 @@ class Protocol(Strict):
     def decay_share(self) -> float | None:
         """Share of the steps, at the end, in which the rate of `wsd` falls; None with another schedule."""
         return (self.decay_fraction or DECAY_FRACTION) if self.schedule == "wsd" else None
+
+
+def evaluation_steps(protocol: Protocol) -> list[int]:
+    """Steps before which the model is evaluated, including the first (0) and the last (after all steps)."""
+    return sorted({*range(0, protocol.steps, protocol.eval_every), protocol.steps})

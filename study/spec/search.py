@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 
 from analysis.run_schema import OBJECTIVES
 from study.errors import did_you_mean
+from study.spec.protocol import Protocol, evaluation_steps
 from study.spec.values import PositiveFloat, PositiveInt, Strict
 
 
@@ -36,6 +37,36 @@ class EarlyStopping(Strict):
     min_seeds: Annotated[int, Field(ge=2)] = Field(
         default=2, description="Smallest number of seeds that both must have."
     )
+
+
+def _rungs(value: tuple[float, ...]) -> tuple[float, ...]:
+    if not value or list(value) != sorted(set(value)) or not (value[0] > 0 and value[-1] < 1):
+        raise ValueError(f"must be rising shares between 0 and 1, but got {list(value)}")
+    return value
+
+
+class Halving(Strict):
+    """When searched trials end part of the way. The result then depends on the order in which trials get there."""
+
+    rungs: Annotated[tuple[float, ...], AfterValidator(_rungs)] = Field(
+        default=(0.25, 0.5),
+        description="Shares of a trial's steps. A trial is judged at the first evaluation from each share on.",
+    )
+    keep: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5,
+        description="A trial goes on if it is among this best share of the trials that have reached the rung so far. "
+        "They are ordered by the number of trials that are better or equal in all objectives.",
+    )
+    seeds: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="The number of seeds whose mean decides. All other seeds start after the last rung."
+    )
+
+
+def rung_steps(halving: Halving, protocol: Protocol) -> list[int]:
+    """The steps at which trials of this protocol are judged, fewer than rungs if evaluations are rare."""
+    steps = evaluation_steps(protocol)
+    found = {next(step for step in steps if step >= rung * protocol.steps) for rung in halving.rungs}
+    return sorted(found - {0, protocol.steps})
 
 
 class Search(Strict):
@@ -68,4 +99,10 @@ class Search(Strict):
     )
     early_stopping: EarlyStopping | None = Field(
         default=None, description="Default: off. Dense and listed trials are never stopped early."
+    )
+    halving: Halving | None = Field(
+        default=None,
+        description="Successive halving. Default: off. Listed trials are never stopped early. "
+        "Not with `early_stopping`.",
+        exclude_if=lambda value: value is None,
     )

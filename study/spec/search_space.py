@@ -30,6 +30,7 @@ from study.spec.arms import (
     MPOArm,
 )
 from study.spec.config import StudyConfig
+from study.spec.search import rung_steps
 from study.spec.trial import TrialSpec
 from study.spec.values import Choices, Range, options
 
@@ -94,6 +95,12 @@ def check_trials(config: StudyConfig) -> None:
         for key, values in examples.items():
             for value in values:
                 resolve(config, arm, first | {key: value})
+        halving = config.search.halving
+        if halving is not None and not rung_steps(halving, resolve(config, arm, first).protocol):
+            raise StudyError(
+                f"arms[{arm.name}]: no evaluation comes between a rung of `search.halving` and the last step; lower "
+                "`eval_every`"
+            )
 
 
 def _examples(value: Any) -> tuple[Any, ...]:

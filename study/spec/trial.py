@@ -116,7 +116,8 @@ class SeedResult:
 
     trial: int
     seed: int
-    state: Literal["complete", "failed"]
+    state: Literal["complete", "failed", "paused"]
+    """"paused": not finished, but at a rung of successive halving; `final` then has the metrics of that step."""
     started: str
     ended: str
     final: dict[str, FiniteFloat] = field(default_factory=dict)
@@ -168,7 +169,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Stop:
-    """The decision to stop a trial, with its evidence.
+    """The decision to stop a trial because a rival is better, with its evidence.
 
     seeds, own, rivals: the seeds that both trials had, and the final `metric` of each on them, in its unit. after: the
     result (trial and seed) that completed the evidence.
@@ -195,6 +196,38 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class RungStop:
+    """The decision to stop a trial at a rung of successive halving, with its evidence.
+
+    seeds: those that decided. diverged: those of them that diverged before that step; one is enough to stop.
+    means: of each objective over the seeds. place: of the trial among the n_there trials that had reached the rung,
+    itself included. after: the result (trial and seed) that completed the evidence.
+    """
+
+    trial: int
+    step: int
+    seeds: tuple[int, ...]
+    diverged: tuple[int, ...]
+    means: dict[str, float]
+    place: int
+    n_there: int
+    after: tuple[int, int]
+    when: str
+
+    @property
+    def reason(self) -> str:
+        """The reason in one line."""
+        if self.diverged:
+            return f"diverged on seed {', '.join(map(str, self.diverged))} up to step {self.step}, a rung"
+        means = ", ".join(f"{name} {mean:.6g}" for name, mean in self.means.items())
+        seeds = ", ".join(map(str, self.seeds))
+        return (
+            f"at step {self.step}, a rung, its place is {self.place} among {self.n_there} trials "
+            f"({means}; mean of seeds {seeds})"
+        )
+
+
+@dataclass(frozen=True)
 class Trial:
     """One configuration, its number in Optuna, and the counts that its shapes give.
 
@@ -209,17 +242,12 @@ class Trial:
     tuning_trials: int
     duplicate_of: int | None = None
     skipped: Skipped | None = None
-    stop: Stop | None = None
+    stop: Stop | RungStop | None = None
 
     @property
     def source(self) -> int:
         """Number of the trial whose results this one shares: its own number, or that of the trial it repeats."""
         return self.number if self.duplicate_of is None else self.duplicate_of
-
-
-def evaluation_steps(protocol: Protocol) -> list[int]:
-    """Steps before which the model is evaluated, including the first (0) and the last (after all steps)."""
-    return sorted({*range(0, protocol.steps, protocol.eval_every), protocol.steps})
 
 
 def budget_hash(spec: TrialSpec, config: StudyConfig, corpus_sha256: str, start: TrialSpec | None) -> str:

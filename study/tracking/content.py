@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from analysis import run_schema as schema
-from study.spec.trial import SeedResult, Skipped, Trial
+from study.spec.trial import RungStop, SeedResult, Skipped, Stop, Trial
 
 
 @dataclass(frozen=True)
@@ -126,16 +126,17 @@ def trial_content(record: StudyRecord, trial: Trial, results: Sequence[SeedResul
     )
 
 
-def skipped_content(record: StudyRecord, trial: Trial, skipped: Skipped) -> RunContent:
-    """The run of a skipped trial: it has no seeds, and ends when it begins."""
-    key, when = schema.run_key(record.uuid, trial.number), milliseconds(skipped.when)
+def untrained_content(record: StudyRecord, trial: Trial, why: Skipped | Stop | RungStop) -> RunContent:
+    """The run of a trial without results, because it was skipped or stopped before: it ends when it begins."""
+    key, when = schema.run_key(record.uuid, trial.number), milliseconds(why.when)
+    tag = schema.SKIPPED if isinstance(why, Skipped) else schema.STOPPED
     return RunContent(
         key=key,
         name=trial_name(trial),
         started=when,
         ended=when,
         status="KILLED",
-        tags=_tags(record, key, schema.KIND_TRIAL, _trial_tags(record, trial) | {schema.SKIPPED: skipped.reason}),
+        tags=_tags(record, key, schema.KIND_TRIAL, _trial_tags(record, trial) | {tag: why.reason}),
         params=_params(record, trial),
         points=_points(_counts(trial), when),
     )

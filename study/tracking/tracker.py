@@ -22,9 +22,9 @@ from study.tracking.content import (
     StudyRecord,
     milliseconds,
     seed_content,
-    skipped_content,
     summary_content,
     trial_content,
+    untrained_content,
 )
 from study.tracking.known_runs import KnownRun, find_runs, id_of_mlflow, is_part, open_experiment
 from study.training.storage import Storage
@@ -158,8 +158,9 @@ class Tracker:
         self._on_sign()
 
     def _write(self, trial: Trial, results: list[SeedResult], n_seeds: int) -> None:
-        if trial.skipped is not None:
-            content = skipped_content(self._record, trial, trial.skipped)
+        why_not = trial.skipped or (trial.stop if not results else None)
+        if why_not is not None:
+            content = untrained_content(self._record, trial, why_not)
             self._complete(self._ensure(content), content)
         if not results:
             return

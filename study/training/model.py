@@ -16,7 +16,8 @@ from study.spec.arms import AUTO, PRETRAINED, DenseArm
 from study.spec.config import BITS, StudyConfig
 from study.spec.kinds import DECOMPOSED
 from study.spec.models import MAX_PARAMS, Model, with_checksum, with_settings
-from study.spec.trial import TrialShape, TrialSpec, evaluation_steps, json_hash
+from study.spec.protocol import evaluation_steps
+from study.spec.trial import TrialShape, TrialSpec, json_hash
 from study.training.bonds import check_chains, room_to_grow
 from study.training.calibration import shared_statistics
 from study.training.healing import freeze_unhealed, is_distilled

@@ -39,6 +39,7 @@ def train_seed(
     capture: bool = True,
     timing: bool = False,
     on_evaluation: Callable[[dict[str, float]], None] = lambda row: None,
+    until: int | None = None,
 ) -> tuple[SeedResult, dict[str, Tensor]]:
     """Train one seed of a trial from the start, or from its newest checkpoint.
 
@@ -51,6 +52,7 @@ def train_seed(
         capture: replay the step on a GPU from CUDA graphs (`study.training.captured`).
         timing: whether the time of decoding and prefill is measured at the end (`study.training.timing`).
         on_evaluation: called with every row of the learning curve.
+        until: the step at which the run pauses, which is an evaluation; None: it trains to the end.
     Returns:
         The result and the trained weights; a run that diverges gives a failed result, with its curve up to that step.
     """
@@ -79,7 +81,7 @@ def train_seed(
                 raise
             run = begin()  # under other conditions of rounding the fit may give layers of other sizes
     try:
-        run.training.run(checkpoints, checkpoint_seconds, on_evaluation)
+        run.training.run(checkpoints, checkpoint_seconds, on_evaluation, until)
     except Diverged as error:
         run.training.failure = error
     return run.result(device, 1), weights_of(run.training.model)
@@ -123,6 +125,8 @@ class SeedRun:
         )
         if failure is not None:
             return replace(result, failure=f"diverged: {failure}", failure_step=failure.step)
+        if training.step < training.spec.protocol.steps:
+            return replace(result, state="paused", final=_final_metrics(training, self._start_tokens))
         trained = _rel_errors(training, self._rel_error_chis, "trained")
         final = _final_metrics(training, self._start_tokens)
         if self._timing:
@@ -215,6 +219,7 @@ def train_seeds(
     capture: bool = True,
     timing: bool = False,
     on_evaluation: Callable[[int, dict[str, float]], None] = lambda seed, row: None,
+    until: int | None = None,
 ) -> list[tuple[SeedResult, dict[str, Tensor]]]:
     """Train seeds of a trial as one model; seeds whose checkpoints are at different steps get one model for each step.
 
@@ -249,7 +254,7 @@ def train_seeds(
     n_stacked = dict.fromkeys(seeds, len(seeds))
     for group in groups.values():
         n_stacked |= dict.fromkeys(group, len(group))
-        StackedTraining(group, device, checkpoints or {}, capture).run(checkpoint_seconds, on_evaluation)
+        StackedTraining(group, device, checkpoints or {}, capture).run(checkpoint_seconds, on_evaluation, until)
     return [(run.result(device, n_stacked[seed]), weights_of(run.training.model)) for seed, run in runs.items()]
 
 

@@ -96,12 +96,19 @@ class StackedTraining:
 
     # Training -----------------------------------------------------------------------------------------------------
 
-    def run(self, checkpoint_seconds: float, on_evaluation: Callable[[int, dict[str, float]], None]) -> None:
-        """Train to the last step; a seed that diverges leaves the stack and keeps its failure."""
+    def run(
+        self,
+        checkpoint_seconds: float,
+        on_evaluation: Callable[[int, dict[str, float]], None],
+        until: int | None = None,
+    ) -> None:
+        """Train as `Training.run` does; a seed that diverges leaves the stack and keeps its failure."""
         with products_in(self._first.spec.protocol.precision):
-            self._run(checkpoint_seconds, on_evaluation)
+            self._run(checkpoint_seconds, on_evaluation, until)
 
-    def _run(self, checkpoint_seconds: float, on_evaluation: Callable[[int, dict[str, float]], None]) -> None:
+    def _run(
+        self, checkpoint_seconds: float, on_evaluation: Callable[[int, dict[str, float]], None], until: int | None
+    ) -> None:
         clock = saved = time.monotonic()
         while self._trainings:
             if self._first.evaluation_is_due:
@@ -112,9 +119,12 @@ class StackedTraining:
             if not self._trainings or self._first.step == self._first.spec.protocol.steps:
                 break
             # Save also if a seed has just left, so that the others continue without it after an interruption, as here.
-            if self._has_diverged or time.monotonic() - saved >= checkpoint_seconds:
+            pauses = self._first.step == until
+            if pauses or self._has_diverged or time.monotonic() - saved >= checkpoint_seconds:
                 self._save()
                 saved = time.monotonic()
+            if pauses:
+                break
             self.optimiser_step()
         for row, training in enumerate(self._trainings.values()):
             self._write_back(row, training)

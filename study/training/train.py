@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import mpo_core
-from study.spec.trial import TrialSpec, evaluation_steps
+from study.spec.protocol import evaluation_steps
+from study.spec.trial import TrialSpec
 from study.training.average import WeightAverage
 from study.training.bonds import BondChanges, Moments, NotFinite
 from study.training.calibration import calibration_batches
@@ -131,8 +132,9 @@ class Training:
         checkpoints: Checkpoints | None = None,
         checkpoint_seconds: float = math.inf,
         on_evaluation: Callable[[dict[str, float]], None] = lambda row: None,
+        until: int | None = None,
     ) -> None:
-        """Train from the current step to the last step.
+        """Train from the current step to the last step, or to step `until`, whose checkpoint is kept.
 
         Raises:
             Diverged: the loss or the gradient is not finite.
@@ -140,13 +142,14 @@ class Training:
         if self.failure is not None:
             raise self.failure  # recorded in a checkpoint
         with products_in(self.spec.protocol.precision):
-            self._run(checkpoints, checkpoint_seconds, on_evaluation)
+            self._run(checkpoints, checkpoint_seconds, on_evaluation, until)
 
     def _run(
         self,
         checkpoints: Checkpoints | None,
         checkpoint_seconds: float,
         on_evaluation: Callable[[dict[str, float]], None],
+        until: int | None,
     ) -> None:
         begun, saved = time.monotonic() - self.seconds, time.monotonic()
         while True:
@@ -156,9 +159,12 @@ class Training:
             self.seconds = time.monotonic() - begun
             if self.step == self.spec.protocol.steps:
                 return
-            if checkpoints is not None and time.monotonic() - saved >= checkpoint_seconds:
+            pauses = self.step == until
+            if checkpoints is not None and (pauses or time.monotonic() - saved >= checkpoint_seconds):
                 checkpoints.save(self.step, *self.state())
                 saved = time.monotonic()
+            if pauses:
+                return
             self.optimiser_step()
 
     def _begin_optimiser(self, moments: Moments | None = None) -> None:

@@ -39,6 +39,8 @@ class Unit(Strict):
 
     trial: int
     seeds: tuple[int, ...]
+    until: int | None
+    """The step at which the seeds pause; None: they train to the end."""
     spec: TrialSpec
     storage: Annotated[str, Field(exclude=True)]  # its URL may hold a password: it is sent separately
     study_uuid: str
@@ -133,6 +135,7 @@ def _run_stack(
         capture=unit.capture,
         timing=unit.timing,
         on_evaluation=on_evaluation,
+        until=unit.until,
     )
     return [_with_weights(unit, storage, result, weights) for result, weights in trained]
 
@@ -160,6 +163,7 @@ def _run_seed(
         capture=unit.capture,
         timing=unit.timing,
         on_evaluation=lambda row: on_evaluation(seed, row),
+        until=unit.until,
     )
     return _with_weights(unit, storage, result, weights)
 

@@ -123,7 +123,7 @@ def unit_of(tmp_path, corpus, spec_of):
     }  # fmt: skip
 
     def make(**changes):
-        return Unit(**{**plain, "seeds": (0, 1), "rel_error_chis": (2,), "spec": spec_of()} | changes)
+        return Unit(**{**plain, "seeds": (0, 1), "until": None, "rel_error_chis": (2,), "spec": spec_of()} | changes)
 
     return make
 

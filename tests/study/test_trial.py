@@ -10,10 +10,10 @@ import torch
 
 from study.spec.definition import definition
 from study.spec.models import PicoGPTModel as Model
-from study.spec.protocol import Protocol
+from study.spec.protocol import Protocol, evaluation_steps
 from study.spec.search_space import listed_specs
 from study.spec.study_file import validate
-from study.spec.trial import TrialSpec, budget_hash, evaluation_steps, json_hash
+from study.spec.trial import TrialSpec, budget_hash, json_hash
 from study.training.model import build_model, trial_shape
 from study.training.randomness import generator
 
