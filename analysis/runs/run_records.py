@@ -158,7 +158,11 @@ def _failure_step(run: RunRecord) -> int | None:
 def unfinished_frame(trial_runs: list[RunRecord], seed_runs: list[RunRecord]) -> pd.DataFrame:
     """Seeds that are not finished, and trials that wait for seeds but have no seed run yet."""
     begun = {param_of(run, "trial") for run in seed_runs}
-    waiting = [run for run in trial_runs if run.status not in OVER and param_of(run, "trial") not in begun]
+    waiting = [
+        run
+        for run in trial_runs
+        if run.status not in OVER and schema.STOPPED not in run.tags and param_of(run, "trial") not in begun
+    ]
     rows = [{**_names(run), "status": run.status} for run in (*seed_runs, *waiting)]
     return _frame(rows, {"trial": "int64", "arm": "str", "seed": "Int64", "status": "str"})
 

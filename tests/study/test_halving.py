@@ -125,7 +125,9 @@ def test_study_with_halving_ends_with_the_results_of_one_without(tmp_path):
     assert set(having) < set(without)
     assert all(having[key].curve == without[key].curve for key in having)
     assert not list((tmp_path / "with" / "storage").rglob("checkpoints/*/*.safetensors"))
-    trials = load_study(resolve_study(tmp_path / "with")).trials
+    runs = load_study(resolve_study(tmp_path / "with"))
+    trials = runs.trials
+    assert runs.unfinished.empty
     assert int(trials["stopped"].notna().sum()) == outcome.n_stopped
     assert set(trials.loc[trials["stopped"].notna(), "n_seeds"]) == {0}
 
