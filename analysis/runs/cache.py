@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.runs.whole_file import write_whole
 
-VERSION = 3
+VERSION = 4
 """Increased if the contents, or their computation from the runs, change: then older caches are ignored."""
 MANIFEST = "cache.json"
 
