@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -121,6 +121,71 @@ def report(
     if is_published:
         n = publish(runs, out)
         console.print(f"published: {n} files on the experiment's summary run in MLflow", soft_wrap=True)
+
+
+@app.command()
+@_one_line_for_errors()
+def figure(
+    name: Annotated[Literal["frontier", "curves"], typer.Argument(metavar="NAME", help="frontier or curves.")],
+    studies: Studies = None,
+    tracking_uri: TrackingURI = None,
+    experiment: Experiment = None,
+    cache: CacheFolder = None,
+    measure: Annotated[
+        str, typer.Option(help="What the frontier shows: loss, accuracy, or a metric such as bits_per_byte.")
+    ] = "loss",
+    size: Annotated[
+        str, typer.Option(help="What it is drawn against: parameters, bytes, flops, decode_ms or prefill_ms.")
+    ] = "parameters",
+    arms: Annotated[
+        list[str] | None, typer.Option("--arm", metavar="ARM", help="Show this arm only; may be repeated.")
+    ] = None,
+    width: Annotated[str, typer.Option(help="Width, such as 3.3in, 84mm or 8.4cm.")] = "6.75in",
+    look: Annotated[
+        Literal["screen", "paper"],
+        typer.Option("--style", help="paper: letters with serifs, as in most papers."),
+    ] = "screen",
+    form: Annotated[
+        Literal["pdf", "svg", "png"] | None, typer.Option("--format", help="Default: that of FILE's ending, or pdf.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Default: NAME.FORMAT in the current folder.")
+    ] = None,
+) -> None:
+    """Draw one figure for a paper. Its caption is written beside it, as .txt."""
+    from analysis.figures import style
+    from analysis.notebook import Study
+
+    if name == "curves" and (measure, size) != ("loss", "parameters"):
+        raise AnalysisError("curves are those of the validation loss: --measure and --size belong to the frontier")
+    runs, _ = _read(studies or [], tracking_uri, experiment, cache, out or Path(), "figure")
+    study, options = Study(runs), {"width": _inches(width), "look": look}
+    if name == "frontier":
+        drawn = study.plot_frontier(measure, size, arms, **options)
+    else:
+        drawn = study.plot_curves(arms, **options)
+    file = out or Path(name)
+    ending = file.suffix.removeprefix(".")
+    form = form or (ending if ending in style.FORMATS else "pdf")
+    if ending != form:
+        file = file.with_name(f"{file.name}.{form}")
+    try:
+        style.save(drawn, file.with_suffix(""), (form,), look)
+    except OSError as error:
+        raise AnalysisError(f"cannot write {file}: {error.strerror or error}") from None
+    Console(markup=False).print(f"wrote {file}, and its caption {file.with_suffix('.txt')}", soft_wrap=True)
+
+
+_UNITS = {"in": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72.27}
+"""Inches of a unit; a point is TeX's."""
+
+
+def _inches(width: str) -> float:
+    number, unit = width[:-2], width[-2:]
+    try:
+        return float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        raise AnalysisError(f"--width must be a number and in, cm, mm or pt, such as 3.3in, but is {width!r}") from None
 
 
 @app.command()

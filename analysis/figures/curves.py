@@ -8,20 +8,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import labels, style
+from analysis.results.numbers import format_count
 from analysis.results.summary import group_order, interval_statement, n_statement
 
 _SHOWN_FROM = 0.2
 """The loss axis covers every mean after this share of a run's tokens; the earlier fall would flatten the rest."""
-_LEFT, _PANEL_HEIGHT = 0.6, 1.75
+_LEFT, _PANEL_HEIGHT, _LEAST_PANEL = 0.6, 1.75, 2.2
 
 
-def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str = "") -> Figure:
+def learning_curves_figure(
+    means: pd.DataFrame,
+    curves: pd.DataFrame,
+    note: str = "",
+    *,
+    width: float = style.WIDTH,
+    look: style.Look = "screen",
+) -> Figure:
     """Validation loss against the tokens of the run, one panel per family; a dashed line is the final mean of dense.
 
     Args:
         means: `data.curve_means`; at least one row.
         curves: the seeds' curves with trial, seed, tokens, val_loss.
         note: sentence added under the figure.
+        width: in inches.
     """
     panels = group_order(means["panel"])
     shown = means[means["tokens"] >= _SHOWN_FROM * means.groupby("trial")["tokens"].transform("max")]
@@ -35,26 +44,26 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
         "Tokens are each run's own, without those of its start; the loss axis leaves out the first steps.",
         note,
     )
-    with style.context():
+    with style.context(look):
         probe = style.new_figure(1)
         beside = {
             panel: (max(labels.text_size(probe, text)[0] for text in own["label"].unique()) + 14) / 72
             for panel, own in means.groupby("panel")
         }
         most = 3 if max(beside.values()) < 1 and len(panels) != 4 else 2
-        n_columns = min(len(panels), most)
+        n_columns = min(len(panels), most, max(1, int(width / _LEAST_PANEL)))
         n_rows = -(-len(panels) // n_columns)
         row_height = _PANEL_HEIGHT + 0.68
-        figure = style.new_figure(row_height * n_rows)
+        figure = style.new_figure(row_height * n_rows, width)
         for index, panel in enumerate(panels):
             row, column = divmod(index, n_columns)
             in_row = panels[row * n_columns : (row + 1) * n_columns]
             # Panels of a column line up, so each column leaves room for the longest label in it.
             columns = [max(beside[name] for name in panels[other::n_columns]) for other in range(n_columns)]
-            width = (style.WIDTH - _LEFT - sum(columns) - 0.12 * (n_columns - 1)) / n_columns
-            left = _LEFT + sum(columns[:column]) + column * (width + 0.12)
+            wide = (width - _LEFT - sum(columns) - 0.12 * (n_columns - 1)) / n_columns
+            left = _LEFT + sum(columns[:column]) + column * (wide + 0.12)
             bottom = 0.42 + row_height * (n_rows - 1 - row)
-            axes = style.add_axes(figure, left, bottom, width, _PANEL_HEIGHT)
+            axes = style.add_axes(figure, left, bottom, wide, _PANEL_HEIGHT)
             axes.set_ylim(low - margin, high + margin)
             for loss in final:
                 axes.axhline(loss, color="#444444", linewidth=0.8, linestyle=(0, (5, 3)), zorder=1)
@@ -66,13 +75,17 @@ def learning_curves_figure(means: pd.DataFrame, curves: pd.DataFrame, note: str 
     return figure
 
 
+def _is_wide(axes: Axes) -> bool:
+    return axes.get_position().width * labels.figure_of(axes).get_figwidth() > 1.3
+
+
 def _draw_panel(axes: Axes, panel: str, means: pd.DataFrame, curves: pd.DataFrame) -> None:
     own = means[means["panel"] == panel]
     styles = style.group_styles(means["group"])
     axes.set_title(panel, loc="left")
     axes.set_xlim(0, own["tokens"].max())
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(lambda tick, _: style.format_count(float(f"{tick:.3g}")))
+    axes.xaxis.set_major_locator(MaxNLocator(4 if _is_wide(axes) else 2, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda tick, _: format_count(float(f"{tick:.3g}")))
     axes.set_xlabel("Training tokens of this run")
     ends = []
     trials = own.sort_values(["n_params", "trial"])["trial"].unique()

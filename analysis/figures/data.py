@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import run_schema as schema
+from analysis.results.sizes import PARAMETERS, Size
 from analysis.results.summary import (
     DENSE,
     LARGER_DENSE,
@@ -17,6 +18,7 @@ from analysis.results.summary import (
     Measure,
     frontier_key,
     half_width_key,
+    labels_of,
     sole_reference,
 )
 from analysis.statistics.intervals import mean_interval
@@ -24,22 +26,30 @@ from analysis.statistics.nondominated import frontier_mask
 
 EXACT = 1e-5
 """A relative error below this is rounding of an exact factorisation, and is not drawn on a logarithmic axis."""
+MAX_LABELLED = 10
+"""Maximum number of points of a frontier that are all labelled."""
 MAX_CURVES = 6
 """Maximum number of learning curves in one panel."""
 
 
-def frontier_points(summary: pd.DataFrame, measure: Measure, chances: pd.DataFrame) -> pd.DataFrame:
+def frontier_points(
+    summary: pd.DataFrame, measure: Measure, chances: pd.DataFrame, size: Size = PARAMETERS
+) -> pd.DataFrame:
     """One row per trial with a complete seed: identity, n_params, n_seeds, mean and half_width in the measure's unit,
     on_frontier, is_reference (if it is the sole one), probability and near_probability. The last two are NaN if the
-    trial is not in `chances` (see `uncertainty.FrontierUncertainty`)."""
-    points = summary.loc[
-        summary["n_seeds"] > 0,
-        ["trial", "arm", "group", "label", "n_params", "percent_of_dense", "n_seeds"],
-    ].copy()
+    trial is not in `chances` (see `uncertainty.FrontierUncertainty`). Another size has a column of its own.
+
+    short: what distinguishes the trials that a figure labels. With at most MAX_LABELLED trials these are all. Of more,
+    they are those on the frontier and the reference; the others have no short label."""
+    identity = ["trial", "arm", "group", "label", "n_params", "percent_of_dense", "n_seeds"]
+    own = [size.name] if size.name not in identity else []
+    points = summary.loc[summary["n_seeds"] > 0, [*identity, *own]].copy()
     points["is_reference"] = points["trial"].isin(sole_reference(summary)["trial"])
     points["mean"] = measure.scale * summary[schema.mean_key(measure.key)]
     points["half_width"] = measure.scale * summary[half_width_key(measure.key)]
     points["on_frontier"] = summary[frontier_key(measure)]
+    is_labelled = points["on_frontier"] | points["is_reference"] | (len(points) <= MAX_LABELLED)
+    points["short"] = labels_of(summary.loc[points.index[is_labelled]]).reindex(points.index)
     shares = chances.set_index("trial").astype("float64").reindex(points["trial"])
     return pd.concat((points.reset_index(drop=True), shares.reset_index(drop=True)), axis=1)
 
@@ -72,7 +82,8 @@ def curve_trials(summary: pd.DataFrame) -> pd.DataFrame:
             evenly = np.linspace(0, len(others) - 1, min(len(others), MAX_CURVES - len(reference))).round().astype(int)
             panel = pd.concat((reference, others.iloc[evenly]))
         chosen += panel["trial"].tolist()
-    return complete[complete["trial"].isin(chosen)]
+    shown = complete[complete["trial"].isin(chosen)]
+    return shown.assign(label=labels_of(shown))
 
 
 def curves_left_out(summary: pd.DataFrame) -> str:

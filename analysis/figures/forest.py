@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from analysis.figures import marks, style
 from analysis.figures.rows import Row, lay_out, set_limits
 from analysis.results.comparisons import BETTER, FAILED, UNDECIDED, WORSE
+from analysis.results.numbers import format_count
 from analysis.results.pairs import REFERENCE
 from analysis.results.summary import MEASURES, MIN_SEEDS, Measure, group_order, n_statement
 
@@ -114,7 +115,7 @@ def _both(count: float, against: float) -> str:
     """Two counts if they differ; else an empty text."""
     if pd.Series((count, against)).nunique(dropna=False) == 1:
         return ""
-    shown = ("?" if pd.isna(each) else style.format_count(float(f"{float(each):.3g}")) for each in (count, against))
+    shown = ("?" if pd.isna(each) else format_count(float(f"{float(each):.3g}")) for each in (count, against))
     return " vs ".join(shown)
 
 

@@ -13,19 +13,20 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
 from analysis.figures import labels, style
-from analysis.results.numbers import percent
+from analysis.results.numbers import counted, percent
+from analysis.results.sizes import PARAMETERS, Size
 from analysis.results.summary import MIN_SEEDS, NO_FRONTIER, Measure, n_statement
 from analysis.results.uncertainty import FrontierUncertainty
 from analysis.statistics.nondominated import frontier_mask, step_line
 
-_MARKER_SIZE = 5.2
+_MARKER_SIZE, _FAINT_SIZE = 5.2, 4.0
 _AXES_HEIGHT, _ABOVE = 2.6, 0.45
 """Height in inches of the axes, and of the space above them."""
-_LABELLED = 10
-"""Up to this number of configurations, each gets a label; beyond it, only those on the frontier and the reference. The
-others are faint then, without the dots of their seeds."""
 _FAINT = 0.5
 """Share of white in a faint color."""
+_NARROW = 5.0
+"""Up to this width in inches the legend has two columns."""
+_FEWEST_WITH_OUTLIERS = 5
 _BAND = "#dbe9f6"
 _WORTH_SAYING = 0.05
 """Minimum probability that is written in the label of a configuration off the frontier."""
@@ -34,15 +35,25 @@ _SEEDS_BESIDE = 3.7
 
 
 def frontier_figure(
-    points: pd.DataFrame, seeds: pd.DataFrame, uncertainty: FrontierUncertainty, measure: Measure, note: str = ""
+    points: pd.DataFrame,
+    seeds: pd.DataFrame,
+    uncertainty: FrontierUncertainty,
+    measure: Measure,
+    note: str = "",
+    *,
+    size: Size = PARAMETERS,
+    width: float = style.WIDTH,
+    look: style.Look = "screen",
 ) -> Figure:
-    """Mean of a measure against trainable parameters, with the frontier of the means, its probabilities and its band.
+    """Mean of a measure against a size, with the frontier of the means, its probabilities and its band.
 
     Args:
         points: `data.frontier_points` of the measure; at least one row.
         seeds: `data.seed_points` of the measure.
         uncertainty: uncertainty of the same frontier; its frames may be empty.
         note: sentence added under the figure.
+        size: that of `points` and of the band.
+        width: in inches.
     """
     band = uncertainty.band
     enough = points.loc[points["n_seeds"] >= MIN_SEEDS, "n_seeds"]
@@ -61,32 +72,34 @@ def frontier_figure(
         if len(band)
         else ""
     )
-    with style.context():
-        figure = style.new_figure(_ABOVE + _AXES_HEIGHT + 1)
+    with style.context(look):
+        figure = style.new_figure(_ABOVE + _AXES_HEIGHT + 1, width)
         axes = figure.add_axes((0, 0, 1, 1))
-        _lay_out(figure, axes, below=1)
-        _scale_axes(axes, points, seeds, band, measure)
         points = points.assign(
-            x=points["n_params"].astype("float64"),
-            label=labels.told_apart(points["label"], points["group"]),
-            faint=(len(points) > _LABELLED) & ~(points["on_frontier"] | points["is_reference"]),
+            x=points[size.name].astype("float64"),
+            label=labels.told_apart(points["short"].fillna(""), points["group"]),
+            faint=points["short"].isna(),  # without bars, and without the dots of their seeds
         )
         has_dots = bool(((points["n_seeds"] > 1) & ~points["faint"]).any())
+        _lay_out(figure, axes, below=1)
+        outside = _scale_axes(axes, points, seeds, band, measure, size)
+        points = points[~outside]
         legend = _legend(points, measure, has_band=len(band) > 0, has_dots=has_dots)
         _draw_band(axes, band)
         _draw_reference(axes, points)
         hard, soft = _draw_points(axes, points, seeds)
-        left_out = labels.place_labels(axes, _point_labels(points), hard, soft)
-        missing = f"{left_out} label{'s' * (left_out > 1)} left out for lack of room." if left_out else ""
+        key = labels.place_labels_or_letters(axes, _point_labels(points), hard, soft)
         shown = [("the frontier", points["on_frontier"]), ("dense", points["is_reference"])]
         named = " and ".join(word for word, which in shown if which.any())
-        only = f"Labelled: {named or 'none, for lack of room'}; the others are faint." if points["faint"].any() else ""
-        text = style.caption(statement, uncertain, only, missing, note)
-        below = 0.46 + 0.155 * -(-len(legend) // 3)
+        only = f"Labelled: {named or 'none'}; the others are faint, without bars." if points["faint"].any() else ""
+        text = style.caption(statement, uncertain, only, key, _outside_stated(int(outside.sum()), measure), note)
+        n_columns = 3 if width > _NARROW else 2
+        below = 0.46 + 0.155 * -(-len(legend) // n_columns)
         _lay_out(figure, axes, below)
         figure.legend(
-            handles=legend, loc="upper left", ncols=3, borderaxespad=0, columnspacing=1.8, handlelength=1.6,
-            labelspacing=0.35, bbox_to_anchor=(0.55 / style.WIDTH, (below - 0.38) / figure.get_figheight()),
+            handles=legend, loc="upper left", ncols=n_columns, borderaxespad=0, handlelength=1.6, labelspacing=0.35,
+            columnspacing=1.8 if width > _NARROW else 0.8,
+            bbox_to_anchor=(0.55 / width if width > _NARROW else 0.02, (below - 0.38) / figure.get_figheight()),
         )  # fmt: skip
         figure.set_label(text)
     return figure
@@ -94,44 +107,81 @@ def frontier_figure(
 
 def _lay_out(figure: Figure, axes: Axes, below: float) -> None:
     """Leave `below` inches under the axes. Their own size stays the same, so that labels keep their places."""
-    height = _ABOVE + _AXES_HEIGHT + below
-    figure.set_size_inches(style.WIDTH, height)
-    axes.set_position((0.62 / style.WIDTH, below / height, (style.WIDTH - 0.8) / style.WIDTH, _AXES_HEIGHT / height))
+    width, height = figure.get_figwidth(), _ABOVE + _AXES_HEIGHT + below
+    figure.set_size_inches(width, height)
+    axes.set_position((0.62 / width, below / height, (width - 0.8) / width, _AXES_HEIGHT / height))
 
 
-def _scale_axes(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, band: pd.DataFrame, measure: Measure) -> None:
-    sizes = points["n_params"].astype("float64")
+def _scale_axes(
+    axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame, band: pd.DataFrame, measure: Measure, size: Size
+) -> pd.Series:
+    """Scale both axes; returns which configurations are outside, because their means are far too bad."""
+    sizes = points["x"]
     low, high = sizes.min() / 1.25, sizes.max() * 1.25
     if high / low < 4:
         middle = np.sqrt(low * high)
         low, high = middle / 2, middle * 2
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    style.set_log_ticks(axes.xaxis, low, high, style.format_count)
-    half = points["half_width"].fillna(0)
-    drawn = [points["mean"] - half, points["mean"] + half, seeds["value"], band["low"], band["high"]]
+    style.set_log_ticks(axes.xaxis, low, high, size.shown)
+    half = points["half_width"].fillna(0).mask(points["faint"], 0)
+    shown = seeds.loc[~seeds["trial"].isin(points.loc[points["faint"], "trial"]), "value"]
+    drawn = [points["mean"] - half, points["mean"] + half, shown, band["low"], band["high"]]
     values = pd.concat([part.astype("float64") for part in drawn if len(part)])
-    margin = 0.07 * (values.max() - values.min()) or 0.05 * abs(values.max()) or 1.0
-    axes.set_ylim(values.min() - margin, values.max() + margin)
-    axes.set_xlabel("Trainable parameters")
+    best, worst = (values.min(), values.max()) if measure.direction == "minimize" else (values.max(), values.min())
+    worst = _worst_shown(points, band, best, worst)
+    outside = (points["mean"] - worst) * (worst - best) > 0
+    margin = 0.07 * abs(worst - best) or 0.05 * abs(worst) or 1.0
+    axes.set_ylim(min(best, worst) - margin, max(best, worst) + margin)
+    axes.set_xlabel(size.axis_label)
     axes.set_ylabel(measure.axis_label)
 
-    percent = float((points["percent_of_dense"] / sizes).iloc[0])
+    reference = points.loc[points["is_reference"], "x"]
+    if size == PARAMETERS:
+        percent = float((points["percent_of_dense"] / sizes).iloc[0])
+    elif len(reference):
+        percent = 100 / float(reference.iloc[0])
+    else:
+        return outside
     top = axes.twiny()
     top.grid(False)
     top.set_xscale("log")
     top.set_xlim(low * percent, high * percent)
     style.set_log_ticks(top.xaxis, low * percent, high * percent, lambda tick: f"{tick:g} %")
-    top.set_xlabel("Share of the dense model's parameters")
+    top.set_xlabel(f"Share of the dense model's {size.word}")
     top.spines["top"].set_visible(True)
     axes.set_zorder(top.get_zorder() + 1)
     axes.patch.set_visible(False)
+    return outside
+
+
+def _worst_shown(points: pd.DataFrame, band: pd.DataFrame, best: float, worst: float) -> float:
+    """The end of the axis on the bad side: far outliers are outside, since they would flatten all else.
+
+    An outlier is worse than everything on the frontier, the reference and the band, and beyond the upper fence of
+    Tukey's box plot.
+    """
+    if len(points) < _FEWEST_WITH_OUTLIERS:
+        return worst
+    sign = 1 if worst > best else -1
+    half = points["half_width"].fillna(0)
+    important = points["on_frontier"] | points["is_reference"]
+    ends = sign * pd.concat([(points["mean"] + sign * half)[important], band["low"], band["high"]]).astype("float64")
+    low, high = np.quantile(sign * points["mean"], (0.25, 0.75))
+    fence = max([high + 1.5 * (high - low), *ends])
+    inside = (sign * points["mean"])[sign * points["mean"] <= fence]
+    return sign * min(sign * worst, max([inside.max(), *ends]))
+
+
+def _outside_stated(n: int, measure: Measure) -> str:
+    where = "above" if measure.direction == "minimize" else "below"
+    return f"{counted(n, 'configuration')} far {where} the axis {'are' if n > 1 else 'is'} not shown." if n else ""
 
 
 def _draw_band(axes: Axes, band: pd.DataFrame) -> None:
     """Draw the band in steps: between two sizes the limits of the smaller one hold."""
     if len(band):
-        edges = np.append(band["n_params"].to_numpy(dtype=float), axes.get_xlim()[1])
+        edges = np.append(band.iloc[:, 0].to_numpy(dtype=float), axes.get_xlim()[1])
         low, high = (np.append(band[limit], band[limit].iloc[-1]).astype(float) for limit in ("low", "high"))
         axes.fill_between(edges, low, high, step="post", color=_BAND, linewidth=0, zorder=0.6)
 
@@ -162,10 +212,10 @@ def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple
         c=[style.tint(colors[trial], 0.35) for trial in seeds["trial"]],
     )
     frontier = points[points["on_frontier"]]
-    steps_x, steps_y = step_line(frontier["n_params"], frontier["mean"], x_end)
+    steps_x, steps_y = step_line(frontier["x"], frontier["mean"], x_end)
     axes.plot(steps_x, steps_y, color=style.GREY, linewidth=0.9, zorder=1.5, solid_joinstyle="miter")
     for row, color in zip(points.to_dict("records"), _point_colors(points), strict=True):
-        if row["n_seeds"] >= MIN_SEEDS:
+        if row["n_seeds"] >= MIN_SEEDS and not row["faint"]:
             axes.errorbar(
                 row["x"],
                 row["mean"],
@@ -181,7 +231,7 @@ def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple
             row["mean"],
             linestyle="none",
             marker=styles[row["group"]].marker,
-            markersize=_MARKER_SIZE,
+            markersize=_FAINT_SIZE if row["faint"] else _MARKER_SIZE,
             markerfacecolor=color if row["on_frontier"] else "white",
             markeredgecolor=color,
             markeredgewidth=1.0,
@@ -189,7 +239,7 @@ def _draw_points(axes: Axes, points: pd.DataFrame, seeds: pd.DataFrame) -> tuple
         )
 
     x, mean = points["x"].to_numpy(dtype=float), points["mean"].to_numpy()
-    half = points["half_width"].fillna(0).to_numpy()
+    half = points["half_width"].fillna(0).mask(points["faint"], 0).to_numpy()
     bars = labels.boxes_along(axes, np.column_stack((x, mean - half)), np.column_stack((x, mean + half)), 1.5)
     hard = np.vstack((labels.boxes_around(axes, x, mean, 0.6 * _MARKER_SIZE), bars))
     corners = np.column_stack((steps_x, steps_y))
@@ -213,10 +263,8 @@ def _point_colors(points: pd.DataFrame) -> list[str]:
 def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
     """Labels of the points, those of the frontier first, because the first ones get the best places."""
     labelled = points.assign(color=_point_colors(points), important=points["on_frontier"] | points["is_reference"])
-    if len(points) > _LABELLED:
-        labelled = labelled[labelled["important"]]
-    ordered = labelled.sort_values(
-        ["on_frontier", "is_reference", "n_params", "mean"], ascending=[False, False, True, True], kind="stable"
+    ordered = labelled[~labelled["faint"]].sort_values(
+        ["on_frontier", "is_reference", "x", "mean"], ascending=[False, False, True, True], kind="stable"
     )
     return [
         labels.Label(row["x"], row["mean"], _labelled(row), row["color"], bool(row["important"]))
@@ -256,7 +304,7 @@ def _legend(points: pd.DataFrame, measure: Measure, has_band: bool, has_dots: bo
     if (enough & ~points["on_frontier"]).any():
         # A hollow one that nothing on the frontier dominates is not sound.
         shown = points[enough]
-        best = frontier_mask(shown["n_params"], shown["mean"], ("minimize", measure.direction))
+        best = frontier_mask(shown["x"], shown["mean"], ("minimize", measure.direction))
         not_sound = ", with a failed seed or stopped early" if (best & ~shown["on_frontier"]).any() else ""
         handles.append(marker("o", style.GREY, False, f"hollow: dominated{not_sound}"))
     if not enough.all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -78,16 +78,32 @@ def text_size(figure: Figure, text: str) -> NDArray[np.float64]:
 def told_apart(names: pd.Series, groups: pd.Series) -> list[str]:
     """Labels, preceded by the name of their group if another group has the same label: `low rank, as χ=16`.
 
-    If the label of one control has the name, those of all controls have it: `as χ=16` does not say what it is.
+    Those of controls always have it: `as χ=16` does not say what it is.
     """
-    unclear = groups.groupby(names, sort=False).transform("nunique") > 1
-    control = names.str.startswith("as ")
-    if unclear[control].any():
-        unclear |= control
+    unclear = (groups.groupby(names, sort=False).transform("nunique") > 1) | names.str.startswith("as ")
     kinds = groups.str.removesuffix(" from scratch").str.removesuffix(" fine-tuned")
     both = groups.groupby(kinds, sort=False).transform("nunique") > 1
     kinds = kinds.where(~both, groups.str.removesuffix(" from scratch"))
     return names.where(~unclear, kinds + ", " + names).tolist()
+
+
+def place_labels_or_letters(axes: Axes, labels: Sequence[Label], hard: Boxes, soft: Boxes) -> str:
+    """As `place_labels`; if there is no room for all labels, letters take their places.
+
+    Returns:
+        The key of the letters as a sentence for the caption; empty if the labels are written in full.
+    """
+    before = len(axes.texts)
+    if place_labels(axes, labels, hard, soft) == 0:
+        return ""
+    for text in list(axes.texts[before:]):
+        text.remove()
+    names = [chr(ord("A") + index) if index < 26 else f"A{index - 25}" for index in range(len(labels))]
+    by_x = sorted(range(len(labels)), key=lambda index: labels[index].x)  # letters ascend from left to right
+    letter_of = dict(zip(by_x, names, strict=True))
+    left_out = place_labels(axes, [replace(label, text=letter_of[at]) for at, label in enumerate(labels)], hard, soft)
+    missing = f" {left_out} of these letters left out for lack of room." if left_out else ""
+    return "; ".join(f"{letter_of[at]}: {labels[at].text}" for at in by_x) + "." + missing
 
 
 def place_labels(axes: Axes, labels: Sequence[Label], hard: Boxes, soft: Boxes) -> int:

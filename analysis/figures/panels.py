@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from analysis.figures import labels, style
-from analysis.results.numbers import percent
+from analysis.results.numbers import format_count, percent
 
 _HEIGHT, _ABOVE = 2.6, 0.1
 _LEFT, _RIGHT, _LINE = 0.62, 0.15, 0.165
@@ -57,7 +57,7 @@ def scale_sizes(axes: Axes, sizes: pd.Series) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     shown = _apart(axes, style.log_ticks(low, high)[0])
-    style.set_log_ticks(axes.xaxis, low, high, lambda tick: style.format_count(tick) if tick in shown else "")
+    style.set_log_ticks(axes.xaxis, low, high, lambda tick: format_count(tick) if tick in shown else "")
     axes.set_xlabel("Trainable parameters")
 
 
@@ -66,7 +66,7 @@ def _apart(axes: Axes, ticks: list[float]) -> set[float]:
     shown: dict[float, tuple[float, float]] = {}
     for tick in sorted(ticks, key=lambda tick: f"{tick:e}"[0] not in "125"):
         at = labels.points_of(axes, [tick], [0])[0, 0]
-        half = labels.text_size(labels.figure_of(axes), style.format_count(tick))[0] / 2
+        half = labels.text_size(labels.figure_of(axes), format_count(tick))[0] / 2
         if all(abs(at - other) > half + other_half + 2 for other, other_half in shown.values()):
             shown[tick] = (at, half)
     return set(shown)

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import labels, style
 from analysis.figures.dots import Dot, dots_figure
+from analysis.results.numbers import format_count
 from analysis.results.selection import common_seeds, seeds_stated, select
 from analysis.results.summary import Measure
 from analysis.statistics.ranking import rank_agreement, rank_intervals, reliability
@@ -86,7 +87,7 @@ def rank_figure(rows: pd.DataFrame, measure: Measure) -> Figure:
         probe = style.new_figure(1)
         names = [_shortened(probe, label) for label in labels.told_apart(rows["label"], rows["group"])]
         dots = [
-            Dot(name, row["low"], row["rank"], row["high"], style.format_count(float(f"{row['n_params']:.3g}")),
+            Dot(name, row["low"], row["rank"], row["high"], format_count(float(f"{row['n_params']:.3g}")),
                 styles[row["group"]])
             for name, row in zip(names, rows.to_dict("records"), strict=True)
         ]  # fmt: skip

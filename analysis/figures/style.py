@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -22,14 +22,18 @@ from analysis.results.summary import (
     DENSE,
     DENSE_TUNED,
     LARGER_DENSE,
-    MPO_SCRATCH,
-    MPO_TUNED,
     SMALLER_DENSE,
     group_order,
 )
 
 WIDTH = 6.75
 """Width of a figure in inches: the text width of a paper with two columns."""
+Look = Literal["screen", "paper"]
+_OF_PAPER: dict[Any, Any] = {
+    "font.family": "STIXGeneral", "font.size": 8, "axes.labelsize": 8.5, "axes.titlesize": 8.5,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
+}  # fmt: skip
+"""The look of a figure beside text in a serif font."""
 GREY = "#6b6b6b"
 BAND = "#d9d9d9"
 FEW = "#8c8c8c"
@@ -70,30 +74,33 @@ _RC: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class GroupStyle:
-    """Colour and marker shape of a group; of the usual groups each of the two is enough to distinguish it."""
+    """Colour and marker shape of a group. A kind of layer has one colour everywhere, and a marker for each origin."""
 
     color: str
     marker: str
 
 
-# Okabe and Ito, Color universal design, 2008.
-_KNOWN = {
+_DENSE = {
     DENSE: GroupStyle("#000000", "D"),
     SMALLER_DENSE: GroupStyle("#007a5a", "^"),
     LARGER_DENSE: GroupStyle("#007a5a", "v"),
-    MPO_SCRATCH: GroupStyle("#0072b2", "o"),
-    MPO_TUNED: GroupStyle("#d55e00", "s"),
     DENSE_TUNED: GroupStyle("#000000", "d"),
-    "low rank from scratch": GroupStyle("#cc79a7", "<"),
-    "low rank fine-tuned": GroupStyle("#cc79a7", ">"),
-    "Monarch from scratch": GroupStyle("#56b4e9", "P"),
-    "Monarch fine-tuned": GroupStyle("#56b4e9", "h"),
-    "pruned from scratch": GroupStyle("#e69f00", "X"),
-    "pruned fine-tuned": GroupStyle("#e69f00", "*"),
-    "tree from scratch": GroupStyle("#882255", "p"),
-    "tree fine-tuned": GroupStyle("#882255", "8"),
-    "block train from scratch": GroupStyle("#7a7a00", "H"),
-    "block train fine-tuned": GroupStyle("#7a7a00", "v"),
+}
+_KINDS = {  # Okabe and Ito, Color universal design, 2008; and two darker ones.
+    "MPO": ("#0072b2", "osp"),
+    "low rank": ("#cc79a7", "<>8"),
+    "Monarch": ("#56b4e9", "PhH"),
+    "pruned": ("#e69f00", "X*s"),
+    "tree": ("#882255", "p8s"),
+    "block train": ("#7a7a00", "Hv^"),
+    "auto": ("#d55e00", "d^o"),
+}
+"""Colour of each kind of layer, and its markers from scratch, fine-tuned and compressed."""
+_ORIGINS = (" from scratch", " fine-tuned", " compressed")
+_KNOWN = _DENSE | {
+    kind + origin: GroupStyle(color, marker)
+    for kind, (color, markers) in _KINDS.items()
+    for origin, marker in zip(_ORIGINS, markers, strict=True)
 }
 _OTHERS = [
     GroupStyle(color, markers[index])
@@ -129,35 +136,35 @@ def ink(color: str) -> str:
 
 
 @contextmanager
-def context() -> Iterator[None]:
+def context(look: Look = "screen") -> Iterator[None]:
     """Apply the settings under which every figure is made and saved; the caller's own are restored afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_RC)
+        matplotlib.rcParams.update(_RC | (_OF_PAPER if look == "paper" else {}))
         yield
 
 
-def new_figure(height: float) -> Figure:
-    """An empty figure of the common width with a canvas that can measure text; height in inches."""
-    figure = Figure(figsize=(WIDTH, height))
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure with a canvas that can measure text; in inches."""
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
 
 
 def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes at a place given in inches."""
-    tall = figure.get_figheight()
-    return figure.add_axes((left / WIDTH, bottom / tall, width / WIDTH, height / tall))
+    wide, tall = figure.get_size_inches()
+    return figure.add_axes((left / wide, bottom / tall, width / wide, height / tall))
 
 
-def save(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+def save(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS, look: Look = "screen") -> list[Path]:
     """Write `stem`.svg, .pdf and .png without dates, so that equal figures give equal bytes.
 
     The caption goes to `stem`.txt. The figure does not show it: a paper has its own.
     """
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     paths = [stem.with_name(f"{stem.name}.{form}") for form in formats]
-    with context():
+    with context(look):
         for path, form in zip(paths, formats, strict=True):
             figure.savefig(path, format=form, metadata=undated[form])
     stem.with_name(f"{stem.name}.txt").write_text(textwrap.fill(str(figure.get_label()), 100) + "\n", encoding="utf-8")
@@ -196,11 +203,3 @@ def set_chi_axis(axes: Axes, chis: Iterable[int], room: float) -> None:
 def caption(*sentences: str) -> str:
     """The caption of a figure, so that it explains itself without the report. It is the label of the `Figure`."""
     return " ".join(sentence for sentence in sentences if sentence)
-
-
-def format_count(value: float) -> str:
-    """`40k`, `1.5M`: a round number of parameters or tokens for an axis."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g}{suffix}"
-    return f"{value:g}"

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 
 from analysis.figures import labels, style
 from analysis.paper.drawn import MEASURED, PUBLISHED, draw_measured, measured_here
+from analysis.results.numbers import format_count
 from analysis.run_schema import MIN_SEEDS
 
 _PANELS = (("validation loss", "Validation loss (nats)"), ("validation accuracy", "Validation token accuracy (%)"))
@@ -75,7 +76,7 @@ def _draw(axes: Axes, points: pd.DataFrame) -> None:
     low, high = sizes.min() / 1.4, sizes.max() * 1.4
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    style.set_log_ticks(axes.xaxis, low, high, style.format_count)
+    style.set_log_ticks(axes.xaxis, low, high, format_count)
     axes.set_xlabel("Trainable parameters")
     published = points.sort_values("n_params_published")
     axes.plot(

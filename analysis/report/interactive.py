@@ -14,7 +14,7 @@ import plotly.offline
 
 from analysis import run_schema as schema
 from analysis.figures import style
-from analysis.results.numbers import percent
+from analysis.results.numbers import format_count, percent
 from analysis.results.summary import MIN_SEEDS, VAL_LOSS, Measure
 from analysis.runs.studies import part_names
 from analysis.runs.study_runs import StudyRuns
@@ -154,7 +154,7 @@ def _size_ticks(sizes: pd.Series) -> dict[str, list]:
 
 def _log_ticks(values: pd.Series) -> tuple[list[float], list[str]]:
     ticks = style.log_ticks(values.min() / 1.25, values.max() * 1.25)[0]
-    return ticks, [style.format_count(tick) if tick >= 1 else f"{tick:g}" for tick in ticks]
+    return ticks, [format_count(tick) if tick >= 1 else f"{tick:g}" for tick in ticks]
 
 
 def _html(figure: go.Figure, name: str) -> str:

@@ -62,3 +62,11 @@ def digits(value: float, decimals: int) -> str:
 def count_shown(value: float) -> str:
     """`1,000`; a dash if there is none."""
     return "–" if pd.isna(value) else f"{int(value):,}"
+
+
+def format_count(value: float) -> str:
+    """`40k`, `1.5M`: a round number of parameters or tokens for an axis."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{suffix}"
+    return f"{value:g}"

@@ -11,6 +11,7 @@ import pandas as pd
 from analysis import run_schema as schema
 from analysis.results.pairs import DENSE, DENSE_TUNED, LARGER_DENSE, MPO_SCRATCH, MPO_TUNED, SMALLER_DENSE, group_of
 from analysis.results.selection import is_sound
+from analysis.results.sizes import PARAMETERS, Size
 from analysis.run_schema import MIN_SEEDS
 from analysis.runs.study_runs import StudyRuns
 from analysis.statistics.intervals import mean_interval
@@ -51,8 +52,9 @@ class Measure:
 
     @property
     def margin(self) -> float:
-        """How much worse still counts as near, in the recorded unit, if no margin of a study file is known."""
-        return schema.MARGINS[self.name]
+        """How much worse still counts as near, in the recorded unit, if no margin of a study file is known; 0 for a
+        metric on which no claims rest."""
+        return schema.MARGINS.get(self.name, 0.0)
 
     @property
     def direction(self) -> schema.Direction:
@@ -103,7 +105,7 @@ def summarise(runs: StudyRuns) -> pd.DataFrame:
             strict=True,
         )
     ]
-    summary["label"] = _labels(summary)
+    summary["label"] = labels_of(summary)
     for key in AGGREGATED:
         _add_interval(summary, runs.seeds, key)
     # Time as measured: it depends on the machine, and on other programs that ran there.
@@ -173,9 +175,22 @@ def _add_interval(summary: pd.DataFrame, seeds: pd.DataFrame, key: str) -> None:
         summary.loc[rows, columns] = found.loc[summary.loc[rows, "trial"]].to_numpy()
 
 
-def _add_frontier(summary: pd.DataFrame, measure: Measure) -> None:
+def with_frontier(runs: StudyRuns, summary: pd.DataFrame, measure: Measure, size: Size) -> pd.DataFrame:
+    """The summary, with the size, and with the mean and the frontier of a measure by that size.
+
+    Trials without that size or without a mean are left out.
+    """
+    summary = summary.assign(**{size.name: size.of(summary, runs.seeds)})
+    if measure.key not in AGGREGATED:
+        _add_interval(summary, runs.seeds, measure.key)
+    known = summary[summary[size.name].notna() & summary[schema.mean_key(measure.key)].notna()].copy()
+    _add_frontier(known, measure, size)
+    return known
+
+
+def _add_frontier(summary: pd.DataFrame, measure: Measure, size: Size = PARAMETERS) -> None:
     summary[frontier_key(measure)] = on_frontier(
-        summary["n_params"].astype("float64"),
+        summary[size.name].astype("float64"),
         summary[schema.mean_key(measure.key)],
         summary["n_seeds"],
         is_sound(summary),
@@ -206,9 +221,12 @@ _NAMED = {
 """Params that distinguish trials, in the order in which a label uses them."""
 
 
-def _labels(summary: pd.DataFrame) -> pd.Series:
-    """Labels: χ, or the χ to which a control corresponds, or a description; then the params that distinguish trials of
-    a group with equal labels."""
+def labels_of(summary: pd.DataFrame) -> pd.Series:
+    """Labels that say what differs between these trials.
+
+    A label is χ, or the χ to which a control corresponds, or a description. Then come the params that distinguish
+    trials of a group with equal labels.
+    """
     dense = summary.loc[summary["group"] == DENSE, ["d_model", "n_layers", "d_ff"]]
     reference_shape = {key: dense[key].iloc[0] for key in dense.columns if len(dense)}
 

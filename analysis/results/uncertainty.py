@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.results.selection import seed_table, seeds_stated
+from analysis.results.sizes import PARAMETERS, Size
 from analysis.results.summary import Measure, sole_reference
 from analysis.runs.study_runs import StudyRuns
 from analysis.statistics.band import mean_frontier_band
@@ -29,7 +30,7 @@ class FrontierUncertainty(NamedTuple):
     """The uncertainty of one frontier by the seeds, in the measure's unit. A frame without results is empty.
 
     chances: trial, probability (that it is on the frontier), near_probability (that it is within epsilon of it).
-    band: n_params, observed (best mean up to that size), low, high: 95 % pointwise for the frontier of the true means.
+    band: the size, observed (best mean up to that size), low, high: 95 % pointwise for the frontier of the true means.
     hypervolume: one row; observed, low, high (95 %), worst_value, largest_size, base.
     size_needed: n_params; probability, cumulative: that each size is the smallest that loses at most epsilon against
         the dense reference; observed: whether it is the smallest by the means; cautious: whether it is the one up to
@@ -46,7 +47,11 @@ class FrontierUncertainty(NamedTuple):
 
 
 def frontier_uncertainty(
-    runs: StudyRuns, summary: pd.DataFrame, measure: Measure, declared: Collection[int] = ()
+    runs: StudyRuns,
+    summary: pd.DataFrame,
+    measure: Measure,
+    declared: Collection[int] = (),
+    size: Size = PARAMETERS,
 ) -> FrontierUncertainty:
     """Draw the true means of all trials, each from its own seeds, with the noise of all (`statistics.posterior`).
 
@@ -58,20 +63,30 @@ def frontier_uncertainty(
         measure: measure of the frontier.
         declared: trials of other budgets than the reference's that the study file compares with it. No other trial of
             another budget counts as a possible replacement of dense.
+        size: size of the frontier; with another than the parameters, hypervolume and size_needed are empty.
     """
     table = measure.scale * seed_table(summary, runs.seeds, measure.key)
     epsilon = measure.scale * runs.claims.margins.get(measure.name, measure.margin)
+    limits = (size.name, *_LIMITS)
     chances, band, hypervolume, needed = (
-        pd.DataFrame(columns=list(columns)) for columns in (_CHANCES, _BAND, _HYPERVOLUME, _SIZE_NEEDED)
+        pd.DataFrame(columns=list(columns)) for columns in (_CHANCES, limits, _HYPERVOLUME, _SIZE_NEEDED)
     )
     empty = FrontierUncertainty(chances, band, hypervolume, needed, epsilon, _rests_on(table))
     if len(table) < 2:
         return empty
     rows = summary.set_index("trial").loc[table.index]
-    sizes, direction = rows["n_params"].to_numpy(dtype=np.float64), measure.direction
+    sizes, direction = rows[size.name].to_numpy(dtype=np.float64), measure.direction
     rng, posterior = np.random.default_rng(0), Posterior.of(sizes, table.to_numpy().T)
     chances = frontier_probability(sizes, posterior, rng, epsilon=epsilon, direction=direction, n_draws=N_DRAWS)
     band = mean_frontier_band(sizes, posterior, rng, direction=direction)
+    of_frontier = empty._replace(
+        chances=pd.DataFrame(
+            {"trial": table.index, "probability": chances.on_frontier, "near_probability": chances.near_frontier}
+        ),
+        band=pd.DataFrame(dict(zip(limits, band, strict=True))).astype({size.name: rows[size.name].dtype}),
+    )
+    if size != PARAMETERS:
+        return of_frontier
     corner = HypervolumeReference(
         worst_value=math.log(int(rows["vocab_size"].iloc[0])) if direction == "minimize" else 0.0,
         largest_size=float(rows["n_params_dense"].iloc[0]),
@@ -79,11 +94,7 @@ def frontier_uncertainty(
         direction=direction,
     )
     area = hypervolume_interval(sizes, posterior, corner, rng)
-    return empty._replace(
-        chances=pd.DataFrame(
-            {"trial": table.index, "probability": chances.on_frontier, "near_probability": chances.near_frontier}
-        ),
-        band=pd.DataFrame(dict(zip(_BAND, (band.sizes.astype(np.int64), *band[1:]), strict=True))),
+    return of_frontier._replace(
         hypervolume=pd.DataFrame(
             [(*area, corner.worst_value, corner.largest_size, corner.base)], columns=list(_HYPERVOLUME)
         ),
@@ -92,7 +103,7 @@ def frontier_uncertainty(
 
 
 _CHANCES = ("trial", "probability", "near_probability")
-_BAND = ("n_params", "observed", "low", "high")
+_LIMITS = ("observed", "low", "high")
 _HYPERVOLUME = ("observed", "low", "high", "worst_value", "largest_size", "base")
 _SIZE_NEEDED = ("n_params", "probability", "cumulative", "observed", "cautious")
 

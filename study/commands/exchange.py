@@ -115,7 +115,8 @@ def _write_database(
             if tokens is not None:
                 write_tokens(connection, tokens)
             connection.exec_driver_sql(f"PRAGMA user_version = {1 if tokens is None else FORMAT}")
-            return connection.scalar(sa.select(sa.func.count()).select_from(result_table)) or 0
+            finished = sa.select(sa.func.count()).select_from(result_table).where(result_table.c.state != "paused")
+            return connection.scalar(finished) or 0
     finally:
         source.dispose()
         target.dispose()

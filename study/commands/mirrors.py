@@ -34,14 +34,17 @@ class Mirrors:
         self._queue, self._ledger, self._progress = queue, queue.ledger, progress
         self._tracker, self._copies, self._backup = tracker, copies, backup
         queue.on_result, queue.on_stop, queue.on_answered = self._on_result, self._on_stop, self._on_answered
+        queue.on_record = self._on_record
         for trial in self._ledger.trials.values():
             self._track(trial)
 
-    def _on_result(self, result: SeedResult) -> None:
-        self._progress.on_result(result)
+    def _on_record(self) -> None:
         if self._backup is not None:
             self._backup.note_change()
         self._keep(self._copies.keep_if_due)
+
+    def _on_result(self, result: SeedResult) -> None:
+        self._progress.on_result(result)
         for trial in self._ledger.trials.sharing(result.trial):
             self._track(trial)
 

@@ -93,6 +93,7 @@ class StudyProgress:
         """Show a stopped trial."""
         if trial.stop is not None and trial.duplicate_of is None:
             self.say(f"stopped: trial {trial.number} ({trial.spec.arm}): {trial.stop.reason}")
+        self.refresh()
 
     def say(self, line: str) -> None:
         """Print a line above the display."""
@@ -122,4 +123,5 @@ class StudyProgress:
         if done <= 0:
             return "time left unknown"
         rate = done / (time.monotonic() - self._begun)
-        return f"{timedelta(seconds=round(self._ledger.tally.flops_left / rate))} left"
+        at_most = "at most " if self._ledger.config.search.halving is not None else ""  # trials may end at a rung
+        return f"{at_most}{timedelta(seconds=round(self._ledger.tally.flops_left / rate))} left"

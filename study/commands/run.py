@@ -111,6 +111,7 @@ def run_study(
                 say_not_compared(progress.say, config)
             running = _start_backup(backup, queue)
             mirrors = Mirrors(queue, progress, tracker, copies, running)
+            queue.forget_leftovers()
             try:
                 _execute(queue, progress, executor, directory, address)
                 mirrors.complete()

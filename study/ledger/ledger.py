@@ -281,14 +281,14 @@ class Ledger:
         stops = self._stops_after(new)
         write_results(self._engine, self.uuid, new, stops)
         for result in new:
+            trial, key = self.trials[result.trial], (result.trial, result.seed)
+            before = _share_done(trial, self._paused.pop(key, None))
+            self.flops_recorded += (_share_done(trial, result) - before) * trial.shape.flops
             if result.state == "paused":
-                self._paused[result.trial, result.seed] = result
+                self._paused[key] = result
                 continue
-            self._paused.pop((result.trial, result.seed), None)
             self.results.add(result)
-            trial = self.trials[result.trial]
             self.tally.note(trial, result.seed)
-            self.flops_recorded += trial.shape.flops
         for stop in stops:
             self._stops[stop.trial] = stop
             for trial in self.trials.sharing(stop.trial):
@@ -321,6 +321,10 @@ class Ledger:
         """A trial's own results by seed, those of paused seeds included."""
         keys = [(trial.number, seed) for seed in self.tally.seeds_of(trial)]
         return {key[1]: known[key] for key in keys for known in (self.results, self._paused) if key in known}
+
+    def is_paused(self, trial: int, seed: int) -> bool:
+        """Whether a seed waits at a rung."""
+        return (trial, seed) in self._paused
 
     def leg(self, trial: Trial) -> tuple[Sequence[int], int | None]:
         """The missing seeds of a trial that may train now, and the step at which they pause; None: they do not."""
@@ -384,3 +388,10 @@ class Ledger:
         """Close the database."""
         self._engine.dispose()
         self._optuna.close()
+
+
+def _share_done(trial: Trial, result: SeedResult | None) -> float:
+    """The share of a run's training behind this result; a final one counts as whole."""
+    if result is None:
+        return 0.0
+    return result.curve[-1]["step"] / trial.spec.protocol.steps if result.state == "paused" else 1.0

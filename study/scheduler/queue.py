@@ -16,7 +16,7 @@ from study.spec.trial import SeedResult, Trial, now
 from study.spec.values import Choices, Range
 from study.training.optimisers import why_alone
 from study.training.storage import Storage
-from study.training.unit import Starts, Unit, checkpoints_of
+from study.training.unit import Starts, Unit, checkpointed, checkpoints_of
 
 MAX_DEATHS = 3
 """A unit whose worker died this often, without an evaluation in between, is recorded as failed. If no worker began
@@ -34,6 +34,7 @@ class Queue:
 
     Args:
         on_result: called after each recorded result.
+        on_record: called after each change of the ledger by results, before the others.
         on_stop: called with a trial that results have stopped, after those results.
         hold: this driver's hold on the ledger.
         on_answered: called with a new trial that needs no training: it repeats another, or is skipped.
@@ -48,6 +49,7 @@ class Queue:
     on_answered: Callable[[Trial], None] = lambda trial: None
     say: Callable[[str], None] = print
     on_stop: Callable[[Trial], None] = lambda trial: None
+    on_record: Callable[[], None] = lambda: None
     hold: Hold = field(default_factory=Hold)
     aborted: str | None = None
     """Why no more units are issued although work is left; None if units can be issued."""
@@ -106,6 +108,8 @@ class Queue:
             key = trial.number, seed
             if key in self.in_flight or key in self._given_up:
                 continue
+            if block and self.ledger.is_paused(*key) != self.ledger.is_paused(trial.number, block[0]):
+                continue  # seeds that train as one model are at the same step
             start = self._result_of_start(trial, seed)
             if start == "waits":
                 is_waiting = True
@@ -164,6 +168,7 @@ class Queue:
         except LedgerGone as gone:
             self.aborted = str(gone)
             return
+        self.on_record()
         results = [result for result in results if result.state != "paused"]
         for result in results:
             self._forget_checkpoints(result.trial, [result.seed])
@@ -255,6 +260,18 @@ class Queue:
                 checkpoints_of(self.storage, self.ledger.uuid, trial, seed).clear()
         except OSError as error:
             self.aborted = str(error)
+
+    def forget_leftovers(self) -> None:
+        """Remove checkpoints of runs that need no more training. A driver that was killed may have left them."""
+        try:
+            left = checkpointed(self.storage, self.ledger.uuid)
+        except OSError as error:
+            self.aborted = str(error)
+            return
+        for trial, seed in sorted(left):
+            known = self.ledger.trials.get(trial)
+            if known is None or seed not in self.ledger.tally.missing_seeds(known):
+                self._forget_checkpoints(trial, [seed])
 
     def _may_start(self, arm: str) -> bool:
         """Whether trials that begin from this arm can be asked for.

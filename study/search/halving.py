@@ -1,4 +1,4 @@
-"""Successive halving: a searched trial that is behind others part of the way ends there.
+"""Successive halving: a searched trial ends part of the way if others are better there.
 
 A rung is a share of a trial's steps. The first seeds of a trial train up to it and pause. Once all of them are there,
 their mean decides at once: the trial goes on if it is among the best share of the trials that have reached the rung so
@@ -6,8 +6,11 @@ far. This is the asynchronous form of successive halving that Ray Tune calls ASH
 parallel hyperparameter tuning", MLSys 2020), on several seeds. With several objectives, trials are ordered by the
 number of trials that dominate them (Fonseca and Fleming, ICGA 1993), so a trial that none dominates always goes on.
 
-What has been reached first counts, so the study depends on the order in which its trials reach a rung. A decision to
-stop is recorded with its evidence and never made again.
+A seed that diverges before a rung stops its trial. If a deciding seed failed for another reason, the trial passes
+without a decision, and others are not compared with it.
+
+The study depends on the order in which its trials reach a rung. A decision to stop is recorded with its evidence and
+never made again.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -30,19 +33,23 @@ class _Rung:
     """The trials that have reached one rung: their objectives, and how many others dominate each."""
 
     def __init__(self, n_objectives: int) -> None:
-        self._values = np.empty((0, n_objectives))
-        self._n_dominating = np.empty(0, dtype=int)
+        self.trials: set[int] = set()
+        self._values = np.empty((8, n_objectives))  # grows by doubling
+        self._n_dominating = np.empty(8, dtype=int)
 
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def add(self, own: Sequence[float]) -> int:
+    def add(self, trial: int, own: Sequence[float]) -> int:
         """Add a trial with these objectives, each the lower the better; returns its place, counted from 1."""
-        not_above, not_below = (self._values <= own).all(axis=1), (self._values >= own).all(axis=1)
+        n = len(self.trials)
+        if n == len(self._values):
+            self._values = np.concatenate([self._values, np.empty_like(self._values)])
+            self._n_dominating = np.concatenate([self._n_dominating, np.empty_like(self._n_dominating)])
+        self.trials.add(trial)
+        values, n_dominating = self._values[:n], self._n_dominating[:n]
+        not_above, not_below = (values <= own).all(axis=1), (values >= own).all(axis=1)
+        n_dominating += not_below & ~not_above
         n_own = int((not_above & ~not_below).sum())
-        self._n_dominating = np.append(self._n_dominating + (not_below & ~not_above), n_own)
-        self._values = np.vstack([self._values, own])
-        return 1 + int((self._n_dominating < n_own).sum())
+        self._values[n], self._n_dominating[n] = own, n_own
+        return 1 + int((n_dominating < n_own).sum())
 
 
 class Rungs:
@@ -61,7 +68,7 @@ class Rungs:
         self._stops: dict[int, RungStop] = {}
         """Decisions since the ledger was opened, by trial."""
         self._n_passed: dict[int, int] = defaultdict(int)
-        """Number of rungs that each trial has reached, by its number."""
+        """Number of rungs that each trial has passed, by its number."""
 
     def leg(
         self, trial: Trial, missing: Sequence[int], results: Mapping[int, SeedResult]
@@ -83,49 +90,49 @@ class Rungs:
             results: as for `leg`.
             after: trial and seed of the newest result.
         """
-        for step in self._newly_reached(trial, results):
-            stop = self._judged(trial, [results[seed] for seed in self._seeds], step, after)
+        if trial.number not in self._stops:  # else again: the database did not take it the first time
+            stop = self._advance(trial, results, after)
             if stop is not None:
                 self._stops[trial.number] = stop
-                break
-        return self._stops.get(trial.number)  # again if the database did not take it the first time
+        return self._stops.get(trial.number)
 
     def restore(self, trial: Trial, results: Mapping[int, SeedResult]) -> None:
         """Take in results on record, whose decisions are on record, too."""
-        for step in self._newly_reached(trial, results):
-            self._judged(trial, [results[seed] for seed in self._seeds], step, after=(trial.number, 0))
+        self._advance(trial, results, after=None)
 
-    def _newly_reached(self, trial: Trial, results: Mapping[int, SeedResult]) -> Iterator[int]:
-        """The rungs that a trial has reached with all its deciding seeds since the last call."""
-        for step in self._steps(trial)[self._n_passed[trial.number] :]:
+    def _advance(
+        self, trial: Trial, results: Mapping[int, SeedResult], after: tuple[int, int] | None
+    ) -> RungStop | None:
+        """Bring a trial to the rungs that its results have reached; nothing is decided without `after`."""
+        for number, step in enumerate(self._steps(trial), 1):
+            rung, is_new = self._rungs[step, *training_of(trial.spec)], number > self._n_passed[trial.number]
+            rows = {seed: _row_at(results.get(seed), step) for seed in self._seeds}
+            diverged = tuple(seed for seed in self._seeds if rows[seed] is None and _has_diverged(results.get(seed)))
+            if diverged and is_new and after is not None:
+                return RungStop(trial.number, step, self._seeds, diverged, {}, 0, len(rung.trials), after, when=now())
             if not all(_is_at(results.get(seed), step) for seed in self._seeds):
-                return
-            self._n_passed[trial.number] += 1
-            yield step
+                return None
+            self._n_passed[trial.number] = max(number, self._n_passed[trial.number])
+            known = [row for row in rows.values() if row is not None]
+            if len(known) < len(rows) or trial.number in rung.trials:
+                continue
+            means = self._means(trial, known)
+            place = rung.add(trial.number, [_lower_is_better(name, mean) for name, mean in means.items()])
+            if is_new and after is not None and place > self._n_going_on(len(rung.trials)):
+                return RungStop(trial.number, step, self._seeds, (), means, place, len(rung.trials), after, when=now())
+        return None
+
+    def _n_going_on(self, n: int) -> int:
+        assert self._halving is not None
+        return math.ceil(self._halving.keep * n)
 
     def _steps(self, trial: Trial) -> list[int]:
         """The steps of a trial's rungs; none if it is not searched or not trained."""
         is_own = trial.duplicate_of is None and trial.skipped is None
         if self._halving is None or not is_own or not self._config.arm(trial.spec.arm).is_searched:
             return []
-        return rung_steps(self._halving, trial.spec.protocol)
-
-    def _judged(
-        self, trial: Trial, results: Sequence[SeedResult], step: int, after: tuple[int, int]
-    ) -> RungStop | None:
-        assert self._halving is not None
-        rung = self._rungs[step, *training_of(trial.spec)]
-        diverged = tuple(result.seed for result in results if result.failure_step is not None)
-        rows = [row for result in results for row in result.curve if row["step"] == step]
-        if not diverged and not rows:
-            return None  # workers or machines failed, which says nothing about the trial
-        if diverged:
-            return RungStop(trial.number, step, self._seeds, diverged, {}, 0, len(rung), after, when=now())
-        means = self._means(trial, rows)
-        place = rung.add([mean if schema.direction_of(name) == "minimize" else -mean for name, mean in means.items()])
-        if place <= math.ceil(self._halving.keep * len(rung)):
-            return None
-        return RungStop(trial.number, step, self._seeds, (), means, place, len(rung), after, when=now())
+        protocol = trial.spec.protocol
+        return rung_steps(self._halving.rungs, protocol.steps, protocol.eval_every)
 
     def _means(self, trial: Trial, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         means = {}
@@ -135,6 +142,19 @@ class Rungs:
             else:
                 means[name] = statistics.fmean(row[name] for row in rows)
         return means
+
+
+def _lower_is_better(objective: str, value: float) -> float:
+    return value if schema.direction_of(objective) == "minimize" else -value
+
+
+def _row_at(result: SeedResult | None, step: int) -> Mapping[str, float] | None:
+    """The evaluation of a seed at a step; None if it has none."""
+    return None if result is None else next((row for row in result.curve if row["step"] == step), None)
+
+
+def _has_diverged(result: SeedResult | None) -> bool:
+    return result is not None and result.failure_step is not None
 
 
 def _is_at(result: SeedResult | None, step: int) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from analysis.run_schema import OBJECTIVES
 from study.errors import did_you_mean
-from study.spec.protocol import Protocol, evaluation_steps
 from study.spec.values import PositiveFloat, PositiveInt, Strict
 
 
@@ -50,23 +51,29 @@ class Halving(Strict):
 
     rungs: Annotated[tuple[float, ...], AfterValidator(_rungs)] = Field(
         default=(0.25, 0.5),
-        description="Shares of a trial's steps. A trial is judged at the first evaluation from each share on.",
+        description="Shares of a trial's steps. A trial is judged at the first evaluation from each share on; shares "
+        "with the same evaluation are one rung.",
     )
     keep: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5,
         description="A trial goes on if it is among this best share of the trials that have reached the rung so far. "
-        "They are ordered by the number of trials that are better or equal in all objectives.",
+        "They are ordered by the number of trials that dominate them: no worse in any objective and better in one.",
     )
     seeds: Annotated[int, Field(ge=2)] = Field(
-        default=2, description="The number of seeds whose mean decides. All other seeds start after the last rung."
+        default=2,
+        description="The number of seeds whose mean decides. The other seeds start when these are past all rungs.",
     )
 
 
-def rung_steps(halving: Halving, protocol: Protocol) -> list[int]:
-    """The steps at which trials of this protocol are judged, fewer than rungs if evaluations are rare."""
-    steps = evaluation_steps(protocol)
-    found = {next(step for step in steps if step >= rung * protocol.steps) for rung in halving.rungs}
-    return sorted(found - {0, protocol.steps})
+@lru_cache(maxsize=256)
+def rung_steps(rungs: tuple[float, ...], n_steps: int, eval_every: int) -> list[int]:
+    """The steps of the rungs: the first evaluation from each share on, before the last step.
+
+    They are fewer than the rungs if evaluations are rare.
+    """
+    rounding = 1e-9 * n_steps  # .55 × 100 is a little above 55
+    found = {math.ceil((rung * n_steps - rounding) / eval_every) * eval_every for rung in rungs}
+    return sorted(step for step in found if 0 < step < n_steps)
 
 
 class Search(Strict):

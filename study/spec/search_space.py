@@ -95,8 +95,9 @@ def check_trials(config: StudyConfig) -> None:
         for key, values in examples.items():
             for value in values:
                 resolve(config, arm, first | {key: value})
-        halving = config.search.halving
-        if halving is not None and not rung_steps(halving, resolve(config, arm, first).protocol):
+        halving, protocol = config.search.halving, resolve(config, arm, first).protocol
+        has_rungs = halving is None or rung_steps(halving.rungs, protocol.steps, protocol.eval_every)
+        if protocol.steps and not has_rungs:  # an arm without steps trains nothing that could be stopped
             raise StudyError(
                 f"arms[{arm.name}]: no evaluation comes between a rung of `search.halving` and the last step; lower "
                 "`eval_every`"

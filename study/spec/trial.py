@@ -117,7 +117,7 @@ class SeedResult:
     trial: int
     seed: int
     state: Literal["complete", "failed", "paused"]
-    """"paused": not finished, but at a rung of successive halving; `final` then has the metrics of that step."""
+    """A run is paused at a rung of successive halving; `final` then has the metrics of that step."""
     started: str
     ended: str
     final: dict[str, FiniteFloat] = field(default_factory=dict)
@@ -218,12 +218,11 @@ class RungStop:
     def reason(self) -> str:
         """The reason in one line."""
         if self.diverged:
-            return f"diverged on seed {', '.join(map(str, self.diverged))} up to step {self.step}, a rung"
+            return f"seed {', '.join(map(str, self.diverged))} diverged before step {self.step}, a rung"
         means = ", ".join(f"{name} {mean:.6g}" for name, mean in self.means.items())
         seeds = ", ".join(map(str, self.seeds))
         return (
-            f"at step {self.step}, a rung, its place is {self.place} among {self.n_there} trials "
-            f"({means}; mean of seeds {seeds})"
+            f"number {self.place} of {self.n_there} trials at step {self.step}, a rung ({means}; mean of seeds {seeds})"
         )
 
 

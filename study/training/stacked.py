@@ -119,7 +119,7 @@ class StackedTraining:
             if not self._trainings or self._first.step == self._first.spec.protocol.steps:
                 break
             # Save also if a seed has just left, so that the others continue without it after an interruption, as here.
-            pauses = self._first.step == until
+            pauses = until is not None and self._first.step >= until
             if pauses or self._has_diverged or time.monotonic() - saved >= checkpoint_seconds:
                 self._save()
                 saved = time.monotonic()

@@ -159,7 +159,7 @@ class Training:
             self.seconds = time.monotonic() - begun
             if self.step == self.spec.protocol.steps:
                 return
-            pauses = self.step == until
+            pauses = until is not None and self.step >= until  # a checkpoint may be ahead of an older ledger
             if checkpoints is not None and (pauses or time.monotonic() - saved >= checkpoint_seconds):
                 checkpoints.save(self.step, *self.state())
                 saved = time.monotonic()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import Annotated
 
 import torch
@@ -212,6 +214,16 @@ def checkpoints_of(
     """Checkpoints of one run, the same for every worker; only those of this spec are read."""
     of = "" if spec is None else hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     return Checkpoints(storage, f"{study_uuid}/checkpoints/trial{trial}-seed{seed}", of, say)
+
+
+def checkpointed(storage: Storage, study_uuid: str) -> set[tuple[int, int]]:
+    """The (trial, seed) of every run that has checkpoints in the storage."""
+    folders = [PurePosixPath(key).name for key in storage.keys(f"{study_uuid}/checkpoints")]
+    found = (_OF_RUN.fullmatch(folder) for folder in folders)
+    return {(int(run[1]), int(run[2])) for run in found if run is not None}
+
+
+_OF_RUN = re.compile(r"trial(\d+)-seed(\d+)")
 
 
 @lru_cache(maxsize=2)

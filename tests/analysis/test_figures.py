@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import matplotlib
@@ -121,7 +122,8 @@ def test_frontier_figure_shows_the_numbers_it_is_given(measure):
         is_faint = not (row["on_frontier"] or row["is_reference"])  # since there are more than ten
         grey = style.tint(style.FEW, 0.5) if is_faint else style.FEW
         assert (line.get_markeredgecolor() == grey) == (row["n_seeds"] < 3)
-    assert len(axes.containers) == (points["n_seeds"] >= 3).sum(), "an interval for three seeds or more"
+    shown = (points["n_seeds"] >= 3) & (points["on_frontier"] | points["is_reference"])
+    assert len(axes.containers) == shown.sum(), "an interval for three seeds or more, if the point is not faint"
     assert "n = 3 to 5" in figure.get_label()
 
 
@@ -185,7 +187,7 @@ def test_labels_name_their_group_where_two_groups_have_the_same():
     }
     names, groups = map(pd.Series, zip(*own, strict=True))
     assert labels.told_apart(names, groups) == list(own.values())
-    assert labels.told_apart(names[4:], groups[4:]) == ["as χ=19", "d_model=60"], "one control alone is clear"
+    assert labels.told_apart(names[4:], groups[4:]) == ["Monarch, as χ=19", "d_model=60"], "a control is always named"
 
 
 def test_frontier_figure_tells_configurations_of_one_size_apart():
@@ -261,6 +263,43 @@ def test_frontier_figure_says_when_every_configuration_has_a_failed_seed():
     assert "No frontier: no configuration has 3 complete seeds without a failed one." in said
 
 
+def test_labels_say_what_differs_between_the_labelled_configurations_alone():
+    runs, _ = simulated_study.simulated_runs(STUDIES["crowded"])
+    summary = summarise(runs)
+    _, points = drawn_frontier(runs, summary, VAL_LOSS)
+    labelled = points["on_frontier"] | points["is_reference"]
+    assert points["short"].notna().tolist() == labelled.tolist()
+    assert all(long.startswith(short) for short, long in points.loc[labelled, ["short", "label"]].to_numpy())
+    assert points.loc[labelled, "short"].str.len().sum() < points.loc[labelled, "label"].str.len().sum()
+
+
+def test_letters_take_the_place_of_labels_without_room_and_the_caption_says_what_they_are():
+    runs, _ = simulated_study.simulated_runs(STUDIES["crowded"])
+    summary = summarise(runs)
+    points = data.frontier_points(summary, VAL_LOSS, frontier_uncertainty(runs, summary, VAL_LOSS).chances)
+    points["short"] = points["short"].where(points["short"].isna(), points["short"] + ", and a name of some length")
+    seeds = data.seed_points(summary, runs.seeds, VAL_LOSS)
+    figure = frontier_figure(points, seeds, frontier_uncertainty(runs, summary, VAL_LOSS), VAL_LOSS, width=2.5)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert set(texts) <= set("ABCDEFGHIJKLMNOP")
+    for letter in texts:
+        assert re.search(rf"(^|[ ;]){letter}: .*, and a name of some length", figure.get_label())
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
+def test_far_outliers_are_outside_the_axis_and_counted(measure):
+    runs, _ = simulated_study.simulated_runs(STUDIES["usual"])
+    far = runs.seeds["trial"] == runs.trials.loc[runs.trials["arm"] == "mpo", "trial"].max()
+    runs.seeds.loc[far, "final/val_loss"] += 5.0
+    runs.seeds.loc[far, "final/val_acc"] /= 100
+    figure, points = drawn_frontier(runs, summarise(runs), measure)
+    low, high = figure.axes[0].get_ylim()
+    outside = ~points["mean"].between(low, high)
+    assert outside.sum() == 1
+    where = "above" if measure.direction == "minimize" else "below"
+    assert f"1 configuration far {where} the axis is not shown." in figure.get_label()
+
+
 def test_frontier_figure_draws_its_band_and_names_the_probabilities(summary, runs):
     figure, points = drawn_frontier(runs, summary, VAL_LOSS)
     uncertainty = frontier_uncertainty(runs, summary, VAL_LOSS)
@@ -269,7 +308,7 @@ def test_frontier_figure_draws_its_band_and_names_the_probabilities(summary, run
     expected = np.unique(np.round(uncertainty.band[["low", "high"]].to_numpy(dtype=float), 9))
     assert np.array_equal(drawn, expected)
     texts = {text.get_text() for text in figure.axes[0].texts}
-    named = points.assign(label=labels.told_apart(points["label"], points["group"]))
+    named = points.assign(label=labels.told_apart(points["short"].fillna(""), points["group"]))
     for row in named[named["on_frontier"]].to_dict("records"):
         assert f"{row['label']} ({percent(row['probability'])})" in texts
     assert f"from {uncertainty.rests_on}" in figure.get_label()

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from study_fixtures import DENSE, ledger_at, made_up, optuna_states, results_at, run_at, write_search
 
 from analysis.runs.load import load_study, resolve_study
+from study.commands.exchange import export_study
+from study.commands.opening import study_corpus
 from study.errors import StudyError
 from study.ledger.directory import StudyDirectory
 from study.search.halving import _Rung
+from study.spec.search import rung_steps
+from study.spec.search_space import example
 from study.spec.study_file import load_config
 from study.spec.trial import SeedResult, now
 from study.training.checkpoints import Checkpoints
+from study.training.seed_run import train_seed
+from study.training.storage import Storage
+from study.training.train import Training
+from study.training.unit import checkpointed, checkpoints_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -70,7 +81,7 @@ def test_trial_outside_the_best_share_is_stopped_with_its_evidence(ledger, tmp_p
     stop = reach(ledger, 3, 2.5)
     assert (stop.step, stop.place, stop.n_there, stop.seeds, stop.after) == (2, 3, 3, (0, 1), (3, 1))
     assert stop.means == {"val_loss": pytest.approx(2.6)}
-    assert stop.reason == ("at step 2, a rung, its place is 3 among 3 trials (val_loss 2.6; mean of seeds 0, 1)")
+    assert stop.reason == "number 3 of 3 trials at step 2, a rung (val_loss 2.6; mean of seeds 0, 1)"
     assert ledger.tally.missing_seeds(ledger.trials[3]) == []
     assert reach(ledger, 4, 1.7) is None  # second of four: the stopped trial counts
     assert reach(ledger, 2, 1.5, 1.2) is None
@@ -99,9 +110,59 @@ def test_diverged_seed_stops_its_trial_and_a_failed_worker_does_not(ledger):
     ledger.record(paused(1, 1, 2.0))
     assert ledger.trials[1].stop is None
     ledger.record(SeedResult(2, 0, "failed", now(), now(), failure="diverged: the loss", failure_step=1))
-    ledger.record(paused(2, 1, 0.5))
-    assert ledger.trials[2].stop.reason == "diverged on seed 0 up to step 2, a rung"
-    assert reach(ledger, 3, 2.1) is not None  # after trial 1 alone
+    assert ledger.trials[2].stop.reason == "seed 0 diverged before step 2, a rung"
+    assert reach(ledger, 3, 2.1) is None  # nobody else is there: trial 1 was not judged
+
+
+def test_seed_that_diverges_after_a_rung_leaves_its_trial_there_when_the_ledger_is_opened_again(ledger, tmp_path):
+    reach(ledger, 1, 2.0)
+    reach(ledger, 1, 2.0, 1.9)
+    late = paused(1, 0, 2.0, 1.9)
+    ledger.record(replace(late, state="failed", final={}, failure="diverged: the loss", failure_step=6))
+    assert ledger.trials[1].stop is None
+    ledger.close()
+    again = ledger_at(write(tmp_path, arms=[DENSE, ONE_SIZE]), tmp_path / "study")
+    assert reach(again, 2, 2.5).place == 2
+
+
+def test_paused_results_are_no_finished_runs_in_an_export(ledger, tmp_path):
+    ledger.record(made_up(0, 0))
+    ledger.record(paused(1, 0, 2.0))
+    ledger.close()
+    config = load_config(write(tmp_path, arms=[DENSE, ONE_SIZE]))
+    directory = StudyDirectory(tmp_path / "study")
+    directory.write(config, ledger.uuid, "off", str(tmp_path / "study" / "storage"))
+    assert export_study(directory, tmp_path / "out.db.xz", print) == 1
+
+
+def test_leftover_checkpoints_of_finished_and_stopped_runs_are_removed_at_the_next_start(tmp_path):
+    run_at(write(tmp_path), tmp_path / "study")
+    ledger = ledger_at(write(tmp_path), tmp_path / "study")
+    stopped = next(trial.number for trial in ledger.trials.values() if trial.stop is not None)
+    ledger.close()
+    storage = Storage(str(tmp_path / "study" / "storage"))
+    for number in (0, stopped):
+        checkpoints_of(storage, ledger.uuid, number, 0).save(2, {"a": torch.zeros(1)}, {})
+    run_at(write(tmp_path), tmp_path / "study")
+    assert checkpointed(storage, ledger.uuid) == set()
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_rung_is_the_first_evaluation_from_its_share_on(percent):
+    for every in (1, 5):
+        exact = -(-percent // every) * every
+        assert rung_steps((percent / 100,), 100, every) == ([exact] if exact < 100 else [])
+
+
+def test_checkpoint_ahead_of_the_rung_pauses_at_once(tmp_path):
+    """As after a restored backup, whose ledger is older than the storage."""
+    config = load_config(write(tmp_path))
+    spec = example(config, config.arms[1])
+    checkpoints = Checkpoints(Storage(str(tmp_path / "storage")), "run")
+    corpus = study_corpus(config)
+    train_seed(spec, 0, corpus, checkpoints=checkpoints, until=4)
+    result, _ = train_seed(spec, 0, corpus, checkpoints=checkpoints, until=2)
+    assert (result.state, result.curve[-1]["step"]) == ("paused", 4)
 
 
 def test_place_is_that_of_all_pairs():
@@ -111,7 +172,7 @@ def test_place_is_that_of_all_pairs():
     for n, point in enumerate(points, 1):
         there = points[:n]
         dominating = [sum((a <= b).all() and (a < b).any() for a in there) for b in there]
-        assert rung.add(point) == 1 + sum(number < dominating[-1] for number in dominating)
+        assert rung.add(n, point) == 1 + sum(number < dominating[-1] for number in dominating)
 
 
 def test_study_with_halving_ends_with_the_results_of_one_without(tmp_path):
@@ -140,14 +201,24 @@ def test_seed_whose_checkpoint_is_lost_at_a_rung_ends_with_the_same_result(tmp_p
     assert {key: result.curve for key, result in kept.items()} == {key: result.curve for key, result in lost.items()}
 
 
-def test_seeds_that_train_as_one_model_pause_and_go_on_as_they_do_without_a_rung(tmp_path):
+def test_seeds_that_train_as_one_model_pause_and_go_on_as_they_do_without_a_rung(tmp_path, monkeypatch):
+    evaluated = []
+    row = Training.row
+
+    def noted(self, *losses):
+        evaluated.append((self.spec, self.sampled_windows.batch(0)[0].sum().item(), self.step))
+        return row(self, *losses)
+
+    monkeypatch.setattr(Training, "row", noted)
     stacked = {"execution": {"seeds_per_unit": 3}}
     whole = write_search(tmp_path / "whole", trials=4, arms=[DENSE, FOUND], **{"seeds": 3} | SHORT | stacked)
     run_at(whole, tmp_path / "without")
-    run_at(write(tmp_path, trials=4, **stacked), tmp_path / "with")
+    evaluated.clear()
+    run_at(write(tmp_path, trials=4, halving={"rungs": [0.5]}, **stacked), tmp_path / "with")
     without, having = results_at(tmp_path / "without", NAME), results_at(tmp_path / "with", NAME)
     searched = [key for key in having if key[0] > 0]
     assert searched
+    assert len({(spec.model_dump_json(), batch, step) for spec, batch, step in evaluated}) == len(evaluated)
     for key in searched:  # their stacks have two seeds and one, which rounds differently
         losses = [[row["val_loss"] for row in of[key].curve] for of in (without, having)]
         np.testing.assert_allclose(*losses, rtol=1e-4)
