@@ -199,7 +199,8 @@ def study_runs(
     seed_runs = [run for run in seed_runs if param_of(run, "trial") not in left_out]
     complete = [run for run in seed_runs if run.status == "FINISHED"]
     failed = [run for run in seed_runs if run.status == "FAILED"]
-    unfinished = [run for run in seed_runs if run.status not in OVER]
+    stopped = {param_of(run, "trial") for run in trial_runs if schema.STOPPED in run.tags}
+    unfinished = [run for run in seed_runs if run.status not in OVER and param_of(run, "trial") not in stopped]
     trials = trials_frame(trial_runs, {"n_seeds": complete, "n_failed": failed, "n_unfinished": unfinished})
     check_against_trials(seed_runs, trials)
     if is_settled:

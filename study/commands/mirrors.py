@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 
 from study.commands.backup import BackgroundBackup
 from study.commands.progress import StudyProgress
@@ -11,8 +14,13 @@ from study.errors import StudyError
 from study.ledger.copies import Copies
 from study.scheduler.interrupts import interrupts
 from study.scheduler.queue import Queue
-from study.spec.trial import SeedResult, Trial
+from study.spec.trial import SeedResult, Trial, now
 from study.tracking.background import BackgroundTracker
+from study.training.unit import Unit
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+LIVE_SECONDS = 5.0
+"""Least time between two writes of one seed in training to MLflow."""
 
 
 class Mirrors:
@@ -35,8 +43,28 @@ class Mirrors:
         self._tracker, self._copies, self._backup = tracker, copies, backup
         queue.on_result, queue.on_stop, queue.on_answered = self._on_result, self._on_stop, self._on_answered
         queue.on_record = self._on_record
+        self._in_training: dict[tuple[int, int], SeedResult] = {}
+        """The seeds in training, by (trial, seed), with their learning curves so far."""
+        self._shown: dict[tuple[int, int], float] = {}
+        """When each was last sent to MLflow, in seconds."""
         for trial in self._ledger.trials.values():
             self._track(trial)
+
+    def on_evaluation(self, unit: Unit, seed: int, row: dict[str, float]) -> None:
+        """Show an evaluation of a run; MLflow hears of each run at most every few seconds."""
+        self._progress.on_evaluation(unit, seed, row)
+        if self._tracker is None:
+            return
+        key, values = (unit.trial, seed), {name: value for name, value in row.items() if name != "started"}
+        # Half a millisecond more, so that rounding never gives the one before.
+        started = (_EPOCH + timedelta(milliseconds=row["started"] + 0.5)).isoformat()
+        before = self._in_training.get(key)
+        curve = [] if before is None or before.started != started else before.curve
+        curve = [*(each for each in curve if each["step"] < row["step"]), values]
+        self._in_training[key] = SeedResult(unit.trial, seed, "paused", started, ended=now(), curve=curve)
+        if time.monotonic() - self._shown.get(key, -math.inf) >= LIVE_SECONDS:
+            self._shown[key] = time.monotonic()
+            self._track(self._ledger.trials[unit.trial])
 
     def _on_record(self) -> None:
         if self._backup is not None:
@@ -45,6 +73,8 @@ class Mirrors:
 
     def _on_result(self, result: SeedResult) -> None:
         self._progress.on_result(result)
+        self._in_training.pop((result.trial, result.seed), None)
+        self._shown.pop((result.trial, result.seed), None)
         for trial in self._ledger.trials.sharing(result.trial):
             self._track(trial)
 
@@ -58,7 +88,11 @@ class Mirrors:
 
     def _track(self, trial: Trial) -> None:
         if self._tracker is not None:
-            self._tracker.put(trial, self._ledger.on_record(trial), len(self._ledger.tally.seeds_of(trial)))
+            seeds, results = self._ledger.tally.seeds_of(trial), self._ledger.on_record(trial)
+            over = {result.seed for result in results}
+            live = (self._in_training.get((trial.number, seed)) for seed in seeds if seed not in over)
+            in_training = [] if trial.stop is not None else [result for result in live if result is not None]
+            self._tracker.put(trial, results + in_training, len(seeds))
 
     def _keep(self, keep: Callable[[], None]) -> None:
         try:

@@ -34,6 +34,7 @@ from study.tracking.opening import open_tracker, study_record
 from study.training.corpus import Corpus
 from study.training.corpus_storage import store_corpus
 from study.training.storage import Storage
+from study.training.unit import Unit
 
 TRACKING_OFF = "off"
 
@@ -113,7 +114,7 @@ def run_study(
             mirrors = Mirrors(queue, progress, tracker, copies, running)
             queue.forget_leftovers()
             try:
-                _execute(queue, progress, executor, directory, address)
+                _execute(queue, progress, mirrors.on_evaluation, executor, directory, address)
                 mirrors.complete()
             except KeyboardInterrupt:
                 mirrors.leave()
@@ -206,7 +207,12 @@ def _to_retry(ledger: Ledger) -> list[SeedResult]:
 
 
 def _execute(
-    queue: Queue, progress: StudyProgress, executor: str, directory: StudyDirectory, address: str | None
+    queue: Queue,
+    progress: StudyProgress,
+    on_evaluation: Callable[[Unit, int, dict[str, float]], None],
+    executor: str,
+    directory: StudyDirectory,
+    address: str | None,
 ) -> None:
     remove_leftovers(directory.path)
     first = queue.next_unit()  # a complete study needs no Ray
@@ -215,7 +221,7 @@ def _execute(
     queue.put_back(first)
     with SilenceWatch(queue.in_flight, directory.reports_file, progress.on_silence):
         if executor == "inline":
-            run_inline(queue, progress.on_evaluation)
+            run_inline(queue, on_evaluation)
             return
         address = _address(address)
         if address == "local":
@@ -224,7 +230,7 @@ def _execute(
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         from study.scheduler.ray import run_on_ray  # the inline executor must work without Ray
 
-        run_on_ray(queue, progress.on_evaluation, directory.path, address)
+        run_on_ray(queue, on_evaluation, directory.path, address)
 
 
 def _address(given: str | None) -> str:

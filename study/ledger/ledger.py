@@ -100,7 +100,9 @@ class Ledger:
             self.changed, self.growths = growths.changed, list(growths.records)
             self._start_arms = {arm.start_arm for arm in self.config.arms} - {None}
             name = optuna_name(self.config.name, self.uuid)
-            self._optuna = OptunaStudy(url, name, directions(self.config))
+            self._optuna = OptunaStudy(
+                url, name, dict(zip(self.config.objectives, directions(self.config), strict=True))
+            )
             on_record = read_results(self._engine, self.uuid)
             self.results = KnownResults(result for result in on_record if result.state != "paused")
             self._paused = {(each.trial, each.seed): each for each in on_record if each.state == "paused"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Literal
 
@@ -20,16 +22,21 @@ class OptunaStudy:
 
     Args:
         url: SQLAlchemy URL of the ledger.
-        name, directions: see `optuna.create_study`.
+        name: see `optuna.create_study`.
+        objectives: direction of each objective, by its name.
     """
 
-    def __init__(self, url: str, name: str, directions: list[Literal["minimize", "maximize"]]) -> None:
+    def __init__(self, url: str, name: str, objectives: Mapping[str, Literal["minimize", "maximize"]]) -> None:
         self._database = open_optuna(url)
         # One cache for all calls: without it, the database searches all trials for a trial's number.
         self._storage = optuna.storages.get_storage(self._database)
         self._study = optuna.create_study(
-            storage=self._storage, study_name=name, directions=directions, load_if_exists=True
+            storage=self._storage, study_name=name, directions=list(objectives.values()), load_if_exists=True
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if self._study.metric_names is None:
+                self._study.set_metric_names(list(objectives))
         self._id = self._storage.get_study_id_from_name(name)
 
     def trials(self) -> list[optuna.trial.FrozenTrial]:

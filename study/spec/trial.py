@@ -134,6 +134,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat()
 
 
+def milliseconds(time: str) -> int:
+    """Milliseconds since 1970 of a time in ISO 8601."""
+    return int(datetime.fromisoformat(time).timestamp() * 1000)
+
+
 @dataclass(frozen=True)
 class TrialShape:
     """Counts and identity of a spec, computed from its shapes alone.

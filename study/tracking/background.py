@@ -141,6 +141,7 @@ class BackgroundTracker:
                     tracker = self._open()
                 job, is_last_attempt = self._next(pause), self._closing
                 if job is None:
+                    tracker.end_unfinished()
                     if not self._refused:
                         tracker.settle(self._n_missing)
                     self._note_back()

@@ -6,12 +6,11 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from analysis import run_schema as schema
-from study.spec.trial import RungStop, SeedResult, Skipped, Stop, Trial
+from study.spec.trial import RungStop, SeedResult, Skipped, Stop, Trial, milliseconds
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,19 @@ def summary_content(record: StudyRecord) -> RunContent:
     )
 
 
-def trial_content(record: StudyRecord, trial: Trial, results: Sequence[SeedResult], is_over: bool) -> RunContent:
+def trial_content(
+    record: StudyRecord, trial: Trial, results: Sequence[SeedResult], is_over: bool, begun: int = 0
+) -> RunContent:
     """A trial's run: means and standard deviations over its complete seeds; the step is the number of results.
 
     Args:
-        results: at least one, in the order in which they ended; for a duplicate, those of its original.
+        results: in the order in which they ended; for a duplicate, those of its original.
+        begun: time in milliseconds at which the first seed began, for a trial without results.
     """
     complete = [result for result in results if result.state == "complete"]
-    metrics: dict[str, float] = {schema.N_SEEDS: len(complete), schema.N_FAILED: len(results) - len(complete)}
+    metrics: dict[str, float] = {}
+    if results:
+        metrics = {schema.N_SEEDS: len(complete), schema.N_FAILED: len(results) - len(complete)}
     for each in schema.FINALS if complete else ():
         values = [result.final[each.key] for result in complete if each.key in result.final]
         if len(values) < len(complete):
@@ -109,7 +113,8 @@ def trial_content(record: StudyRecord, trial: Trial, results: Sequence[SeedResul
         metrics[schema.mean_key(each.key)] = statistics.fmean(values)
         if len(values) > 1:
             metrics[schema.std_key(each.key)] = statistics.stdev(values)
-    started, ended = milliseconds(results[0].started), milliseconds(results[-1].ended)
+    started = milliseconds(results[0].started) if results else begun
+    ended = milliseconds(results[-1].ended) if results else begun
     tags = _trial_tags(record, trial)
     if trial.stop is not None and trial.duplicate_of is None:
         tags[schema.STOPPED] = trial.stop.reason
@@ -143,14 +148,15 @@ def untrained_content(record: StudyRecord, trial: Trial, why: Skipped | Stop | R
 
 
 def seed_content(record: StudyRecord, trial: Trial, result: SeedResult) -> RunContent:
-    """One seed's run: its final metrics and its learning curve."""
+    """One seed's run: its learning curve, and its final metrics if it is over."""
     tags = _group_tags(trial) | result.ran_on
     if result.failure is not None:
         tags[schema.FAILURE] = result.failure
     if result.failure_step is not None:
         tags[schema.FAILURE_STEP] = str(result.failure_step)
     ended = milliseconds(result.ended)
-    points = _points(_counts(trial) | result.final | result.rel_errors, ended)
+    final = result.final if result.state != "paused" else {}  # those of a rung
+    points = _points(_counts(trial) | final | result.rel_errors, ended)
     for row in result.curve:
         values = {key: value for key, value in row.items() if key != "step"}
         points += _points(values, ended, step=int(row["step"]))
@@ -164,8 +170,8 @@ def seed_content(record: StudyRecord, trial: Trial, result: SeedResult) -> RunCo
         key=key,
         name=f"seed {result.seed} of {trial_name(trial)}",  # MLflow's tables truncate long names
         started=milliseconds(result.started),
-        ended=ended,
-        status="FINISHED" if result.state == "complete" else "FAILED",
+        ended=None if result.state == "paused" else ended,
+        status={"complete": "FINISHED", "failed": "FAILED", "paused": "RUNNING"}[result.state],
         tags=_tags(record, key, schema.KIND_SEED, tags),
         params=_params(record, trial) | {"seed": str(result.seed)},
         points=points,
@@ -177,10 +183,6 @@ def trial_name(trial: Trial) -> str:
     spec = trial.spec
     width = f"d_model={spec.model.width}" if spec.model.width else None
     return " ".join(filter(None, [spec.arm, spec.size or width, f"(trial {trial.number})"]))
-
-
-def milliseconds(time: str) -> int:
-    return int(datetime.fromisoformat(time).timestamp() * 1000)
 
 
 def _tags(record: StudyRecord, key: str, kind: str, tags: dict[str, str]) -> dict[str, str]:

@@ -44,6 +44,8 @@ class KnownRun:
     """Whether this writer has written the run, or compared it with its required content."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics found to be correct in the run, kept until the others are written."""
+    points: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Values that this writer logged while the run was not over, by (key, step)."""
     logged: frozenset[str] = frozenset()
     """Keys of all metrics in the run, if it is checked."""
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis import run_schema as schema
-from study.spec.trial import SeedResult, Trial
+from study.spec.trial import SeedResult, Trial, milliseconds
 from study.tracking.connection import error_kind, shown
 from study.tracking.content import (
     RunContent,
     StudyRecord,
-    milliseconds,
     seed_content,
     summary_content,
     trial_content,
@@ -84,6 +84,18 @@ class Tracker:
             summary.revision = None
         return self._client
 
+    def end_unfinished(self, key: str = "") -> None:
+        """Mark runs that are not over as killed, since nothing trains them now.
+
+        Args:
+            key: only seeds of the trial with this key. Default: all runs.
+        """
+        for own, run in self._known.items():
+            if run.is_checked and run.ended is None and own.startswith(f"{key}/" if key else ""):
+                ended = int(time.time() * 1000)
+                self._writer.set_terminated(run.run_id, "KILLED", end_time=ended)
+                run.status, run.ended = "KILLED", ended
+
     def settle(self, n_missing: int) -> None:
         """Tell readers that this state of the experiment will stay, unless a run in it has not ended yet.
 
@@ -144,7 +156,8 @@ class Tracker:
         """Update one trial's runs; correct content stays.
 
         Args:
-            results: results so far; for a duplicate, those of its original, of which only aggregates are written.
+            results: results so far; for a duplicate, those of its original, of which only aggregates are written. A
+                paused one is a seed in training, with its learning curve so far.
             n_seeds: number of results that there will be.
 
         Raises:
@@ -152,7 +165,7 @@ class Tracker:
             StudyError: MLflow refuses them. Both messages are one line without a password.
         """
         try:
-            self._write(trial, sorted(results, key=lambda result: (result.ended, result.seed)), n_seeds)
+            self._write(trial, sorted(results, key=_by_end), n_seeds)
         except Exception as error:  # MLflow raises whatever its backend raises
             raise error_kind(error)(shown(error, self._client.tracking_uri)) from error
         self._on_sign()
@@ -162,12 +175,15 @@ class Tracker:
         if why_not is not None:
             content = untrained_content(self._record, trial, why_not)
             self._complete(self._ensure(content), content)
+            self.end_unfinished(content.key)
         if not results:
             return
+        in_training, results = _split(results)
         trial_key = schema.run_key(self._record.uuid, trial.number)
         own = {schema.run_key(self._record.uuid, trial.number, result.seed): result for result in results}
         if trial.duplicate_of is not None:
             own = {}
+        live = {schema.run_key(self._record.uuid, trial.number, result.seed): result for result in in_training}
         was = {key: self._known[key].started for key in own.keys() & self._known.keys()}
         again = [key for key, started in was.items() if started != milliseconds(own[key].started)]
         if again:  # delete runs that were trained again, and the means over them
@@ -175,19 +191,34 @@ class Tracker:
                 self._delete(key)
 
         def of_first(n: int, is_over: bool = False) -> RunContent:
-            return trial_content(self._record, trial, results[:n], is_over)
+            return trial_content(self._record, trial, results[:n], is_over, begun)
 
+        begun = min(milliseconds(result.started) for result in (*results, *in_training))
         content = of_first(len(results), len(results) >= n_seeds or trial.stop is not None)
-        parent = self._ensure(content, lambda: [of_first(n) for n in range(1, len(results))])
+        parent = self._ensure(content, lambda: [of_first(n) for n in range(len(results))])
         for key, result in own.items():
             known = self._known.get(key)
             is_written = known is not None and known.is_checked and known.ended == milliseconds(result.ended)
             if known is None or not is_written or known.lost_weights or known.parent != parent.run_id:
                 self._write_seed(parent, trial, result)
+        for key, result in live.items():
+            self._write_live(parent, trial, key, result)
         self._complete(parent, content)
+
+    def _write_live(self, parent: KnownRun, trial: Trial, key: str, result: SeedResult) -> None:
+        """Show a seed in training, unless the run has an older result, which stays until the new one is there."""
+        known = self._known.get(key)
+        if known is not None and known.status in ("FINISHED", "FAILED"):
+            return
+        if known is not None and known.started != milliseconds(result.started):
+            self._delete(key)  # begun by a process that was interrupted, whose points may be others
+        self._write_seed(parent, trial, result)
 
     def _write_seed(self, parent: KnownRun, trial: Trial, result: SeedResult) -> None:
         content = seed_content(self._record, trial, result)
+        live = self._known.get(content.key)
+        if live is not None and live.points and not _agree(live, content):
+            self._delete(content.key)
         known = self._ensure(content, parent=parent.run_id)
         if known.parent != parent.run_id:  # somebody deleted its former parent
             self._writer.set_tag(known.run_id, schema.PARENT, parent.run_id)
@@ -271,11 +302,20 @@ class Tracker:
     def _log(self, known: KnownRun, content: RunContent) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        metrics = [Metric(*point) for point in content.points if point.key not in known.metrics]
+        points = [
+            point
+            for point in content.points
+            if point.key not in known.metrics and (point.key, point.step) not in known.points
+        ]
+        metrics = [Metric(*point) for point in points]
         params = [Param(key, text) for key, text in content.params.items()]
         tags = [RunTag(tag, text) for tag, text in (content.tags | {schema.DIGEST: content.digest}).items()]
         self._writer.log_batch(known.run_id, metrics, params, tags)
         known.digest, known.metrics, known.logged = content.digest, {}, frozenset(content.metrics)
+        if content.ended is None:
+            known.points |= {(point.key, point.step): point.value for point in points}
+        else:
+            known.points = {}
 
     def _delete(self, key: str) -> None:
         self._writer.delete_run(self._known[key].run_id)
@@ -306,3 +346,19 @@ class Tracker:
         source = json.dumps({"sha256": sha256})
         corpus = Dataset("corpus", sha256[:_DIGEST], source_type="sha256", source=source)  # MLflow takes no more
         self._writer.log_inputs(run.run_id, [DatasetInput(corpus, [InputTag("mlflow.data.context", "training")])])
+
+
+def _by_end(result: SeedResult) -> tuple[str, int]:
+    return result.ended, result.seed
+
+
+def _split(results: Sequence[SeedResult]) -> tuple[list[SeedResult], list[SeedResult]]:
+    """The seeds in training, and the results."""
+    in_training = [result for result in results if result.state == "paused"]
+    return in_training, [result for result in results if result.state != "paused"]
+
+
+def _agree(live: KnownRun, content: RunContent) -> bool:
+    """Whether the content has the same values for all that was written while the seed trained."""
+    values = {(point.key, point.step): point.value for point in content.points}
+    return live.points.items() <= values.items()

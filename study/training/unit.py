@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from study.spec.trial import SeedResult, TrialSpec, now
+from study.spec.trial import SeedResult, TrialSpec, milliseconds, now
 from study.spec.values import Strict
 from study.training.checkpoints import Checkpoints, Damaged, pack_tensors, unpack_tensors
 from study.training.corpus import Corpus
@@ -64,7 +64,8 @@ def run_unit(
     """Train the unit's seeds from their newest checkpoints; several seeds are stacked, if model and optimiser allow it.
 
     Args:
-        on_evaluation: called with the seed and every row of its learning curve.
+        on_evaluation: called with the seed and every row of its learning curve. The row also has "started", the time
+            in milliseconds at which the run began.
         say: receives one line about things that the user should know but need not correct.
     Returns:
         One result per seed. An error in one seed gives a failed result, and the others continue. If a stack fails as a
@@ -77,9 +78,15 @@ def run_unit(
     torch.set_num_threads(max(1, int(unit.cpus)))
     storage = Storage(unit.storage)
     corpus = _corpus(unit.storage, unit.corpus_sha256, unit.validation_fraction)
+    started = now()
+
+    def note(seed: int, row: dict[str, float]) -> None:
+        on_evaluation(seed, row | {"started": milliseconds(started)})
+
     if len(unit.seeds) > 1 and why_alone(unit.spec) is None:
         try:
-            return list(map(_without_non_finite, _run_stack(unit, storage, corpus, on_evaluation, say)))
+            results = [_without_non_finite(result) for result in _run_stack(unit, storage, corpus, note, say)]
+            return [replace(result, started=started) for result in results]
         except (OSError, *OUT_OF_MEMORY):
             raise
         except Exception:
@@ -90,7 +97,8 @@ def run_unit(
         started = now()
         return_freed_memory()  # that of the unit or the seed before
         try:
-            results.append(_without_non_finite(_run_seed(unit, seed, storage, corpus, on_evaluation, say)))
+            result = _without_non_finite(_run_seed(unit, seed, storage, corpus, note, say))
+            results.append(replace(result, started=started))
         except (OSError, *OUT_OF_MEMORY):
             raise
         except Exception as error:

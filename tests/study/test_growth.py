@@ -160,7 +160,7 @@ def test_growth_by_seeds_with_starts_and_duplicates_reaches_ledger_and_mlflow(
     means = parents(folder)
     interrupted(3, file, folder, tracking=None, growth=Growth(seeds=2))
     interrupted(6, file, folder, tracking=None)
-    assert parents(folder)[0][:2] == ("RUNNING", 3)  # of four
+    assert parents(folder)[0][:2] == ("KILLED", 3)  # of four: nothing trains the last one now
     outcome = run_at(file, folder, tracking=None)
     assert (outcome.n_trials, outcome.n_complete, outcome.n_missing) == (4, 12, 0)
     assert optuna_states(StudyDirectory(folder).ledger_url) == told  # the sampler keeps what it was told first

@@ -69,11 +69,14 @@ class Tampered:
         return self.run(trial, seed).info.run_id
 
     def substance(self, runs=None):
-        """All that readers see, by key; ids of runs may change, and how a mean became what it is."""
+        """All that readers see, by key; ids of runs may change, how a mean became what it is, and when a point was
+        written: a run that is written anew has all points at its end."""
         found, skipped = {}, (schema.PARENT, schema.REVISION)
         for key, same in (runs or contents(self.path)).items():
             [(_, name, status, _, end, params, tags, metrics)] = same
-            points = {metric: sorted(points) if "seed" in params else max(points) for metric, points in metrics.items()}
+            points = {metric: [point[:2] for point in sorted(of)] for metric, of in metrics.items()}
+            if "seed" not in params:
+                points = {metric: of[-1] for metric, of in points.items()}
             found[key] = name, status, end, params, {t: text for t, text in tags.items() if t not in skipped}, points
         return found
 
