@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help study smollm2 results ui test test-all lint bench clean
+.PHONY: help study smollm2 results docs ui test test-all lint bench clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ results: $(INSTALLED) ## reports of the studies in docs/results, and what is shi
 		$(BIN)/mpo-study sync results/.shipped/$$name || exit 1; \
 	done
 	$(BIN)/python -m analysis.commands.shipped results/.shipped docs/results README.md docs/findings.md docs/results/README.md
+
+docs: $(INSTALLED) ## the documents as a site, in build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 ui: $(INSTALLED) ## browse the quick study's runs in MLflow
 	$(BIN)/mpo-study ui results/quick

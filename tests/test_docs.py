@@ -28,6 +28,9 @@ WITHOUT_PYTHON = (
     "cluster.md",
     "analysis.md",
     "glossary.md",
+    "api.md",
+    "index.md",
+    "notebook.md",  # of a study: see test_site.py
     "performance.md",
     "private_interfaces.md",
 )
