@@ -72,6 +72,14 @@ def test_report_shows_all_figures_and_fetches_nothing_from_elsewhere(browser, re
     keep_screenshot(browser, tmp_path, f"report_{size[0]}")
 
 
+def test_contents_open_the_section_that_they_lead_to(browser, report):  # noqa: F811
+    opened(browser, report / INDEX)
+    section = browser.find_element(By.ID, "comparisons")
+    assert not section.is_displayed()
+    browser.find_element(By.CSS_SELECTOR, 'nav a[href="#comparisons"]').click()
+    WebDriverWait(browser, PATIENCE).until(lambda _: section.is_displayed(), "the section stays folded")
+
+
 def test_report_answers_on_its_first_screen(browser, report):  # noqa: F811
     opened(browser, report / INDEX)
     image = browser.find_element(By.CSS_SELECTOR, "#frontier_val_loss img")

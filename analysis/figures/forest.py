@@ -19,7 +19,7 @@ from analysis.results.numbers import format_count
 from analysis.results.pairs import REFERENCE
 from analysis.results.summary import MEASURES, MIN_SEEDS, Measure, group_order, n_statement
 
-MAX_ROWS = 30
+MAX_ROWS = 20
 """Maximum number of pairs in one forest."""
 
 _ADJUSTED = {True: "as one family over both measures", False: "by Benjamini–Hochberg"}

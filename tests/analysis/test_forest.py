@@ -152,10 +152,10 @@ def test_of_many_pairs_the_declared_ones_and_the_largest_are_shown():
     shown = pairs.drop_duplicates("trial")
     assert len(frame) == 2 * 40
     assert len(shown) == MAX_ROWS
-    assert set(shown["trial"]) == {3, *range(12, 41)}
+    assert set(shown["trial"]) == {3, *range(22, 41)}
     assert shown["n_params"].is_monotonic_increasing
     figure = forest_figure(pairs, 40)
-    assert "Shown: 30 of 40 pairs" in caption_of(figure)
+    assert "Shown: 20 of 40 pairs" in caption_of(figure)
     assert "* Declared" in caption_of(figure)
     assert [text.get_text() for text in figure.texts if text.get_text().endswith(" *")] == ["χ=6 *"]
     check_texts(figure)
