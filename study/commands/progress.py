@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from study.training.unit import Unit
 
 
+_MOST_LINES = 16
+"""Most lines of runs in training in the live display."""
+
+
 def say(console: Console, line: str, *, is_trouble: bool = False) -> None:
     """Print a line unchanged and unbroken, whatever brackets and addresses it contains."""
     console.print(line, style="red" if is_trouble else None, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -40,7 +44,8 @@ class StudyProgress:
             expand=True,
         )
         self._task = self._bar.add_task("runs", total=None, words="")
-        self._latest = Text("", style="dim", no_wrap=True, overflow="ellipsis")
+        self._running: dict[tuple[int, int], str] = {}
+        """The last evaluation of each run in training, by (trial, seed)."""
         self._silent: list[str] = []
         self._live = Live(get_renderable=self._shown, console=console, transient=True, refresh_per_second=1)
 
@@ -56,17 +61,27 @@ class StudyProgress:
         self._live.stop()
 
     def _shown(self) -> Group:
-        return Group(self._bar, self._latest, *(Text(line, style="red") for line in self._silent))
+        ledger = self._ledger
+        lines = [
+            line
+            for key, line in sorted(self._running.items())
+            if key not in ledger.results and not ledger.is_paused(*key) and ledger.trials[key[0]].stop is None
+        ]
+        if len(lines) > _MOST_LINES:
+            lines = [*lines[: _MOST_LINES - 1], f"and {len(lines) - _MOST_LINES + 1} more"]
+        shown = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in lines]
+        return Group(self._bar, *shown, *(Text(line, style="red") for line in self._silent))
 
     # Events -------------------------------------------------------------------------------------------------------
 
     def on_evaluation(self, unit: Unit, seed: int, row: dict[str, float]) -> None:
         """Show an evaluation of a run."""
         step = f"step {row['step']:.0f}/{unit.spec.protocol.steps}"
-        self._latest.plain = f"{self._name(unit.trial, seed)}: {step}, val loss {row['val_loss']:.3f}"
+        self._running[unit.trial, seed] = f"{self._name(unit.trial, seed)}: {step}, val loss {row['val_loss']:.3f}"
 
     def on_result(self, result: SeedResult) -> None:
         """Show the end of a run."""
+        self._running.pop((result.trial, result.seed), None)
         name = self._name(result.trial, result.seed)
         if result.state == "failed":
             self.say(f"failed: {name}: {result.failure}")

@@ -67,6 +67,8 @@ def run_on_ray(queue: Queue, on_evaluation: OnEvaluation, study: Path, address: 
     while True:
         with private_folder(study) as folder:
             try:
+                if address == "local":
+                    queue.say("starting Ray")
                 _connect(address, folder)
                 slots = _run(queue, on_evaluation, folder, slots)
             finally:
