@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -26,8 +27,9 @@ from analysis.figures.curves import learning_curves_figure
 from analysis.figures.frontier import frontier_figure
 from analysis.report.answers import answers
 from analysis.results.findings import Findings
+from analysis.results.numbers import counted
 from analysis.results.sizes import SIZES, Size
-from analysis.results.summary import MEASURES, Measure, frontier_key, with_frontier
+from analysis.results.summary import MEASURES, Measure, summarise, with_frontier
 from analysis.results.uncertainty import FrontierUncertainty, frontier_uncertainty
 from analysis.runs import load
 from analysis.runs.curves import load_curves
@@ -35,7 +37,7 @@ from analysis.runs.studies import join_studies
 from analysis.runs.study_runs import FRAMES, StudyAddress, StudyRuns
 
 _SHORT = {measure.short: measure.name for measure in MEASURES}
-_LEAST_WIDTH = 2.5
+_LEAST_WIDTH, _MOST_WIDTH = 2.5, 20.0
 
 
 def load_study(*places: str | Path, experiment: str | None = None) -> Study:
@@ -151,22 +153,24 @@ class Study:
             width: in inches; a column of a paper has about 3.3.
             look: `screen`, or `paper` for a serif font.
         """
-        _check_width(width)
+        _check_look(width, look)
         of_measure, of_size = _axes(measure, size)
         points, seeds, uncertainty = self._points(of_measure, of_size, arms)
-        return frontier_figure(points, seeds, uncertainty, of_measure, size=of_size, width=width, look=look)
+        note = self._note(len(points), of_size, arms)
+        return frontier_figure(points, seeds, uncertainty, of_measure, note, size=of_size, width=width, look=look)
 
     def plot_curves(
         self, arms: Sequence[str] | None = None, *, width: float = style.WIDTH, look: style.Look = "screen"
     ) -> Figure:
         """Learning curves of the validation loss, one panel for each family; see `plot_frontier`."""
-        _check_width(width)
-        study = Study(self._of_arms(arms))
-        shown = data.curve_trials(study.trials)
+        _check_look(width, look)
+        runs = self._of_arms(arms)
+        summary = summarise(runs)
+        shown = data.curve_trials(summary)
         if shown.empty:
             raise AnalysisError(f"study {self.name}: no configuration was trained to the end, so there are no curves")
-        curves = load_curves(study._runs, shown["trial"].tolist())
-        note = data.curves_left_out(study.trials)
+        curves = load_curves(runs, shown["trial"].tolist())
+        note = data.curves_left_out(summary)
         return learning_curves_figure(data.curve_means(shown, curves), curves, note, width=width, look=look)
 
     def _repr_html_(self) -> str:
@@ -196,14 +200,22 @@ class Study:
         kept = {name: frame[frame["trial"].isin(trials["trial"])] for name, frame in frames.items()}
         return replace(self._runs, trials=trials.reset_index(drop=True), **kept)
 
+    def _note(self, n_shown: int, size: Size, arms: Sequence[str] | None) -> str:
+        """What the caption says of configurations without a place in the figure, and of measured sizes."""
+        runs = self._of_arms(arms)
+        n = runs.seeds["trial"].nunique() - n_shown
+        left_out = f"Left out for lack of these values: {counted(n, 'configuration')}." if n else ""
+        noise = "" if size.name in runs.trials else "Times are means over seeds; their noise is in no interval."
+        return f"{left_out} {noise}".strip()
+
     def _points(
         self, measure: Measure, size: Size, arms: Sequence[str] | None
     ) -> tuple[pd.DataFrame, pd.DataFrame, FrontierUncertainty]:
         """The points of a frontier, those of its seeds, and its uncertainty."""
         runs = self._of_arms(arms)
-        findings = self._findings if arms is None else None
-        summary = findings.summary if findings is not None else Study(runs)._findings.summary
-        summary = with_frontier(runs, summary, measure, size)
+        if runs.seeds.empty:
+            raise AnalysisError(f"study {self.name}: no seed of these arms is complete")
+        summary = with_frontier(runs, summarise(runs), measure, size)
         if summary.empty:
             raise AnalysisError(
                 f"study {self.name}: no configuration has {measure.name} and {size.name}; "
@@ -212,8 +224,13 @@ class Study:
         seeds = runs.seeds[runs.seeds["trial"].isin(summary["trial"])]
         uncertainty = frontier_uncertainty(replace(runs, seeds=seeds), summary, measure, size=size)
         points = data.frontier_points(summary, measure, uncertainty.chances, size)
-        assert frontier_key(measure) in summary
         return points, data.seed_points(summary, seeds, measure), uncertainty
+
+
+def _check_look(width: float, look: str) -> None:
+    if not isinstance(width, int | float) or not _LEAST_WIDTH <= width <= _MOST_WIDTH:
+        raise AnalysisError(f"the width must be {_LEAST_WIDTH:g} to {_MOST_WIDTH:g} inches, but is {width!r}")
+    _check("look", look, get_args(style.Look))
 
 
 def _axes(measure: str, size: str) -> tuple[Measure, Size]:
@@ -229,8 +246,3 @@ def _check(what: str, name: str, known: object) -> None:
     names = list(known)  # type: ignore[call-overload]
     if name not in names:
         raise AnalysisError(f"there is no {what} {name}; choose among {', '.join(map(str, names))}")
-
-
-def _check_width(width: float) -> None:
-    if not width >= _LEAST_WIDTH:
-        raise AnalysisError(f"the width must be at least {_LEAST_WIDTH:g} inches, but is {width:g}")

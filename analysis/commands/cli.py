@@ -164,16 +164,18 @@ def figure(
         drawn = study.plot_frontier(measure, size, arms, **options)
     else:
         drawn = study.plot_curves(arms, **options)
-    file = out or Path(name)
-    ending = file.suffix.removeprefix(".")
+    file = (out / name if out is not None and out.is_dir() else out) or Path(name)
+    ending = file.suffix.removeprefix(".").lower()
+    if form is not None and ending in style.FORMATS and ending != form:
+        raise AnalysisError(f"--out {file} and --format {form} contradict each other")
     form = form or (ending if ending in style.FORMATS else "pdf")
-    if ending != form:
-        file = file.with_name(f"{file.name}.{form}")
+    stem = file.with_suffix("") if ending == form else file
+    file = stem.with_name(f"{stem.name}.{form}")
     try:
-        style.save(drawn, file.with_suffix(""), (form,), look)
+        style.save(drawn, stem, (form,))
     except OSError as error:
         raise AnalysisError(f"cannot write {file}: {error.strerror or error}") from None
-    Console(markup=False).print(f"wrote {file}, and its caption {file.with_suffix('.txt')}", soft_wrap=True)
+    Console(markup=False).print(f"wrote {file}, and its caption {stem.with_name(f'{stem.name}.txt')}", soft_wrap=True)
 
 
 _UNITS = {"in": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72.27}

@@ -54,7 +54,7 @@ def learning_curves_figure(
         n_columns = min(len(panels), most, max(1, int(width / _LEAST_PANEL)))
         n_rows = -(-len(panels) // n_columns)
         row_height = _PANEL_HEIGHT + 0.68
-        figure = style.new_figure(row_height * n_rows, width)
+        figure = style.new_figure(row_height * n_rows, width, look)
         for index, panel in enumerate(panels):
             row, column = divmod(index, n_columns)
             in_row = panels[row * n_columns : (row + 1) * n_columns]

@@ -1,4 +1,4 @@
-"""A final metric against trainable parameters, with the frontier of the means."""
+"""A final metric against the size of a configuration, with the frontier of the means."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _AXES_HEIGHT, _ABOVE = 2.6, 0.45
 _FAINT = 0.5
 """Share of white in a faint color."""
 _NARROW = 5.0
-"""Up to this width in inches the legend has two columns."""
+"""Up to this width in inches the legend begins at the figure's edge."""
 _FEWEST_WITH_OUTLIERS = 5
 _BAND = "#dbe9f6"
 _WORTH_SAYING = 0.05
@@ -73,7 +73,7 @@ def frontier_figure(
         else ""
     )
     with style.context(look):
-        figure = style.new_figure(_ABOVE + _AXES_HEIGHT + 1, width)
+        figure = style.new_figure(_ABOVE + _AXES_HEIGHT + 1, width, look)
         axes = figure.add_axes((0, 0, 1, 1))
         points = points.assign(
             x=points[size.name].astype("float64"),
@@ -93,16 +93,26 @@ def frontier_figure(
         named = " and ".join(word for word, which in shown if which.any())
         only = f"Labelled: {named or 'none'}; the others are faint, without bars." if points["faint"].any() else ""
         text = style.caption(statement, uncertain, only, key, _outside_stated(int(outside.sum()), measure), note)
-        n_columns = 3 if width > _NARROW else 2
-        below = 0.46 + 0.155 * -(-len(legend) // n_columns)
+        _add_legend(figure, axes, legend)
+        figure.set_label(text)
+    return figure
+
+
+def _add_legend(figure: Figure, axes: Axes, handles: list[Line2D | Patch]) -> None:
+    """Put the legend under the axes, in as many columns as the figure has room for."""
+    width = figure.get_figwidth()
+    for n_columns in (3, 2, 1):
+        below = 0.46 + 0.155 * -(-len(handles) // n_columns)
         _lay_out(figure, axes, below)
-        figure.legend(
-            handles=legend, loc="upper left", ncols=n_columns, borderaxespad=0, handlelength=1.6, labelspacing=0.35,
+        legend = figure.legend(
+            handles=handles, loc="upper left", ncols=n_columns, borderaxespad=0, handlelength=1.6, labelspacing=0.35,
             columnspacing=1.8 if width > _NARROW else 0.8,
             bbox_to_anchor=(0.55 / width if width > _NARROW else 0.02, (below - 0.38) / figure.get_figheight()),
         )  # fmt: skip
-        figure.set_label(text)
-    return figure
+        if legend.get_window_extent().x1 <= width * figure.dpi:
+            return
+        legend.remove()
+    figure.add_artist(legend)
 
 
 def _lay_out(figure: Figure, axes: Axes, below: float) -> None:
@@ -123,7 +133,8 @@ def _scale_axes(
         low, high = middle / 2, middle * 2
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    style.set_log_ticks(axes.xaxis, low, high, size.shown)
+    room = 72 * axes.get_position().width * labels.figure_of(axes).get_figwidth()
+    style.set_log_ticks(axes.xaxis, low, high, size.shown, room)
     half = points["half_width"].fillna(0).mask(points["faint"], 0)
     shown = seeds.loc[~seeds["trial"].isin(points.loc[points["faint"], "trial"]), "value"]
     drawn = [points["mean"] - half, points["mean"] + half, shown, band["low"], band["high"]]
@@ -147,7 +158,7 @@ def _scale_axes(
     top.grid(False)
     top.set_xscale("log")
     top.set_xlim(low * percent, high * percent)
-    style.set_log_ticks(top.xaxis, low * percent, high * percent, lambda tick: f"{tick:g} %")
+    style.set_log_ticks(top.xaxis, low * percent, high * percent, lambda tick: f"{tick:g} %", room)
     top.set_xlabel(f"Share of the dense model's {size.word}")
     top.spines["top"].set_visible(True)
     axes.set_zorder(top.get_zorder() + 1)
@@ -267,7 +278,7 @@ def _point_labels(points: pd.DataFrame) -> list[labels.Label]:
         ["on_frontier", "is_reference", "x", "mean"], ascending=[False, False, True, True], kind="stable"
     )
     return [
-        labels.Label(row["x"], row["mean"], _labelled(row), row["color"], bool(row["important"]))
+        labels.Label(row["x"], row["mean"], _labelled(row), row["color"], bool(row["important"]), _in_key(row))
         for row in ordered.to_dict("records")
     ]
 
@@ -277,6 +288,12 @@ def _labelled(row: dict[Any, Any]) -> str:
     share = row["probability"]
     is_worth_it = pd.notna(share) and (row["on_frontier"] or share >= _WORTH_SAYING)
     return f"{row['label']} ({percent(share)})" if is_worth_it else row["label"]
+
+
+def _in_key(row: dict[Any, Any]) -> str:
+    """The label where no colour says what it is: with its group."""
+    group, text = row["group"], _labelled(row | {"label": row["short"]})
+    return text if text.startswith(group) else f"{group}, {text}"
 
 
 def _legend(points: pd.DataFrame, measure: Measure, has_band: bool, has_dots: bool) -> list[Line2D | Patch]:

@@ -41,6 +41,8 @@ class Label:
     text: str
     color: str
     important: bool = True
+    key: str = ""
+    """What a letter in its place stands for."""
 
 
 def figure_of(axes: Axes) -> Figure:
@@ -103,7 +105,7 @@ def place_labels_or_letters(axes: Axes, labels: Sequence[Label], hard: Boxes, so
     letter_of = dict(zip(by_x, names, strict=True))
     left_out = place_labels(axes, [replace(label, text=letter_of[at]) for at, label in enumerate(labels)], hard, soft)
     missing = f" {left_out} of these letters left out for lack of room." if left_out else ""
-    return "; ".join(f"{letter_of[at]}: {labels[at].text}" for at in by_x) + "." + missing
+    return "; ".join(f"{letter_of[at]}: {labels[at].key or labels[at].text}" for at in by_x) + "." + missing
 
 
 def place_labels(axes: Axes, labels: Sequence[Label], hard: Boxes, soft: Boxes) -> int:

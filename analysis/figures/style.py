@@ -144,9 +144,20 @@ def context(look: Look = "screen") -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
+class StyledFigure(Figure):
+    """A figure that is saved with the settings that it was made with, whoever saves it."""
+
+    look: Look = "screen"
+
+    def savefig(self, *args: Any, **options: Any) -> None:
+        with context(self.look):
+            super().savefig(*args, **options)
+
+
+def new_figure(height: float, width: float = WIDTH, look: Look = "screen") -> Figure:
     """An empty figure with a canvas that can measure text; in inches."""
-    figure = Figure(figsize=(width, height))
+    figure = StyledFigure(figsize=(width, height))
+    figure.look = look
     FigureCanvasAgg(figure)
     return figure
 
@@ -157,16 +168,15 @@ def add_axes(figure: Figure, left: float, bottom: float, width: float, height: f
     return figure.add_axes((left / wide, bottom / tall, width / wide, height / tall))
 
 
-def save(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS, look: Look = "screen") -> list[Path]:
+def save(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Write `stem`.svg, .pdf and .png without dates, so that equal figures give equal bytes.
 
     The caption goes to `stem`.txt. The figure does not show it: a paper has its own.
     """
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     paths = [stem.with_name(f"{stem.name}.{form}") for form in formats]
-    with context(look):
-        for path, form in zip(paths, formats, strict=True):
-            figure.savefig(path, format=form, metadata=undated[form])
+    for path, form in zip(paths, formats, strict=True):
+        figure.savefig(path, format=form, metadata=undated[form])
     stem.with_name(f"{stem.name}.txt").write_text(textwrap.fill(str(figure.get_label()), 100) + "\n", encoding="utf-8")
     return paths
 
@@ -180,13 +190,30 @@ def log_ticks(low: float, high: float) -> tuple[list[float], list[float]]:
     return (major, inside) if len(major) >= 3 else (inside, inside)
 
 
-def set_log_ticks(axis: Axis, low: float, high: float, text: Callable[[float], str]) -> None:
-    """Give a logarithmic axis the ticks of `log_ticks`; `text` formats the major ones."""
+def set_log_ticks(axis: Axis, low: float, high: float, text: Callable[[float], str], room: float | None = None) -> None:
+    """Give a logarithmic axis the ticks of `log_ticks`; `text` formats the major ones.
+
+    Args:
+        room: length of a horizontal axis in points; major ticks whose texts would overlap become minor ones.
+    """
     major, minor = log_ticks(low, high)
+    if room is not None:
+        major = _apart(major, {tick: room * np.log(tick / low) / np.log(high / low) for tick in major}, text)
     axis.set_major_locator(FixedLocator(major))
     axis.set_major_formatter(FixedFormatter([text(tick) for tick in major]))
     axis.set_minor_locator(FixedLocator(minor))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _apart(ticks: Sequence[float], places: dict[float, float], text: Callable[[float], str]) -> list[float]:
+    """The ticks whose texts fit beside each other: powers of ten first, then 5, 2, and the other digits."""
+    size = float(matplotlib.rcParams["xtick.labelsize"])
+    half = {tick: 0.5 * (0.62 * len(text(tick)) + 0.5) * size for tick in ticks}
+    kept: list[float] = []
+    for tick in sorted(ticks, key=lambda tick: ("1524367890".index(f"{tick:e}"[0]), tick)):
+        if all(abs(places[tick] - places[other]) >= half[tick] + half[other] for other in kept):
+            kept.append(tick)
+    return sorted(kept)
 
 
 def set_chi_axis(axes: Axes, chis: Iterable[int], room: float) -> None:

@@ -20,10 +20,12 @@ class Size:
     shown: Callable[[float], str] = "{:g}".format
 
     def of(self, summary: pd.DataFrame, seeds: pd.DataFrame) -> pd.Series:
-        """The size of each trial, aligned with the summary; a measured one is the mean over seeds. NaN if not known."""
+        """The size of each trial, aligned with the summary; a measured one is the mean over seeds. NaN if not known
+        of every seed."""
         if self.name in summary:
             return summary[self.name].astype("float64")
-        means = seeds.groupby("trial")[self.name].mean()
+        measured = seeds.groupby("trial")[self.name]
+        means = measured.mean().where(measured.count() == measured.size())
         return summary["trial"].map(means).astype("float64")
 
 

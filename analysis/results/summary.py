@@ -180,7 +180,9 @@ def with_frontier(runs: StudyRuns, summary: pd.DataFrame, measure: Measure, size
 
     Trials without that size or without a mean are left out.
     """
-    summary = summary.assign(**{size.name: size.of(summary, runs.seeds)})
+    summary = summary.copy()
+    if size.name not in summary:
+        summary[size.name] = size.of(summary, runs.seeds)
     if measure.key not in AGGREGATED:
         _add_interval(summary, runs.seeds, measure.key)
     known = summary[summary[size.name].notna() & summary[schema.mean_key(measure.key)].notna()].copy()

@@ -20,7 +20,7 @@ from study.training.unit import Unit
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LIVE_SECONDS = 5.0
-"""Least time between two writes of one seed in training to MLflow."""
+"""Least time between two writes of a trial's seeds in training to MLflow."""
 
 
 class Mirrors:
@@ -45,25 +45,28 @@ class Mirrors:
         queue.on_record = self._on_record
         self._in_training: dict[tuple[int, int], SeedResult] = {}
         """The seeds in training, by (trial, seed), with their learning curves so far."""
-        self._shown: dict[tuple[int, int], float] = {}
-        """When each was last sent to MLflow, in seconds."""
+        self._shown: dict[int, float] = {}
+        """When the seeds in training of each trial were last sent to MLflow, in seconds."""
         for trial in self._ledger.trials.values():
             self._track(trial)
 
     def on_evaluation(self, unit: Unit, seed: int, row: dict[str, float]) -> None:
-        """Show an evaluation of a run; MLflow hears of each run at most every few seconds."""
+        """Show an evaluation of a run; MLflow hears of each trial at most every few seconds."""
         self._progress.on_evaluation(unit, seed, row)
-        if self._tracker is None:
+        is_over = (unit.trial, seed) in self._ledger.results or self._ledger.trials[unit.trial].stop is not None
+        if self._tracker is None or is_over:
             return
         key, values = (unit.trial, seed), {name: value for name, value in row.items() if name != "started"}
         # Half a millisecond more, so that rounding never gives the one before.
         started = (_EPOCH + timedelta(milliseconds=row["started"] + 0.5)).isoformat()
-        before = self._in_training.get(key)
+        before, paused = self._in_training.get(key), self._ledger.paused(*key)
+        if paused is not None:  # it goes on from a rung
+            started, before = paused.started, before or paused
         curve = [] if before is None or before.started != started else before.curve
         curve = [*(each for each in curve if each["step"] < row["step"]), values]
         self._in_training[key] = SeedResult(unit.trial, seed, "paused", started, ended=now(), curve=curve)
-        if time.monotonic() - self._shown.get(key, -math.inf) >= LIVE_SECONDS:
-            self._shown[key] = time.monotonic()
+        if time.monotonic() - self._shown.get(unit.trial, -math.inf) >= LIVE_SECONDS:
+            self._shown[unit.trial] = time.monotonic()
             self._track(self._ledger.trials[unit.trial])
 
     def _on_record(self) -> None:
@@ -74,12 +77,13 @@ class Mirrors:
     def _on_result(self, result: SeedResult) -> None:
         self._progress.on_result(result)
         self._in_training.pop((result.trial, result.seed), None)
-        self._shown.pop((result.trial, result.seed), None)
         for trial in self._ledger.trials.sharing(result.trial):
             self._track(trial)
 
     def _on_stop(self, trial: Trial) -> None:
         self._progress.on_stop(trial)
+        for seed in self._ledger.tally.seeds_of(trial):
+            self._in_training.pop((trial.number, seed), None)
         self._track(trial)
 
     def _on_answered(self, trial: Trial) -> None:

@@ -65,7 +65,7 @@ class StudyProgress:
         lines = [
             line
             for key, line in sorted(self._running.items())
-            if key not in ledger.results and not ledger.is_paused(*key) and ledger.trials[key[0]].stop is None
+            if key not in ledger.results and ledger.trials[key[0]].stop is None
         ]
         if len(lines) > _MOST_LINES:
             lines = [*lines[: _MOST_LINES - 1], f"and {len(lines) - _MOST_LINES + 1} more"]
@@ -78,6 +78,8 @@ class StudyProgress:
         """Show an evaluation of a run."""
         step = f"step {row['step']:.0f}/{unit.spec.protocol.steps}"
         self._running[unit.trial, seed] = f"{self._name(unit.trial, seed)}: {step}, val loss {row['val_loss']:.3f}"
+        if unit.until is not None and row["step"] >= unit.until:  # it pauses there
+            self._running.pop((unit.trial, seed))
 
     def on_result(self, result: SeedResult) -> None:
         """Show the end of a run."""

@@ -49,6 +49,7 @@ def sync(
                 f"the first is trial {number}: {first_line(error)}"
             )
         try:
+            tracker.end_unfinished()
             tracker.settle(ledger.tally.n_missing)
         except Exception as error:  # MLflow raises whatever its backend raises
             raise tracking_error(error, uri) from error

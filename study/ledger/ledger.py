@@ -272,12 +272,17 @@ class Ledger:
         Returns:
             The trials that these results stop, with the trials that repeat them.
         """
-        new = [result for result in results if (result.trial, result.seed) not in self.results]
+        new = [self._from_its_start(result) for result in results if (result.trial, result.seed) not in self.results]
         if new:
             self._write(new)
         self._tell_what_is_over()
         stopped, self._stopped = self._stopped, []
         return stopped
+
+    def _from_its_start(self, result: SeedResult) -> SeedResult:
+        """The result of a run that paused at a rung began when its first part did."""
+        paused = self._paused.get((result.trial, result.seed))
+        return result if paused is None else replace(result, started=paused.started)
 
     def _write(self, new: Sequence[SeedResult]) -> None:
         stops = self._stops_after(new)
@@ -324,9 +329,9 @@ class Ledger:
         keys = [(trial.number, seed) for seed in self.tally.seeds_of(trial)]
         return {key[1]: known[key] for key in keys for known in (self.results, self._paused) if key in known}
 
-    def is_paused(self, trial: int, seed: int) -> bool:
-        """Whether a seed waits at a rung."""
-        return (trial, seed) in self._paused
+    def paused(self, trial: int, seed: int) -> SeedResult | None:
+        """The result so far of a seed that waits at a rung, or trains from there; None for any other."""
+        return self._paused.get((trial, seed))
 
     def leg(self, trial: Trial) -> tuple[Sequence[int], int | None]:
         """The missing seeds of a trial that may train now, and the step at which they pause; None: they do not."""

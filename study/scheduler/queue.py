@@ -108,7 +108,8 @@ class Queue:
             key = trial.number, seed
             if key in self.in_flight or key in self._given_up:
                 continue
-            if block and self.ledger.is_paused(*key) != self.ledger.is_paused(trial.number, block[0]):
+            waits = self.ledger.paused(*key) is not None
+            if block and waits != (self.ledger.paused(trial.number, block[0]) is not None):
                 continue  # seeds that train as one model are at the same step
             start = self._result_of_start(trial, seed)
             if start == "waits":

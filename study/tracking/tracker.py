@@ -84,14 +84,16 @@ class Tracker:
             summary.revision = None
         return self._client
 
-    def end_unfinished(self, key: str = "") -> None:
-        """Mark runs that are not over as killed, since nothing trains them now.
+    def _drop_training(self, trial_key: str) -> None:
+        """Delete the seeds of a trial that were in training: it was stopped, and they have no result."""
+        left = [key for key, run in self._known.items() if run.ended is None and key.startswith(f"{trial_key}/")]
+        for key in left:
+            self._delete(key)
 
-        Args:
-            key: only seeds of the trial with this key. Default: all runs.
-        """
-        for own, run in self._known.items():
-            if run.is_checked and run.ended is None and own.startswith(f"{key}/" if key else ""):
+    def end_unfinished(self) -> None:
+        """Mark runs that are not over as killed, since nothing trains them now."""
+        for run in self._known.values():
+            if run.is_checked and run.ended is None:
                 ended = int(time.time() * 1000)
                 self._writer.set_terminated(run.run_id, "KILLED", end_time=ended)
                 run.status, run.ended = "KILLED", ended
@@ -175,7 +177,7 @@ class Tracker:
         if why_not is not None:
             content = untrained_content(self._record, trial, why_not)
             self._complete(self._ensure(content), content)
-            self.end_unfinished(content.key)
+            self._drop_training(content.key)
         if not results:
             return
         in_training, results = _split(results)
@@ -185,10 +187,10 @@ class Tracker:
             own = {}
         live = {schema.run_key(self._record.uuid, trial.number, result.seed): result for result in in_training}
         was = {key: self._known[key].started for key in own.keys() & self._known.keys()}
-        again = [key for key, started in was.items() if started != milliseconds(own[key].started)]
-        if again:  # delete runs that were trained again, and the means over them
-            for key in {trial_key, *again} & self._known.keys():
-                self._delete(key)
+        again = {key for key, started in was.items() if started != milliseconds(own[key].started)}
+        in_means = {key for key in again if self._known[key].status in ("FINISHED", "FAILED")}
+        for key in again | ({trial_key} & self._known.keys() if in_means else set()):
+            self._delete(key)  # runs that were trained again, and the means over them
 
         def of_first(n: int, is_over: bool = False) -> RunContent:
             return trial_content(self._record, trial, results[:n], is_over, begun)
@@ -203,6 +205,8 @@ class Tracker:
                 self._write_seed(parent, trial, result)
         for key, result in live.items():
             self._write_live(parent, trial, key, result)
+        if trial.stop is not None:
+            self._drop_training(trial_key)
         self._complete(parent, content)
 
     def _write_live(self, parent: KnownRun, trial: Trial, key: str, result: SeedResult) -> None:
@@ -210,14 +214,14 @@ class Tracker:
         known = self._known.get(key)
         if known is not None and known.status in ("FINISHED", "FAILED"):
             return
-        if known is not None and known.started != milliseconds(result.started):
-            self._delete(key)  # begun by a process that was interrupted, whose points may be others
+        if known is not None and not (known.is_checked and known.started == milliseconds(result.started)):
+            self._delete(key)  # which of its points are there is not known, or an interrupted process began it
         self._write_seed(parent, trial, result)
 
     def _write_seed(self, parent: KnownRun, trial: Trial, result: SeedResult) -> None:
         content = seed_content(self._record, trial, result)
         live = self._known.get(content.key)
-        if live is not None and live.points and not _agree(live, content):
+        if live is not None and (_is_part_unknown(live, content) or not _agree(live, content)):
             self._delete(content.key)
         known = self._ensure(content, parent=parent.run_id)
         if known.parent != parent.run_id:  # somebody deleted its former parent
@@ -356,6 +360,12 @@ def _split(results: Sequence[SeedResult]) -> tuple[list[SeedResult], list[SeedRe
     """The seeds in training, and the results."""
     in_training = [result for result in results if result.state == "paused"]
     return in_training, [result for result in results if result.state != "paused"]
+
+
+def _is_part_unknown(run: KnownRun, content: RunContent) -> bool:
+    """Whether another writer left this run while its seed trained, so that points of its curve may be missing."""
+    was_live = not run.is_checked and run.status in ("RUNNING", "KILLED")
+    return was_live and run.digest not in ("", content.digest)
 
 
 def _agree(live: KnownRun, content: RunContent) -> bool:

@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from analysis import AnalysisError, load_study
 from analysis.commands.cli import app
-from analysis.figures import labels
 from analysis.notebook import Study
 from analysis.results.sizes import SIZES
 from analysis.results.summary import summarise
@@ -67,10 +66,14 @@ def test_figures_have_the_width_asked_for_and_nothing_leaves_them(study, width, 
         assert figure.get_figwidth() == width
         assert figure.get_label()
         axes = figure.axes[0]
-        for text in axes.texts:
-            extent = text.get_window_extent()
-            assert extent.x0 >= 0
-            assert extent.x1 <= 72 * width * labels.figure_of(axes).dpi / 72 + 1
+        ticks = [text for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels() if text.get_text()]
+        for artist in (*axes.texts, *ticks, *figure.legends):
+            extent = artist.get_window_extent()
+            assert extent.x0 >= -1
+            assert extent.x1 <= width * figure.dpi + 1
+    axes = study.plot_frontier(width=width, look=look).axes[0]
+    beside = [text.get_window_extent() for text in axes.get_xticklabels() if text.get_text()]
+    assert all(left.x1 <= right.x0 for left, right in pairwise(beside))
 
 
 def test_a_notebook_shows_what_was_run_and_the_frontier(study):
@@ -87,7 +90,11 @@ def test_a_notebook_shows_what_was_run_and_the_frontier(study):
         (lambda study: study.frontier(arms=["mop"]), "there is no arm mop; choose among dense"),
         (lambda study: study.frontier(size="decode_ms"), "no configuration has val_loss and decode_ms"),
         (lambda study: study.curves("val_los"), "there is no metric val_los; choose among"),
-        (lambda study: study.plot_curves(width=1), "the width must be at least 2.5 inches, but is 1"),
+        (lambda study: study.plot_curves(width=1), "the width must be 2.5 to 20 inches, but is 1"),
+        (lambda study: study.plot_curves(width=1e5), "the width must be 2.5 to 20 inches, but is 100000.0"),
+        (lambda study: study.plot_curves(width="3in"), "the width must be 2.5 to 20 inches, but is '3in'"),
+        (lambda study: study.plot_frontier(look="neat"), "there is no look neat; choose among screen, paper"),
+        (lambda study: study.frontier(arms=[]), "no seed of these arms is complete"),
         (lambda study: load_study("sqlite:///x.db"), "is a tracking URI; name the study there"),
     ],
 )
@@ -102,6 +109,8 @@ def test_what_does_not_exist_is_one_clear_line(study, act, message):
         (["frontier", "--width", "84mm", "--style", "paper"], "frontier.pdf"),
         (["frontier", "--out", "mine.svg", "--arm", "mpo"], "mine.svg"),
         (["curves", "--format", "png", "--out", "drawn"], "drawn.png"),
+        (["frontier", "--out", "Drawn.PDF"], "Drawn.pdf"),
+        (["frontier", "--out", "."], "frontier.pdf"),
     ],
 )
 def test_figure_command_writes_the_figure_and_its_caption(study_dir, tmp_path, monkeypatch, arguments, name):
@@ -110,6 +119,23 @@ def test_figure_command_writes_the_figure_and_its_caption(study_dir, tmp_path, m
     assert result.exit_code == 0, result.output
     assert (tmp_path / name).stat().st_size > 1000
     assert "Means over complete seeds" in (tmp_path / name).with_suffix(".txt").read_text(encoding="utf-8")
+
+
+def test_configurations_without_a_value_are_counted_in_the_caption(study):
+    runs = study._runs
+    trials = runs.trials.copy()
+    trials.loc[trials["arm"] == "dense", "bytes"] = pd.NA
+    trials.loc[trials["arm"] != "dense", "bytes"] = 4 * trials.loc[trials["arm"] != "dense", "n_params"]
+    figure = Study(type(runs)(**{**runs.__dict__, "trials": trials})).plot_frontier(size="bytes")
+    n = ((trials["arm"] == "dense") & (trials["n_seeds"] > 0)).sum()
+    assert f"Left out for lack of these values: {n} configuration" in figure.get_label()
+
+
+def test_figure_that_a_notebook_saves_has_the_fonts_of_one_that_the_report_saves(study, tmp_path):
+    study.plot_frontier(look="paper").savefig(tmp_path / "frontier.pdf")
+    content = (tmp_path / "frontier.pdf").read_bytes()
+    assert b"/Type3" not in content
+    assert b"STIX" in content
 
 
 @pytest.mark.parametrize("width", ["3.3", "wide", "3.3ft", "in"])

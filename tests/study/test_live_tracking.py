@@ -24,6 +24,7 @@ from study.commands.sync import sync
 from study.ledger.directory import StudyDirectory
 from study.scheduler.queue import Queue
 from study.spec.study_file import load_config
+from study.spec.trial import RungStop, now
 from study.tracking.opening import open_tracker, study_record
 from study.training.storage import Storage
 
@@ -111,6 +112,53 @@ def test_run_begun_by_an_interrupted_process_is_begun_anew(finished, database): 
     again.write(trial, [in_training(result, 1)], 2)
     assert seed_run(ledger, database).info.status == "RUNNING"
     assert losses(database, ledger) == [(0, result.curve[0]["val_loss"])]
+
+
+def test_curve_is_whole_although_another_writer_saw_only_its_end(finished, database):  # noqa: F811
+    """A resumed run, and an outage between its last evaluation and its result."""
+    ledger, tracker = opened(finished, database)
+    trial, (result, _) = ledger.trials[0], ledger.on_record(ledger.trials[0])
+    tracker.write(trial, [replace(in_training(result, 4), curve=result.curve[2:])], 2)
+    _, again = opened(finished, database)
+    again.write(trial, [result], 2)
+    assert losses(database, ledger) == [(row["step"], row["val_loss"]) for row in result.curve]
+
+
+def test_points_are_written_once_although_mlflow_was_away(finished, database):  # noqa: F811
+    ledger, tracker = opened(finished, database)
+    trial, (result, _) = ledger.trials[0], ledger.on_record(ledger.trials[0])
+    tracker.write(trial, [in_training(result, 2)], 2)
+    _, again = opened(finished, database)
+    for n_rows in (2, 3):
+        again.write(trial, [replace(in_training(result, n_rows), ended="2030-01-01T00:00:00+00:00")], 2)
+    again.write(trial, [result], 2)
+    assert sorted(losses(database, ledger)) == [(row["step"], row["val_loss"]) for row in result.curve]
+
+
+def test_sync_after_an_interrupt_leaves_nothing_running(finished, database):  # noqa: F811
+    ledger, tracker = opened(finished, database)
+    trial, (result, other) = ledger.trials[0], ledger.on_record(ledger.trials[0])
+    tracker.write(trial, [result, in_training(other, 1)], 2)
+    tracker.end_unfinished()
+    _, again = opened(finished, database)
+    again.write(trial, [result], 2)
+    again.end_unfinished()
+    again.settle(1)
+    states = {key.count("/"): run.info.status for key, [run] in runs_in(database).items() if run.data.params}
+    assert states == {1: "KILLED", 2: "FINISHED"}
+    [summary] = runs_in(database)[f"{ledger.uuid}/{schema.KIND_SUMMARY}"]
+    assert schema.REVISION in summary.data.tags
+
+
+def test_stopped_trial_leaves_no_seed_running(finished, database):  # noqa: F811
+    ledger, tracker = opened(finished, database)
+    trial, (result, other) = ledger.trials[0], ledger.on_record(ledger.trials[0])
+    failed = replace(result, state="failed", final={}, failure="diverged: the loss", failure_step=1)
+    tracker.write(trial, [in_training(result, 1), in_training(other, 1)], 2)
+    stop = RungStop(0, 2, (0, 1), (0,), {}, 0, 3, (0, 0), when=now())
+    tracker.write(replace(trial, stop=stop), [failed], 2)
+    states = [run.info.status for same in runs_in(database).values() for run in same if "seed" in run.data.params]
+    assert states == ["FAILED"]
 
 
 def test_older_result_stays_until_its_run_is_trained_again(finished, database):  # noqa: F811
