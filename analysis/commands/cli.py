@@ -154,7 +154,7 @@ def figure(
 ) -> None:
     """Draw one figure for a paper. Its caption is written beside it, as .txt."""
     from analysis.figures import style
-    from analysis.notebook import Study
+    from analysis.report.notebook import Study
 
     if name == "curves" and (measure, size) != ("loss", "parameters"):
         raise AnalysisError("curves are those of the validation loss: --measure and --size belong to the frontier")

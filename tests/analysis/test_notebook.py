@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from analysis import AnalysisError, load_study
 from analysis.commands.cli import app
-from analysis.notebook import Study
+from analysis.report.notebook import Study
 from analysis.results.sizes import SIZES
 from analysis.results.summary import summarise
 from analysis.runs.load import resolve_study
