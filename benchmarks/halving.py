@@ -1,4 +1,4 @@
-"""What does successive halving save? Searches replayed from a shipped study's learning curves, on the rungs of `study`.
+"""The cost that successive halving saves, in searches replayed from a shipped study's learning curves.
 
     python -m benchmarks.halving    writes the table into docs/study.md
 

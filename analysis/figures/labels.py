@@ -42,7 +42,7 @@ class Label:
     color: str
     important: bool = True
     key: str = ""
-    """What a letter in its place stands for."""
+    """The text that the caption gives for a letter in its place."""
 
 
 def figure_of(axes: Axes) -> Figure:

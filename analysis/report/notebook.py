@@ -1,16 +1,11 @@
 """A study's results in a notebook or a script.
 
-from analysis import load_study
-
-study = load_study("results/quick")
-study.trials                 # one row for each configuration
-study.compare(declared=True)
-study.plot_frontier(arms=["dense", "mpo"], width=3.3).savefig("frontier.pdf")
+`load_study("results/quick")` gives a `Study`. docs/notebook.md shows its use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from html import escape
@@ -105,7 +100,7 @@ class Study:
             metrics: names of curves, such as `val_loss` and `train_loss`. Default: `val_loss` and `tokens`.
             arms: arms of the study file. Default: all.
         """
-        known = {field.key for field in schema.CURVES}
+        known = [field.key for field in schema.CURVES]
         for metric in metrics:
             _check("metric", metric, known)
         runs = self._of_arms(arms)
@@ -174,7 +169,7 @@ class Study:
         return learning_curves_figure(data.curve_means(shown, curves), curves, note, width=width, look=look)
 
     def _repr_html_(self) -> str:
-        """What was run, and what is on the frontier, as a notebook shows it."""
+        """HTML for a notebook: the study's runs, and its frontier."""
         parts = [f"<h3>Study {escape(self.name)}</h3>"]
         for answer in answers(self._findings)[:2]:
             parts.append(f"<p><b>{escape(answer.question)}</b></p>{answer.rows.to_html(index=False, border=0)}")
@@ -201,7 +196,7 @@ class Study:
         return replace(self._runs, trials=trials.reset_index(drop=True), **kept)
 
     def _note(self, n_shown: int, size: Size, arms: Sequence[str] | None) -> str:
-        """What the caption says of configurations without a place in the figure, and of measured sizes."""
+        """Sentences for the caption about configurations that the figure leaves out, and about measured sizes."""
         runs = self._of_arms(arms)
         n = runs.seeds["trial"].nunique() - n_shown
         left_out = f"Left out for lack of these values: {counted(n, 'configuration')}." if n else ""
@@ -242,7 +237,6 @@ def _axes(measure: str, size: str) -> tuple[Measure, Size]:
     return next((each for each in MEASURES if each.name == name), Measure(name, name)), SIZES[size]
 
 
-def _check(what: str, name: str, known: object) -> None:
-    names = list(known)  # type: ignore[call-overload]
-    if name not in names:
-        raise AnalysisError(f"there is no {what} {name}; choose among {', '.join(map(str, names))}")
+def _check(what: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise AnalysisError(f"there is no {what} {name}; choose among {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""What a configuration costs: the horizontal axis of a frontier."""
+"""The size of a configuration: the horizontal axis of a frontier."""
 
 from __future__ import annotations
 

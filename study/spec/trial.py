@@ -205,8 +205,8 @@ class RungStop:
     """The decision to stop a trial at a rung of successive halving, with its evidence.
 
     seeds: those that decided. diverged: those of them that diverged before that step; one is enough to stop.
-    means: of each objective over the seeds. place: of the trial among the n_there trials that had reached the rung,
-    itself included. after: the result (trial and seed) that completed the evidence.
+    means: the mean of each objective over the seeds. place: the trial's place among the n_there trials that had reached
+    the rung, itself included. after: the result (trial and seed) that completed the evidence.
     """
 
     trial: int

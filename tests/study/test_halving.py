@@ -176,7 +176,7 @@ def test_place_is_that_of_all_pairs():
 
 
 def test_study_with_halving_ends_with_the_results_of_one_without(tmp_path):
-    """What is trained to the end is bit-identical; what is stopped is in MLflow, with the reason."""
+    """Whole runs are bit-identical. MLflow has the stopped trials, with the reasons."""
     whole = write_search(tmp_path / "whole", trials=6, arms=[DENSE, FOUND], **{"seeds": 3} | SHORT)
     run_at(whole, tmp_path / "without")
     outcome = run_at(write(tmp_path), tmp_path / "with", tracking=None)

@@ -51,7 +51,7 @@ def opened(finished, database):  # noqa: F811
 
 
 def in_training(result, n_rows):
-    """The result as it was after so many evaluations."""
+    """The result as it was after n_rows evaluations."""
     return replace(result, state="paused", curve=result.curve[:n_rows], final={}, rel_errors={}, ran_on={})
 
 
